@@ -1,0 +1,128 @@
+"""The click group. Verbs are loaded only when typed, so that `hpctrain --help` opens few files on Lustre.
+
+A verb is one line in `VERBS` and one module `hpctrain/cli/<module>.py` with a click command named `command`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from hpctrain import __version__, errors, output
+
+# verb: (module under hpctrain.cli, one-line help). The order is the flow, and the order of `--help`.
+VERBS: dict[str, tuple[str, str]] = {}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when typed, and listed from `VERBS` without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command = importlib.import_module(f"hpctrain.cli.{VERBS[cmd_name][0]}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], VERBS, n=1)
+            raise errors.UsageError(
+                f"there is no verb `{args[0]}`",
+                hint=f"did you mean `hpctrain {near[0]}`?" if near else "see `hpctrain --help`",
+            )
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+
+
+@click.command(
+    cls=LazyGroup,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "auto_envvar_prefix": "HPCTRAIN",
+        "max_content_width": 110,
+    },
+)
+@click.version_option(__version__, "-V", "--version", prog_name="hpctrain")
+@click.option("--debug", is_flag=True, help="Show a traceback when hpctrain itself fails.")
+@click.option(
+    "--color",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Colour the output.",
+)
+@click.pass_context
+def group(ctx: click.Context, debug: bool, color: str) -> None:
+    """One run.yaml becomes the Slurm jobs, configs and checkpoint chain of an LLM training run.
+
+    \b
+    hpctrain init my-run --recipe neox-sft --site lumi
+    sbatch "$(hpctrain render my-run/run.yaml)"
+    """
+    output.set_color(color)
+    ctx.color = None if color == "auto" else color == "always"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit with a code of `hpctrain.errors`; never shows a traceback without `--debug`."""
+    argv = sys.argv[1:] if args is None else args
+    debug = "--debug" in argv
+    try:
+        code = group.main(args=argv, prog_name="hpctrain", standalone_mode=False)
+        sys.stdout.flush()
+    except errors.HpctrainError as error:
+        output.problems(error.problems)
+        code = error.exit_code
+    except click.exceptions.Exit as exit_:
+        code = exit_.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        output.info("interrupted")
+        code = errors.INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our stdout went away (`| head`): not an error; keep Python from complaining at exit.
+        import os
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = errors.DONE
+    except OSError as error:
+        if debug:
+            raise
+        where = str(error.filename) if error.filename else ""
+        output.problems([errors.Problem(error.strerror or str(error), where=where)])
+        code = errors.ENVIRONMENT
+    except Exception as error:
+        if debug:
+            raise
+        _report_bug(error)
+        code = errors.BUG
+    sys.exit(code if isinstance(code, int) else errors.DONE)
+
+
+def _report_bug(error: Exception) -> None:
+    import tempfile
+    import traceback
+
+    hint = "run it again with --debug"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="hpctrain-bug-", suffix=".txt", delete=False) as log:
+            traceback.print_exc(file=log)
+        hint = f"the traceback is in {log.name}; please report it"
+    except OSError:
+        pass
+    output.problems([errors.Problem(f"this is a bug in hpctrain: {type(error).__name__}: {error}", hint=hint)])

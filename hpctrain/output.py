@@ -1,0 +1,119 @@
+"""All printing: data to stdout, everything else to stderr; meaning never by colour alone.
+
+Colour follows `--color`, then a non-empty NO_COLOR, then CLICOLOR_FORCE, then whether the stream is a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import IO, Any
+
+from hpctrain.errors import Problem
+
+JSON_SCHEMA_VERSION = 1
+_CODES = {"red": "31", "yellow": "33", "green": "32", "blue": "34", "cyan": "36", "bold": "1", "dim": "2"}
+_LEVEL_COLOUR = {"error": "red", "warning": "yellow", "note": "blue"}
+_choice = "auto"
+
+
+def set_color(choice: str) -> None:
+    """Fix the colour policy for this process: `auto`, `always` or `never`."""
+    global _choice
+    _choice = choice
+
+
+def wants_color(stream: IO[str]) -> bool:
+    """Whether `stream` gets colour, see the module's first lines for the order of precedence."""
+    if _choice != "auto":
+        return _choice == "always"
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("CLICOLOR_FORCE", "0") not in ("", "0"):
+        return True
+    return stream.isatty()
+
+
+def paint(text: str, style: str, stream: IO[str] | None = None) -> str:
+    """`text` in a style (`red`, `bold`, …) where `stream` (default stdout) takes colour, else unchanged."""
+    return f"\033[{_CODES[style]}m{text}\033[0m" if wants_color(stream or sys.stdout) else text
+
+
+def data(text: str) -> None:
+    """One line (or block) of the answer, to stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def data_json(**fields: Any) -> None:
+    """The whole answer as one JSON object with `schema_version` first, to stdout."""
+    sys.stdout.write(json.dumps({"schema_version": JSON_SCHEMA_VERSION, **fields}, indent=2, ensure_ascii=False) + "\n")
+
+
+def info(text: str) -> None:
+    """A line for the person, not the pipe: to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def next_step(command: str) -> None:
+    """The command to type next; the last line of a verb that did something."""
+    info(f"{paint('next:', 'bold', sys.stderr)} {command}")
+
+
+def problems(found: Iterable[Problem]) -> None:
+    """Every problem to stderr, in the order given."""
+    for problem in found:
+        head, _, rest = str(problem).partition(": ")
+        info(f"{paint(head + ':', _LEVEL_COLOUR[problem.level], sys.stderr)} {rest}")
+
+
+def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> None:
+    """Rows to stdout: aligned columns on a terminal, tab-separated when piped."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        for line in ([list(header)] if header else []) + cells:
+            data("\t".join(line))
+        return
+    everything = ([list(header)] if header else []) + cells
+    widths = (
+        [max(len(line[column]) for line in everything) for column in range(len(everything[0]))] if everything else []
+    )
+    for number, line in enumerate(everything):
+        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+        data(paint(text, "bold") if header and number == 0 else text)
+
+
+class Progress:
+    """Progress of long work on stderr: one rewritten line on a terminal, one line per `every_s` otherwise."""
+
+    def __init__(self, what: str, total: float | None = None, unit: str = "", every_s: float = 10.0):
+        self._what, self._total, self._unit = what, total, unit
+        self._tty = sys.stderr.isatty()
+        self._every_s = 0.1 if self._tty else every_s
+        self._start = self._last = time.monotonic()
+
+    def update(self, done: float, note: str = "", force: bool = False) -> None:
+        now = time.monotonic()
+        if not force and now - self._last < self._every_s:
+            return
+        self._last = now
+        elapsed = max(now - self._start, 1e-9)
+        text = f"{self._what}: {done:,.0f}"
+        if self._total:
+            left_s = elapsed * (self._total - done) / done if done else float("inf")
+            eta = f", {left_s:.0f}s left" if left_s != float("inf") else ""
+            text += f"/{self._total:,.0f} {self._unit} ({100 * done / self._total:.0f}%{eta})"
+        else:
+            text += f" {self._unit}"
+        if note:
+            text += f"  {note}"
+        sys.stderr.write(f"\r\033[K{text}" if self._tty else text + "\n")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """End the rewritten line, so that what follows starts on its own."""
+        if self._tty:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()

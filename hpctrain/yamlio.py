@@ -1,0 +1,279 @@
+"""YAML with file:line:column for every value; duplicate keys refused; layers merge and keep where each value came from."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from hpctrain.errors import EnvironmentFault, Problem, UsageError
+
+Path = tuple[Any, ...]  # keys and list indices from the root, e.g. ("checkpoint", "dir")
+
+MAX_BYTES = 4 * 1024 * 1024
+MAX_VALUES = 200_000
+MAX_DEPTH = 60
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# YAML 1.1 reads 8e-6 as a string, because its floats need a dot; people who write it mean a number.
+_FLOAT_WITHOUT_DOT = re.compile(r"[-+]?\d+[eE][-+]?\d+\Z", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written. `str()` gives `file:line:column`, counted from 1."""
+
+    file: str
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain data, and the origin of each value (`origins`) and each key (`key_origins`) by its path."""
+
+    data: Any
+    origins: dict[Path, Origin] = field(default_factory=dict)
+    key_origins: dict[Path, Origin] = field(default_factory=dict)
+    name: str = ""
+
+    def where(self, *path: Any) -> str:
+        """`file:line:column` of the value at `path`, or of its nearest parent."""
+        for length in range(len(path), -1, -1):
+            origin = self.origins.get(path[:length])
+            if origin:
+                return str(origin)
+        return self.name
+
+    def where_key(self, *path: Any) -> str:
+        """Like `where`, for the key itself."""
+        origin = self.key_origins.get(path)
+        return str(origin) if origin else self.where(*path)
+
+    def get(self, *path: Any, default: Any = None) -> Any:
+        """The value at `path`, or `default`."""
+        node = self.data
+        for key in path:
+            if isinstance(node, dict) and key in node:
+                node = node[key]
+            elif isinstance(node, list) and isinstance(key, int) and key < len(node):
+                node = node[key]
+            else:
+                return default
+        return node
+
+
+def load_yaml(path: str | os.PathLike[str], name: str = "") -> Document:
+    """Read a YAML file; `name` is what messages call it (default: the path as given).
+
+    Raises UsageError with every duplicate key, or the syntax error; EnvironmentFault when it cannot be read.
+    """
+    name = name or str(path)
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot read it: {error.strerror}", where=name) from error
+    return parse_yaml(raw, name)
+
+
+def parse_yaml(raw: bytes | str, name: str) -> Document:
+    """Like `load_yaml`, from text."""
+    if len(raw) > MAX_BYTES:
+        raise UsageError(f"larger than {MAX_BYTES // 1024**2} MiB, which is no configuration file", where=name)
+    text = raw
+    if isinstance(raw, bytes):
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            raise UsageError(
+                "not UTF-8 text", where=f"{name}:{line}:1", why=f"byte {error.start} is {raw[error.start]:#04x}"
+            ) from error
+    try:
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        detail = " ".join(filter(None, [error.context, error.problem]))
+        raise UsageError(f"not valid YAML: {detail}", where=where) from error
+    except yaml.reader.ReaderError as error:
+        line = str(text).count("\n", 0, error.position) + 1 if isinstance(error.position, int) else 0
+        raise UsageError(
+            f"not valid YAML: character {error.character!r} is not allowed", where=f"{name}:{line}" if line else name
+        ) from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UsageError(f"not valid YAML: {error}", where=name) from error
+    builder = _Builder(name)
+    value = builder.build(root, (), 0, frozenset()) if root is not None else None
+    if builder.problems:
+        raise UsageError(builder.problems)
+    return Document(value, builder.origins, builder.key_origins, name)
+
+
+def looks_like_float(value: object) -> bool:
+    """Whether a string is a number in scientific notation that YAML 1.1 did not take for one (`8e-6`)."""
+    return isinstance(value, str) and bool(_FLOAT_WITHOUT_DOT.match(value))
+
+
+def merge(layers: Sequence[Document]) -> Document:
+    """One document from layers, last wins: mappings merge key by key, everything else is replaced whole."""
+    data: Any = {}
+    origins: dict[Path, Origin] = {}
+    key_origins: dict[Path, Origin] = {}
+    for layer in layers:
+        if layer.data is None:
+            continue
+        data = _merge_value(data, layer.data, (), layer, origins, key_origins)
+    return Document(data, origins, key_origins, layers[-1].name if layers else "")
+
+
+def parse_set(assignments: Sequence[str]) -> Document:
+    """The layer of `--set key.path=value` options; values are YAML. Raises UsageError for every bad one."""
+    data: dict[str, Any] = {}
+    origins: dict[Path, Origin] = {}
+    problems: list[Problem] = []
+    for text in assignments:
+        key, equals, raw = text.partition("=")
+        path = tuple(key.strip().split("."))
+        if not equals or not all(path):
+            problems.append(
+                Problem(f"`--set {text}` is not `key.path=value`", hint="for example --set config.train_iters=500")
+            )
+            continue
+        name = f"--set {key.strip()}"
+        try:
+            value = parse_yaml(raw, name).data
+        except UsageError as error:
+            problems.extend(error.problems)
+            continue
+        node = data
+        for part in path[:-1]:
+            child = node.setdefault(part, {})
+            if not isinstance(child, dict):
+                problems.append(Problem(f"`--set {key}` contradicts an earlier --set of `{part}`"))
+                break
+            node = child
+        else:
+            node[path[-1]] = value
+            for sub_path, _ in walk(value):
+                origins[path + sub_path] = Origin(name)
+    if problems:
+        raise UsageError(problems)
+    return Document(data, origins, dict(origins), "--set")
+
+
+def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every value in a tree with its path, parents first."""
+    yield path, value
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield from walk(child, (*path, key))
+
+
+def _merge_value(
+    base: Any, new: Any, path: Path, layer: Document, origins: dict[Path, Origin], key_origins: dict[Path, Origin]
+) -> Any:
+    if isinstance(base, dict) and isinstance(new, dict):
+        merged = dict(base)
+        if path in layer.origins:
+            origins[path] = layer.origins[path]
+        for key, value in new.items():
+            child = (*path, key)
+            if child in layer.key_origins:
+                key_origins[child] = layer.key_origins[child]
+            merged[key] = _merge_value(merged.get(key), value, child, layer, origins, key_origins)
+        return merged
+    for known in [known for known in origins if known[: len(path)] == path]:
+        del origins[known]
+    for sub_path, _ in walk(new, path):
+        if sub_path in layer.origins:
+            origins[sub_path] = layer.origins[sub_path]
+        if sub_path in layer.key_origins:
+            key_origins[sub_path] = layer.key_origins[sub_path]
+    return new
+
+
+class _Builder:
+    """Turns PyYAML's node graph into plain data, noting positions and every duplicate key."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.origins: dict[Path, Origin] = {}
+        self.key_origins: dict[Path, Origin] = {}
+        self.problems: list[Problem] = []
+        self._constructor = yaml.constructor.SafeConstructor()
+
+    def build(self, node: Any, path: Path, depth: int, parents: frozenset[int]) -> Any:
+        origin = self._origin(node)
+        self.origins[path] = origin
+        if id(node) in parents or depth > MAX_DEPTH or len(self.origins) > MAX_VALUES:
+            raise UsageError("nested too deeply, or an alias that contains itself", where=str(origin))
+        parents = parents | {id(node)}
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path, depth, parents)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(child, (*path, index), depth + 1, parents) for index, child in enumerate(node.value)]
+        return self._scalar(node, origin)
+
+    def _mapping(self, node: Any, path: Path, depth: int, parents: frozenset[int]) -> dict[Any, Any]:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            # `<<: *anchor`: let PyYAML flatten it; keys written here win over merged ones.
+            own = {key.value for key, _ in node.value}
+            self._constructor.flatten_mapping(node)
+            merged = [pair for index, pair in enumerate(node.value) if not self._overridden(node.value, index, own)]
+            node.value = merged
+        out: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = self._scalar(key_node, self._origin(key_node)) if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key_node, yaml.ScalarNode) or not isinstance(key, (str, int, float, bool)):
+                self.problems.append(Problem("a key must be plain text", where=str(self._origin(key_node))))
+                continue
+            if key in out:
+                first = self.key_origins[(*path, key)]
+                self.problems.append(
+                    Problem(
+                        f"key `{key}` is given twice",
+                        where=str(self._origin(key_node)),
+                        why=f"first given at {first}; YAML would silently keep only the last",
+                        hint="delete one of them",
+                    )
+                )
+                continue
+            self.key_origins[(*path, key)] = self._origin(key_node)
+            out[key] = self.build(value_node, (*path, key), depth + 1, parents)
+        return out
+
+    @staticmethod
+    def _overridden(pairs: list[Any], index: int, own: set[Any]) -> bool:
+        key = pairs[index][0].value
+        return any(later[0].value == key for later in pairs[index + 1 :]) and key in own
+
+    def _scalar(self, node: Any, origin: Origin) -> Any:
+        if not node.tag.startswith("tag:yaml.org,2002:"):
+            self.problems.append(
+                Problem(f"tag `{node.tag}` is not allowed", where=str(origin), hint="plain YAML values only")
+            )
+            return None
+        if node.tag == "tag:yaml.org,2002:timestamp":
+            return node.value  # a date is text here
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ":" in node.value:
+            return node.value  # YAML 1.1 would read the duration 20:00:00 as the base-60 number 72000
+        try:
+            return self._constructor.construct_object(node, deep=True)
+        except (yaml.YAMLError, ValueError, OverflowError) as error:
+            self.problems.append(Problem(f"cannot read `{node.value[:60]}`: {error}", where=str(origin)))
+            return None
+
+    def _origin(self, node: Any) -> Origin:
+        return Origin(self.name, node.start_mark.line + 1, node.start_mark.column + 1)
