@@ -240,7 +240,7 @@ class _Builder:
                 self.problems.append(Problem("a key must be plain text", where=str(self._origin(key_node))))
                 continue
             if key in out:
-                first = self.key_origins[(*path, key)]
+                first = self.key_origins[path + (key,)]
                 self.problems.append(
                     Problem(
                         f"key `{key}` is given twice",
@@ -250,7 +250,7 @@ class _Builder:
                     )
                 )
                 continue
-            self.key_origins[(*path, key)] = self._origin(key_node)
+            self.key_origins[path + (key,)] = self._origin(key_node)
             out[key] = self.build(value_node, (*path, key), depth + 1, parents)
         return out
 
