@@ -1,0 +1,305 @@
+"""Fields declared once: checked with positions and did-you-mean, and turned into JSON Schema for editors."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hpctrain import units
+from hpctrain.errors import Problem
+from hpctrain.yamlio import Document, Path, looks_like_float
+
+MAX_TEXT = 10_000
+_JSON_TYPES = {
+    "text": "string",
+    "path": "string",
+    "time": ["string", "integer"],
+    "memory": ["string", "number"],
+    "int": "integer",
+    "number": "number",
+    "bool": "boolean",
+    "scalar": ["string", "number", "boolean"],
+}
+_TYPE_NAMES = {
+    "text": "text",
+    "path": "a path",
+    "int": "a whole number",
+    "number": "a number",
+    "bool": "true or false",
+    "list": "a list",
+    "map": "a mapping",
+    "table": "a mapping",
+    "scalar": "a plain value",
+}
+
+
+class Field:
+    """One declared field.
+
+    `kind`: text, path, int, number, bool, time (checked value: seconds), memory (GiB), scalar, any,
+    list (of `items`), map (free keys matching `keys`, values `items`), table (the fields in `fields`).
+    `pattern` must match the whole text and is explained by `shape`. `multiline` allows newlines and tabs.
+    """
+
+    __slots__ = (
+        "choices", "default", "doc", "fields", "items", "keys", "kind", "maximum", "minimum", "multiline",
+        "nullable", "pattern", "required", "shape",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        kind: str,
+        doc: str,
+        *,
+        required: bool = False,
+        default: Any = None,
+        choices: tuple[str, ...] = (),
+        pattern: str = "",
+        shape: str = "",
+        minimum: float | None = None,
+        maximum: float | None = None,
+        items: Field | None = None,
+        fields: Mapping[str, Field] | None = None,
+        keys: str = "",
+        multiline: bool = False,
+        nullable: bool = False,
+    ) -> None:
+        self.kind, self.doc, self.required, self.default = kind, doc, required, default
+        self.choices, self.pattern, self.shape = choices, pattern, shape
+        self.minimum, self.maximum, self.items, self.fields, self.keys = minimum, maximum, items, fields, keys
+        self.multiline, self.nullable = multiline, nullable
+
+
+def check(document: Document, fields: Mapping[str, Field], path: Path = ()) -> tuple[dict[str, Any], list[Problem]]:
+    """The checked values of a mapping at `path` (absent ones get their default), and every problem found."""
+    problems: list[Problem] = []
+    values = _table(document, document.get(*path, default={}), fields, path, problems)
+    return values, problems
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint naming the nearest known word and, when there are few, all of them."""
+    options = list(known)
+    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    listing = f"known: {', '.join(options)}" if len(options) <= 25 else ""
+    if near:
+        return f"did you mean `{near[0]}`?" + (f" ({listing})" if listing else "")
+    return listing
+
+
+def text_problem(value: str, multiline: bool = False) -> str:
+    """Why a text cannot be carried safely, or an empty string: control characters, lone surrogates, length."""
+    if len(value) > MAX_TEXT:
+        return f"is longer than {MAX_TEXT} characters"
+    allowed = "\n\t" if multiline else ""
+    for char in value:
+        if (ord(char) < 32 or ord(char) == 127 or char in "\u0085\u2028\u2029") and char not in allowed:
+            return f"contains the control character {char!r}"
+        if 0xD800 <= ord(char) <= 0xDFFF:
+            return f"contains half of a surrogate pair ({char!r}), which is not text"
+    return ""
+
+
+def json_schema(fields: Mapping[str, Field], title: str, description: str = "") -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a mapping with these fields."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title}
+    if description:
+        schema["description"] = description
+    return {**schema, **_table_schema(fields)}
+
+
+def _table(
+    document: Document, node: Any, fields: Mapping[str, Field], path: Path, problems: list[Problem]
+) -> dict[str, Any]:
+    if not isinstance(node, dict):
+        problems.append(_wrong_type(document, node, path, "a mapping"))
+        return {}
+    for key in node:
+        if key not in fields:
+            problems.append(
+                Problem(
+                    f"unknown key `{_dotted((*path, key))}`",
+                    where=document.where_key(*path, key),
+                    hint=nearest(str(key), fields),
+                )
+            )
+    values: dict[str, Any] = {}
+    for key, field in fields.items():
+        if key in node and not (node[key] is None and not field.required):
+            values[key] = _value(document, node[key], field, (*path, key), problems)
+        elif field.required:
+            problems.append(
+                Problem(f"`{_dotted((*path, key))}` is missing", where=document.where(*path), why=field.doc)
+            )
+            values[key] = field.default
+        else:
+            values[key] = _default(field)
+    return values
+
+
+def _default(field: Field) -> Any:
+    if field.default is not None or field.nullable:
+        return field.default
+    if field.kind == "table" and field.fields:
+        return {key: _default(sub) for key, sub in field.fields.items()}
+    return {"list": [], "map": {}, "table": {}}.get(field.kind)
+
+
+def _value(document: Document, value: Any, field: Field, path: Path, problems: list[Problem]) -> Any:
+    count = len(problems)
+    out = _typed(document, value, field, path, problems)
+    if len(problems) > count or out is None:
+        return out
+    shown = f"`{_dotted(path)}: {_short(value)}`"
+    if isinstance(out, str):
+        bad = text_problem(out, field.multiline)
+        if bad:
+            problems.append(Problem(f"`{_dotted(path)}` {bad}", where=document.where(*path)))
+        elif field.choices and out not in field.choices:
+            problems.append(
+                Problem(f"{shown} is not one of them", where=document.where(*path), hint=nearest(out, field.choices))
+            )
+        elif field.pattern and not re.fullmatch(field.pattern, out, re.ASCII):
+            problems.append(
+                Problem(f"{shown} is not {field.shape}", where=document.where(*path), why=f"allowed: {field.pattern}")
+            )
+    elif isinstance(out, (int, float)) and not isinstance(out, bool):
+        if field.minimum is not None and out < field.minimum:
+            problems.append(Problem(f"{shown} is less than {field.minimum:g}", where=document.where(*path)))
+        if field.maximum is not None and out > field.maximum:
+            problems.append(Problem(f"{shown} is more than {field.maximum:g}", where=document.where(*path)))
+    return out
+
+
+def _typed(document: Document, value: Any, field: Field, path: Path, problems: list[Problem]) -> Any:
+    kind = field.kind
+    if kind == "any":
+        return value
+    if kind == "table":
+        return _table(document, value, field.fields or {}, path, problems)
+    if kind == "list":
+        if not isinstance(value, list):
+            problems.append(_wrong_type(document, value, path, "a list", hint="write [a, b], or one `- item` a line"))
+            return []
+        assert field.items
+        return [_value(document, item, field.items, (*path, index), problems) for index, item in enumerate(value)]
+    if kind == "map":
+        return _map(document, value, field, path, problems)
+    if kind in ("time", "memory"):
+        try:
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                raise ValueError(
+                    f"`{_short(value)}` is not {'a duration' if kind == 'time' else 'an amount of memory'}"
+                )
+            return units.parse_time_s(value) if kind == "time" else units.parse_mem_gib(value)  # type: ignore[arg-type]
+        except ValueError as error:
+            problems.append(Problem(f"`{_dotted(path)}`: {error}", where=document.where(*path)))
+            return None
+    good = {
+        "text": isinstance(value, str),
+        "path": isinstance(value, str) and value != "",
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "number": isinstance(value, (int, float)) and not isinstance(value, bool),
+        "bool": isinstance(value, bool),
+        "scalar": isinstance(value, (str, int, float, bool)),
+    }[kind]
+    if good:
+        return value
+    hint = ""
+    if kind in ("text", "path") and isinstance(value, (int, float, bool)):
+        hint = f'quote it: "{value}"'
+    if kind in ("int", "number") and looks_like_float(value):
+        hint = f"YAML reads `{value}` as text; write {_with_dot(value)}"
+    elif kind in ("int", "number") and isinstance(value, str) and re.fullmatch(r"[-+]?\d+", value):
+        hint = "write it without quotes"
+    problems.append(_wrong_type(document, value, path, _TYPE_NAMES[kind], hint))
+    return field.default
+
+
+def _map(document: Document, value: Any, field: Field, path: Path, problems: list[Problem]) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        problems.append(_wrong_type(document, value, path, "a mapping"))
+        return {}
+    assert field.items
+    out = {}
+    for key, item in value.items():
+        if field.keys and not re.fullmatch(field.keys, str(key), re.ASCII):
+            problems.append(
+                Problem(
+                    f"`{_short(key)}` is not a valid name in `{_dotted(path)}`",
+                    where=document.where_key(*path, key),
+                    why=f"allowed: {field.keys}",
+                )
+            )
+            continue
+        out[key if field.items.kind == "any" else str(key)] = _value(
+            document, item, field.items, (*path, key), problems
+        )
+    return out
+
+
+def _wrong_type(document: Document, value: Any, path: Path, wanted: str, hint: str = "") -> Problem:
+    return Problem(f"`{_dotted(path)}: {_short(value)}` must be {wanted}", where=document.where(*path), hint=hint)
+
+
+def _with_dot(text: str) -> str:
+    head, _, exponent = text.lower().partition("e")
+    return f"{head}.0e{exponent}"
+
+
+def _dotted(path: Path) -> str:
+    # The value is shown to people and must not bring control characters of its own.
+    return _printable(".".join(map(str, path))) or "the file"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return _printable(text if len(text) <= 60 else text[:57] + "…")
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _table_schema(fields: Mapping[str, Field]) -> dict[str, Any]:
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {key: _field_schema(field) for key, field in fields.items()},
+        "additionalProperties": False,
+    }
+    required = [key for key, field in fields.items() if field.required]
+    if required:
+        schema["required"] = required
+    return schema
+
+
+def _field_schema(field: Field) -> dict[str, Any]:
+    schema: dict[str, Any] = {"description": field.doc}
+    if field.kind == "table":
+        schema.update(_table_schema(field.fields or {}))
+    elif field.kind == "list":
+        assert field.items
+        schema.update(type="array", items=_field_schema(field.items))
+    elif field.kind == "map":
+        assert field.items
+        schema.update(type="object", additionalProperties=_field_schema(field.items))
+        if field.keys:
+            schema["propertyNames"] = {"pattern": f"^(?:{field.keys})$"}
+    elif field.kind != "any":
+        schema["type"] = _JSON_TYPES[field.kind]
+    if field.choices:
+        schema["enum"] = list(field.choices)
+    if field.pattern and field.kind == "text":
+        schema["pattern"] = f"^(?:{field.pattern})$"
+    if field.minimum is not None and field.kind in ("int", "number"):
+        schema["minimum"] = field.minimum
+    if field.maximum is not None and field.kind in ("int", "number"):
+        schema["maximum"] = field.maximum
+    if not field.required and "type" in schema:
+        kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        schema["type"] = [*kinds, "null"]
+        if field.choices:
+            schema["enum"] = [*field.choices, None]
+    return schema

@@ -1,0 +1,234 @@
+"""run.yaml: the one file a person edits, read with its layers into a frozen RunSpec, all problems at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpctrain.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.sbatch_options import check_options
+from hpctrain.schema import Field, check
+from hpctrain.site import ENV_NAME, NAME
+from hpctrain.yamlio import Document, load_yaml, merge, parse_set
+
+_SLURM_WORD = r"[A-Za-z0-9_][A-Za-z0-9_@.+-]{0,127}"
+# Set by hpctrain or by Slurm in every job; a value of the user's would break the rendezvous or the guard.
+RESERVED_ENV = re.compile(
+    r"(SLURM|SBATCH|SRUN|HPCTRAIN|PMIX?)_.*|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT"
+    r"|NODE_RANK|BASH_ENV|ENV|SHELLOPTS|BASHOPTS|IFS|PATH_SEPARATOR"
+)
+SECRET_ENV = re.compile(r".*(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY).*", re.IGNORECASE)
+NOT_SECRET_ENV = re.compile(
+    r"TOKENIZERS?_.*|.*_TOKENS?_PER_.*|.*MAX_TOKENS?.*|HF_TOKEN_PATH|.*_(FILE|PATH)", re.IGNORECASE
+)
+
+FIELDS: dict[str, Field] = {
+    "name": Field("text", "the run's name: its folder, its job name", required=True, pattern=NAME, shape="a name"),
+    "site": Field("text", "a site profile's name, or a path to one", required=True),
+    "recipe": Field("text", "what trains: see `hpctrain recipe list`", required=True, pattern=NAME, shape="a recipe's name"),
+    "account": Field("text", "the Slurm account that pays", pattern=_SLURM_WORD, shape="a Slurm account"),
+    "partition": Field("text", "the Slurm partition; omitted: hpctrain picks one", pattern=_SLURM_WORD, shape="a partition"),
+    "nodes": Field("int", "number of nodes", default=1, minimum=1, maximum=100_000),
+    "time": Field("time", "wall time of one job: 20:00:00, 20h, 1-00:00:00", required=True),
+    "gpus_per_node": Field("int", "GPUs a node, when fewer than all (as Slurm counts them)", minimum=0, maximum=64),
+    "tasks_per_node": Field("int", "tasks a node, where the recipe leaves it open", minimum=1, maximum=4096),
+    "container": Field("path", "the container image"),
+    "container_binds": Field("list", "more paths bound into it", items=Field("path", "src[:dst[:opts]]", pattern=r"[^,]+", shape="one path")),
+    "checkpoint": Field(
+        "table",
+        "where the run begins and saves",
+        fields={
+            "start": Field("path", "the checkpoint to start from; omitted: from scratch"),
+            "dir": Field("path", "the folder it loads from and saves to"),
+        },
+    ),
+    "data": Field(
+        "table",
+        "the input data",
+        fields={
+            key: Field("list", f"{what} data: prefixes of .bin/.idx pairs, or files", items=Field("path", "a prefix or file"))
+            for key, what in (("train", "training"), ("valid", "validation"), ("test", "test"))
+        },
+    ),
+    "chain": Field(
+        "table",
+        "the chain of jobs",
+        fields={
+            "jobs": Field("int", "links queued at once", default=1, minimum=1, maximum=1000),
+            "give_up_after": Field("int", "links without a new checkpoint until it gives up", default=3, minimum=1, maximum=1000),
+            "after_each": Field("path", "a job script to run after each link that made a new checkpoint"),
+        },
+    ),
+    "estimate": Field(
+        "table",
+        "measured times, for cadence and cost",
+        fields={
+            "step_time_s": Field("number", "seconds a training iteration takes", minimum=0.001),
+            "save_time_s": Field("number", "seconds a checkpoint takes", minimum=0),
+        },
+    ),
+    "config": Field("map", "overlaid on the recipe's training configuration", items=Field("any", "any value")),
+    "recipe_options": Field("map", "what the recipe declares: see `hpctrain recipe show`", items=Field("any", "any value")),
+    "env": Field("map", "environment variables of the job", keys=ENV_NAME, items=Field("scalar", "the value", multiline=True)),
+    "sbatch": Field("map", "more sbatch options, by long name", keys="[a-z][a-z0-9-]*", items=Field("scalar", "the value")),
+    "secrets": Field("path", "file of KEY=VALUE lines, mode 0600, sourced inside the job, never copied"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A checked run.yaml. Times in seconds; paths absolute (relative ones were relative to run.yaml)."""
+
+    name: str
+    site: str
+    recipe: str
+    account: str | None
+    partition: str | None
+    num_nodes: int
+    time_s: int
+    gpus_per_node: int | None
+    tasks_per_node: int | None
+    container: str | None
+    container_binds: tuple[str, ...]
+    checkpoint_start: str | None
+    checkpoint_dir: str | None
+    data: Mapping[str, tuple[str, ...]]
+    num_links: int
+    give_up_after: int
+    after_each: str | None
+    step_time_s: float | None
+    save_time_s: float | None
+    config: Mapping[str, Any]
+    recipe_options: Mapping[str, Any]
+    env: Mapping[str, str]
+    sbatch: Mapping[str, Any]
+    secrets: str | None
+    document: Document
+    base_dir: str
+    source: str
+
+    def where(self, *path: Any) -> str:
+        """`file:line:column` of a value of run.yaml or of the layer it came from."""
+        return self.document.where(*path)
+
+
+def read_layers(path: str, assignments: Sequence[str] = ()) -> list[Document]:
+    """The layers above the recipe and the site, weakest first: user config, run.yaml, `--set`."""
+    try:
+        run = load_yaml(path)
+    except EnvironmentFault as error:
+        if not os.path.exists(path):
+            raise EnvironmentFault(
+                f"there is no `{path}`", hint="name the file, or write one with `hpctrain init --recipe R --site S`"
+            ) from error
+        raise
+    if run.data is None:
+        raise UsageError("the file is empty", where=path, hint="`hpctrain init` writes one to start from")
+    if not isinstance(run.data, dict):
+        raise UsageError("a run.yaml is a mapping of keys to values", where=run.where())
+    overrides = parse_set(assignments)
+    user = _user_config(merge([run, overrides]).get("site"))
+    return [*user, run, overrides]
+
+
+def spec_from_layers(layers: Sequence[Document], source: str) -> RunSpec:
+    """The checked RunSpec of merged layers. Raises UsageError with every problem, sorted by place."""
+    document = merge(layers)
+    values, problems = check(document, FIELDS)
+    problems += list(_env_problems(document, values["env"]))
+    problems += check_options(values["sbatch"], lambda key: document.where_key("sbatch", key))
+    if problems:
+        raise UsageError(problems)
+    base_dir = os.path.dirname(os.path.abspath(source))
+
+    def path(value: str | None) -> str | None:
+        return absolute(value, base_dir) if value else None
+
+    return RunSpec(
+        name=values["name"],
+        site=values["site"],
+        recipe=values["recipe"],
+        account=values["account"],
+        partition=values["partition"],
+        num_nodes=values["nodes"],
+        time_s=values["time"],
+        gpus_per_node=values["gpus_per_node"],
+        tasks_per_node=values["tasks_per_node"],
+        container=path(values["container"]),
+        container_binds=tuple(values["container_binds"]),
+        checkpoint_start=path(values["checkpoint"]["start"]),
+        checkpoint_dir=path(values["checkpoint"]["dir"]),
+        data={key: tuple(absolute(item, base_dir) for item in values["data"][key]) for key in values["data"]},
+        num_links=values["chain"]["jobs"],
+        give_up_after=values["chain"]["give_up_after"],
+        after_each=path(values["chain"]["after_each"]),
+        step_time_s=values["estimate"]["step_time_s"],
+        save_time_s=values["estimate"]["save_time_s"],
+        config=values["config"],
+        recipe_options=values["recipe_options"],
+        env={name: _env_text(value) for name, value in values["env"].items()},
+        sbatch=values["sbatch"],
+        secrets=values["secrets"],
+        document=document,
+        base_dir=base_dir,
+        source=source,
+    )
+
+
+def absolute(path: str, base_dir: str) -> str:
+    """`path` made absolute against the folder of run.yaml, `~` expanded, slashes and dots tidied; links not resolved."""
+    return os.path.normpath(os.path.join(base_dir, os.path.expanduser(path)))
+
+
+def user_config_path() -> str:
+    """Where the user's own defaults lie."""
+    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "hpctrain", "config.yaml")
+
+
+def _user_config(site: Any) -> list[Document]:
+    """The user's config: run.yaml keys for every run, and under `sites: {NAME: …}` for one site."""
+    path = user_config_path()
+    if os.environ.get("HPCTRAIN_NO_USER_CONFIG", "0") not in ("", "0") or not os.path.isfile(path):
+        return []
+    document = load_yaml(path)
+    if document.data is None:
+        return []
+    if not isinstance(document.data, dict):
+        raise UsageError("the user's config is a mapping of run.yaml keys to values", where=path)
+    everywhere = Document(
+        {key: value for key, value in document.data.items() if key != "sites"},
+        document.origins, document.key_origins, path,
+    )  # fmt: skip
+    mine = document.get("sites", site) if isinstance(site, str) else None
+    if not isinstance(mine, dict):
+        return [everywhere]
+    depth = 2
+    return [
+        everywhere,
+        Document(
+            mine,
+            {key[depth:]: origin for key, origin in document.origins.items() if key[:depth] == ("sites", site)},
+            {key[depth:]: origin for key, origin in document.key_origins.items() if key[:depth] == ("sites", site)},
+            path,
+        ),
+    ]
+
+
+def _env_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _env_problems(document: Document, env: Mapping[str, Any]) -> Iterator[Problem]:
+    for name in env:
+        where = document.where_key("env", name)
+        if RESERVED_ENV.fullmatch(name):
+            yield Problem(f"`env.{name}` is set by hpctrain or Slurm in every job", where=where, hint="delete it")
+        elif SECRET_ENV.fullmatch(name) and not NOT_SECRET_ENV.fullmatch(name):
+            yield Problem(
+                f"`env.{name}` looks like a secret, and what is in run.yaml ends up in the job script",
+                where=where,
+                hint=f"put the line {name}=… into a file of mode 0600 and name it under `secrets:`",
+            )
