@@ -11,3 +11,19 @@ def shipped_dir(name: str) -> str:
     """The folder `name` (`templates` or `site_profiles`) that this hpctrain came with."""
     in_wheel = os.path.join(_PACKAGE, "_shipped", name)
     return in_wheel if os.path.isdir(in_wheel) else os.path.join(os.path.dirname(_PACKAGE), name)
+
+
+def no_user_config() -> bool:
+    """Whether HPCTRAIN_NO_USER_CONFIG asks for the bare tool: shipped profiles and templates, no user defaults."""
+    return os.environ.get("HPCTRAIN_NO_USER_CONFIG", "0") not in ("", "0")
+
+
+def user_dir() -> str:
+    """The folder of the user's own defaults, profiles and templates."""
+    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "hpctrain")
+
+
+def layer_dirs(kind: str) -> list[tuple[str, str]]:
+    """(label, folder) of the layers of `templates` or `site_profiles`, the strongest first; folders may not exist."""
+    layers = [] if no_user_config() else [("project", ".hpctrain"), ("user", user_dir()), ("system", "/etc/hpctrain")]
+    return [*((label, os.path.join(folder, kind)) for label, folder in layers), ("shipped", shipped_dir(kind))]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.errors import Problem, UsageError
-from hpctrain.resources import shipped_dir
+from hpctrain.resources import layer_dirs, shipped_dir
 from hpctrain.schema import Field, check, nearest
 from hpctrain.yamlio import Document, load_yaml, merge
 
@@ -275,20 +275,10 @@ class Site:
         return Partition(name, self.node_types[default])
 
 
-def profile_dirs() -> list[tuple[str, str]]:
-    """(label, folder) of the layers where profiles are looked for, the strongest first."""
-    user = os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "hpctrain")
-    layers = [("project", ".hpctrain"), ("user", user), ("system", "/etc/hpctrain")]
-    if os.environ.get("HPCTRAIN_NO_USER_CONFIG", "0") not in ("", "0"):
-        layers = []
-    found = [(label, os.path.join(folder, "site_profiles")) for label, folder in layers]
-    return [*found, ("shipped", shipped_dir("site_profiles"))]
-
-
 def list_sites() -> Iterator[tuple[str, str, str]]:
     """(name, layer, path of its profile) of every profile there is; a name appears once, the strongest layer's."""
     seen = set()
-    for label, folder in profile_dirs():
+    for label, folder in layer_dirs("site_profiles"):
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         for name in names:
             path = os.path.join(folder, name, "profile.yaml")

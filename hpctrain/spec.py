@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.resources import no_user_config, user_dir
 from hpctrain.sbatch_options import check_options
 from hpctrain.schema import Field, check
 from hpctrain.site import ENV_NAME, NAME
@@ -183,15 +184,10 @@ def absolute(path: str, base_dir: str) -> str:
     return os.path.normpath(os.path.join(base_dir, os.path.expanduser(path)))
 
 
-def user_config_path() -> str:
-    """Where the user's own defaults lie."""
-    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "hpctrain", "config.yaml")
-
-
 def _user_config(site: Any) -> list[Document]:
     """The user's config: run.yaml keys for every run, and under `sites: {NAME: …}` for one site."""
-    path = user_config_path()
-    if os.environ.get("HPCTRAIN_NO_USER_CONFIG", "0") not in ("", "0") or not os.path.isfile(path):
+    path = os.path.join(user_dir(), "config.yaml")
+    if no_user_config() or not os.path.isfile(path):
         return []
     document = load_yaml(path)
     if document.data is None:

@@ -1,0 +1,224 @@
+"""A recipe: what trains. Data from `templates/<recipe>/recipe.yaml`; its rules in `hpctrain/recipes/<module>.py`.
+
+A recipe module has one function, `resolve(context) -> Resolved`, pure: it turns the run's options and configuration into
+the step's argv, its config files, the guard's facts, decisions with reasons, and problems.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpctrain.errors import Problem, UsageError
+from hpctrain.resources import layer_dirs
+from hpctrain.schema import Field, check, nearest
+from hpctrain.site import ENV_NAME, NAME, NodeType, Site
+from hpctrain.spec import RunSpec
+from hpctrain.yamlio import Document, load_yaml
+
+MODES = ("scratch", "finetune", "resume")
+
+_OPTION = {
+    "kind": Field(
+        "text", "type", required=True, choices=("text", "path", "int", "number", "bool", "time", "list", "map", "any")
+    ),
+    "doc": Field("text", "what it means", required=True),
+    "required": Field("bool", "must be given", default=False),
+    "default": Field("any", "value when absent", nullable=True),
+    "choices": Field("list", "allowed values", items=Field("text", "")),
+    "items": Field("text", "type of a list's items", default="text", choices=("text", "path", "int", "number", "any")),
+    "minimum": Field("number", "least value"),
+    "maximum": Field("number", "greatest value"),
+    "reads": Field("text", "hpctrain reads the file (or files) as this", choices=("yaml",)),
+    "at_site": Field("bool", "a path on the cluster that the job needs", default=False),
+}
+
+FIELDS: dict[str, Field] = {
+    "name": Field("text", "the recipe's name, equal to its folder's", required=True, pattern=NAME, shape="a name"),
+    "title": Field("text", "one line on what it trains with", required=True),
+    "module": Field("text", "module under hpctrain.recipes", required=True, pattern="[a-z_]+", shape="a module"),
+    "tasks": Field("text", "one task per GPU, or one per node that starts the others", default="per_gpu", choices=("per_gpu", "per_node", "free")),
+    "layout": Field("text", "checkpoint layout", default="none"),
+    "needs_gpus": Field("bool", "runs on GPU nodes where the site has them", default=True),
+    "signal": Field(
+        "table",
+        "what is sent to the step before the time limit",
+        fields={
+            "name": Field("text", "the signal the step saves on; absent: the step handles none", choices=("USR1", "USR2", "TERM")),
+            "lead_s": Field("int", "seconds before the limit", default=60, minimum=1, maximum=65535),
+        },
+    ),
+    "options": Field("map", "what recipe_options may hold", keys=NAME, items=Field("table", "an option", fields=_OPTION)),
+    "config": Field("map", "default training configuration", items=Field("any", "")),
+    "env": Field("map", "environment of the job", keys=ENV_NAME, items=Field(
+        "table", "a variable", fields={"value": Field("text", "value", required=True), "why": Field("text", "reason", required=True)}
+    )),
+    "proven": Field("text", "how the recipe is proven", default=""),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe. `values` as in FIELDS; `options` the declared recipe_options; `folder` holds its templates."""
+
+    name: str
+    title: str
+    module: str
+    tasks: str
+    options: Mapping[str, Field]
+    values: Mapping[str, Any]
+    document: Document
+    folder: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decided value: `name` (dotted), `value`, why, and where it comes from (file:line:column, or a module's rule)."""
+
+    name: str
+    value: Any
+    reason: str
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class EnvVar:
+    """A variable of the job with the reason printed beside it."""
+
+    name: str
+    value: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a recipe may look at: the run, the site, the shape that the plan chose, and the YAML files it reads.
+
+    `read` maps an option with `reads: yaml` to its documents. `gpus_per_node` is 0 on CPU nodes.
+    """
+
+    spec: RunSpec
+    site: Site
+    recipe: Recipe
+    options: Mapping[str, Any]
+    config: Document
+    read: Mapping[str, tuple[Document, ...]]
+    run_dir: str
+    node_type: NodeType
+    num_nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks: one per GPU, or one per task where there are none."""
+        return self.num_nodes * (self.gpus_per_node or self.tasks_per_node)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What the runtime guard must know of the recipe's checkpoints, see `hpctrain/runtime`.
+
+    `target`: number in the folder name of the checkpoint that ends the run. `counter`: whether the framework
+    continues from `latest` or from the greatest folder name.
+    """
+
+    layout: str = "none"
+    target: int | None = None
+    tensor_parallel: int | None = None
+    pipeline_parallel: int | None = None
+    data_parallel: int | None = None
+    zero_stage: int | None = None
+    counter: str = "latest"
+    quarantine: bool = True
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Iterations in all, and between two checkpoints; None where unknown. `saves_on_signal`: before the time limit."""
+
+    iterations: int | None = None
+    save_every: int | None = None
+    saves_on_signal: bool = False
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a recipe decided.
+
+    `argv`: the step, run by every task. `configs`: text by file name, `config_for` the file of each mode.
+    `files`: more files of the run directory. `template`: values for the recipe's own template.
+    `paths`: (what, path, where) that the job needs at the site.
+    """
+
+    argv: tuple[str, ...] = ()
+    workdir: str | None = None
+    configs: Mapping[str, str] = field(default_factory=dict)
+    config_for: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    env: tuple[EnvVar, ...] = ()
+    guard: Guard = field(default_factory=Guard)
+    cadence: Cadence = field(default_factory=Cadence)
+    template: Mapping[str, Any] = field(default_factory=dict)
+    paths: tuple[tuple[str, str, str], ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+def list_recipes() -> Iterator[tuple[str, str, str]]:
+    """(name, layer, folder) of every recipe there is; a name appears once, the strongest layer's."""
+    seen = set()
+    for label, folder in layer_dirs("templates"):
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            path = os.path.join(folder, name)
+            if name not in seen and os.path.isfile(os.path.join(path, "recipe.yaml")):
+                seen.add(name)
+                yield name, label, path
+
+
+def load_recipe(name: str, where: str = "") -> Recipe:
+    """The recipe of that name. Raises UsageError with every problem of its file, or naming the nearest recipe."""
+    known = {found: folder for found, _, folder in list_recipes()}
+    if name not in known:
+        raise UsageError(f"there is no recipe `{name}`", where=where, hint=nearest(name, known))
+    path = os.path.join(known[name], "recipe.yaml")
+    document = load_yaml(path, name=f"templates/{name}/recipe.yaml")
+    values, problems = check(document, FIELDS)
+    if problems:
+        raise UsageError(problems)
+    options = {option: _field(declared) for option, declared in values["options"].items()}
+    return Recipe(name, values["title"], values["module"], values["tasks"], options, values, document, known[name])
+
+
+def check_recipe_options(recipe: Recipe, document: Document) -> tuple[dict[str, Any], list[Problem]]:
+    """The run's `recipe_options` with the declared defaults, and every problem."""
+    if not document.get("recipe_options"):
+        data = {**(document.data or {}), "recipe_options": {}}
+        document = Document(data, document.origins, document.key_origins, document.name)
+    return check(document, recipe.options, ("recipe_options",))
+
+
+def resolve(context: Context) -> Resolved:
+    """Let the recipe's module decide."""
+    module = importlib.import_module(f"hpctrain.recipes.{context.recipe.module}")
+    resolved = module.resolve(context)
+    assert isinstance(resolved, Resolved)
+    return resolved
+
+
+def _field(declared: Mapping[str, Any]) -> Field:
+    kind = declared["kind"]
+    return Field(
+        kind,
+        declared["doc"],
+        required=declared["required"],
+        default=declared["default"],
+        choices=tuple(declared["choices"]),
+        minimum=declared["minimum"],
+        maximum=declared["maximum"],
+        items=Field(declared["items"], "") if kind == "list" else Field("any", "") if kind == "map" else None,
+        multiline=kind == "text",
+    )

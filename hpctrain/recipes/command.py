@@ -1,0 +1,79 @@
+"""The plain recipe: any argv, so that everything works without a framework."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hpctrain.errors import Problem
+from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
+from hpctrain.schema import text_problem
+from hpctrain.spec import absolute
+
+
+def resolve(context: Context) -> Resolved:
+    """The argv as given; the run's `config:` as JSON in config.json, the same for every mode."""
+    spec, options = context.spec, context.options
+    where = spec.where("recipe_options", "argv")
+    problems = []
+    if not options["argv"]:
+        problems.append(
+            Problem("`recipe_options.argv` is empty", where=where, hint="name the program: [python3, train.py]")
+        )
+    elif options["argv"][0] == "":
+        problems.append(Problem("`recipe_options.argv` names an empty program", where=where))
+    if options["layout"] != "none" and not spec.checkpoint_dir:
+        problems.append(
+            Problem(
+                f"`layout: {options['layout']}` needs a checkpoint folder",
+                where=spec.where("recipe_options", "layout"),
+                hint="set `checkpoint: {dir: …}`",
+            )
+        )
+    if spec.num_links > 1 and options["layout"] == "none":
+        problems.append(
+            Problem(
+                f"a chain of {spec.num_links} jobs needs to know the checkpoints, and `layout` is none",
+                where=spec.where("chain", "jobs"),
+                hint="set `recipe_options: {layout: …}`, or queue one job",
+            )
+        )
+    problems += [
+        Problem(f"`config` {bad}", where=spec.where("config")) for bad in [_config_problem(spec.config)] if bad
+    ]
+    workdir = absolute(options["workdir"], spec.base_dir) if options["workdir"] else spec.base_dir
+    config = (
+        {}
+        if problems
+        else {"config.json": json.dumps(spec.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}
+    )
+    return Resolved(
+        argv=tuple(options["argv"]),
+        workdir=workdir,
+        configs=config,
+        config_for={mode: "config.json" for mode in ("scratch", "finetune", "resume")},
+        guard=Guard(layout=options["layout"], target=options["target_iteration"]),
+        cadence=Cadence(options["target_iteration"], options["save_every"], saves_on_signal=options["signal"]),
+        template={"forward_signal": options["signal"]},
+        paths=(("working directory", workdir, spec.where("recipe_options", "workdir")),),
+        decisions=(
+            Decision("step.argv", list(options["argv"]), "recipe_options.argv", where),
+            Decision(
+                "step.workdir",
+                workdir,
+                "recipe_options.workdir" if options["workdir"] else "the folder of run.yaml",
+                spec.where("recipe_options", "workdir") if options["workdir"] else "",
+            ),
+        ),
+        problems=tuple(problems),
+    )
+
+
+def _config_problem(value: Any) -> str:
+    if isinstance(value, str):
+        return text_problem(value, multiline=True)
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        return next(filter(None, map(_config_problem, value)), "")
+    return ""
