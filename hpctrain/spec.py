@@ -135,39 +135,40 @@ def read_layers(path: str, assignments: Sequence[str] = ()) -> list[Document]:
     return [*user, run, overrides]
 
 
-def spec_from_layers(layers: Sequence[Document], source: str) -> RunSpec:
-    """The checked RunSpec of merged layers. Raises UsageError with every problem, sorted by place."""
+def spec_from_layers(layers: Sequence[Document], source: str) -> tuple[RunSpec, list[Problem]]:
+    """The RunSpec of merged layers and every problem. With problems it is a best guess, good for finding more of them."""
     document = merge(layers)
     values, problems = check(document, FIELDS)
     problems += list(_env_problems(document, values["env"]))
     problems += check_options(values["sbatch"], lambda key: document.where_key("sbatch", key))
-    if problems:
-        raise UsageError(problems)
     base_dir = os.path.dirname(os.path.abspath(source))
 
-    def path(value: str | None) -> str | None:
-        return absolute(value, base_dir) if value else None
+    checkpoint, chain = values["checkpoint"], values["chain"]
+    data = {key: values["data"].get(key) or [] for key in ("train", "valid", "test")}
 
-    return RunSpec(
-        name=values["name"],
-        site=values["site"],
-        recipe=values["recipe"],
+    def path(value: str | None) -> str | None:
+        return absolute(value, base_dir) if isinstance(value, str) and value else None
+
+    spec = RunSpec(
+        name=values["name"] or "unnamed",
+        site=values["site"] or "",
+        recipe=values["recipe"] or "",
         account=values["account"],
         partition=values["partition"],
-        num_nodes=values["nodes"],
-        time_s=values["time"],
+        num_nodes=values["nodes"] or 1,
+        time_s=values["time"] or 3600,
         gpus_per_node=values["gpus_per_node"],
         tasks_per_node=values["tasks_per_node"],
         container=path(values["container"]),
-        container_binds=tuple(values["container_binds"]),
-        checkpoint_start=path(values["checkpoint"]["start"]),
-        checkpoint_dir=path(values["checkpoint"]["dir"]),
-        data={key: tuple(absolute(item, base_dir) for item in values["data"][key]) for key in values["data"]},
-        num_links=values["chain"]["jobs"],
-        give_up_after=values["chain"]["give_up_after"],
-        after_each=path(values["chain"]["after_each"]),
-        step_time_s=values["estimate"]["step_time_s"],
-        save_time_s=values["estimate"]["save_time_s"],
+        container_binds=tuple(filter(None, values["container_binds"])),
+        checkpoint_start=path(checkpoint.get("start")),
+        checkpoint_dir=path(checkpoint.get("dir")),
+        data={key: tuple(absolute(item, base_dir) for item in items if item) for key, items in data.items()},
+        num_links=chain.get("jobs") or 1,
+        give_up_after=chain.get("give_up_after") or 3,
+        after_each=path(chain.get("after_each")),
+        step_time_s=values["estimate"].get("step_time_s"),
+        save_time_s=values["estimate"].get("save_time_s"),
         config=values["config"],
         recipe_options=values["recipe_options"],
         env={name: _env_text(value) for name, value in values["env"].items()},
@@ -177,6 +178,7 @@ def spec_from_layers(layers: Sequence[Document], source: str) -> RunSpec:
         base_dir=base_dir,
         source=source,
     )
+    return spec, problems
 
 
 def absolute(path: str, base_dir: str) -> str:

@@ -142,6 +142,7 @@ def parse_set(assignments: Sequence[str]) -> Document:
     """The layer of `--set key.path=value` options; values are YAML. Raises UsageError for every bad one."""
     data: dict[str, Any] = {}
     origins: dict[Path, Origin] = {}
+    key_origins: dict[Path, Origin] = {}
     problems: list[Problem] = []
     for text in assignments:
         key, equals, raw = text.partition("=")
@@ -168,9 +169,11 @@ def parse_set(assignments: Sequence[str]) -> Document:
             node[path[-1]] = value
             for sub_path, _ in walk(value):
                 origins[path + sub_path] = Origin(name)
+            for length in range(1, len(path)):
+                key_origins.setdefault(path[:length], Origin(name))
     if problems:
         raise UsageError(problems)
-    return Document(data, origins, dict(origins), "--set")
+    return Document(data, origins, {**key_origins, **origins}, "--set")
 
 
 def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

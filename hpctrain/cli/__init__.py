@@ -13,7 +13,11 @@ import click
 from hpctrain import __version__, errors, output
 
 # verb: (module under hpctrain.cli, one-line help). The order is the flow, and the order of `--help`.
-VERBS: dict[str, tuple[str, str]] = {}
+VERBS: dict[str, tuple[str, str]] = {
+    "check": ("check", "find every problem of a run at once, without any effect"),
+    "plan": ("plan", "show every decided value with its reason, and the cost"),
+    "render": ("render", "write the run directory; prints the path of job.sbatch"),
+}
 
 
 class LazyGroup(click.Group):

@@ -1,0 +1,158 @@
+"""What only the machine at hand can tell about a plan: files, the shell's environment, and Slurm's own opinion."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+
+from hpctrain import slurm
+from hpctrain.errors import EnvironmentFault, Problem
+from hpctrain.load import Loaded
+from hpctrain.plan import Plan
+from hpctrain.render import render_job
+from hpctrain.site import Site
+
+
+def find_problems(loaded: Loaded) -> list[Problem]:
+    """Every problem of the plan and of this machine, errors first. Nothing is written or submitted.
+
+    Away from the site, what cannot be seen from here is a note; at the site it is an error.
+    """
+    plan = loaded.plan
+    here = at_site(plan.site)
+    found = [*plan.problems, *_files(plan, here), *_secrets(plan), *_environment(os.environ)]
+    if not plan.errors:
+        found += _ask_slurm(loaded, here)
+    order = {"error": 0, "warning": 1, "note": 2}
+    return sorted(dict.fromkeys(found), key=lambda problem: order[problem.level])
+
+
+def at_site(site: Site) -> bool:
+    """Whether this machine is the site: by its Slurm's name, a login host's name, or, for a profile that names neither, any Slurm."""
+    match = site.values["match"]
+    names = {socket.gethostname(), socket.gethostname().split(".")[0]}
+    if any(re.fullmatch(pattern, name) for pattern in match["hostnames"] for name in names):
+        return True
+    if match["cluster_name"]:
+        return bool(slurm.cluster_name() == match["cluster_name"])
+    return not match["hostnames"] and slurm.have("sbatch")
+
+
+def _files(plan: Plan, here: bool) -> Iterator[Problem]:
+    spec = plan.spec
+    level, suffix = ("error", "") if here else ("note", f", which is no surprise away from {plan.site.name}")
+
+    def missing(what: str, path: str, where: str, hint: str = "") -> Problem:
+        return Problem(f"the {what} `{path}` is not there{suffix}", where, hint=hint, level=level)
+
+    if spec.container and not os.path.exists(spec.container):
+        yield missing("container", spec.container, spec.where("container"))
+    if spec.checkpoint_start and not os.path.isdir(spec.checkpoint_start):
+        yield missing("start checkpoint", spec.checkpoint_start, spec.where("checkpoint", "start"))
+    if spec.checkpoint_dir and not os.path.isdir(spec.checkpoint_dir):
+        parent = _nearest_existing(spec.checkpoint_dir)
+        if not os.access(parent, os.W_OK):
+            yield missing(
+                "checkpoint folder", spec.checkpoint_dir, spec.where("checkpoint", "dir"), "and it cannot be made here"
+            )
+    if spec.after_each and not os.path.isfile(spec.after_each):
+        yield missing("script of `chain.after_each`", spec.after_each, spec.where("chain", "after_each"))
+    for kind, paths in spec.data.items():
+        for index, path in enumerate(paths):
+            where = spec.where("data", kind, index)
+            if os.path.exists(path):
+                continue
+            for suffix_ in (".bin", ".idx"):
+                if not os.path.isfile(path + suffix_):
+                    yield missing(
+                        f"{kind} data file",
+                        path + suffix_,
+                        where,
+                        "`hpctrain tokenize` makes such a pair; name it without .bin",
+                    )
+    for what, path, where in plan.resolved.paths:
+        if not os.path.exists(path):
+            yield missing(what, path, where)
+
+
+def _secrets(plan: Plan) -> Iterator[Problem]:
+    spec = plan.spec
+    if not spec.secrets:
+        return
+    path = os.path.join(spec.base_dir, os.path.expanduser(spec.secrets))
+    where = spec.where("secrets")
+    try:
+        status = os.lstat(path)
+    except OSError as error:
+        level = "error" if at_site(plan.site) else "note"
+        yield Problem(f"the secrets file `{spec.secrets}` cannot be read: {error.strerror}", where, level=level)
+        return
+    if not stat.S_ISREG(status.st_mode):
+        yield Problem(
+            f"the secrets file `{spec.secrets}` is not a plain file", where, hint="no symlinks: name the file itself"
+        )
+    elif status.st_mode & 0o077:
+        yield Problem(
+            f"others can read the secrets file `{spec.secrets}` (mode {stat.S_IMODE(status.st_mode):04o})", where,
+            hint=f"chmod 600 {spec.secrets}",
+        )  # fmt: skip
+    elif status.st_uid != os.getuid():
+        yield Problem(f"the secrets file `{spec.secrets}` belongs to someone else", where)
+    else:
+        yield from _secret_lines(path, where)
+
+
+def _secret_lines(path: str, where: str) -> Iterator[Problem]:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            text = line.strip()
+            if text and not text.startswith("#") and not re.match(r"(export\s+)?[A-Za-z_][A-Za-z0-9_]*=", text):
+                # Never show the line: it may hold half of a secret.
+                yield Problem(f"line {number} of the secrets file is not KEY=VALUE", where)
+
+
+def _environment(environment: Mapping[str, str]) -> Iterator[Problem]:
+    names = slurm.leaking(environment)
+    overriding = [name for name in names if name.startswith("SBATCH_")]
+    inside = [name for name in names if not name.startswith("SBATCH_")]
+    if overriding:
+        yield Problem(
+            f"this shell sets {', '.join(overriding)}, which override the job script's own options", level="warning",
+            why="man sbatch: environment variables override options set in a batch script; `hpctrain chain` removes them",
+            hint=f"unset {' '.join(overriding)}",
+        )  # fmt: skip
+    if inside:
+        yield Problem(
+            f"this shell is inside an allocation ({', '.join(inside[:4])}{', …' if len(inside) > 4 else ''}), whose settings leak into jobs",
+            level="warning", hint="submit from a login node's shell; `hpctrain chain` removes them",
+        )  # fmt: skip
+
+
+def _ask_slurm(loaded: Loaded, here: bool) -> Iterator[Problem]:
+    if not slurm.have("sbatch"):
+        yield Problem("there is no Slurm here, so its own opinion was not asked", level="note")
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".sbatch", encoding="utf-8") as script:
+        script.write(render_job(loaded.plan, loaded.inputs))
+        script.flush()
+        try:
+            accepted, words = slurm.test_only(script.name)
+        except EnvironmentFault as error:
+            yield Problem(error.problems[0].what, hint=error.problems[0].hint, level="error" if here else "note")
+            return
+    if accepted:
+        yield Problem(f"Slurm would take it: {words.splitlines()[-1] if words else 'yes'}", level="note")
+    elif here or os.environ.get("HPCTRAIN_SANDBOX_SITE") == loaded.plan.site.name:
+        yield Problem(f"Slurm would refuse it: {words}", hint="`scontrol show partition` shows the limits")
+    else:
+        yield Problem(f"the Slurm here is not {loaded.plan.site.name}'s, and would refuse it: {words}", level="note")
+
+
+def _nearest_existing(path: str) -> str:
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path

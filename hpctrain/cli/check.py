@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import click
+
+from hpctrain import errors, output
+from hpctrain.cli import common
+
+
+@click.command()
+@common.run_yaml
+@common.out_dir
+@common.set_option
+@common.as_json
+def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as_json: bool) -> None:
+    """Find every problem of a run at once, without any effect.
+
+    Exits 0 without errors, 1 when the machine or Slurm would refuse the run, 2 when run.yaml itself is not valid.
+
+    \b
+    hpctrain check
+    hpctrain check my.yaml --set nodes=64 --json
+    """
+    from hpctrain.check import find_problems
+    from hpctrain.load import load_plan
+
+    try:
+        loaded = load_plan(run_yaml, assignments, out_dir)
+        found, invalid = find_problems(loaded), bool(loaded.plan.errors)
+    except errors.UsageError as error:
+        found, invalid = list(error.problems), True
+    bad = [problem for problem in found if problem.level == "error"]
+    if as_json:
+        output.data_json(ok=not bad, problems=[problem.as_json() for problem in found])
+    else:
+        output.problems(found)
+        output.info(f"{len(bad)} errors, {len(found) - len(bad)} other remarks" if found else "no problems")
+        if not bad:
+            output.next_step(f"hpctrain render {run_yaml}" if run_yaml != "run.yaml" else "hpctrain render")
+    if bad:
+        raise click.exceptions.Exit(errors.USAGE if invalid else errors.NO)

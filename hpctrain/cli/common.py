@@ -1,0 +1,36 @@
+"""Arguments and options that several verbs share, so that the same flag means the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from hpctrain import output
+from hpctrain.errors import UsageError
+from hpctrain.plan import Plan
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+run_yaml = click.argument("run_yaml", default="run.yaml", type=click.Path(), metavar="[RUN_YAML]")
+set_option = click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a value, e.g. --set config.train_iters=500.",
+)
+out_dir = click.option(
+    "-o", "--out", "out_dir", type=click.Path(), help="The run directory [default: runs/<name> beside run.yaml]."
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+dry_run = click.option("--dry-run", is_flag=True, help="Do everything but the one effect.")
+yes = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+
+
+def require_valid(plan: Plan) -> None:
+    """Say the plan's warnings; raise UsageError with all its problems when it has errors."""
+    if plan.errors:
+        raise UsageError(plan.problems)
+    output.problems(plan.problems)

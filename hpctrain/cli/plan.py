@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import click
+
+from hpctrain import errors, output
+from hpctrain.cli import common
+
+
+@click.command()
+@common.run_yaml
+@common.out_dir
+@common.set_option
+@common.as_json
+def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as_json: bool) -> None:
+    """Show every decided value with its reason and where it comes from, the arithmetic and the cost.
+
+    \b
+    hpctrain plan
+    hpctrain plan --json | jq .cost
+    """
+    from hpctrain.load import load_plan
+    from hpctrain.render import plan_json
+
+    loaded = load_plan(run_yaml, assignments, out_dir)
+    plan = loaded.plan
+    if as_json:
+        fields = plan_json(plan, loaded.inputs)
+        fields.pop("schema_version")
+        output.data_json(ok=not plan.errors, **fields)
+    else:
+        output.table(
+            [(d.name, _short(d.value), d.reason, d.origin) for d in plan.decisions],
+            ("value of", "is", "because", "from"),
+        )
+        jobs = plan.spec.num_links
+        cost = plan.cost
+        output.info(f"one job: {cost.node_hours:,.1f} node-hours, {cost.gpu_hours:,.1f} GPU-hours as Slurm counts GPUs")
+        if cost.billed is not None:
+            output.info(
+                f"billed: {cost.billed:,.1f} {cost.unit}s a job, {cost.billed * jobs:,.1f} at most for {jobs} jobs"
+            )
+        else:
+            output.info(f"billed: unknown; {cost.formula}")
+        output.problems(plan.problems)
+    if plan.errors:
+        raise click.exceptions.Exit(errors.USAGE)
+    if not as_json:
+        output.next_step("hpctrain check && hpctrain render")
+
+
+def _short(value: object) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text if len(text) <= 100 else text[:97] + "…"

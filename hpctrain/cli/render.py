@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import os
+
+import click
+
+from hpctrain import output
+from hpctrain.cli import common
+
+
+@click.command()
+@common.run_yaml
+@common.out_dir
+@common.set_option
+@click.option("--force", is_flag=True, help="Replace what an earlier render wrote.")
+@common.dry_run
+def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], force: bool, dry_run: bool) -> None:
+    """Write the run directory; stdout is the path of job.sbatch and nothing else.
+
+    \b
+    sbatch "$(hpctrain render)"
+    hpctrain render my.yaml --set nodes=2 -o runs/small
+    """
+    from hpctrain.load import load_plan
+    from hpctrain.rundir import run_files, write_run_dir
+
+    loaded = load_plan(run_yaml, assignments, out_dir)
+    common.require_valid(loaded.plan)
+    files = run_files(loaded.plan, loaded.inputs)
+    job = os.path.join(loaded.plan.run_dir, "job.sbatch")
+    if dry_run:
+        output.info(f"would write {len(files)} files to {loaded.plan.run_dir}")
+    else:
+        changed = write_run_dir(loaded.plan.run_dir, files, force)
+        output.info(f"{'wrote' if changed else 'unchanged:'} {loaded.plan.run_dir}")
+    output.data(job)

@@ -1,0 +1,119 @@
+"""Reads everything a run names and makes its plan: the one way from a run.yaml on disk to a Plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpctrain.errors import HpctrainError, Problem, UsageError
+from hpctrain.plan import Plan, make_plan
+from hpctrain.recipe import Recipe, load_recipe
+from hpctrain.site import load_site
+from hpctrain.spec import RunSpec, absolute, read_layers, spec_from_layers
+from hpctrain.yamlio import Document, load_yaml, merge
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A plan and the bytes of what it was made from (`run.yaml`, `site.yaml`, base configs), by name."""
+
+    plan: Plan
+    inputs: Mapping[str, bytes]
+
+
+def load_plan(path: str, assignments: Sequence[str] = (), out_dir: str | None = None) -> Loaded:
+    """Read `path` with its layers, site, recipe and base configs, and plan it.
+
+    The run directory is `out_dir`, or `runs/<name>` beside run.yaml. The plan may hold errors: see `Plan.errors`.
+    Raises UsageError or EnvironmentFault, with every problem that could be found.
+    """
+    layers = read_layers(path, assignments)
+    merged = merge(layers)
+    base_dir = os.path.dirname(os.path.abspath(path))
+    problems: list[Problem] = []
+    site = recipe = None
+    try:
+        site = load_site(_text(merged, "site"), base_dir, merged.where("site")) if _text(merged, "site") else None
+    except HpctrainError as error:
+        problems += error.problems
+    try:
+        recipe = load_recipe(_text(merged, "recipe"), merged.where("recipe")) if _text(merged, "recipe") else None
+    except HpctrainError as error:
+        problems += error.problems
+    if site and site.values["defaults"]:
+        layers.insert(0, _site_defaults(site.document))
+    spec, spec_problems = spec_from_layers(layers, path)
+    problems = [*spec_problems, *problems]
+    if not site or not recipe:
+        raise UsageError(problems)
+    inputs: dict[str, bytes] = {"run.yaml": _read(path), "site.yaml": _site_bytes(site.document, site.files)}
+    documents, option_problems = _read_options(spec, recipe, inputs)
+    problems += option_problems
+    run_dir = os.path.abspath(out_dir) if out_dir else os.path.join(base_dir, "runs", spec.name)
+    if any(ord(char) < 32 or ord(char) == 127 for char in run_dir):
+        raise UsageError(
+            f"the run directory {run_dir!r} has control characters in its path, which no job script can carry"
+        )
+    return Loaded(make_plan(spec, site, recipe, run_dir, documents, problems), inputs)
+
+
+def _text(document: Document, key: str) -> str:
+    value = document.get(key)
+    return value if isinstance(value, str) and value.isprintable() else ""
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _read_options(
+    spec: RunSpec, recipe: Recipe, inputs: dict[str, bytes]
+) -> tuple[dict[str, tuple[Document, ...]], list[Problem]]:
+    """The YAML documents of the options that the recipe declares `reads: yaml`, and the problems of all files."""
+    documents: dict[str, tuple[Document, ...]] = {}
+    problems: list[Problem] = []
+    for option, declared in recipe.values["options"].items():
+        if declared["reads"] != "yaml":
+            continue
+        value = spec.recipe_options.get(option, declared["default"])
+        names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        found = []
+        for index, name in enumerate(names):
+            if not isinstance(name, str):
+                continue  # its type is reported with the other options
+            try:
+                full = absolute(name, spec.base_dir)
+                found.append(load_yaml(full, name=name))
+                inputs[f"{option}[{index}]"] = _read(full)
+            except HpctrainError as error:
+                problems += [
+                    Problem(
+                        f"`recipe_options.{option}`: {problem.what}",
+                        where=f"{problem.where} (named at {spec.where('recipe_options', option, index)})",
+                        why=problem.why,
+                        hint=problem.hint or "paths are relative to run.yaml",
+                    )
+                    for problem in error.problems
+                ]
+        documents[option] = tuple(found)
+    return documents, problems
+
+
+def _site_defaults(document: Document) -> Document:
+    def inside(origins: Mapping[Any, Any]) -> dict[Any, Any]:
+        return {path[1:]: origin for path, origin in origins.items() if path[:1] == ("defaults",)}
+
+    return Document(document.get("defaults"), inside(document.origins), inside(document.key_origins), document.name)
+
+
+def _site_bytes(document: Document, files: Sequence[str]) -> bytes:
+    """The profile as one file: the layers merged, without the comments of the originals."""
+    import yaml
+
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    head = f"# merged from {', '.join(files)}\n"
+    text: str = yaml.dump(document.data, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
+    return (head + text).encode("utf-8")

@@ -1,0 +1,231 @@
+"""Plan -> {path: text}. Pure and deterministic: the same plan gives the same bytes, wherever it is rendered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+
+from hpctrain import __version__
+from hpctrain.errors import UsageError
+from hpctrain.plan import Plan
+from hpctrain.resources import layer_dirs, shipped_dir
+from hpctrain.shell import ShellText, comment, node_path, quote, quote_all, sbatch_value
+
+QUOTING_FILTERS = frozenset({"q", "qjoin", "sbatch", "comment", "raw_shell"})
+_JOB = "job.sbatch"
+
+
+def render(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, str]:
+    """The files of the run directory by name, without `runtime/`. `inputs`: name -> bytes of what the plan was made from.
+
+    Raises UsageError when a template is not valid or a value cannot be carried.
+    """
+    files = dict(plan.resolved.configs)
+    files.update(plan.resolved.files)
+    files[_JOB] = render_job(plan, inputs)
+    files["plan.json"] = _json(plan_json(plan, inputs))
+    return files
+
+
+def render_job(plan: Plan, inputs: Mapping[str, bytes]) -> str:
+    """The text of job.sbatch."""
+    environment = make_environment()
+    used: list[str] = []
+    name = template_name(environment, plan.recipe.name)
+    values = plan.site.values
+    spec = plan.spec
+    needs_cpus = not any(option.option == "cpu-bind" for option in plan.srun_options)
+    try:
+        template = environment.get_template(name)
+        used += _chain(environment, name)
+        return template.render(
+            plan=plan,
+            run_dir=plan.run_dir,
+            version=__version__,
+            source_name="run.yaml",
+            source_sha256=_sha256(inputs.get("run.yaml", b""))[:12],
+            templates=", ".join(used),
+            modules=values["modules"],
+            unset_env=[name for name in values["unset_env"] if name not in {variable.name for variable in plan.env}],
+            export_cpus=needs_cpus,
+            secrets=_secrets_path(spec.secrets, spec.base_dir) if spec.secrets else None,
+            config_for=sorted(plan.resolved.config_for.items()),
+            rendezvous_suffix=values["network"]["rendezvous_suffix"],
+            port_base=values["network"]["port_base"],
+            port_range=values["network"]["port_range"],
+            node_dirs=[
+                {"name": name, "path": node_path(fields["path"], plan.node_type.tmp_path), "why": fields["why"]}
+                for name, fields in values["node_dirs"].items()
+            ],
+            workdir=plan.resolved.workdir or plan.run_dir,
+            recipe=plan.resolved.template,
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise UsageError(
+            f"template: {error.message}", where=f"{error.filename or error.name}:{error.lineno}"
+        ) from error
+    except jinja2.TemplateError as error:
+        raise UsageError(f"template `{name}`: {error}") from error
+
+
+def make_environment() -> jinja2.Environment:
+    """The Jinja environment of all templates.
+
+    Undefined is an error; comments are `{## ##}` because bash has `${#x[@]}`; a user's template of the same name shadows
+    the shipped one and extends it as `!builtin/<name>`.
+    """
+    shipped = shipped_dir("templates")
+    loaders: list[jinja2.BaseLoader] = [
+        jinja2.FileSystemLoader(folder) for label, folder in layer_dirs("templates") if label != "shipped"
+    ]
+    loaders += [jinja2.PrefixLoader({"!builtin": jinja2.FileSystemLoader(shipped)}), jinja2.FileSystemLoader(shipped)]
+    environment = _Linted(
+        loader=jinja2.ChoiceLoader(loaders),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        comment_start_string="{##",
+        comment_end_string="##}",
+        autoescape=False,
+        auto_reload=False,
+    )
+    environment.filters.update(
+        q=quote, qjoin=quote_all, sbatch=sbatch_value, comment=comment, raw_shell=_raw_shell
+    )  # fmt: skip
+    return environment
+
+
+def template_name(environment: jinja2.Environment, recipe: str) -> str:
+    """The job template of a recipe: its own, or the base one."""
+    own = f"{recipe}/{_JOB}.j2"
+    try:
+        assert environment.loader
+        environment.loader.get_source(environment, own)
+    except jinja2.TemplateNotFound:
+        return f"base/{_JOB}.j2"
+    return own
+
+
+def lint_template(tree: nodes.Template) -> list[tuple[int, str]]:
+    """(line, what) of every `{{ }}` whose last filter does not quote."""
+    found = []
+    for output in tree.find_all(nodes.Output):
+        for node in output.nodes:
+            if isinstance(node, nodes.TemplateData):
+                continue
+            if isinstance(node, nodes.Filter) and node.name in QUOTING_FILTERS:
+                continue
+            if (
+                isinstance(node, nodes.Call)
+                and isinstance(node.node, nodes.Name)
+                and node.node.name in ("super", "caller")
+            ):
+                continue
+            found.append(
+                (node.lineno, "an expression that does not end in a quoting filter (q, qjoin, sbatch, comment)")
+            )
+    return found
+
+
+def plan_json(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, Any]:
+    """What plan.json holds: the guard's facts, the shape, every decision, and the hashes of what it was made from."""
+    return {
+        "schema_version": 1,
+        "hpctrain": __version__,
+        "run": plan.spec.name,
+        "site": plan.site.name,
+        "recipe": plan.recipe.name,
+        "guard": plan.guard(),
+        "job": {
+            "partition": plan.partition.name,
+            "account": plan.spec.account,
+            "num_nodes": plan.spec.num_nodes,
+            "gpus_per_node": plan.gpus_per_node,
+            "tasks_per_node": plan.tasks_per_node,
+            "cpus_per_task": plan.cpus_per_task,
+            "time_s": plan.spec.time_s,
+            "num_links": plan.spec.num_links,
+            "signal": dict(plan.signal),
+            "step_time_s": plan.spec.step_time_s,
+            "iterations": plan.resolved.cadence.iterations,
+            "save_every": plan.resolved.cadence.save_every,
+            "saves_on_signal": plan.resolved.cadence.saves_on_signal,
+        },
+        "cost": {
+            "node_hours": plan.cost.node_hours,
+            "gpu_hours": plan.cost.gpu_hours,
+            "billed": plan.cost.billed,
+            "unit": plan.cost.unit,
+            "formula": plan.cost.formula,
+        },
+        "decisions": [
+            {"name": d.name, "value": d.value, "reason": d.reason, "origin": _portable(d.origin, plan)}
+            for d in plan.decisions
+        ],
+        "notes": [_portable_problem(problem, plan) for problem in plan.problems],
+        "inputs": {name: {"sha256": _sha256(raw), "size": len(raw)} for name, raw in sorted(inputs.items())},
+    }
+
+
+class _Linted(jinja2.Environment):
+    """Refuses templates in which a value could reach the shell unquoted."""
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for line, what in lint_template(tree):
+            raise jinja2.TemplateSyntaxError(what, line, name, filename)
+        return tree
+
+
+def _raw_shell(value: object) -> str:
+    """Text that is shell already: a ShellText, or a plain word that needs no quoting."""
+    if isinstance(value, ShellText) or (isinstance(value, str) and value.replace("-", "_").isidentifier()):
+        return str(value)
+    raise jinja2.TemplateRuntimeError(f"{value!r} is not shell text; use the filter q")
+
+
+def _chain(environment: jinja2.Environment, name: str) -> list[str]:
+    """The template and those it extends, as the header names them."""
+    found: list[str] = []
+    while name and name not in found:
+        found.append(name)
+        assert environment.loader
+        source = environment.loader.get_source(environment, name)[0]
+        tree = environment.parse(source, name)
+        extends = tree.find(nodes.Extends)
+        name = extends.template.value if extends and isinstance(extends.template, nodes.Const) else ""
+    return [name.replace("!builtin/", "") for name in found]
+
+
+def _secrets_path(path: str, base_dir: str) -> ShellText:
+    """The secrets file as the job names it: `~` is the home of whoever the job runs as."""
+    if path.startswith("~/"):
+        return ShellText('"$HOME"/' + quote(path[2:]))
+    return quote(os.path.normpath(os.path.join(base_dir, path)))
+
+
+def _portable(origin: str, plan: Plan) -> str:
+    """An origin without this machine's paths: the run.yaml is called by its name."""
+    source = plan.spec.source
+    return "run.yaml" + origin[len(source) :] if source and origin.startswith(source) else origin
+
+
+def _portable_problem(problem: Any, plan: Plan) -> dict[str, str]:
+    fields: dict[str, str] = problem.as_json()
+    fields["where"] = _portable(fields["where"], plan)
+    return fields
+
+
+def _sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n"

@@ -1,0 +1,164 @@
+"""Writes and reads a run directory: all of it or nothing, never over something else without being told.
+
+A new run directory appears by one rename. A changed one is staged whole in `.render-new`, which one rename commits as
+`.render-commit`; then its files move into place. Whoever finds a commit that was cut off moves the rest first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+
+from hpctrain.errors import EnvironmentFault, Problem, Refused
+from hpctrain.plan import Plan
+from hpctrain.render import render
+
+COMMIT = ".render-commit"
+STAGED = ".render-new"
+
+
+def run_files(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Every file of the plan's run directory by relative path, `runtime/` included."""
+    files = {name: text.encode("utf-8") for name, text in render(plan, inputs).items()}
+    files["run.yaml"] = inputs["run.yaml"]
+    files["site.yaml"] = inputs["site.yaml"]
+    runtime = os.path.join(os.path.dirname(os.path.abspath(__file__)), "runtime")
+    for name in sorted(os.listdir(runtime)):
+        if name.endswith(".py"):
+            with open(os.path.join(runtime, name), "rb") as file:
+                files[f"runtime/{name}"] = file.read()
+    return files
+
+
+def write_run_dir(run_dir: str, files: Mapping[str, bytes], force: bool = False) -> bool:
+    """Make `run_dir` hold exactly these files (beside logs, ledgers and whatever else is there). True when it changed.
+
+    Raises Refused when it holds other content of the same names and `force` is not set, with the differences.
+    """
+    if os.path.isdir(os.path.join(run_dir, COMMIT)):
+        _finish_commit(run_dir)
+    if not os.path.lexists(run_dir):
+        _create(run_dir, files)
+        return True
+    if not os.path.isdir(run_dir):
+        raise Refused(f"`{run_dir}` is there and is no folder", hint="name another one with -o")
+    present = {name: _read_if_there(os.path.join(run_dir, name)) for name in files}
+    changed = [name for name in files if present[name] != files[name]]
+    if not changed:
+        _make_logs(run_dir)
+        return False
+    others = [name for name in os.listdir(run_dir) if name not in ("logs", STAGED)]
+    is_run_dir = present.get("plan.json") is not None or not others
+    if not is_run_dir:
+        raise Refused(f"`{run_dir}` holds files that are not a run's", hint="name another folder with -o")
+    if not force and others:
+        raise Refused(
+            Problem(
+                f"`{run_dir}` was rendered from something else",
+                why="\n".join(_difference(name, present[name], files[name]) for name in changed),
+                hint="render with --force to replace these files, or give the run another name; "
+                "jobs that are already queued read the configs as they are when they start",
+            )
+        )
+    _replace(run_dir, files)
+    return True
+
+
+def _create(run_dir: str, files: Mapping[str, bytes]) -> None:
+    parent = os.path.dirname(run_dir)
+    os.makedirs(parent, exist_ok=True)
+    staged = tempfile.mkdtemp(prefix=f".{os.path.basename(run_dir)}.", dir=parent)
+    try:
+        os.chmod(staged, 0o777 & ~_umask())
+        _write_all(staged, files)
+        _make_logs(staged)
+        try:
+            os.rename(staged, run_dir)
+        except OSError as error:
+            raise Refused(
+                f"`{run_dir}` was made by someone else at this moment: {error.strerror}", hint="render again"
+            ) from error
+        _sync_dir(parent)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def _replace(run_dir: str, files: Mapping[str, bytes]) -> None:
+    staged = os.path.join(run_dir, STAGED)
+    shutil.rmtree(staged, ignore_errors=True)  # left by a render that was cut off before its commit
+    os.mkdir(staged)
+    _write_all(staged, files)
+    os.rename(staged, os.path.join(run_dir, COMMIT))
+    _sync_dir(run_dir)
+    _finish_commit(run_dir)
+
+
+def _finish_commit(run_dir: str) -> None:
+    """Move what is left of a committed render into place; the job script last, so that it never runs on half of it."""
+    commit = os.path.join(run_dir, COMMIT)
+    found = []
+    for folder, _, names in os.walk(commit):
+        found += [os.path.relpath(os.path.join(folder, name), commit) for name in names]
+    for name in sorted(found, key=lambda name: (name == "job.sbatch", name)):
+        target = os.path.join(run_dir, name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.replace(os.path.join(commit, name), target)
+    _make_logs(run_dir)
+    _sync_dir(run_dir)
+    shutil.rmtree(commit)
+
+
+def _write_all(folder: str, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with open(path, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if name == "job.sbatch":
+                os.chmod(path, 0o777 & ~_umask())
+        except OSError as error:
+            raise EnvironmentFault(f"cannot write `{path}`: {error.strerror}") from error
+
+
+def _make_logs(run_dir: str) -> None:
+    os.makedirs(os.path.join(run_dir, "logs"), exist_ok=True)
+
+
+def _read_if_there(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def _difference(name: str, old: bytes | None, new: bytes) -> str:
+    if old is None:
+        return f"{name}: would be added"
+    lines = difflib.unified_diff(
+        old.decode("utf-8", "replace").splitlines(), new.decode("utf-8", "replace").splitlines(), name, name, lineterm="", n=0
+    )  # fmt: skip
+    shown = [line for line in lines if not line.startswith(("---", "+++"))]
+    more = [f"… {len(shown) - 12} more lines"] if len(shown) > 12 else []
+    return "\n".join([f"{name}:", *("  " + line for line in shown[:12] + more)])
+
+
+def _sync_dir(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
