@@ -52,9 +52,11 @@ def load_plan(path: str, assignments: Sequence[str] = (), out_dir: str | None = 
     documents, option_problems = _read_options(spec, recipe, inputs)
     problems += option_problems
     run_dir = os.path.abspath(out_dir) if out_dir else os.path.join(base_dir, "runs", spec.name)
-    if any(ord(char) < 32 or ord(char) == 127 for char in run_dir):
+    if any(ord(char) < 32 or ord(char) == 127 or char == "\\" for char in run_dir):
         raise UsageError(
-            f"the run directory {run_dir!r} has control characters in its path, which no job script can carry"
+            f"the run directory {run_dir!r} has a backslash or a control character in its path, "
+            "which Slurm's file name patterns cannot carry",
+            hint="name another one with -o",
         )
     return Loaded(make_plan(spec, site, recipe, run_dir, documents, problems), inputs)
 

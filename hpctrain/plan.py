@@ -529,7 +529,7 @@ class _Decider:
 
         if partition.max_time_s and spec.time_s > partition.max_time_s:
             links = -(-spec.time_s // partition.max_time_s)
-            over(f"`time: {format_time(spec.time_s)}` is longer", format_time(partition.max_time_s), "time", "max_time",
+            over(f"`time: {spec.document.get('time', default=format_time(spec.time_s))}` is longer", format_time(partition.max_time_s), "time", "max_time",
                  f"set `time: {format_time(partition.max_time_s)}` and `chain: {{jobs: {links}}}`")  # fmt: skip
         if partition.max_nodes and spec.num_nodes > partition.max_nodes:
             over(f"`nodes: {spec.num_nodes}` is more", str(partition.max_nodes), "nodes", "max_nodes", "")

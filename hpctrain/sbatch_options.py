@@ -69,7 +69,7 @@ def check_options(options: Mapping[str, Any], where: Callable[[str], str]) -> li
         if name in OWNED:
             problems.append(Problem(f"`sbatch.{name}` cannot be set here", where=where(name), hint=OWNED[name]))
         elif name not in REPLACES and name not in FREE and name not in SWITCHES:
-            known = sorted(REPLACES | FREE | SWITCHES)
+            known = sorted({*REPLACES, *FREE, *SWITCHES, *OWNED})
             problems.append(
                 Problem(
                     f"sbatch has no option `--{name}`, or it has no place in a run",

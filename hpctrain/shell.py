@@ -26,7 +26,9 @@ def quote(value: object) -> ShellText:
     text = str(value)
     if "\0" in text:
         raise ValueError("a NUL byte cannot be part of a shell word")
-    return ShellText(shlex.quote(text))
+    word = shlex.quote(text)
+    # A bare comma is fine for bash, but reads like a separator in an array (shellcheck SC2054).
+    return ShellText(f"'{word}'" if word == text and "," in text else word)
 
 
 def quote_all(values: Iterable[object]) -> ShellText:

@@ -1,0 +1,65 @@
+"""Fixtures for all tests: a bare environment, run.yaml writing, and running a job script without a Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what is rendered now")
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch, tmp_path_factory):
+    """No test sees the developer's own config, profiles, templates or Slurm settings."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "SBATCH_", "SRUN_", "HPCTRAIN_")) and name != "SLURM_CONF":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HPCTRAIN_NO_USER_CONFIG", "1")
+
+
+@pytest.fixture
+def hpctrain():
+    """Run the command line in a process of its own: `hpctrain("render", …)` gives the CompletedProcess."""
+
+    def run(*args, cwd=None, env=None, **kwargs):
+        return subprocess.run(
+            [sys.executable, "-m", "hpctrain", *map(str, args)],
+            cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False, **kwargs,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def run_job(tmp_path):
+    """Run a job script with fakes for srun, singularity, module and scontrol: gives the process and what they noted."""
+
+    def run(job, env=None, args=(), num_tasks=1):
+        log = tmp_path / "fake.log"
+        log.write_text("")
+        environment = {
+            "PATH": f"{TESTS}/fakes/bin:{os.path.dirname(sys.executable)}:/usr/bin:/bin",
+            "HOME": str(tmp_path / "home"),
+            "USER": "someone",
+            "FAKE_LOG": str(log),
+            "SLURM_JOB_ID": "4242",
+            "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_JOB_NODELIST": "nid000001",
+            "SLURM_NTASKS": str(num_tasks),
+            **(env or {}),
+        }
+        done = subprocess.run(
+            ["bash", str(job), *args], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )  # fmt: skip
+        return done, [json.loads(line) for line in log.read_text().splitlines()]
+
+    return run

@@ -1,0 +1,63 @@
+"""Every case of tests/golden renders to exactly the files beside it; bash, shellcheck and the lint find nothing in them.
+
+`pytest --update-golden tests/unit/test_golden.py` rewrites them; the diff is then reviewed like code.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hpctrain.load import load_plan
+from hpctrain.rundir import run_files
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/run.yaml"))
+# A home that would break every unquoted word.
+RUN_DIR = "/users/o'hara/$(touch canary) `id` \"runs\" 100%/"
+
+
+def rendered(case: str, monkeypatch) -> dict[str, str]:
+    monkeypatch.chdir(GOLDEN / case)
+    loaded = load_plan("run.yaml", (), RUN_DIR + case)
+    assert not loaded.plan.errors, loaded.plan.errors
+    files = run_files(loaded.plan, loaded.inputs)
+    return {name: raw.decode() for name, raw in files.items() if "/" not in name and name not in ("run.yaml", "site.yaml")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_case_renders_to_its_golden_files(case, monkeypatch, request):
+    files = rendered(case, monkeypatch)
+    folder = GOLDEN / case / "expected"
+    if request.config.getoption("--update-golden"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    expected = {path.name: path.read_text() for path in folder.iterdir()} if folder.is_dir() else {}
+
+    assert files == expected
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rendering_twice_from_different_folders_gives_the_same_bytes(case, monkeypatch, tmp_path):
+    first = rendered(case, monkeypatch)
+    copy = tmp_path / "else where"
+    shutil.copytree(GOLDEN / case, copy)
+    monkeypatch.chdir(tmp_path)
+    loaded = load_plan(str(copy / "run.yaml"), (), RUN_DIR + case)
+    second = {name: raw.decode() for name, raw in run_files(loaded.plan, loaded.inputs).items() if name in first}
+
+    assert second == first
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_job_scripts_are_clean_for_bash_and_shellcheck(case):
+    script = GOLDEN / case / "expected" / "job.sbatch"
+
+    for command in (["bash", "-n"], ["shellcheck", "-x", "-S", "style"]):
+        done = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
