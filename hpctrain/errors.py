@@ -26,6 +26,13 @@ GAVE_UP = 93  # inside jobs: the chain made no progress; not to be requeued
 LEVELS = ("error", "warning", "note")
 
 
+def printable(text: str, keep: str = "") -> str:
+    """`text` with every character that does not print (control characters, lone surrogates) shown as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing the user should know: what, where, why, and what to do about it.
@@ -38,6 +45,11 @@ class Problem:
     why: str = ""
     hint: str = ""
     level: str = "error"
+
+    def __post_init__(self) -> None:
+        # Values of the user's are quoted in messages; none may end the line or speak to the terminal.
+        for name in ("what", "where", "why", "hint"):
+            object.__setattr__(self, name, printable(getattr(self, name), keep="\n" if name == "why" else ""))
 
     def __str__(self) -> str:
         lines = [f"{self.level}: {self.where}: {self.what}" if self.where else f"{self.level}: {self.what}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -80,10 +81,13 @@ def make_environment() -> jinja2.Environment:
     Undefined is an error; comments are `{## ##}` because bash has `${#x[@]}`; a user's template of the same name shadows
     the shipped one and extends it as `!builtin/<name>`.
     """
+    return _environment(tuple(folder for label, folder in layer_dirs("templates") if label != "shipped"))
+
+
+@functools.lru_cache(maxsize=8)
+def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
     shipped = shipped_dir("templates")
-    loaders: list[jinja2.BaseLoader] = [
-        jinja2.FileSystemLoader(folder) for label, folder in layer_dirs("templates") if label != "shipped"
-    ]
+    loaders: list[jinja2.BaseLoader] = [jinja2.FileSystemLoader(folder) for folder in folders]
     loaders += [jinja2.PrefixLoader({"!builtin": jinja2.FileSystemLoader(shipped)}), jinja2.FileSystemLoader(shipped)]
     environment = _Linted(
         loader=jinja2.ChoiceLoader(loaders),
@@ -94,7 +98,7 @@ def make_environment() -> jinja2.Environment:
         comment_start_string="{##",
         comment_end_string="##}",
         autoescape=False,
-        auto_reload=False,
+        auto_reload=True,
     )
     environment.filters.update(
         q=quote, qjoin=quote_all, sbatch=sbatch_value, comment=comment, raw_shell=_raw_shell

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hpctrain import units
-from hpctrain.errors import Problem
+from hpctrain.errors import Problem, printable
 from hpctrain.yamlio import Document, Path, looks_like_float
 
 MAX_TEXT = 10_000
@@ -251,16 +251,12 @@ def _with_dot(text: str) -> str:
 
 def _dotted(path: Path) -> str:
     # The value is shown to people and must not bring control characters of its own.
-    return _printable(".".join(map(str, path))) or "the file"
+    return printable(".".join(map(str, path))) or "the file"
 
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else repr(value)
-    return _printable(text if len(text) <= 60 else text[:57] + "…")
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return printable(text if len(text) <= 60 else text[:57] + "…")
 
 
 def _table_schema(fields: Mapping[str, Field]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hpctrain.rundir import run_files
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/run.yaml"))
 # A home that would break every unquoted word.
-RUN_DIR = "/users/o'hara/$(touch canary) `id` \"runs\" 100%/"
+RUN_DIR = '/users/o\'hara/$(touch canary) `id` "runs" 100%/'
 
 
 def rendered(case: str, monkeypatch) -> dict[str, str]:
@@ -25,7 +25,9 @@ def rendered(case: str, monkeypatch) -> dict[str, str]:
     loaded = load_plan("run.yaml", (), RUN_DIR + case)
     assert not loaded.plan.errors, loaded.plan.errors
     files = run_files(loaded.plan, loaded.inputs)
-    return {name: raw.decode() for name, raw in files.items() if "/" not in name and name not in ("run.yaml", "site.yaml")}
+    return {
+        name: raw.decode() for name, raw in files.items() if "/" not in name and name not in ("run.yaml", "site.yaml")
+    }
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,182 @@
+"""Where a run goes and with what shape: partition, GPUs, tasks, cpus and memory of a node. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpctrain.planning.notes import Notes
+from hpctrain.schema import nearest
+from hpctrain.site import NodeType, Partition
+from hpctrain.units import format_time, parse_mem_gib
+
+
+def pick_partition(notes: Notes) -> tuple[Partition, NodeType]:
+    spec, site = notes.spec, notes.site
+    if spec.partition:
+        found = site.partition(spec.partition)
+        if not found:
+            notes.error(
+                f"site `{site.name}` has no partition `{spec.partition}`", "partition",
+                why=f"partitions are set in {site.document.where('partitions')}", hint=nearest(spec.partition, site.partitions),
+            )  # fmt: skip
+            found = Partition(spec.partition, _any_node(notes))
+        notes.decide("partition", found.name, "as the run says", "partition")
+        return found, found.node_type
+    fitting = fitting_partitions(notes)
+    if not fitting:
+        if not site.partitions:
+            default = site.partition("")
+            assert default
+            notes.decide(
+                "partition", "", "the site's default partition, since neither the run nor the profile names one"
+            )
+            return default, default.node_type
+        notes.error(
+            f"no partition of `{site.name}` fits {spec.num_nodes} nodes for {format_time(spec.time_s)}", "nodes",
+            why="\n".join(limit_line(notes, partition) for partition in site.partitions.values()),
+            hint="ask for fewer nodes or less time, or name a `partition:`",
+        )  # fmt: skip
+        return Partition("", _any_node(notes)), _any_node(notes)
+    found = fitting[0]
+    others = f"; {', '.join(p.name for p in fitting[1:])} would fit too" if len(fitting) > 1 else ""
+    reason = f"the smallest that fits {spec.num_nodes} nodes for {format_time(spec.time_s)}{others}"
+    notes.decide("partition", found.name, reason, "partitions", found.name, site=True)
+    return found, found.node_type
+
+
+def fitting_partitions(notes: Notes) -> list[Partition]:
+    wants_gpus = notes.recipe.values["needs_gpus"] or bool(notes.spec.gpus_per_node)
+    has_gpus = any(p.node_type.gpus for p in notes.site.partitions.values())
+    found = [
+        partition
+        for partition in notes.site.partitions.values()
+        if not partition.debug
+        and (not has_gpus or bool(partition.node_type.gpus) == wants_gpus)
+        and notes.spec.num_nodes <= (partition.max_nodes or notes.spec.num_nodes)
+        and notes.spec.num_nodes >= (partition.min_nodes or 1)
+        and notes.spec.time_s <= (partition.max_time_s or notes.spec.time_s)
+    ]
+    # Shorter partitions drain faster; among equals the one made for small jobs.
+    return sorted(found, key=lambda p: (p.max_nodes or 10**9, p.max_time_s or 10**9, p.name))
+
+
+def limit_line(notes: Notes, partition: Partition) -> str:
+    time = format_time(partition.max_time_s) if partition.max_time_s else "any time"
+    nodes = f"{partition.max_nodes} nodes" if partition.max_nodes else "any number of nodes"
+    kind = f"{partition.node_type.gpus} GPUs a node" if partition.node_type.gpus else "CPU only"
+    return f"{partition.name}: up to {nodes}, {time}, {kind}{', debug' if partition.debug else ''}"
+
+
+def decide_shape(notes: Notes, node: NodeType) -> tuple[int, int, int]:
+    spec = notes.spec
+    gpus = node.gpus if spec.gpus_per_node is None else spec.gpus_per_node
+    if notes.site.values["slurm"]["gpu_request"] == "none" and spec.gpus_per_node is None:
+        gpus = 0
+    if gpus > node.gpus:
+        notes.error(
+            f"`gpus_per_node: {gpus}` is more than a `{node.name}` node has ({node.gpus})",
+            "gpus_per_node", why=f"set in {notes.site.document.where('node_types', node.name, 'gpus')}",
+        )  # fmt: skip
+    if spec.gpus_per_node is None:
+        notes.decide("gpus_per_node", gpus, f"all of a `{node.name}` node", "node_types", node.name, "gpus", site=True)
+    else:
+        notes.decide("gpus_per_node", gpus, "as the run says", "gpus_per_node")
+    tasks = _tasks(notes, node, gpus)
+    cpus = _cpus(notes, node, gpus, tasks)
+    if tasks * cpus > node.usable_cores:
+        where = (
+            node.name,
+            "usable_cores" if ("node_types", node.name, "usable_cores") in notes.site.document.origins else "cores",
+        )
+        key = ("sbatch", "cpus-per-task") if "cpus-per-task" in spec.sbatch else ("tasks_per_node",)
+        notes.error(
+            f"{tasks} tasks x {cpus} cpus = {tasks * cpus} cores a node, and a `{node.name}` node has {node.usable_cores} usable ones",
+            *key,
+            why=f"set in {notes.site.document.where('node_types', *where)}"
+            + (
+                f" ({node.cores - node.usable_cores} of {node.cores} cores are reserved)"
+                if node.usable_cores < node.cores
+                else ""
+            ),
+            hint=f"at most `cpus-per-task: {max(node.usable_cores // tasks, 1)}` with {tasks} tasks a node",
+        )
+    return gpus, tasks, cpus
+
+
+def wants_whole_nodes(notes: Notes, partition: Partition, node: NodeType, gpus: int) -> bool:
+    asked = notes.spec.sbatch.get("exclusive", notes.site.values["slurm"]["always"].get("exclusive"))
+    if asked is not None:
+        return asked not in (False, "false")
+    return bool(node.gpus) and gpus == node.gpus and not partition.whole_nodes
+
+
+def decide_memory_gib(notes: Notes, node: NodeType, gpus: int, cores: int, whole: bool) -> float:
+    share = 1.0
+    if not whole:
+        share = gpus / node.gpus if gpus and node.gpus else min(cores / node.usable_cores, 1.0)
+    text = notes.spec.sbatch.get("mem")
+    if text is not None and str(text) != "0":
+        try:
+            asked = parse_mem_gib(text)
+        except ValueError as error:
+            notes.error(f"`sbatch.mem`: {error}", "sbatch", "mem")
+            return node.memory_gib
+        if asked > node.memory_gib:
+            notes.error(
+                f"`mem: {text}` is more than a `{node.name}` node gives ({node.memory_gib:g} GiB)", "sbatch", "mem",
+                why=f"set in {notes.site.document.where('node_types', node.name, 'memory_gib')}",
+            )  # fmt: skip
+        return asked
+    return node.memory_gib if whole or str(text) == "0" else max(round(node.memory_gib * share, 3), 0.01)
+
+
+def _any_node(notes: Notes) -> NodeType:
+    nodes = list(notes.site.node_types.values())
+    return next((node for node in nodes if node.gpus and notes.recipe.values["needs_gpus"]), nodes[0])
+
+
+def _tasks(notes: Notes, node: NodeType, gpus: int) -> int:
+    spec, mode = notes.spec, notes.recipe.tasks
+    override = spec.sbatch.get("ntasks-per-node")
+    if override is not None and not _positive(override):
+        notes.error(f"`ntasks-per-node: {override}` is not a number of tasks", "sbatch", "ntasks-per-node")
+        override = None
+    wanted = spec.tasks_per_node or (int(override) if override else None)
+    key = ("tasks_per_node",) if spec.tasks_per_node else ("sbatch", "ntasks-per-node")
+    if mode == "per_node":
+        if wanted and wanted != 1:
+            notes.error(
+                f"recipe `{notes.recipe.name}` starts one task a node, which starts the others",
+                *key,
+                hint="delete it",
+            )
+        notes.decide("tasks_per_node", 1, f"recipe `{notes.recipe.name}` has one launcher a node")
+        return 1
+    if mode == "per_gpu" and gpus and wanted and wanted != gpus:
+        notes.error(
+            f"{wanted} tasks a node with {gpus} GPUs: recipe `{notes.recipe.name}` needs one task per GPU", *key,
+            hint=f"delete it, or set `gpus_per_node: {wanted}`",
+        )  # fmt: skip
+    if wanted:
+        return int(notes.decide("tasks_per_node", wanted, "as the run says", *key))
+    if gpus:
+        return int(notes.decide("tasks_per_node", gpus, "one task per GPU"))
+    tasks = node.tasks_per_node or 1
+    return int(notes.decide("tasks_per_node", tasks, f"no GPUs; `{node.name}` nodes take {tasks}"))
+
+
+def _cpus(notes: Notes, node: NodeType, gpus: int, tasks: int) -> int:
+    override = notes.spec.sbatch.get("cpus-per-task")
+    if override is not None:
+        if not _positive(override):
+            notes.error(f"`cpus-per-task: {override}` is not a number of cpus", "sbatch", "cpus-per-task")
+            return 1
+        return int(notes.decide("cpus_per_task", int(override), "as the run says", "sbatch", "cpus-per-task"))
+    share = node.usable_cores * gpus // node.gpus if gpus and node.gpus else node.usable_cores
+    cpus = max(share // tasks, 1)
+    return int(notes.decide("cpus_per_task", cpus, f"{share} usable cores shared by {tasks} tasks",
+                           "node_types", node.name, "usable_cores", site=True))  # fmt: skip
+
+
+def _positive(value: Any) -> bool:
+    return not isinstance(value, bool) and str(value).isdigit() and int(value) > 0
