@@ -13,7 +13,9 @@ import click
 from hpctrain import __version__, errors, output
 
 # verb: (module under hpctrain.cli, one-line help). The order is the flow, and the order of `--help`.
-VERBS: dict[str, tuple[str, str]] = {}
+VERBS: dict[str, tuple[str, str]] = {
+    "sandbox": ("sandbox", "a real Slurm on this machine, shaped like a site"),
+}
 
 
 class LazyGroup(click.Group):
