@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "check": ("check", "find every problem of a run at once, without any effect"),
     "plan": ("plan", "show every decided value with its reason, and the cost"),
     "render": ("render", "write the run directory; prints the path of job.sbatch"),
+    "sandbox": ("sandbox", "a real Slurm on this machine, shaped like a site"),
 }
 
 

@@ -1,0 +1,255 @@
+"""`hpctrain sandbox`: a real Slurm on this machine, shaped like a site."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from hpctrain import errors, output, units
+from hpctrain.sandbox import sandbox, state
+from hpctrain.site import load_site
+
+_name = click.option("--name", default="default", show_default=True, help="Which sandbox; several run side by side.")
+_dir = click.option(
+    "--dir", "directory", default="", help="Its directory [default: $XDG_STATE_HOME/hpctrain/sandbox/NAME]."
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+
+
+@click.group()
+def command() -> None:
+    """A real Slurm on this machine, shaped like a site: its partitions, limits and nodes. Needs no root.
+
+    \b
+    hpctrain sandbox up --site lumi --nodes 4
+    hpctrain sandbox shell -- sbatch runs/ft/job.sbatch
+    hpctrain sandbox down
+    """
+
+
+@command.command()
+@click.option("--site", "site_name", default="lumi", show_default=True, help="The site profile to be shaped like.")
+@click.option(
+    "--nodes",
+    multiple=True,
+    default=("4",),
+    show_default=True,
+    help="How many nodes of the site's main kind, or KIND=N; may be repeated.",
+)
+@click.option(
+    "--accounting", is_flag=True, help="With slurmdbd and MariaDB: accounts, limits on submitted jobs, sacct."
+)
+@click.option(
+    "--account", "accounts", multiple=True, help="An account that exists there; may be repeated (with --accounting)."
+)
+@click.option("--partition", "partitions", multiple=True, help="A partition, for sites whose profile lists none.")
+@click.option(
+    "--slurm",
+    "source",
+    type=click.Choice(["auto", "system", "unpacked"]),
+    default="auto",
+    show_default=True,
+    help="This machine's Slurm, or Debian's packages unpacked into a cache.",
+)
+@_name
+@_dir
+@_json
+def up(
+    site_name: str,
+    nodes: Sequence[str],
+    accounting: bool,
+    accounts: Sequence[str],
+    partitions: Sequence[str],
+    source: str,
+    name: str,
+    directory: str,
+    as_json: bool,
+) -> None:
+    """Start a sandbox and wait until all its nodes are idle.
+
+    \b
+    hpctrain sandbox up --site lumi --nodes 4
+    hpctrain sandbox up --site lumi --nodes 192 --accounting --account project_465000000 --name big
+    """
+    from hpctrain.sandbox.from_site import shape_from_site
+
+    site = load_site(site_name)
+    if accounting and not accounts and site.values["account"]["example"]:
+        accounts = [site.values["account"]["example"]]
+    wanted = shape_from_site(
+        site, _counts(nodes, site), accounting=accounting, accounts=accounts, partitions=partitions
+    )
+    meter = _Meter()
+    try:
+        found, started = sandbox.up(
+            wanted, name, state.state_dir(name, directory, os.environ), os.environ,
+            source=source, report=output.info, progress=meter.update,
+        )  # fmt: skip
+    finally:
+        meter.close()
+    output.info(f"{'started' if started else 'already running'}: {sandbox.describe(wanted)}")
+    if as_json:
+        output.data_json(**_as_json(found), started=started)
+    option = (f" --name {name}" if name != "default" else "") + (f" --dir {directory}" if directory else "")
+    output.next_step(f"hpctrain sandbox shell{option}")
+
+
+@command.command()
+@click.option("--keep-logs", is_flag=True, help="Leave the daemons' logs in the sandbox's directory.")
+@_name
+@_dir
+def down(name: str, directory: str, keep_logs: bool) -> None:
+    """End a sandbox: its own daemons, jobs and files, nothing else.
+
+    \b
+    hpctrain sandbox down
+    """
+    ended = sandbox.down(name, state.state_dir(name, directory, os.environ), os.environ, keep_logs=keep_logs)
+    output.info(f"sandbox `{name}` has ended" if ended else f"sandbox `{name}` is not running")
+
+
+@command.command()
+@_name
+@_dir
+@_json
+def status(name: str, directory: str, as_json: bool) -> None:
+    """Show what a sandbox is doing; exits with 1 when it is not up.
+
+    \b
+    hpctrain sandbox status --json
+    """
+    found = sandbox.status(name, state.state_dir(name, directory, os.environ), os.environ)
+    if as_json:
+        output.data_json(**_as_json(found))
+    else:
+        rows: list[tuple[str, object]] = [("name", found.name), ("state", found.phase), ("directory", found.state)]
+        if found.record is not None:
+            rows += [
+                ("shape", sandbox.describe(found.record.shape)),
+                ("slurm", f"{found.record.version} ({'unpacked' if found.record.packages else 'installed'})"),
+                ("partitions", ", ".join(part.name for part in found.record.shape.partitions)),
+                ("nodes", _node_summary(found)),
+                ("jobs", found.num_jobs),
+                ("processes", found.num_processes),
+                ("SLURM_CONF", found.slurm_conf),
+            ]
+        output.table(rows)
+    if found.phase != "up":
+        output.next_step("hpctrain sandbox up" if found.phase == "down" else f"hpctrain sandbox down --name {name}")
+        sys.exit(errors.NO)
+
+
+@command.command(context_settings={"ignore_unknown_options": True})
+@_name
+@_dir
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
+def shell(name: str, directory: str, words: Sequence[str]) -> None:
+    """Open a shell in which plain sbatch, squeue, srun talk to the sandbox, or run one command there.
+
+    \b
+    hpctrain sandbox shell
+    hpctrain sandbox shell -- sinfo
+    """
+    record = sandbox.running(name, state.state_dir(name, directory, os.environ))
+    environ = sandbox.shell_environ(record, os.environ)
+    argv = list(words) or [os.environ.get("SHELL") or "/bin/sh"]
+    if not words:
+        output.info(f"a shell in the sandbox `{name}`: sbatch, squeue, srun, scontrol are its own; `exit` leaves it")
+    try:
+        os.execvpe(argv[0], argv, environ)
+    except OSError as error:
+        raise errors.EnvironmentFault(f"cannot run `{argv[0]}`: {error.strerror}") from error
+
+
+@command.command()
+@click.argument("nodes")
+@click.option("--down", "action", flag_value="down", help="Set it down: its jobs are killed and requeued.")
+@click.option("--drain", "action", flag_value="drain", help="Let it take no new jobs.")
+@click.option("--resume", "action", flag_value="resume", help="End --down and --drain.")
+@click.option("--crash", "action", flag_value="crash", help="Kill its slurmd and all its tasks, as when power fails.")
+@click.option("--kill-slurmd", "action", flag_value="kill-slurmd", help="Kill its slurmd; its tasks run on.")
+@click.option("--restart-slurmd", "action", flag_value="restart-slurmd", help="Start its slurmd again.")
+@_name
+@_dir
+def fault(nodes: str, action: str | None, name: str, directory: str) -> None:
+    """Make nodes of a sandbox fail, or come back.
+
+    \b
+    hpctrain sandbox fault nid000002 --down
+    hpctrain sandbox fault 'nid[000002-000003]' --crash
+    hpctrain sandbox fault nid000002 --restart-slurmd
+    """
+    if action is None:
+        raise errors.UsageError(
+            "what shall happen to it?", hint="--down, --drain, --resume, --crash, --kill-slurmd or --restart-slurmd"
+        )
+    changed = sandbox.fault(nodes, action, name, state.state_dir(name, directory, os.environ), os.environ)
+    output.info(f"{action}: {units.compress_nodes(changed)}")
+
+
+class _Meter:
+    """One progress line per stage of the start."""
+
+    def __init__(self) -> None:
+        self._what, self._line = "", None  # type: tuple[str, output.Progress | None]
+
+    def update(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self.close()
+            self._what, self._line = what, output.Progress(what, total or None, "nodes" if total else "", every_s=5)
+        if self._line is not None:
+            self._line.update(done)
+
+    def close(self) -> None:
+        if self._line is not None:
+            self._line.close()
+        self._line = None
+
+
+def _counts(nodes: Sequence[str], site: Any) -> dict[str, int]:
+    main = next((part.node_type.name for part in site.partitions.values()), None)
+    main = main or site.values["default_node_type"] or next(iter(site.node_types))
+    counts, problems = {}, []
+    for item in nodes:
+        kind, equals, number = item.rpartition("=")
+        if not number.isdigit():
+            problems.append(
+                errors.Problem(f"`--nodes {item}` is not a number of nodes", hint="--nodes 4 or --nodes lumi-c=2")
+            )
+        else:
+            counts[kind or main] = int(number)
+    if problems:
+        raise errors.UsageError(problems)
+    return counts
+
+
+def _node_summary(found: sandbox.Status) -> str:
+    counts: dict[str, int] = {}
+    for node_state in (found.nodes or {}).values():
+        counts[node_state] = counts.get(node_state, 0) + 1
+    return (
+        ", ".join(f"{count} {node_state}" for node_state, count in sorted(counts.items()))
+        or "the controller does not answer"
+    )
+
+
+def _as_json(found: sandbox.Status) -> dict[str, Any]:
+    record = found.record
+    return {
+        "name": found.name,
+        "state": found.phase,
+        "directory": str(found.state),
+        "slurm_conf": found.slurm_conf,
+        "bin": found.bin_dir,
+        "slurm_version": record.version if record else None,
+        "unpacked": bool(record.packages) if record else None,
+        "nodes": dict(found.nodes or {}),
+        "partitions": [part.name for part in record.shape.partitions] if record else [],
+        "accounts": list(record.shape.accounts) if record else [],
+        "jobs": found.num_jobs,
+        "processes": found.num_processes,
+    }

@@ -1,0 +1,415 @@
+"""The shape of a simulated cluster, and the Slurm configuration files that give a real Slurm that shape.
+
+Pure: the same shape and place give the same text. Nothing here starts a process or reads a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hpctrain import units
+from hpctrain.errors import Problem, UsageError
+
+# A job that says nothing about hardware threads gets one per core; `--hint=multithread` is visible only in its
+# environment (sbatch), `--threads-per-core` in the request itself.
+_JOB_SUBMIT = """\
+function slurm_job_submit(job, partitions, uid)
+  local asked = job.environment and job.environment["SLURM_HINT"]
+  if job.threads_per_core == slurm.NO_VAL16 and asked ~= "multithread" then
+    job.threads_per_core = 1
+  end
+  return slurm.SUCCESS
+end
+
+function slurm_job_modify(job, record, partitions, uid)
+  return slurm.SUCCESS
+end
+"""
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}\Z")
+_PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./+@=~-]*\Z")
+MAX_NODES = 4096
+
+
+@dataclass(frozen=True)
+class NodeShape:
+    """What Slurm believes a node of one type to be. `reserved_cores` are closed to jobs (LUMI: core 0 of each CCD)."""
+
+    sockets: int = 1
+    cores_per_socket: int = 1
+    threads_per_core: int = 1
+    mem_gib: float = 1.0
+    gpus: int = 0
+    gpu_type: str = ""
+    gpu_vendor: str = ""
+    reserved_cores: tuple[int, ...] = ()
+
+    @property
+    def cores(self) -> int:
+        return self.sockets * self.cores_per_socket
+
+    @property
+    def usable_cores(self) -> int:
+        return self.cores - len(self.reserved_cores)
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """`num_nodes` nodes of one type, named prefix + number with leading zeros, as the site names them."""
+
+    type_name: str
+    node: NodeShape
+    num_nodes: int
+    prefix: str = "nid"
+    first: int = 1
+    digits: int = 6
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{self.prefix}{number:0{self.digits}d}" for number in range(self.first, self.first + self.num_nodes)]
+
+
+@dataclass(frozen=True)
+class PartitionShape:
+    """A partition and its limits; None is no limit. `max_submit` and `max_running` (per user) need accounting."""
+
+    name: str
+    node_types: tuple[str, ...]
+    max_time_s: int | None = None
+    default_time_s: int | None = None
+    max_nodes: int | None = None
+    min_nodes: int | None = None
+    whole_nodes: bool = False
+    max_submit: int | None = None
+    max_running: int | None = None
+    is_default: bool = False
+
+    @property
+    def qos(self) -> str:
+        """The QOS that carries this partition's per-user limits, "" when it has none."""
+        return f"part-{self.name}" if self.max_submit is not None or self.max_running is not None else ""
+
+
+@dataclass(frozen=True)
+class ClusterShape:
+    """A whole simulated cluster. Two shapes are the same cluster exactly when they are equal."""
+
+    name: str
+    groups: tuple[NodeGroup, ...]
+    partitions: tuple[PartitionShape, ...]
+    accounting: bool = False
+    accounts: tuple[str, ...] = ()
+    qos: tuple[str, ...] = ()
+    max_array_size: int = 1001
+    kill_wait_s: int = 30
+    slurmd_timeout_s: int = 120
+    requeue: bool = True
+    one_thread_per_core: bool = False  # jobs that say nothing get --hint=nomultithread, as on LUMI
+    host_suffixes: tuple[str, ...] = ()  # node names also resolve with these added (JSC's `i`)
+
+    @property
+    def node_names(self) -> list[str]:
+        return [name for group in self.groups for name in group.names]
+
+    @property
+    def num_nodes(self) -> int:
+        return sum(group.num_nodes for group in self.groups)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` gives an equal shape back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> ClusterShape:
+        """The shape of `as_json`. Raises UsageError when the data is of another version of hpctrain."""
+        try:
+            groups = tuple(
+                NodeGroup(**{**group, "node": NodeShape(**_tuples(group["node"]))}) for group in data["groups"]
+            )
+            partitions = tuple(PartitionShape(**_tuples(partition)) for partition in data["partitions"])
+            return ClusterShape(**{**_tuples(data), "groups": groups, "partitions": partitions})
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"not the shape of a sandbox: {error}") from error
+
+
+@dataclass(frozen=True)
+class Ports:
+    """TCP ports of one sandbox: the controller's, the accounting daemon's, and one per node from `slurmd_first`."""
+
+    slurmctld: int
+    slurmdbd: int
+    slurmd_first: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where on this machine a shape is built. `state` keeps, `run` holds sockets (a short path: 108 bytes at most)."""
+
+    state: str
+    run: str
+    user: str
+    ports: Ports
+    plugin_dir: str = ""
+    first_job_id: int = 1
+    has_lua: bool = False
+
+
+def check(shape: ClusterShape) -> None:
+    """Raise UsageError naming everything in a shape that Slurm could not be given."""
+    problems: list[Problem] = []
+    words = [("cluster name", shape.name), *(("account", name) for name in shape.accounts)]
+    words += [("partition", partition.name) for partition in shape.partitions]
+    words += [("node type", group.type_name) for group in shape.groups]
+    words += [("GPU type", group.node.gpu_type) for group in shape.groups if group.node.gpu_type]
+    words += [("node name prefix", group.prefix) for group in shape.groups] + [("qos", name) for name in shape.qos]
+    problems += [
+        Problem(
+            f"{what} `{word}` has a character that Slurm's configuration does not take", hint="letters, digits, _ . @ -"
+        )
+        for what, word in words
+        if not _WORD.match(word)
+    ]
+    if not 1 <= shape.num_nodes <= MAX_NODES or any(group.num_nodes < 1 for group in shape.groups):
+        problems.append(Problem(f"a sandbox has 1 to {MAX_NODES} nodes, not {shape.num_nodes}"))
+    if not shape.partitions:
+        problems.append(Problem("a sandbox needs at least one partition"))
+    types = {group.type_name for group in shape.groups}
+    for partition in shape.partitions:
+        unknown = sorted(set(partition.node_types) - types)
+        if unknown or not partition.node_types:
+            problems.append(
+                Problem(f"partition `{partition.name}` is on unknown nodes {', '.join(unknown) or '(none)'}")
+            )
+    for group in shape.groups:
+        node = group.node
+        if min(node.sockets, node.cores_per_socket, node.threads_per_core) < 1 or node.mem_gib <= 0 or node.gpus < 0:
+            problems.append(
+                Problem(f"node type `{group.type_name}` has no cores, no memory or a negative number of GPUs")
+            )
+        elif node.usable_cores < 1 or any(not 0 <= core < node.cores for core in node.reserved_cores):
+            problems.append(Problem(f"node type `{group.type_name}` reserves cores it does not have, or all of them"))
+    if len(set(shape.node_names)) != shape.num_nodes:
+        problems.append(Problem("two node groups have nodes of the same name"))
+    if problems:
+        raise UsageError(problems)
+
+
+def check_path(path: str, what: str) -> None:
+    """Refuse a path that cannot stand in slurm.conf (`#`, `%`, blanks, quotes and commas have meanings there)."""
+    if not _PLAIN_PATH.match(path):
+        raise UsageError(
+            f"{what} `{path}` has a character that cannot stand in slurm.conf",
+            hint="give another one: --dir /plain/path",
+        )
+
+
+def config_files(shape: ClusterShape, place: Place) -> dict[str, str]:
+    """`{file name: text}` of slurm.conf, gres.conf, hosts, job_submit.lua and, with accounting, slurmdbd.conf."""
+    check(shape)
+    files = {
+        "slurm.conf": _slurm_conf(shape, place),
+        "gres.conf": _gres_conf(shape, place),
+        "hosts": hosts(shape),
+    }
+    if _wants_lua(shape, place):
+        files["job_submit.lua"] = _JOB_SUBMIT
+    if shape.accounting:
+        files["slurmdbd.conf"] = _slurmdbd_conf(place)
+    return files
+
+
+def accounting_commands(shape: ClusterShape, user: str) -> list[list[str]]:
+    """`sacctmgr -i` arguments that make the cluster, its accounts, and the QOS of each partition with its limits."""
+    commands = [["add", "cluster", shape.name]]
+    names = ["normal"]
+    for partition in shape.partitions:
+        if partition.qos:
+            limits = []
+            if partition.max_submit is not None:
+                limits.append(f"MaxSubmitJobsPerUser={partition.max_submit}")
+            if partition.max_running is not None:
+                limits.append(f"MaxJobsPerUser={partition.max_running}")
+            commands.append(["add", "qos", partition.qos, *limits, "Flags=DenyOnLimit"])
+    for qos in shape.qos:
+        if qos != "normal":
+            commands.append(["add", "qos", qos])
+            names.append(qos)
+    accounts = shape.accounts or ("sandbox",)
+    commands.append(["add", "account", ",".join(accounts), f"Cluster={shape.name}", f"QOS={','.join(names)}"])
+    # No default account on purpose would need no user at all; Slurm wants one, the first listed.
+    commands.append(["add", "user", user, f"Account={','.join(accounts)}", f"DefaultAccount={accounts[0]}"])
+    return commands
+
+
+def hosts(shape: ClusterShape) -> str:
+    """An /etc/hosts text for jobs: every simulated node has a loopback address of its own, 127.A.B.C."""
+    lines = ["127.0.0.1 localhost"]
+    for index, name in enumerate(shape.node_names, start=1):
+        names = [name, *(name + suffix for suffix in shape.host_suffixes)]
+        lines.append(f"127.77.{index // 256}.{index % 256} {' '.join(names)}")
+    return "\n".join(lines) + "\n"
+
+
+def reserved_cpu_ids(node: NodeShape) -> list[int]:
+    """Slurm's abstract CPU numbers of the reserved cores: socket by socket, core by core, thread by thread."""
+    threads = node.threads_per_core
+    return [core * threads + thread for core in sorted(set(node.reserved_cores)) for thread in range(threads)]
+
+
+def _wants_lua(shape: ClusterShape, place: Place) -> bool:
+    has_threads = any(group.node.threads_per_core > 1 for group in shape.groups)
+    return shape.one_thread_per_core and has_threads and place.has_lua
+
+
+def _slurm_conf(shape: ClusterShape, place: Place) -> str:
+    state, run = place.state, place.run
+    settings: list[tuple[str, object]] = [
+        ("ClusterName", shape.name),
+        ("SlurmctldHost", "localhost(127.0.0.1)"),
+        ("SlurmctldPort", place.ports.slurmctld),
+        ("SlurmUser", place.user),
+        ("SlurmdUser", place.user),
+        ("AuthType", "auth/munge"),
+        ("AuthInfo", f"socket={run}/munge.socket"),
+        ("StateSaveLocation", f"{state}/ctld"),
+        ("SlurmdSpoolDir", f"{run}/spool/%n"),
+        ("SlurmctldPidFile", f"{run}/slurmctld.pid"),
+        ("SlurmdPidFile", f"{run}/slurmd-%n.pid"),
+        ("SlurmctldLogFile", f"{state}/log/slurmctld.log"),
+        ("SlurmdLogFile", f"{state}/log/slurmd-%n.log"),
+        ("SlurmctldDebug", "info"),
+        ("SlurmdDebug", "info"),
+        ("MailProg", "/bin/true"),
+        # One host plays all nodes: no cgroups, no pinning, and node shapes larger than the host.
+        ("ProctrackType", "proctrack/linuxproc"),
+        ("TaskPlugin", "task/none"),
+        ("SlurmdParameters", "config_overrides"),
+        ("MpiDefault", "none"),
+        ("TaskProlog", f"{state}/etc/task_prolog"),
+        ("TreeWidth", 65533),
+        ("MessageTimeout", 60),
+        ("SlurmdTimeout", shape.slurmd_timeout_s),
+        ("SlurmctldTimeout", 120),
+        ("KillWait", shape.kill_wait_s),
+        ("ReturnToService", 1),
+        ("JobRequeue", int(shape.requeue)),
+        ("SelectType", "select/cons_tres"),
+        ("SelectTypeParameters", "CR_Core_Memory"),
+        ("SchedulerType", "sched/backfill"),
+        ("SchedulerParameters", "bf_interval=5,bf_continue"),
+        # Jobs over a limit are refused at submission, as sites do; otherwise they would pend for ever.
+        ("EnforcePartLimits", "ALL"),
+        ("MaxArraySize", shape.max_array_size),
+        ("MinJobAge", 3600),
+        ("FirstJobId", place.first_job_id),
+        ("JobAcctGatherType", "jobacct_gather/linux"),
+        ("JobAcctGatherFrequency", 30),
+    ]
+    if _wants_lua(shape, place):
+        settings.append(("JobSubmitPlugins", "lua"))
+    if place.plugin_dir:
+        settings.append(("PluginDir", place.plugin_dir))
+    if any(group.node.gpus for group in shape.groups):
+        settings.append(("GresTypes", "gpu"))
+    if shape.accounting:
+        settings += [
+            ("AccountingStorageType", "accounting_storage/slurmdbd"),
+            ("AccountingStorageHost", "127.0.0.1"),
+            ("AccountingStoragePort", place.ports.slurmdbd),
+            ("AccountingStorageEnforce", "associations,limits,qos"),
+        ]
+        if any(group.node.gpus for group in shape.groups):
+            settings.append(("AccountingStorageTRES", "gres/gpu"))
+    lines = [
+        f"# The sandbox of hpctrain shaped like {shape.name}; made by `hpctrain sandbox up`, replaced by the next one."
+    ]
+    lines += [f"{key}={value}" for key, value in settings]
+    lines += _node_lines(shape, place.ports.slurmd_first)
+    lines += [_partition_line(partition, shape) for partition in shape.partitions]
+    return "\n".join(lines) + "\n"
+
+
+def _node_lines(shape: ClusterShape, first_port: int) -> list[str]:
+    lines, port = [], first_port
+    for group in shape.groups:
+        node = group.node
+        last = port + group.num_nodes - 1
+        parts = [
+            f"NodeName={units.compress_nodes(group.names)}",
+            "NodeHostname=localhost",
+            "NodeAddr=127.0.0.1",
+            f"Port={port}" if last == port else f"Port=[{port}-{last}]",
+            f"Sockets={node.sockets}",
+            f"CoresPerSocket={node.cores_per_socket}",
+            f"ThreadsPerCore={node.threads_per_core}",
+            f"RealMemory={int(node.mem_gib * 1024)}",
+        ]
+        if node.reserved_cores:
+            parts.append("CpuSpecList=" + ",".join(map(str, reserved_cpu_ids(node))))
+        if node.gpus:
+            parts.append(f"Gres=gpu:{node.gpu_type + ':' if node.gpu_type else ''}{node.gpus}")
+        parts += [f"Feature={group.type_name}", "State=UNKNOWN"]
+        lines.append(" ".join(parts))
+        port = last + 1
+    return lines
+
+
+def _partition_line(partition: PartitionShape, shape: ClusterShape) -> str:
+    names = [name for group in shape.groups if group.type_name in partition.node_types for name in group.names]
+    parts = [f"PartitionName={partition.name}", f"Nodes={units.compress_nodes(names)}", "State=UP"]
+    parts.append(f"MaxTime={units.format_time(partition.max_time_s) if partition.max_time_s else 'UNLIMITED'}")
+    if partition.default_time_s:
+        parts.append(f"DefaultTime={units.format_time(partition.default_time_s)}")
+    if partition.max_nodes is not None:
+        parts.append(f"MaxNodes={partition.max_nodes}")
+    if partition.min_nodes is not None:
+        parts.append(f"MinNodes={partition.min_nodes}")
+    if partition.whole_nodes:
+        parts.append("OverSubscribe=EXCLUSIVE")
+    if partition.is_default:
+        parts.append("Default=YES")
+    if shape.accounting and partition.qos:
+        parts.append(f"QOS={partition.qos}")
+    return " ".join(parts)
+
+
+def _gres_conf(shape: ClusterShape, place: Place) -> str:
+    lines = [
+        "# GPUs are links to /dev/null: Slurm counts them and hands them out, nothing computes on them. Plain files would",
+        "# be counted too, but Slurm tells a job its GPUs (ROCR_/CUDA_VISIBLE_DEVICES) only when they are devices.",
+    ]
+    for group in shape.groups:
+        node = group.node
+        if node.gpus:
+            files = f"{place.state}/dev/gpu[0-{node.gpus - 1}]" if node.gpus > 1 else f"{place.state}/dev/gpu0"
+            kind = f"Type={node.gpu_type} " if node.gpu_type else ""
+            # An AMD GPU is announced to jobs as ROCR_VISIBLE_DEVICES, an NVIDIA one as CUDA_VISIBLE_DEVICES.
+            flag = "amd_gpu_env" if node.gpu_vendor == "amd" else "nvidia_gpu_env"
+            lines.append(f"NodeName={units.compress_nodes(group.names)} Name=gpu {kind}File={files} Flags={flag}")
+    return "\n".join(lines) + "\n"
+
+
+def _slurmdbd_conf(place: Place) -> str:
+    settings: Sequence[tuple[str, object]] = [
+        ("AuthType", "auth/munge"),
+        ("AuthInfo", f"socket={place.run}/munge.socket"),
+        ("DbdHost", "localhost"),
+        ("DbdAddr", "127.0.0.1"),
+        ("DbdPort", place.ports.slurmdbd),
+        ("SlurmUser", place.user),
+        ("LogFile", f"{place.state}/log/slurmdbd.log"),
+        ("PidFile", f"{place.run}/slurmdbd.pid"),
+        ("StorageType", "accounting_storage/mysql"),
+        # `localhost` is MariaDB's own socket (MYSQL_UNIX_PORT); it opens no port at all.
+        ("StorageHost", "localhost"),
+        ("StorageUser", place.user),
+        ("StorageLoc", "slurm"),
+        *((("PluginDir", place.plugin_dir),) if place.plugin_dir else ()),
+    ]
+    return "".join(f"{key}={value}\n" for key, value in settings)
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}

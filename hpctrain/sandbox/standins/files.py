@@ -1,0 +1,91 @@
+"""The texts of the stand-ins' scripts and of the task prolog that puts them in front of every task. Pure."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+
+from hpctrain.sandbox.packages import CLIENTS, Toolbox
+
+
+def client_script(argv: Sequence[str], slurm_conf: str) -> str:
+    """A Slurm command that always talks to its own sandbox; nothing of ours enters the environment of jobs."""
+    return f'#!/bin/sh\nSLURM_CONF={shlex.quote(slurm_conf)}\nexport SLURM_CONF\nexec {shlex.join(argv)} "$@"\n'
+
+
+def client_scripts(box: Toolbox, slurm_conf: str) -> dict[str, str]:
+    """{command: script} for every Slurm command that there is."""
+    return {name: client_script(box.argv(name), slurm_conf) for name in CLIENTS if name in box.programs}
+
+
+def stepd_script(box: Toolbox) -> str:
+    """What slurmd starts as slurmstepd."""
+    return f'#!/bin/sh\nexec {shlex.join(box.argv("slurmstepd"))} "$@"\n'
+
+
+def container_script(python: str, program: str, config: str, name: str) -> str:
+    """`singularity` or `apptainer`: the stand-in run by hpctrain's interpreter, isolated from the job's environment."""
+    words = shlex.join([python, "-I", "-S", program, config, name])
+    # A preloaded library and PYTHON* variables are the job's affair, not the stand-in's.
+    return f'#!/bin/sh\nexec {words} "$@"\n'
+
+
+def container_config(
+    bwrap: Sequence[str], image_dirs: Sequence[str], image_path: str, node_files: Sequence[str], unavailable: str
+) -> str:
+    """The stand-in's configuration, as JSON."""
+    return json.dumps(
+        {
+            "bwrap": list(bwrap),
+            "image_dirs": list(image_dirs),
+            "image_path": image_path,
+            "node_files": list(node_files),
+            "unavailable": unavailable,
+        }
+    )
+
+
+def module_script(log: str) -> str:
+    """`module` and `ml`: accepts what the real command does, writes it to `log`, changes nothing."""
+    return f"""#!/bin/sh
+# A stand-in for Lmod and Environment Modules: every request is noted in the log, none changes anything.
+case "${{1:-}}" in
+  purge|load|add|try-load|try-add|unload|rm|del|swap|sw|switch|use|unuse|list|avail|av|spider|show|display|whatis|help|\\
+  keyword|reset|restore|save|refresh|update|is-loaded|is-avail|savelist|overview|-*|"") ;;
+  *) if [ "${{0##*/}}" = module ]; then echo "module: \\`$1\\` is not a request that modules know" >&2; exit 1; fi ;;
+esac
+printf '%s %s %s\\n' "${{SLURMD_NODENAME:-login}}" "${{SLURM_JOB_ID:--}}" "$*" >>{shlex.quote(log)} 2>/dev/null
+exit 0
+"""
+
+
+def task_prolog(bin_dir: str, nss_wrapper: str, hosts: str, mark: Mapping[str, str]) -> str:
+    """Runs before the batch script and every task, however the job was submitted; its `export` lines reach them.
+
+    Puts the sandbox's commands first on PATH (also with --export=NONE), makes the names of simulated nodes resolve
+    and the node's own name that of the node (libnss_wrapper answers getaddrinfo and gethostname), and marks the
+    processes as this sandbox's. Only shell builtins: it runs once per task.
+    """
+    lines = [
+        "#!/bin/sh",
+        f"bin={shlex.quote(bin_dir)}",
+        'case ":${PATH:=/usr/local/bin:/usr/bin:/bin}" in',
+        '  ":$bin:"*) ;;',
+        "  *) printf 'export PATH=%s\\n' \"$bin:$PATH\" ;;",
+        "esac",
+    ]
+    for key, value in mark.items():
+        lines.append(f"printf '%s\\n' {shlex.quote(f'export {key}={value}')}")
+    if nss_wrapper:
+        lines += [
+            f"nss={shlex.quote(nss_wrapper)}",
+            'case "${LD_PRELOAD:-}" in',
+            '  *"$nss"*) ;;',
+            "  '') printf 'export LD_PRELOAD=%s\\n' \"$nss\" ;;",
+            "  *) printf 'export LD_PRELOAD=%s\\n' \"$nss:$LD_PRELOAD\" ;;",
+            "esac",
+            f"printf '%s\\n' {shlex.quote('export NSS_WRAPPER_HOSTS=' + hosts)}",
+            "printf 'export NSS_WRAPPER_HOSTNAME=%s\\n' \"$SLURMD_NODENAME\"",
+        ]
+    return "\n".join(lines) + "\n"
