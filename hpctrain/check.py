@@ -38,7 +38,8 @@ def at_site(site: Site) -> bool:
     if any(re.fullmatch(pattern, name) for pattern in match["hostnames"] for name in names):
         return True
     if match["cluster_name"]:
-        return bool(slurm.cluster_name() == match["cluster_name"])
+        # A sandbox takes the site's name but has none of its file systems.
+        return "HPCTRAIN_SANDBOX" not in os.environ and bool(slurm.cluster_name() == match["cluster_name"])
     return not match["hostnames"] and slurm.have("sbatch")
 
 
@@ -146,7 +147,7 @@ def _ask_slurm(loaded: Loaded, here: bool) -> Iterator[Problem]:
             return
     if accepted:
         yield Problem(f"Slurm would take it: {words.splitlines()[-1] if words else 'yes'}", level="note")
-    elif here or os.environ.get("HPCTRAIN_SANDBOX_SITE") == loaded.plan.site.name:
+    elif here or slurm.cluster_name() == loaded.plan.site.values["match"]["cluster_name"]:
         yield Problem(f"Slurm would refuse it: {words}", hint="`scontrol show partition` shows the limits")
     else:
         yield Problem(f"the Slurm here is not {loaded.plan.site.name}'s, and would refuse it: {words}", level="note")

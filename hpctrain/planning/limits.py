@@ -39,7 +39,7 @@ def check_checkpoint(notes: Notes) -> None:
 
 def check_limits(notes: Notes, partition: Partition) -> None:
     spec, site = notes.spec, notes.site
-    fitting = [p.name for p in fitting_partitions(notes)]
+    fitting = [p.name for p in fitting_partitions(notes, like=partition)]
     others = f"partitions that fit: {', '.join(fitting)}" if fitting else ""
 
     def over(what: str, limit: str, key: str, field: str, hint: str) -> None:

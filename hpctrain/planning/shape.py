@@ -44,8 +44,10 @@ def pick_partition(notes: Notes) -> tuple[Partition, NodeType]:
     return found, found.node_type
 
 
-def fitting_partitions(notes: Notes) -> list[Partition]:
+def fitting_partitions(notes: Notes, like: Partition | None = None) -> list[Partition]:
+    """The partitions that the run fits into, of the kind of nodes that it needs, or that `like` has; the best first."""
     wants_gpus = notes.recipe.values["needs_gpus"] or bool(notes.spec.gpus_per_node)
+    wants_gpus = bool(like.node_type.gpus) if like else wants_gpus
     has_gpus = any(p.node_type.gpus for p in notes.site.partitions.values())
     found = [
         partition
@@ -77,6 +79,7 @@ def decide_shape(notes: Notes, node: NodeType) -> tuple[int, int, int]:
             f"`gpus_per_node: {gpus}` is more than a `{node.name}` node has ({node.gpus})",
             "gpus_per_node", why=f"set in {notes.site.document.where('node_types', node.name, 'gpus')}",
         )  # fmt: skip
+        gpus = node.gpus
     if spec.gpus_per_node is None:
         notes.decide("gpus_per_node", gpus, f"all of a `{node.name}` node", "node_types", node.name, "gpus", site=True)
     else:
