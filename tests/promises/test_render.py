@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
@@ -93,22 +92,33 @@ def test_a_folder_that_is_not_a_run_is_never_written_into(run_yaml, hpctrain, tm
 
 
 FILES = {"plan.json": b"{}", "job.sbatch": b"#!/bin/bash\n", "runtime/__init__.py": b""}
-CRASH = """
-import os, sys
-from hpctrain import rundir
-left = int(sys.argv[2])
-def counted(real):
-    def call(*args, **kwargs):
-        global left
-        if left == 0:
-            os._exit(9)
-        left -= 1
-        return real(*args, **kwargs)
-    return call
-for name in ("rename", "replace", "fsync", "mkdir", "chmod"):
-    setattr(os, name, counted(getattr(os, name)))
-rundir.write_run_dir(sys.argv[1], {"plan.json": b"{1}", "job.sbatch": b"new", "config.yml": b"new"}, force=True)
-"""
+NEW = {"plan.json": b"{1}", "job.sbatch": b"new", "config.yml": b"new"}
+
+
+def write_and_die_at(run_dir: Path, steps: int) -> int:
+    """Write NEW in a process that is gone at its `steps`-th change of the file system; its exit code."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = steps
+
+    def counted(real):
+        def call(*args, **kwargs):
+            nonlocal left
+            if left == 0:
+                os._exit(9)
+            left -= 1
+            return real(*args, **kwargs)
+
+        return call
+
+    try:
+        for name in ("rename", "replace", "fsync", "mkdir", "chmod"):
+            setattr(os, name, counted(getattr(os, name)))
+        rundir.write_run_dir(str(run_dir), NEW, force=True)
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
 
 
 @pytest.mark.parametrize("there_before", [False, True])
@@ -120,17 +130,14 @@ def test_a_crash_at_any_step_leaves_the_old_or_the_new_files(tmp_path, there_bef
         if there_before:
             rundir.write_run_dir(str(run_dir), FILES)
             old = tree(run_dir)
-        code = subprocess.call([sys.executable, "-c", CRASH, str(run_dir), str(steps)], cwd=tmp_path)
+        code = write_and_die_at(run_dir, steps)
         # The next render finishes what was committed, or finds the old state; either way it is whole again.
         try:
             rundir.write_run_dir(str(run_dir), FILES)
         except Refused:
             pass
         now = {name: raw for name, raw in tree(run_dir).items() if not name.startswith(rundir.STAGED)}
-        new = {**FILES, "plan.json": b"{1}", "job.sbatch": b"new", "config.yml": b"new"} if there_before else None
-        assert now in (
-            [old, new] if there_before else [FILES, {"plan.json": b"{1}", "job.sbatch": b"new", "config.yml": b"new"}]
-        )
+        assert now in ([old, {**FILES, **NEW}] if there_before else [FILES, NEW])
         ends.add(code)
         if code == 0:
             break
