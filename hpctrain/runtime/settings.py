@@ -1,0 +1,93 @@
+"""What the guard is told by `plan.json`, checked."""
+
+import json
+import os
+from typing import Any, Dict, NamedTuple, Optional
+
+from .layout import Expected
+from .layouts import LAYOUTS
+
+SCHEMA_VERSION = 1
+COUNTERS = ("latest", "greatest_folder")
+
+
+class GuardError(Exception):
+    """The guard cannot decide; the job must not start."""
+
+
+class Settings(NamedTuple):
+    """The `guard` part of plan.json.
+
+    `target` is the number in a checkpoint's folder name at which the run is done. `counter` is `greatest_folder` where
+    the framework takes its iteration from the greatest `global_step*` in the folder, whatever `latest` says.
+    """
+
+    run: str
+    layout: str
+    checkpoint_dir: Optional[str]
+    start: Optional[str]
+    expected: Expected
+    target: Optional[int]
+    give_up_after: int
+    after_each: Optional[str]
+    quarantine: bool
+    counter: str
+
+
+def read_settings(run_dir: str) -> Settings:
+    """The guard's settings of a run directory; raises GuardError when plan.json is missing or not as it must be."""
+    path = os.path.join(run_dir, "plan.json")
+    try:
+        with open(path, "rb") as stream:
+            plan = json.loads(stream.read().decode("utf-8"))
+        return parse_settings(plan["guard"])
+    except OSError as error:
+        raise GuardError("cannot read `{}`: {}".format(path, error.strerror)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise GuardError("`{}` is damaged: {}; render the run again".format(path, error)) from error
+
+
+def parse_settings(guard: Dict[str, Any]) -> Settings:
+    """Settings from the plan's `guard`; raises ValueError, naming the key, when one is not as it must be."""
+    if guard["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            "guard.schema_version is {}, this runtime knows {}".format(guard["schema_version"], SCHEMA_VERSION)
+        )
+    layout, counter = guard["layout"], guard.get("counter", "latest")
+    if layout not in LAYOUTS:
+        raise ValueError("guard.layout is `{}`, not one of {}".format(layout, ", ".join(sorted(LAYOUTS))))
+    if counter not in COUNTERS:
+        raise ValueError("guard.counter is `{}`".format(counter))
+    folder = _path(guard, "checkpoint_dir")
+    if folder is None and layout != "none":
+        raise ValueError("guard.checkpoint_dir is missing, and layout `{}` keeps checkpoints".format(layout))
+    ranks = [_count(guard, key) for key in Expected._fields]
+    return Settings(
+        run=str(guard.get("run", "")),
+        layout=layout,
+        checkpoint_dir=folder,
+        start=_path(guard, "start"),
+        expected=Expected(*ranks),
+        target=_count(guard, "target"),
+        give_up_after=_count(guard, "give_up_after") or 3,
+        after_each=_path(guard, "after_each"),
+        quarantine=guard.get("quarantine", True) is not False,
+        counter=counter,
+    )
+
+
+def _count(guard: Dict[str, Any], key: str) -> Optional[int]:
+    value = guard.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError("guard.{} is `{}`, not a whole number".format(key, value))
+    return value
+
+
+def _path(guard: Dict[str, Any], key: str) -> Optional[str]:
+    value = guard.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not os.path.isabs(value) or "\0" in value:
+        raise ValueError("guard.{} is not an absolute path".format(key))
+    # Python 3.6 in the C locale takes file names for ASCII: carry the bytes of the path through.
+    return os.path.normpath(os.fsdecode(value.encode("utf-8", "surrogateescape")))

@@ -1,0 +1,258 @@
+"""A checkpoint folder as it is now, and which of its checkpoints a link should start from."""
+
+import os
+import re
+from typing import Dict, List, NamedTuple, Optional, Tuple
+
+from .files import Listing, read_text
+from .layout import Verdict
+from .layouts import LAYOUTS
+from .settings import Settings
+
+
+class Candidate(NamedTuple):
+    """An entry of the checkpoint folder whose name is a checkpoint's. A start checkpoint was there before the run."""
+
+    name: str
+    number: int
+    is_link: bool
+    is_start: bool
+
+
+class Aside(NamedTuple):
+    """An entry to be renamed out of the framework's way, to the first free name like `to`."""
+
+    name: str
+    to: str
+    why: str
+
+
+class Choice(NamedTuple):
+    """Which checkpoint to start from: `kind` is `made`, `start` or `nothing`, `name` its folder name."""
+
+    kind: str
+    name: Optional[str]
+    number: Optional[int]
+    asides: Tuple[Aside, ...]
+    notes: Tuple[str, ...]
+
+
+class Survey:
+    """Reads the checkpoint folder once; checkpoints are verified when asked for, each once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.layout = LAYOUTS[settings.layout]
+        self.listing = Listing()
+        self.folder = settings.checkpoint_dir or ""
+        self._verdicts: Dict[str, Verdict] = {}
+        self.candidates: List[Candidate] = []
+        self.others: List[str] = []
+        try:
+            entries = self.listing.entries(self.folder) if self.folder else {}
+        except FileNotFoundError:
+            entries = {}
+        real_start = os.path.realpath(settings.start) if settings.start else None
+        copy = start_link_name(settings) if settings.start else None
+        for name, entry in entries.items():
+            number = self.layout.number(name)
+            is_link = entry.is_symlink()
+            if number is None or not (is_link or entry.is_dir()):
+                self.others.append(name)
+                continue
+            at_start = is_link and (not real_start or os.path.realpath(self.path(name)) == real_start)
+            is_start = at_start or (not is_link and name == copy) or name.startswith("start-")
+            self.candidates.append(Candidate(name, number, is_link, is_start))
+        self.candidates.sort(key=lambda found: self.layout.order(found.name))
+        self.tracker_text = self._read_tracker() if entries else None
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    @property
+    def made(self) -> List[Candidate]:
+        """The checkpoints that this folder's runs made, complete or not, in the framework's order. A link never is one."""
+        return [found for found in self.candidates if not found.is_link and not found.is_start]
+
+    @property
+    def tracker_path(self) -> Optional[str]:
+        return self.path(self.layout.tracker) if self.layout.tracker and self.folder else None
+
+    @property
+    def named(self) -> Optional[str]:
+        """The name in the tracker (`latest`), None when there is none, it is empty or unreadable as one."""
+        return self.layout.named_by(self.tracker_text) if self.tracker_text is not None else None
+
+    def verdict(self, name: str) -> Verdict:
+        """Whether the checkpoint is complete, compared with the one before it; a vanished one is not."""
+        if name not in self._verdicts:
+            before = [found.name for found in self.made if self.layout.order(found.name) < self.layout.order(name)]
+            previous = self.path(before[-1]) if before else None
+            expected = self.settings.expected
+            if name not in [found.name for found in self.made]:
+                # Another number of nodes may have written a start checkpoint; its model must still fit.
+                expected, previous = expected._replace(data_parallel=None, zero_stage=None), None
+            try:
+                found = self.layout.verdict(self.path(name), self.listing, expected, previous)
+            except (FileNotFoundError, NotADirectoryError):
+                found = Verdict(("there is no such folder",), (), 0, 0)
+            self._verdicts[name] = found
+        return self._verdicts[name]
+
+    def complete(self, name: str) -> bool:
+        return not self.verdict(name).faults
+
+    def newest_complete(self) -> Optional[Candidate]:
+        """The last complete checkpoint that this folder's runs made; only those above it are verified too."""
+        for found in reversed(self.made):
+            if self.complete(found.name):
+                return found
+        return None
+
+    def written_after_tracker(self, name: str) -> bool:
+        """Whether every file of a checkpoint is younger than the tracker.
+
+        Then the save was cut off between the last shard and the tracker. Times are asked for nothing but this tie, where
+        both answers are complete checkpoints.
+        """
+        path = self.tracker_path
+        if not path:
+            return False
+        try:
+            tracker_ns = os.stat(path).st_mtime_ns
+        except OSError:
+            return False
+        files = self.listing.tree(self.path(name), self.layout.depth)
+        return bool(files) and min(info.mtime_ns for info in files.values()) > tracker_ns
+
+    def _read_tracker(self) -> Optional[str]:
+        path = self.tracker_path
+        return read_text(path) if path else None
+
+
+def choose(survey: Survey) -> Choice:
+    """The checkpoint to start from, and what must be moved out of the way first.
+
+    1. Among the checkpoints made by this folder's runs: the one the tracker names, when it is complete and nothing
+       complete is newer, or the newer ones were there when the tracker was written (somebody went back on purpose).
+    2. Otherwise the newest complete one: the tracker is missing, empty, names an incomplete one or the start, or the
+       save was cut off just before it was written.
+    3. None complete: the start, if there is one. A greater number does not make a checkpoint newer than the start's:
+       upstream NeoX counts from 0 after a finetune.
+
+    What the next save would write into, or what the framework would count instead, is moved aside: a save that is cut
+    off inside an older save's folder leaves shards of two trajectories that look like one whole checkpoint.
+    """
+    notes: List[str] = []
+    made = {found.name: found for found in survey.made}
+    newest = survey.newest_complete()
+    chosen = newest
+    named = survey.named
+    if newest and named in made and named != newest.name and survey.complete(named):
+        if survey.written_after_tracker(newest.name):
+            notes.append(
+                "`{}` is complete and newer than `{}`, which was to name it".format(newest.name, survey.layout.tracker)
+            )
+        else:
+            chosen = made[named]
+            notes.append(
+                "`{}` names `{}` on purpose: newer checkpoints are moved aside".format(survey.layout.tracker, named)
+            )
+    if chosen:
+        notes += _about_tracker(survey, chosen.name)
+        return Choice("made", chosen.name, chosen.number, tuple(_asides(survey, chosen)), tuple(notes))
+    start = _start(survey)
+    if start or survey.settings.start:
+        if start:
+            notes += _about_tracker(survey, start.name)
+        name = start.name if start else None
+        number = start.number if start else None
+        if survey.settings.start and survey.layout.by_link:
+            name, number = start_link_name(survey.settings), start_number(survey.settings.start)
+        return Choice("start", name, number, tuple(_asides(survey, None)), tuple(notes))
+    return Choice("nothing", None, None, tuple(_asides(survey, None)), tuple(notes))
+
+
+def _start(survey: Survey) -> Optional[Candidate]:
+    """The start checkpoint in the folder: the one the tracker names, else the last."""
+    starts = [found for found in survey.candidates if found.is_start]
+    named = [found for found in starts if found.name == survey.named]
+    return named[0] if named else starts[-1] if starts else None
+
+
+def _about_tracker(survey: Survey, chosen: str) -> List[str]:
+    tracker, text = survey.layout.tracker, survey.tracker_text
+    if not tracker or survey.named == chosen or (survey.layout.tracker_optional and text is None):
+        return []
+    if text is None:
+        return ["`{}` is missing".format(tracker)]
+    if not text.strip():
+        return ["`{}` is empty".format(tracker)]
+    named = survey.named
+    if named is None:
+        return ["`{}` holds {}, which names no checkpoint".format(tracker, ascii(text[:80]))]
+    known = {found.name for found in survey.candidates}
+    if named not in known:
+        return ["`{}` names `{}`, which is not there".format(tracker, named)]
+    faults = survey.verdict(named).faults
+    return ["`{}` names `{}`, which is not complete: {}".format(tracker, named, faults[0])] if faults else []
+
+
+def _asides(survey: Survey, chosen: Optional[Candidate]) -> List[Aside]:
+    layout, settings = survey.layout, survey.settings
+    out = []
+    by_folder = layout.greatest or settings.counter == "greatest_folder"
+    for found in survey.made:
+        if chosen and layout.order(found.name) <= layout.order(chosen.name):
+            continue
+        faults = survey.verdict(found.name).faults
+        if faults and (settings.quarantine or by_folder):
+            out.append(Aside(found.name, "interrupted-{}".format(found.number), "is not complete: " + faults[0]))
+        elif not faults:
+            out.append(Aside(found.name, "aside-{}".format(found.number), "is newer than the checkpoint to go on from"))
+    if settings.counter != "greatest_folder":
+        return out
+    # Everything below makes the fork count from, or stumble over, a name that is not the checkpoint it loads.
+    for link in survey.candidates:
+        if link.is_link and chosen and link.number > chosen.number:
+            out.append(
+                Aside(
+                    link.name,
+                    "aside-{}".format(link.number),
+                    "is a link with a greater number than `{}`".format(chosen.name),
+                )
+            )
+    for name in survey.others:
+        if re.match(r"global_step", name):
+            plain = name.replace("global_step", "step")
+            out.append(Aside(name, "aside-" + plain, "would be taken for a checkpoint's name by the framework"))
+    return out
+
+
+def start_number(path: str) -> Optional[int]:
+    """The iteration in a start checkpoint's name: `global_step423858`, `_global_step_423858_backup`, `iter_0001000`.
+
+    The number after a known word, else the only number in the name; None when that leaves a doubt.
+    """
+    name = os.path.basename(os.path.normpath(path))
+    known = re.findall(r"(?:global_?step|step|iter|checkpoint|epoch)[-_]?(\d{1,18})", name, re.ASCII)
+    numbers = known or re.findall(r"\d{1,18}", name, re.ASCII)
+    return int(numbers[0]) if len(set(map(int, numbers))) == 1 else None
+
+
+def start_link_name(settings: Settings) -> Optional[str]:
+    """The name under which the start checkpoint appears in the checkpoint folder, None when its name has no number.
+
+    `global_stepN` as the framework would call it; but where the run counts from 0 and would reach N itself, saving that
+    checkpoint would write through the link into the start, so it is called `start-N` there, which no retention of the
+    framework counts either.
+    """
+    number = start_number(settings.start or "")
+    if number is None:
+        return None
+    layout = LAYOUTS[settings.layout]
+    own = layout.folder_name(number)
+    reached = settings.target is None or number <= settings.target
+    if layout.name == "deepspeed" and settings.counter == "latest" and reached:
+        return "start-{}".format(number)
+    return own
