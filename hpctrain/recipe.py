@@ -219,6 +219,10 @@ def _field(declared: Mapping[str, Any]) -> Field:
         choices=tuple(declared["choices"]),
         minimum=declared["minimum"],
         maximum=declared["maximum"],
-        items=Field(declared["items"], "") if kind == "list" else Field("any", "") if kind == "map" else None,
+        items=Field(declared["items"], "", multiline=declared["items"] == "text")
+        if kind == "list"
+        else Field("any", "")
+        if kind == "map"
+        else None,
         multiline=kind == "text",
     )

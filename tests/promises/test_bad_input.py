@@ -1,0 +1,168 @@
+"""Whatever is written into a run.yaml: never a traceback, never exit 70, and a rendered script carries it verbatim."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hpctrain.errors import HpctrainError, UsageError
+from hpctrain.load import load_plan
+from hpctrain.rundir import run_files, write_run_dir
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from hostile import HOSTILE  # noqa: E402
+
+BASE = {
+    "name": "base",
+    "site": "lumi",
+    "recipe": "command",
+    "account": "project_465001281",
+    "partition": "standard-g",
+    "nodes": 1,
+    "time": "1h",
+    "container": "/scratch/image.sif",
+    "container_binds": ["/extra"],
+    "checkpoint": {"start": "/scratch/start/global_step7", "dir": "/scratch/ckpt"},
+    "data": {"train": ["/scratch/data/train"], "valid": ["/scratch/data/valid"], "test": ["/scratch/data/test"]},
+    "chain": {"jobs": 1, "after_each": "/scratch/bench.sh"},
+    "config": {"key": "value"},
+    "recipe_options": {"argv": ["/usr/bin/env", "-0", "--", "true"], "workdir": "/", "layout": "none"},
+    "env": {"GREETING": "hello"},
+    "sbatch": {"reservation": "res"},
+    "secrets": "/scratch/secrets.env",
+}
+STRING_FIELDS = [
+    ("name",), ("site",), ("recipe",), ("account",), ("partition",), ("time",), ("container",), ("container_binds", 0),
+    ("checkpoint", "start"), ("checkpoint", "dir"), ("data", "train", 0), ("data", "valid", 0), ("data", "test", 0),
+    ("chain", "after_each"), ("config", "key"), ("recipe_options", "argv", 0), ("recipe_options", "argv", 3),
+    ("recipe_options", "workdir"), ("recipe_options", "layout"), ("env", "GREETING"), ("sbatch", "reservation"), ("secrets",),
+]  # fmt: skip
+
+
+def plan_of(tmp_path, data):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return load_plan(str(path), (), str(tmp_path / "run dir"))
+
+
+def with_value(path, value):
+    data = copy.deepcopy(BASE)
+    node = data
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return data
+
+
+@pytest.mark.parametrize("path", STRING_FIELDS, ids=lambda path: ".".join(map(str, path)))
+def test_a_hostile_value_is_refused_with_its_place_or_survives_bash(path, tmp_path):
+    import subprocess
+
+    carried = refused = 0
+    for value in HOSTILE:
+        try:
+            loaded = plan_of(tmp_path, with_value(path, value))
+            if loaded.plan.errors:
+                raise UsageError(loaded.plan.errors)
+        except HpctrainError as error:
+            refused += 1
+            assert error.exit_code == 2
+            assert all(problem.what.isprintable() for problem in error.problems), error
+            continue
+        carried += 1
+        script = run_files(loaded.plan, loaded.inputs)["job.sbatch"]
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b""), (value, done.stderr)
+        directives = [line for line in script.decode().splitlines() if line.startswith("#SBATCH")]
+        assert len(directives) == len(loaded.plan.directives), value
+
+    assert carried + refused == len(HOSTILE)
+    assert refused, "NUL at least is never a value"
+
+
+def carried_by(tmp_path, path):
+    """The hostile values that the plan accepts for a field."""
+    found = []
+    for value in HOSTILE:
+        try:
+            if not plan_of(tmp_path, with_value(path, value)).plan.errors:
+                found.append(value)
+        except HpctrainError:
+            pass
+    return found
+
+
+def test_hostile_text_reaches_the_program_verbatim_and_runs_nothing(tmp_path, run_job):
+    arguments = carried_by(tmp_path, ("recipe_options", "argv", 3))
+    variables = {f"HOSTILE_{number}": value for number, value in enumerate(carried_by(tmp_path, ("env", "GREETING")))}
+    images = carried_by(tmp_path, ("container",))
+    assert min(map(len, (arguments, variables, images))) >= 40
+    out = tmp_path / "out"
+    program = (
+        "import json, os, sys\n"
+        f"seen = [sys.argv[1:], {{name: text for name, text in os.environ.items() if name.startswith('HOSTILE_')}}]\n"
+        f"json.dump(seen, open({str(out)!r}, 'w'))"
+    )
+    data = copy.deepcopy(BASE)
+    del data["secrets"], data["container_binds"]
+    data["env"] = variables
+    data["checkpoint"] = {"dir": str(tmp_path / "ckpt")}
+    data["recipe_options"] = {"argv": ["python3", "-c", program, *arguments], "workdir": str(tmp_path)}
+    for number, image in enumerate(images[::8]):
+        data["container"] = image
+        plan_of(tmp_path, data)
+        run_dir = tmp_path / f"run {number}"
+        loaded = load_plan(str(tmp_path / "run.yaml"), (), str(run_dir))
+        assert not loaded.plan.errors
+        write_run_dir(str(run_dir), run_files(loaded.plan, loaded.inputs))
+        done, notes = run_job(run_dir / "job.sbatch")
+
+        assert done.returncode == 0, (image, done.stdout, done.stderr)
+        assert json.loads(out.read_text()) == [arguments, variables]
+        assert loaded.plan.spec.container in next(note for note in notes if note[0] == "singularity")
+        assert not list(tmp_path.rglob("canary"))
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["lumi", "generic-cuda", "local", "command", "1h", "/x", "standard-g", *HOSTILE[:60]]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.sampled_from([path[0] for path in STRING_FIELDS] + ["nodes", "tasks_per_node", "estimate", "x"]), VALUES
+    )
+)
+def test_random_specs_never_raise_anything_but_our_errors(tmp_path, changes):
+    try:
+        loaded = plan_of(tmp_path, {**BASE, **changes})
+    except HpctrainError:
+        return
+    except (yaml.YAMLError, UnicodeEncodeError):
+        return  # the test could not write the file
+    if not loaded.plan.errors:
+        run_files(loaded.plan, loaded.inputs)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200))
+def test_random_bytes_never_raise_anything_but_our_errors(tmp_path, raw):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(raw)
+    with pytest.raises(HpctrainError):
+        load_plan(str(path))
