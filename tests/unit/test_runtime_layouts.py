@@ -15,13 +15,14 @@ from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS
 
 TORCH = checkpoints.torch_file({"a": 1})
+ANY = Expected()
 
 
-def verdict(layout, path, expected=Expected(), previous=None):
+def verdict(layout, path, expected=ANY, previous=None):
     return LAYOUTS[layout].verdict(str(path), Listing(), expected, previous and str(previous))
 
 
-def faults(layout, path, expected=Expected(), previous=None):
+def faults(layout, path, expected=ANY, previous=None):
     return list(verdict(layout, path, expected, previous).faults)
 
 
