@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
@@ -53,6 +54,9 @@ def dump(value: Any) -> str:
     return str(yaml.dump(_quoted(value), Dumper=_Dumper, sort_keys=False, width=10**9, allow_unicode=True))
 
 
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]{2,60}", re.ASCII)
+
+
 class _Quoted(str):
     """A text written in double quotes, so that no reader takes it for anything else."""
 
@@ -64,10 +68,15 @@ class _Dumper(yaml.SafeDumper):
 
 def _quoted(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _quoted(item) for key, item in value.items()}
+        return {_key(key): _quoted(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_quoted(item) for item in value]
     return _Quoted(value) if isinstance(value, str) else value
+
+
+def _key(key: Any) -> Any:
+    """A plain word stays bare; any other text is quoted, as no reader folds what is in double quotes."""
+    return _Quoted(key) if isinstance(key, str) and not _WORD.fullmatch(key) else key
 
 
 _Dumper.add_representer(

@@ -1,7 +1,7 @@
 """Batch and ranks: the identity is derived, or refused with everything that would fit."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpctrain.recipes.neox.batch import decide_batch, decide_shape
@@ -91,6 +91,7 @@ def test_ranks_are_told_to_neox(neox):
     neox("global_num_gpus: 512\n").problem("contradicts what hpctrain sets: 1536")
 
 
+@settings(deadline=None)
 @given(
     nodes=st.integers(1, 64), ranks=st.sampled_from([1, 2, 4, 8]), tensor=st.sampled_from([1, 2, 4, 8]), pipeline=st.integers(0, 4),
     train=st.none() | st.integers(-1, 600), micro=st.none() | st.integers(-1, 12), steps=st.none() | st.integers(-1, 12),
