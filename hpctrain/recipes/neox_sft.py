@@ -1,0 +1,239 @@
+"""Supervised fine-tuning with GPT-NeoX, upstream or the Tilde fork: run.yaml and base configs -> one config per mode.
+
+The rules are in `hpctrain/recipes/neox/`; here they are put in order.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
+from hpctrain.recipes.neox import batch, data, launch, model, saving
+from hpctrain.recipes.neox.configs import MAX_TEXT_BYTES, config_text
+from hpctrain.recipes.neox.draft import Draft, make_draft, section
+from hpctrain.recipes.neox.keys import FLAVOR_NAMES
+from hpctrain.resources import shipped_dir
+from hpctrain.spec import absolute
+
+
+def resolve(context: Context) -> Resolved:
+    """Everything decided about a NeoX run: its configs, the step, the guard's facts, and all problems at once.
+
+    A config is written only when there is no error. `template` holds what templates/neox-sft/job.sbatch.j2 needs.
+    """
+    spec, options = context.spec, context.options
+    flavor, starter = options["flavor"], options["launch"]
+    folder = absolute(options["dir"], spec.base_dir)
+    train_script = os.path.join(folder, options["train_script"])
+    where_nodes = spec.where("nodes")
+    bases = context.read.get("base_config", ())
+
+    draft = make_draft(
+        flavor,
+        section(context.recipe.document, "config"),
+        bases,
+        section(spec.document, "config"),
+        options["extra_keys"],
+    )
+    ranks_per_node = context.gpus_per_node or context.tasks_per_node
+    launch.decide_launcher(draft, starter)
+    shape = batch.decide_shape(draft, context.num_nodes, ranks_per_node, where_nodes)
+    batch.decide_batch(draft, shape, where_nodes)
+    model.check_model(draft, shape)
+    zero_stage = model.check_precision(draft, shape)
+    model.check_optimizer(draft)
+    model.decide_clipping(draft)
+    data.decide_data(draft, spec.data, spec.where)
+    data.decide_reading(draft)
+    data.decide_packing(draft)
+    data.decide_loss_mask(draft)
+    data.check_tokenizer(draft)
+    start = saving.find_start(draft, spec)
+    saving.decide_folder(draft, spec)
+    saving.decide_finetune(draft, spec)
+    offset = saving.decide_offset(draft, start, spec)
+    train_iters = saving.decide_length(draft)
+    saves = saving.decide_saves(draft, train_iters, spec)
+    saving.check_exit(draft, saves, spec)
+    saving.check_retention(draft, saves, start)
+    saving.check_collision(draft, saves, start, spec)
+    saving.check_fork_schedule(draft, offset, start)
+    override = saving.decide_resume_schedule(draft)
+    launch.decide_tracking(draft, starter, spec)
+    launch.check_devices(draft, spec)
+    env = launch.environment(draft, spec)
+    _check_launch(draft, context)
+
+    modes = ("finetune", "resume") if spec.checkpoint_start else ("scratch", "resume")
+    by_mode = {mode: mode_values(draft, mode, override) for mode in modes}
+    differs = [
+        key
+        for key in by_mode["resume"]
+        if any(values.get(key) != by_mode["resume"][key] for values in by_mode.values())
+    ]
+    configs = {f"config.{mode}.yml": _config(draft, mode, values, differs) for mode, values in by_mode.items()}
+    longest = max(len(text.encode("utf-8", "replace")) for text in configs.values())
+    if longest > MAX_TEXT_BYTES:
+        draft.error(
+            f"the NeoX config would have {longest} bytes, and at most {MAX_TEXT_BYTES} can be handed to the ranks",
+            where=spec.where("config"),
+            why="NeoX carries it to every rank as one argument, which Linux limits to 128 KiB",
+            hint="merge the data sets with `hpctrain data merge`, so that fewer paths are needed",
+        )
+    if any(problem.level == "error" for problem in draft.problems):
+        configs = {}
+    target = None if train_iters is None else train_iters + offset
+    return Resolved(
+        argv=_argv(options["python"], starter, folder, train_script),
+        workdir=folder,
+        configs=configs,
+        config_for={mode: f"config.{mode}.yml" for mode in modes},
+        files={"neox_args.py": _shipped("neox_args.py")} if starter == launch.SRUN else {},
+        env=env,
+        guard=Guard(
+            layout="deepspeed",
+            target=target,
+            tensor_parallel=shape.tensor,
+            pipeline_parallel=shape.pipeline,
+            data_parallel=shape.data,
+            zero_stage=zero_stage,
+            counter="greatest_folder" if offset else "latest",
+        ),
+        cadence=Cadence(train_iters, _save_every(saves), saves_on_signal=False),
+        template={
+            "launch": starter,
+            "python": options["python"],
+            "neox_dir": folder,
+            "train_script": train_script,
+            "activate": absolute(options["activate"], spec.base_dir) if options["activate"] else None,
+        },
+        paths=launch.needed_paths(draft, spec, folder, train_script, starter) + _activation(context),
+        decisions=(
+            *_own_decisions(context, folder, start, offset, target),
+            *draft.all_decisions(),
+            *_mode_decisions(modes, override),
+        ),
+        problems=tuple(draft.problems),
+    )
+
+
+def mode_values(draft: Draft, mode: str, override: bool) -> dict[str, Any]:
+    """The values of one mode: the draft's, `finetune`, and on a resume the schedule's owner."""
+    values = {name: value for name, value in draft.values.items() if value is not None}
+    values["finetune"] = mode == "finetune"
+    if override and mode == "resume":
+        values["override_lr_scheduler"] = True
+    return values
+
+
+def _config(draft: Draft, mode: str, values: dict[str, Any], differs: list[str]) -> str:
+    what = {
+        "scratch": "the first link of a run from scratch",
+        "finetune": "the first link: weights of the start checkpoint, a fresh optimizer, iterations from 0",
+        "resume": "every later link: weights, optimizer, schedule and iteration of the newest complete checkpoint",
+    }[mode]
+    header = (
+        f"Configuration for {FLAVOR_NAMES[draft.flavor]}, mode `{mode}`: {what}.",
+        "Made by hpctrain render from run.yaml, its base configs and the recipe neox-sft: edit run.yaml instead.",
+        "Complete in itself; `hpctrain plan` says why each value is as it is.",
+        f"The modes differ in: {', '.join(sorted(differs)) or 'nothing'}.",
+    )
+    return config_text(values, draft.keys, header)
+
+
+def _argv(python: str, starter: str, folder: str, train_script: str) -> tuple[str, ...]:
+    """What runs: every task's train.py, or deepy.py once. The job template adds the configuration when the job starts."""
+    if starter == launch.DEEPY:
+        return (python, os.path.join(folder, "deepy.py"), train_script)
+    return (python, "-u", train_script)
+
+
+def _check_launch(draft: Draft, context: Context) -> None:
+    spec, options = context.spec, context.options
+    if options["launch"] == launch.DEEPY:
+        if spec.container:
+            draft.error(
+                "`launch: deepy` does not work with `container`",
+                where=spec.where("container"),
+                why="NeoX's launcher issues srun itself, which is not inside containers, and starts the ranks outside of it",
+                hint="recipe_options: {launch: srun}, or leave `container` out and give `activate`",
+            )
+    elif options["activate"]:
+        draft.error(
+            "`activate` is for `launch: deepy`",
+            where=spec.where("recipe_options", "activate"),
+            why="with `launch: srun` python runs in the container",
+            hint="delete it",
+        )
+
+
+def _own_decisions(
+    context: Context, folder: str, start: saving.Start | None, offset: int, target: int | None
+) -> tuple[Decision, ...]:
+    spec, options = context.spec, context.options
+    launch_reason = {
+        launch.SRUN: "hpctrain's srun: CPU binding, kill-on-bad-exit and container are the job script's",
+        launch.DEEPY: "NeoX's own launcher, with a hostfile made in each job",
+    }[options["launch"]]
+    out = [
+        Decision("neox.dir", folder, "NeoX working copy; tasks run in it", spec.where("recipe_options", "dir")),
+        Decision(
+            "neox.flavor", options["flavor"], FLAVOR_NAMES[options["flavor"]], spec.where("recipe_options", "flavor")
+        ),
+        Decision("neox.launch", options["launch"], launch_reason, spec.where("recipe_options", "launch")),
+    ]
+    if start:
+        out.append(
+            Decision(
+                "checkpoint.start_iteration",
+                start.iteration,
+                f"from the folder's name `{os.path.basename(start.path)}`; linked as `{start.link}`",
+                spec.where("checkpoint", "start"),
+            )
+        )
+    if target is not None:
+        reason = f"iteration_offset {offset} + train_iters {target - offset}" if offset else "train_iters"
+        out.append(
+            Decision("checkpoint.last", f"global_step{target}", f"{reason}: the run is done when it is complete")
+        )
+    return tuple(out)
+
+
+def _mode_decisions(modes: tuple[str, ...], override: bool) -> tuple[Decision, ...]:
+    out = [
+        Decision(
+            "config.finetune",
+            {mode: mode == "finetune" for mode in modes},
+            "only the first link from a start checkpoint leaves the optimizer behind",
+            "recipe neox-sft",
+        )
+    ]
+    if override:
+        out.append(
+            Decision(
+                "config.override_lr_scheduler",
+                {"resume": True},
+                "a resume takes the schedule from the config; else any change of it stops NeoX (learning_rates.py:114-147)",
+                "recipe neox-sft",
+            )
+        )
+    return tuple(out)
+
+
+def _activation(context: Context) -> tuple[tuple[str, str, str], ...]:
+    path = context.options["activate"]
+    if not path:
+        return ()
+    return (
+        ("activation script", absolute(path, context.spec.base_dir), context.spec.where("recipe_options", "activate")),
+    )
+
+
+def _save_every(saves: saving.Saves) -> int | None:
+    return int(saves.factor) if saves.factor and not saves.log else None
+
+
+def _shipped(name: str) -> str:
+    with open(os.path.join(shipped_dir("templates"), "neox-sft", name), encoding="utf-8") as file:
+        return file.read()
