@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hpctrain.errors import EnvironmentFault
 from hpctrain.sandbox import processes
+from hpctrain.sandbox.nodeview import view_argv
 from hpctrain.sandbox.packages import Toolbox
 from hpctrain.sandbox.shape import ClusterShape, Place, accounting_commands
 
@@ -82,6 +83,9 @@ class Daemons:
         stepd = f"{self.place.state}/etc/slurmstepd"
         for done, name in enumerate(names, start=1):
             argv = self.box.argv("slurmd", "-D", "-N", name, "-d", stepd, "-f", self._conf)
+            if self.place.has_views:
+                hosts = f"{self.place.state}/etc/hosts"
+                argv = [*view_argv(self.box.argv("bwrap"), self.shape.mounts, hosts=hosts, hostname=name), *argv]
             self._start(f"slurmd-{name}", argv, folder=name)
             progress(done)
 

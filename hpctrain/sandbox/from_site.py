@@ -18,6 +18,7 @@ def shape_from_site(
     accounting: bool = False,
     accounts: Sequence[str] = (),
     partitions: Sequence[str] = (),
+    mounts: Sequence[tuple[str, str]] = (),
     kill_wait_s: int = 30,
     slurmd_timeout_s: int = 120,
 ) -> ClusterShape:
@@ -80,6 +81,8 @@ def shape_from_site(
         slurmd_timeout_s=slurmd_timeout_s,
         requeue=slurm["requeue"],
         one_thread_per_core=slurm["hint"] == "nomultithread",
+        account_required=site.values["account"]["required"],
+        mounts=tuple(mounts),
         host_suffixes=(suffix,) if suffix else (),
     )
 

@@ -135,18 +135,21 @@ def kill(processes: Iterable[Process]) -> None:
     _wait(left, 5.0)
 
 
-def end(processes: Iterable[Process], *, grace_s: float = 5.0) -> list[Process]:
-    """SIGTERM, then SIGKILL after `grace_s`; returns those that survived even that."""
-    # A slurmstepd does not end while its tasks live, and its tasks may take as long as they like to end.
-    left = [
-        process
-        for process in processes
-        if _signal(process, signal.SIGKILL if process.name.startswith("slurmst") else signal.SIGTERM)
-    ]
-    left = _wait(left, grace_s)
-    for process in left:
+def end(processes: Iterable[Process], run: str, *, grace_s: float = 3.0) -> list[Process]:
+    """End daemons at once and tasks with SIGTERM, then SIGKILL after `grace_s`; returns those that survived even that.
+
+    The daemons' files are deleted right after, so they need no time to put them in order; the tasks are the user's.
+    """
+    here = os.path.join(run, "here")
+    daemons: list[Process] = []
+    tasks: list[Process] = []
+    for process in processes:
+        (daemons if _is_below(process.pid, here) else tasks).append(process)
+    left = [process for process in daemons if _signal(process, signal.SIGKILL)]
+    left_tasks = _wait([process for process in tasks if _signal(process, signal.SIGTERM)], grace_s)
+    for process in left_tasks:
         _signal(process, signal.SIGKILL)
-    return _wait(left, 5.0)
+    return _wait(left + left_tasks, 5.0)
 
 
 def _wait(processes: list[Process], limit_s: float) -> list[Process]:
@@ -193,11 +196,16 @@ def _is_marked(pid: int, state: str, here: str) -> bool:
             return True
     except OSError:
         pass
+    return _is_below(pid, here)
+
+
+def _is_below(pid: int, here: str) -> bool:
+    """Whether a process works in `here` or below: only daemons do (also when the directory was deleted meanwhile)."""
     try:
-        where = os.readlink(folder / "cwd")
-        return where == here or where.startswith(here + "/")
+        where = os.readlink(PROC / str(pid) / "cwd")
     except OSError:
         return False
+    return where == here or where.startswith((here + "/", here + " (deleted)"))
 
 
 def _is_on(pid: int, node: str, here: str) -> bool:

@@ -7,7 +7,6 @@ import os
 import pwd
 import secrets
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from hpctrain import units
 from hpctrain.errors import EnvironmentFault, Refused, UsageError
-from hpctrain.sandbox import packages, processes, shape, state
+from hpctrain.sandbox import nodeview, packages, processes, shape, state
 from hpctrain.sandbox.daemons import Daemons
 from hpctrain.sandbox.packages import Toolbox
 from hpctrain.sandbox.shape import ClusterShape, Place
@@ -152,7 +151,8 @@ def fault(names: str, action: str, name: str, directory: Path, environ: Mapping[
         for node in nodes:
             role = processes.of_role(f"slurmd-{node}", state=str(directory), run=record.place.run)
             if action == "kill-slurmd" and role is not None:
-                processes.kill([role])
+                everything = processes.of_sandbox(str(directory), record.place.run)
+                processes.kill([role, *(child for child in everything if child.parent == role.pid)])
             elif action == "crash":
                 processes.kill(processes.of_node(node, str(directory), record.place.run))
         if action == "restart-slurmd":
@@ -218,6 +218,8 @@ def _start(
     environ: Mapping[str, str],
     progress: Progress,
 ) -> None:
+    no_views = nodeview.unavailable(box)
+    nodeview.check_mounts(wanted.mounts, no_views)
     with state.reserve_ports(wanted.num_nodes) as (ports, block):
         place = Place(
             state=str(directory),
@@ -228,11 +230,12 @@ def _start(
             # Rendezvous ports are made from job ids: those of two sandboxes must not meet.
             first_job_id=1000 + 100 * block,
             has_lua=box.has_lua,
+            has_views=not no_views,
         )
         host, boot_id = state.host_identity()
         record = Record(name, "starting", host, boot_id, wanted, place, box.root, box.version)
         state.save(directory, record)
-        _write_files(record, box, environ)
+        _write_files(record, box, no_views)
         daemons = Daemons(wanted, place, box, environ)
         daemons.start_munge()
         if wanted.accounting:
@@ -245,13 +248,13 @@ def _start(
         state.save(directory, record.in_phase("up"))
 
 
-def _write_files(record: Record, box: Toolbox, environ: Mapping[str, str]) -> None:
+def _write_files(record: Record, box: Toolbox, no_views: str) -> None:
     place, wanted = record.place, record.shape
     directory, run = Path(place.state), Path(place.run)
     state.make_private(run)
     for folder in ("etc", "bin", "log", "ctld", "dev"):
         (directory / folder).mkdir(mode=0o700, exist_ok=True)
-    for folder in ("here", "spool", "tmp"):
+    for folder in ("here", "spool", "tmp", "hosts"):
         (run / folder).mkdir(mode=0o700, exist_ok=True)
     for node in wanted.node_names:
         (run / "here" / node).mkdir(mode=0o700, exist_ok=True)
@@ -263,12 +266,12 @@ def _write_files(record: Record, box: Toolbox, environ: Mapping[str, str]) -> No
     key = directory / "etc" / "munge.key"
     with open(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
         stream.write(secrets.token_bytes(128))
-    hosts = str(directory / "etc" / "hosts")
     prolog = standins.task_prolog(
         str(directory / "bin"),
-        box.nss_wrapper,
-        hosts,
         {processes.MARK: place.state, "SLURM_CONF": f"{place.state}/etc/slurm.conf"},
+        nss_wrapper=box.nss_wrapper if no_views else "",
+        hosts_dir=str(run / "hosts"),
+        hosts=str(directory / "etc" / "hosts") if wanted.num_nodes <= nodeview.NSS_WRAPPER_NODES else "",
     )
     state.write_text(directory / "etc" / "task_prolog", prolog, 0o700)
     state.write_text(directory / "etc" / "slurmstepd", standins.stepd_script(box), 0o700)
@@ -280,21 +283,15 @@ def _write_files(record: Record, box: Toolbox, environ: Mapping[str, str]) -> No
         scripts[runtime] = standins.container_script(os.path.realpath(sys.executable), program, config, runtime)
     for command, text in scripts.items():
         state.write_text(directory / "bin" / command, text, 0o700)
-    state.write_text(Path(config), _container_config(box, [box.nss_wrapper, hosts]))
+    files = [box.nss_wrapper, str(directory / "etc" / "hosts"), str(run / "hosts")] if no_views else []
+    state.write_text(Path(config), _container_config(box, files, no_views))
 
 
-def _container_config(box: Toolbox, node_files: Sequence[str]) -> str:
-    """Where the image's interpreter comes from, and whether bubblewrap works here at all."""
+def _container_config(box: Toolbox, node_files: Sequence[str], unavailable: str) -> str:
+    """Where the image's interpreter comes from, and why containers cannot be run here where they cannot."""
     prefixes = dict.fromkeys(os.path.realpath(path) for path in (sys.prefix, sys.base_prefix))
     outside = [path for path in prefixes if not path.startswith("/usr/") and path != "/usr"]
-    bwrap = box.programs["bwrap"].argv(name="bwrap") if "bwrap" in box.programs else []
-    unavailable = "bubblewrap is not installed and could not be unpacked"
-    if bwrap:
-        probe = subprocess.run(
-            [*bwrap, "--ro-bind", "/", "/", "/bin/true"], capture_output=True, text=True, check=False
-        )
-        last = (probe.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        unavailable = f"this machine does not let bubblewrap make user namespaces ({last})" if probe.returncode else ""
+    bwrap = box.argv("bwrap") if "bwrap" in box.programs else []
     files = [path for path in node_files if path]
     return standins.container_config(bwrap, outside, os.path.join(sys.prefix, "bin"), files, unavailable)
 
@@ -305,7 +302,7 @@ def _clear(directory: Path, run: Path, *, keep_logs: bool) -> None:
         found = processes.of_sandbox(str(directory), str(run))
         if not found:
             break
-        stubborn = processes.end(found)
+        stubborn = processes.end(found, str(run))
         if stubborn:
             raise EnvironmentFault(
                 f"{len(stubborn)} processes of the sandbox cannot be ended",

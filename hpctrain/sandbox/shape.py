@@ -13,14 +13,11 @@ from typing import Any
 from hpctrain import units
 from hpctrain.errors import Problem, UsageError
 
-# A job that says nothing about hardware threads gets one per core; `--hint=multithread` is visible only in its
+# The site's rules that slurm.conf cannot express. A job that says nothing about hardware threads gets one per core; `--hint=multithread` is visible only in its
 # environment (sbatch), `--threads-per-core` in the request itself.
 _JOB_SUBMIT = """\
 function slurm_job_submit(job, partitions, uid)
-  local asked = job.environment and job.environment["SLURM_HINT"]
-  if job.threads_per_core == slurm.NO_VAL16 and asked ~= "multithread" then
-    job.threads_per_core = 1
-  end
+@RULES@
   return slurm.SUCCESS
 end
 
@@ -28,6 +25,17 @@ function slurm_job_modify(job, record, partitions, uid)
   return slurm.SUCCESS
 end
 """
+_ONE_THREAD = """\
+  local asked = job.environment and job.environment["SLURM_HINT"]
+  if job.threads_per_core == slurm.NO_VAL16 and asked ~= "multithread" then
+    job.threads_per_core = 1
+  end"""
+# 2050 is ESLURM_ACCOUNTING_POLICY: LUMI answers a job without an account as one over its limit.
+_ACCOUNT_REQUIRED = """\
+  if job.account == nil or job.account == "" then
+    slurm.log_user("AssocMaxSubmitJobLimit")
+    return 2050
+  end"""
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}\Z")
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./+@=~-]*\Z")
 MAX_NODES = 4096
@@ -107,6 +115,8 @@ class ClusterShape:
     slurmd_timeout_s: int = 120
     requeue: bool = True
     one_thread_per_core: bool = False  # jobs that say nothing get --hint=nomultithread, as on LUMI
+    account_required: bool = False  # with accounting: a job without --account is refused
+    mounts: tuple[tuple[str, str], ...] = ()  # (directory of this machine, the site's path it stands at)
     host_suffixes: tuple[str, ...] = ()  # node names also resolve with these added (JSC's `i`)
 
     @property
@@ -129,7 +139,8 @@ class ClusterShape:
                 NodeGroup(**{**group, "node": NodeShape(**_tuples(group["node"]))}) for group in data["groups"]
             )
             partitions = tuple(PartitionShape(**_tuples(partition)) for partition in data["partitions"])
-            return ClusterShape(**{**_tuples(data), "groups": groups, "partitions": partitions})
+            mounts = tuple((source, target) for source, target in data.get("mounts", ()))
+            return ClusterShape(**{**_tuples(data), "groups": groups, "partitions": partitions, "mounts": mounts})
         except (KeyError, TypeError) as error:
             raise UsageError(f"not the shape of a sandbox: {error}") from error
 
@@ -154,6 +165,7 @@ class Place:
     plugin_dir: str = ""
     first_job_id: int = 1
     has_lua: bool = False
+    has_views: bool = False  # each node has namespaces of its own
 
 
 def check(shape: ClusterShape) -> None:
@@ -190,6 +202,13 @@ def check(shape: ClusterShape) -> None:
             )
         elif node.usable_cores < 1 or any(not 0 <= core < node.cores for core in node.reserved_cores):
             problems.append(Problem(f"node type `{group.type_name}` reserves cores it does not have, or all of them"))
+    problems += [
+        Problem(f"`{source}:{target}` is not a mount", hint="two absolute paths, the second below / but not / itself")
+        for source, target in shape.mounts
+        if not (
+            source.startswith("/") and target.startswith("/") and target.strip("/") and ".." not in target.split("/")
+        )
+    ]
     if len(set(shape.node_names)) != shape.num_nodes:
         problems.append(Problem("two node groups have nodes of the same name"))
     if problems:
@@ -213,8 +232,8 @@ def config_files(shape: ClusterShape, place: Place) -> dict[str, str]:
         "gres.conf": _gres_conf(shape, place),
         "hosts": hosts(shape),
     }
-    if _wants_lua(shape, place):
-        files["job_submit.lua"] = _JOB_SUBMIT
+    if place.has_lua and _rules(shape):
+        files["job_submit.lua"] = _JOB_SUBMIT.replace("@RULES@", "\n".join(_rules(shape)))
     if shape.accounting:
         files["slurmdbd.conf"] = _slurmdbd_conf(place)
     return files
@@ -243,10 +262,10 @@ def accounting_commands(shape: ClusterShape, user: str) -> list[list[str]]:
     return commands
 
 
-def hosts(shape: ClusterShape) -> str:
+def hosts(shape: ClusterShape, at_most: int | None = None) -> str:
     """An /etc/hosts text for jobs: every simulated node has a loopback address of its own, 127.A.B.C."""
     lines = ["127.0.0.1 localhost"]
-    for index, name in enumerate(shape.node_names, start=1):
+    for index, name in enumerate(shape.node_names[:at_most], start=1):
         names = [name, *(name + suffix for suffix in shape.host_suffixes)]
         lines.append(f"127.77.{index // 256}.{index % 256} {' '.join(names)}")
     return "\n".join(lines) + "\n"
@@ -258,9 +277,13 @@ def reserved_cpu_ids(node: NodeShape) -> list[int]:
     return [core * threads + thread for core in sorted(set(node.reserved_cores)) for thread in range(threads)]
 
 
-def _wants_lua(shape: ClusterShape, place: Place) -> bool:
-    has_threads = any(group.node.threads_per_core > 1 for group in shape.groups)
-    return shape.one_thread_per_core and has_threads and place.has_lua
+def _rules(shape: ClusterShape) -> list[str]:
+    rules = []
+    if shape.one_thread_per_core and any(group.node.threads_per_core > 1 for group in shape.groups):
+        rules.append(_ONE_THREAD)
+    if shape.account_required and shape.accounting:
+        rules.append(_ACCOUNT_REQUIRED)
+    return rules
 
 
 def _slurm_conf(shape: ClusterShape, place: Place) -> str:
@@ -298,7 +321,7 @@ def _slurm_conf(shape: ClusterShape, place: Place) -> str:
         ("SelectType", "select/cons_tres"),
         ("SelectTypeParameters", "CR_Core_Memory"),
         ("SchedulerType", "sched/backfill"),
-        ("SchedulerParameters", "bf_interval=5,bf_continue"),
+        ("SchedulerParameters", "batch_sched_delay=0,sched_interval=2,bf_interval=2"),
         # Jobs over a limit are refused at submission, as sites do; otherwise they would pend for ever.
         ("EnforcePartLimits", "ALL"),
         ("MaxArraySize", shape.max_array_size),
@@ -307,7 +330,7 @@ def _slurm_conf(shape: ClusterShape, place: Place) -> str:
         ("JobAcctGatherType", "jobacct_gather/linux"),
         ("JobAcctGatherFrequency", 30),
     ]
-    if _wants_lua(shape, place):
+    if place.has_lua and _rules(shape):
         settings.append(("JobSubmitPlugins", "lua"))
     if place.plugin_dir:
         settings.append(("PluginDir", place.plugin_dir))
@@ -318,6 +341,8 @@ def _slurm_conf(shape: ClusterShape, place: Place) -> str:
             ("AccountingStorageType", "accounting_storage/slurmdbd"),
             ("AccountingStorageHost", "127.0.0.1"),
             ("AccountingStoragePort", place.ports.slurmdbd),
+            # For slurmdbd Slurm reads munge's socket from here, not from AuthInfo (slurm.conf(5)).
+            ("AccountingStoragePass", f"{run}/munge.socket"),
             ("AccountingStorageEnforce", "associations,limits,qos"),
         ]
         if any(group.node.gpus for group in shape.groups):
@@ -368,6 +393,11 @@ def _partition_line(partition: PartitionShape, shape: ClusterShape) -> str:
         parts.append(f"MinNodes={partition.min_nodes}")
     if partition.whole_nodes:
         parts.append("OverSubscribe=EXCLUSIVE")
+    else:
+        # Without a default a job of one core would get, and block, the memory of the whole node.
+        nodes = [group.node for group in shape.groups if group.type_name in partition.node_types]
+        share = min(int(node.mem_gib * 1024) // (node.usable_cores * node.threads_per_core) for node in nodes)
+        parts.append(f"DefMemPerCPU={max(share, 1)}")
     if partition.is_default:
         parts.append("Default=YES")
     if shape.accounting and partition.qos:

@@ -60,12 +60,12 @@ exit 0
 """
 
 
-def task_prolog(bin_dir: str, nss_wrapper: str, hosts: str, mark: Mapping[str, str]) -> str:
+def task_prolog(bin_dir: str, variables: Mapping[str, str], *, nss_wrapper: str, hosts_dir: str, hosts: str) -> str:
     """Runs before the batch script and every task, however the job was submitted; its `export` lines reach them.
 
-    Puts the sandbox's commands first on PATH (also with --export=NONE), makes the names of simulated nodes resolve
-    and the node's own name that of the node (libnss_wrapper answers getaddrinfo and gethostname), and marks the
-    processes as this sandbox's. Only shell builtins: it runs once per task.
+    Puts the sandbox's commands first on PATH (also with --export=NONE) and marks the processes as this sandbox's.
+    With `nss_wrapper` that library is preloaded to answer for the names of simulated nodes: all of them from `hosts`,
+    or, where `hosts` is "", the node itself and the first one of the job. Only shell builtins: it runs once per task.
     """
     lines = [
         "#!/bin/sh",
@@ -75,17 +75,39 @@ def task_prolog(bin_dir: str, nss_wrapper: str, hosts: str, mark: Mapping[str, s
         "  *) printf 'export PATH=%s\\n' \"$bin:$PATH\" ;;",
         "esac",
     ]
-    for key, value in mark.items():
+    for key, value in variables.items():
         lines.append(f"printf '%s\\n' {shlex.quote(f'export {key}={value}')}")
     if nss_wrapper:
         lines += [
             f"nss={shlex.quote(nss_wrapper)}",
-            'case "${LD_PRELOAD:-}" in',
-            '  *"$nss"*) ;;',
-            "  '') printf 'export LD_PRELOAD=%s\\n' \"$nss\" ;;",
-            "  *) printf 'export LD_PRELOAD=%s\\n' \"$nss:$LD_PRELOAD\" ;;",
-            "esac",
-            f"printf '%s\\n' {shlex.quote('export NSS_WRAPPER_HOSTS=' + hosts)}",
-            "printf 'export NSS_WRAPPER_HOSTNAME=%s\\n' \"$SLURMD_NODENAME\"",
+            f"hosts={shlex.quote(hosts)}",
+            f"folder={shlex.quote(hosts_dir)}",
+            _NSS,
         ]
     return "\n".join(lines) + "\n"
+
+
+# libnss_wrapper's table holds some 100 names and addresses. The address of nid000007 is 127.77.0.7 (shape.hosts).
+_NSS = """\
+if [ -z "$hosts" ]; then
+  hosts="$folder/$SLURM_JOB_ID.$SLURMD_NODENAME"
+  if ! [ -f "$hosts" ]; then
+    list=${SLURM_JOB_NODELIST:-$SLURMD_NODENAME}
+    case "${list%%,*}" in
+      *"["*) prefix=${list%%"["*}; digits=${list#*"["}; first=$prefix${digits%%[],-]*} ;;
+      *) first=${list%%,*} ;;
+    esac
+    for name in "$SLURMD_NODENAME" "$first"; do
+      number=${name##*[!0-9]}
+      number=${number#"${number%%[!0]*}"}
+      printf '127.77.%d.%d %s\\n' $((number / 256)) $((number % 256)) "$name"
+    done >"$hosts.$$" && mv "$hosts.$$" "$hosts"
+  fi
+fi
+case "${LD_PRELOAD:-}" in
+  *"$nss"*) ;;
+  '') printf 'export LD_PRELOAD=%s\\n' "$nss" ;;
+  *) printf 'export LD_PRELOAD=%s\\n' "$nss:$LD_PRELOAD" ;;
+esac
+printf 'export NSS_WRAPPER_HOSTS=%s\\n' "$hosts"
+printf 'export NSS_WRAPPER_HOSTNAME=%s\\n' "$SLURMD_NODENAME\""""

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 def parse(arguments: list[str], verb: str, environ: Mapping[str, str]) -> dict[str, Any]:
     """The options before the image, the image, and the program. Later options win; binds add up."""
-    request = {"verb": verb, "binds": [], "env": {}, "pwd": "", "home": None, "clean": False, "contain": False,
+    request: dict[str, Any] = {"verb": verb, "binds": [], "env": {}, "pwd": "", "home": None, "clean": False, "contain": False,
                "pid": False, "tmpfs": False, "shell": "/bin/bash", "gpu": []}  # fmt: skip
     for variable in ("APPTAINER_BIND", "SINGULARITY_BIND", "APPTAINER_BINDPATH", "SINGULARITY_BINDPATH"):
         request["binds"] += split_binds(environ.get(variable, ""))

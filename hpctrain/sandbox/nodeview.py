@@ -1,0 +1,65 @@
+"""What a simulated node sees: its own host name, the names of the other nodes, and the site's file systems.
+
+With user namespaces every slurmd runs in a view of its own (bubblewrap: mount and UTS namespace): hostname(1) and
+getaddrinfo answer as on the node, with no trace in the job's environment, and directories of this machine can stand
+at the site's paths (/scratch, /project …). Without them libnss_wrapper, preloaded into every task, answers for the
+names; its table holds about 100 entries, so beyond 40 nodes it knows the first node of a job and the node itself.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+
+from hpctrain.errors import EnvironmentFault
+from hpctrain.sandbox.packages import Toolbox
+
+NSS_WRAPPER_NODES = 40
+
+
+def unavailable(box: Toolbox) -> str:
+    """Why no view can be made here; "" when it can."""
+    if "bwrap" not in box.programs:
+        return "bubblewrap is not installed and could not be unpacked"
+    argv = [*box.argv("bwrap"), "--dev-bind", "/", "/", "--unshare-uts", "--hostname", "probe", "--", "/bin/true"]
+    try:
+        probe = subprocess.run(argv, capture_output=True, text=True, errors="replace", check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"bubblewrap does not run here ({error})"
+    last = (probe.stderr.strip().splitlines() or ["it says nothing"])[-1]
+    return f"this machine does not let bubblewrap make namespaces ({last})" if probe.returncode else ""
+
+
+def view_argv(
+    bwrap: Sequence[str], mounts: Sequence[tuple[str, str]], *, hosts: str = "", hostname: str = ""
+) -> list[str]:
+    """The words before a command that give it the view; `mounts` are (directory of this machine, path of the site)."""
+    argv = [*bwrap, "--die-with-parent"]
+    if mounts:
+        # A new root in memory, so that /scratch can appear where / may not be written.
+        argv += ["--tmpfs", "/"]
+        for entry in sorted(os.listdir("/")):
+            path = f"/{entry}"
+            if os.path.islink(path):
+                argv += ["--symlink", os.readlink(path), path]
+            elif not any(target == path for _, target in mounts):
+                argv += ["--dev-bind-try", path, path]
+    else:
+        argv += ["--dev-bind", "/", "/"]
+    for source, target in mounts:
+        argv += ["--bind", source, target]
+    if hosts and os.path.isfile("/etc/hosts"):
+        argv += ["--ro-bind", hosts, "/etc/hosts"]
+    if hostname:
+        argv += ["--unshare-uts", "--hostname", hostname]
+    return [*argv, "--"]
+
+
+def check_mounts(mounts: Sequence[tuple[str, str]], problem: str) -> None:
+    """Raise EnvironmentFault when mounts were asked for and cannot be had, or their directories are not there."""
+    if mounts and problem:
+        raise EnvironmentFault("the site's paths cannot be mounted into the sandbox", why=problem)
+    for source, _ in mounts:
+        if not os.path.isdir(source):
+            raise EnvironmentFault("there is no such directory to mount", where=source)
