@@ -10,7 +10,7 @@ from typing import Any
 from hpctrain.errors import HpctrainError, Problem, UsageError
 from hpctrain.plan import Plan, make_plan
 from hpctrain.recipe import Recipe, load_recipe
-from hpctrain.site import load_site
+from hpctrain.site import Site, load_site
 from hpctrain.spec import RunSpec, absolute, read_layers, spec_from_layers
 from hpctrain.yamlio import Document, load_yaml, merge
 
@@ -109,6 +109,11 @@ def _site_defaults(document: Document) -> Document:
         return {path[1:]: origin for path, origin in origins.items() if path[:1] == ("defaults",)}
 
     return Document(document.get("defaults"), inside(document.origins), inside(document.key_origins), document.name)
+
+
+def site_yaml(site: Site) -> str:
+    """The effective profile as one YAML file, as the run directory keeps it."""
+    return _site_bytes(site.document, site.files).decode("utf-8")
 
 
 def _site_bytes(document: Document, files: Sequence[str]) -> bytes:

@@ -34,6 +34,7 @@ _OPTION = {
     "maximum": Field("number", "greatest value"),
     "reads": Field("text", "hpctrain reads the file (or files) as this", choices=("yaml",)),
     "at_site": Field("bool", "a path on the cluster that the job needs", default=False),
+    "example": Field("any", "a valid value, which `hpctrain init` shows", nullable=True),
 }
 
 FIELDS: dict[str, Field] = {
@@ -56,6 +57,11 @@ FIELDS: dict[str, Field] = {
     "env": Field("map", "environment of the job", keys=ENV_NAME, items=Field(
         "table", "a variable", fields={"value": Field("text", "value", required=True), "why": Field("text", "reason", required=True)}
     )),
+    "init": Field(
+        "map",
+        "run.yaml values that `hpctrain init` writes; {name} {checkpoints} {data} {code} are filled in for the site",
+        items=Field("any", ""),
+    ),
     "proven": Field("text", "how the recipe is proven", default=""),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
+PROJECT_DIR = ".hpctrain"
 
 
 def shipped_dir(name: str) -> str:
@@ -23,7 +24,12 @@ def user_dir() -> str:
     return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "hpctrain")
 
 
+def own_dir(kind: str, for_user: bool) -> str:
+    """Where a new template or profile goes: this project's folder, or the user's."""
+    return os.path.join(user_dir() if for_user else PROJECT_DIR, kind)
+
+
 def layer_dirs(kind: str) -> list[tuple[str, str]]:
     """(label, folder) of the layers of `templates` or `site_profiles`, the strongest first; folders may not exist."""
-    layers = [] if no_user_config() else [("project", ".hpctrain"), ("user", user_dir()), ("system", "/etc/hpctrain")]
+    layers = [] if no_user_config() else [("project", PROJECT_DIR), ("user", user_dir()), ("system", "/etc/hpctrain")]
     return [*((label, os.path.join(folder, kind)) for label, folder in layers), ("shipped", shipped_dir(kind))]

@@ -18,6 +18,7 @@ from hpctrain.yamlio import Document, load_yaml, merge
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 _WORD = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}"
+PARTITION_NAME = _WORD
 _HOST = r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}"
 
 _NODE_TYPE = {
@@ -409,9 +410,11 @@ def _contradictions(
     default = values["default_node_type"]
     if default and default not in node_types:
         yield Problem(f"default_node_type `{default}` is unknown", where=document.where("default_node_type"))
-    pattern = values["account"]["pattern"]
-    if pattern and not _compiles(pattern):
-        yield Problem(f"`{pattern}` is not a regular expression", where=document.where("account", "pattern"))
+    patterns = [(("account", "pattern"), values["account"]["pattern"])]
+    patterns += [(("match", "hostnames", index), text) for index, text in enumerate(values["match"]["hostnames"])]
+    for path, pattern in patterns:
+        if pattern and not _compiles(pattern):
+            yield Problem(f"`{pattern}` is not a regular expression", where=document.where(*path))
 
 
 def _compiles(pattern: str) -> bool:

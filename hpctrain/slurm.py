@@ -58,6 +58,15 @@ def test_only(job_script: str) -> tuple[bool, str]:
     return done.returncode == 0, (done.stderr or done.stdout).strip()
 
 
+def show(what: str) -> str:
+    """What `scontrol show <what>` prints. Raises EnvironmentFault when Slurm does not answer."""
+    done = run(["scontrol", "show", what], timeout_s=120)
+    if done.returncode:
+        words = done.stderr.strip() or f"exit code {done.returncode}"
+        raise EnvironmentFault(f"`scontrol show {what}` failed: {words}", hint="is slurmctld up? try `scontrol ping`")
+    return done.stdout
+
+
 def cluster_name() -> str | None:
     """ClusterName of the Slurm that answers here, or None."""
     if not have("scontrol"):

@@ -14,9 +14,13 @@ from hpctrain import __version__, errors, output
 
 # verb: (module under hpctrain.cli, one-line help). The order is the flow, and the order of `--help`.
 VERBS: dict[str, tuple[str, str]] = {
+    "init": ("init", "write a commented, valid run.yaml"),
     "check": ("check", "find every problem of a run at once, without any effect"),
     "plan": ("plan", "show every decided value with its reason, and the cost"),
     "render": ("render", "write the run directory; prints the path of job.sbatch"),
+    "recipe": ("recipe", "what can train: list, show"),
+    "template": ("template", "job script templates: list, show, override by blocks"),
+    "site": ("site", "site profiles: list, show, check, draft a new one"),
     "sandbox": ("sandbox", "a real Slurm on this machine, shaped like a site"),
 }
 
