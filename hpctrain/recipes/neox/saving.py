@@ -419,6 +419,15 @@ def check_fork_schedule(draft: Draft, offset: int, start: Start | None) -> None:
         why = "after a finetune the fork's schedule counts from 0 and subtracts `iteration_offset` while warm-up is on, which its own assertion refuses in the first step"
         if not draft.given("warmup"):
             draft.put("warmup", 0.0, f"NeoX's default is {draft.keys['warmup'].default}; {why}")
+        elif draft.values["warmup"] and draft.layer("warmup") != RUN:
+            # Nearly every base config has a warm-up; the run's own file does not ask for one, so the working value is meant.
+            draft.warn(
+                f"`warmup: {draft.values['warmup']:g}` of the base config is left out: it does not work with `iteration_offset: {offset}`",
+                "warmup",
+                why=why,
+                hint="warmup: 0.0",
+            )
+            draft.put("warmup", 0.0, why)
         elif draft.values["warmup"]:
             draft.error(
                 f"`warmup: {draft.values['warmup']:g}` does not work with `iteration_offset: {offset}`",

@@ -141,6 +141,13 @@ def test_what_loses_work_is_refused(neox, line, message):
         planned.problem(message)
 
 
+def test_a_base_configs_warmup_is_left_out_and_said_in_the_fork(neox):
+    planned = neox(base={"warmup": 0.01})
+
+    assert planned.config("finetune")["warmup"] == 0.0
+    assert planned.said("warning")
+
+
 def test_both_lengths_are_refused(neox):
     neox("train_epochs: 3\ntrain_iters: 5\npack_impl: pack_until_overflow\n").problem(
         "`train_iters` and `train_epochs` exclude"
