@@ -30,11 +30,12 @@ def shard_names(rank, tp, dp, zero=1, bf16=False):
     dp_rank, tp_rank = divmod(rank, tp)
     names = []
     if zero == 3:
-        names.append("zero_pp_rank_%d_mp_rank_%02d_model_states.pt" % (dp_rank, tp_rank))
+        names.append(f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_model_states.pt")
     elif dp_rank == 0:
-        names.append("mp_rank_%02d_model_states.pt" % tp_rank)
+        names.append(f"mp_rank_{tp_rank:02d}_model_states.pt")
     if zero:
-        names.append("%szero_pp_rank_%d_mp_rank_%02d_optim_states.pt" % ("bf16_" if bf16 else "", dp_rank, tp_rank))
+        prefix = "bf16_" if bf16 else ""
+        names.append(f"{prefix}zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_optim_states.pt")
     return names
 
 
@@ -48,7 +49,7 @@ def rank_writes(folder, step, rank, tp, dp, zero=1, lineage="a", name=None, told
     Rank 0 names the checkpoint in `latest` after its own shards, without waiting for the others, by truncating the file
     and then writing it (DeeperSpeed engine.py:3316-3319).
     """
-    name = name or "global_step%d" % step
+    name = name or f"global_step{step}"
     path = os.path.join(folder, name)
     values = {"step": step, "lineage": lineage, "optimizer_steps": step}
     if told:
@@ -78,7 +79,7 @@ def save(folder, step, tp=1, dp=1, zero=1, lineage="a", name=None, told=True):
     for rank in reversed(range(tp * dp)):
         for _ in rank_writes(folder, step, rank, tp, dp, zero, lineage, name, told):
             pass
-    return os.path.join(folder, name or "global_step%d" % step)
+    return os.path.join(folder, name or f"global_step{step}")
 
 
 def partial_save(folder, step, progress, tp=1, dp=1, zero=1, lineage="a", told=True):

@@ -1,0 +1,167 @@
+"""`hpctrain checkpoint`: the checkpoint folder."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from hpctrain import checkpoint, errors, output
+from hpctrain.cli import common
+from hpctrain.runtime.layout import Expected
+from hpctrain.runtime.layouts import LAYOUTS
+from hpctrain.units import format_size
+
+_target = click.argument("target", default="run.yaml", type=click.Path(), metavar="[RUN|FOLDER]")
+_layout = click.option("--layout", type=click.Choice(sorted(LAYOUTS)), help="The layout, for a plain folder.")
+
+
+def _ranks(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option, key, text in (
+        ("--zero", "zero_stage", "ZeRO stage"),
+        ("--dp", "data_parallel", "Data-parallel ranks"),
+        ("--pp", "pipeline_parallel", "Pipeline stages"),
+        ("--tp", "tensor_parallel", "Tensor-parallel ranks"),
+    ):
+        function = click.option(option, key, type=click.IntRange(0), help=f"{text} it must have.")(function)
+    return function
+
+
+@click.group()
+def command() -> None:
+    """Show, verify and choose checkpoints; RUN is a run directory or a run.yaml, FOLDER a plain checkpoint folder.
+
+    \b
+    hpctrain checkpoint list runs/ft
+    hpctrain checkpoint verify /scratch/me/base/global_step423858
+    hpctrain checkpoint use runs/ft --back 1
+    """
+
+
+@command.command("list")
+@_target
+@_layout
+@click.option("--names-only", is_flag=True, help="Do not look into the checkpoints.")
+@common.as_json
+def list_(target: str, layout: str | None, names_only: bool, as_json: bool) -> None:
+    """List the checkpoints of a folder, whether each is complete, and which one the next link starts from.
+
+    \b
+    hpctrain checkpoint list runs/ft
+    hpctrain checkpoint list /scratch/me/ckpt --layout hf-trainer --json
+    """
+    settings = checkpoint.settings_of(target, layout)
+    rows, asides, survey = checkpoint.list_checkpoints(settings, verify=not names_only)
+    if as_json:
+        output.data_json(folder=survey.folder, layout=settings.layout, tracker=survey.named,
+                         checkpoints=[checkpoint.as_json(row) for row in rows], aside=asides)  # fmt: skip
+        return
+    lines = []
+    for row in rows:
+        state = "not looked at" if row.faults is None else "; ".join(row.faults) or "complete"
+        marks = [word for word, there in ((survey.layout.tracker or "", row.named), ("next", row.chosen)) if there]
+        lines.append([row.name, row.kind, format_size(row.num_bytes) if row.num_files else "", state, ", ".join(marks)])
+    output.table(lines, header=("checkpoint", "kind", "size", "state", "named by"))
+    if asides:
+        output.info(f"kept aside: {', '.join(asides)} (remove them when you are sure)")
+
+
+@command.command()
+@click.argument("targets", nargs=-1, type=click.Path(), metavar="[RUN|CHECKPOINT]...")
+@_layout
+@_ranks
+@common.as_json
+def verify(targets: tuple[str, ...], layout: str | None, as_json: bool, **ranks: int | None) -> None:
+    """Check that checkpoints are complete: every shard there, none cut short; exits with 1 when one is not.
+
+    \b
+    hpctrain checkpoint verify                            the checkpoints of ./run.yaml
+    hpctrain checkpoint verify base/global_step423858 --tp 8
+    """
+    expected = Expected(**ranks)
+    found = []
+    for target in targets or ("run.yaml",):
+        if os.path.isfile(target) or os.path.isfile(os.path.join(target, "plan.json")):
+            rows, _, survey = checkpoint.list_checkpoints(checkpoint.settings_of(target, layout))
+            found += [(survey.path(row.name), survey.verdict(row.name)) for row in rows]
+        else:
+            found += checkpoint.verify_folders([target], layout, expected)
+    bad = [path for path, verdict in found if verdict.faults]
+    if as_json:
+        output.data_json(checkpoints=[
+            {"path": path, "complete": not verdict.faults, "faults": list(verdict.faults), "mismatches": list(verdict.mismatches),
+             "num_files": verdict.num_files, "num_bytes": verdict.num_bytes} for path, verdict in found])  # fmt: skip
+    else:
+        for path, verdict in found:
+            state = "incomplete" if verdict.faults else "complete"
+            output.data(f"{path}: {state}, {verdict.num_files} files, {format_size(verdict.num_bytes)}")
+            for line in verdict.faults + verdict.mismatches:
+                output.data(f"  {line}")
+    if not found:
+        output.info("there are no checkpoints yet")
+    raise click.exceptions.Exit(errors.NO if bad else errors.DONE)
+
+
+@command.command()
+@_target
+@_layout
+@click.option(
+    "--start", type=click.Path(), help="The checkpoint to start from [default: the run's `checkpoint.start`]."
+)
+@_ranks
+@common.dry_run
+def bootstrap(target: str, layout: str | None, start: str | None, dry_run: bool, **ranks: int | None) -> None:
+    """Bring the start checkpoint into the checkpoint folder: a relative link, and the file that names it.
+
+    The start is verified first and never written to. `hpctrain chain` does the same by itself.
+
+    \b
+    hpctrain checkpoint bootstrap my-run/run.yaml
+    hpctrain checkpoint bootstrap /scratch/me/ckpt --start /scratch/me/base/_global_step423858 --layout deepspeed
+    """
+    settings = checkpoint.settings_of(target, layout, start, Expected(**ranks))
+    plan = checkpoint.bootstrap(settings, dry_run)
+    for note in plan.notes:
+        output.info(note)
+    output.info(f"the start is complete: {plan.num_files} files, {format_size(plan.num_bytes)}")
+    if plan.link:
+        done = "would link" if dry_run else "linked"
+        state = f"{done} to {plan.target}" if plan.target else "is there"
+        output.info(f"{os.path.join(plan.folder, plan.link)} {state}; `{plan.tracker}` names it")
+    if not dry_run:
+        output.next_step(f"hpctrain checkpoint list {shlex.quote(target)}")
+
+
+@command.command()
+@_target
+@_layout
+@click.option("--to", metavar="NAME", help="A checkpoint's name or number, or `start`.")
+@click.option("--back", type=click.IntRange(1), metavar="N", help="Go back by N complete checkpoints.")
+@common.dry_run
+@common.as_json
+def use(target: str, layout: str | None, to: str | None, back: int | None, dry_run: bool, as_json: bool) -> None:
+    """Go back: let the next link start from an earlier checkpoint; newer ones are renamed, never deleted.
+
+    \b
+    hpctrain checkpoint use runs/ft --back 1
+    hpctrain checkpoint use runs/ft --to global_step400
+    """
+    if (to is None) == (back is None):
+        raise errors.UsageError("say where to go back to: --to NAME or --back N")
+    settings = checkpoint.settings_of(target, layout)
+    plan = checkpoint.plan_use(settings, to, back)
+    if not dry_run:
+        checkpoint.do_use(settings, plan)
+    if as_json:
+        output.data_json(folder=plan.folder, checkpoint=plan.name, kind=plan.kind, done=not dry_run,
+                         aside=[{"name": name, "to": to} for name, to in plan.asides])  # fmt: skip
+        return
+    word = "would" if dry_run else "will"
+    output.info(f"the next link {word} start from `{plan.name}`")
+    if plan.kind != "made":
+        output.info("that is the start checkpoint: the optimizer's state begins anew")
+    for name, moved in plan.asides:
+        output.info(f"`{name}` {'would be' if dry_run else 'is now'} `{moved}`")
