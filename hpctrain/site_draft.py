@@ -53,7 +53,11 @@ def _draft(name: str, texts: Sequence[str]) -> tuple[str, list[Problem]]:
     site_from_document(parse_yaml(text, name))
     notes = [Problem(f"left out: {line}", level="warning") for line in facts.skipped[:5]]
     if not facts.nodes:
-        notes.append(Problem("no node was shown, so the node types are guesses", level="warning", hint="add `scontrol show node`"))
+        notes.append(
+            Problem(
+                "no node was shown, so the node types are guesses", level="warning", hint="add `scontrol show node`"
+            )
+        )
     if not facts.config:
         notes.append(Problem("no configuration was shown", level="note", hint="add `scontrol show config`"))
     return text, notes
@@ -158,7 +162,9 @@ def _slurm(facts: Facts, shapes: Mapping[NodeShape, int]) -> list[str]:
     if re.fullmatch(r"[0-9A-Za-z.-]{1,30}", version):
         lines.append(f"  # Slurm {version}")
     request = "gres" if has_gpus else "none"
-    lines += [f"  gpu_request: {request} # {_TODO}: what the site recommends" if has_gpus else f"  gpu_request: {request}"]
+    lines += [
+        f"  gpu_request: {request} # {_TODO}: what the site recommends" if has_gpus else f"  gpu_request: {request}"
+    ]
     size = config.get("MaxArraySize", "")
     if re.fullmatch(r"[1-9]\d{0,8}", size, re.ASCII):
         lines.append(f"  max_array_size: {size} # scontrol show config")
@@ -180,13 +186,17 @@ def _node_types(kinds: Mapping[NodeShape, str], shapes: Mapping[NodeShape, int])
             lines.append(f"    threads_per_core: {shape.threads_per_core}")
         why = "less those Slurm reserves" if shape.usable_cores < shape.cores else f"{_TODO}: some may be reserved"
         lines.append(f"    usable_cores: {shape.usable_cores} # {why}")
-        lines.append(f"    memory_gib: {int(shape.mem_mib / 1024 * 100) / 100:g} # RealMemory; {_TODO} what jobs may use")
+        lines.append(
+            f"    memory_gib: {int(shape.mem_mib / 1024 * 100) / 100:g} # RealMemory; {_TODO} what jobs may use"
+        )
         if shape.num_gpus:
             lines.append(f"    gpus: {shape.num_gpus}")
             if re.fullmatch(PARTITION_NAME, shape.gpu_type, re.ASCII):
                 lines.append(f"    gpu_type: {scalar(shape.gpu_type)}")
             vendor = next((maker for maker, pattern in _VENDORS if pattern.match(shape.gpu_type)), "")
-            lines.append(f"    gpu_vendor: {vendor} # {_TODO}, by its name" if vendor else f"    # gpu_vendor: nvidia # {_TODO}")
+            lines.append(
+                f"    gpu_vendor: {vendor} # {_TODO}, by its name" if vendor else f"    # gpu_vendor: nvidia # {_TODO}"
+            )
             lines.append(f"    # gpu_memory_gib: 80 # {_TODO}")
         lines.append("    tmp: {path: /tmp, kind: disk} # " + _TODO + ": ram where nodes have no disk")
     return lines

@@ -53,7 +53,10 @@ def blame(site: Site) -> list[tuple[str, Any, str]]:
     """(dotted name, value as written, file:line:column) of every value of the effective profile, defaults last."""
     rows = []
     for path, value in walk(site.document.data):
-        inside_list = any(isinstance(key, int) and isinstance(site.document.get(*path[:depth]), list) for depth, key in enumerate(path))
+        inside_list = any(
+            isinstance(key, int) and isinstance(site.document.get(*path[:depth]), list)
+            for depth, key in enumerate(path)
+        )
         if path and not inside_list and (not value or not isinstance(value, dict)):
             rows.append((_dotted(path), value, site.document.where(*path)))
     for name, value in _defaults(FIELDS, site.document.data, ()):
@@ -63,7 +66,9 @@ def blame(site: Site) -> list[tuple[str, Any, str]]:
 
 def value_text(value: Any) -> str:
     """A value for one column of a table."""
-    text = flow(value)[1:-1] if isinstance(value, list) else flow(value) if isinstance(value, (bool, dict)) else str(value)
+    text = (
+        flow(value)[1:-1] if isinstance(value, list) else flow(value) if isinstance(value, (bool, dict)) else str(value)
+    )
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
@@ -156,11 +161,15 @@ def _shapes(site: Site) -> Iterator[Problem]:
             yield Problem(f"`{name}` has GPUs and `slurm.gpu_request` is none, so that no job gets one",
                           document.where("slurm", "gpu_request"), level="warning")  # fmt: skip
         if node.tmp_kind == "ram" and (node.tmp_size_gib or 0) > node.memory_gib:
-            yield Problem(f"`{name}` has more {node.tmp_path} in memory than memory", document.where("node_types", name, "tmp"))
+            yield Problem(
+                f"`{name}` has more {node.tmp_path} in memory than memory", document.where("node_types", name, "tmp")
+            )
     used = {partition.node_type.name for partition in site.partitions.values()}
     for name in site.node_types if used else ():
         if name not in used and name != site.values["default_node_type"]:
-            yield Problem(f"no partition has nodes of type `{name}`", document.where_key("node_types", name), level="note")
+            yield Problem(
+                f"no partition has nodes of type `{name}`", document.where_key("node_types", name), level="note"
+            )
     for name, partition in site.partitions.items():
         if (partition.min_nodes or 0) > (partition.max_nodes or 10**9):
             yield Problem(f"partition `{name}` wants at least {partition.min_nodes} and at most {partition.max_nodes} nodes",

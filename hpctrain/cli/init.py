@@ -18,7 +18,9 @@ from hpctrain.cli import complete
 @click.option("--name", help="The run's name [default: the folder's].")
 @click.option("--account", help="The Slurm account that pays.")
 @click.option("--dry-run", is_flag=True, help="Print it instead of writing it.")
-def command(folder: str, recipe_name: str, site_name: str, name: str | None, account: str | None, dry_run: bool) -> None:
+def command(
+    folder: str, recipe_name: str, site_name: str, name: str | None, account: str | None, dry_run: bool
+) -> None:
     """Write a commented, valid run.yaml to start from; never replaces one.
 
     \b

@@ -57,7 +57,10 @@ def show(name: str, blame: bool, as_json: bool) -> None:
         origins = {dotted: origin for dotted, _, origin in rows}
         output.data_json(site=site.values, files=list(site.files), **({"origins": origins} if blame else {}))
     elif blame:
-        output.table([(origin, dotted, site_report.value_text(value)) for dotted, value, origin in rows], ("from", "name", "value"))
+        output.table(
+            [(origin, dotted, site_report.value_text(value)) for dotted, value, origin in rows],
+            ("from", "name", "value"),
+        )
     else:
         from hpctrain.load import site_yaml
 
@@ -85,7 +88,11 @@ def check(names: tuple[str, ...], as_json: bool) -> None:
         for name, problems in found.items():
             output.problems(problems)
             num_errors = sum(problem.level == "error" for problem in problems)
-            output.info(f"{name}: {num_errors} errors, {len(problems) - num_errors} other remarks" if problems else f"{name}: no problems")
+            output.info(
+                f"{name}: {num_errors} errors, {len(problems) - num_errors} other remarks"
+                if problems
+                else f"{name}: no problems"
+            )
     if bad:
         raise click.exceptions.Exit(errors.USAGE)
 
