@@ -410,7 +410,7 @@ def _contradictions(
     default = values["default_node_type"]
     if default and default not in node_types:
         yield Problem(f"default_node_type `{default}` is unknown", where=document.where("default_node_type"))
-    patterns = [(("account", "pattern"), values["account"]["pattern"])]
+    patterns: list[tuple[tuple[Any, ...], str]] = [(("account", "pattern"), values["account"]["pattern"])]
     patterns += [(("match", "hostnames", index), text) for index, text in enumerate(values["match"]["hostnames"])]
     for path, pattern in patterns:
         if pattern and not _compiles(pattern):

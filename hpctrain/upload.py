@@ -23,6 +23,7 @@ from hpctrain.spec import RunSpec, absolute, read_layers, spec_from_layers, user
 from hpctrain.yamlio import merge
 
 PARTIAL_DIR = ".hpctrain-partial"
+_ACCOUNT = "{account}"  # filled in by hpctrain, as profiles write it
 _USER = r"[A-Za-z_][A-Za-z0-9_.@-]{0,63}"
 # man rsync, EXIT VALUES: the connection or the other side failed, as opposed to single files (23, 24).
 _CONNECTION = frozenset({1, 2, 3, 4, 5, 6, 10, 12, 13, 14, 30, 35, 124, 125, 126, 127, 255})
@@ -107,7 +108,8 @@ def ssh_words(ssh: str, key: str | None) -> list[str]:
 
 def plan_upload(files: Sequence[str], host: str, folder: str, why: str, ssh: Sequence[str], force: bool) -> Upload:
     """Check the files and count them. Raises UsageError with every file that is missing or would collide."""
-    problems, names = [], {}
+    problems: list[Problem] = []
+    names: dict[str, str] = {}
     num_files = num_bytes = 0
     sources = []
     for path in files:
@@ -243,11 +245,12 @@ def _default_folder(
         path = storage["path"]
         if "data" in storage["holds"] and "{user}" not in path:
             assert site
-            if "{account}" in path and not isinstance(account, str):
+            if _ACCOUNT in path and not isinstance(account, str):
                 raise UsageError(f"`{path}` of `{site.name}` needs an account", hint="say --account A, or --to PATH")
-            return path.replace(
-                "{account}", str(account)
-            ), f"storage.{name} of the site, {site.document.where('storage', name)}"
+            return (
+                path.replace(_ACCOUNT, str(account)),
+                f"storage.{name} of the site, {site.document.where('storage', name)}",
+            )
     return "", ""
 
 

@@ -7,7 +7,6 @@ import click
 from hpctrain import output
 from hpctrain.cli import common, complete
 
-
 _PROGRAM = "hpctrain.shell.program"
 
 
