@@ -19,7 +19,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 _WORD = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}"
 PARTITION_NAME = _WORD
-_HOST = r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}"
+HOST = r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}"
 
 _NODE_TYPE = {
     "sockets": Field("int", "CPU sockets", default=1, minimum=1),
@@ -203,7 +203,7 @@ FIELDS: dict[str, Field] = {
         },
     ),
     "storage": Field("map", "file systems", keys=NAME, items=Field("table", "a file system", fields=_STORAGE)),
-    "login": Field("table", "the login nodes", fields={"host": Field("text", "host name", pattern=_HOST, shape="a host name")}),
+    "login": Field("table", "the login nodes", fields={"host": Field("text", "host name", pattern=HOST, shape="a host name")}),
     "defaults": Field("map", "run.yaml values for every run here", items=Field("any", "as in run.yaml")),
     "tools": Field(
         "table",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from hpctrain.errors import EnvironmentFault
 
@@ -42,10 +44,7 @@ def run(argv: Sequence[str], timeout_s: float = 60, input_text: str | None = Non
             capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False,
         )  # fmt: skip
     except FileNotFoundError as error:
-        raise EnvironmentFault(
-            f"there is no `{argv[0]}` here",
-            hint="run this on a login node of a Slurm cluster, or start `hpctrain sandbox up`",
-        ) from error
+        raise _not_here(argv[0]) from error
     except subprocess.TimeoutExpired as error:
         raise EnvironmentFault(
             f"`{argv[0]}` did not answer within {timeout_s:g} s", hint="is slurmctld up? try `scontrol ping`"
@@ -56,6 +55,19 @@ def test_only(job_script: str) -> tuple[bool, str]:
     """Ask sbatch whether the cluster would take this script now: (accepted, Slurm's own words)."""
     done = run(["sbatch", "--test-only", job_script])
     return done.returncode == 0, (done.stderr or done.stdout).strip()
+
+
+def become(argv: Sequence[str], unset: Sequence[str] = ()) -> NoReturn:
+    """Replace this process by an interactive Slurm command with the scrubbed environment, less the variables `unset`.
+
+    Its terminal, signals and exit code are then the user's own. Raises EnvironmentFault when it is not installed.
+    """
+    environment = {name: value for name, value in scrubbed(os.environ).items() if name not in unset}
+    sys.stdout.flush()
+    try:
+        os.execvpe(argv[0], list(argv), environment)
+    except FileNotFoundError as error:
+        raise _not_here(argv[0]) from error
 
 
 def show(what: str) -> str:
@@ -80,3 +92,10 @@ def cluster_name() -> str | None:
         if key.strip() == "ClusterName":
             return value.strip()
     return None
+
+
+def _not_here(program: str) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"there is no `{program}` here",
+        hint="run this on a login node of a Slurm cluster, or start `hpctrain sandbox up`",
+    )

@@ -131,7 +131,7 @@ def read_layers(path: str, assignments: Sequence[str] = ()) -> list[Document]:
     if not isinstance(run.data, dict):
         raise UsageError("a run.yaml is a mapping of keys to values", where=run.where())
     overrides = parse_set(assignments)
-    user = _user_config(merge([run, overrides]).get("site"))
+    user = user_layers(merge([run, overrides]).get("site"))
     return [*user, run, overrides]
 
 
@@ -186,7 +186,7 @@ def absolute(path: str, base_dir: str) -> str:
     return os.path.normpath(os.path.join(base_dir, os.path.expanduser(path)))
 
 
-def _user_config(site: Any) -> list[Document]:
+def user_layers(site: Any) -> list[Document]:
     """The user's config: run.yaml keys for every run, and under `sites: {NAME: …}` for one site."""
     path = os.path.join(user_dir(), "config.yaml")
     if no_user_config() or not os.path.isfile(path):

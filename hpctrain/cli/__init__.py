@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from hpctrain import __version__, errors, output
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 # verb: (module under hpctrain.cli, one-line help). The order is the flow, and the order of `--help`.
 VERBS: dict[str, tuple[str, str]] = {
@@ -22,6 +26,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "recipe": ("recipe", "what can train: list, show"),
     "template": ("template", "job script templates: list, show, override by blocks"),
     "site": ("site", "site profiles: list, show, check, draft a new one"),
+    "shell": ("shell", "an interactive allocation in the site's container"),
+    "upload": ("upload", "send data to the site: resumable, verified"),
+    "schema": ("schema", "JSON Schemas of run.yaml and profiles, for editors"),
+    "completion": ("completion", "Tab completion for bash, zsh and fish"),
     "sandbox": ("sandbox", "a real Slurm on this machine, shaped like a site"),
 }
 
@@ -42,7 +50,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in VERBS and not args[0].startswith("-"):
+        if args and args[0] not in VERBS and not args[0].startswith("-") and not ctx.resilient_parsing:
             import difflib
 
             near = difflib.get_close_matches(args[0], VERBS, n=1)
@@ -51,6 +59,13 @@ class LazyGroup(click.Group):
                 hint=f"did you mean `hpctrain {near[0]}`?" if near else "see `hpctrain --help`",
             )
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Verbs from the table, since click would import every verb to ask whether it is hidden."""
+        from click.shell_completion import CompletionItem
+
+        verbs = [CompletionItem(verb, help=text) for verb, (_, text) in VERBS.items() if verb.startswith(incomplete)]
+        return [*verbs, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):

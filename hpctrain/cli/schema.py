@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import click
+
+from hpctrain import output
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(["run", "site"]))
+def command(kind: str) -> None:
+    """Print the JSON Schema of run.yaml or of a site profile, for editors that complete YAML.
+
+    \b
+    hpctrain schema run > .hpctrain/run.schema.json
+    # first line of run.yaml, for the YAML language server:
+    # yaml-language-server: $schema=.hpctrain/run.schema.json
+    """
+    from hpctrain.json_schemas import schema_text
+
+    output.data(schema_text(kind).rstrip("\n"))
