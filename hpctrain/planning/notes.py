@@ -27,11 +27,11 @@ class Notes:
         self.problems.append(Problem(what, self.spec.where(*path), why, hint, level))
 
     def sorted_problems(self) -> list[Problem]:
-        """By place, each only once."""
+        """Errors first, then by place with run.yaml first, each only once."""
 
         def key(problem: Problem) -> tuple[Any, ...]:
             parts = problem.where.rsplit(":", 2)
             numbers = [int(part) if part.isdigit() else 0 for part in parts[1:]]
-            return (problem.level != "error", parts[0], *numbers)
+            return (problem.level != "error", parts[0] != self.spec.source, parts[0], *numbers)
 
         return sorted(dict.fromkeys(self.problems), key=key)
