@@ -66,6 +66,7 @@ def render_job(plan: Plan, inputs: Mapping[str, bytes]) -> str:
                 for name, fields in values["node_dirs"].items()
             ],
             workdir=plan.resolved.workdir or plan.run_dir,
+            signals=list(dict.fromkeys([plan.signal["name"], "TERM"])),
             recipe=plan.resolved.template,
         )
     except jinja2.TemplateSyntaxError as error:

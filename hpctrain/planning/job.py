@@ -36,7 +36,7 @@ def decide_signal(notes: Notes, recipe: Recipe, resolved: Resolved) -> dict[str,
     override = notes.spec.sbatch.get("signal")
     path: tuple[str, ...] = ()
     reason = (
-        f"the step saves on SIG{name}; {lead} s before the limit"
+        f"the step saves on SIG{name}; this long before the limit"
         if forward
         else "tells the batch script, which notes the time limit; the step handles no signal"
     )
@@ -48,10 +48,13 @@ def decide_signal(notes: Notes, recipe: Recipe, resolved: Resolved) -> dict[str,
                        hint="for example B:USR1@300")  # fmt: skip
         else:
             name, lead, reason = match[1], int(match[2] or 60), "as the run says"
+    if override is None and lead > notes.spec.time_s // 4:
+        lead = max(notes.spec.time_s // 4, 1)
+        reason += "; a quarter of this short job"
     if lead >= notes.spec.time_s:
         notes.error(
             f"the signal would come {lead} s before the end of a job of {notes.spec.time_s} s", *(path or ("time",)),
-            why="Slurm sends it at once then", hint="ask for more time, or set `sbatch: {signal: B:USR1@…}`",
+            why="Slurm sends it at once then", hint="ask for more time, or for less lead",
         )  # fmt: skip
     notes.decide("signal", f"B:{name}@{lead}", reason, *path)
     return {"name": name, "lead_s": lead, "forward": forward}

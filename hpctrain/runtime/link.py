@@ -28,19 +28,23 @@ class Decision(NamedTuple):
     reason: str
 
 
-def decide(settings: Settings, choice: Choice, links: List[history.Record], link: int, stop: bool) -> Decision:
-    """The rules of a chain, in their order; pure."""
+def decide(settings: Settings, choice: Choice, links: List[history.Record], link: int, stop: bool,
+           queued: bool = True) -> Decision:  # fmt: skip
+    """The rules of a chain, in their order; pure. `queued`: the link was queued by `hpctrain chain`, not by hand."""
     made = choice.kind == "made"
     number = choice.number or 0
     if made and settings.target is not None and number >= settings.target:
         return Decision("done", "done", choice.name, number,
                         "`{}` is complete and the target is {}".format(choice.name, settings.target))  # fmt: skip
-    if settings.layout == "none" and link > 1 and _ended_well(links):
+    if settings.layout == "none" and queued and link > 1 and _ended_well(links):
         return Decision("done", "done", None, 0, "an earlier link ended with exit code 0")
     if stop:
         return Decision(
             "stopped", "stopped", choice.name if made else None, number if made else 0, "the file STOP is there"
         )
+    if settings.layout == "none" and not queued:
+        # Nothing tells its progress, and whoever submits it by hand wants it to run.
+        return Decision("run", "scratch", None, 0, "no checkpoints to look at")
     still = history.standstill(links, link, choice.name)
     if history.gives_up(still, settings.give_up_after):
         since = "`{}`".format(choice.name) if choice.name else "the beginning"
@@ -84,7 +88,8 @@ def begin(run_dir: str, given: Optional[int], environ: Mapping[str, str], say: S
         choice = choose(survey)
         for note in choice.notes:
             say(note)
-        decided = decide(settings, choice, links, link, os.path.lexists(os.path.join(run_dir, "STOP")))
+        decided = decide(settings, choice, links, link, os.path.lexists(os.path.join(run_dir, "STOP")),
+                         queued=any(record.get("link") == link for record in ledger))  # fmt: skip
         if decided.decision in ("run", "done"):
             try:
                 decided = prepare(settings, survey, choice, decided, say)

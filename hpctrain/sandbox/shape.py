@@ -295,7 +295,8 @@ def _slurm_conf(shape: ClusterShape, place: Place) -> str:
         ("SlurmUser", place.user),
         ("SlurmdUser", place.user),
         ("AuthType", "auth/munge"),
-        ("AuthInfo", f"socket={run}/munge.socket"),
+        # A requeued job waits until its old credential has expired, two minutes by default (slurm.conf(5), AuthInfo).
+        ("AuthInfo", f"socket={run}/munge.socket,cred_expire=10"),
         ("StateSaveLocation", f"{state}/ctld"),
         ("SlurmdSpoolDir", f"{run}/spool/%n"),
         ("SlurmctldPidFile", f"{run}/slurmctld.pid"),

@@ -345,13 +345,18 @@ def test_the_forks_counter_sees_only_the_chosen_checkpoint(quick):
 
 def test_nothing_of_the_start_ever_changes(quick):
     quick.base()
-    before = {name: os.stat(f"{quick.start}/{name}") for name in os.listdir(quick.start)}
+
+    def seen():
+        stats = {name: os.stat(f"{quick.start}/{name}") for name in os.listdir(quick.start)}
+        return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_mode) for name, stat in stats.items()}
+
+    before = seen()
     quick.begin(1)
     quick.save(10)
     os.truncate(quick.ckpt / "global_step10" / "mp_rank_00_model_states.pt", 3)
     quick.end()
     quick.begin(2, job="8")
-    assert {name: os.stat(f"{quick.start}/{name}") for name in os.listdir(quick.start)} == before
+    assert seen() == before
 
 
 def test_two_links_at_once_the_second_does_not_start(run):
@@ -412,7 +417,15 @@ def test_layout_none_is_done_when_an_earlier_link_ended_well(quick):
     quick.write_plan(layout="none", checkpoint_dir=None)
     assert quick.begin(1)["mode"] == "scratch"
     quick.end(0)
+    (quick.dir / "ledger.jsonl").write_text('{"event": "submitted", "link": 2, "job_id": "8"}\n')
     assert quick.begin(2, job="8")["decision"] == "done"
+
+
+def test_layout_none_runs_again_whenever_it_is_submitted_by_hand(quick):
+    quick.write_plan(layout="none", checkpoint_dir=None)
+    for number in range(1, 7):
+        assert quick.begin(number, job=str(number))["decision"] == "run"
+        quick.end(number % 2)
 
 
 def test_made_tells_a_side_job_whether_its_link_made_a_checkpoint(quick):

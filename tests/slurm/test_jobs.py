@@ -1,0 +1,192 @@
+"""Rendered jobs on the real Slurm: what a person would see who types `hpctrain render && sbatch …`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slurm
+HPCTRAIN = [sys.executable, "-m", "hpctrain"]
+
+
+@pytest.fixture
+def run(idle, tmp_path):
+    """Write a run.yaml for the LUMI-shaped sandbox, render it, submit with plain sbatch and wait: (job, state, log)."""
+    idle_ = idle
+
+    def start(argv, more="", env=None, wait=True, signal="false", site="lumi"):
+        text = f"""\
+name: job
+site: {site}
+recipe: command
+account: project_465000000
+partition: standard-g
+nodes: 2
+time: "5:00"
+{more}
+recipe_options:
+  argv: {json.dumps(argv)}
+  workdir: {json.dumps(str(tmp_path))}
+  signal: {signal}
+"""
+        (tmp_path / "run.yaml").write_text(text)
+        script = idle_.ok(*HPCTRAIN, "render", "--force", cwd=tmp_path).strip()
+        job = idle_.ok("sbatch", "--parsable", script, cwd=tmp_path, **(env or {})).strip()
+        log = Path(script).parent / "logs" / f"job-{job}.out"
+        if not wait:
+            return job, log
+        return job, finished(idle_, job), log.read_text()
+
+    return start
+
+
+def finished(sandbox, job, timeout_s=150):
+    """The job's state once it has ended, with its exit code: `COMPLETED 0:0`."""
+    for _ in range(timeout_s * 5):
+        shown = sandbox.ok("scontrol", "show", "job", job)
+        fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+        if fields["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
+            return f"{fields['JobState']} {fields['ExitCode']}"
+        time.sleep(0.2)
+    raise AssertionError(f"job {job} did not end: {shown}")
+
+
+def test_every_rank_starts_once_with_the_ranks_of_its_node(run, tmp_path):
+    program = (
+        "import json, os; e = os.environ; "
+        "open(f\"rank.{e['RANK']}\", 'x').write(json.dumps([int(e['RANK']), int(e['LOCAL_RANK']), int(e['WORLD_SIZE']), "
+        "e['SLURMD_NODENAME'], e['MASTER_ADDR'], int(e['MASTER_PORT']), e['HPCTRAIN_MODE'], e['HPCTRAIN_LINK'], "
+        "os.path.isdir(e['MIOPEN_USER_DB_PATH'])]))"
+    )
+    job, state, log = run(["python3", "-c", program])
+    seen = sorted(json.loads(path.read_text()) for path in tmp_path.glob("rank.*"))
+
+    assert state == "COMPLETED 0:0", log
+    assert [line[0] for line in seen] == list(range(16))
+    assert [line[1] for line in seen] == [*range(8), *range(8)]
+    assert {line[2] for line in seen} == {16}
+    assert len({line[3] for line in seen[:8]}) == len({line[3] for line in seen[8:]}) == 1
+    assert {tuple(line[4:]) for line in seen} == {(seen[0][3], 20000 + int(job) % 20000, "scratch", "1", True)}
+
+
+def test_the_job_ends_with_the_exit_code_of_the_first_task_to_fail_and_names_it(run, tmp_path):
+    _, state, log = run(["bash", "-c", '[ "$RANK" = 3 ] && exit 7; sleep 100'])
+
+    assert state == "FAILED 7:0", log
+    assert "rank 3 on nid000001, with exit code 7" in log
+    (end,) = [
+        json.loads(line) for line in (tmp_path / "runs/job/links.jsonl").read_text().splitlines() if '"end"' in line
+    ]
+    assert end["exit_code"] == 7
+
+
+def test_the_step_gets_its_signal_and_its_own_exit_code_survives_the_trap(run, idle, tmp_path):
+    program = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *a: sys.exit(5)); open('up', 'a'); time.sleep(100)"
+    job, log = run(["python3", "-c", program], signal="true", wait=False)
+    until(lambda: (tmp_path / "up").exists())
+    time.sleep(1)
+    idle.ok("scancel", "--batch", "--signal=USR1", job)
+
+    assert finished(idle, job) == "FAILED 5:0", log.read_text()
+    assert "got SIGUSR1" in log.read_text()
+
+
+def test_a_requeue_appends_to_the_log_and_runs_the_same_link_again(run, idle, tmp_path):
+    job, log = run(["bash", "-c", "echo up >> starts; sleep 100"], wait=False)
+    until(lambda: (tmp_path / "starts").exists())
+    idle.ok("scontrol", "requeue", job)
+    links = tmp_path / "runs/job/links.jsonl"
+    until(lambda: links.read_text().count('"begin"') == 2, 90)
+    idle.ok("scancel", job)
+    begins = [
+        json.loads(line) for line in (tmp_path / "runs/job/links.jsonl").read_text().splitlines() if '"begin"' in line
+    ]
+
+    assert "restart 0" in log.read_text()
+    assert [(line["link"], line["restart"]) for line in begins][:2] == [(1, 0), (1, 1)]
+
+
+def test_secrets_reach_the_tasks_and_nothing_else(run, idle, tmp_path):
+    secret = tmp_path / "secrets.env"
+    secret.write_text("WANDB_API_KEY=open-sesame\n")
+    secret.chmod(0o600)
+    job, log = run(
+        ["bash", "-c", 'printf %s "$WANDB_API_KEY" | md5sum > "sum.$RANK"; sleep 3'], f"secrets: {secret}", wait=False
+    )  # fmt: skip
+    until(lambda: len(list(tmp_path.glob("sum.*"))) == 16)
+    shown = idle.ok("scontrol", "show", "job", "-dd", job) + idle.ok("scontrol", "write", "batch_script", job, "-")
+    arguments = [
+        path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK) and path.exists()
+    ]
+    state = finished(idle, job)
+    written = [
+        path
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path != secret and b"open-sesame" in path.read_bytes()
+    ]
+
+    assert state == "COMPLETED 0:0", log.read_text()
+    assert {path.read_text().split()[0] for path in tmp_path.glob("sum.*")} == {hashlib.md5(b"open-sesame").hexdigest()}
+    assert "open-sesame" not in shown
+    assert not any(b"open-sesame" in words for words in arguments)
+    assert written == []
+
+
+def test_a_secrets_file_that_others_can_read_stops_the_job(run, tmp_path):
+    secret = tmp_path / "secrets.env"
+    secret.write_text("WANDB_API_KEY=open-sesame\n")
+    secret.chmod(0o644)
+    _, state, log = run(["touch", "ran"], f"secrets: {secret}")
+
+    assert state == "FAILED 1:0"
+    assert "chmod 600" in log
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_submitting_shells_slurm_settings_do_not_reach_the_steps(run, tmp_path):
+    program = 'echo "${SLURM_CPU_BIND-unset} ${CUDA_VISIBLE_DEVICES-unset}" > "bind.$RANK"'
+    _, state, log = run(["bash", "-c", program], env={"SLURM_CPU_BIND": "none", "CUDA_VISIBLE_DEVICES": "7"})
+
+    assert state == "COMPLETED 0:0", log
+    assert "7" not in (tmp_path / "bind.0").read_text().split()[1:]
+
+
+def test_the_container_sees_its_binds_and_a_missing_one_fails(run, tmp_path):
+    image = tmp_path / "image.sif"
+    # This machine has none of LUMI's file systems, so a profile of the user's leaves them out.
+    (tmp_path / "here.yaml").write_text(
+        "name: here\nextends: lumi\ntitle: LUMI without its disks\ncontainer: {binds: []}\n"
+    )
+    image.write_text("any file stands for an image in the sandbox")
+    bound = Path("/var/tmp") / f"hpctrain-{os.getpid()}"
+    bound.mkdir()
+    try:
+        (bound / "data").write_text("x")
+        hidden = Path("/srv") / f"hpctrain-{os.getpid()}"
+        hidden.mkdir()
+        (hidden / "data").write_text("x")
+        more = f"container: {image}\ncontainer_binds: [{bound}]"
+        good = run(["bash", "-c", f'cat {bound}/data && echo "$SINGULARITY_NAME"'], more, site="here.yaml")
+        bad = run(["cat", f"{hidden}/data"], more, site="here.yaml")
+    finally:
+        for folder in (bound, hidden):
+            (folder / "data").unlink()
+            folder.rmdir()
+
+    assert good[1] == "COMPLETED 0:0", good[2]
+    assert bad[1].startswith("FAILED"), bad[2]
+    assert "No such file" in bad[2]
+
+
+def until(condition, timeout_s=60):
+    for _ in range(timeout_s * 10):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen")
