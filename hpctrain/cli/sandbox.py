@@ -48,6 +48,13 @@ def command() -> None:
 )
 @click.option("--partition", "partitions", multiple=True, help="A partition, for sites whose profile lists none.")
 @click.option(
+    "--mount",
+    "mounts",
+    multiple=True,
+    metavar="DIR:PATH",
+    help="Show DIR of this machine at PATH of the site (/scratch …).",
+)
+@click.option(
     "--slurm",
     "source",
     type=click.Choice(["auto", "system", "unpacked"]),
@@ -64,6 +71,7 @@ def up(
     accounting: bool,
     accounts: Sequence[str],
     partitions: Sequence[str],
+    mounts: Sequence[str],
     source: str,
     name: str,
     directory: str,
@@ -81,7 +89,12 @@ def up(
     if accounting and not accounts and site.values["account"]["example"]:
         accounts = [site.values["account"]["example"]]
     wanted = shape_from_site(
-        site, _counts(nodes, site), accounting=accounting, accounts=accounts, partitions=partitions
+        site,
+        _counts(nodes, site),
+        accounting=accounting,
+        accounts=accounts,
+        partitions=partitions,
+        mounts=_mounts(mounts),
     )
     meter = _Meter()
     try:
@@ -156,7 +169,7 @@ def shell(name: str, directory: str, words: Sequence[str]) -> None:
     """
     record = sandbox.running(name, state.state_dir(name, directory, os.environ))
     environ = sandbox.shell_environ(record, os.environ)
-    argv = list(words) or [os.environ.get("SHELL") or "/bin/sh"]
+    argv = sandbox.shell_argv(record, list(words) or [os.environ.get("SHELL") or "/bin/sh"], os.environ)
     if not words:
         output.info(f"a shell in the sandbox `{name}`: sbatch, squeue, srun, scontrol are its own; `exit` leaves it")
     try:
@@ -225,6 +238,18 @@ def _counts(nodes: Sequence[str], site: Any) -> dict[str, int]:
     if problems:
         raise errors.UsageError(problems)
     return counts
+
+
+def _mounts(words: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = [tuple(word.split(":")) for word in words]
+    problems = [
+        errors.Problem(f"`--mount {word}` is not DIR:PATH", hint="--mount ~/lumi-scratch:/scratch")
+        for word, pair in zip(words, pairs)
+        if len(pair) != 2 or not pair[0] or not pair[1].startswith("/")
+    ]
+    if problems:
+        raise errors.UsageError(problems)
+    return [(os.path.abspath(os.path.expanduser(pair[0])), os.path.normpath(pair[1])) for pair in pairs]
 
 
 def _node_summary(found: sandbox.Status) -> str:

@@ -99,7 +99,7 @@ class Daemons:
             if idle == total:
                 return
             for role in ["slurmctld", *(f"slurmd-{name}" for name in self.shape.node_names)]:
-                if not self.is_running(role):
+                if self._is_gone(role):
                     raise self._fault(role, "ended right after its start")
             if time.monotonic() > deadline:
                 raise self._fault("slurmctld", f"has only {idle} of {total} nodes idle")
@@ -113,6 +113,13 @@ class Daemons:
 
     def is_running(self, role: str) -> bool:
         return processes.of_role(role, state=self.place.state, run=self.place.run) is not None
+
+    def _is_gone(self, role: str) -> bool:
+        """Not running on two looks: one alone could fall on the instant between a shell and what it becomes."""
+        if self.is_running(role):
+            return False
+        time.sleep(0.2)
+        return not self.is_running(role)
 
     def run(self, program: str, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
         """A Slurm command against this sandbox, its output captured; a timeout counts as exit code 124."""
@@ -142,7 +149,7 @@ class Daemons:
     def _wait(self, role: str, ready: Callable[[], bool], limit_s: float) -> None:
         deadline = time.monotonic() + limit_s
         while not ready():
-            if not self.is_running(role):
+            if self._is_gone(role):
                 raise self._fault(role, "ended right after its start")
             if time.monotonic() > deadline:
                 raise self._fault(role, f"does not answer after {limit_s:.0f} s")
@@ -206,4 +213,6 @@ class Daemons:
         texts = [path for path in (log / f"{role}.log", log / f"{role}.out") if path.is_file()]
         lines = [line for path in texts for line in path.read_text(errors="replace").splitlines()[-8:]]
         telling = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()] or lines
-        return EnvironmentFault(f"{role} {what}", where=str(log), why="\n".join(telling[-6:]))
+        return EnvironmentFault(
+            f"{role} {what}", where=str(log), why="\n".join(telling[-6:]) or "it said nothing: was it killed?"
+        )

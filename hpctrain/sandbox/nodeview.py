@@ -35,7 +35,8 @@ def view_argv(
     bwrap: Sequence[str], mounts: Sequence[tuple[str, str]], *, hosts: str = "", hostname: str = ""
 ) -> list[str]:
     """The words before a command that give it the view; `mounts` are (directory of this machine, path of the site)."""
-    argv = [*bwrap, "--die-with-parent"]
+    # Not --die-with-parent: bubblewrap then also dies with its own parent, which for daemons ends right away.
+    argv = [*bwrap]
     if mounts:
         # A new root in memory, so that /scratch can appear where / may not be written.
         argv += ["--tmpfs", "/"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import py_compile
 import secrets
 import signal
 import sys
@@ -115,7 +116,7 @@ def down(name: str, directory: Path, environ: Mapping[str, str], *, keep_logs: b
 def status(name: str, directory: Path, environ: Mapping[str, str]) -> Status:
     """What the sandbox is now; asks its controller, starts nothing."""
     found = _look(name, directory)
-    if found.record is None or found.phase not in ("up", "half-alive"):
+    if found.record is None or found.phase != "up":
         return found
     daemons = Daemons(found.record.shape, found.record.place, _toolbox(found.record, environ), environ)
     jobs = daemons.run("squeue", "-h", "-o", "%A", timeout_s=20).stdout.split()
@@ -182,6 +183,14 @@ def shell_environ(record: Record, environ: Mapping[str, str]) -> dict[str, str]:
     kept["SLURM_CONF"] = f"{record.place.state}/etc/slurm.conf"
     kept["HPCTRAIN_SANDBOX"] = record.name
     return kept
+
+
+def shell_argv(record: Record, words: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The command line that runs `words` as on the login node: where the site's paths are mounted, they are there."""
+    if not record.shape.mounts:
+        return list(words)
+    box = _toolbox(record, environ)
+    return [*nodeview.view_argv(box.argv("bwrap"), record.shape.mounts), *words]
 
 
 def describe(what: ClusterShape) -> str:
@@ -277,8 +286,13 @@ def _write_files(record: Record, box: Toolbox, no_views: str) -> None:
     state.write_text(directory / "etc" / "slurmstepd", standins.stepd_script(box), 0o700)
     scripts = standins.client_scripts(box, f"{place.state}/etc/slurm.conf")
     scripts["module"] = scripts["ml"] = standins.module_script(f"{place.state}/log/modules.log")
-    program = str(Path(__file__).parent / "standins" / "singularity.py")
-    config = str(directory / "etc" / "container.json")
+    # Compiled once: every task that enters a container starts it.
+    program = str(directory / "etc" / "singularity.pyc")
+    source = Path(__file__).parent / "standins" / "singularity.py"
+    py_compile.compile(
+        str(source), program, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+    )
+    config = str(directory / "etc" / "container.conf")
     for runtime in ("singularity", "apptainer"):
         scripts[runtime] = standins.container_script(os.path.realpath(sys.executable), program, config, runtime)
     for command, text in scripts.items():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,22 +18,21 @@ from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.shape import ClusterShape
 from hpctrain.site import load_site
 
+ACCOUNT = "project_465000000"
+
 
 @dataclass(frozen=True)
 class Sandbox:
     """A running sandbox and how to talk to it."""
 
-    status: sandboxes.Status
-
-    @property
-    def environ(self) -> dict[str, str]:
-        assert self.status.record is not None
-        return sandboxes.shell_environ(self.status.record, os.environ)
+    name: str
+    directory: Path
+    environ: Mapping[str, str]
 
     def run(
         self, *argv: str, cwd: Path | None = None, timeout_s: float = 120, **environ: str
     ) -> subprocess.CompletedProcess[str]:
-        """A command in the sandbox's shell; its output as text."""
+        """A command as in `hpctrain sandbox shell`; its output as text."""
         return subprocess.run(
             argv,
             cwd=cwd,
@@ -47,45 +49,69 @@ class Sandbox:
         assert result.returncode == 0, f"{argv}: {result.returncode}\n{result.stdout}\n{result.stderr}"
         return result.stdout
 
+    def job(self, tmp_path: Path, script: str, *options: str, **environ: str) -> str:
+        """Submit a bash script from `tmp_path`, wait for its end, and return what it printed; it must succeed."""
+        (tmp_path / "job.sh").write_text("#!/bin/bash\n" + script)
+        log = tmp_path / "job.log"
+        result = self.run("sbatch", "--wait", "-t", "5", "-o", str(log), *options, "job.sh", cwd=tmp_path, **environ)
+        text = log.read_text() if log.exists() else ""
+        assert result.returncode == 0, f"{result.stderr}\n{text}"
+        return text
 
-def lumi(num_nodes: int = 4, **options: object) -> ClusterShape:
-    """LUMI-G nodes and one LUMI-C node, with timeouts short enough for tests."""
-    defaults = {"kill_wait_s": 3, "slurmd_timeout_s": 60}
-    return shape_from_site(
-        load_site("lumi"), {"lumi-g": num_nodes, "lumi-c": 1, "lumi-d": 0}, **{**defaults, **options}
-    )  # type: ignore[arg-type]
+    def wait_for(self, condition: Any, limit_s: float = 60) -> None:
+        """Until `condition()` is true."""
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < deadline, self.ok("squeue") + self.ok("sinfo", "-N")
+            time.sleep(0.1)
+
+    def empty(self) -> None:
+        """Cancel every job and bring every node back."""
+        self.ok("scancel", "-u", self.ok("id", "-un").strip())
+        self.wait_for(lambda: not self.ok("squeue", "-h").strip())
+        if self.ok("sinfo", "-h", "-t", "down,drain").strip():
+            self.run("scontrol", "update", "nodename=ALL", "state=resume")
 
 
-def started(
-    shape: ClusterShape, name: str, directory: Path, environ: Mapping[str, str] = os.environ
-) -> Iterator[Sandbox]:
+def lumi(num_nodes: int = 4, **options: Any) -> ClusterShape:
+    """LUMI-G nodes and one LUMI-C node, with times short enough for tests."""
+    counts = {"lumi-g": num_nodes, "lumi-c": 1, "lumi-d": 0}
+    return shape_from_site(load_site("lumi"), counts, **{"kill_wait_s": 3, "slurmd_timeout_s": 60, **options})
+
+
+@contextlib.contextmanager
+def started(shape: ClusterShape, name: str, directory: Path) -> Iterator[Sandbox]:
     """A sandbox that is ended whatever happens, also at Ctrl-C."""
     try:
-        status, _ = sandboxes.up(shape, name, directory, environ, source="unpacked")
-        yield Sandbox(status)
+        status, _ = sandboxes.up(shape, name, directory, os.environ, source="unpacked")
+        assert status.record is not None
+        yield Sandbox(name, directory, sandboxes.shell_environ(status.record, os.environ))
     finally:
-        sandboxes.down(name, directory, environ)
+        sandboxes.down(name, directory, os.environ)
 
 
 @pytest.fixture(scope="session")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    """The session's shared sandbox: 4 LUMI-G nodes nid[000001-000004] and a LUMI-C node nid000005."""
-    yield from started(lumi(), "tests", tmp_path_factory.mktemp("sandbox"))
+def _session_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    with started(lumi(), "tests", tmp_path_factory.mktemp("sandbox")) as box:
+        yield box
 
 
 @pytest.fixture
-def idle(sandbox: Sandbox) -> Iterator[Sandbox]:
-    """The shared sandbox, its queue emptied and its nodes brought back afterwards."""
-    yield sandbox
-    cancel(sandbox.ok, ["-u", str(os.geteuid())])
+def sandbox(_session_sandbox: Sandbox) -> Iterator[Sandbox]:
+    """The session's shared sandbox: LUMI-G nodes nid[000001-000004] and LUMI-C node nid000005; no jobs are left in it."""
+    yield _session_sandbox
+    _session_sandbox.empty()
 
 
-def cancel(ok: object, words: Sequence[str]) -> None:
-    """scancel and wait until the queue is empty."""
-    import time
+@pytest.fixture(scope="session")
+def _session_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    shape = lumi(2, accounting=True, accounts=(ACCOUNT,))
+    with started(shape, "accounting", tmp_path_factory.mktemp("accounting")) as box:
+        yield box
 
-    ok("scancel", *words)  # type: ignore[operator]
-    for _ in range(200):
-        if not ok("squeue", "-h").strip():  # type: ignore[operator]
-            return
-        time.sleep(0.1)
+
+@pytest.fixture
+def accounting_sandbox(_session_accounting: Sandbox) -> Iterator[Sandbox]:
+    """A shared sandbox with slurmdbd: LUMI's limits on submitted jobs, one account, ACCOUNT; sacct works."""
+    yield _session_accounting
+    _session_accounting.empty()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 
 from hpctrain.sandbox.packages import CLIENTS, Toolbox
+from hpctrain.sandbox.standins.singularity import PASSED_ON
 
 
 def client_script(argv: Sequence[str], slurm_conf: str) -> str:
@@ -25,25 +25,22 @@ def stepd_script(box: Toolbox) -> str:
 
 
 def container_script(python: str, program: str, config: str, name: str) -> str:
-    """`singularity` or `apptainer`: the stand-in run by hpctrain's interpreter, isolated from the job's environment."""
+    """`singularity` or `apptainer`: the stand-in run by hpctrain's interpreter, isolated from the job's environment.
+
+    The signals of `singularity.PASSED_ON` are ignored from here on, so that bubblewrap does not die of them.
+    """
     words = shlex.join([python, "-I", "-S", program, config, name])
-    # A preloaded library and PYTHON* variables are the job's affair, not the stand-in's.
-    return f'#!/bin/sh\nexec {words} "$@"\n'
+    return f"#!/bin/sh\ntrap '' {' '.join(PASSED_ON)}\nexec {words} \"$@\"\n"
 
 
 def container_config(
     bwrap: Sequence[str], image_dirs: Sequence[str], image_path: str, node_files: Sequence[str], unavailable: str
 ) -> str:
-    """The stand-in's configuration, as JSON."""
-    return json.dumps(
-        {
-            "bwrap": list(bwrap),
-            "image_dirs": list(image_dirs),
-            "image_path": image_path,
-            "node_files": list(node_files),
-            "unavailable": unavailable,
-        }
-    )
+    """The stand-in's configuration: lines `key<TAB>value`."""
+    pairs = [("bwrap", word) for word in bwrap] + [("image_dirs", path) for path in image_dirs]
+    pairs += [("image_path", image_path)] + [("node_files", path) for path in node_files]
+    pairs += [("unavailable", unavailable.replace("\n", " "))] if unavailable else []
+    return "".join(f"{key}\t{value}\n" for key, value in pairs)
 
 
 def module_script(log: str) -> str:

@@ -8,12 +8,14 @@ were asked for are there; nothing else of the host is. So a bind that was forgot
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import sys
-from collections.abc import Mapping
-from typing import Any
+
+# A 1,536-task step starts this 1,536 times: json, typing and signal would triple its start.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
 
 Mount = tuple[str, str, str]
 Bind = tuple[str, str, str]
@@ -26,7 +28,8 @@ IGNORED = {"--nv", "--rocm", "--writable", "-w", "--userns", "-u", "--ipc", "-i"
            "-f", "--no-privs", "--keep-privs", "--no-eval", "--no-init", "--no-umask", "--allow-setuid", "--compat",
            "--disable-cache", "--vm", "--underlay", "--sif-fuse", "--unsquash", "--no-https"}  # fmt: skip
 GLOBAL_FLAGS = {"-d", "--debug", "-q", "--quiet", "-s", "--silent", "-v", "--verbose", "--nocolor"}
-# Signals a job step may be sent. bubblewrap stays as the parent of the program and must not die of them.
+# Signals a job step may be sent. bubblewrap stays as the parent of the program and must not die of them: the script
+# that starts this one ignores them, and `env` gives them back to the program.
 PASSED_ON = ("HUP", "INT", "QUIT", "USR1", "USR2", "TERM", "CONT", "TSTP", "TTIN", "TTOU", "ALRM", "URG", "XCPU")
 IMAGE_DIRS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc")
 IMAGE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -41,8 +44,7 @@ class Fatal(Exception):
 
 def main(argv: list[str]) -> int:
     config_path, name, arguments = argv[1], argv[2], argv[3:]
-    with open(config_path) as stream:
-        config = json.load(stream)
+    config = read_config(config_path)
     quiet = False
     while arguments and arguments[0] in GLOBAL_FLAGS:
         quiet = quiet or arguments[0] in ("-q", "--quiet", "-s", "--silent")
@@ -65,9 +67,23 @@ def main(argv: list[str]) -> int:
     for note in () if quiet else notes:
         sys.stderr.write(f"WARNING: {note}\n")
     sys.stderr.flush()
-    for signal_name in PASSED_ON:
-        signal.signal(getattr(signal, "SIG" + signal_name), signal.SIG_IGN)
     os.execve(command[0], command, environ)
+
+
+def read_config(path: str) -> dict[str, list[str]]:
+    """{key: values} of lines `key<TAB>value`, in order."""
+    config: dict[str, list[str]] = {
+        "bwrap": [],
+        "image_dirs": [],
+        "image_path": [],
+        "node_files": [],
+        "unavailable": [],
+    }
+    with open(path) as stream:
+        for line in stream:
+            key, _, value = line.rstrip("\n").partition("\t")
+            config[key].append(value)
+    return config
 
 
 def parse(arguments: list[str], verb: str, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -164,7 +180,7 @@ def split_binds(text: str) -> list[Bind]:
 
 
 def build(
-    request: dict[str, Any], config: dict[str, Any], host_environ: Mapping[str, str], cwd: str
+    request: dict[str, Any], config: dict[str, list[str]], host_environ: Mapping[str, str], cwd: str
 ) -> tuple[list[str], dict[str, str], list[str]]:
     """(argv of bubblewrap, environment, warnings) of a request. Raises Fatal as singularity would at its start."""
     image, notes = request["image"], []
@@ -174,7 +190,7 @@ def build(
         raise Fatal(
             f"could not open image {image}: failed to retrieve path for {image}: lstat {os.path.abspath(image)}: no such file or directory"
         )
-    if config.get("unavailable"):
+    if config["unavailable"]:
         raise Fatal("containers cannot be run in this sandbox: {}".format(config["unavailable"]))
     for kind in request["gpu"]:
         notes.append(f"Could not find any {kind} files on this host!")
@@ -194,7 +210,7 @@ def build(
     mounts += [("--ro-bind", path, path) for path in config["node_files"]]
     inside = environment(request, config, host_environ)
     # Where singularity's own order would leave the program: --pwd, else here, else the home, else the root.
-    argv = list(config["bwrap"]) + ["--die-with-parent"]
+    argv = list(config["bwrap"])
     if request["pid"]:
         argv.append("--unshare-pid")
     argv += mount_options(mounts)
@@ -212,7 +228,7 @@ def program_words(program: list[str]) -> list[str]:
     return ["/bin/sh", "-c", 'exec "$0" "$@"'] + program if "=" in program[0] or program[0].startswith("-") else program
 
 
-def image_mounts(config: dict[str, Any]) -> list[Mount]:
+def image_mounts(config: dict[str, list[str]]) -> list[Mount]:
     """This machine's system directories and hpctrain's interpreter, read-only: what an image would hold."""
     mounts: list[Mount] = []
     for path in IMAGE_DIRS:
@@ -282,7 +298,9 @@ def underlay(target: str, opened: set[str]) -> list[str]:
     return options
 
 
-def environment(request: dict[str, Any], config: dict[str, Any], host_environ: Mapping[str, str]) -> dict[str, str]:
+def environment(
+    request: dict[str, Any], config: dict[str, list[str]], host_environ: Mapping[str, str]
+) -> dict[str, str]:
     """The environment inside: the host's (or nearly none), the image's PATH, then what was asked for by name."""
     kept = CLEAN_KEEPS + NODE_KEEPS if request["clean"] else tuple(host_environ)
     inside = {key: host_environ[key] for key in kept if key in host_environ}
@@ -295,7 +313,7 @@ def environment(request: dict[str, Any], config: dict[str, Any], host_environ: M
                 asked[key[len(prefix) :]] = host_environ[key]
     asked.update(request["env"])
     prepend, append = asked.pop("PREPEND_PATH", ""), asked.pop("APPEND_PATH", "")
-    inside["PATH"] = ":".join(filter(None, [config["image_path"], IMAGE_PATH]))
+    inside["PATH"] = ":".join([*config["image_path"], IMAGE_PATH])
     inside["LD_LIBRARY_PATH"] = "/.singularity.d/libs"
     inside.update(asked)
     inside["PATH"] = ":".join(filter(None, [prepend, inside["PATH"], append]))
@@ -308,6 +326,8 @@ def environment(request: dict[str, Any], config: dict[str, Any], host_environ: M
 def first_visible(paths: list[str], mounts: list[Mount], must: bool) -> str:
     """The first directory that exists inside; a --pwd that does not is an error of singularity's start."""
     for index, path in enumerate(paths):
+        if os.path.normpath(path) == "/":
+            return "/"
         for kind, source, target in reversed(mounts):
             if target == path or path.startswith(target.rstrip("/") + "/"):
                 below = os.path.join(source, os.path.relpath(path, target)) if source else ""
