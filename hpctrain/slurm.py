@@ -98,13 +98,13 @@ def cluster_name() -> str | None:
     return None
 
 
-<<<<<<< HEAD
 def _not_here(program: str) -> EnvironmentFault:
     return EnvironmentFault(
         f"there is no `{program}` here",
         hint="run this on a login node of a Slurm cluster, or start `hpctrain sandbox up`",
     )
-=======
+
+
 LIVE = frozenset({
     "PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "RESIZING", "STOPPED", "SIGNALING", "STAGE_OUT",
     "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT",
@@ -218,4 +218,3 @@ def _cut(line: str, widths: Sequence[int]) -> list[str]:
         cells.append(line[start : start + width].strip())
         start += width
     return ["" if cell == "(null)" else cell for cell in cells]
->>>>>>> a0fce9e (chain, stop, cancel: links queued at once, a ledger that survives crashes, side jobs, bad nodes (untested on Slurm))
