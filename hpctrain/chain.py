@@ -124,7 +124,7 @@ def readable(run_dir: str) -> Iterator[None]:
 
 def ask_needed(chain: ChainPlan) -> bool:
     """Whether the whole cost is above what is submitted without a question; a sandbox costs nothing."""
-    return chain.hours[0] > ASK_ABOVE_HOURS and "HPCTRAIN_SANDBOX" not in os.environ
+    return chain.hours[0] > ASK_ABOVE_HOURS and not os.environ.get("HPCTRAIN_SANDBOX")
 
 
 def submit_chain(chain: ChainPlan, exclude: str = "") -> dict[tuple[int, str], str]:

@@ -26,7 +26,7 @@ def submission(run_dir: str, run: str, link: int, script: str) -> SideJob:
     """Write the side job of a link, `side/after-N.sbatch`, and return it.
 
     It has the `#SBATCH` lines of the user's script, asks whether the link made a checkpoint, ends well if it did not, and
-    otherwise runs the script with HPCTRAIN_CHECKPOINT, HPCTRAIN_LINK and HPCTRAIN_RUN_DIR set. Raises UsageError when the
+    otherwise runs the script, in the run directory, with HPCTRAIN_CHECKPOINT, HPCTRAIN_LINK and HPCTRAIN_RUN_DIR set. Raises UsageError when the
     script is not there or no script.
     """
     text = side_text(run_dir, link, script)
@@ -43,6 +43,8 @@ def submission(run_dir: str, run: str, link: int, script: str) -> SideJob:
         options.append(f"--job-name={run}-after-{link}")
     if not given & {"output", "o"}:
         options.append(f"--output={output_pattern(run_dir)}/logs/{run}-after-{link}-%j.out")
+    if not given & {"chdir", "D"}:
+        options.append(f"--chdir={run_dir}")
     if not given & {"account", "A"} and _account(run_dir):
         options.append(f"--account={_account(run_dir)}")
     return SideJob(path, tuple(options))
