@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.runtime.bootstrap import Bootstrap, StartProblem, do_bootstrap, plan_bootstrap, write_tracker
@@ -271,3 +273,13 @@ def as_json(row: Row) -> dict[str, object]:
         "faults": list(row.faults or ()), "mismatches": list(row.mismatches), "num_files": row.num_files,
         "num_bytes": row.num_bytes, "named": row.named, "chosen": row.chosen,
     }  # fmt: skip
+
+
+def read_plan(run_dir: str) -> dict[str, Any]:
+    """The whole plan.json of a run directory. Raises UsageError when it is none."""
+    try:
+        with open(os.path.join(run_dir, "plan.json"), encoding="utf-8") as file:
+            found = json.load(file)
+        return {"guard": found["guard"], "job": found["job"], "cost": found["cost"], **found}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"`{run_dir}` is no run directory: {error}", hint="`hpctrain render` makes one") from error

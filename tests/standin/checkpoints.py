@@ -43,7 +43,7 @@ def all_names(tp, dp, zero=1, bf16=False):
     return [name for rank in range(tp * dp) for name in shard_names(rank, tp, dp, zero, bf16)]
 
 
-def rank_writes(folder, step, rank, tp, dp, zero=1, lineage="a", name=None, told=True):
+def rank_writes(folder, step, rank, tp, dp, zero=1, lineage="a", name=None, told=True, optimizer_steps=None):
     """A generator that does one write of one rank's part of a save each time it is advanced.
 
     Rank 0 names the checkpoint in `latest` after its own shards, without waiting for the others, by truncating the file
@@ -51,7 +51,7 @@ def rank_writes(folder, step, rank, tp, dp, zero=1, lineage="a", name=None, told
     """
     name = name or f"global_step{step}"
     path = os.path.join(folder, name)
-    values = {"step": step, "lineage": lineage, "optimizer_steps": step}
+    values = {"step": step, "lineage": lineage, "optimizer_steps": step if optimizer_steps is None else optimizer_steps}
     if told:
         values.update(dp_world_size=dp, mp_world_size=tp, ds_config={"zero_optimization": {"stage": zero}})
     for shard in shard_names(rank, tp, dp, zero):
@@ -98,4 +98,14 @@ def lineages(path):
         if name.endswith(".pt"):
             values = load_file(os.path.join(path, name))
             found.add((values["step"], values["lineage"]))
+    return found
+
+
+def snapshot(folder):
+    """What would change if anything in `folder` were written: inode, size and time of every entry, by path."""
+    found = {}
+    for top, folders, names in os.walk(folder):
+        for name in folders + names:
+            info = os.lstat(os.path.join(top, name))
+            found[os.path.join(top, name)] = (info.st_ino, info.st_size, info.st_mtime_ns)
     return found

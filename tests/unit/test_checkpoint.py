@@ -31,20 +31,11 @@ def base(tmp_path):
     return checkpoints.save(str(tmp_path / "base v2"), 423858, 2, 2, name="_global_step423858_backup")
 
 
-def snapshot(folder):
-    found = {}
-    for top, _, names in os.walk(folder):
-        for name in names:
-            info = os.lstat(os.path.join(top, name))
-            found[os.path.join(top, name)] = (info.st_ino, info.st_size, info.st_mtime_ns)
-    return found
-
-
 def test_bootstrap_makes_the_folder_of_the_seed_and_says_what_it_read_from_the_name(cli, tmp_path, base):
     parent = tmp_path / "project"
     parent.mkdir()
     os.chmod(parent, 0o2770)
-    before = snapshot(base)
+    before = checkpoints.snapshot(base)
     old = os.umask(0o077)
     try:
         code, said = cli("bootstrap", parent / "ck" / "new", "--start", base, "--layout", "deepspeed", "--tp", 2)
@@ -56,10 +47,10 @@ def test_bootstrap_makes_the_folder_of_the_seed_and_says_what_it_read_from_the_n
     assert (folder / "latest").read_bytes() == b"global_step423858"
     assert [stat.S_IMODE(os.stat(path).st_mode) & 0o2070 for path in (parent / "ck", folder)] == [0o2070] * 2
     assert stat.S_IMODE(os.stat(folder / "latest").st_mode) & 0o060 == 0o060
-    again = snapshot(folder)
+    again = checkpoints.snapshot(folder)
     assert cli("bootstrap", folder, "--start", base)[0] == 0
-    assert snapshot(folder) == again
-    assert snapshot(base) == before
+    assert checkpoints.snapshot(folder) == again
+    assert checkpoints.snapshot(base) == before
 
 
 def test_bootstrap_dry_run_writes_nothing(cli, tmp_path, base):
@@ -69,10 +60,10 @@ def test_bootstrap_dry_run_writes_nothing(cli, tmp_path, base):
 
 def test_bootstrap_refuses_newer_work_another_start_and_a_half_copied_one(cli, tmp_path, base):
     checkpoints.save(str(tmp_path / "used"), 10, 2, 2)
-    before = snapshot(tmp_path / "used")
+    before = checkpoints.snapshot(tmp_path / "used")
     code, said = cli("bootstrap", tmp_path / "used", "--start", base, "--layout", "deepspeed")
     assert (code, "newer work" in said) == (errors.REFUSED, True)
-    assert snapshot(tmp_path / "used") == before
+    assert checkpoints.snapshot(tmp_path / "used") == before
     (tmp_path / "other").mkdir()
     os.symlink("../elsewhere", tmp_path / "other" / "global_step423858")
     code, said = cli("bootstrap", tmp_path / "other", "--start", base, "--layout", "deepspeed")
@@ -125,9 +116,9 @@ def test_use_goes_back_and_keeps_the_newer_ones_aside(cli, tmp_path):
     for step in (10, 20, 30, 40):
         checkpoints.save(str(tmp_path), step, 1, 2)
     os.unlink(tmp_path / "global_step30" / "mp_rank_00_model_states.pt")
-    before = snapshot(tmp_path)
+    before = checkpoints.snapshot(tmp_path)
     assert cli("use", tmp_path, "--back", 1, "--dry-run")[0] == 0
-    assert snapshot(tmp_path) == before
+    assert checkpoints.snapshot(tmp_path) == before
     assert cli("use", tmp_path, "--back", 1)[0] == 0
     assert (tmp_path / "latest").read_text() == "global_step20"
     assert sorted(os.listdir(tmp_path)) == ["aside-40", "global_step10", "global_step20", "interrupted-30", "latest"]

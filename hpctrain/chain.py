@@ -1,0 +1,324 @@
+"""A chain: all links queued at once, each deciding for itself when it starts; stopping, cancelling and extending it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpctrain import badnodes, checkpoint, estimate, sidejobs, slurm
+from hpctrain.checkpoint import read_plan
+from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.load import Loaded
+from hpctrain.rundir import run_files, write_run_dir
+from hpctrain.runtime import history
+from hpctrain.runtime.files import read_records, write_atomic
+from hpctrain.runtime.link import decide
+from hpctrain.runtime.settings import Settings, parse_settings
+from hpctrain.runtime.survey import Choice, Survey, choose
+from hpctrain.submit import MAIN, SIDE, Ledger, Submission, only_one, read_ledger, record_cancelled, submit_all
+
+# Above this much of the machine a person should look once more: a day of one 8-GPU node is 192.
+ASK_ABOVE_HOURS = 200.0
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a link is expected to do: its mode, and between which iterations where that can be told."""
+
+    link: int
+    job_id: str | None
+    mode: str
+    first: int | None
+    last: int | None
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """What `chain` would submit, and what that costs. `new` are the link numbers that are not queued yet."""
+
+    run_dir: str
+    run: str
+    new: tuple[int, ...]
+    links: tuple[Expectation, ...]
+    side_script: str | None
+    gpu_hours: float
+    node_hours: float
+    billed: float | None
+    unit: str
+    bad_nodes: tuple[badnodes.BadNode, ...]
+
+    @property
+    def hours(self) -> tuple[float, str]:
+        """The cost to ask about: GPU-hours, or node-hours where there are no GPUs."""
+        return (self.gpu_hours, "GPU-hours") if self.gpu_hours else (self.node_hours, "node-hours")
+
+
+def plan_chain(run_dir: str, plan: Mapping[str, Any], num_links: int | None = None, extend: int | None = None,
+               auto: bool = False) -> ChainPlan:  # fmt: skip
+    """Decide which links to submit. `plan` is plan.json's content; reads the run directory and the checkpoint folder.
+
+    `num_links` is the whole number of links (those on record count), `extend` a number of links more, `auto` as many as
+    the remaining iterations need. Raises UsageError, and Refused while a STOP file would end every link at once.
+    """
+    settings = parse_settings(dict(plan["guard"]))
+    ledger = read_ledger(run_dir)
+    links = read_records(os.path.join(run_dir, "links.jsonl"))
+    if os.path.exists(os.path.join(run_dir, "STOP")):
+        raise Refused(
+            f"`{run_dir}/STOP` is there, so every link would end as it starts", hint="remove that file, then try again"
+        )
+    choice = choose(Survey(settings)) if settings.checkpoint_dir else Choice("nothing", None, None, (), ())
+    step_time_s = measured_step_time_s(links, settings) or plan["job"]["step_time_s"]
+    submitted = {link for link, kind in ledger.submitted() if kind == MAIN}
+    unsure = {link for link, kind in ledger.open() if kind == MAIN}
+    if auto:
+        more = _links_needed(plan, settings, choice, step_time_s) - len(_live_links(ledger)) - len(unsure)
+    elif extend:
+        more = extend
+    else:
+        more = (num_links or plan["job"]["num_links"]) - len(submitted | unsure)
+    known = history.last_link(links, list(ledger.records))
+    new = tuple(sorted({*unsure, *range(known + 1, known + max(more, 0) + 1)}))
+    cost, jobs = plan["cost"], len(new)
+    return ChainPlan(
+        run_dir, str(plan["run"]), new, _expectations(plan, settings, choice, links, ledger, new, step_time_s), settings.after_each,
+        cost["gpu_hours"] * jobs, cost["node_hours"] * jobs, None if cost["billed"] is None else cost["billed"] * jobs, cost["unit"],
+        tuple(badnodes.find(run_dir, links)),
+    )  # fmt: skip
+
+
+def prepare(loaded: Loaded, force: bool = False, dry_run: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """Render and bootstrap a run: what `chain` does before it submits. Returns plan.json's content and what to tell.
+
+    Raises UsageError when the start checkpoint cannot be used, Refused when the run directory holds another rendering.
+    """
+    plan, said = loaded.plan, []
+    files = run_files(plan, loaded.inputs)
+    if not dry_run and write_run_dir(plan.run_dir, files, force):
+        said.append(f"wrote {plan.run_dir}")
+    settings = parse_settings(plan.guard())
+    if settings.start and not Survey(settings).made:
+        done = checkpoint.bootstrap(settings, dry_run)
+        said += [*done.notes, f"the start checkpoint `{done.start}` is complete: {done.num_files} files"]
+        if done.target:
+            said.append(f"{'would link' if dry_run else 'linked'} `{os.path.join(done.folder, done.link or '')}` to it")
+    content: dict[str, Any] = json.loads(files["plan.json"])
+    return content, said
+
+
+@contextlib.contextmanager
+def readable(run_dir: str) -> Iterator[None]:
+    """File errors within become an EnvironmentFault that says where."""
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFault(f"cannot use `{error.filename or run_dir}`: {error.strerror}") from error
+
+
+def ask_needed(chain: ChainPlan) -> bool:
+    """Whether the whole cost is above what is submitted without a question; a sandbox costs nothing."""
+    return chain.hours[0] > ASK_ABOVE_HOURS and not os.environ.get("HPCTRAIN_SANDBOX")
+
+
+def submit_chain(chain: ChainPlan, exclude: str = "") -> dict[tuple[int, str], str]:
+    """Queue the new links, each after the one before it, with their side jobs; returns all job ids by (link, kind)."""
+    script = os.path.join(chain.run_dir, "job.sbatch")
+    options = (f"--exclude={exclude}",) if exclude else ()
+    with only_one(chain.run_dir):
+        ledger = read_ledger(chain.run_dir)
+        live = _live_links(ledger)
+        wanted: list[Submission] = []
+        # Live links too: their side jobs may be what a crash left out. What is on record is not submitted again.
+        for link in sorted({*chain.new, *live}):
+            wanted.append(Submission(link, MAIN, script, (str(link),), options))
+            if chain.side_script:
+                side = sidejobs.submission(chain.run_dir, chain.run, link, chain.side_script)
+                wanted.append(Submission(link, SIDE, side.script, (), side.options))
+        return submit_all(chain.run_dir, wanted)
+
+
+def _live_links(ledger: Ledger) -> dict[int, str]:
+    """The links that wait or run now, with their jobs. Asks Slurm only when something was submitted."""
+    submitted = {link: job_id for (link, kind), job_id in ledger.submitted().items() if kind == MAIN}
+    if not submitted:
+        return {}
+    live = {job.job_id for job in slurm.jobs(submitted.values()) if job.live} - ledger.cancelled()
+    return {link: job_id for link, job_id in submitted.items() if job_id in live}
+
+
+def measured_step_time_s(links: Sequence[Mapping[str, Any]], settings: Settings) -> float | None:
+    """Seconds an iteration took in the links that ended, start-up included; None when none made one.
+
+    A begin and its end come from one host, so the difference of their times is right whatever its clock says.
+    """
+    seconds = iterations = 0.0
+    begun: dict[tuple[Any, Any], Mapping[str, Any]] = {}
+    for record in links:
+        key = record.get("job_id"), record.get("restart")
+        if record.get("event") == "begin" and record.get("mode") in history.RUN_MODES:
+            begun[key] = record
+        elif record.get("event") == "end" and key in begun:
+            start = begun.pop(key)
+            counts_on = start["mode"] != "finetune" or settings.counter == "greatest_folder"
+            done = (record.get("iteration") or 0) - ((start.get("iteration") or 0) if counts_on else 0)
+            took = _time(record) - _time(start)
+            if done > 0 and took > 0:
+                seconds, iterations = seconds + took, iterations + done
+    return seconds / iterations if iterations else None
+
+
+def _time(record: Mapping[str, Any]) -> float:
+    import calendar
+
+    try:
+        return float(calendar.timegm(time.strptime(str(record.get("time")), "%Y-%m-%dT%H:%M:%SZ")))
+    except ValueError:
+        return math.nan
+
+
+def _remaining(settings: Settings, plan: Mapping[str, Any], choice: Choice) -> int | None:
+    if settings.target is None:
+        return None
+    made = choice.kind == "made" or settings.counter == "greatest_folder"
+    whole = plan["job"]["iterations"] or settings.target
+    return max(settings.target - (choice.number or 0), 0) if made and choice.number else whole
+
+
+def _links_needed(plan: Mapping[str, Any], settings: Settings, choice: Choice, step_time_s: float | None) -> int:
+    remaining = _remaining(settings, plan, choice)
+    if remaining is None or not step_time_s:
+        what = "the step time" if remaining is not None else "the target"
+        raise UsageError(
+            f"`--jobs auto` needs {what}, which is not known yet",
+            hint="set `estimate: {step_time_s: …}` in run.yaml, or give a number of jobs",
+        )
+    job = plan["job"]
+    needed = estimate.links_needed(remaining, step_time_s, job["save_every"], job["time_s"],
+                                   job["signal"].get("lead_s", 0) if job["saves_on_signal"] else 0, bool(job["saves_on_signal"]))  # fmt: skip
+    if needed is None:
+        raise UsageError(
+            f"no link of {job['time_s']} s would reach a checkpoint: saving every {job['save_every']} iterations of {step_time_s:.1f} s",
+            hint="save more often, or ask for more time",
+        )
+    return max(needed, 1)
+
+
+def _expectations(plan: Mapping[str, Any], settings: Settings, choice: Choice, links: list[dict[str, Any]], ledger: Ledger,
+                  new: Sequence[int], step_time_s: float | None) -> tuple[Expectation, ...]:  # fmt: skip
+    """What each link that is waiting or new will do, if all goes well: the first from what lies there, the next on from it."""
+    submitted, ended = ledger.submitted(), {r.get("link") for r in links if r.get("event") == "end"}
+    gone = ledger.cancelled()
+    waiting = [
+        link for (link, kind), job_id in submitted.items() if kind == MAIN and job_id not in gone and link not in ended
+    ]
+    job = plan["job"]
+    per_link = int(job["time_s"] / step_time_s) if step_time_s else None
+    if per_link and job["save_every"] and not job["saves_on_signal"]:
+        per_link = per_link // job["save_every"] * job["save_every"]
+    out: list[Expectation] = []
+    mode = decide(settings, choice, links, 10**9, False).mode
+    counts_on = choice.kind == "made" or settings.counter == "greatest_folder"
+    at: int | None = (choice.number or 0) if counts_on else 0
+    for link in sorted({*waiting, *new}):
+        last = None
+        if settings.target is not None and at is not None and per_link:
+            last = min(at + per_link, settings.target)
+        out.append(
+            Expectation(
+                link,
+                submitted.get((link, MAIN)),
+                mode,
+                at if mode != "done" else None,
+                last if mode != "done" else None,
+            )
+        )
+        if mode in ("done", "gave_up"):
+            continue
+        done = last is not None and settings.target is not None and last >= settings.target
+        mode = "done" if done else "resume" if settings.layout != "none" else mode
+        at = last
+    return tuple(out)
+
+
+def stop(run_dir: str, dry_run: bool = False) -> list[slurm.Job]:
+    """End the chain after the next checkpoint: queued links end as they start, and a step that saves on its signal gets it.
+
+    Returns the running jobs. Never cancels anything.
+    """
+    plan = read_plan(run_dir)
+    running = [job for job in _live_jobs(run_dir) if job.state == "RUNNING"]
+    if not dry_run:
+        try:
+            write_atomic(os.path.join(run_dir, "STOP"), "")
+        except OSError as error:
+            raise EnvironmentFault(f"cannot write `{run_dir}/STOP`: {error.strerror}") from error
+        signal = plan["job"]["signal"]
+        for job in running if signal.get("forward") else ():
+            slurm.signal_batch(job.job_id, signal["name"])
+    return running
+
+
+def cancel(run_dir: str, dry_run: bool = False) -> list[slurm.Job]:
+    """Cancel every waiting and running job of the chain now, the last link first; returns them."""
+    with only_one(run_dir):
+        ledger = read_ledger(run_dir)
+        order = {job_id: key for key, job_id in ledger.submitted().items()}
+        found = sorted(_live_jobs(run_dir), key=lambda job: order.get(job.job_id, (0, MAIN)), reverse=True)
+        if not dry_run and found:
+            slurm.cancel([job.job_id for job in found])
+            record_cancelled(run_dir, [job.job_id for job in found])
+    return found
+
+
+def exclude_bad(run_dir: str, bad: Sequence[badnodes.BadNode]) -> list[str]:
+    """Keep the waiting links off the bad nodes, beside those they avoid already; returns the jobs that were changed."""
+    changed = []
+    for job in _live_jobs(run_dir):
+        if job.state == "PENDING":
+            slurm.exclude_nodes(job.job_id, badnodes.merged(slurm.excluded_nodes(job.job_id), bad))
+            changed.append(job.job_id)
+    return changed
+
+
+def _live_jobs(run_dir: str) -> list[slurm.Job]:
+    ledger = read_ledger(run_dir)
+    ids = set(ledger.submitted().values())
+    uid = ledger.uid
+    # By tag too: a job whose ledger line was cut off is one of ours.
+    return [
+        job
+        for job in slurm.jobs()
+        if job.live and (job.job_id in ids or (uid and job.comment.startswith(f"hpctrain:{uid}:")))
+    ]
+
+
+def find_run(target: str) -> str:
+    """The run directory that `target` names: itself, a run.yaml, a run's name under ./runs, or the id of one of its jobs."""
+    candidates = [target, os.path.join("runs", target)]
+    for candidate in candidates:
+        if os.path.isfile(os.path.join(candidate, "plan.json")):
+            return os.path.abspath(candidate)
+    if os.path.isfile(target):
+        from hpctrain.load import load_plan
+
+        run_dir = load_plan(target).plan.run_dir
+        if os.path.isfile(os.path.join(run_dir, "plan.json")):
+            return run_dir
+        raise UsageError(
+            f"`{target}` was not rendered yet: there is no `{run_dir}`", hint="`hpctrain chain` renders and submits it"
+        )
+    if re.fullmatch(r"\d+", target):
+        work_dir = re.search(r"\bWorkDir=(.*?)(?: \w+=|$)", slurm.show("job", "-o", target))
+        if work_dir and os.path.isfile(os.path.join(work_dir.group(1), "plan.json")):
+            return work_dir.group(1)
+        raise UsageError(f"job {target} is not of a run of hpctrain")
+    raise UsageError(
+        Problem(f"there is no run `{target}`", hint="name a run directory, a run.yaml, a run under ./runs, or a job id")
+    )

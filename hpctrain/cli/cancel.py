@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import shlex
+
+import click
+
+from hpctrain import output
+from hpctrain.cli import common
+
+
+@click.command()
+@click.argument("run", default="run.yaml", type=click.Path(), metavar="[RUN]")
+@common.dry_run
+def command(run: str, dry_run: bool) -> None:
+    """Cancel every job of a chain now; work since the last checkpoint is lost. RUN as for `stop`.
+
+    \b
+    hpctrain cancel runs/ft
+    hpctrain cancel 1234567 --dry-run
+    """
+    from hpctrain import chain
+
+    run_dir = chain.find_run(run)
+    found = chain.cancel(run_dir, dry_run)
+    for job in found:
+        output.info(f"{'would cancel' if dry_run else 'cancelled'} job {job.job_id} ({job.state.lower()})")
+    if not found:
+        output.info("no job of this run waits or runs")
+    if not dry_run:
+        output.next_step(
+            f"hpctrain chain --extend N    (goes on from the newest complete checkpoint of {shlex.quote(run_dir)})"
+        )

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+import click
+
+from hpctrain import errors, output
+from hpctrain.cli import common
+
+
+@click.command()
+@common.run_yaml
+@click.option(
+    "--jobs", metavar="N|auto", help="Links in all, or as many as the remaining iterations need [default: the run's]."
+)
+@click.option(
+    "--extend", type=click.IntRange(1, 1000), metavar="N", help="Queue N more links behind those that are queued."
+)
+@click.option("--exclude-bad", is_flag=True, help="Keep new and waiting links off nodes named in two failures.")
+@common.out_dir
+@common.set_option
+@click.option("--force", is_flag=True, help="Replace what an earlier render wrote.")
+@common.dry_run
+@common.yes
+@common.as_json
+def command(
+    run_yaml: str,
+    jobs: str | None,
+    extend: int | None,
+    exclude_bad: bool,
+    out_dir: str | None,
+    assignments: tuple[str, ...],
+    force: bool,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Render, bootstrap and queue a whole chain of jobs; each link decides as it starts what there is to do.
+
+    Running it again submits only what is missing.
+
+    \b
+    hpctrain chain --jobs 5
+    hpctrain chain my-run/run.yaml --jobs auto --dry-run
+    hpctrain chain --extend 3 --exclude-bad
+    """
+    from hpctrain import badnodes, chain
+    from hpctrain.load import load_plan
+
+    num_links = _number(jobs)
+    if jobs and extend:
+        raise errors.UsageError(
+            "`--jobs` and `--extend` contradict each other", hint="--extend adds links to those on record"
+        )
+    loaded = load_plan(run_yaml, assignments, out_dir)
+    common.require_valid(loaded.plan)
+    run_dir = loaded.plan.run_dir
+    with chain.readable(run_dir):
+        plan, said = chain.prepare(loaded, force, dry_run)
+    for line in said:
+        output.info(line)
+    found = chain.plan_chain(run_dir, plan, num_links, extend, jobs == "auto")
+    hours, unit = found.hours
+    if not as_json:
+        shown = [
+            (e.link, e.job_id or ("new" if dry_run else "to submit"), e.mode, _span(e.first, e.last))
+            for e in found.links
+        ]
+        output.table(shown, header=("link", "job", "expected", "iterations"))
+    bill = f", {found.billed:.1f} {found.unit}s billed" if found.billed is not None else ""
+    output.info(f"{len(found.new)} new links: at most {hours:.1f} {unit}{bill}")
+    for node in found.bad_nodes:
+        advice = "" if exclude_bad else "; --exclude-bad keeps the links off it"
+        output.info(
+            f"node {node.name} was named in {len(node.failures)} failures (jobs {', '.join(node.failures)}){advice}"
+        )
+    if not dry_run:
+        if found.new and chain.ask_needed(found) and not yes:
+            _ask(f"Submit {len(found.new)} links for up to {hours:.0f} {unit}?")
+        exclude = badnodes.merged("", found.bad_nodes) if exclude_bad and found.bad_nodes else ""
+        changed = chain.exclude_bad(run_dir, found.bad_nodes) if exclude else []
+        ids = chain.submit_chain(found, exclude)
+        if changed:
+            output.info(f"waiting links that will not get {exclude}: {' '.join(changed)}")
+        new = [ids[link, "link"] for link in found.new]
+        output.info(
+            f"queued {len(new)} links: {' '.join(new)}"
+            if new
+            else "nothing to submit: all links are on record (--extend N adds more)"
+        )
+    if as_json:
+        output.data_json(run=found.run, run_dir=run_dir, submitted=not dry_run, new=list(found.new), gpu_hours=found.gpu_hours,
+                         node_hours=found.node_hours, billed=found.billed, unit=found.unit,
+                         links=[{"link": e.link, "job_id": e.job_id if dry_run else ids.get((e.link, "link")), "expected": e.mode,
+                                 "first": e.first, "last": e.last} for e in found.links],
+                         bad_nodes=[{"name": node.name, "failures": list(node.failures)} for node in found.bad_nodes])  # fmt: skip
+    again = shlex.join(["hpctrain", "chain", *([] if run_yaml == "run.yaml" else [run_yaml])])
+    output.next_step(again if dry_run else f"hpctrain status {shlex.quote(os.path.relpath(run_dir))}")
+
+
+def _number(jobs: str | None) -> int | None:
+    if jobs is None or jobs == "auto":
+        return None
+    if not jobs.isdigit() or not 1 <= int(jobs) <= 1000:
+        raise errors.UsageError(f"`--jobs {jobs}` is not a number of jobs from 1 to 1000, nor `auto`")
+    return int(jobs)
+
+
+def _span(first: int | None, last: int | None) -> str:
+    return "" if first is None else f"{first} -> {'?' if last is None else last}"
+
+
+def _ask(question: str) -> None:
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise errors.Refused(
+            question.rstrip("?") + ": not without being asked", hint="add --yes, or look with --dry-run first"
+        )
+    if not click.confirm(question, err=True):
+        raise errors.Refused("nothing was submitted")

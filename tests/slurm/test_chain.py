@@ -1,0 +1,282 @@
+"""Chains on a real Slurm: queued at once, never lost or doubled, ended by their own guard."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import checkpoints
+import pytest
+
+pytestmark = pytest.mark.slurm
+TRAINER = Path(__file__).parents[1] / "standin" / "trainer.py"
+
+
+class Chain:
+    """A run of the stand-in trainer on the sandbox."""
+
+    def __init__(self, sandbox, top: Path, **changes):
+        self.sandbox, self.top = sandbox, top
+        self.dir, self.ckpt, self.truth = top / "runs" / "ft", top / "ck", top / "truth"
+        steps = changes.pop("steps", 6)
+        argv = changes.pop("argv", [sys.executable, str(TRAINER), "--truth", str(self.truth), "--steps", str(steps), "--save-every", "3",
+                                    "--tp", "2", "--step-s", "0.05", *changes.pop("more", [])])  # fmt: skip
+        spec = {
+            "name": "ft", "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 1,
+            "tasks_per_node": 2, "gpus_per_node": 1, "time": "00:05:00", "checkpoint": {"dir": str(self.ckpt)},
+            "recipe_options": {"argv": argv, "layout": "deepspeed", "target_iteration": steps, "save_every": 3}, **changes,
+        }  # fmt: skip
+        (top / "run.yaml").write_text(json.dumps(spec))
+
+    def hpctrain(self, *args, **environ):
+        return self.sandbox.run(sys.executable, "-m", "hpctrain", *map(str, args), cwd=self.top, **environ)
+
+    def ok(self, *args, **environ):
+        done = self.hpctrain(*args, **environ)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def records(self, name="links.jsonl", **wanted):
+        path = self.dir / name
+        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [record for record in found if all(record.get(key) == value for key, value in wanted.items())]
+
+    def happened(self, event):
+        path = self.truth / "truth.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [found for found in map(json.loads, lines) if found["event"] == event]
+
+    def queue(self):
+        """The run's live jobs: (id, state, dependency)."""
+        said = self.sandbox.ok("squeue", "-h", "-o", "%A|%T|%E|%Z")
+        return [line.split("|")[:3] for line in said.splitlines() if line.split("|")[3] == str(self.dir)]
+
+    def wait(self, what=lambda chain: not chain.queue(), seconds=90):
+        for _ in range(seconds * 4):
+            if what(self):
+                return
+            time.sleep(0.25)
+        logs = "\n".join(path.read_text()[-3000:] for path in (self.dir / "logs").glob("*"))
+        raise AssertionError(f"still {self.queue()}\n{self.records()}\n{logs}")
+
+    def exit_code(self, job_id):
+        return re.search(r"ExitCode=(\d+):", self.sandbox.ok("scontrol", "show", "job", "-o", job_id))[1]
+
+
+@pytest.fixture
+def make(idle, tmp_path):
+    def made(**changes):
+        return Chain(idle, tmp_path, **changes)
+
+    yield made
+    ids = [job_id for job_id, *_ in Chain(idle, tmp_path).queue()]
+    if ids:
+        idle.ok("scancel", *ids)
+
+
+def test_a_chain_runs_to_its_target_finetunes_once_resumes_after_that_and_leaves_nothing_queued(make, tmp_path):
+    base = checkpoints.save(str(tmp_path / "base"), 50, 2, 1, name="_global_step50_backup")
+    before = checkpoints.snapshot(base)
+    bench = tmp_path / "bench.sh"
+    bench.write_text(
+        '#!/bin/bash\n#SBATCH --time=00:05:00\n#SBATCH --partition=small-g\necho "$HPCTRAIN_CHECKPOINT" >>bench.txt\nexit 7\n'
+    )
+    chain = make(
+        steps=9, checkpoint={"dir": str(tmp_path / "ck"), "start": base}, chain={"jobs": 5, "after_each": str(bench)}
+    )
+    (chain.truth).mkdir()
+    (chain.truth / "fault.json").write_text(json.dumps({"kind": "kill_rank", "at_step": 5, "rank": 1}))
+    chain.ok("chain")
+    chain.wait()
+    assert [(start["mode"], start["iteration"]) for start in chain.happened("start")] == [
+        ("finetune", 0),
+        ("resume", 3),
+    ]
+    assert [record["mode"] for record in chain.records(event="begin")] == ["finetune", "resume", "done"]
+    assert chain.happened("end")[-1]["optimizer_steps"] == 9
+    assert checkpoints.snapshot(base) == before
+    assert (chain.dir / "bench.txt").read_text().split() == [f"{chain.ckpt}/global_step3", f"{chain.ckpt}/global_step9"]
+    assert len(chain.records("ledger.jsonl", event="cancelled")) >= 4
+
+
+def test_a_chain_without_progress_gives_up_with_93_and_cancels_the_rest(make):
+    chain = make(argv=["false"], chain={"jobs": 6, "give_up_after": 2})
+    chain.ok("chain")
+    chain.wait()
+    modes = [record["mode"] for record in chain.records(event="begin")]
+    assert modes == ["scratch", "scratch", "gave_up"]
+    last = chain.records(event="begin")[-1]
+    assert "2 links in a row" in last["reason"]
+    assert chain.exit_code(last["job_id"]) == "93"
+    assert [chain.exit_code(record["job_id"]) for record in chain.records(event="end")] == ["1", "1"]
+    assert "gives up" in (chain.dir / "logs" / f"ft-{last['job_id']}.out").read_text()
+
+
+def crashing_sbatch(tmp_path, when):
+    """An sbatch that kills hpctrain right before or right after the real one, at the call named in a file."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    real = 'PATH=${PATH#*:} sbatch "$@"'
+    body = {"before": 'kill -9 "$PPID"; sleep 1', "after": f'{real} >"$0.out"; kill -9 "$PPID"; sleep 1'}[when]
+    script = folder / "sbatch"
+    script.write_text(
+        f"#!/bin/bash\nn=$(($(cat {folder}/n 2>/dev/null || echo 0) + 1)); echo $n >{folder}/n\n"
+        f"if [ $n = {2} ]; then {body}; exit 1; fi\n{real}\n"
+    )
+    script.chmod(0o755)
+    return str(folder)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_crash_between_two_submissions_and_a_rerun_neither_lose_nor_double_a_link(make, tmp_path, when):
+    chain = make(argv=["sleep", "60"], chain={"jobs": 4})
+    path = f"{crashing_sbatch(tmp_path, when)}:{chain.sandbox.environ['PATH']}"
+    assert chain.hpctrain("chain", PATH=path).returncode == -9
+    assert len(chain.queue()) == (1 if when == "before" else 2)
+    chain.ok("chain")
+    queue = {job_id: dependency for job_id, _, dependency in chain.queue()}
+    assert len(queue) == 4
+    ids = [record["job_id"] for record in chain.records("ledger.jsonl", event="submitted")]
+    assert sorted(ids) == sorted(queue)
+    # Each waits for exactly the one before it, also across the crash.
+    links = {record["link"]: record["job_id"] for record in chain.records("ledger.jsonl", event="submitted")}
+    assert [re.findall(r"\d+", queue[links[link]])[:1] for link in (2, 3, 4)] == [[links[link]] for link in (1, 2, 3)]
+    again = chain.ok("chain")
+    assert len(chain.queue()) == 4, (again.stdout, again.stderr, chain.records("ledger.jsonl"))
+    chain.ok("cancel")
+    chain.wait()
+    assert len(chain.records("ledger.jsonl", event="cancelled")) == 4
+
+
+def test_two_chain_commands_at_once_submit_one_chain(make):
+    chain = make(argv=["sleep", "60"], chain={"jobs": 5})
+    commands = [subprocess.Popen([sys.executable, "-m", "hpctrain", "chain"], cwd=chain.top, env=chain.sandbox.environ,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(3)]  # fmt: skip
+    codes = []
+    for command in commands:
+        command.communicate()
+        codes.append(command.returncode)
+    assert 0 in codes and set(codes) <= {0, 4}
+    assert len(chain.queue()) == 5
+
+
+def test_stop_lets_the_step_save_and_ends_the_chain_and_extend_goes_on(make):
+    chain = make(steps=60, more=["--signal"], chain={"jobs": 2})
+    chain.ok("chain")
+    chain.wait(lambda chain: len(chain.happened("step")) > 1)
+    chain.ok("stop", "ft")
+    chain.wait()
+    assert [record["mode"] for record in chain.records(event="begin")][-1] == "stopped"
+    saved = chain.happened("saved")[-1]["step"]
+    assert saved < 60 and saved == chain.happened("step")[-1]["iteration"]
+    refused = chain.hpctrain("chain", "--extend", "1")
+    assert refused.returncode == 4 and "STOP" in refused.stderr
+    (chain.dir / "STOP").unlink()
+    assert "nothing to submit" in chain.ok("chain").stderr
+    chain.ok("chain", "--extend", "2")
+    chain.wait()
+    starts = chain.happened("start")
+    assert (starts[-1]["mode"], starts[-1]["iteration"]) == ("resume", saved)
+    assert chain.happened("end")[-1]["iteration"] == 60
+
+
+def test_a_second_job_submitted_by_hand_does_not_start_while_a_link_runs(make):
+    chain = make(steps=60, chain={"jobs": 1})
+    chain.ok("chain")
+    chain.wait(lambda chain: chain.happened("step"))
+    job = chain.sandbox.ok("sbatch", "--parsable", str(chain.dir / "job.sbatch"), HPCTRAIN_LOCK_WAIT_S="1").strip()
+    chain.wait()
+    assert "is running" in (chain.dir / "logs" / f"ft-{job}.out").read_text()
+    assert chain.exit_code(job) == "1"
+    assert len(chain.happened("start")) == 1 and chain.happened("end")
+
+
+def test_a_requeue_goes_on_as_the_same_link(make):
+    chain = make(steps=30, chain={"jobs": 2})
+    chain.ok("chain")
+    chain.wait(lambda chain: chain.happened("saved"))
+    job = chain.records(event="begin")[0]["job_id"]
+    chain.sandbox.ok("scontrol", "requeue", job)
+    # Slurm holds a requeued job back for a while; nobody here has to wait for that.
+    chain.wait(lambda chain: any(state == "PENDING" and job_id == job for job_id, state, _ in chain.queue()))
+    chain.sandbox.ok("scontrol", "update", f"jobid={job}", "StartTime=now")
+    chain.wait(seconds=200)
+    begins = chain.records(event="begin")
+    assert [(r["link"], r["restart"], r["mode"]) for r in begins[:2]] == [(1, 0, "scratch"), (1, 1, "resume")]
+    assert chain.happened("end")[-1]["optimizer_steps"] == 30
+
+
+def test_the_submitting_shells_slurm_variables_do_not_reach_the_job(make):
+    chain = make(argv=["sleep", "60"])
+    chain.ok("chain", SBATCH_TIMELIMIT="1", SBATCH_JOB_NAME="other", SLURM_NTASKS="99", SBATCH_DEPENDENCY="afterok:1")
+    job = chain.queue()[0][0]
+    said = chain.sandbox.ok("scontrol", "show", "job", "-o", job)
+    assert "TimeLimit=00:05:00" in said and "JobName=ft " in said
+
+
+def test_a_refused_submission_says_slurms_words_and_leaves_a_rerun_possible(make):
+    chain = make(argv=["sleep", "60"], sbatch={"reservation": "none_such"})
+    done = chain.hpctrain("chain")
+    assert done.returncode == 3 and "reservation" in done.stderr.lower()
+    assert chain.queue() == []
+    spec = json.loads((chain.top / "run.yaml").read_text())
+    del spec["sbatch"]
+    (chain.top / "run.yaml").write_text(json.dumps(spec))
+    chain.ok("chain", "--force")
+    assert len(chain.queue()) == 1
+
+
+def test_waiting_links_are_kept_off_nodes_named_in_two_failures(make):
+    chain = make(argv=["sleep", "60"], nodes=3, chain={"jobs": 3})
+    chain.ok("chain")
+    logs = chain.dir / "logs"
+    for job in ("91", "92"):
+        begin = {
+            "event": "begin",
+            "link": int(job),
+            "job_id": job,
+            "restart": 0,
+            "mode": "scratch",
+            "checkpoint": str(job),
+            "nodes": "nid[000001-000003]",
+        }
+        with (chain.dir / "links.jsonl").open("a") as file:
+            file.write(json.dumps(begin) + "\n")
+        (logs / f"ft-{job}.out").write_text(
+            f"hpctrain: job {job}, restart 0, 3 nodes\nsrun: error: nid000002: task 1: Bus error\n"
+        )
+    done = chain.ok("chain", "--exclude-bad")
+    assert "nid000002 was named in 2 failures" in done.stderr
+    waiting = [job_id for job_id, state, _ in chain.queue() if state == "PENDING"]
+    assert len(waiting) == 2
+    for job in waiting:
+        assert "ExcNodeList=nid000002 " in chain.sandbox.ok("scontrol", "show", "job", "-o", job)
+
+
+def test_a_costly_chain_is_not_submitted_unasked(make):
+    chain = make(
+        argv=["sleep", "60"],
+        partition="standard-g",
+        nodes=4,
+        gpus_per_node=8,
+        tasks_per_node=8,
+        time="24:00:00",
+        chain={"jobs": 5},
+    )
+    done = chain.hpctrain("chain", HPCTRAIN_SANDBOX="")
+    assert done.returncode == 4 and "3840" in done.stderr and "--yes" in done.stderr
+    assert chain.queue() == []
+
+
+def test_dry_run_writes_nothing_and_tells_modes_and_cost(make):
+    chain = make(chain={"jobs": 3})
+    done = chain.ok("chain", "--dry-run", "--json")
+    found = json.loads(done.stdout)
+    assert [link["expected"] for link in found["links"]] == ["scratch", "resume", "resume"]
+    assert found["submitted"] is False and found["gpu_hours"] == pytest.approx(0.25)
+    assert sorted(os.listdir(chain.top)) == ["run.yaml"]
