@@ -114,7 +114,9 @@ def test_a_profile_by_path_is_named_from_the_new_file(tmp_path, cli, monkeypatch
     assert cli("plan", "deep/er/run.yaml")[0] == 0
 
 
-@pytest.mark.parametrize("folder, name", [("/a/ft 7", "ft-7"), ("/a/-x-", "x"), ("/a/é.b", "b"), ("/a/" + "y" * 99, "y" * 64)])
+@pytest.mark.parametrize(
+    "folder, name", [("/a/ft 7", "ft-7"), ("/a/-x-", "x"), ("/a/é.b", "b"), ("/a/" + "y" * 99, "y" * 64)]
+)
 def test_the_name_comes_from_the_folder(folder, name):
     assert run_name(folder) == name
 

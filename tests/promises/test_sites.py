@@ -75,7 +75,11 @@ def test_blame_names_the_line_of_every_value_through_the_layers(project, cli):
     code, out, _ = cli("site", "show", "lumi", "--blame")
     rows = {row[1]: row for row in (line.split("\t") for line in out.splitlines())}
 
-    assert code == 0 and rows["partitions.dev-g.max_nodes"] == [".hpctrain/site_profiles/lumi/profile.yaml:4:22", "partitions.dev-g.max_nodes", "3"]
+    assert code == 0 and rows["partitions.dev-g.max_nodes"] == [
+        ".hpctrain/site_profiles/lumi/profile.yaml:4:22",
+        "partitions.dev-g.max_nodes",
+        "3",
+    ]
     assert rows["partitions.dev-g.max_time"][0].startswith("site_profiles/lumi/profile.yaml:")
     assert rows["partitions.dev-g.whole_nodes"] == ["default", "partitions.dev-g.whole_nodes", "false"]
 
@@ -138,7 +142,9 @@ def test_a_good_profile_has_no_remarks(tmp_path):
 
 
 def test_check_reports_every_form_error_at_once_and_exits_2(tmp_path, cli):
-    text = GOOD.replace("title:", "titel:").replace("cores: 64", "cores: many").replace("max_time: 1d", "max_time: soon")
+    text = (
+        GOOD.replace("title:", "titel:").replace("cores: 64", "cores: many").replace("max_time: 1d", "max_time: soon")
+    )
     code, out, _ = cli("site", "check", profile(tmp_path, text), "--json")
     (found,) = json.loads(out)["sites"].values()
 
@@ -163,7 +169,11 @@ def test_checking_all_profiles_goes_on_after_a_broken_one(project, cli):
 
 
 def test_a_draft_lands_in_the_project_loads_by_name_and_is_never_replaced(project, cli):
-    files = [word for name in ("lumi-like.partitions", "lumi-like.nodes") for word in ("--from-scontrol", DATA / f"{name}.txt")]
+    files = [
+        word
+        for name in ("lumi-like.partitions", "lumi-like.nodes")
+        for word in ("--from-scontrol", DATA / f"{name}.txt")
+    ]
     first = cli("site", "new", "drafted", *files)
     path = project / ".hpctrain/site_profiles/drafted/profile.yaml"
     path.write_text(path.read_text() + "# mine\n")

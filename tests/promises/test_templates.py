@@ -14,7 +14,9 @@ from hpctrain.resources import shipped_dir
 from hpctrain.templates import JOB, USER_BLOCK, child_text, list_templates
 
 RUN = "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname]}\n"
-SHIPPED = sorted(str(path.relative_to(shipped_dir("templates"))) for path in Path(shipped_dir("templates")).rglob("*.j2"))
+SHIPPED = sorted(
+    str(path.relative_to(shipped_dir("templates"))) for path in Path(shipped_dir("templates")).rglob("*.j2")
+)
 
 
 @pytest.fixture
@@ -57,7 +59,9 @@ def test_an_override_works_end_to_end(project, tmp_path, cli, for_user):
     assert cli("template", "override", "command", *(["--user"] if for_user else []))[0] == 0
     root = tmp_path / "config/hpctrain/templates" if for_user else project / ".hpctrain/templates"
     child = root / "command" / JOB
-    child.write_text(child.read_text().replace("# lines of your own go here", "ulimit -n 4096 # {{ plan.spec.name|comment }}"))
+    child.write_text(
+        child.read_text().replace("# lines of your own go here", "ulimit -n 4096 # {{ plan.spec.name|comment }}")
+    )
     after = render(cli)
 
     assert "\nulimit -n 4096 # r\n" in after and "ulimit" not in before
@@ -65,7 +69,9 @@ def test_an_override_works_end_to_end(project, tmp_path, cli, for_user):
         line for line in before.splitlines() if "templates" not in line
     ]
     found = {item["name"]: item for item in json.loads(cli("template", "list", "--json")[1])["templates"]}
-    assert found[f"command/{JOB}"]["layer"] == ("user" if for_user else "project") and found[f"command/{JOB}"]["shadows"] == ["shipped"]
+    assert found[f"command/{JOB}"]["layer"] == ("user" if for_user else "project") and found[f"command/{JOB}"][
+        "shadows"
+    ] == ["shipped"]
 
 
 def test_a_fresh_override_of_any_block_adds_only_its_comment(project, cli):
@@ -93,7 +99,17 @@ def test_an_unquoted_value_is_refused_with_its_file_and_line(project, cli):
     assert code == 1 and "not valid" in out and f"{JOB}:{line}: " in err
 
 
-@pytest.mark.parametrize("text", ["{% block user_setup %}", "{{ nosuch|q }}", "{% extends 'nosuch' %}", "{% include '/etc/passwd' %}", "{{ x|nofilter }}", "{{"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% block user_setup %}",
+        "{{ nosuch|q }}",
+        "{% extends 'nosuch' %}",
+        "{% include '/etc/passwd' %}",
+        "{{ x|nofilter }}",
+        "{{",
+    ],
+)
 def test_a_broken_template_is_an_error_of_the_users_and_never_a_bug(project, cli, text):
     path = project / ".hpctrain/templates/command" / JOB
     path.parent.mkdir(parents=True)
@@ -140,4 +156,3 @@ def render(cli):
     code, out, err = cli("render", "--force")
     assert code == 0, err
     return Path(out.strip()).read_text()
-

@@ -38,7 +38,12 @@ def test_a_site_like_lumi_is_drafted_with_its_limits_and_reserved_cores():
     assert (node.cores, node.usable_cores, node.threads_per_core, node.memory_gib) == (64, 56, 2, 480)
     assert (node.gpus, node.gpu_type, node.gpu_vendor) == (8, "mi250", "amd")
     standard = site.partitions["standard-g"]
-    assert (standard.max_time_s, standard.max_nodes, standard.whole_nodes, standard.debug) == (172800, 1024, True, False)
+    assert (standard.max_time_s, standard.max_nodes, standard.whole_nodes, standard.debug) == (
+        172800,
+        1024,
+        True,
+        False,
+    )
     assert site.partitions["dev-g"].debug and site.partitions["dev-g"].max_time_s == 10800
     assert site.partitions["small"].node_type.name == "cpu-128-224g" and "also cpu-128-480g (1)" in text
     bench = site.partitions["bench"]
@@ -86,7 +91,10 @@ def test_free_text_of_a_node_never_becomes_a_fact():
     assert {node.gpus for node in site.node_types.values()} == {0, 8}
 
 
-@pytest.mark.parametrize("text", ["", "hello", "\x00" * 50, "slurm_load_partitions error: Unable to contact slurm controller\n", "NodeName=x\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "hello", "\x00" * 50, "slurm_load_partitions error: Unable to contact slurm controller\n", "NodeName=x\n"],
+)
 def test_text_without_facts_is_an_error(text):
     with pytest.raises(UsageError):
         drafted(text)
@@ -138,7 +146,10 @@ def test_the_draft_does_not_depend_on_the_order_of_nodes():
 
 
 def test_three_thousand_nodes_are_one_kind():
-    nodes = "".join(f"NodeName=n{i} CoresPerSocket=64 CPUTot=128 Gres=gpu:8 RealMemory=480000 Sockets=2 Partitions=p\n" for i in range(3000))
+    nodes = "".join(
+        f"NodeName=n{i} CoresPerSocket=64 CPUTot=128 Gres=gpu:8 RealMemory=480000 Sockets=2 Partitions=p\n"
+        for i in range(3000)
+    )
     site, text = drafted(nodes, "PartitionName=p MaxTime=1-00:00:00\n")
 
     assert list(site.node_types) == ["gpu-8"] and "# 3000 nodes" in text
