@@ -83,10 +83,16 @@ def make_environment() -> jinja2.Environment:
     Undefined is an error; comments are `{## ##}` because bash has `${#x[@]}`; a user's template of the same name shadows
     the shipped one and extends it as `!builtin/<name>`.
     """
-    return _environment(tuple(folder for label, folder in layer_dirs("templates") if label != "shipped"))
+    folders = tuple(folder for label, folder in layer_dirs("templates") if label != "shipped" and os.path.isdir(folder))
+    # A user's templates may change, appear, or be another project's at any time; only the shipped ones are kept compiled.
+    return _environment(folders) if folders else _shipped_environment()
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=1)
+def _shipped_environment() -> jinja2.Environment:
+    return _environment(())
+
+
 def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
     shipped = shipped_dir("templates")
     loaders: list[jinja2.BaseLoader] = [jinja2.FileSystemLoader(folder) for folder in folders]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hpctrain.units import expand_nodes, parse_mem_gib, parse_time_s
 
@@ -88,8 +88,10 @@ def read_facts(texts: Iterable[str]) -> Facts:
                 else:
                     nodes.setdefault(name, shape)
                     members.setdefault(name, tuple(filter(None, pairs.get("Partitions", "").split(","))))
+    seen: dict[str, PartitionFacts] = {}
     for lines in tables:
-        _read_sinfo(lines, partitions, nodes, members)
+        _read_sinfo(lines, seen, nodes, members)
+    partitions = {**seen, **partitions}
     return Facts(config, tuple(partitions.values()), nodes, members, tuple(skipped))
 
 
@@ -212,7 +214,7 @@ def _read_sinfo(
     nodes: dict[str, NodeShape],
     members: dict[str, tuple[str, ...]],
 ) -> None:
-    """Add what a table of sinfo says about partitions and nodes that scontrol did not show."""
+    """Add what a table of sinfo says about partitions, and about nodes that scontrol did not show."""
     header = [column.upper() for column in lines[0].split()]
     found: dict[str, tuple[int | None, set[str]]] = {}
     for line in lines[1:]:
@@ -234,7 +236,8 @@ def _read_sinfo(
                 nodes.setdefault(node, shape)
                 members[node] = (*members.get(node, ()), *([] if name in members.get(node, ()) else [name]))
     for name, (limit, seen) in found.items():
-        partitions.setdefault(name, PartitionFacts(name, max_time_s=limit, nodes=frozenset(seen)))
+        before = partitions.get(name, PartitionFacts(name))
+        partitions[name] = replace(before, max_time_s=before.max_time_s or limit, nodes=before.nodes | seen)
 
 
 def _count(text: str) -> int | None:

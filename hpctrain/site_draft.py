@@ -180,7 +180,8 @@ def _slurm(facts: Facts, shapes: Mapping[NodeShape, int]) -> list[str]:
 def _node_types(kinds: Mapping[NodeShape, str], shapes: Mapping[NodeShape, int]) -> list[str]:
     lines = ["node_types:"]
     for shape, name in kinds.items():
-        seen = f"{shapes[shape]} nodes" if shapes[shape] else "from a partition's totals; no node was shown"
+        count = shapes[shape]
+        seen = f"{count} node{'s' if count > 1 else ''}" if count else "from a partition's totals; no node was shown"
         lines += [f"  # {seen}", f"  {scalar(name)}:", f"    sockets: {shape.sockets}", f"    cores: {shape.cores}"]
         if shape.threads_per_core > 1:
             lines.append(f"    threads_per_core: {shape.threads_per_core}")

@@ -54,10 +54,12 @@ def child_text(template: Template, blocks: Sequence[str]) -> str:
 
     Raises UsageError for blocks that there are not, all at once.
     """
-    unknown = [block for block in blocks if block not in template.blocks]
+    # Those of the shipped one, which the child extends; what shadows it now may have others, or be broken.
+    known = _blocks(make_environment(), f"!builtin/{template.name}")
+    unknown = [block for block in blocks if block not in known]
     if unknown:
         raise UsageError(
-            [Problem(f"template `{template.name}` has no block `{block}`", hint=nearest(block, template.blocks)) for block in unknown]
+            [Problem(f"template `{template.name}` has no block `{block}`", hint=nearest(block, known)) for block in unknown]
         )  # fmt: skip
     lines = [
         f"{{## Changes blocks of {template.name}; the rest stays as hpctrain ships it. Every expression ends in a",
@@ -78,11 +80,10 @@ def shipped(template: Template) -> bool:
 
 
 def _template(name: str, places: Sequence[tuple[str, str]]) -> Template:
-    environment = make_environment()
     layer, path = places[0]
     shadows = tuple(layer for layer, _ in places[1:])
     try:
-        return Template(name, layer, path, shadows, tuple(_blocks(environment, name)))
+        return Template(name, layer, path, shadows, tuple(_blocks(make_environment(), name)))
     except jinja2.TemplateSyntaxError as error:
         return Template(name, layer, path, shadows, (), f"{error.filename or path}:{error.lineno}: {error.message}")
     except (jinja2.TemplateError, UnicodeDecodeError, OSError) as error:

@@ -37,12 +37,16 @@ def flow(value: Any) -> str:
 
 def scalar(value: Any) -> str:
     """A YAML scalar: plain where that is safe, else quoted. Raises ValueError for text that YAML cannot hold."""
+    if isinstance(value, float):
+        # YAML 1.1 takes a number in scientific notation for text unless it has a dot.
+        text = repr(value).replace("inf", ".inf").replace("nan", ".nan")
+        return text if "." in text else text.replace("e", ".0e")
     if not isinstance(value, str):
         return json.dumps(value)
-    if re.fullmatch(r"[A-Za-z_./~][A-Za-z0-9_./~+-]*", value) and parse_yaml(value, "").data == value:
-        return value
     if text_problem(value, multiline=True):
         raise ValueError(f"{value[:60]!r} {text_problem(value, multiline=True)}")
+    if re.fullmatch(r"[A-Za-z_./~][A-Za-z0-9_./~+-]*", value) and parse_yaml(value, "").data == value:
+        return value
     return json.dumps(value, ensure_ascii=False)
 
 

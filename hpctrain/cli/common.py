@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hpctrain import output
 from hpctrain.errors import UsageError
-from hpctrain.plan import Plan
+
+if TYPE_CHECKING:
+    from hpctrain.plan import Plan  # not at run time: `--help` of a verb needs none of it
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -37,7 +37,9 @@ def partitions(ctx: click.Context, param: click.Parameter, incomplete: str) -> l
     from hpctrain.yamlio import load_yaml
 
     try:
-        run_yaml = ctx.params.get("run_yaml") or "run.yaml"
+        # While an option still lacks its value, click has not given the words before it their names yet.
+        named = [word for word in ctx.args if word.endswith((".yaml", ".yml"))]
+        run_yaml = ctx.params.get("run_yaml") or (named[0] if named else "run.yaml")
         site = ctx.params.get("site_name")
         base = os.path.dirname(os.path.abspath(run_yaml))
         site = site or load_yaml(run_yaml).get("site")

@@ -1,0 +1,205 @@
+"""What `hpctrain site` says of profiles: layers, origins, contradictions and age; and what `site new` leaves on disk."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from hpctrain.site import list_sites, load_site
+from hpctrain.site_report import blame, find_problems
+
+DATA = Path(__file__).parents[1] / "data" / "scontrol"
+TODAY = datetime.date(2026, 11, 21)
+GOOD = """\
+name: mine
+title: my machine
+docs_url: https://example.org
+maintainers: [me]
+verified: {date: "2026-11-01", by: me}
+slurm: {gpu_request: gres}
+node_types:
+  n: {sockets: 2, cores: 64, memory_gib: 100, gpus: 4}
+partitions:
+  p: {node_type: n, max_time: 1d}
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with project, user layers switched on, and nothing of the developer's."""
+    monkeypatch.setenv("HPCTRAIN_NO_USER_CONFIG", "0")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def profile(folder, text, name="mine"):
+    path = folder / name / "profile.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def remarks(text, tmp_path, today=TODAY):
+    path = profile(tmp_path, text)
+    return [f"{p.level}: {p.what}" for p in find_problems(load_site(str(path)), str(path), today)]
+
+
+def test_shipped_profiles_have_no_errors_and_someone_to_ask():
+    for name, _, path in list_sites():
+        found = find_problems(load_site(name), path, TODAY)
+
+        assert [str(problem) for problem in found if problem.level != "note"] == []
+
+
+def test_the_list_shows_the_layer_that_wins_and_survives_a_broken_profile(project, cli, tmp_path):
+    profile(project / ".hpctrain" / "site_profiles", GOOD.replace("mine", "lumi"), "lumi")
+    profile(tmp_path / "config/hpctrain/site_profiles", "name: [\n", "broken")
+    code, out, _ = cli("site", "list", "--json")
+    found = {item["name"]: item for item in json.loads(out)["sites"]}
+
+    assert code == 0 and found["lumi"]["layer"] == "project" and found["local"]["layer"] == "shipped"
+    assert found["broken"]["layer"] == "user" and "not valid YAML" in found["broken"]["problem"]
+    assert found["lumi"]["verified"] == "2026-11-01" and found["lumi"]["maintainers"] == ["me"]
+
+
+def test_blame_names_the_line_of_every_value_through_the_layers(project, cli):
+    text = "name: lumi\nextends: lumi\npartitions:\n  dev-g: {max_nodes: 3}\n"
+    profile(project / ".hpctrain" / "site_profiles", text, "lumi")
+    code, out, _ = cli("site", "show", "lumi", "--blame")
+    rows = {row[1]: row for row in (line.split("\t") for line in out.splitlines())}
+
+    assert code == 0 and rows["partitions.dev-g.max_nodes"] == [
+        ".hpctrain/site_profiles/lumi/profile.yaml:4:22",
+        "partitions.dev-g.max_nodes",
+        "3",
+    ]
+    assert rows["partitions.dev-g.max_time"][0].startswith("site_profiles/lumi/profile.yaml:")
+    assert rows["partitions.dev-g.whole_nodes"] == ["default", "partitions.dev-g.whole_nodes", "false"]
+
+
+def test_blame_of_every_shipped_value_points_at_its_line():
+    for name, _, path in list_sites():
+        lines = Path(path).read_text().splitlines()
+        for dotted, _, origin in blame(load_site(name)):
+            if origin != "default":
+                assert dotted.split(".")[-1] in lines[int(origin.split(":")[1]) - 1], (dotted, origin)
+
+
+def test_what_show_prints_is_a_profile_again(cli, tmp_path):
+    code, out, _ = cli("site", "show", "lumi")
+    path = profile(tmp_path, out, "lumi")
+
+    assert code == 0 and load_site(str(path)).values == load_site("lumi").values
+
+
+def test_a_stale_profile_is_a_warning_and_never_an_error(tmp_path, cli):
+    found = remarks(GOOD, tmp_path, datetime.date(2028, 1, 1))
+
+    assert found == ["warning: last verified on 2026-11-01, 426 days ago"]
+    assert cli("site", "check", profile(tmp_path, GOOD.replace("2026", "2001")))[0] == 0
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (("maintainers: [me]\n", ""), "warning: nobody is named"),
+        (('verified: {date: "2026-11-01", by: me}\n', ""), "warning: never verified"),
+        (("2026-11-01", "2026-02-30"), "error: `verified.date: 2026-02-30` is no day"),
+        (("2026-11-01", "2031-01-01"), "warning: `verified.date: 2031-01-01` lies in the future"),
+        (("name: mine", "name: other"), "warning: `name: other` is not the name of its folder"),
+        (("slurm:", "account: {required: true}\nslurm:"), "warning: `account.required` without"),
+        (("slurm:", "account: {pattern: 'p[0-9]+', example: x}\nslurm:"), "error: `account.example: x`"),
+        (("gpus: 4", "gpus: 4, cpu_bind: {7: 'mask_cpu:0x1,0x2'}"), "error: `cpu_bind` for 7 cores names 2 places"),
+        (("gpu_request: gres", "gpu_request: none"), "warning: `n` has GPUs"),
+        (("sockets: 2", "sockets: 3"), "warning: 64 cores cannot be spread"),
+        (("max_time: 1d", "min_nodes: 4, max_nodes: 2"), "error: partition `p` wants at least 4"),
+        (("max_time: 1d", "max_running: 4, max_submitted: 2"), "warning: partition `p` lets more"),
+        (("slurm:", "network: {port_base: 60000, port_range: 20000}\nslurm:"), "error: the rendezvous ports"),
+        (("slurm:", "env: {MASTER_PORT: {value: '1', why: x}}\nslurm:"), "error: `env.MASTER_PORT` is set by hpctrain"),
+        (("gpu_request: gres", "always: {account: x}"), "error: `sbatch.account` cannot be set here"),
+        (("gpu_request: gres", "always: {nosuch: x}"), "error: sbatch has no option `--nosuch`"),
+        (("slurm:", "storage: {s: {path: '/{accont}'}}\nslurm:"), "error: `/{accont}` holds {accont}"),
+        (("slurm:", "container: {binds: [/x]}\nslurm:"), "warning: `container` has settings"),
+        (("slurm:", "defaults: {nodez: 3}\nslurm:"), "error: unknown key `nodez`"),
+        (("gpus: 4", "gpus: 4, tmp: {kind: ram, size_gib: 200}"), "error: `n` has more /tmp in memory"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_found(change, words, tmp_path):
+    found = remarks(GOOD.replace(*change), tmp_path)
+
+    assert any(line.startswith(words) for line in found), found
+
+
+def test_a_good_profile_has_no_remarks(tmp_path):
+    assert remarks(GOOD, tmp_path) == []
+
+
+def test_check_reports_every_form_error_at_once_and_exits_2(tmp_path, cli):
+    text = (
+        GOOD.replace("title:", "titel:").replace("cores: 64", "cores: many").replace("max_time: 1d", "max_time: soon")
+    )
+    code, out, _ = cli("site", "check", profile(tmp_path, text), "--json")
+    (found,) = json.loads(out)["sites"].values()
+
+    assert code == 2 and not json.loads(out)["ok"]
+    for words in ("unknown key `titel`", "`title` is missing", "cores: many", "`soon` is not a duration"):
+        assert any(words in problem["what"] for problem in found)
+    assert {problem["where"].split(":", 1)[1] for problem in found} >= {"1:1", "2:1", "8:26", "10:31"}
+
+
+@pytest.mark.parametrize("name", ["[", "*", "(?P<"])
+def test_a_pattern_that_is_none_is_an_error_and_no_crash(name, tmp_path, cli):
+    code, _, err = cli("site", "check", profile(tmp_path, GOOD + f"match: {{hostnames: ['{name}']}}\n"))
+
+    assert code == 2 and "is not a regular expression" in err
+
+
+def test_checking_all_profiles_goes_on_after_a_broken_one(project, cli):
+    profile(project / ".hpctrain" / "site_profiles", "- x\n", "broken")
+    code, out, _ = cli("site", "check", "--json")
+
+    assert code == 2 and set(json.loads(out)["sites"]) == {"broken", "generic-cuda", "local", "lumi"}
+
+
+def test_a_draft_lands_in_the_project_loads_by_name_and_is_never_replaced(project, cli):
+    files = [
+        word
+        for name in ("lumi-like.partitions", "lumi-like.nodes")
+        for word in ("--from-scontrol", DATA / f"{name}.txt")
+    ]
+    first = cli("site", "new", "drafted", *files)
+    path = project / ".hpctrain/site_profiles/drafted/profile.yaml"
+    path.write_text(path.read_text() + "# mine\n")
+    second = cli("site", "new", "drafted", *files)
+
+    assert first[0] == 0 and load_site("drafted").partitions["standard-g"].max_nodes == 1024
+    assert second[0] == 4 and path.read_text().endswith("# mine\n")
+    assert cli("site", "check", "drafted")[0] == 0
+    assert os.listdir(path.parent) == ["profile.yaml"]
+
+
+def test_dry_run_prints_the_draft_and_writes_nothing(project, cli):
+    code, out, _ = cli("site", "new", "drafted", "--from-scontrol", DATA / "dgx-like.oneline.txt", "--dry-run")
+
+    assert code == 0 and out.startswith("# Drafted by") and os.listdir(project) == []
+
+
+def test_without_slurm_and_without_files_it_says_what_to_do(project, cli, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    code, _, err = cli("site", "new", "drafted")
+
+    assert code == 3 and "there is no `scontrol` here" in err and os.listdir(project) == []
+
+
+def test_unreadable_files_are_exit_3(project, cli):
+    assert cli("site", "new", "drafted", "--from-scontrol", "nosuch")[0] == 3
+    assert cli("site", "new", "drafted", "--from-scontrol", project)[0] == 3
+    assert cli("site", "new", "../evil", "--from-scontrol", DATA / "dgx-like.oneline.txt")[0] == 2
+    assert os.listdir(project) == []
