@@ -27,7 +27,8 @@ class Series:
 
     def add(self, value: float, place: Place, bad: bool) -> None:
         self.seen += 1
-        self.highest = max(self.highest, value)
+        if value > self.highest:
+            self.highest = value
         if not bad:
             self.bad_in_a_row = 0
             return
@@ -67,6 +68,7 @@ class Attempt:
     quiet_phase: str | None = None
     random_start: Place | None = None
 
+    _early_full: bool = False
     early: list[tuple[int, float]] = field(default_factory=list)  # (steps since the first, loss)
     loss: Series = field(default_factory=Series)
     zero_loss: Series = field(default_factory=Series)
@@ -132,11 +134,12 @@ class Attempt:
         if not finite:
             return
         self.losses.add(step.loss, step.iteration)
-        since = self._since_first(step)
-        if len(self.early) < _TREND_LINES and since <= 1.5 * self.thresholds.loss_steps:
-            self.early.append((since, step.loss))
-        elif not any(since_ >= self.thresholds.loss_steps for since_, _ in self.early[-1:]):
-            self.early.append((since, step.loss))
+        if not self._early_full:
+            since = self._since_first(step)
+            late = since > 1.5 * self.thresholds.loss_steps
+            if not late or not self.early or self.early[-1][0] < self.thresholds.loss_steps:
+                self.early.append((since, step.loss))
+            self._early_full = late or len(self.early) >= _TREND_LINES
 
     def _add_norm(self, step: Step, place: Place) -> None:
         norm = step.grad_norm
@@ -153,18 +156,22 @@ class Attempt:
     def _add_rate(self, step: Step) -> None:
         if step.step_time_s:
             self.step_times.add(step.step_time_s)
-        for unit, rate in (
-            ("tokens/s", step.tokens_per_s),
-            ("samples/s", step.samples_per_s),
-            ("steps/s", 1 / step.step_time_s if step.step_time_s else None),
-        ):
-            if rate is not None and math.isfinite(rate):
-                if self.rate_unit in ("", unit):
-                    self.rate_unit = unit
-                    self.rates.add(rate, step.iteration)
-                return
+        if step.tokens_per_s is not None:
+            unit, rate = "tokens/s", step.tokens_per_s
+        elif step.samples_per_s is not None:
+            unit, rate = "samples/s", step.samples_per_s
+        elif step.step_time_s:
+            unit, rate = "steps/s", 1 / step.step_time_s
+        else:
+            return
+        if self.rate_unit in ("", unit) and math.isfinite(rate):
+            self.rate_unit = unit
+            self.rates.add(rate, step.iteration)
 
     def _count_skipped(self, step: Step, place: Place) -> None:
+        if step.skipped == 0 and not step.nan:
+            self.counts_skipped = True
+            return
         in_grace = self._since_first(step) < self.thresholds.skipped_grace
         if step.skipped is not None:
             self.counts_skipped = True

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.failures import BENIGN, PATTERNS
-from hpctrain.triage.formats import STEP_ANCHORS, Parser, tqdm_position
+from hpctrain.triage.formats import STEP_ANCHORS, Parser, tqdm_before
 from hpctrain.triage.records import Event, Place, Step
 from hpctrain.triage.scan import Hit, LineScanner, Matcher
 from hpctrain.triage.thresholds import Thresholds
@@ -90,7 +90,6 @@ class LogReader:
         self._meanings = anchors.meanings
         self._scanner = LineScanner(anchors.matcher)
         self._attempt: Attempt | None = None
-        self._step_offset = -1
 
     @property
     def num_bytes(self) -> int:
@@ -120,6 +119,7 @@ class LogReader:
                 if kind == "step":
                     if self._step(hit, what, now_s):  # type: ignore[arg-type]
                         last_step = hit
+                        break
                 elif kind == "failure":
                     self._failure(hit, what)
                 else:
@@ -138,21 +138,19 @@ class LogReader:
         return self._attempt
 
     def _step(self, hit: Hit, parse: Parser, now_s: float | None) -> bool:
-        if hit.offset == self._step_offset:
-            return False  # another anchor of a line that was read already
         step = parse(hit.line)
         if step is None:
             return False
-        self._step_offset = hit.offset
+        self._scanner.skip_line()  # its other anchors say nothing new
         attempt = self._current(hit)
         position = None
         if step.iteration is None:
-            position = tqdm_position(hit.context[max(hit.position - 2048, 0) : hit.position])
+            position = tqdm_before(hit.context, hit.position)
         place = Place(self.name, hit.number)
         counted = attempt.num_steps
         step = attempt.add_step(step, place, position)
         if attempt.num_steps == counted:
-            return False
+            return False  # a second kind of line about the same steps
         if now_s is not None:
             attempt.last_step_time_s = now_s
             attempt.first_step_time_s = attempt.first_step_time_s or now_s

@@ -21,6 +21,12 @@ from hpctrain.triage.records import Step
 
 _N = rb"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|[nN][aA][nN]|[iI]nf(?:inity)?)"
 _ITERATION = re.compile(rb"\biteration:?\s+(\d+)\s*(?:/\s*(\d+))?")
+# The line as GPT-NeoX and hpctrain print it today, in one go; any other order of fields takes the slow way.
+_NEOX = re.compile(
+    rb"(?:samples/sec: (\S+) \| )? ?iteration +(\d+)/ *(\d+) \| elapsed time per iteration \(ms\): (\S+) \| learning rate: (\S+) \|"
+    rb"(?: approx flops per GPU: \S+ \|)? lm_loss: (\S+) \|(?: loss scale: \S+ \|)?(?: grad norm: (\S+) \|)?[^\n]*?"
+    rb" number of skipped iterations: *(\d+) \| number of nan iterations: *(\d+) \|"
+)
 _OPEN_INSTRUCT = re.compile(rb"Step: (\d+), LR: (%s), Loss: (%s)(?:,? Aux Loss: %s)?(?:, TPS: (%s))?" % (_N, _N, _N, _N))
 _HF_PAIR = re.compile(rb"['\"]([\w/.@()-]+)['\"]: ?['\"]?(%s)['\"]?(?=[,}\s])" % _N)
 _TQDM = re.compile(rb"(\d+)/(\d+) \[[\d:?]+<")
@@ -40,6 +46,14 @@ Parser = Callable[[bytes], "Step | None"]
 
 def megatron(line: bytes) -> Step | None:
     """GPT-NeoX, Megatron-LM, Megatron-DeepSpeed and hpctrain's own trainers, in whatever order they print the fields."""
+    found = _NEOX.search(line)
+    if found:
+        try:
+            rate, iteration, total, elapsed_ms, lr, loss, norm, skipped, nan = found.groups()
+            return Step("neox", int(iteration), int(total), float(loss), float(norm) if norm else None, float(lr),
+                        float(elapsed_ms) / 1000, None, float(rate) if rate else None, int(skipped), int(nan))  # fmt: skip
+        except ValueError:
+            pass
     found = _ITERATION.search(line)
     if not found:
         return None
@@ -75,12 +89,13 @@ def open_instruct(line: bytes) -> Step | None:
 
 def hugging_face(line: bytes) -> Step | None:
     """transformers' `{'loss': …}` of both generations, and TRL's; evaluation and summary lines are none."""
-    start = line.find(b"{")
-    pairs = {name: _float(value) for name, value in _HF_PAIR.findall(line, max(start, 0))}
-    if b"loss" not in pairs or b"train_runtime" in pairs:
+    pairs = dict(_HF_PAIR.findall(line, max(line.find(b"{"), 0)))
+    loss = pairs.get(b"loss")
+    if loss is None or b"train_runtime" in pairs:
         return None
-    return Step("hf", _count(pairs.get(b"step")), None, pairs[b"loss"], pairs.get(b"grad_norm"),
-                pairs.get(b"learning_rate"), epoch=pairs.get(b"epoch"))  # fmt: skip
+    norm, lr, epoch, step = pairs.get(b"grad_norm"), pairs.get(b"learning_rate"), pairs.get(b"epoch"), pairs.get(b"step")
+    return Step("hf", int(step) if step and step.isdigit() else None, None, float(loss), float(norm) if norm else None,
+                float(lr) if lr else None, epoch=float(epoch) if epoch else None)  # fmt: skip
 
 
 def em_dpo(line: bytes) -> Step | None:
@@ -144,11 +159,13 @@ STEP_ANCHORS: tuple[tuple[bytes, Parser], ...] = (
 )
 
 
-def tqdm_position(text: bytes) -> tuple[int, int] | None:
-    """(step, total) of the last tqdm bar in `text`: transformers' own lines do not say which step they are of."""
+def tqdm_before(text: bytes, position: int) -> tuple[int, int] | None:
+    """(step, total) of the last tqdm bar shortly before `position`: transformers' lines do not say which step they are of."""
+    end = text.rfind(b"it", max(position - 400, 0), position)
     found = None
-    for found in _TQDM.finditer(text):
-        pass
+    if end >= 0:
+        for found in _TQDM.finditer(text, max(end - 120, 0), position):
+            pass
     return (int(found[1]), int(found[2])) if found else None
 
 

@@ -96,6 +96,7 @@ class LineScanner:
         self._carry = b""
         self._lines_before = 0  # line feeds before `_carry`
         self._bytes_before = 0  # bytes before `_carry`
+        self._skip_to = self._line_end = 0
         self.num_bytes = 0
         self.num_nul = 0
 
@@ -115,16 +116,23 @@ class LineScanner:
         self._carry = text[end:]
         return self._lines(text[:end] if end < len(text) else text)
 
+    def skip_line(self) -> None:
+        """Give no further hits in the line of the last one."""
+        self._skip_to = self._line_end
+
     def close(self) -> Iterator[Hit]:
         """The hits in the unfinished last line."""
         text, self._carry = self._carry, b""
         return self._lines(text)
 
     def _lines(self, text: bytes) -> Iterator[Hit]:
-        counted, number = 0, self._lines_before
+        counted, number, self._skip_to = 0, self._lines_before, 0
         for position, anchor in self._matcher.find(text):
+            if position < self._skip_to:
+                continue
             first = max(position - MAX_LINE, 0)
-            start = max(text.rfind(b"\n", first, position), text.rfind(b"\r", first, position), first - 1) + 1
+            start = text.rfind(b"\n", first, position) + 1 or first
+            start = text.rfind(b"\r", start, position) + 1 or start
             end = text.find(b"\n", position, position + MAX_LINE)
             if end < 0:
                 end = min(position + MAX_LINE, len(text))
@@ -133,14 +141,18 @@ class LineScanner:
                 end = turn
             number += text.count(b"\n", counted, position)
             counted = position
+            self._line_end = end
             yield Hit(anchor, text[start:end], number + 1, self._bytes_before + start, position, text)
         self._lines_before = number + text.count(b"\n", counted)
         self._bytes_before += len(text)
 
 
 # How common a byte is in logs, roughly; only the order matters, and only for speed.
-_COMMON = {byte: rank for rank, byte in enumerate(b" etaoinsrldcumpgh_.:/,-f=0b[]12y'vw3\"4()5k6789x")}
+_COMMON = {byte: rank for rank, byte in enumerate(b" etaoinsrldcumpgh_.:/,-f=0b[]12y'vw3\"4()5kz6789xjq")}
 
 
 def _commonness(gram: bytes) -> int:
-    return sum(60 - _COMMON.get(byte, 60) for byte in gram)
+    """A guess at how often a gram stands in logs: least where two words meet, or with capitals and punctuation."""
+    score = sum(60 - _COMMON.get(byte, 60) for byte in gram)
+    meeting = any(not chr(byte).isalnum() for byte in gram[1:3])
+    return score - 60 * meeting - 30 * sum(chr(byte).isupper() for byte in gram)
