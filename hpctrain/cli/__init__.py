@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "check": ("check", "find every problem of a run at once, without any effect"),
     "plan": ("plan", "show every decided value with its reason, and the cost"),
     "render": ("render", "write the run directory; prints the path of job.sbatch"),
+    "triage": ("triage", "what the logs say: GREEN or RED per rule, the cause, what to do next"),
     "recipe": ("recipe", "what can train: list, show"),
     "template": ("template", "job script templates: list, show, override by blocks"),
     "site": ("site", "site profiles: list, show, check, draft a new one"),

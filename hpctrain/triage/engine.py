@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.failures import BENIGN, PATTERNS
 from hpctrain.triage.formats import STEP_ANCHORS, Parser, tqdm_before
-from hpctrain.triage.records import Event, Place, Step
+from hpctrain.triage.records import Event, Place, Step, last_match
 from hpctrain.triage.scan import Hit, LineScanner, Matcher
 from hpctrain.triage.thresholds import Thresholds
 from hpctrain.units import expand_nodes
@@ -21,7 +21,13 @@ _FINISHED = re.compile(rb"hpctrain: finished rc=(\d+)")
 _DONE = re.compile(rb"hpctrain: ((?:done|stopped by)[^\n]*)")
 _TIME = re.compile(rb"(?<!\d)(20\d\d)-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)")
 _SLURM_CANCELLED = re.compile(rb"CANCELLED AT (\S+)")
-_QUIET = (b"Caching reference logprobs", b"Tokenizing ", b"Building data index", b"precompute_ref_log_probs", b"Precomputing reference")
+_QUIET = (
+    b"Caching reference logprobs",
+    b"Tokenizing ",
+    b"Building data index",
+    b"precompute_ref_log_probs",
+    b"Precomputing reference",
+)
 _RANK = re.compile(
     rb"\[(?:rank|default)\s?(\d+)\]|\[Rank (\d+)\]|\brank[ =:](\d+)\b|\btask (\d+)(?::|\b)|^\s*(\d+): ", re.IGNORECASE
 )  # fmt: skip
@@ -242,16 +248,15 @@ def _time_in(text: bytes) -> float | None:
 
 def _time_near(text: bytes, position: int) -> float | None:
     """The last time told before `position`, or else the first soon after it."""
-    found = None
-    for found in _TIME.finditer(text, max(position - 8192, 0), min(position + 512, len(text))):
-        pass
+    found = last_match(_TIME, text, max(position - 8192, 0), position + 512)
     return _seconds(found) if found else None
 
 
 def _seconds(found: re.Match[bytes]) -> float | None:
     # Logs write local or UTC time without saying which; only differences within one log are used for verdicts.
     try:
-        return datetime.datetime(*map(int, found.groups()), tzinfo=datetime.timezone.utc).timestamp()
+        year, month, day, hour, minute, second = map(int, found.groups())
+        return datetime.datetime(year, month, day, hour, minute, second, tzinfo=datetime.timezone.utc).timestamp()
     except (ValueError, OverflowError):
         return None
 

@@ -69,7 +69,9 @@ def _rx(text: bytes) -> re.Pattern[bytes]:
 
 
 # A package's own name in front of an exception, or a rank: `torch.OutOfMemoryError: …`, `[rank3]: ValueError: …`.
-_RAISED = _rx(rb"^[^A-Za-z]{0,40}(?:\[?(?:rank|default)\s?\d+\]?:?\s*|\([^)]*\)\s*|[\w.-]+:\s?(?=\[?rank)|\d+:\s*){0,3}(?:[a-zA-Z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)(?::|\s*$)")
+_RAISED = _rx(
+    rb"^[^A-Za-z]{0,40}(?:\[?(?:rank|default)\s?\d+\]?:?\s*|\([^)]*\)\s*|[\w.-]+:\s?(?=\[?rank)|\d+:\s*){0,3}(?:[a-zA-Z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)(?::|\s*$)"
+)
 _QUOTED = _rx(rb"^\s*(?:raise |except |#|\"|'|>>> )|During handling of|\braise \w")
 
 _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable
 
-from hpctrain.triage.records import Step
+from hpctrain.triage.records import Step, last_match
 
 _N = rb"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|[nN][aA][nN]|[iI]nf(?:inity)?)"
 _ITERATION = re.compile(rb"\biteration:?\s+(\d+)\s*(?:/\s*(\d+))?")
@@ -27,7 +27,9 @@ _NEOX = re.compile(
     rb"(?: approx flops per GPU: \S+ \|)? lm_loss: (\S+) \|(?: loss scale: \S+ \|)?(?: grad norm: (\S+) \|)?[^\n]*?"
     rb" number of skipped iterations: *(\d+) \| number of nan iterations: *(\d+) \|"
 )
-_OPEN_INSTRUCT = re.compile(rb"Step: (\d+), LR: (%s), Loss: (%s)(?:,? Aux Loss: %s)?(?:, TPS: (%s))?" % (_N, _N, _N, _N))
+_OPEN_INSTRUCT = re.compile(
+    rb"Step: (\d+), LR: (%s), Loss: (%s)(?:,? Aux Loss: %s)?(?:, TPS: (%s))?" % (_N, _N, _N, _N)
+)
 _HF_PAIR = re.compile(rb"['\"]([\w/.@()-]+)['\"]: ?['\"]?(%s)['\"]?(?=[,}\s])" % _N)
 _TQDM = re.compile(rb"(\d+)/(\d+) \[[\d:?]+<")
 _VERL_STEP = re.compile(rb"\bstep:(\d+) - ")
@@ -35,7 +37,9 @@ _VERL_PAIR = re.compile(rb"([\w@./()-]+):(?:np\.float\d+\()?(%s)\)?(?= - |\s*$)"
 _EM = re.compile(rb"train stats after (\d+) examples: ")
 _DEEPSPEED = re.compile(rb"\bstep=(\d+), skipped=(\d+), lr=\[?(%s)?" % _N)
 _ANY_LOSS = re.compile(rb"(?<![\w/])(?:train[_ ]|lm[_ ])?loss['\"]?\s*[:= ]\s*['\"]?(%s)(?![\w.])" % _N, re.IGNORECASE)
-_ANY_STEP = re.compile(rb"(?<![\w/])(?:step|iter|iteration)s?['\"]?\s*[:= #]\s*(\d+)\s*(?:(?:/|of)\s*(\d+))?", re.IGNORECASE)
+_ANY_STEP = re.compile(
+    rb"(?<![\w/])(?:step|iter|iteration)s?['\"]?\s*[:= #]\s*(\d+)\s*(?:(?:/|of)\s*(\d+))?", re.IGNORECASE
+)
 _ANY_NORM = re.compile(rb"(?<![\w/])grad(?:ient)?[_ ]?norm['\"]?\s*[:= ]\s*['\"]?(%s)" % _N, re.IGNORECASE)
 _ANY_LR = re.compile(rb"(?<![\w/])(?:lr|learning[_ ]rate)['\"]?\s*[:= ]\s*\[?['\"]?(%s)" % _N, re.IGNORECASE)
 _NOT_TRAINING = re.compile(rb"(?<![\w/])(?:eval|valid|validation|test|val|dev)[_ /]", re.IGNORECASE)
@@ -78,9 +82,7 @@ def megatron(line: bytes) -> Step | None:
 
 
 def open_instruct(line: bytes) -> Step | None:
-    found = None
-    for found in _OPEN_INSTRUCT.finditer(line):
-        pass  # a tqdm bar may hold several; the last is the newest
+    found = last_match(_OPEN_INSTRUCT, line)  # behind a progress bar there may be several
     if not found:
         return None
     return Step("open-instruct", int(found[1]), None, _float(found[3]), None, _float(found[2]),
@@ -93,7 +95,12 @@ def hugging_face(line: bytes) -> Step | None:
     loss = pairs.get(b"loss")
     if loss is None or b"train_runtime" in pairs:
         return None
-    norm, lr, epoch, step = pairs.get(b"grad_norm"), pairs.get(b"learning_rate"), pairs.get(b"epoch"), pairs.get(b"step")
+    norm, lr, epoch, step = (
+        pairs.get(b"grad_norm"),
+        pairs.get(b"learning_rate"),
+        pairs.get(b"epoch"),
+        pairs.get(b"step"),
+    )
     return Step("hf", int(step) if step and step.isdigit() else None, None, float(loss), float(norm) if norm else None,
                 float(lr) if lr else None, epoch=float(epoch) if epoch else None)  # fmt: skip
 
@@ -162,10 +169,7 @@ STEP_ANCHORS: tuple[tuple[bytes, Parser], ...] = (
 def tqdm_before(text: bytes, position: int) -> tuple[int, int] | None:
     """(step, total) of the last tqdm bar shortly before `position`: transformers' lines do not say which step they are of."""
     end = text.rfind(b"it", max(position - 400, 0), position)
-    found = None
-    if end >= 0:
-        for found in _TQDM.finditer(text, max(end - 120, 0), position):
-            pass
+    found = last_match(_TQDM, text, max(end - 120, 0), position) if end >= 0 else None
     return (int(found[1]), int(found[2])) if found else None
 
 

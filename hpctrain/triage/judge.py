@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,9 @@ from hpctrain.triage import rules
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.engine import Engine
 from hpctrain.triage.failures import CONTINUE, EXCLUDE, FAILURES, LOOK, RETRY, STOP, knobs
-from hpctrain.triage.records import Event, utc
+from hpctrain.triage.records import Event, Place, median, utc
 from hpctrain.triage.rules import GREEN, NOT_OBSERVED, RED, Circumstances, Verdict
+from hpctrain.triage.thresholds import Thresholds
 
 _MOST_INCIDENTS = 40
 
@@ -74,7 +76,10 @@ def judge(engine: Engine, around: Circumstances | None = None, recipe: str | Non
     last = attempts[-1]
     trained = [attempt for attempt in attempts if attempt.num_steps]
     subject = last if last.num_steps or not trained else trained[-1]
-    causes = {id(attempt): find_cause(attempt, around if attempt is last else Circumstances(running=False)) for attempt in attempts}
+    causes = {
+        id(attempt): find_cause(attempt, around if attempt is last else Circumstances(running=False))
+        for attempt in attempts
+    }
     cause_event = causes[id(last)]
     verdicts = rules.health(subject, trained[0] if trained else subject)
     verdicts.append(rules.hang(last, around))
@@ -94,6 +99,7 @@ def judge(engine: Engine, around: Circumstances | None = None, recipe: str | Non
 
 def in_order(attempts: list[Attempt]) -> list[Attempt]:
     """Oldest first: by job id where there is one, restarts within it, then as read."""
+
     def key(item: tuple[int, Attempt]) -> tuple[int, int, int]:
         index, attempt = item
         number = int(attempt.job_id) if attempt.job_id and attempt.job_id.isdigit() else 0
@@ -142,8 +148,6 @@ def _same_rank(one: Event, other: Event) -> bool:
 
 def _silent_end(attempt: Attempt, around: Circumstances) -> Event | None:
     """What the figures tell when no line does: NaN, a hang, or an exit code."""
-    from hpctrain.triage.records import Place
-
     place = attempt.last_place or Place(attempt.file, attempt.first_line)
     stuck = rules.hang(attempt, around)
     if stuck.verdict == RED:
@@ -180,7 +184,10 @@ def _answer(verdicts: list[Verdict], cause: Incident | None, incidents: list[Inc
         if node:
             advice = advice.replace("NODE", node)
         if failure.action == RETRY and sum(other.event.failure == cause.event.failure for other in incidents) > 2:
-            action, advice = STOP, f"this is the {len(incidents)}th time: do not retry again before the reason is known; {advice}"
+            action, advice = (
+                STOP,
+                f"this is the {len(incidents)}th time: do not retry again before the reason is known; {advice}",
+            )
         summary = f"{failure.title}: {cause.event.text}" if cause.event.text else failure.title
         verdict = RED
     elif red:
@@ -193,7 +200,11 @@ def _answer(verdicts: list[Verdict], cause: Incident | None, incidents: list[Inc
             summary = "as far as the log goes it trains, and no rule objects; it does not say how it ended"
     else:
         verdict, summary = NOT_OBSERVED, "no training step was seen yet" if not trained else "no loss was seen"
-        action, advice = ("wait", "look again after the first steps") if around.running else (LOOK, "see the end of the log: `hpctrain logs`")
+        action, advice = (
+            ("wait", "look again after the first steps")
+            if around.running
+            else (LOOK, "see the end of the log: `hpctrain logs`")
+        )
     if len(attempts) > 1:
         recovered = sum(incident.recovered for incident in incidents)
         remarks.append(f"{len(attempts)} attempts, {recovered} earlier failures that a later attempt got over")
@@ -238,8 +249,8 @@ def _progress(subject: Attempt, trained: list[Attempt]) -> dict[str, Any]:
         "last_loss": _plain(last.loss) if last else None,
         "loss_drop": drop,
         "loss_drop_enough": drop is not None and drop >= subject.thresholds.loss_drop_to_scale,
-        "step_time_s": rules.median(subject.step_times.last()) if subject.step_times.values else None,
-        "rate": rules.median(subject.rates.last()) if subject.rates.values else None,
+        "step_time_s": median(subject.step_times.last()) if subject.step_times.values else None,
+        "rate": median(subject.rates.last()) if subject.rates.values else None,
         "rate_unit": subject.rate_unit,
         "last_step_time": utc(subject.last_step_time_s),
     }
@@ -247,8 +258,6 @@ def _progress(subject: Attempt, trained: list[Attempt]) -> dict[str, Any]:
 
 def _plain(value: float | None) -> float | str | None:
     """JSON knows no NaN."""
-    import math
-
     return value if value is None or math.isfinite(value) else str(value)
 
 
@@ -263,10 +272,13 @@ def _remarks(engine: Engine) -> list[str]:
 
 
 def _nothing() -> list[Verdict]:
-    attempt = Attempt("", rules.Thresholds())
+    attempt = Attempt("", Thresholds())
     verdicts = [*rules.health(attempt, attempt), rules.hang(attempt, Circumstances())]
     verdicts += rules.failure_rules(attempt, None, attempt.survived)
-    return [dataclasses.replace(verdict, verdict=NOT_OBSERVED) for verdict in [*verdicts, rules.ending(attempt, Circumstances(), None)]]
+    return [
+        dataclasses.replace(verdict, verdict=NOT_OBSERVED)
+        for verdict in [*verdicts, rules.ending(attempt, Circumstances(), None)]
+    ]
 
 
 __all__ = ["CONTINUE", "Circumstances", "Diagnosis", "Incident", "find_cause", "in_order", "judge"]

@@ -60,7 +60,9 @@ class Follower:
                     offset = 0  # replaced or truncated: what is there now is all new
                 file.seek(offset)
                 # What was there at the first look was written at times we do not know.
-                now_s = None if self._first_look or offset == 0 and total == 0 and path not in self._seen else time.time()
+                now_s = (
+                    None if self._first_look or offset == 0 and total == 0 and path not in self._seen else time.time()
+                )
                 while True:
                     piece = file.read(CHUNK)
                     if not piece:

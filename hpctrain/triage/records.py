@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -92,6 +95,13 @@ def median(values: list[float]) -> float:
     if not count:
         return math.nan
     return ordered[count // 2] if count % 2 else (ordered[count // 2 - 1] + ordered[count // 2]) / 2
+
+
+def last_match(
+    pattern: re.Pattern[bytes], text: bytes, start: int = 0, end: int = sys.maxsize
+) -> re.Match[bytes] | None:
+    """The last place in `text[start:end]` where the pattern matches."""
+    return next(iter(deque(pattern.finditer(text, start, end), maxlen=1)), None)
 
 
 def utc(time_s: float | None) -> str | None:

@@ -105,14 +105,21 @@ def _loss_trend(first: Attempt, t: Thresholds) -> Verdict:
     if not first.early:
         return Verdict("loss_trend", NOT_OBSERVED, "no line with a finite loss")
     if first.mode == "resume":
-        return Verdict("loss_trend", NOT_OBSERVED, f"the logs begin with a resume, not with the first {t.loss_steps} steps")
+        return Verdict(
+            "loss_trend", NOT_OBSERVED, f"the logs begin with a resume, not with the first {t.loss_steps} steps"
+        )
     drop = loss_drop(first, t)
     if drop is None:
         return Verdict("loss_trend", NOT_OBSERVED, f"fewer than {t.loss_steps} steps: {first.early[-1][0] + 1} seen")
     place = Place(first.file, first.last_place.number) if first.last_place else None
     if drop <= t.loss_drop:
-        return Verdict("loss_trend", RED, f"after {t.loss_steps} steps the loss is {_percent(-drop)} {'higher' if drop < 0 else 'lower'}: it does not fall", place)
-    note = "" if drop >= t.loss_drop_to_scale else f", less than the {_percent(t.loss_drop_to_scale)} that make scaling up safe"
+        change = f"{_percent(abs(drop))} {'higher' if drop < 0 else 'lower'}" if drop else "the same"
+        return Verdict("loss_trend", RED, f"after {t.loss_steps} steps the loss is {change}: it does not fall", place)
+    note = (
+        ""
+        if drop >= t.loss_drop_to_scale
+        else f", less than the {_percent(t.loss_drop_to_scale)} that make scaling up safe"
+    )
     return Verdict("loss_trend", GREEN, f"the loss fell by {_percent(drop)} in {t.loss_steps} steps{note}", place)
 
 
@@ -135,15 +142,31 @@ def _gradients(attempt: Attempt, t: Thresholds) -> Verdict:
         why = " (DeepSpeed prints none)" if attempt.framework in ("open-instruct", "neox", "deepspeed") else ""
         return Verdict("gradients", NOT_OBSERVED, f"no line with a gradient norm{why}")
     if bad.first_bad:
-        return Verdict("gradients", RED, f"NaN or Inf in {bad.bad} of {bad.seen} gradient norms, first here", bad.first_bad[0])
+        return Verdict(
+            "gradients", RED, f"NaN or Inf in {bad.bad} of {bad.seen} gradient norms, first here", bad.first_bad[0]
+        )
     explosive = _row(big, t.in_a_row)
     if explosive:
-        return Verdict("gradients", RED, f"gradient norm up to {big.highest:.3g}, above {t.grad_norm_max:g} {explosive}", big.worst_row_start[0] if big.worst_row_start else None)
+        return Verdict(
+            "gradients",
+            RED,
+            f"gradient norm up to {big.highest:.3g}, above {t.grad_norm_max:g} {explosive}",
+            big.worst_row_start[0] if big.worst_row_start else None,
+        )
     vanished = _row(zero, t.in_a_row)
     if vanished:
-        return Verdict("gradients", RED, f"gradient norm exactly 0 {vanished}", zero.worst_row_start[0] if zero.worst_row_start else None)
+        return Verdict(
+            "gradients",
+            RED,
+            f"gradient norm exactly 0 {vanished}",
+            zero.worst_row_start[0] if zero.worst_row_start else None,
+        )
     middle = median(attempt.norms.last())
-    notes = "" if t.grad_norm_low <= middle <= t.grad_norm_high else f", outside {t.grad_norm_low:g} to {t.grad_norm_high:g}"
+    notes = (
+        ""
+        if t.grad_norm_low <= middle <= t.grad_norm_high
+        else f", outside {t.grad_norm_low:g} to {t.grad_norm_high:g}"
+    )
     if big.first_bad:
         notes += f"; spiked to {big.highest:.3g} at {big.first_bad[0]} and came back"
     return Verdict("gradients", GREEN, f"gradient norm around {middle:.3g}{notes}", attempt.last_place)
@@ -162,19 +185,31 @@ def _skipped(attempt: Attempt) -> Verdict:
         return Verdict("skipped_steps", NOT_OBSERVED, "no line counts skipped iterations")
     if attempt.skipped:
         grace = attempt.thresholds.skipped_grace
-        return Verdict("skipped_steps", RED, f"{attempt.skipped} iterations without an update after the first {grace}", attempt.skipped_first)
+        return Verdict(
+            "skipped_steps",
+            RED,
+            f"{attempt.skipped} iterations without an update after the first {grace}",
+            attempt.skipped_first,
+        )
     return Verdict("skipped_steps", GREEN, "no iteration was skipped after the start", attempt.last_place)
 
 
 def _throughput(attempt: Attempt, t: Thresholds) -> Verdict:
     rates = attempt.rates
     if rates.best is None or rates.seen < 2 * rates.size:
-        what = f"{rates.seen} step lines with a rate, {2 * rates.size} are needed" if rates.seen else "no line with a rate"
+        what = (
+            f"{rates.seen} step lines with a rate, {2 * rates.size} are needed" if rates.seen else "no line with a rate"
+        )
         return Verdict("throughput", NOT_OBSERVED, what)
     now, best = median(rates.last()), rates.best
     detail = f"{now:.4g} {attempt.rate_unit} now, {best:.4g} at best"
     if now <= 0 or now < t.throughput_drop * best:
-        return Verdict("throughput", RED, f"{detail}: {_percent(1 - now / best)} slower; a slow node or file system?", attempt.last_place)
+        return Verdict(
+            "throughput",
+            RED,
+            f"{detail}: {_percent(1 - now / best)} slower; a slow node or file system?",
+            attempt.last_place,
+        )
     return Verdict("throughput", GREEN, detail, attempt.last_place)
 
 
@@ -198,7 +233,12 @@ def hang(attempt: Attempt, around: Circumstances) -> Verdict:
             return Verdict("hang", NOT_OBSERVED, f"no step line yet, {format_duration(silence)} after the start")
         return Verdict("hang", GREEN, detail, attempt.last_place)
     if attempt.quiet_phase:
-        return Verdict("hang", NOT_OBSERVED, f"{detail}, while the log says `{attempt.quiet_phase}`: a quiet phase", attempt.last_place)
+        return Verdict(
+            "hang",
+            NOT_OBSERVED,
+            f"{detail}, while the log says `{attempt.quiet_phase}`: a quiet phase",
+            attempt.last_place,
+        )
     return Verdict("hang", RED, detail, attempt.last_place)
 
 
@@ -226,7 +266,9 @@ def failure_rules(attempt: Attempt, cause: Event | None, recovered: Callable[[Ev
     seen_something = bool(attempt.num_steps) or attempt.exit_code == 0 or bool(attempt.finished)
     out = []
     for rule, title, names in FAILURE_RULES:
-        events = sorted((event for name in names for event in attempt.events.get(name, ())), key=lambda event: event.order)
+        events = sorted(
+            (event for name in names for event in attempt.events.get(name, ())), key=lambda event: event.order
+        )
         fatal = [event for event in events if not recovered(event)]
         if cause in fatal or (fatal and not _harmless_end(attempt, cause)):
             event = cause if cause in fatal and cause is not None else fatal[0]
@@ -234,7 +276,9 @@ def failure_rules(attempt: Attempt, cause: Event | None, recovered: Callable[[Ev
             out.append(Verdict(rule, RED, detail, event.place, event.text))
         elif events:
             count = sum(attempt.event_counts.get(name, 0) for name in names)
-            out.append(Verdict(rule, GREEN, f"{count} such lines, and training went on", events[0].place, events[0].text))
+            out.append(
+                Verdict(rule, GREEN, f"{count} such lines, and training went on", events[0].place, events[0].text)
+            )
         elif seen_something:
             out.append(Verdict(rule, GREEN, "no such line"))
         else:
@@ -249,7 +293,9 @@ def _harmless_end(attempt: Attempt, cause: Event | None) -> bool:
 def ending(attempt: Attempt, around: Circumstances, cause: Event | None) -> Verdict:
     """How the latest attempt ended, or that it runs."""
     if attempt.exit_code not in (0, None):
-        return Verdict("ending", RED, f"the job ended with exit code {attempt.exit_code}", cause.place if cause else None)
+        return Verdict(
+            "ending", RED, f"the job ended with exit code {attempt.exit_code}", cause.place if cause else None
+        )
     if cause is not None:
         return Verdict("ending", RED, "it ended by a failure", cause.place, cause.text)
     if attempt.finished:

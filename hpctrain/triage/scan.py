@@ -46,7 +46,9 @@ class Matcher:
         self._grams: dict[int, list[tuple[int, int]]] = {}
         for index, anchor in enumerate(self.anchors):
             for parity in (0, 1):
-                offset = min(range(parity, len(anchor) - 3, 2), key=lambda place: _commonness(anchor[place : place + 4]))
+                offset = min(
+                    range(parity, len(anchor) - 3, 2), key=lambda place: _commonness(anchor[place : place + 4])
+                )
                 gram = int.from_bytes(anchor[offset : offset + 4], "little")
                 self._grams.setdefault(gram, []).append((index, offset))
         self._multiplier, self._table, self._exact = self._build()
