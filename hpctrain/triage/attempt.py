@@ -90,6 +90,14 @@ class Attempt:
     events: dict[str, list[Event]] = field(default_factory=dict)
     event_counts: dict[str, int] = field(default_factory=dict)
 
+    def replace_event(self, old: Event, new: Event) -> None:
+        """The same line told something more specific."""
+        kept = self.events.get(old.failure, [])
+        if old in kept:
+            kept.remove(old)
+        self.event_counts[old.failure] -= 1
+        self.add_event(new)
+
     def add_event(self, event: Event) -> None:
         self.event_counts[event.failure] = self.event_counts.get(event.failure, 0) + 1
         kept = self.events.setdefault(event.failure, [])

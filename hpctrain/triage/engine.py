@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from hpctrain.triage.attempt import Attempt
-from hpctrain.triage.failures import BENIGN, PATTERNS
+from hpctrain.triage.failures import BENIGN, PATTERNS, PRECEDENCE, Pattern
 from hpctrain.triage.formats import STEP_ANCHORS, Parser, tqdm_before
 from hpctrain.triage.records import Event, Place, Step, last_match
 from hpctrain.triage.scan import Hit, LineScanner, Matcher
@@ -34,8 +34,11 @@ _RANK = re.compile(
 _NODE = re.compile(
     rb"srun: error: ([A-Za-z][\w.-]*\d[\w.-]*): |\bON ([A-Za-z][\w.-]*) CANCELLED|[Nn]ode failure on ([\w.-]+)"
     rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN"
-    rb"|\bip=(\d+\.\d+\.\d+\.\d+)"
+    rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?!rank|task|epoch|step|worker|default)([a-z][a-z-]*\d[\w.-]*): "
 )
+_ELASTIC_RANK = re.compile(rb"rank +: (\d+)")
+_ELASTIC_HOST = re.compile(rb"host +: ([\w.-]+)")
+_ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 _TEXT = 400
 
 
@@ -96,6 +99,8 @@ class LogReader:
         self._meanings = anchors.meanings
         self._scanner = LineScanner(anchors.matcher)
         self._attempt: Attempt | None = None
+        self._event: Event | None = None  # of the last line that told a failure
+        self._event_offset = -1
 
     @property
     def num_bytes(self) -> int:
@@ -165,10 +170,11 @@ class LogReader:
         return True
 
     def _failure(self, hit: Hit, pattern: object) -> None:
-        from hpctrain.triage.failures import Pattern
-
         assert isinstance(pattern, Pattern)
-        line = hit.line
+        line = hit.line if b"\x1b" not in hit.line else _ESCAPES.sub(b"", hit.line)
+        if hit.offset == self._event_offset and self._event is not None:
+            if PRECEDENCE[self._event.failure] <= PRECEDENCE[pattern.failure]:
+                return
         if pattern.confirm and not pattern.confirm.search(line):
             return
         if BENIGN.search(line) or (pattern.unless and pattern.unless.match(line)):
@@ -181,12 +187,21 @@ class LogReader:
         if time_s is not None:
             attempt.last_time_s = time_s
         rank, node = _rank_and_node(line)
+        if b"exitcode  :" in line:
+            # torch elastic's report of the first failure names rank and host on the lines above.
+            above = hit.context[max(hit.position - 300, 0) : hit.position]
+            rank, node = _last_number(_ELASTIC_RANK, above), _last_name(_ELASTIC_HOST, above)
         if node is None and rank is not None and attempt.nodes and self.engine.tasks_per_node:
             index = rank // self.engine.tasks_per_node
             node = attempt.nodes[index] if index < len(attempt.nodes) else None
         self.engine.order += 1
-        attempt.add_event(Event(pattern.failure, Place(self.name, hit.number), clean(line), rank, node, time_s,
-                                attempt.num_steps, self.engine.order))  # fmt: skip
+        event = Event(pattern.failure, Place(self.name, hit.number), clean(line), rank, node, time_s, attempt.num_steps,
+                      self.engine.order)  # fmt: skip
+        if hit.offset == self._event_offset and self._event is not None:
+            attempt.replace_event(self._event, event)
+        else:
+            attempt.add_event(event)
+        self._event, self._event_offset = event, hit.offset
 
     def _note(self, hit: Hit, kind: str, what: object) -> None:
         if kind == "ours":
@@ -229,7 +244,7 @@ class LogReader:
 
 def clean(line: bytes) -> str:
     """A line as it may be shown: printable, of bounded length, without escape sequences."""
-    text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", line[: 4 * _TEXT]).decode("utf-8", "replace").strip()
+    text = _ESCAPES.sub(b"", line[: 4 * _TEXT]).decode("utf-8", "replace").strip()
     text = "".join(char if char.isprintable() else " " for char in text)
     return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
 
@@ -241,6 +256,16 @@ def _rank_and_node(line: bytes) -> tuple[int | None, str | None]:
     return (int(found) if found and len(found) < 8 else None), (name.decode("ascii", "replace") if name else None)
 
 
+def _last_number(pattern: re.Pattern[bytes], text: bytes) -> int | None:
+    found = last_match(pattern, text)
+    return int(found[1]) if found else None
+
+
+def _last_name(pattern: re.Pattern[bytes], text: bytes) -> str | None:
+    found = last_match(pattern, text)
+    return found[1].decode("ascii", "replace") if found and found[1] != b"localhost" else None
+
+
 def _time_in(text: bytes) -> float | None:
     found = _TIME.search(text)
     return _seconds(found) if found else None
@@ -248,7 +273,7 @@ def _time_in(text: bytes) -> float | None:
 
 def _time_near(text: bytes, position: int) -> float | None:
     """The last time told before `position`, or else the first soon after it."""
-    found = last_match(_TIME, text, max(position - 8192, 0), position + 512)
+    found = last_match(_TIME, text, max(position - 1024, 0), position) or _TIME.search(text, position, position + 512)
     return _seconds(found) if found else None
 
 

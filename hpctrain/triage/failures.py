@@ -241,8 +241,9 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("communication", b"gloo/transport", rb"rror|[Ff]ailed|[Tt]imed"),
     ("killed", b"Killed", rb"(?:^|[\s:])Killed(?:\s*$|\s+(?!by|process)[\w\"/(])"),
     ("killed", b"exit code 137", None),
-    ("killed", b"exitcode  : -9", None),
-    ("killed", b"exitcode: -9", None),
+    ("killed", b"exitcode  : -9", None),  # torch elastic: `exitcode  : -9 (pid: 9548)  (SIGKILL)`
+    ("crash", b"exitcode  : -", rb"exitcode  : -(?:4|6|7|8|11)\b"),
+    ("wrapper", b"exitcode  : ", rb"exitcode  : [1-9]"),
     ("killed", b"SIGKILL", rb"[Ss]ignal 9 \(SIGKILL\)|killed by SIGKILL|with signal SIGKILL"),
     ("killed", b"died with <Signals.SIGKILL: 9>", None),
     ("killed", b"actor died unexpectedly", None),
@@ -264,6 +265,8 @@ PATTERNS = tuple(
     )
     for failure, anchor, confirm in _PATTERNS
 )
+# Where one line tells several failures, the one that is listed first: a general exception yields to what it says.
+PRECEDENCE = {name: rank for rank, name in enumerate(dict.fromkeys(failure for failure, _, _ in _PATTERNS))}
 # `Bypassing SIGTERM` is what accelerate says while others die; a warning of Python names a category, not a failure.
 BENIGN = _rx(
     rb"Bypassing SIGTERM|(?:Future|Deprecation|User|Runtime|Resource)Warning|Exception ignored in|warnings\.warn"
@@ -278,6 +281,14 @@ KNOBS = {
     "em-dpo": {"micro_batch": "`batch_size`", "sequence": "`max_length`", "lr": "`lr`"},
     "": {"micro_batch": "the micro batch size", "sequence": "the sequence length", "lr": "the learning rate"},
 }  # fmt: skip
+
+
+def advise(failure: Failure, framework: str | None, node: str | None) -> str:
+    """The failure's advice with the names that `framework` uses, and the node to exclude where one is known."""
+    text = failure.advice
+    for name, setting in knobs(framework).items():
+        text = text.replace("{" + name + "}", setting)
+    return text.replace("NODE", node) if node else text
 
 
 def knobs(framework: str | None) -> dict[str, str]:

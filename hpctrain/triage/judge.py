@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from hpctrain.triage import rules
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.engine import Engine
-from hpctrain.triage.failures import CONTINUE, EXCLUDE, FAILURES, LOOK, RETRY, STOP, knobs
+from hpctrain.triage.failures import CONTINUE, EXCLUDE, FAILURES, LOOK, RETRY, STOP, advise, knobs
 from hpctrain.triage.records import Event, Place, median, utc
 from hpctrain.triage.rules import GREEN, NOT_OBSERVED, RED, Circumstances, Verdict
 from hpctrain.triage.thresholds import Thresholds
@@ -124,22 +125,33 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     ends = [event for event in events if FAILURES[event.failure].external]
     if ends:
         events = [event for event in events if event.order <= ends[0].order]
-    roots = [event for event in events if not FAILURES[event.failure].symptom]
-    inner = [event for event in roots if not FAILURES[event.failure].external]
-    named = [event for event in inner if event.failure not in ("program", "crash")]
-    symptoms = [event for event in events if FAILURES[event.failure].symptom and event.failure != "wrapper"]
-    if named:
-        # A general exception may stand before the specific one of the same failure, or be a failure of its own before it.
-        first, general = named[0], [event for event in inner if event.failure in ("program", "crash")]
-        if general and general[0].order < first.order and not _same_rank(general[0], first):
-            return general[0]
-        return first
-    chosen = inner[:1] or symptoms[:1] or ends[:1] or events[:1]
-    if chosen and chosen[0].failure == "communication" and not attempt.num_steps and inner:
-        return inner[0]
-    if chosen:
-        return chosen[0]
+    symptoms = [event for event in events if FAILURES[event.failure].symptom]
+    roots = [event for event in events if not FAILURES[event.failure].symptom and not FAILURES[event.failure].external]
+    first_symptom = min((event.order for event in symptoms if event.failure == "communication"), default=None)
+    # An abort after a communication failure is how NCCL's watchdog ends the process.
+    roots = [
+        event for event in roots if not (_ABORT.search(event.text) and first_symptom and first_symptom < event.order)
+    ]
+    named = [event for event in roots if event.failure not in ("program", "crash")]
+    general = [event for event in roots if event.failure in ("program", "crash")]
+    if named and general and general[0].order < named[0].order and not _same_rank(general[0], named[0]):
+        return general[0]  # another rank failed before, by an exception of its own
+    killed = [event for event in symptoms if event.failure == "killed" and "exitcode" in event.text]
+    wrapped = sorted((event for event in symptoms if event.failure == "wrapper"), key=lambda event: event.rank is None)
+    others = [event for event in symptoms if event.failure != "wrapper"]
+    if others and wrapped and wrapped[0].rank is not None and _LEFT_ALONE.search(others[0].text):
+        others = []  # a rank that was left alone says so; torch names the one that left first
+    if ends and ends[0].failure == "time_limit" and not (named or general or killed or others):
+        if rules.hang(attempt, around).verdict == RED:
+            return _silent_end(attempt, around)  # the limit only ended what had stopped long before
+    for chosen in (named, general, killed, others, ends, wrapped):
+        if chosen:
+            return chosen[0]
     return _silent_end(attempt, around)
+
+
+_LEFT_ALONE = re.compile(r"(?:closed|reset) by (?:peer|remote)|remote process exited")
+_ABORT = re.compile(r"terminate called|[Aa]borted|exitcode  : -6\b")
 
 
 def _same_rank(one: Event, other: Event) -> bool:
@@ -179,10 +191,7 @@ def _answer(verdicts: list[Verdict], cause: Incident | None, incidents: list[Inc
     progress = _progress(subject, trained)
     if cause is not None:
         failure = FAILURES[cause.event.failure]
-        action, advice = failure.action, failure.advice.format(**knobs(framework))
-        node = _suspect(incidents, cause)
-        if node:
-            advice = advice.replace("NODE", node)
+        action, advice = failure.action, advise(failure, framework, _suspect(incidents, cause))
         if failure.action == RETRY and sum(other.event.failure == cause.event.failure for other in incidents) > 2:
             action, advice = (
                 STOP,

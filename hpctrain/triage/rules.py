@@ -88,17 +88,30 @@ def _loss_finite(attempt: Attempt) -> Verdict:
 
 def loss_drop(first: Attempt, thresholds: Thresholds) -> float | None:
     """By which fraction the loss fell over the first `loss_steps` steps; None when they were not seen."""
-    steps = thresholds.loss_steps
-    if not first.early or first.mode == "resume":
-        return None
-    start = [loss for since, loss in first.early if since <= 0.05 * steps][:5]
-    end = [loss for since, loss in first.early if 0.9 * steps <= since <= 1.1 * steps]
-    if not end:
-        end = [loss for since, loss in first.early if since >= 0.9 * steps][:1]
+    start, end = _both_ends(first, thresholds)
     if not start or not end:
         return None
     before, after = sum(start) / len(start), sum(end) / len(end)
     return (before - after) / abs(before) if before else 0.0
+
+
+def _both_ends(first: Attempt, thresholds: Thresholds) -> tuple[list[float], list[float]]:
+    """The losses of the first steps and those around step `loss_steps`."""
+    steps = thresholds.loss_steps
+    if first.mode == "resume":
+        return [], []
+    start = [loss for since, loss in first.early if since <= 0.05 * steps][:5]
+    end = [loss for since, loss in first.early if 0.9 * steps <= since <= 1.1 * steps]
+    return start, end or [loss for since, loss in first.early if since >= 0.9 * steps][:1]
+
+
+def _noise(losses: list[float]) -> float:
+    """The standard error of the mean of a few losses; 0 where it cannot be told."""
+    count = len(losses)
+    if count < 4:
+        return 0.0
+    mean = sum(losses) / count
+    return math.sqrt(sum((loss - mean) ** 2 for loss in losses) / (count - 1) / count)
 
 
 def _loss_trend(first: Attempt, t: Thresholds) -> Verdict:
@@ -270,10 +283,13 @@ def failure_rules(attempt: Attempt, cause: Event | None, recovered: Callable[[Ev
             (event for name in names for event in attempt.events.get(name, ())), key=lambda event: event.order
         )
         fatal = [event for event in events if not recovered(event)]
-        if cause in fatal or (fatal and not _harmless_end(attempt, cause)):
-            event = cause if cause in fatal and cause is not None else fatal[0]
-            detail = title if event is cause else f"{title}, most likely as a consequence"
-            out.append(Verdict(rule, RED, detail, event.place, event.text))
+        if cause is not None and cause in fatal:
+            out.append(Verdict(rule, RED, title, cause.place, cause.text))
+        elif fatal and cause is not None:
+            detail = f"{title}, most likely because of the cause ({cause.failure})"
+            out.append(Verdict(rule, NOT_OBSERVED, detail, fatal[0].place, fatal[0].text))
+        elif fatal and not attempt.reached_end:
+            out.append(Verdict(rule, RED, title, fatal[0].place, fatal[0].text))
         elif events:
             count = sum(attempt.event_counts.get(name, 0) for name in names)
             out.append(
@@ -284,10 +300,6 @@ def failure_rules(attempt: Attempt, cause: Event | None, recovered: Callable[[Ev
         else:
             out.append(Verdict(rule, NOT_OBSERVED, "the log shows no training"))
     return out
-
-
-def _harmless_end(attempt: Attempt, cause: Event | None) -> bool:
-    return cause is None and attempt.reached_end and attempt.exit_code in (0, None)
 
 
 def ending(attempt: Attempt, around: Circumstances, cause: Event | None) -> Verdict:
