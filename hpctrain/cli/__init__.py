@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "stop": ("stop", "end a chain after its next checkpoint"),
     "cancel": ("cancel", "cancel every job of a chain now"),
     "checkpoint": ("checkpoint", "list, verify, bootstrap and choose checkpoints"),
+    "triage": ("triage", "what the logs say: GREEN or RED per rule, the cause, what to do next"),
     "recipe": ("recipe", "what can train: list, show"),
     "template": ("template", "job script templates: list, show, override by blocks"),
     "site": ("site", "site profiles: list, show, check, draft a new one"),

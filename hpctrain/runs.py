@@ -1,0 +1,202 @@
+"""Finds run directories and reads what they hold, however little: a torn ledger or a missing plan.json is no error here.
+
+A run is named by its directory, by its run.yaml, by its name (looked for under ./runs and here) or by a job id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpctrain.errors import EnvironmentFault, UsageError
+from hpctrain.runtime.files import read_records
+from hpctrain.schema import nearest
+
+_JOB_ID = re.compile(r"\d+(?:_\d+)?\Z")
+_LOG_JOB = re.compile(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z")
+MARKS = ("plan.json", "ledger.jsonl", "links.jsonl", "job.sbatch")
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What a run directory tells by itself. `unseen` says what could not be read."""
+
+    run_dir: str
+    name: str
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    ledger: tuple[Mapping[str, Any], ...] = ()
+    links: tuple[Mapping[str, Any], ...] = ()
+    logs: tuple[str, ...] = ()
+    stop: bool = False
+    unseen: tuple[str, ...] = ()
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """`job`, `guard` or `cost` of plan.json, empty when it is not there."""
+        value = self.plan.get(name)
+        return value if isinstance(value, Mapping) else {}
+
+    @property
+    def tasks_per_node(self) -> int | None:
+        value = self.section("job").get("tasks_per_node")
+        return value if isinstance(value, int) and value > 0 else None
+
+    @property
+    def recipe(self) -> str | None:
+        value = self.plan.get("recipe")
+        return value if isinstance(value, str) else None
+
+    def job_ids(self) -> list[str]:
+        """Every job id that the ledger, the links or the logs name, oldest first."""
+        found: dict[str, None] = {}
+        for record in (*self.ledger, *self.links):
+            job_id = str(record.get("job_id") or "")
+            if _JOB_ID.match(job_id):
+                found[job_id] = None
+        for path in self.logs:
+            match = _LOG_JOB.search(path)
+            if match:
+                found[match[1]] = None
+        return sorted(found, key=lambda job_id: tuple(map(int, job_id.split("_"))))
+
+
+def is_run_dir(path: str) -> bool:
+    return any(os.path.isfile(os.path.join(path, mark)) for mark in MARKS)
+
+
+def read_run(run_dir: str) -> RunRecords:
+    """Everything readable in `run_dir`. Raises EnvironmentFault when it is no folder."""
+    if not os.path.isdir(run_dir):
+        raise EnvironmentFault(f"there is no run directory `{run_dir}`")
+    unseen = []
+    plan: Mapping[str, Any] = {}
+    try:
+        with open(os.path.join(run_dir, "plan.json"), encoding="utf-8", errors="replace") as file:
+            loaded = json.load(file)
+        if isinstance(loaded, dict):
+            plan = loaded
+        else:
+            unseen.append("plan.json is not an object")
+    except (OSError, ValueError) as error:
+        unseen.append(f"plan.json: {getattr(error, 'strerror', None) or 'not JSON'}")
+    records = {}
+    for name in ("ledger.jsonl", "links.jsonl"):
+        try:
+            records[name] = tuple(
+                record for record in read_records(os.path.join(run_dir, name)) if isinstance(record, dict)
+            )
+        except (OSError, ValueError) as error:
+            records[name] = ()
+            unseen.append(f"{name}: {error}")
+        if not records[name] and not os.path.exists(os.path.join(run_dir, name)):
+            unseen.append(f"{name} is not there")
+    planned = plan.get("run")
+    return RunRecords(
+        os.path.abspath(run_dir), planned if isinstance(planned, str) else os.path.basename(os.path.abspath(run_dir)), plan,
+        records["ledger.jsonl"], records["links.jsonl"], tuple(list_logs(run_dir)),
+        os.path.lexists(os.path.join(run_dir, "STOP")), tuple(unseen),
+    )  # fmt: skip
+
+
+def list_logs(run_dir: str) -> list[str]:
+    """The log files of a run, oldest job first."""
+    folder = os.path.join(run_dir, "logs")
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+    except OSError:
+        return []
+
+    def order(name: str) -> tuple[int, str]:
+        match = _LOG_JOB.search(name)
+        return (int(match[1]) if match else 0, name)
+
+    wanted = [name for name in names if name.endswith((".out", ".err", ".log", ".txt"))]
+    return [os.path.join(folder, name) for name in sorted(wanted, key=order)]
+
+
+def find_runs(target: str | None, base: str = ".") -> list[str]:
+    """The run directories that `target` names: one, or all of those under `base` when it is None.
+
+    Raises UsageError when nothing is found, with the nearest name.
+    """
+    if target is None:
+        found = _runs_under(base)
+        if not found:
+            raise UsageError(
+                "there are no runs here", hint="name a run directory, a run or a job id; `hpctrain render` makes one"
+            )
+        return found
+    if os.path.isfile(target) and os.path.basename(target).endswith((".yaml", ".yml")):
+        return _beside(target)
+    if os.path.isfile(target) and os.path.basename(target) in MARKS:
+        return [os.path.abspath(os.path.dirname(target) or ".")]
+    if os.path.isdir(target):
+        if is_run_dir(target):
+            return [os.path.abspath(target)]
+        inside = _runs_under(target)
+        if inside:
+            return inside
+        if os.path.isdir(os.path.join(target, "logs")):
+            return [os.path.abspath(target)]
+        raise UsageError(
+            f"`{target}` is no run directory and holds none", hint="a run directory has a plan.json or a ledger.jsonl"
+        )
+    everything = _runs_under(base)
+    named = [path for path in everything if os.path.basename(path) == target or read_run(path).name == target]
+    if named:
+        return named[:1]
+    if _JOB_ID.match(target):
+        return [_run_of_job(target, everything)]
+    names = [os.path.basename(path) for path in everything]
+    raise UsageError(f"there is no run `{target}` here", hint=nearest(target, names) if names else "name its directory")
+
+
+def _beside(run_yaml: str) -> list[str]:
+    """The run directory that `hpctrain render` made from this run.yaml."""
+    folder = os.path.dirname(os.path.abspath(run_yaml))
+    if is_run_dir(folder):
+        return [folder]
+    from hpctrain.yamlio import load_yaml
+
+    name = load_yaml(run_yaml).get("name")
+    path = os.path.join(folder, "runs", str(name))
+    if not os.path.isdir(path):
+        raise UsageError(
+            f"`{run_yaml}` has no run directory yet", why=f"looked for {path}", hint="`hpctrain render` makes it"
+        )
+    return [path]
+
+
+def _runs_under(base: str) -> list[str]:
+    if is_run_dir(base):
+        return [os.path.abspath(base)]
+    found = []
+    for folder in (os.path.join(base, "runs"), base):
+        try:
+            names = sorted(
+                entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
+            )
+        except OSError:
+            continue
+        found += [
+            os.path.abspath(os.path.join(folder, name)) for name in names if is_run_dir(os.path.join(folder, name))
+        ]
+    return list(dict.fromkeys(found))
+
+
+def _run_of_job(job_id: str, run_dirs: Iterable[str]) -> str:
+    for run_dir in run_dirs:
+        if job_id in read_run(run_dir).job_ids():
+            return run_dir
+    from hpctrain.slurmstate import work_dir_of
+
+    folder = work_dir_of(job_id)
+    if folder and os.path.isdir(folder) and is_run_dir(folder):
+        return folder
+    raise UsageError(
+        f"no run here submitted job {job_id}", why="looked in ./runs and asked Slurm for its working directory",
+        hint="name the run directory, or the log file itself",
+    )  # fmt: skip

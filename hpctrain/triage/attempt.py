@@ -1,0 +1,207 @@
+"""What is kept of one attempt: from a job's start (or requeue) to its end. Fixed size, however long the log."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from hpctrain.triage.records import Event, Place, Step, Window
+from hpctrain.triage.thresholds import Thresholds
+
+_MOST_EVENTS = 24  # kept of each class; the first are the ones that matter
+_TREND_LINES = 400
+
+
+@dataclass
+class Series:
+    """The figures of one kind that a rule needs: counts, extremes, first offender, recent values."""
+
+    seen: int = 0
+    highest: float = -math.inf
+    bad: int = 0
+    bad_in_a_row: int = 0
+    first_bad: tuple[Place, float] | None = None
+    worst_row: int = 0
+    row_start: tuple[Place, float] | None = None
+    worst_row_start: tuple[Place, float] | None = None
+
+    def add(self, value: float, place: Place, bad: bool) -> None:
+        self.seen += 1
+        if value > self.highest:
+            self.highest = value
+        if not bad:
+            self.bad_in_a_row = 0
+            return
+        self.bad += 1
+        self.first_bad = self.first_bad or (place, value)
+        if self.bad_in_a_row == 0:
+            self.row_start = (place, value)
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row > self.worst_row:
+            self.worst_row, self.worst_row_start = self.bad_in_a_row, self.row_start
+
+
+@dataclass
+class Attempt:
+    """One start of the job in one log file. Times are UTC seconds since 1970, None where the log tells none."""
+
+    file: str
+    thresholds: Thresholds
+    job_id: str | None = None
+    restart: int = 0
+    link: int | None = None
+    mode: str | None = None
+    nodes: list[str] = field(default_factory=list)
+    first_line: int = 1
+    exit_code: int | None = None
+    finished: str | None = None  # why the program says it is done
+    framework: str | None = None
+
+    num_steps: int = 0
+    first: Step | None = None
+    last: Step | None = None
+    last_place: Place | None = None
+    first_step_time_s: float | None = None
+    last_step_time_s: float | None = None
+    last_time_s: float | None = None  # the latest time that any line told
+    total: int | None = None
+    quiet_phase: str | None = None
+    random_start: Place | None = None
+
+    _early_full: bool = False
+    early: list[tuple[int, float]] = field(default_factory=list)  # (steps since the first, loss)
+    loss: Series = field(default_factory=Series)
+    zero_loss: Series = field(default_factory=Series)
+    grad_big: Series = field(default_factory=Series)
+    grad_zero: Series = field(default_factory=Series)
+    grad_bad: Series = field(default_factory=Series)
+    losses: Window = field(default_factory=lambda: Window(20, min))
+    norms: Window = field(default_factory=lambda: Window(20, min))
+    rates: Window = field(default_factory=lambda: Window(20, max))
+    rate_unit: str = ""
+    step_times: Window = field(default_factory=lambda: Window(50, min))
+    skipped: int = 0
+    skipped_first: Place | None = None
+    nan_iterations: int = 0
+    nan_first: Place | None = None
+    counts_skipped: bool = False
+    _last_skipped: int = 0
+
+    events: dict[str, list[Event]] = field(default_factory=dict)
+    event_counts: dict[str, int] = field(default_factory=dict)
+
+    def replace_event(self, old: Event, new: Event) -> None:
+        """The same line told something more specific."""
+        kept = self.events.get(old.failure, [])
+        if old in kept:
+            kept.remove(old)
+        self.event_counts[old.failure] -= 1
+        self.add_event(new)
+
+    def add_event(self, event: Event) -> None:
+        self.event_counts[event.failure] = self.event_counts.get(event.failure, 0) + 1
+        kept = self.events.setdefault(event.failure, [])
+        # The first of a class, and the first after each step: an old one that training survived must not hide a new one.
+        if len(kept) >= _MOST_EVENTS and kept[-1].steps_before < event.steps_before:
+            kept.pop(0)
+        if len(kept) < _MOST_EVENTS:
+            kept.append(event)
+
+    def add_step(self, step: Step, place: Place, position: tuple[int, int] | None) -> Step:
+        """Take in one step line; `position` is a progress bar's (step, total) for lines that do not say theirs."""
+        if step.iteration is None and position:
+            step = step._replace(iteration=position[0], total=position[1])
+        if step.framework == "deepspeed" and self.framework not in (None, "deepspeed"):
+            self._count_skipped(step, place)  # the framework's own line tells the rest
+            return step
+        if step.framework == "any" and self.framework not in (None, "any"):
+            return step
+        self.framework = step.framework
+        self.num_steps += 1
+        self.quiet_phase = None
+        self.first = self.first or step
+        self.last, self.last_place = step, place
+        self.total = step.total or self.total
+        self._add_loss(step, place)
+        self._add_norm(step, place)
+        self._add_rate(step)
+        self._count_skipped(step, place)
+        return step
+
+    def _since_first(self, step: Step) -> int:
+        if step.iteration is not None and self.first and self.first.iteration is not None:
+            return step.iteration - self.first.iteration
+        return self.num_steps - 1
+
+    def _add_loss(self, step: Step, place: Place) -> None:
+        if step.loss is None:
+            return
+        finite = math.isfinite(step.loss)
+        self.loss.add(step.loss if finite else -math.inf, place, not finite)
+        self.zero_loss.add(step.loss, place, step.loss == 0.0)
+        if not finite:
+            return
+        self.losses.add(step.loss, step.iteration)
+        if not self._early_full:
+            since = self._since_first(step)
+            late = since > 1.5 * self.thresholds.loss_steps
+            if not late or not self.early or self.early[-1][0] < self.thresholds.loss_steps:
+                self.early.append((since, step.loss))
+            self._early_full = late or len(self.early) >= _TREND_LINES
+
+    def _add_norm(self, step: Step, place: Place) -> None:
+        norm = step.grad_norm
+        if norm is None:
+            return
+        finite = math.isfinite(norm)
+        self.grad_bad.add(norm if finite else math.inf, place, not finite)
+        if not finite:
+            return
+        self.grad_big.add(norm, place, norm > self.thresholds.grad_norm_max)
+        self.grad_zero.add(norm, place, norm == 0.0)
+        self.norms.add(norm, step.iteration)
+
+    def _add_rate(self, step: Step) -> None:
+        if step.step_time_s:
+            self.step_times.add(step.step_time_s)
+        if step.tokens_per_s is not None:
+            unit, rate = "tokens/s", step.tokens_per_s
+        elif step.samples_per_s is not None:
+            unit, rate = "samples/s", step.samples_per_s
+        elif step.step_time_s:
+            unit, rate = "steps/s", 1 / step.step_time_s
+        else:
+            return
+        if self.rate_unit in ("", unit) and math.isfinite(rate):
+            self.rate_unit = unit
+            self.rates.add(rate, step.iteration)
+
+    def _count_skipped(self, step: Step, place: Place) -> None:
+        if step.skipped == 0 and not step.nan:
+            self.counts_skipped = True
+            return
+        in_grace = self._since_first(step) < self.thresholds.skipped_grace
+        if step.skipped is not None:
+            self.counts_skipped = True
+            new = step.skipped
+            if step.cumulative:
+                new = max(step.skipped - self._last_skipped, 0)
+                self._last_skipped = step.skipped
+            if new and not in_grace:
+                self.skipped += new
+                self.skipped_first = self.skipped_first or place
+        if step.nan:
+            self.nan_iterations += step.nan
+            self.nan_first = self.nan_first or place
+
+    def survived(self, event: Event) -> bool:
+        """Whether training went on after the event: at least two more step lines."""
+        return self.num_steps - event.steps_before >= 2
+
+    @property
+    def reached_end(self) -> bool:
+        """Whether the step says it did all it was asked to do."""
+        if self.finished:
+            return True
+        last = self.last
+        return bool(last and last.iteration is not None and self.total and last.iteration >= self.total)

@@ -1,0 +1,292 @@
+"""Reads logs piece by piece and keeps what the rules need. No files, no clock: whoever feeds it has those."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Callable, Iterable
+
+from hpctrain.triage.attempt import Attempt
+from hpctrain.triage.failures import BENIGN, PATTERNS, PRECEDENCE, Pattern
+from hpctrain.triage.formats import STEP_ANCHORS, Parser, tqdm_before
+from hpctrain.triage.records import Event, Place, Step, last_match
+from hpctrain.triage.scan import Hit, LineScanner, Matcher
+from hpctrain.triage.thresholds import Thresholds
+from hpctrain.units import expand_nodes
+
+_NAN_LINE = re.compile(rb"loss['\": =]+['\"]?nan\b", re.IGNORECASE)
+_JOB = re.compile(rb"hpctrain: job (\S+), restart (\d+), (\d+) nodes: (\S+)")
+_STARTING = re.compile(rb"hpctrain: starting: (\w+), link (\d+)")
+_FINISHED = re.compile(rb"hpctrain: finished rc=(\d+)")
+_DONE = re.compile(rb"hpctrain: ((?:done|stopped by)[^\n]*)")
+_TIME = re.compile(rb"(?<!\d)(20\d\d)-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)")
+_SLURM_CANCELLED = re.compile(rb"CANCELLED AT (\S+)")
+_QUIET = (
+    b"Caching reference logprobs",
+    b"Tokenizing ",
+    b"Building data index",
+    b"precompute_ref_log_probs",
+    b"Precomputing reference",
+)
+_RANK = re.compile(
+    rb"\[(?:rank|default)\s?(\d+)\]|\[Rank (\d+)\]|\brank[ =:](\d+)\b|\btask (\d+)(?::|\b)|^\s*(\d+): ", re.IGNORECASE
+)  # fmt: skip
+_NODE = re.compile(
+    rb"srun: error: ([A-Za-z][\w.-]*\d[\w.-]*): |\bON ([A-Za-z][\w.-]*) CANCELLED|[Nn]ode failure on ([\w.-]+)"
+    rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN"
+    rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?!rank|task|epoch|step|worker|default)([a-z][a-z-]*\d[\w.-]*): "
+)
+_ELASTIC_RANK = re.compile(rb"rank +: (\d+)")
+_ELASTIC_HOST = re.compile(rb"host +: ([\w.-]+)")
+_ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+_TEXT = 400
+
+
+class _Anchors:
+    """All anchors with what each means, and the matcher over them; made once."""
+
+    def __init__(self) -> None:
+        entries: list[tuple[bytes, str, object]] = [(anchor, "step", parser) for anchor, parser in STEP_ANCHORS]
+        entries += [(pattern.anchor, "failure", pattern) for pattern in PATTERNS]
+        entries += [(b"hpctrain: ", "ours", None), (b"'train_runtime':", "hf_done", None)]
+        entries += [(phrase, "quiet", phrase) for phrase in _QUIET]
+        entries += [(b"OVERFLOW! ", "overflow", None)]
+        by_anchor: dict[bytes, list[tuple[str, object]]] = {}
+        for anchor, kind, what in entries:
+            by_anchor.setdefault(anchor, []).append((kind, what))
+        self.meanings = list(by_anchor.values())
+        self.matcher = Matcher(list(by_anchor))
+
+
+_anchors: _Anchors | None = None
+
+
+def _get_anchors() -> _Anchors:
+    global _anchors
+    _anchors = _anchors or _Anchors()
+    return _anchors
+
+
+class Engine:
+    """The state of a triage over any number of logs. `tasks_per_node` turns ranks into nodes; `on_step` sees every step.
+
+    Feed files with `log(name)`, which gives a `LogReader`; ask `rules.judge(engine)` at any time.
+    """
+
+    def __init__(self, thresholds: Thresholds | None = None, tasks_per_node: int | None = None,
+                 on_step: Callable[[Attempt, Step, Place, float | None], None] | None = None):  # fmt: skip
+        self.thresholds = thresholds or Thresholds()
+        self.tasks_per_node = tasks_per_node
+        self.on_step = on_step
+        self.attempts: list[Attempt] = []
+        self.logs: dict[str, LogReader] = {}
+        self.order = 0
+
+    def log(self, name: str) -> LogReader:
+        """The reader of the log called `name`; the same one each time."""
+        if name not in self.logs:
+            self.logs[name] = LogReader(self, name)
+        return self.logs[name]
+
+
+class LogReader:
+    """One log being read. `modified_s`, when the feeder knows it, is when the file last grew."""
+
+    def __init__(self, engine: Engine, name: str):
+        anchors = _get_anchors()
+        self.engine, self.name = engine, name
+        self.modified_s: float | None = None
+        self._meanings = anchors.meanings
+        self._scanner = LineScanner(anchors.matcher)
+        self._attempt: Attempt | None = None
+        self._event: Event | None = None  # of the last line that told a failure
+        self._event_offset = -1
+
+    @property
+    def num_bytes(self) -> int:
+        return self._scanner.num_bytes
+
+    @property
+    def num_lines(self) -> int:
+        return self._scanner.num_lines
+
+    @property
+    def binary(self) -> bool:
+        """Whether more than one byte in a hundred is NUL: not a log, or one that a crash tore."""
+        return self._scanner.num_nul * 100 > self._scanner.num_bytes
+
+    def feed(self, piece: bytes, now_s: float | None = None) -> None:
+        """Read on. `now_s`: when this was written, in follow mode; None for what was there before."""
+        self._take(self._scanner.feed(piece), now_s)
+
+    def close(self) -> None:
+        """The log has ended: judge its last, unfinished line too."""
+        self._take(self._scanner.close(), None)
+
+    def _take(self, hits: Iterable[Hit], now_s: float | None) -> None:
+        last_step: Hit | None = None
+        for hit in hits:
+            for kind, what in self._meanings[hit.anchor]:
+                if kind == "step":
+                    if self._step(hit, what, now_s):  # type: ignore[arg-type]
+                        last_step = hit
+                        break
+                elif kind == "failure":
+                    self._failure(hit, what)
+                else:
+                    self._note(hit, kind, what)
+        if last_step is not None and self._attempt is not None and now_s is None:
+            # Steps of one piece are close together, so one look around the last one tells the time of all.
+            time_s = _time_near(last_step.context, last_step.position)
+            if time_s is not None:
+                self._attempt.last_step_time_s = time_s
+                self._attempt.first_step_time_s = self._attempt.first_step_time_s or time_s
+
+    def _current(self, hit: Hit) -> Attempt:
+        if self._attempt is None:
+            self._attempt = Attempt(self.name, self.engine.thresholds, job_id=_job_of(self.name), first_line=hit.number)
+            self.engine.attempts.append(self._attempt)
+        return self._attempt
+
+    def _step(self, hit: Hit, parse: Parser, now_s: float | None) -> bool:
+        step = parse(hit.line)
+        if step is None:
+            return False
+        self._scanner.skip_line()  # its other anchors say nothing new
+        attempt = self._current(hit)
+        position = None
+        if step.iteration is None:
+            position = tqdm_before(hit.context, hit.position)
+        place = Place(self.name, hit.number)
+        counted = attempt.num_steps
+        step = attempt.add_step(step, place, position)
+        if attempt.num_steps == counted:
+            return False  # a second kind of line about the same steps
+        if now_s is not None:
+            attempt.last_step_time_s = now_s
+            attempt.first_step_time_s = attempt.first_step_time_s or now_s
+        if self.engine.on_step:
+            self.engine.on_step(attempt, step, place, _time_in(hit.line) or now_s)
+        return True
+
+    def _failure(self, hit: Hit, pattern: object) -> None:
+        assert isinstance(pattern, Pattern)
+        line = hit.line if b"\x1b" not in hit.line else _ESCAPES.sub(b"", hit.line)
+        if hit.offset == self._event_offset and self._event is not None:
+            if PRECEDENCE[self._event.failure] <= PRECEDENCE[pattern.failure]:
+                return
+        if pattern.confirm and not pattern.confirm.search(line):
+            return
+        if BENIGN.search(line) or (pattern.unless and pattern.unless.match(line)):
+            return
+        attempt = self._current(hit)
+        time_s = _time_in(line)
+        if time_s is None:
+            cancelled = _SLURM_CANCELLED.search(line)
+            time_s = _time_in(cancelled[1]) if cancelled else None
+        if time_s is not None:
+            attempt.last_time_s = time_s
+        rank, node = _rank_and_node(line)
+        if b"exitcode  :" in line:
+            # torch elastic's report of the first failure names rank and host on the lines above.
+            above = hit.context[max(hit.position - 300, 0) : hit.position]
+            rank, node = _last_number(_ELASTIC_RANK, above), _last_name(_ELASTIC_HOST, above)
+        if node is None and rank is not None and attempt.nodes and self.engine.tasks_per_node:
+            index = rank // self.engine.tasks_per_node
+            node = attempt.nodes[index] if index < len(attempt.nodes) else None
+        self.engine.order += 1
+        event = Event(pattern.failure, Place(self.name, hit.number), clean(line), rank, node, time_s, attempt.num_steps,
+                      self.engine.order)  # fmt: skip
+        if hit.offset == self._event_offset and self._event is not None:
+            attempt.replace_event(self._event, event)
+        else:
+            attempt.add_event(event)
+        self._event, self._event_offset = event, hit.offset
+
+    def _note(self, hit: Hit, kind: str, what: object) -> None:
+        if kind == "ours":
+            self._our_line(hit)
+        elif kind == "hf_done":
+            self._current(hit).finished = "the trainer printed its summary"
+        elif kind == "quiet":
+            assert isinstance(what, bytes)
+            self._current(hit).quiet_phase = what.decode().strip()
+        elif kind == "overflow":
+            attempt = self._current(hit)
+            attempt.counts_skipped = True
+            if attempt.num_steps >= self.engine.thresholds.skipped_grace and b"Skipping step" in hit.line:
+                attempt.skipped += 1
+                attempt.skipped_first = attempt.skipped_first or Place(self.name, hit.number)
+
+    def _our_line(self, hit: Hit) -> None:
+        line = hit.line
+        job = _JOB.search(line)
+        if job:
+            try:
+                nodes = expand_nodes(job[4].decode("ascii"))
+            except (ValueError, UnicodeDecodeError):
+                nodes = []
+            self._attempt = Attempt(self.name, self.engine.thresholds, job[1].decode("ascii", "replace"), int(job[2]),
+                                    nodes=nodes, first_line=hit.number)  # fmt: skip
+            self.engine.attempts.append(self._attempt)
+            return
+        attempt = self._current(hit)
+        time_s = _time_in(line)
+        attempt.last_time_s = time_s if time_s is not None else attempt.last_time_s
+        starting, finished, done = _STARTING.search(line), _FINISHED.search(line), _DONE.search(line)
+        if starting:
+            attempt.mode, attempt.link = starting[1].decode("ascii", "replace"), int(starting[2])
+        elif finished:
+            attempt.exit_code = int(finished[1])
+        elif done:
+            attempt.finished = clean(done[1])
+
+
+def clean(line: bytes) -> str:
+    """A line as it may be shown: printable, of bounded length, without escape sequences."""
+    text = _ESCAPES.sub(b"", line[: 4 * _TEXT]).decode("utf-8", "replace").strip()
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
+
+
+def _rank_and_node(line: bytes) -> tuple[int | None, str | None]:
+    rank, node = _RANK.search(line), _NODE.search(line)
+    found = next((group for group in rank.groups() if group), None) if rank else None
+    name = next((group for group in node.groups() if group), None) if node else None
+    return (int(found) if found and len(found) < 8 else None), (name.decode("ascii", "replace") if name else None)
+
+
+def _last_number(pattern: re.Pattern[bytes], text: bytes) -> int | None:
+    found = last_match(pattern, text)
+    return int(found[1]) if found else None
+
+
+def _last_name(pattern: re.Pattern[bytes], text: bytes) -> str | None:
+    found = last_match(pattern, text)
+    return found[1].decode("ascii", "replace") if found and found[1] != b"localhost" else None
+
+
+def _time_in(text: bytes) -> float | None:
+    found = _TIME.search(text)
+    return _seconds(found) if found else None
+
+
+def _time_near(text: bytes, position: int) -> float | None:
+    """The last time told before `position`, or else the first soon after it."""
+    found = last_match(_TIME, text, max(position - 1024, 0), position) or _TIME.search(text, position, position + 512)
+    return _seconds(found) if found else None
+
+
+def _seconds(found: re.Match[bytes]) -> float | None:
+    # Logs write local or UTC time without saying which; only differences within one log are used for verdicts.
+    try:
+        year, month, day, hour, minute, second = map(int, found.groups())
+        return datetime.datetime(year, month, day, hour, minute, second, tzinfo=datetime.timezone.utc).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+def _job_of(name: str) -> str | None:
+    """The job id in a log's name, `<run>-<jobid>.out` or `slurm-<jobid>.out`."""
+    found = re.search(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z", name)
+    return found[1] if found else None

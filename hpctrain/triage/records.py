@@ -1,0 +1,116 @@
+"""What triage reads out of logs: step lines, events, and where they were."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Step(NamedTuple):
+    """One progress line of a training framework; what it does not say is None. Times in seconds, rates over all ranks.
+
+    `skipped` and `nan` are the framework's counts of iterations without an update. `cumulative`: whether they count
+    since the start of the job rather than since the last line.
+    """
+
+    framework: str
+    iteration: int | None = None
+    total: int | None = None
+    loss: float | None = None
+    grad_norm: float | None = None
+    lr: float | None = None
+    step_time_s: float | None = None
+    tokens_per_s: float | None = None
+    samples_per_s: float | None = None
+    skipped: int | None = None
+    nan: int | None = None
+    cumulative: bool = False
+    epoch: float | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of a log; `number` counts from 1 as editors do."""
+
+    file: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.number}"
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line that names a failure. `time_s` is UTC seconds since 1970 where a time of the line is known."""
+
+    failure: str
+    place: Place
+    text: str
+    rank: int | None = None
+    node: str | None = None
+    time_s: float | None = None
+    steps_before: int = 0
+    order: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "failure": self.failure, "file": self.place.file, "line": self.place.number, "text": self.text,
+            "rank": self.rank, "node": self.node, "time": utc(self.time_s),
+        }  # fmt: skip
+
+
+@dataclass
+class Window:
+    """The last few values, the medians of whole windows, and the best of those: enough for a trend in fixed memory."""
+
+    size: int
+    better: Any = max
+    values: list[float] = field(default_factory=list)
+    best: float | None = None
+    best_at: int | None = None
+    seen: int = 0
+
+    def add(self, value: float, at: int | None = None) -> None:
+        self.seen += 1
+        self.values.append(value)
+        if self.seen % self.size == 0 and len(self.values) >= self.size:
+            middle = median(self.values[-self.size :])
+            if self.best is None or self.better(middle, self.best) == middle != self.best:
+                self.best, self.best_at = middle, at
+        if len(self.values) >= 2 * self.size:
+            del self.values[: self.size]
+
+    def last(self) -> list[float]:
+        return self.values[-self.size :]
+
+
+def median(values: list[float]) -> float:
+    """The middle value; NaN for none."""
+    ordered = sorted(values)
+    count = len(ordered)
+    if not count:
+        return math.nan
+    return ordered[count // 2] if count % 2 else (ordered[count // 2 - 1] + ordered[count // 2]) / 2
+
+
+def last_match(
+    pattern: re.Pattern[bytes], text: bytes, start: int = 0, end: int = sys.maxsize
+) -> re.Match[bytes] | None:
+    """The last place in `text[start:end]` where the pattern matches."""
+    return next(iter(deque(pattern.finditer(text, start, end), maxlen=1)), None)
+
+
+def utc(time_s: float | None) -> str | None:
+    """`2026-11-21T01:52:08Z`, or None for a time that is not known or not representable."""
+    import datetime
+
+    if time_s is None:
+        return None
+    try:
+        return datetime.datetime.fromtimestamp(time_s, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return None

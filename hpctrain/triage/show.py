@@ -1,0 +1,73 @@
+"""Prints a diagnosis: the answer first, then what it rests on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpctrain import output
+from hpctrain.triage.judge import Diagnosis
+from hpctrain.triage.rules import GREEN, RED
+from hpctrain.triage.target import Subject
+
+_COLOUR = {GREEN: "green", RED: "red"}
+
+
+def as_fields(subject: Subject, diagnosis: Diagnosis) -> dict[str, Any]:
+    """The whole answer for `--json`."""
+    return {
+        "run": subject.run.name if subject.run else None,
+        "run_dir": subject.run.run_dir if subject.run else None,
+        "logs": [
+            {"file": name, "bytes": reader.num_bytes, "lines": reader.num_lines, "binary": reader.binary}
+            for name, reader in subject.engine.logs.items()
+        ],
+        **diagnosis.as_json(),
+        "unseen": [*(subject.run.unseen if subject.run else ()), *subject.slurm.unseen],
+    }  # fmt: skip
+
+
+def show(subject: Subject, diagnosis: Diagnosis) -> None:
+    """The answer as text: verdict, cause, advice to stdout; the rules as a table; remarks to stderr."""
+    verdict = output.paint(diagnosis.verdict, _COLOUR.get(diagnosis.verdict, "yellow"))
+    output.data(f"{verdict}  {diagnosis.summary}")
+    cause = diagnosis.cause
+    if cause is not None:
+        event = cause.event
+        where = [f"line {event.place}"]
+        where += [f"rank {event.rank}"] if event.rank is not None else []
+        where += [f"node {event.node}"] if event.node else []
+        where += [f"link {cause.attempt.link}"] if cause.attempt.link is not None else []
+        where += [f"job {cause.attempt.job_id}"] if cause.attempt.job_id else []
+        output.data("cause: " + ", ".join(where))
+    output.data(f"next: {diagnosis.action}: {diagnosis.advice}")
+    progress = diagnosis.progress
+    if progress.get("step_lines"):
+        total = f" of {progress['total_iterations']}" if progress.get("total_iterations") else ""
+        losses = (
+            f", loss {_figure(progress['first_loss'])} to {_figure(progress['last_loss'])}"
+            if progress.get("first_loss") is not None
+            else ""
+        )
+        output.data(f"seen: iterations {progress['first_iteration']} to {progress['last_iteration']}{total}{losses}")
+    output.data("")
+    output.table(
+        [
+            (rule.rule, rule.verdict, rule.detail + (f"  [{rule.text}]" if rule.text else ""), rule.place or "")
+            for rule in sorted(diagnosis.verdicts, key=lambda rule: (rule.verdict != RED, rule.verdict == GREEN))
+        ],
+        ("rule", "verdict", "what was seen", "line"),
+    )  # fmt: skip
+    for incident in diagnosis.incidents:
+        if incident is not cause:
+            event = incident.event
+            fate = "a later attempt went on" if incident.recovered else "no later attempt trained"
+            output.info(f"earlier: {event.failure} at {event.place} ({fate}): {event.text}")
+    for remark in diagnosis.remarks:
+        output.info(f"note: {remark}")
+    unseen = [*(subject.run.unseen if subject.run else ()), *subject.slurm.unseen]
+    for what in unseen:
+        output.info(f"could not see: {what}")
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

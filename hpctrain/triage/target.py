@@ -1,0 +1,150 @@
+"""What to triage: a run's logs with what Slurm and the run directory know of them, or any log files."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from hpctrain.errors import EnvironmentFault, UsageError
+from hpctrain.runs import RunRecords, find_runs, list_logs, read_run
+from hpctrain.slurmstate import Answer, query
+from hpctrain.triage.attempt import Attempt
+from hpctrain.triage.engine import Engine
+from hpctrain.triage.judge import Diagnosis, in_order, judge
+from hpctrain.triage.read import Follower, follow, read_logs
+from hpctrain.triage.rules import RED, Circumstances
+from hpctrain.triage.thresholds import Thresholds
+
+
+@dataclass
+class Subject:
+    """The logs to judge and what is known beside them. `run` is None for bare log files."""
+
+    paths: list[str]
+    thresholds: Thresholds
+    run: RunRecords | None = None
+    slurm: Answer = field(default_factory=lambda: Answer({}, {}))
+    engine: Engine = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.engine = Engine(self.thresholds, self.run.tasks_per_node if self.run else None)
+
+    def diagnose(self) -> Diagnosis:
+        """Read all logs to their ends and judge."""
+        read_logs(self.engine, self.paths)
+        return self.judge()
+
+    def judge(self) -> Diagnosis:
+        """Judge what was read so far, with what is known now."""
+        attempts = in_order(self.engine.attempts)
+        for attempt in attempts:
+            self._complete(attempt)
+        around = self._circumstances(attempts[-1]) if attempts else Circumstances(running=self._anything_runs())
+        return judge(self.engine, around, self.run.recipe if self.run else None)
+
+    def _complete(self, attempt: Attempt) -> None:
+        """Give an attempt what its log does not say: link, mode and exit code from links.jsonl, nodes and exit from Slurm."""
+        for record in self.run.links if self.run else ():
+            if str(record.get("job_id")) != attempt.job_id or (record.get("restart") or 0) != attempt.restart:
+                continue
+            if attempt.link is None and isinstance(record.get("link"), int):
+                attempt.link = record["link"]
+            if attempt.mode is None and isinstance(record.get("mode"), str):
+                attempt.mode = record["mode"]
+            code = record.get("exit_code")
+            if record.get("event") == "end" and attempt.exit_code is None and isinstance(code, int):
+                attempt.exit_code = code
+        state = self.slurm.jobs.get(attempt.job_id or "")
+        if state and not attempt.nodes:
+            attempt.nodes = list(state.nodes)
+
+    def _anything_runs(self) -> bool | None:
+        if not self.slurm.jobs:
+            return None
+        return any(job.running or job.pending for job in self.slurm.jobs.values())
+
+    def _circumstances(self, last: Attempt) -> Circumstances:
+        state = self.slurm.jobs.get(last.job_id or "")
+        reader = self.engine.logs.get(last.file)
+        modified = reader.modified_s if reader else None
+        if state is None:
+            return Circumstances(running=None)
+        if state.running and last.exit_code is None:
+            silent = max(time.time() - modified, 0.0) if modified is not None else None
+            return Circumstances(running=True, silent_s=silent)
+        return Circumstances(running=False, ended_s=state.end_s if _same_clock(last, state.end_s) else None)
+
+
+def _same_clock(attempt: Attempt, end_s: float | None) -> bool:
+    """Whether the log's times can be set against Slurm's, which are UTC; logs may be in local time, which only shows at hours' distance."""
+    if end_s is None or attempt.last_step_time_s is None:
+        return False
+    return 0 <= end_s - attempt.last_step_time_s
+
+
+def open_target(target: Sequence[str], thresholds: Thresholds | None = None) -> Subject:
+    """The logs that the words name. Raises UsageError when they name nothing."""
+    thresholds = thresholds or Thresholds()
+    if target and all(os.path.isfile(path) and not path.endswith((".yaml", ".yml")) for path in target):
+        return Subject(list(target), thresholds, run=_run_of_logs(target), slurm=Answer({}, {}))
+    if len(target) > 1:
+        missing = [path for path in target if not os.path.isfile(path)]
+        raise UsageError(f"`{missing[0]}` is not a log file", hint="name one run, or log files only")
+    found = find_runs(target[0] if target else None)
+    if len(found) > 1:
+        # Without a name: the run whose log grew last.
+        found = [max(found, key=_last_change)]
+    run = read_run(found[0])
+    return Subject(list(run.logs), thresholds, run, query(run.job_ids()))
+
+
+def _run_of_logs(paths: Sequence[str]) -> RunRecords | None:
+    """The run that the log files belong to, when they lie in one run directory's logs folder."""
+    folders = {os.path.dirname(os.path.dirname(os.path.abspath(path))) for path in paths}
+    folder = folders.pop() if len(folders) == 1 else ""
+    if folder and os.path.isfile(os.path.join(folder, "plan.json")):
+        try:
+            return read_run(folder)
+        except EnvironmentFault:
+            return None
+    return None
+
+
+def _last_change(run_dir: str) -> float:
+    times = []
+    for path in list_logs(run_dir) or [run_dir]:
+        try:
+            times.append(os.stat(path).st_mtime)
+        except OSError:
+            continue
+    return max(times, default=0.0)
+
+
+def watch(subject: Subject, say: Callable[[str], None], every_s: float = 5.0) -> Diagnosis:
+    """Follow the logs, say each change of the verdict, and return when a rule is RED or no job is left."""
+    run = subject.run
+
+    def paths() -> list[str]:
+        return list_logs(run.run_dir) if run else subject.paths
+
+    follower = Follower(subject.engine, paths)
+    before = ""
+    diagnosis = subject.judge()
+    asked = 0.0
+    for _ in follow(follower, every_s):
+        if run and time.monotonic() - asked > 30:
+            subject.run = read_run(run.run_dir)
+            subject.slurm = query(subject.run.job_ids())
+            asked = time.monotonic()
+        diagnosis = subject.judge()
+        words = f"{diagnosis.verdict}: {diagnosis.summary}"
+        if words != before:
+            say(words)
+            before = words
+        if diagnosis.verdict == RED and (diagnosis.cause is None or not subject._anything_runs()):
+            break
+        if run and subject.slurm.jobs and not subject._anything_runs():
+            break
+    return diagnosis

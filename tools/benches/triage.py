@@ -1,0 +1,178 @@
+"""Triage measured: precision and recall over the labelled logs, and MB/s beside `grep -E` of one pattern.
+
+    tools/bench triage [--mb 200] [--json]
+
+Ratios within one run are what counts: both read the same file, warm, on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parents[2]
+DATA = TOP / "tests" / "data" / "triage"
+sys.path.insert(0, str(TOP))
+
+from hpctrain.triage.engine import Engine  # noqa: E402
+from hpctrain.triage.judge import Diagnosis, judge  # noqa: E402
+from hpctrain.triage.read import read_logs  # noqa: E402
+from hpctrain.triage.rules import RED  # noqa: E402
+
+
+def diagnose(name: str, label: dict) -> Diagnosis:
+    engine = Engine(tasks_per_node=label.get("tasks_per_node"))
+    read_logs(engine, [str(DATA / name)])
+    return judge(engine)
+
+
+def accuracy(verbose: bool) -> dict:
+    """Cause and RED rules of every labelled log against what triage says."""
+    labels = json.loads((DATA / "labels.json").read_text(encoding="utf-8"))
+    hits, false, missed = Counter(), Counter(), Counter()
+    rule_hits, rule_false, rule_missed = Counter(), Counter(), Counter()
+    right = Counter()
+    for name, label in sorted(labels.items()):
+        diagnosis = diagnose(name, label)
+        event = diagnosis.cause.event if diagnosis.cause else None
+        found, wanted = event.failure if event else None, label["cause"]
+        if found == wanted and found:
+            hits[found] += 1
+        elif found or wanted:
+            false.update([found] if found else [])
+            missed.update([wanted] if wanted else [])
+        red = {verdict.rule for verdict in diagnosis.verdicts if verdict.verdict == RED}
+        rule_hits.update(red & set(label["red"]))
+        rule_false.update(red - set(label["red"]))
+        rule_missed.update(set(label["red"]) - red)
+        details = {
+            "verdict": diagnosis.verdict == label["verdict"],
+            "line": not label.get("line") or bool(event and label["line"] in event.text),
+            "rank": label.get("rank") is None or bool(event and event.rank == label["rank"]),
+            "node": label.get("node") is None or bool(event and event.node == label["node"]),
+        }
+        right.update(key for key, good in details.items() if good)
+        wrong = [key for key, good in details.items() if not good]
+        if verbose and (found != wanted or red != set(label["red"]) or wrong):
+            print(f"  {name}: cause {found} (label {wanted}), red {sorted(red)} (label {label['red']}), wrong {wrong}")
+            print(f"      verdict {diagnosis.verdict}: {event or diagnosis.summary}")
+    return {
+        "logs": len(labels),
+        "cause": _scores(hits, false, missed),
+        "red_rules": _scores(rule_hits, rule_false, rule_missed),
+        "right": {key: f"{right[key]}/{len(labels)}" for key in ("verdict", "line", "rank", "node")},
+        "per_class": {
+            name: _scores(Counter({name: hits[name]}), Counter({name: false[name]}), Counter({name: missed[name]}))
+            for name in sorted({*hits, *false, *missed})
+        },
+    }
+
+
+def _scores(hits: Counter, false: Counter, missed: Counter) -> dict:
+    hit, wrong, lost = sum(hits.values()), sum(false.values()), sum(missed.values())
+    return {
+        "precision": round(hit / (hit + wrong), 3) if hit + wrong else None,
+        "recall": round(hit / (hit + lost), 3) if hit + lost else None,
+        "hits": hit, "false": wrong, "missed": lost,
+    }  # fmt: skip
+
+
+def big_log(path: str, megabytes: int, kind: str) -> None:
+    """A log of that size. `job`: 64 ranks talking and a step line in 40; `steps`: nothing but step lines; `bars`: tqdm."""
+    rnd = random.Random(5)
+    words = (
+        "loading module from path tokenizer rank group initialize model parallel data worker process with size of the "
+        "layer param shard dtype bfloat16 device set attention config value default using fused kernel build extension"
+    ).split()
+    lines = []
+    for index in range(20_000):
+        step = (
+            f" samples/sec: 33.880 | iteration {index:8d}/   20000 | elapsed time per iteration (ms): 17001.3 | learning rate:"
+            f" 8.000E-06 | approx flops per GPU: 45.1TFLOPS | lm_loss: {2.4 - index * 1e-5:.6E} | grad norm: 0.913 |"
+            " number of skipped iterations:   0 | number of nan iterations:   0 |"
+        )
+        if kind == "steps" or (kind == "job" and index % 40 == 0):
+            lines.append(step)
+        elif kind == "bars":
+            lines.append("".join(f"\r {k}%|█▍        | {index + k}/20000 [10:02<12:01,  2.02s/it]" for k in range(8)))
+        else:
+            stamp = f"[2026-11-21 01:{index // 60 % 60:02d}:{index % 60:02d},123] [INFO] [rank{index % 64}]"
+            lines.append(f"{stamp} " + " ".join(rnd.choices(words, k=12)))
+    block = ("\n".join(lines) + "\n").encode()
+    with open(path, "wb") as file:
+        while file.tell() < megabytes * 1_000_000:
+            file.write(block)
+
+
+def speed(megabytes: int) -> dict:
+    out = {}
+    for kind in ("job", "bars", "steps"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "big.log")
+            big_log(path, megabytes, kind)
+            size = os.path.getsize(path) / 1e6
+            ours = min(_ours(path) for _ in range(3))
+            grep = min(
+                _child_s(["grep", "-c", "-E", "CUDA out of memory|lm_loss: [nN][aA][nN]", path]) for _ in range(3)
+            )
+            python = min(_python(path) for _ in range(2))
+            out[kind] = {
+                "MB": round(size), "triage_MB_per_cpu_s": round(size / ours), "grep_E_MB_per_cpu_s": round(size / grep),
+                "python_re_MB_per_cpu_s": round(size / python), "triage_over_grep": round(grep / ours, 3),
+                "triage_over_python_re": round(python / ours, 1),
+            }  # fmt: skip
+    out["peak_rss_MiB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return out
+
+
+def _ours(path: str) -> float:
+    start = time.process_time()
+    engine = Engine()
+    read_logs(engine, [path])
+    judge(engine)
+    return time.process_time() - start
+
+
+def _python(path: str) -> float:
+    """What a script of one's own does: a regex of the fatal patterns on every line."""
+    import re
+
+    pattern = re.compile(
+        rb"CUDA out of memory|HIP out of memory|NCCL WARN|oom_kill|lm_loss: nan|DUE TO TIME LIMIT|Error"
+    )
+    start = time.process_time()
+    with open(path, "rb") as file:
+        sum(1 for line in file if pattern.search(line))
+    return time.process_time() - start
+
+
+def _child_s(argv: list[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(argv, stdout=subprocess.DEVNULL, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime or 1e-9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mb", type=int, default=200)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--accuracy-only", action="store_true")
+    options = parser.parse_args()
+    result = {"accuracy": accuracy(verbose=not options.json)}
+    if not options.accuracy_only:
+        result["speed"] = speed(options.mb)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
