@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -170,7 +171,7 @@ def plan_json(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, Any]:
             "formula": plan.cost.formula,
         },
         "decisions": [
-            {"name": d.name, "value": d.value, "reason": d.reason, "origin": _portable(d.origin, plan)}
+            {"name": d.name, "value": d.value, "reason": _portable(d.reason, plan), "origin": _portable(d.origin, plan)}
             for d in plan.decisions
         ],
         "notes": [_portable_problem(problem, plan) for problem in plan.problems],
@@ -215,16 +216,15 @@ def _secrets_path(path: str, base_dir: str) -> ShellText:
     return quote(os.path.normpath(os.path.join(base_dir, path)))
 
 
-def _portable(origin: str, plan: Plan) -> str:
-    """An origin without this machine's paths: the run.yaml is called by its name."""
-    source = plan.spec.source
-    return "run.yaml" + origin[len(source) :] if source and origin.startswith(source) else origin
+def _portable(text: str, plan: Plan) -> str:
+    """An origin, or a text that names some, without this machine's paths: the run.yaml is called by its name."""
+    source = re.escape(plan.spec.source)
+    return re.sub(rf"(?<![\w./-]){source}(?=:\d)", "run.yaml", text) if source else text
 
 
 def _portable_problem(problem: Any, plan: Plan) -> dict[str, str]:
     fields: dict[str, str] = problem.as_json()
-    fields["where"] = _portable(fields["where"], plan)
-    return fields
+    return {name: _portable(text, plan) for name, text in fields.items()}
 
 
 def _sha256(raw: bytes) -> str:
