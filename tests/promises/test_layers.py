@@ -57,7 +57,11 @@ def imported(path: Path) -> list[tuple[int, str]]:
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])]) if node.level else node.module or ""
+            base = (
+                ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+                if node.level
+                else node.module or ""
+            )
             for alias in node.names:
                 full = f"{base}.{alias.name}"
                 found.append((node.lineno, full if is_module(full) else base))
@@ -113,7 +117,11 @@ def test_only_slurm_py_starts_slurm_commands():
         if layer_of(name_of(path)) in ("slurm", "sandbox", "runtime"):
             continue  # a sandbox starts the daemons themselves; the guard cancels successors from inside the job
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr not in starters:
+            if (
+                not isinstance(node, ast.Call)
+                or not isinstance(node.func, ast.Attribute)
+                or node.func.attr not in starters
+            ):
                 continue
             if not (isinstance(node.func.value, ast.Name) and node.func.value.id in ("subprocess", "os", "shutil")):
                 continue
@@ -130,10 +138,25 @@ def test_from_spec_to_render_nothing_touches_clock_environment_network_or_proces
             wrong += [(node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] in EFFECTS]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             wrong += [(node.lineno, node.module)] if (node.module or "").split(".")[0] in EFFECTS else []
-            wrong += [(node.lineno, f"os.{alias.name}") for alias in node.names if node.module == "os" and alias.name in OS_EFFECTS]
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os" and node.attr in OS_EFFECTS:
-            wrong += [] if name in MAY_READ_ENVIRONMENT and node.attr == "environ" else [(node.lineno, f"os.{node.attr}")]
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__", "input", "print"):
+            wrong += [
+                (node.lineno, f"os.{alias.name}")
+                for alias in node.names
+                if node.module == "os" and alias.name in OS_EFFECTS
+            ]
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "os"
+            and node.attr in OS_EFFECTS
+        ):
+            wrong += (
+                [] if name in MAY_READ_ENVIRONMENT and node.attr == "environ" else [(node.lineno, f"os.{node.attr}")]
+            )
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("eval", "exec", "__import__", "input", "print")
+        ):
             wrong.append((node.lineno, node.func.id))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open":
             modes = [word.value for word in node.args[1:2] if isinstance(word, ast.Constant)]
@@ -171,9 +194,20 @@ def test_help_imports_nothing_heavy(words, allowed):
     assert done.returncode == 0 and loaded <= set(allowed), loaded
 
 
-@pytest.mark.parametrize("words", [["render", "--dry-run"], ["check"], ["plan"], ["site", "check"], ["upload", "--dry-run", "run.yaml", "--site", "lumi", "--to", "/x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["render", "--dry-run"],
+        ["check"],
+        ["plan"],
+        ["site", "check"],
+        ["upload", "--dry-run", "run.yaml", "--site", "lumi", "--to", "/x"],
+    ],
+)
 def test_everyday_verbs_import_no_heavy_package(words, tmp_path):
-    (tmp_path / "run.yaml").write_text("name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname]}\n")
+    (tmp_path / "run.yaml").write_text(
+        "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname]}\n"
+    )
     heavy = ("numpy", "pandas", "torch", "submitit", "sentencepiece", "asyncio", "multiprocessing")
     code = f"import sys, atexit; atexit.register(lambda: print([m for m in {heavy} if m in sys.modules], file=sys.stderr)); from hpctrain.cli import main; main({words})"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -54,7 +54,7 @@ def dump(value: Any) -> str:
     return str(yaml.dump(_quoted(value), Dumper=_Dumper, sort_keys=False, width=10**9, allow_unicode=True))
 
 
-_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]{2,60}", re.ASCII)
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,60}", re.ASCII)
 
 
 class _Quoted(str):

@@ -188,6 +188,9 @@ def make_draft(
             del values[name]  # a default of the recipe that only the other flavor has
             continue
         bad = list(content_problems(name, values[name], document))
+        if name not in keys and values[name] is None and name in first and layers[name] == RUN:
+            del values[name]  # null in run.yaml takes a key of the base config out
+            continue
         if name not in keys and name not in extra_keys:
             why, hint = describe_unknown(name, flavor)
             bad.append(Problem(f"unknown key `{show(name)}`", where=document.where_key(name), why=why, hint=hint))

@@ -34,6 +34,7 @@ _JOBS_OWN = (
     "autotuning_run",
     "padded_vocab_size",
     "lazy_mpu_init",
+    "comet_experiment",
 )
 _GPU_SPLITTING = ("gpus-per-task", "gpu-bind", "tres-per-task", "tres-bind")
 _VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
@@ -164,16 +165,15 @@ def needed_paths(
     for key in ("vocab_file", "merge_file"):
         if draft.given(key):
             out.append((key.replace("_", " "), os.path.join(folder, str(draft.values[key])), draft.where(key)))
-    seen = set()
+    # The data sets that run.yaml names are looked for wherever it is checked; these are the configuration's own.
+    seen = {prefix for prefixes in spec.data.values() for prefix in prefixes}
     for key, value in draft.values.items():
         if not key.endswith("_data_paths") or not isinstance(value, list):
             continue
-        split = key.partition("_")[0]
+        what = f"{key.partition('_')[0]} {'labels' if 'label' in key else 'data'}"
         for index, prefix in enumerate(value):
             if isinstance(prefix, str) and prefix and prefix not in seen:
                 seen.add(prefix)
-                given = spec.data.get(split) and key == f"{split}_data_paths"
-                where = spec.where("data", split, index) if given else draft.where(key, index)
-                what = f"{split} labels" if "label" in key else f"{split} data"
-                out += [(what, os.path.join(folder, prefix) + suffix, where) for suffix in (".bin", ".idx")]
+                path = os.path.join(folder, prefix)
+                out += [(what, path + suffix, draft.where(key, index)) for suffix in (".bin", ".idx")]
     return tuple(out)

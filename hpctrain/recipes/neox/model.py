@@ -24,6 +24,19 @@ _RECOMPUTED = {
     "dynamic_loss_scale": "loss_scale",
     "is_pipe_parallel": "pipe_parallel_size",
 }
+_ATTENTION = (
+    "global",
+    "local",
+    "sparse_fixed",
+    "sparse_variable",
+    "bigbird",
+    "bslongformer",
+    "gmlp",
+    "amlp",
+    "flash",
+    "rwkv",
+    "mamba",
+)
 _OPTIMIZERS = ("adam", "onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "sgd", "lion")
 
 
@@ -66,6 +79,8 @@ def check_model(draft: Draft, shape: Shape) -> None:
             )
         if kv_heads < heads and types - {"flash", "global"}:
             draft.error("grouped-query attention works with flash and global attention only", "attention_config")
+        if kv_heads < heads and draft.values.get("sparsity_config"):
+            draft.error("`sparsity_config` does not work with grouped-query attention", "sparsity_config")
     if layers and shape.pipeline > layers:
         draft.error(f"`pipe_parallel_size: {shape.pipeline}` is more than `num_layers: {layers}`", "pipe_parallel_size")
     elif layers and layers % shape.stages:
@@ -82,7 +97,7 @@ def check_model(draft: Draft, shape: Shape) -> None:
             hint="the checkpoint fixes `max_position_embeddings`; shorten the sequences",
         )
     unique = draft.number("num_unique_layers")
-    if unique and layers and (unique > layers or layers % unique):
+    if unique is not None and layers and (unique < 1 or unique > layers or layers % unique):
         draft.error(f"`num_unique_layers: {unique}` does not divide `num_layers: {layers}`", "num_unique_layers")
     if (draft.number("moe_num_experts") or 1) > 1:
         _check_experts(draft, shape)
@@ -109,6 +124,10 @@ def check_precision(draft: Draft, shape: Shape) -> int:
             why="NeoX reads its stage and stops with a TypeError (arguments.py:999)",
             hint="set `zero_optimization` with `stage: 1`",
         )
+    for name in ("fp16", "amp", "flops_profiler"):
+        switch = draft.values.get(name)
+        if isinstance(switch, dict) and "enabled" not in switch and not (name == precision == "fp16"):
+            draft.error(f"`{name}` needs `enabled`", name, why="NeoX stops without it", hint="enabled: true, or false")
     for name, own in (("fp16", "fp16"), ("bf16", "bfloat16")):
         table = draft.values.get(name)
         if isinstance(table, dict) and table.get("enabled") and precision not in ("", own):
@@ -156,7 +175,10 @@ def check_optimizer(draft: Draft) -> None:
             "`optimizer` needs `params`", "optimizer", why="NeoX stops with a KeyError", hint="params: {lr: 8.0e-6}"
         )
     else:
-        kind = optimizer.get("type", "Adam")
+        if "type" not in optimizer:
+            optimizer = {"type": "Adam", **optimizer}
+            draft.put("optimizer", optimizer, "NeoX stops at an optimizer without `type`, and Adam is its default")
+        kind = optimizer["type"]
         if not isinstance(kind, str) or kind.lower() not in _OPTIMIZERS:
             draft.error(
                 f"`optimizer.type: {kind}` is not one of NeoX's",
@@ -184,6 +206,16 @@ def check_optimizer(draft: Draft) -> None:
                 hint="lr: 8.0e-6",
             )
             rate = _OPTIMIZER_LR
+    scheduler = draft.values.get("scheduler")
+    if scheduler is not None and not (
+        isinstance(scheduler.get("type"), str) and isinstance(scheduler.get("params"), dict)
+    ):
+        draft.error(
+            "`scheduler` needs a `type` and `params`",
+            "scheduler",
+            why="NeoX stops without",
+            hint="delete it: NeoX has a schedule of its own (lr_decay_style, warmup)",
+        )
     lowest = draft.get("min_lr")
     if _is_number(rate) and _is_number(lowest) and lowest > rate:
         draft.error(
@@ -255,6 +287,10 @@ def _attention_types(draft: Draft, layers: int | None) -> set[str]:
             hint='[[["flash"], 60]], or [[["flash"], "all"]]',
         )
         return set()
+    for name in sorted(set(names) - set(_ATTENTION)):
+        draft.error(
+            f"`attention_config` has the unknown kind `{name}`", "attention_config", hint=nearest(name, _ATTENTION)
+        )
     if layers and len(names) != layers:
         draft.error(
             f"`attention_config` describes {len(names)} layers, and `num_layers` is {layers}",

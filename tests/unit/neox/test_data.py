@@ -123,10 +123,19 @@ def test_other_kinds_of_training_are_warned_about(neox):
 
 
 def test_every_file_the_job_needs_is_listed(neox):
-    paths = {(what, path) for what, path, _ in neox().plan.resolved.paths}
+    base = {"valid_data_paths": "[/base/v, rel/v]", "test_data_paths": "[/base/v]"}
+    planned = neox(
+        "train_label_data_paths: [/l]\n", base=base, run={"data": "{train: [/scratch/d/sft]}"}, options=UPSTREAM
+    )
+    paths = {path: (what, where) for what, path, where in planned.plan.resolved.paths}
 
-    assert ("NeoX working copy", "/project/neox") in paths and ("training script", "/project/neox/train.py") in paths
-    assert {("train data", "/scratch/d/sft.bin"), ("train data", "/scratch/d/sft.idx")} <= paths
-    assert ("vocab file", "/scratch/tok/model.model") in paths
-    where = next(where for what, path, where in neox().plan.resolved.paths if path.endswith("sft.bin"))
-    assert where == "run.yaml:10:16"
+    assert {what for what, _ in paths.values()} == {
+        "NeoX working copy",
+        "training script",
+        "vocab file",
+        "train labels",
+        "valid data",
+    }
+    assert paths["/base/v.idx"] == ("valid data", "base.yml:20:20")
+    assert "/project/neox/rel/v.bin" in paths and "/l.bin" in paths
+    assert "/scratch/d/sft.bin" not in paths  # run.yaml's own data is looked for by the check of every recipe

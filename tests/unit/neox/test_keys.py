@@ -127,3 +127,14 @@ def test_all_problems_come_at_once(neox):
 
     assert len(planned.said()) == 4
     assert planned.plan.resolved.configs == {}
+
+
+def test_null_in_the_run_takes_a_key_of_the_base_out(neox):
+    planned = neox(
+        "iteration_offset: null\nintermediate_size: null\n",
+        options=UPSTREAM,
+        base={"iteration_offset": "5", "intermediate_size": "64"},
+    )
+
+    assert not {"iteration_offset", "intermediate_size"} & set(planned.config("finetune"))
+    assert "unknown key" in neox("iteration_offset: null\n", options=UPSTREAM).said()[0]

@@ -29,14 +29,26 @@ from .conftest import UPSTREAM
         ("min_lr: 1.0e-3", "`min_lr: 0.001` is more than the learning rate 0.00016"),
         ("optimizer: {type: Adm}", "`optimizer.type: Adm` is not one of NeoX's"),
         ("lr: 8.0e-6", "`lr` has no effect"),
+        ("num_unique_layers: 0", "`num_unique_layers: 0` does not divide"),
+        ("fp16: {loss_scale: 0}", "`fp16` needs `enabled`"),
+        ("flops_profiler: {profile_step: 1}", "`flops_profiler` needs `enabled`"),
+        ("scheduler: {type: WarmupLR}", "`scheduler` needs a `type` and `params`"),
+        ("sparsity_config: {block: 16}", "`sparsity_config` does not work with grouped-query"),
+        ("attention_config: [[[flsh], all]]", "the unknown kind `flsh`|any"),
     ],
 )  # fmt: skip
 def test_what_neox_asserts_is_refused_first(neox, change, message):
     planned = neox(change + "\n")
     if message.endswith("|0"):  # 6000 = 48 x 125 and 8 x 750: nothing to refuse
         assert planned.said() == []
+    elif message.endswith("|any"):
+        assert any(message[:-4] in line for line in planned.said())
     else:
         planned.problem(message)
+
+
+def test_an_optimizer_without_type_is_adam(neox):
+    assert neox(base={"optimizer": "{params: {lr: 1.0e-4}}"}).config("finetune")["optimizer"]["type"] == "Adam"
 
 
 def test_experts_upstream_refuse_zero_2(neox):
