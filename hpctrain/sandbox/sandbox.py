@@ -89,11 +89,11 @@ def up(
         box = packages.find(environ, source=source, accounting=wanted.accounting, report=report)
         try:
             _start(wanted, name, directory, run, box, environ, progress)
+            return status(name, directory, environ), True
         except BaseException:
             with _signals_ignored():
                 _clear(directory, run, keep_logs=True)
             raise
-    return status(name, directory, environ), True
 
 
 def down(name: str, directory: Path, environ: Mapping[str, str], *, keep_logs: bool = False) -> bool:

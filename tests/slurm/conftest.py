@@ -53,10 +53,18 @@ class Sandbox:
         """Submit a bash script from `tmp_path`, wait for its end, and return what it printed; it must succeed."""
         (tmp_path / "job.sh").write_text("#!/bin/bash\n" + script)
         log = tmp_path / "job.log"
-        result = self.run("sbatch", "--wait", "-t", "5", "-o", str(log), *options, "job.sh", cwd=tmp_path, **environ)
+        log.unlink(missing_ok=True)
+        submit = ("sbatch", "--parsable", "-t", "5", "-o", str(log), *options, "job.sh")
+        job = self.ok(*submit, cwd=tmp_path, **environ).strip()
+        # Not `sbatch --wait`, which looks only every few seconds.
+        self.wait_for(lambda: self.state(job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), 120)
         text = log.read_text() if log.exists() else ""
-        assert result.returncode == 0, f"{result.stderr}\n{text}"
+        assert self.state(job) == "COMPLETED", f"{self.state(job)}\n{text}"
         return text
+
+    def state(self, job: str) -> str:
+        """A job's state as `scontrol show job` has it."""
+        return self.ok("scontrol", "show", "job", job).split("JobState=")[1].split()[0]
 
     def wait_for(self, condition: Any, limit_s: float = 60) -> None:
         """Until `condition()` is true."""

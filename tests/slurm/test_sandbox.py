@@ -257,8 +257,11 @@ def test_ctrl_c_at_any_moment_of_up_leaves_nothing_running(home: Path, sent: int
     time.sleep(delay_s)
     up.send_signal(sent)
     up.wait(timeout=60)
-    if up.returncode == 0:  # it was up before the signal came
+    record = state.load(directory)
+    if record is not None and record.phase == "up":  # it was up before the signal came
+        assert cli("status", home=home).returncode == 0
         return
+    assert up.returncode == errors.INTERRUPTED
     assert not left_over(directory)
     assert not (directory / "etc").exists() and not (directory / state.RECORD).exists()
 
