@@ -252,11 +252,11 @@ def _missing_files(config: SftConfig, document: yamlio.Document) -> list[Problem
     if config.tokenizer and not os.path.isfile(config.tokenizer):
         found.append(Problem(f"`{config.tokenizer}` does not exist", where=document.where("tokenizer")))
     for number, prefix in enumerate(config.train_data_paths):
-        for ending in (".bin", ".idx"):
-            if not os.path.isfile(prefix + ending):
-                hint = f"give the prefix `{prefix[:-4]}`" if prefix.endswith((".bin", ".idx")) else ""
-                where = document.where("train_data_paths", number)
-                found.append(Problem(f"`{prefix}{ending}` does not exist", where=where, hint=hint))
+        gone = [f"`{prefix}{ending}`" for ending in (".bin", ".idx") if not os.path.isfile(prefix + ending)]
+        if gone:
+            hint = f"give the prefix `{prefix[:-4]}`" if prefix.endswith((".bin", ".idx")) else ""
+            what = f"{' and '.join(gone)} {'do' if gone[1:] else 'does'} not exist"
+            found.append(Problem(what, where=document.where("train_data_paths", number), hint=hint))
     return found
 
 

@@ -78,9 +78,9 @@ class Trainer:
                 if saved != self.progress.iteration:
                     self._save()
                 why = "the stop file" if stop_after_save else f"signal {self.config.stop_signal}"
-                self.say(
-                    f"stopped by {why}: saved at iteration {self.progress.iteration} of {self.train_iters}, exit 0"
-                )
+                place = f"iteration {self.progress.iteration} of {self.train_iters}"
+                kept = f"saved at {place}" if self.progress.iteration >= first else f"nothing new to save at {place}"
+                self.say(f"stopped by {why}: {kept}, exit 0")
                 return errors.DONE
             torch.manual_seed(self._step_seed(iteration))
             lr = learning_rate(self.config, iteration, self.train_iters)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 from hpctrain import errors, output
 from hpctrain.train.config import SftConfig, load_config, resolve_batch
@@ -38,6 +39,8 @@ def train(config: SftConfig, launch: Launch, stop: StopRequest) -> int:
     """
     # Nothing is ever fetched: what a run needs is named in its config.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    # What DeepSpeed and torch deprecate in each other is nothing that the reader of a job log can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.|transformers\.")
     try:
         from hpctrain.train.loop import Trainer
     except ModuleNotFoundError as error:
