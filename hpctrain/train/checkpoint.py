@@ -9,6 +9,8 @@ DeepSpeed itself lets rank 0 write `latest` in place before the others have fini
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -184,6 +186,12 @@ def read_weights(checkpoint: str) -> dict[str, Any]:
     ZeRO 3 has no whole weights on disk: they are put together from the shards, in fp32.
     Raises UsageError when the checkpoint holds no weights, EnvironmentFault when a file cannot be read.
     """
+    # DeepSpeed tells its life to stdout as soon as it is imported, and stdout is for data.
+    with contextlib.redirect_stdout(io.StringIO()):
+        return _read_weights(checkpoint)
+
+
+def _read_weights(checkpoint: str) -> dict[str, Any]:
     import torch
 
     whole = os.path.join(checkpoint, "mp_rank_00_model_states.pt")

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.errors import Problem, UsageError
+from hpctrain.tokenize.indexed_dataset import Dataset, open_dataset
 from hpctrain.tokenize.loss_mask import MaskRules, find_unclosed, rules_from_config, trained_tokens
-from hpctrain.train._indexed import Indexed, open_indexed
 from hpctrain.train._packing import pack_best_fit
 from hpctrain.train.config import SftConfig
 
@@ -57,7 +57,7 @@ class PackedRows:
             config.loss_mask_pairs, config.loss_mask_alternating_individual, config.loss_mask_individual,
             config.eod_mask_loss, config.eod_id,
         )  # fmt: skip
-        self._parts: list[Indexed] = [open_indexed(prefix) for prefix in config.train_data_paths]
+        self._parts: list[Dataset] = [_open_whole(prefix) for prefix in config.train_data_paths]
         self._first = np.cumsum([0, *(len(part.sizes) for part in self._parts)])
         sizes = np.concatenate([part.sizes for part in self._parts]).astype(np.int64)
         capacity = config.seq_length + 1
@@ -145,7 +145,7 @@ class PackedRows:
 
     def _read(self, document: int) -> npt.NDArray[Any]:
         part = int(np.searchsorted(self._first, document, side="right")) - 1
-        return self._parts[part].read(int(document - self._first[part]))
+        return self._parts[part][int(document - self._first[part])]
 
 
 def step_samples(step_start: int, rank: int, num_ranks: int, micro: int, accumulation: int) -> list[list[int]]:
@@ -166,6 +166,17 @@ def describe_too_long(rows: PackedRows, limit: int = 10) -> str:
         f"{len(rows.too_long)} of {rows.num_documents} documents are longer than seq_length + 1 = {rows.seq_length + 1}"
         f" tokens and are never trained: {', '.join(named)}{more}"
     )
+
+
+def _open_whole(prefix: str) -> Dataset:
+    """The dataset, if its .bin holds all that its .idx promises; a copy that was cut off does not."""
+    dataset = open_dataset(prefix)
+    itemsize = dataset.tokens.dtype.itemsize
+    needed = int((dataset.pointers // itemsize + dataset.sizes).max(initial=0))
+    if needed > dataset.num_tokens:
+        why = f"it holds {dataset.num_tokens} tokens, and its index reaches to {needed}"
+        raise UsageError(f"`{prefix}.bin` is cut short", why=why, hint="copy or tokenize it again")
+    return dataset
 
 
 def _nothing_fits(config: SftConfig, sizes: Ints) -> Problem:
