@@ -86,9 +86,22 @@ def load_config(path: str) -> SftConfig:
     EnvironmentFault when the file cannot be read.
     """
     document = yamlio.load_yaml(path)
+    config, problems = parse_config(document, os.path.dirname(os.path.abspath(path)))
+    bad = {problem.where for problem in problems}
+    problems += [problem for problem in _missing_files(config, document) if problem.where not in bad]
+    if problems:
+        raise UsageError(problems)
+    return config
+
+
+def parse_config(document: yamlio.Document, base_dir: str) -> tuple[SftConfig, list[Problem]]:
+    """The config of a YAML document and every problem of it; looks at no file.
+
+    With problems it is a best guess, good for finding more of them. Relative paths are relative to `base_dir`.
+    """
     data = {} if document.data is None else document.data
     if not isinstance(data, dict):
-        raise UsageError("the config is not a mapping of keys", where=document.where())
+        return SftConfig(), [Problem("the config is not a mapping of keys", where=document.where())]
     problems: list[Problem] = []
     fields = {item.name: item for item in dataclasses.fields(SftConfig)}
     values: dict[str, Any] = {}
@@ -101,22 +114,17 @@ def load_config(path: str) -> SftConfig:
         try:
             values[key] = _convert(value, fields[key])
         except ValueError as error:
-            problems.append(
-                Problem(f"`{key}: {_show(value)}` {error}", document.where(key), fields[key].metadata["doc"])
-            )
-    base = os.path.dirname(os.path.abspath(path))
+            what = f"`{key}: {_show(value)}` {error}"
+            problems.append(Problem(what, document.where(key), why=f"{key}: {fields[key].metadata['doc']}"))
     for key in ("model", "tokenizer"):
         if values.get(key):
-            values[key] = os.path.join(base, os.path.expanduser(values[key]))
+            values[key] = os.path.join(base_dir, os.path.expanduser(values[key]))
     if "train_data_paths" in values:
-        values["train_data_paths"] = tuple(os.path.join(base, prefix) for prefix in values["train_data_paths"])
+        values["train_data_paths"] = tuple(os.path.join(base_dir, prefix) for prefix in values["train_data_paths"])
     bad = {problem.where for problem in problems}
     config = dataclasses.replace(SftConfig(), **values)
     problems += [problem for problem in _contradictions(config, document, set(data)) if problem.where not in bad]
-    problems += [problem for problem in _missing_files(config, document) if problem.where not in bad]
-    if problems:
-        raise UsageError(problems)
-    return config
+    return config, problems
 
 
 @dataclass(frozen=True)
