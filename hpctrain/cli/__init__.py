@@ -27,6 +27,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "cancel": ("cancel", "cancel every job of a chain now"),
     "checkpoint": ("checkpoint", "list, verify, bootstrap and choose checkpoints"),
     "triage": ("triage", "what the logs say: GREEN or RED per rule, the cause, what to do next"),
+    "export": ("export", "write a run's weights as a Hugging Face directory"),
+    "generate": ("generate", "answer prompts with a run's weights"),
     "recipe": ("recipe", "what can train: list, show"),
     "template": ("template", "job script templates: list, show, override by blocks"),
     "site": ("site", "site profiles: list, show, check, draft a new one"),

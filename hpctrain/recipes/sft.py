@@ -1,0 +1,139 @@
+"""The built-in SFT trainer as a recipe: run.yaml -> one config for every mode, and the command each rank runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+from hpctrain import yamltext
+from hpctrain.errors import Problem, UsageError
+from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
+from hpctrain.spec import absolute
+from hpctrain.train.config import SftConfig, parse_config, resolve_batch
+from hpctrain.yamlio import Document
+
+CONFIG = "config.yml"
+# run.yaml says these elsewhere, so that `check` knows them as paths and as data.
+_ELSEWHERE = {
+    "model": "recipe_options.model",
+    "tokenizer": "recipe_options.tokenizer",
+    "train_data_paths": "data.train",
+}
+
+
+def resolve(context: Context) -> Resolved:
+    """The trainer's config with all that follows from the run; its problems name the line of run.yaml."""
+    spec, options = context.spec, context.options
+    problems = [
+        Problem(f"`config.{key}` is set as `{place}`", where=context.config.where_key(key), hint="move it there")
+        for key, place in _ELSEWHERE.items()
+        if context.config.get(key) is not None
+    ]
+    document = _with_paths(context)
+    config, found = parse_config(document, spec.base_dir)
+    problems += [problem for problem in found if not problem.what.endswith("is missing")]
+    if not spec.data.get("train"):
+        problems.append(Problem("no training data", where=spec.where("data"),
+                                hint="data: {train: [/path/to/sft_text_document]}, a prefix without .bin"))  # fmt: skip
+    if not spec.checkpoint_dir:
+        problems.append(Problem("the trainer needs a folder for its checkpoints", where=spec.where("checkpoint"),
+                                hint="set `checkpoint: {dir: …}`"))  # fmt: skip
+    if config.train_iters is None and spec.num_links > 1:
+        problems.append(
+            Problem(
+                f"a chain of {spec.num_links} jobs must know when the run is done, and `train_epochs` does not tell",
+                where=document.where("train_epochs"),
+                hint="give `train_iters`; `hpctrain data count` shows how many rows an epoch has",
+            )
+        )
+    signal = _signal(spec.sbatch.get("signal"))
+    if signal and "stop_signal" not in (document.data or {}):
+        config = dataclasses.replace(config, stop_signal=signal)
+    try:
+        batch = resolve_batch(config, context.world_size, context.config.where("train_batch_size"))
+        config = dataclasses.replace(
+            config, train_batch_size=batch.train_batch_size, gradient_accumulation_steps=batch.accumulation
+        )
+    except UsageError as error:
+        problems += error.problems
+    failed = any(problem.level == "error" for problem in problems)
+    paths = [("model", config.model, spec.where("recipe_options", "model"))]
+    if config.tokenizer:
+        paths.append(("tokenizer", config.tokenizer, spec.where("recipe_options", "tokenizer")))
+    for number, prefix in enumerate(config.train_data_paths):
+        where = spec.where("data", "train", number)
+        paths += [(f"training data ({ending})", f"{prefix}.{ending}", where) for ending in ("bin", "idx")]
+    return Resolved(
+        argv=(options["python"], "-u", "-m", "hpctrain.train.sft"),
+        workdir=context.run_dir,
+        configs={} if failed else {CONFIG: config_text(config, spec.name)},
+        config_for={mode: CONFIG for mode in ("scratch", "finetune", "resume")},
+        guard=Guard(
+            layout="deepspeed",
+            target=config.train_iters,
+            tensor_parallel=1,
+            data_parallel=context.world_size,
+            zero_stage=config.zero_stage,
+        ),
+        cadence=Cadence(config.train_iters, config.checkpoint_factor, saves_on_signal=True),
+        paths=tuple(paths),
+        decisions=_decisions(config, context),
+        problems=tuple(problems),
+    )
+
+
+def config_text(config: SftConfig, name: str) -> str:
+    """The trainer's config as YAML, every key with its sentence, so that the file explains itself."""
+    lines = yamltext.comment(f"The training of run {name}, read by `python -m hpctrain.train.sft` on every rank.")
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        value = list(value) if isinstance(value, tuple) else value
+        if value is None or value == []:
+            continue
+        lines += ["", *yamltext.comment(item.metadata["doc"]), *yamltext.block(item.name, value)]
+    return "\n".join(lines) + "\n"
+
+
+def _with_paths(context: Context) -> Document:
+    """The config with the paths that run.yaml gives elsewhere, each with its own position."""
+    document, spec = context.config, context.spec
+    data = dict(document.data or {})
+    origins, keys = dict(document.origins), dict(document.key_origins)
+    given: dict[str, Any] = {key: absolute(context.options[key], spec.base_dir) for key in ("model", "tokenizer")
+                             if context.options[key]}  # fmt: skip
+    if spec.data.get("train"):
+        given["train_data_paths"] = [re.sub(r"\.(bin|idx)\Z", "", path) for path in spec.data["train"]]
+    for key, value in given.items():
+        data[key] = value
+    for key in _ELSEWHERE:
+        # Positions of the config's own section would be wrong for what stands elsewhere.
+        for table in (origins, keys):
+            for path in [path for path in table if path[:1] == (key,)]:
+                del table[path]
+    for path, origin in spec.document.origins.items():
+        if path[:2] == ("data", "train"):
+            inner = ("train_data_paths", *path[2:])
+            origins[inner] = origin
+        if path[:1] == ("recipe_options",) and path[1:2] in (("model",), ("tokenizer",)):
+            origins[path[1:]] = origin
+    return Document(data, origins, keys, document.name or spec.source)
+
+
+def _signal(override: Any) -> str | None:
+    match = re.fullmatch(r"(?:B:)?(?:SIG)?([A-Z0-9]+)(?:@\d+)?", str(override or ""))
+    return match[1] if match else None
+
+
+def _decisions(config: SftConfig, context: Context) -> tuple[Decision, ...]:
+    total, gas = config.train_batch_size, config.gradient_accumulation_steps
+    product = f"{config.train_micro_batch_size_per_gpu} x {gas} accumulation x {context.world_size} ranks"
+    return (
+        Decision("step.program", "hpctrain.train.sft", "the built-in trainer", "recipe sft"),
+        Decision("batch.train_batch_size", total, product, context.config.where("train_batch_size")),
+        Decision("batch.data_parallel_size", context.world_size, "one rank per task", context.spec.where("nodes")),
+        Decision("checkpoint.every", config.checkpoint_factor, "`checkpoint_factor`",
+                 context.config.where("checkpoint_factor")),
+        Decision("model", os.path.basename(config.model), "as the run says", context.spec.where("recipe_options", "model")),
+    )  # fmt: skip

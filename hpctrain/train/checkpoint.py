@@ -1,0 +1,267 @@
+"""DeepSpeed checkpoints that exist whole or not at all, and starting from them.
+
+    DIR/partial_global_step20/   while ranks write; never named by `latest`
+    DIR/global_step20/           all files on disk: DeepSpeed's, hpctrain.json, config.json, tokenizer.model
+    DIR/latest                   `global_step20`, replaced by rename after that
+
+DeepSpeed itself lets rank 0 write `latest` in place before the others have finished (slurm.md §9 of the project's notes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
+
+META = "hpctrain.json"
+_TAG = re.compile(r"global_step(\d+)\Z", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, as its checkpoint tells the next link; written to hpctrain.json."""
+
+    run_id: str  # made up by the link that began the run; tells our checkpoints from others in the same directory
+    iteration: int
+    consumed_samples: int
+    num_ranks: int
+    zero_stage: int
+    precision: str
+    data_fingerprint: str
+    config: dict[str, Any]
+
+
+def save(
+    engine: Any,
+    directory: str,
+    progress: Progress,
+    extra_files: dict[str, bytes],
+    barrier: Callable[[], None],
+    rank: int,
+) -> str:
+    """Write `global_stepN` on all ranks together and name it in `latest`; returns its path.
+
+    A crash at any point leaves the checkpoints and `latest` of before. A directory or link that already has the name is
+    set aside, never written into. Raises OSError when the disk refuses.
+    """
+    tag = f"global_step{progress.iteration}"
+    partial, final = os.path.join(directory, "partial_" + tag), os.path.join(directory, tag)
+    if rank == 0:
+        os.makedirs(directory, exist_ok=True)
+        remove_own(partial)
+    barrier()
+    engine.save_checkpoint(
+        directory, tag="partial_" + tag, client_state={"hpctrain": asdict(progress)}, save_latest=False
+    )
+    for name in os.listdir(partial):
+        if _writer_of(name) == rank:
+            _sync(os.path.join(partial, name))
+    if rank == 0:
+        meta = json.dumps(asdict(progress), indent=1).encode()
+        for name, content in {**extra_files, META: meta}.items():
+            _write_synced(os.path.join(partial, name), content)
+    barrier()  # every rank's files are on disk
+    if rank == 0:
+        _sync(partial)
+        if os.path.lexists(final):
+            aside = _free_name(os.path.join(directory, f"set_aside_{tag}"))
+            os.rename(final, aside)
+            print(f"hpctrain: {final} existed and is now {aside}", flush=True)
+        os.rename(partial, final)
+        _sync(directory)
+        write_latest(directory, tag)
+    barrier()
+    return final
+
+
+def write_latest(directory: str, tag: str) -> None:
+    """Replace DIR/latest so that every reader sees the old name or the new one, whole."""
+    temporary = os.path.join(directory, f".latest.{os.getpid()}")
+    _write_synced(temporary, tag.encode())
+    os.rename(temporary, os.path.join(directory, "latest"))
+    _sync(directory)
+
+
+def prune(directory: str, run_id: str, keep: int) -> list[str]:
+    """Delete this run's checkpoints but the `keep` newest; returns the paths deleted.
+
+    Only real directories whose hpctrain.json carries `run_id` are looked at, never a link, and never what `latest` names.
+    """
+    mine = []
+    for name in os.listdir(directory):
+        path = os.path.join(directory, name)
+        match = _TAG.match(name)
+        if match and os.path.isdir(path) and not os.path.islink(path):
+            progress = read_progress(path)
+            if progress and progress.run_id == run_id:
+                mine.append((int(match.group(1)), path))
+    with open(os.path.join(directory, "latest"), encoding="utf-8") as file:
+        latest = file.read().strip()
+    old = [path for _, path in sorted(mine)[:-keep] if os.path.basename(path) != latest]
+    for path in old:
+        # First under a name that no reader takes for a checkpoint, so that half a deletion is not half a checkpoint.
+        doomed = _free_name(os.path.join(directory, "partial_" + os.path.basename(path)))
+        os.rename(path, doomed)
+        remove_own(doomed)
+    return old
+
+
+def read_progress(checkpoint: str) -> Progress | None:
+    """What hpctrain.json of a checkpoint says, or None when it was not made by this trainer."""
+    try:
+        with open(os.path.join(checkpoint, META), encoding="utf-8") as file:
+            values = json.load(file)
+        return Progress(**{item.name: values[item.name] for item in fields(Progress)})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_resume(checkpoint: str, now: Progress) -> Progress:
+    """The progress of `checkpoint` if this run can go on from it exactly; else everything that stands against it."""
+    then = read_progress(checkpoint)
+    if then is None:
+        raise UsageError(
+            f"`{checkpoint}` has no readable {META}, so where its run stood is not known",
+            hint="start from it in mode finetune; that takes its weights only",
+        )
+    problems = []
+
+    def differs(what: str, old: object, new: object, why: str) -> None:
+        if old != new:
+            text = f"cannot resume: {what} was {old} and is {new}"
+            hint = f"go back to {old}, or start from it in mode finetune, which takes the weights only"
+            problems.append(Problem(text, where=checkpoint, why=why, hint=hint))
+
+    differs("`precision`", then.precision, now.precision, "the optimizer state has that form")
+    differs("`zero_stage`", then.zero_stage, now.zero_stage, "the optimizer state is cut that way")
+    if now.zero_stage:
+        # With stage 0 every rank holds the whole state, so any number of ranks can take it.
+        differs("the number of ranks", then.num_ranks, now.num_ranks,
+                f"ZeRO stage {now.zero_stage} cuts the optimizer state into one part a rank")  # fmt: skip
+    if then.data_fingerprint != now.data_fingerprint:
+        problems.append(
+            Problem(
+                "cannot resume: the data is not what the run was trained on",
+                where=checkpoint,
+                why="document lengths, `train_data_paths`, `seq_length`, `pack_impl` or `seed` changed,"
+                " so its place in the data means nothing",
+                hint="put the old data back, or start from it in mode finetune",
+            )
+        )
+    if problems:
+        raise Refused(problems)
+    return then
+
+
+def changed_keys(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The config keys that changed since a checkpoint, as `key old -> new`."""
+    return [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and _plain(then[key]) != _plain(now[key])]
+
+
+def load_weights(model: Any, checkpoint: str) -> None:
+    """Put a checkpoint's weights into a model, whatever the number of ranks was; nothing else of it is taken.
+
+    To be called before DeepSpeed makes its fp32 copies. Raises UsageError when the weights do not fit.
+    """
+    state = read_weights(checkpoint)
+    own = model.state_dict()
+    want, have = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (own, state))
+    problems = describe_mismatch(checkpoint, want, have)
+    if problems:
+        raise UsageError(problems)
+    model.load_state_dict({name: state[name] for name in own})
+
+
+def read_weights(checkpoint: str) -> dict[str, Any]:
+    """All weights of a DeepSpeed checkpoint of this trainer, on the CPU, by their Hugging Face names.
+
+    ZeRO 3 has no whole weights on disk: they are put together from the shards, in fp32.
+    Raises UsageError when the checkpoint holds no weights, EnvironmentFault when a file cannot be read.
+    """
+    # DeepSpeed tells its life to stdout as soon as it is imported, and stdout is for data.
+    with contextlib.redirect_stdout(io.StringIO()):
+        return _read_weights(checkpoint)
+
+
+def _read_weights(checkpoint: str) -> dict[str, Any]:
+    import torch
+
+    whole = os.path.join(checkpoint, "mp_rank_00_model_states.pt")
+    try:
+        if os.path.isfile(whole):
+            # Written by this trainer or put there by the user, who starts a training job from it: trusted as code is.
+            state = torch.load(whole, map_location="cpu", weights_only=False, mmap=True)
+            return dict(state["module"])
+        if any("model_states" in name for name in os.listdir(checkpoint)):
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+            directory, tag = os.path.split(os.path.realpath(checkpoint))
+            return dict(get_fp32_state_dict_from_zero_checkpoint(directory, tag))
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise EnvironmentFault(f"cannot read the weights: {error}", where=checkpoint) from error
+    raise UsageError("this is no DeepSpeed checkpoint: it has no *model_states.pt", where=checkpoint)
+
+
+def describe_mismatch(where: str, want: dict[str, Any], have: dict[str, Any]) -> list[Problem]:
+    """Why weights do not fit a model: missing tensors and other shapes, the first few of each."""
+    missing = sorted(set(want) - set(have))
+    shapes = [
+        f"{name} {have[name]} instead of {want[name]}"
+        for name in sorted(want)
+        if name in have and have[name] != want[name]
+    ]
+    found = []
+    if missing:
+        found.append(f"{len(missing)} tensors are missing, such as {', '.join(missing[:3])}")
+    if shapes:
+        found.append(f"{len(shapes)} tensors have another shape, such as {'; '.join(shapes[:3])}")
+    return [Problem(f"the weights do not fit `model`: {what}", where=where) for what in found]
+
+
+def remove_own(path: str) -> None:
+    """Delete a directory that this module made; a link of that name is only unlinked."""
+    if os.path.islink(path):
+        os.unlink(path)
+    elif os.path.isdir(path):
+        shutil.rmtree(path)
+
+
+def _writer_of(name: str) -> int:
+    """The rank that writes a file of a checkpoint: optimizer shards by their rank, everything else by rank 0."""
+    match = re.search(r"zero_pp_rank_(\d+)_", name)
+    return int(match.group(1)) if match else 0
+
+
+def _write_synced(path: str, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_name(wanted: str) -> str:
+    name, number = wanted, 1
+    while os.path.lexists(name):
+        number += 1
+        name = f"{wanted}_{number}"
+    return name
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,112 @@
+"""A checkpoint as a Hugging Face directory: weights, configs and a tokenizer that `transformers` loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from typing import Any
+
+from hpctrain.errors import EnvironmentFault, Refused, UsageError, missing_package
+from hpctrain.tokenize.spm import load_model
+from hpctrain.train.checkpoint import META, describe_mismatch, read_weights
+from hpctrain.train.source import Source
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def export(source: Source, directory: str, precision: str = "auto", tokenizer: str | None = None) -> list[str]:
+    """Write a new Hugging Face directory; returns its file names. `precision` auto is the one it was trained in.
+
+    All of it or nothing appears. Raises Refused when `directory` exists, UsageError when the source is one already or the
+    weights do not fit its config, EnvironmentFault when it cannot be written.
+    """
+    if source.exported:
+        raise UsageError("this is a Hugging Face directory already", where=source.path)
+    target = os.path.abspath(directory)
+    if os.path.lexists(target):
+        raise Refused(f"`{directory}` exists", hint="name a directory that does not")
+    parent = os.path.dirname(target)
+    try:
+        os.makedirs(parent, exist_ok=True)
+        staged = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=parent)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write `{directory}`: {error.strerror}") from error
+    try:
+        os.chmod(staged, 0o755)
+        _fill(source, staged, precision, tokenizer or source.tokenizer)
+        names = sorted(os.listdir(staged))
+        for name in names:
+            _sync(os.path.join(staged, name))
+        _sync(staged)
+        os.rename(staged, target)
+        _sync(parent)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return names
+
+
+def load_hf_model(source: Source, precision: str = "auto") -> Any:
+    """The plain `transformers` model of a checkpoint or an exported directory, in eval mode on the CPU."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise missing_package(str(error.name), "train") from error
+    from hpctrain.train.model import read_model_config
+
+    dtype = getattr(torch, DTYPES[source.precision if precision == "auto" else precision])
+    config = read_model_config(source.path)
+    config.use_cache = True
+    if source.exported:
+        return transformers.AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True).to(dtype).eval()
+    state = read_weights(source.path)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    want, have = ({name: tuple(value.shape) for name, value in t.items()} for t in (model.state_dict(), state))
+    problems = describe_mismatch(source.path, want, have)
+    if problems:
+        raise UsageError(problems)
+    model.load_state_dict({name: state[name] for name in want})
+    return model.to(dtype).eval()
+
+
+def _fill(source: Source, directory: str, precision: str, tokenizer: str | None) -> None:
+    model = load_hf_model(source, precision)
+    chat, config = source.chat, model.config
+    ends = [token for token in (chat.assistant, chat.eod) if token is not None]
+    if tokenizer:
+        from hpctrain.train.hf_tokenizer import end_of_document, save_tokenizer
+
+        spm = load_model(tokenizer)
+        if spm.vocab_size > config.vocab_size:
+            raise UsageError(
+                f"the tokenizer has {spm.vocab_size} pieces and the model {config.vocab_size} embeddings",
+                where=tokenizer,
+                hint="name the tokenizer that the data was made with",
+            )
+        save_tokenizer(spm, chat, directory, int(config.max_position_embeddings))
+        eod = end_of_document(spm, chat)
+        ends += [eod] if eod is not None and eod not in ends else []
+        chat = type(chat)(chat.user_open, chat.user_close, chat.assistant, eod)
+    config.architectures = [type(model).__name__]
+    generation = model.generation_config
+    generation.eos_token_id = ends or None
+    generation.pad_token_id = ends[-1] if ends else None
+    generation.bos_token_id = None
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, ends[-1] if ends else None, None
+    model.save_pretrained(directory, safe_serialization=True)
+    about = {"from": os.path.basename(source.path), "iteration": source.iteration, "precision": source.precision,
+             "chat": asdict(chat)}  # fmt: skip
+    with open(os.path.join(directory, META), "w", encoding="utf-8") as file:
+        json.dump(about, file, indent=1)
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,91 @@
+"""What a run says while it trains: GPT-NeoX's log line, metrics.jsonl, and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO
+
+from hpctrain.errors import missing_package
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One log interval over all ranks. `loss` is per trained token; the counts run since the link began."""
+
+    iteration: int
+    train_iters: int
+    loss: float
+    lr: float
+    grad_norm: float
+    step_time_s: float
+    samples_per_s: float
+    tokens_per_s_per_gpu: float
+    tflops_per_gpu: float
+    trained_tokens: int
+    consumed_samples: int
+    epoch: float
+    skipped: int
+    nan: int
+
+
+def log_line(metrics: Metrics) -> str:
+    """The line that GPT-NeoX prints, so that whatever reads its logs reads ours."""
+    m = metrics
+    return (
+        f" samples/sec: {m.samples_per_s:.3f} | iteration {m.iteration:8d}/{m.train_iters:8d}"
+        f" | elapsed time per iteration (ms): {m.step_time_s * 1000:.1f} | learning rate: {m.lr:.3E}"
+        f" | lm_loss: {m.loss:.6E} | grad norm: {m.grad_norm:.4f} | samples per second: {m.samples_per_s:.3f}"
+        f" | tokens per gpu per second (tgs): {m.tokens_per_s_per_gpu:.1f} | TFLOPs: {m.tflops_per_gpu:.3f}"
+        f" | number of skipped iterations: {m.skipped:3d} | number of nan iterations: {m.nan:3d} |"
+    )
+
+
+class MetricsLog:
+    """Prints each interval, appends it to `metrics.jsonl`, and mirrors it to W&B; rank 0 only.
+
+    metrics.jsonl only grows: after a resume, iterations that were lost appear again, and the later line counts.
+    """
+
+    def __init__(self, run_dir: str, link: int, wandb_project: str | None, config: dict[str, Any]):
+        self._file = _append_whole_lines(os.path.join(run_dir, "metrics.jsonl"))
+        self._link = link
+        self._wandb: Any = None
+        if wandb_project:
+            try:
+                import wandb
+            except ImportError as error:
+                raise missing_package("wandb", "train") from error
+            os.environ.setdefault("WANDB_MODE", "offline")
+            self._wandb = wandb.init(project=wandb_project, dir=run_dir, config=config, resume="allow")
+
+    def write(self, metrics: Metrics) -> None:
+        print(log_line(metrics), flush=True)
+        record = {"link": self._link, **asdict(metrics)}
+        # JSON has no NaN; and one write of a whole line, so that a kill leaves at most one torn line at the end.
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(asdict(metrics), step=metrics.iteration)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _append_whole_lines(path: str) -> TextIO:
+    """The file opened for appending, behind a line end: a kill may have torn the last line."""
+    file = open(path, "ab+")
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    file.close()
+    return open(path, "a", encoding="utf-8")

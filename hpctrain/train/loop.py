@@ -1,0 +1,279 @@
+"""The training loop: set up, step, log, save, stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+import uuid
+from typing import Any
+
+import torch
+
+from hpctrain import errors
+from hpctrain.train import checkpoint, engine
+from hpctrain.train.config import Batch, SftConfig, learning_rate
+from hpctrain.train.data import DataError, PackedRows, describe_too_long, step_samples
+from hpctrain.train.launch import Launch, StopRequest
+from hpctrain.train.logs import Metrics, MetricsLog
+from hpctrain.train.model import build_model, choose_attention, has_weights, read_model_config, to_tensors
+
+
+class Trainer:
+    """One rank of one link. Raises UsageError, Refused or EnvironmentFault while setting up; see `run` for the rest."""
+
+    def __init__(self, config: SftConfig, launch: Launch, batch: Batch):
+        self.config, self.launch, self.batch = config, launch, batch
+        self.device = engine.start(launch, config.distributed_timeout_s)
+        self.rows = PackedRows(config)
+        self.train_iters = config.train_iters or math.ceil(
+            float(config.train_epochs or 1) * len(self.rows) / batch.train_batch_size
+        )
+        self.model_config = read_model_config(config.model)
+        self.attention = choose_attention(config.attention)
+        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.progress = checkpoint.Progress(
+            run_id=uuid.uuid4().hex,
+            iteration=0,
+            consumed_samples=0,
+            num_ranks=launch.num_ranks,
+            zero_stage=config.zero_stage,
+            precision=config.precision,
+            data_fingerprint=self.rows.fingerprint,
+            config=dataclasses.asdict(config),
+        )
+        resumed = checkpoint.check_resume(launch.checkpoint, self.progress) if launch.mode == "resume" else None
+        model = self._model()
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.vocab_size = int(self.model_config.vocab_size)
+        self.stepper = engine.make_stepper(model, config, batch)
+        if resumed is not None:
+            self._resume(resumed)
+        self.log: MetricsLog | None = None
+        self._say_setup()
+
+    def run(self, stop: StopRequest) -> int:
+        """Step to the last iteration, saving on the way; returns the exit code.
+
+        0 at the end or after a save on the stop signal, 1 when the gradient stays not finite (nothing is saved then, so
+        the last good checkpoint stays the last).
+        """
+        first = self.progress.iteration + 1
+        if first > self.train_iters:
+            self.say(f"nothing to train: iteration {self.progress.iteration} of {self.train_iters} is done")
+            return errors.DONE
+        if self.launch.rank == 0:
+            os.makedirs(self.launch.run_dir, exist_ok=True)
+            self.log = MetricsLog(self.launch.run_dir, self.launch.link, self.config.wandb_project,
+                                  dataclasses.asdict(self.config))  # fmt: skip
+        interval = _Interval(self.device)
+        saved = self.progress.iteration
+        in_a_row = 0
+        stop_after_save = False
+        for iteration in range(first, self.train_iters + 1):
+            batches, trained_tokens, stopping = self._prepare(stop.received or stop_after_save)
+            if stopping:
+                if saved != self.progress.iteration:
+                    self._save()
+                why = "the stop file" if stop_after_save else f"signal {self.config.stop_signal}"
+                place = f"iteration {self.progress.iteration} of {self.train_iters}"
+                kept = f"saved at {place}" if self.progress.iteration >= first else f"nothing new to save at {place}"
+                self.say(f"stopped by {why}: {kept}, exit 0")
+                return errors.DONE
+            torch.manual_seed(self._step_seed(iteration))
+            lr = learning_rate(self.config, iteration, self.train_iters)
+            loss, norm, skipped = self.stepper.step(batches, lr, trained_tokens)
+            interval.add(loss, trained_tokens)
+            self.progress = dataclasses.replace(
+                self.progress,
+                iteration=iteration,
+                consumed_samples=self.progress.consumed_samples + self.batch.train_batch_size,
+            )
+            in_a_row = in_a_row + 1 if skipped else 0
+            last = iteration == self.train_iters
+            given_up = in_a_row >= self.config.max_skipped_in_a_row
+            if iteration % self.config.log_interval == 0 or iteration == first or last or given_up:
+                self._report(interval, lr, norm)
+            if given_up:
+                self.say(f"error: no finite gradient for {in_a_row} steps in a row; nothing is saved, exit 1")
+                return errors.NO
+            if last or iteration % self.config.checkpoint_factor == 0:
+                interval.exclude(self._save())
+                saved = iteration
+                stop_after_save = self.launch.rank == 0 and os.path.exists(os.path.join(self.launch.run_dir, "STOP"))
+        self.say(f"done: iteration {self.train_iters} of {self.train_iters}, exit 0")
+        return errors.DONE
+
+    def say(self, text: str) -> None:
+        """A line on rank 0's stdout."""
+        if self.launch.rank == 0:
+            print(f"hpctrain: {text}", flush=True)
+
+    def close(self) -> None:
+        """Flush the logs and leave the other ranks."""
+        if self.log is not None:
+            self.log.close()
+        engine.finish()
+
+    def _model(self) -> Any:
+        """The model with the weights that this mode starts from; DeepSpeed's copies come after."""
+        start, wanted = self.launch.checkpoint, self.config.init
+        pretrained = os.path.isdir(self.config.model) and has_weights(self.config.model)
+        if wanted == "pretrained" and not pretrained:
+            raise errors.UsageError(f"`init: pretrained`, but `{self.config.model}` has no weights")
+        source = None
+        self.origin = f"random weights from seed {self.config.seed}"
+        if self.launch.mode == "scratch" and pretrained and wanted != "random":
+            source, self.origin = self.config.model, f"the weights of {self.config.model}"
+        elif (
+            self.launch.mode == "finetune" and os.path.isfile(os.path.join(start, "config.json")) and has_weights(start)
+        ):
+            source, self.origin = start, f"the weights of {start}"
+        model = build_model(self.config, self.model_config, source, self.config.seed)
+        if self.launch.mode == "finetune" and source is None:
+            checkpoint.load_weights(model, start)
+            self.origin = f"the weights of {start}; optimizer and iteration start fresh"
+        return model
+
+    def _resume(self, then: checkpoint.Progress) -> None:
+        directory, tag = os.path.split(self.launch.checkpoint)
+        path, client = self.stepper.engine.load_checkpoint(directory, tag=tag)
+        if path is None or client.get("hpctrain", {}).get("iteration") != then.iteration:
+            raise errors.EnvironmentFault("DeepSpeed could not load the checkpoint", where=self.launch.checkpoint)
+        self.progress = dataclasses.replace(
+            self.progress, run_id=then.run_id, iteration=then.iteration, consumed_samples=then.consumed_samples
+        )
+        self.origin = f"{self.launch.checkpoint}, whole, at iteration {then.iteration}"
+        for change in checkpoint.changed_keys(then.config, self.progress.config):
+            self.say(f"note: changed since the checkpoint: {change}")
+
+    def _say_setup(self) -> None:
+        rows, batch = self.rows, self.batch
+        self.say(f"mode {self.launch.mode}: starts from {self.origin}")
+        self.say(
+            f"model {self.model_config.model_type}, {self.num_parameters:,} parameters, {self.config.precision},"
+            f" ZeRO {self.config.zero_stage}, attention {self.attention}, {batch.ranks} ranks on {self.device.type}"
+        )
+        self.say(
+            f"data {rows.num_documents:,} documents, {rows.num_tokens:,} tokens in {len(rows):,} rows"
+            f" of {rows.seq_length + 1} ({100 * rows.fill:.1f} % full)"
+        )
+        self.say(
+            f"batch {batch.train_batch_size} = {batch.micro} x {batch.accumulation} accumulation x {batch.ranks} ranks;"
+            f" {self.train_iters} iterations = {self.train_iters * batch.train_batch_size / len(rows):.2f} epochs"
+        )
+        too_long = describe_too_long(rows)
+        if too_long:
+            self.say(f"warning: {too_long}")
+        unclosed = rows.unclosed() if self.launch.rank == 0 else []
+        if unclosed:
+            names = ", ".join(map(rows.name, unclosed[:5]))
+            self.say(f"warning: {len(unclosed)} documents leave a loss_mask token open, such as {names}")
+
+    def _prepare(self, stopping: bool) -> tuple[list[dict[str, Any]], int, bool]:
+        """This rank's arguments for the next step, the trained tokens of the whole batch, and whether to stop instead.
+
+        The last two are the same on every rank. Raises on all ranks when one of them meets bad data.
+        """
+        arguments: list[dict[str, Any]] = []
+        tokens, bad = 0, None
+        place = (self.launch.rank, self.batch.ranks, self.batch.micro, self.batch.accumulation)
+        try:
+            for samples in step_samples(self.progress.consumed_samples, *place):
+                rows = self.rows.micro_batch(samples)
+                self.rows.check_tokens(rows, samples, self.vocab_size)
+                tokens += len(rows.labels)
+                arguments.append(to_tensors(rows, self.attention, self.dtype, self.device))
+        except DataError as error:
+            bad = error
+        votes = torch.tensor([tokens, int(stopping), int(bad is not None)], dtype=torch.int64, device=self.device)
+        total, stops, bads = map(int, engine.sum_over_ranks(votes).tolist())
+        if bads:
+            raise bad or DataError(())  # the rank that met it says what it is
+        return arguments, total, stops > 0
+
+    def _step_seed(self, iteration: int) -> int:
+        """Dropout's seed: another one for each step and rank, and the same one when the step is run again."""
+        return (self.config.seed * 1_000_003 + iteration) * 65_537 + self.launch.rank
+
+    def _save(self) -> float:
+        """Write the checkpoint of this iteration on all ranks; returns the seconds it took."""
+        start_s = time.monotonic()
+        extra = {"config.json": json.dumps(self.model_config.to_dict(), indent=1, default=str).encode()}
+        if self.config.tokenizer:
+            with open(self.config.tokenizer, "rb") as file:
+                extra["tokenizer.model"] = file.read()
+        path = checkpoint.save(
+            self.stepper.engine, self.launch.checkpoint_dir, self.progress, extra, engine.barrier, self.launch.rank
+        )
+        took_s = time.monotonic() - start_s
+        self.say(f"saved {path} in {took_s:.1f} s")
+        if self.config.keep_last_n_checkpoints and self.launch.rank == 0:
+            for old in checkpoint.prune(
+                self.launch.checkpoint_dir, self.progress.run_id, self.config.keep_last_n_checkpoints
+            ):
+                self.say(f"deleted {old} (keep_last_n_checkpoints {self.config.keep_last_n_checkpoints})")
+        return took_s
+
+    def _report(self, interval: _Interval, lr: float, norm: float) -> None:
+        steps, tokens, seconds, loss = interval.close()
+        if self.log is None:
+            return
+        step_s = seconds / steps
+        samples_per_s = self.batch.train_batch_size / step_s
+        per_gpu = samples_per_s * self.config.seq_length / self.batch.ranks
+        self.log.write(
+            Metrics(
+                iteration=self.progress.iteration,
+                train_iters=self.train_iters,
+                loss=loss,
+                lr=lr,
+                grad_norm=norm,
+                step_time_s=step_s,
+                samples_per_s=samples_per_s,
+                tokens_per_s_per_gpu=per_gpu,
+                # 6 floating point operations per parameter and token, forward and backward (arXiv 2001.08361 §2.1).
+                tflops_per_gpu=6 * self.num_parameters * per_gpu / 1e12,
+                trained_tokens=tokens,
+                consumed_samples=self.progress.consumed_samples,
+                epoch=self.progress.consumed_samples / len(self.rows),
+                skipped=self.stepper.skipped,
+                nan=interval.nan,
+            )
+        )
+
+
+class _Interval:
+    """Loss, tokens and time since the last log line; one sum over ranks when it is closed, none in between."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.nan = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._losses: list[torch.Tensor] = []
+        self._tokens: list[int] = []
+        self._since = time.monotonic()
+
+    def add(self, loss: torch.Tensor, tokens: int) -> None:
+        self._losses.append(loss)
+        self._tokens.append(tokens)
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out time that went into a checkpoint."""
+        self._since += seconds
+
+    def close(self) -> tuple[int, int, float, float]:
+        """Steps, trained tokens, seconds, and the loss per trained token over the steps whose loss was finite."""
+        losses = engine.sum_over_ranks(torch.stack(self._losses)).tolist()
+        seconds = time.monotonic() - self._since
+        finite = [(loss, tokens) for loss, tokens in zip(losses, self._tokens) if math.isfinite(loss)]
+        self.nan += len(losses) - len(finite)
+        tokens = sum(tokens for _, tokens in finite)
+        loss = sum(loss for loss, _ in finite) / max(1, tokens) if finite else math.nan
+        answer = (len(losses), sum(self._tokens), seconds, loss)
+        self._start()
+        return answer

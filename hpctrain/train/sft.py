@@ -1,0 +1,68 @@
+"""Supervised fine-tuning with DeepSpeed: `python -m hpctrain.train.sft`, once per rank, orders from the environment.
+
+    config + launch -> model, rows, engine -> steps -> checkpoints
+
+Learning rate, data order and dropout are pure functions of the config and the iteration, so a checkpoint holds nothing
+but weights, optimizer state and two counters, and a resumed run is the run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+from hpctrain import errors, output
+from hpctrain.train.config import SftConfig, load_config, resolve_batch
+from hpctrain.train.data import DataError
+from hpctrain.train.launch import Launch, StopRequest
+
+
+def main() -> int:
+    """Train as the environment says; returns an exit code of `hpctrain.errors`."""
+    try:
+        launch = Launch.from_environment(os.environ)
+        config = load_config(launch.config)
+        stop = StopRequest()
+        stop.listen(config.stop_signal_number)  # before the slow imports: the signal may come during them
+        return train(config, launch, stop)
+    except errors.HpctrainError as error:
+        if _speaks(error):
+            output.problems(error.problems)
+        return error.exit_code
+
+
+def train(config: SftConfig, launch: Launch, stop: StopRequest) -> int:
+    """Train to the end, or to the stop signal; both are exit code 0, with a checkpoint that `latest` names.
+
+    Raises UsageError, Refused or EnvironmentFault for what the user can mend; nothing is saved then.
+    """
+    # Nothing is ever fetched: what a run needs is named in its config.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    # What DeepSpeed and torch deprecate in each other is nothing that the reader of a job log can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.|transformers\.")
+    try:
+        from hpctrain.train.loop import Trainer
+    except ModuleNotFoundError as error:
+        if error.name in ("torch", "deepspeed", "transformers"):
+            raise errors.missing_package(str(error.name), "train") from error
+        raise
+    batch = resolve_batch(config, launch.num_ranks, launch.config)
+    trainer = Trainer(config, launch, batch)
+    try:
+        return trainer.run(stop)
+    finally:
+        trainer.close()
+
+
+def _speaks(error: errors.HpctrainError) -> bool:
+    """Whether this rank should print an error: rank 0 what all ranks meet, one rank a node what may be the node's own."""
+    if isinstance(error, DataError):
+        return True
+    if isinstance(error, errors.EnvironmentFault):
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

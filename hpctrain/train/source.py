@@ -1,0 +1,105 @@
+"""What a user may name to export or generate from: a run, a checkpoint folder, one checkpoint, or an exported directory."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from hpctrain.errors import EnvironmentFault, UsageError
+from hpctrain.train.checkpoint import META, read_progress
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The control tokens of a dialogue, as the run trained them: what opens and closes a user turn and a reply, and EOD.
+
+    A turn is `user_open … user_close`, a reply `assistant … assistant`; None where the run had no such rule.
+    """
+
+    user_open: int | None = None
+    user_close: int | None = None
+    assistant: int | None = None
+    eod: int | None = None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Chat:
+        """The tokens that the loss_mask rules of a run name."""
+        pairs, alternating = config.get("loss_mask_pairs") or [], config.get("loss_mask_alternating_individual") or []
+        user_open, user_close = pairs[:2] if len(pairs) >= 2 else (None, None)
+        return cls(user_open, user_close, alternating[0] if alternating else None, config.get("eod_id"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights lie: `path` of a checkpoint (`exported` false) or of a Hugging Face directory."""
+
+    path: str
+    exported: bool
+    tokenizer: str | None
+    chat: Chat
+    precision: str
+    iteration: int | None
+
+
+def find_source(path: str) -> Source:
+    """What `path` means.
+
+    Raises UsageError when it holds nothing of this trainer, or a framework's checkpoint that has its own converter;
+    EnvironmentFault when it does not exist.
+    """
+    if not os.path.isdir(path):
+        raise EnvironmentFault("there is no such directory", where=path)
+    plan = os.path.join(path, "plan.json")
+    if os.path.isfile(plan):
+        return find_source(_checkpoint_dir(plan))
+    latest = os.path.join(path, "latest")
+    if os.path.isfile(latest):
+        with open(latest, encoding="utf-8", errors="replace") as file:
+            name = file.read().strip()
+        if not name or not os.path.isdir(os.path.join(path, name)):
+            raise UsageError(f"`latest` names `{name}`, which is not there", where=path,
+                             hint="`hpctrain checkpoint list` shows what is; name a checkpoint itself")  # fmt: skip
+        return find_source(os.path.join(path, name))
+    if glob.glob(os.path.join(glob.escape(path), "*.safetensors")):
+        return _exported(path)
+    progress = read_progress(path)
+    if progress is None:
+        raise UsageError(
+            f"`{path}` is no run, checkpoint or exported model of the built-in trainer",
+            why=f"it has neither plan.json, latest, *.safetensors nor {META}",
+            hint="GPT-NeoX checkpoints are converted by GPT-NeoX's own tools/ckpts/convert_neox_to_hf.py",
+        )
+    tokenizer = os.path.join(path, "tokenizer.model")
+    return Source(
+        path=os.path.abspath(path),
+        exported=False,
+        tokenizer=tokenizer if os.path.isfile(tokenizer) else None,
+        chat=Chat.from_config(progress.config),
+        precision=progress.precision,
+        iteration=progress.iteration,
+    )
+
+
+def _exported(path: str) -> Source:
+    try:
+        with open(os.path.join(path, META), encoding="utf-8") as file:
+            about = json.load(file)
+        chat, precision = Chat(**about["chat"]), str(about["precision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        chat, precision = Chat(), "fp32"
+    tokenizer = os.path.join(path, "tokenizer.model")
+    return Source(os.path.abspath(path), True, tokenizer if os.path.isfile(tokenizer) else None, chat, precision, None)
+
+
+def _checkpoint_dir(plan: str) -> str:
+    try:
+        with open(plan, encoding="utf-8") as file:
+            directory = json.load(file)["guard"]["checkpoint_dir"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"cannot read the plan: {error}", where=plan) from error
+    if not directory or not os.path.isdir(directory):
+        raise UsageError(f"the run's checkpoint folder `{directory}` is not there yet", where=plan)
+    return str(directory)
