@@ -48,7 +48,7 @@ def load_plan(path: str, assignments: Sequence[str] = (), out_dir: str | None = 
     problems = [*spec_problems, *problems]
     if not site or not recipe:
         raise UsageError(problems)
-    inputs: dict[str, bytes] = {"run.yaml": _read(path), "site.yaml": _site_bytes(site.document, site.files)}
+    inputs: dict[str, bytes] = {"run.yaml": _read(path), "site.yaml": _site_bytes(site)}
     documents, option_problems = _read_options(spec, recipe, inputs)
     problems += option_problems
     run_dir = os.path.abspath(out_dir) if out_dir else os.path.join(base_dir, "runs", spec.name)
@@ -113,14 +113,16 @@ def _site_defaults(document: Document) -> Document:
 
 def site_yaml(site: Site) -> str:
     """The effective profile as one YAML file, as the run directory keeps it."""
-    return _site_bytes(site.document, site.files).decode("utf-8")
+    return _site_bytes(site).decode("utf-8")
 
 
-def _site_bytes(document: Document, files: Sequence[str]) -> bytes:
-    """The profile as one file: the layers merged, without the comments of the originals."""
+def _site_bytes(site: Site) -> bytes:
+    """The profile as one file: the very file, or the merged layers when it extends another one."""
+    if site.document.raw:
+        return site.document.raw
     import yaml
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    head = f"# merged from {', '.join(files)}\n"
-    text: str = yaml.dump(document.data, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
+    head = f"# merged from {', '.join(site.files)}\n"
+    text: str = yaml.dump(site.document.data, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
     return (head + text).encode("utf-8")

@@ -21,6 +21,7 @@ from hpctrain.shell import ShellText, comment, node_path, quote, quote_all, sbat
 
 QUOTING_FILTERS = frozenset({"q", "qjoin", "sbatch", "comment", "raw_shell"})
 _JOB = "job.sbatch"
+_EXTENDS = re.compile(r"""\{%-?\s*extends\s+["']([^"']+)["']""")
 
 
 def render(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, str]:
@@ -210,9 +211,8 @@ def _chain(environment: jinja2.Environment, name: str) -> list[str]:
         found.append(name)
         assert environment.loader
         source = environment.loader.get_source(environment, name)[0]
-        tree = environment.parse(source, name)
-        extends = tree.find(nodes.Extends)
-        name = extends.template.value if extends and isinstance(extends.template, nodes.Const) else ""
+        extends = _EXTENDS.search(source)
+        name = extends[1] if extends else ""
     return [name.replace("!builtin/", "") for name in found]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,7 @@ class Document:
     origins: dict[Path, Origin] = field(default_factory=dict)
     key_origins: dict[Path, Origin] = field(default_factory=dict)
     name: str = ""
+    raw: bytes = b""  # the very bytes, when it was one file
 
     def where(self, *path: Any) -> str:
         """`file:line:column` of the value at `path`, or of its nearest parent."""
@@ -80,7 +82,7 @@ def load_yaml(path: str | os.PathLike[str], name: str = "") -> Document:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise EnvironmentFault(f"cannot read it: {error.strerror}", where=name) from error
-    return parse_yaml(raw, name)
+    return dataclasses.replace(parse_yaml(raw, name), raw=raw)
 
 
 def parse_yaml(raw: bytes | str, name: str) -> Document:
@@ -128,6 +130,8 @@ def looks_like_float(value: object) -> bool:
 
 def merge(layers: Sequence[Document]) -> Document:
     """One document from layers, last wins: mappings merge key by key, everything else is replaced whole."""
+    if len(layers) == 1:
+        return layers[0]
     data: Any = {}
     origins: dict[Path, Origin] = {}
     key_origins: dict[Path, Origin] = {}
