@@ -211,6 +211,10 @@ def _asides(survey: Survey, chosen: Optional[Candidate]) -> List[Aside]:
         elif not faults:
             out.append(Aside(found.name, "aside-{}".format(found.number), "is newer than the checkpoint to go on from"))
     if settings.counter != "greatest_folder":
+        for link in survey.candidates if layout.name == "deepspeed" and chosen else ():
+            if link.is_link and not link.name.startswith("start-"):
+                why = "is a link, which the framework's retention would count or stumble over"
+                out.append(Aside(link.name, "start-{}".format(link.number), why))
         return out
     # Everything below makes the fork count from, or stumble over, a name that is not the checkpoint it loads.
     for link in survey.candidates:
@@ -243,16 +247,14 @@ def start_number(path: str) -> Optional[int]:
 def start_link_name(settings: Settings) -> Optional[str]:
     """The name under which the start checkpoint appears in the checkpoint folder, None when its name has no number.
 
-    `global_stepN` as the framework would call it; but where the run counts from 0 and would reach N itself, saving that
-    checkpoint would write through the link into the start, so it is called `start-N` there, which no retention of the
-    framework counts either.
+    `global_stepN` for the fork, which counts on from it. A run that counts from 0 calls it `start-N`: under the other name
+    it would be the newest by name, so that upstream's retention deletes every new checkpoint instead of it, and reaching N
+    would save through the link into the start itself. DeepSpeed loads whatever folder `latest` names.
     """
     number = start_number(settings.start or "")
     if number is None:
         return None
     layout = LAYOUTS[settings.layout]
-    own = layout.folder_name(number)
-    reached = settings.target is None or number <= settings.target
-    if layout.name == "deepspeed" and settings.counter == "latest" and reached:
+    if layout.name == "deepspeed" and settings.counter == "latest":
         return "start-{}".format(number)
-    return own
+    return layout.folder_name(number)

@@ -89,8 +89,8 @@ def test_a_chain_runs_to_its_target_finetunes_once_resumes_after_that_and_leaves
     chain = make(
         steps=9, checkpoint={"dir": str(tmp_path / "ck"), "start": base}, chain={"jobs": 5, "after_each": str(bench)}
     )
-    (chain.truth).mkdir()
-    (chain.truth / "fault.json").write_text(json.dumps({"kind": "kill_rank", "at_step": 5, "rank": 1}))
+    (chain.truth / "faults").mkdir(parents=True)
+    (chain.truth / "faults" / "1").write_text(json.dumps({"kind": "kill_rank", "at_step": 5, "rank": 1}))
     chain.ok("chain")
     chain.wait()
     assert [(start["mode"], start["iteration"]) for start in chain.happened("start")] == [

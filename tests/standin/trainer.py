@@ -95,13 +95,25 @@ def hurt(args, folder, how):
 
 
 def fault(args):
-    """The fault planned for this run, once: whoever can remove its file plays it."""
-    path = os.path.join(args.truth, "fault.json")
+    """The file and content of the fault planned next, (None, {}) when none is left. Whoever removes the file plays it."""
+    folder = os.path.join(args.truth, "faults")
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        path = os.path.join(folder, name)
+        try:
+            with open(path) as stream:
+                return path, json.load(stream)
+        except (FileNotFoundError, ValueError):
+            continue
+    return None, {}
+
+
+def play(args, path, planned):
+    """Note that a fault is played now, and that nobody plays it again."""
     try:
-        with open(path) as stream:
-            return path, json.load(stream)
-    except (FileNotFoundError, ValueError):
-        return path, {}
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    truth(args, event="fault", kind=planned["kind"], how=planned.get("how"))
 
 
 def save(args, step, optimizer_steps):
@@ -109,34 +121,28 @@ def save(args, step, optimizer_steps):
     name = f"global_step{step + args.offset}"
     path, planned = fault(args)
     armed = planned.get("at_save") == step
-    mine = armed and (planned.get("rank") == RANK or planned.get("rank") == "all")
+    mine = armed and planned.get("rank") in (RANK, "all")
     writes = checkpoints.rank_writes(
         folder, step + args.offset, RANK, tp, WORLD // tp, 1, ATTEMPT, optimizer_steps=optimizer_steps
     )
     for number, _ in enumerate(writes, 1):
+        if number == 3 * len(checkpoints.shard_names(RANK, tp, WORLD // tp)):
+            truth(args, event="wrote", tag=name, step=step)  # all of this rank's shards are whole; `latest` may follow
         if mine and number == planned.get("write", 1):
             if planned["kind"] == "kill_in_save":
-                barrier_free(path)
+                play(args, path, planned)
                 os.kill(os.getpid(), signal.SIGKILL)
             if planned["kind"] == "disk_full":
-                barrier_free(path)
+                play(args, path, planned)
                 raise OSError(28, "No space left on device")
-    truth(args, event="wrote", tag=name, step=step)
     barrier(args, f"save{step}")
     if RANK == 0:
         truth(args, event="saved", tag=name, step=step)
         if armed and planned["kind"] == "hurt":
-            barrier_free(path)
+            play(args, path, planned)
             hurt(args, folder, planned["how"])
             os.kill(os.getpid(), signal.SIGKILL)
     barrier(args, f"saved{step}")
-
-
-def barrier_free(path):
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def on_signal(number, frame):
@@ -163,6 +169,8 @@ def main():
     barrier(args, "start")
     while iteration < args.steps:
         time.sleep(args.step_s)
+        while os.path.exists(os.path.join(args.truth, "pause")):
+            time.sleep(0.1)
         iteration, optimizer_steps = iteration + 1, optimizer_steps + 1
         if RANK == 0 and stopping:  # all ranks must stop at the same step
             open(os.path.join(args.truth, f"stop-{ATTEMPT}-{iteration}"), "w").close()
@@ -171,9 +179,9 @@ def main():
         if RANK == 0:
             truth(args, event="step", iteration=iteration)
             print(f"iteration {iteration}/ {args.steps} | lm_loss: {10 / iteration:.4f} |", flush=True)
-        planned = fault(args)[1]
-        if planned.get("at_step") == iteration and planned.get("rank") == RANK and planned["kind"] == "kill_rank":
-            barrier_free(fault(args)[0])
+        path, planned = fault(args)
+        if planned.get("kind") == "kill_rank" and planned["at_step"] == iteration and planned["rank"] == RANK:
+            play(args, path, planned)
             os.kill(os.getpid(), signal.SIGKILL)
         if iteration % args.save_every == 0 or iteration == args.steps or stop_now:
             save(args, iteration, optimizer_steps)
