@@ -86,13 +86,11 @@ class Draft:
 
         `same` says that the value in run.yaml means the same though it is written differently.
         """
-        if self.layer(name) == RUN and self.given(name) and self.values[name] != value and not same:
-            self.error(
-                f"`{name}: {show(self.values[name])}` contradicts what hpctrain sets: {show(value)}",
-                name,
-                why=reason,
-                hint=hint or "delete it",
-            )
+        given = self.values.get(name)
+        harmless = same or given == value or (value is None and name in self.keys and given == self.keys[name].default)
+        if self.layer(name) == RUN and given is not None and not harmless:
+            said = f"contradicts what hpctrain sets: {show(value)}" if value is not None else "is not for a run to set"
+            self.error(f"`{name}: {show(given)}` {said}", name, why=reason, hint=hint or "delete it")
             return
         if value is None:
             self.drop(name, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import indent
 
@@ -52,6 +53,7 @@ UPSTREAM = {"flavor": "upstream"}
 @dataclass
 class Planned:
     plan: Plan
+    inputs: Mapping[str, bytes]
 
     def said(self, level: str = "error") -> list[str]:
         """Problems as `where: what`, with file names as the loader gave them."""
@@ -87,6 +89,7 @@ def neox(tmp_path, monkeypatch):
         for name, content in (more_bases or {}).items():
             (tmp_path / name).write_text(content)
         monkeypatch.chdir(tmp_path)
-        return Planned(load_plan("run.yaml", (), str(tmp_path / "out")).plan)
+        loaded = load_plan("run.yaml", (), str(tmp_path / "out"))
+        return Planned(loaded.plan, loaded.inputs)
 
     return plan

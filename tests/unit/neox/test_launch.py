@@ -36,11 +36,19 @@ def test_deepy_gets_the_keys_it_needs(neox):
     assert any(path.endswith("deepy.py") for _, path, _ in planned.plan.resolved.paths)
 
 
-@pytest.mark.parametrize(
-    "line", ["launcher: pdsh", "deepspeed_slurm: true", "hostfile: /h", "master_port: 1", "num_nodes: 4"]
-)
-def test_places_in_the_run_are_refused(neox, line):
+@pytest.mark.parametrize("line", ["launcher: pdsh", "deepspeed_slurm: true", "global_num_gpus: 8"])
+def test_launcher_keys_in_the_run_that_contradict_are_refused(neox, line):
     neox(line + "\n").problem("contradicts what hpctrain sets")
+
+
+@pytest.mark.parametrize("line", ["hostfile: /h", "master_port: 1", "num_nodes: 4", "rank: 0"])
+def test_places_in_the_run_are_refused(neox, line):
+    neox(line + "\n").problem("is not for a run to set")
+
+
+@pytest.mark.parametrize("line", ["launcher: slurm", "deepspeed_slurm: false", "num_nodes: -1", "force_multi: false"])
+def test_keys_in_the_run_that_say_the_same_are_fine(neox, line):
+    assert neox(line + "\n").said() == []
 
 
 def test_deepy_and_a_container_exclude_each_other(neox):
