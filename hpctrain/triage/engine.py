@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.failures import BENIGN, PATTERNS, PRECEDENCE, Pattern
-from hpctrain.triage.formats import STEP_ANCHORS, Parser, tqdm_before
+from hpctrain.triage.formats import HEALTHY_RUNS, STEP_ANCHORS, Parser, tqdm_before
 from hpctrain.triage.records import Event, Place, Step, last_match
 from hpctrain.triage.scan import Hit, LineScanner, Matcher
 from hpctrain.triage.thresholds import Thresholds
@@ -40,6 +40,7 @@ _ELASTIC_RANK = re.compile(rb"rank +: (\d+)")
 _ELASTIC_HOST = re.compile(rb"host +: ([\w.-]+)")
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 _TEXT = 400
+_DENSE = 1000  # step lines of an attempt that are all read before healthy ones are sampled
 
 
 class _Anchors:
@@ -165,9 +166,22 @@ class LogReader:
         if now_s is not None:
             attempt.last_step_time_s = now_s
             attempt.first_step_time_s = attempt.first_step_time_s or now_s
+        if attempt.num_steps > _DENSE and not self.engine.on_step:
+            self._sample(hit, attempt)
         if self.engine.on_step:
             self.engine.on_step(attempt, step, place, _time_in(hit.line) or now_s)
         return True
+
+    def _sample(self, hit: Hit, attempt: Attempt) -> None:
+        """Of a run of healthy step lines look at the last only: one log line in 32 tells a trend as well as every one."""
+        after = hit.start + len(hit.line) + 1
+        for pattern in HEALTHY_RUNS:
+            run = pattern.match(hit.context, after)
+            if run:
+                last = hit.context.rfind(b"\n", after, run.end() - 1) + 1
+                attempt.num_steps += hit.context.count(b"\n", after, last)
+                self._scanner.skip_to(last)
+                return
 
     def _failure(self, hit: Hit, pattern: object) -> None:
         assert isinstance(pattern, Pattern)
