@@ -18,6 +18,7 @@ _NAN_LINE = re.compile(rb"loss['\": =]+['\"]?nan\b", re.IGNORECASE)
 _JOB = re.compile(rb"hpctrain: job (\S+), restart (\d+), (\d+) nodes: (\S+)")
 _STARTING = re.compile(rb"hpctrain: starting: (\w+), link (\d+)")
 _FINISHED = re.compile(rb"hpctrain: finished rc=(\d+)")
+_FIRST_FAILED = re.compile(rb"hpctrain: the first task to fail was rank (\d+) on ([\w.-]+)")
 _DONE = re.compile(rb"hpctrain: ((?:done|stopped by)[^\n]*)")
 _TIME = re.compile(rb"(?<!\d)(20\d\d)-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)")
 _SLURM_CANCELLED = re.compile(rb"CANCELLED AT (\S+)")
@@ -34,7 +35,7 @@ _RANK = re.compile(
 _NODE = re.compile(
     rb"srun: error: ([A-Za-z][\w.-]*\d[\w.-]*): |\bON ([A-Za-z][\w.-]*) CANCELLED|[Nn]ode failure on ([\w.-]+)"
     rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN"
-    rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?!rank|task|epoch|step|worker|default)([a-z][a-z-]*\d[\w.-]*): "
+    rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?:slurmstepd-)?(?!rank|task|epoch|step|worker|default|slurmstepd|srun)([a-z][a-z-]*\d[\w.-]*): "
 )
 _ELASTIC_RANK = re.compile(rb"rank +: (\d+)")
 _ELASTIC_HOST = re.compile(rb"host +: ([\w.-]+)")
@@ -191,7 +192,7 @@ class LogReader:
                 return
         if pattern.confirm and not pattern.confirm.search(line):
             return
-        if BENIGN.search(line) or (pattern.unless and pattern.unless.match(line)):
+        if BENIGN.search(line) or (pattern.unless and pattern.unless.search(line)):
             return
         attempt = self._current(hit)
         time_s = _time_in(line)
@@ -248,10 +249,13 @@ class LogReader:
         time_s = _time_in(line)
         attempt.last_time_s = time_s if time_s is not None else attempt.last_time_s
         starting, finished, done = _STARTING.search(line), _FINISHED.search(line), _DONE.search(line)
+        first = _FIRST_FAILED.search(line)
         if starting:
             attempt.mode, attempt.link = starting[1].decode("ascii", "replace"), int(starting[2])
         elif finished:
             attempt.exit_code = int(finished[1])
+        elif first:
+            attempt.first_failed = int(first[1]), first[2].decode("ascii", "replace")
         elif done:
             attempt.finished = clean(done[1])
 
