@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from hpctrain.triage.records import Event, Place, Step, Window
+from hpctrain.triage.records import Event, Place, Step, Window, median
 from hpctrain.triage.thresholds import Thresholds
 
 _MOST_EVENTS = 24  # kept of each class; the first are the ones that matter
 _TREND_LINES = 400
+_SURVIVED_S, _SURVIVED_STEPS = 60.0, 500
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Attempt:
     last_time_s: float | None = None  # the latest time that any line told
     total: int | None = None
     quiet_phase: str | None = None
-    random_start: Place | None = None
+    first_failed: tuple[int, str] | None = None  # rank and node, by the job script's own account
 
     _early_full: bool = False
     early: list[tuple[int, float]] = field(default_factory=list)  # (steps since the first, loss)
@@ -195,8 +196,15 @@ class Attempt:
             self.nan_first = self.nan_first or place
 
     def survived(self, event: Event) -> bool:
-        """Whether training went on after the event: at least two more step lines."""
-        return self.num_steps - event.steps_before >= 2
+        """Whether training went on after the event: more step lines, and for longer than Slurm takes to end a broken step.
+
+        Ranks without collectives write on until `srun --wait` ends them, so a few quick lines prove nothing.
+        """
+        after = self.num_steps - event.steps_before
+        if after < 3:
+            return False
+        step_s = median(self.step_times.last()) if self.step_times.values else None
+        return step_s is None or after * step_s >= _SURVIVED_S or after >= _SURVIVED_STEPS
 
     @property
     def reached_end(self) -> bool:

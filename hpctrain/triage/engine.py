@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.failures import BENIGN, PATTERNS, PRECEDENCE, Pattern
-from hpctrain.triage.formats import STEP_ANCHORS, Parser, tqdm_before
+from hpctrain.triage.formats import HEALTHY_RUNS, STEP_ANCHORS, Parser, tqdm_before
 from hpctrain.triage.records import Event, Place, Step, last_match
 from hpctrain.triage.scan import Hit, LineScanner, Matcher
 from hpctrain.triage.thresholds import Thresholds
@@ -18,6 +18,7 @@ _NAN_LINE = re.compile(rb"loss['\": =]+['\"]?nan\b", re.IGNORECASE)
 _JOB = re.compile(rb"hpctrain: job (\S+), restart (\d+), (\d+) nodes: (\S+)")
 _STARTING = re.compile(rb"hpctrain: starting: (\w+), link (\d+)")
 _FINISHED = re.compile(rb"hpctrain: finished rc=(\d+)")
+_FIRST_FAILED = re.compile(rb"hpctrain: the first task to fail was rank (\d+) on ([\w.-]+)")
 _DONE = re.compile(rb"hpctrain: ((?:done|stopped by)[^\n]*)")
 _TIME = re.compile(rb"(?<!\d)(20\d\d)-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)")
 _SLURM_CANCELLED = re.compile(rb"CANCELLED AT (\S+)")
@@ -34,12 +35,13 @@ _RANK = re.compile(
 _NODE = re.compile(
     rb"srun: error: ([A-Za-z][\w.-]*\d[\w.-]*): |\bON ([A-Za-z][\w.-]*) CANCELLED|[Nn]ode failure on ([\w.-]+)"
     rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN"
-    rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?!rank|task|epoch|step|worker|default)([a-z][a-z-]*\d[\w.-]*): "
+    rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?:slurmstepd-)?(?!rank|task|epoch|step|worker|default|slurmstepd|srun)([a-z][a-z-]*\d[\w.-]*): "
 )
 _ELASTIC_RANK = re.compile(rb"rank +: (\d+)")
 _ELASTIC_HOST = re.compile(rb"host +: ([\w.-]+)")
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 _TEXT = 400
+_DENSE = 1000  # step lines of an attempt that are all read before healthy ones are sampled
 
 
 class _Anchors:
@@ -165,9 +167,22 @@ class LogReader:
         if now_s is not None:
             attempt.last_step_time_s = now_s
             attempt.first_step_time_s = attempt.first_step_time_s or now_s
+        if attempt.num_steps > _DENSE and not self.engine.on_step:
+            self._sample(hit, attempt)
         if self.engine.on_step:
             self.engine.on_step(attempt, step, place, _time_in(hit.line) or now_s)
         return True
+
+    def _sample(self, hit: Hit, attempt: Attempt) -> None:
+        """Of a run of healthy step lines look at the last only: one log line in 32 tells a trend as well as every one."""
+        after = hit.start + len(hit.line) + 1
+        for pattern in HEALTHY_RUNS:
+            run = pattern.match(hit.context, after)
+            if run:
+                last = hit.context.rfind(b"\n", after, run.end() - 1) + 1
+                attempt.num_steps += hit.context.count(b"\n", after, last)
+                self._scanner.skip_to(last)
+                return
 
     def _failure(self, hit: Hit, pattern: object) -> None:
         assert isinstance(pattern, Pattern)
@@ -177,7 +192,7 @@ class LogReader:
                 return
         if pattern.confirm and not pattern.confirm.search(line):
             return
-        if BENIGN.search(line) or (pattern.unless and pattern.unless.match(line)):
+        if BENIGN.search(line) or (pattern.unless and pattern.unless.search(line)):
             return
         attempt = self._current(hit)
         time_s = _time_in(line)
@@ -234,10 +249,13 @@ class LogReader:
         time_s = _time_in(line)
         attempt.last_time_s = time_s if time_s is not None else attempt.last_time_s
         starting, finished, done = _STARTING.search(line), _FINISHED.search(line), _DONE.search(line)
+        first = _FIRST_FAILED.search(line)
         if starting:
             attempt.mode, attempt.link = starting[1].decode("ascii", "replace"), int(starting[2])
         elif finished:
             attempt.exit_code = int(finished[1])
+        elif first:
+            attempt.first_failed = int(first[1]), first[2].decode("ascii", "replace")
         elif done:
             attempt.finished = clean(done[1])
 

@@ -72,7 +72,7 @@ def _rx(text: bytes) -> re.Pattern[bytes]:
 _RAISED = _rx(
     rb"^[^A-Za-z]{0,40}(?:\[?(?:rank|default)\s?\d+\]?:?\s*|\([^)]*\)\s*|[\w.-]+:\s?(?=\[?rank)|\d+:\s*){0,3}(?:[a-zA-Z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)(?::|\s*$)"
 )
-_QUOTED = _rx(rb"^\s*(?:raise |except |#|\"|'|>>> )|During handling of|\braise \w")
+_QUOTED = _rx(rb"^\s*(?:raise |except |#|\"|'|>>> )|During handling of|\braise \w[\w.]*\(")
 
 _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("gpu_oom", b"CUDA out of memory", None),
@@ -207,7 +207,8 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("preemption", b"DUE TO PREEMPTION", None),
     ("preemption", b"DUE TO JOB REQUEUE", None),
     ("preemption", b"DUE to SIGNAL", rb"preempt"),
-    ("cancelled", b" CANCELLED AT ", rb"CANCELLED AT \S+(?! DUE TO)(?:\s*\*|\s*$|\s+by)"),
+    # A cancelled STEP is what --kill-on-bad-exit leaves; only a cancelled JOB was someone's wish.
+    ("cancelled", b" CANCELLED AT ", rb"JOB \S+ ON \S+ CANCELLED AT \S+(?! DUE TO)(?:\s*\*|\s*$|\s+by)"),
     ("communication", b"Watchdog caught collective operation timeout", None),
     ("communication", b"ran for ", rb"milliseconds before timing out"),
     ("communication", b"NCCL WARN ", rb"NCCL WARN (?!.*(?:DMABUF|deprecated|Missing|NET/OFI|env|ignored|not enabled|NCCL_))"),

@@ -146,8 +146,15 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
             return _silent_end(attempt, around)  # the limit only ended what had stopped long before
     for chosen in (named, general, killed, others, ends, wrapped):
         if chosen:
-            return chosen[0]
+            return _attributed(chosen[0], attempt)
     return _silent_end(attempt, around)
+
+
+def _attributed(event: Event, attempt: Attempt) -> Event:
+    """With the rank and node that the job script saw fail first, where the line itself names none."""
+    if event.rank is None and event.node is None and attempt.first_failed and not FAILURES[event.failure].external:
+        return dataclasses.replace(event, rank=attempt.first_failed[0], node=attempt.first_failed[1])
+    return event
 
 
 _LEFT_ALONE = re.compile(r"(?:closed|reset) by (?:peer|remote)|remote process exited")

@@ -14,6 +14,7 @@ MIN_ANCHOR = 5
 MAX_LINE = 16 * 1024  # bytes of a line that are looked at on either side of an anchor; junk has no line ends
 CHUNK = 256 * 1024  # bytes read at a time: the working arrays then stay in the second-level cache
 _SLOTS_BITS = 15
+_MANY = 1500  # gram hits in one piece beyond which numpy checks them faster than a loop
 
 
 class Hit(NamedTuple):
@@ -29,6 +30,7 @@ class Hit(NamedTuple):
     offset: int
     position: int
     context: bytes
+    start: int  # of the line in `context`
 
 
 class Matcher:
@@ -42,6 +44,7 @@ class Matcher:
             raise ValueError(f"anchors shorter than {MIN_ANCHOR} bytes: {short}")
         self._np = np
         self.anchors = tuple(anchors)
+        self._letters = [np.frombuffer(anchor, dtype=np.uint8) for anchor in self.anchors]
         # gram -> [(anchor index, offset of the gram in it)]; one even and one odd offset each, the rarest of them.
         self._grams: dict[int, list[tuple[int, int]]] = {}
         for index, anchor in enumerate(self.anchors):
@@ -79,14 +82,35 @@ class Matcher:
             grams = np.frombuffer(text, dtype="<u4", count=count, offset=start)
             slots = (grams * self._multiplier) >> shift
             places = np.flatnonzero(self._table.take(slots))
-            if len(places):
-                places = places[self._exact[slots[places]] == grams[places]]
-                for place, gram in zip((places * 4 + start).tolist(), grams[places].tolist()):
-                    for index, offset in self._grams[gram]:
-                        if place >= offset and text.startswith(self.anchors[index], place - offset):
-                            found.append((place - offset, index))
+            places = places[self._exact[slots[places]] == grams[places]] if len(places) else places
+            if len(places) > _MANY:
+                found += self._verify_many(text, places * 4 + start, grams[places])
+                continue
+            for place, gram in zip((places * 4 + start).tolist(), grams[places].tolist()):
+                for index, offset in self._grams[gram]:
+                    if place >= offset and text.startswith(self.anchors[index], place - offset):
+                        found.append((place - offset, index))
         if found:
             found.sort()
+        return found
+
+    def _verify_many(self, text: bytes, places: Any, grams: Any) -> list[tuple[int, int]]:
+        """The same check for many places at once: gram by gram, the anchor's other bytes against the text's."""
+        np, found = self._np, []
+        letters = np.frombuffer(text, dtype=np.uint8)
+        order = np.argsort(grams, kind="stable")
+        places, grams = places[order], grams[order]
+        edges = np.flatnonzero(np.diff(grams)) + 1
+        for low, high in zip([0, *edges.tolist()], [*edges.tolist(), len(grams)]):
+            for index, offset in self._grams[int(grams[low])]:
+                anchor = self._letters[index]
+                starts = places[low:high] - offset
+                starts = starts[(starts >= 0) & (starts + len(anchor) <= len(text))]
+                for column in range(len(anchor)):
+                    starts = starts[letters[starts + column] == anchor[column]]
+                    if not len(starts):
+                        break
+                found += [(position, index) for position in starts.tolist()]
         return found
 
 
@@ -118,6 +142,10 @@ class LineScanner:
         self._carry = text[end:]
         return self._lines(text[:end] if end < len(text) else text)
 
+    def skip_to(self, position: int) -> None:
+        """Give no further hits before `position` of the current context."""
+        self._skip_to = position
+
     def skip_line(self) -> None:
         """Give no further hits in the line of the last one."""
         self._skip_to = self._line_end
@@ -144,7 +172,7 @@ class LineScanner:
             number += text.count(b"\n", counted, position)
             counted = position
             self._line_end = end
-            yield Hit(anchor, text[start:end], number + 1, self._bytes_before + start, position, text)
+            yield Hit(anchor, text[start:end], number + 1, self._bytes_before + start, position, text, start)
         self._lines_before = number + text.count(b"\n", counted)
         self._bytes_before += len(text)
 

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import time
+
+import click
+
+from hpctrain import output
+
+
+@click.command()
+@click.argument("target", metavar="RUN")
+@click.option("-f", "--follow", is_flag=True, help="Go on as the logs grow, also into the next links.")
+@click.option("-n", "--lines", default=40, show_default=True, type=click.IntRange(0), help="Lines of each log's end.")
+@click.option("--link", type=int, help="Only this link's log.")
+def command(target: str, follow: bool, lines: int, link: int | None) -> None:
+    """Show the logs of a run across links and requeues: the first failing rank's lines, then the end of each log.
+
+    RUN is a run directory, a run.yaml, a run's name or a job id.
+
+    \b
+    hpctrain logs runs/ft_latest_7
+    hpctrain logs -f 1234567
+    hpctrain logs ft_latest_7 --link 3 -n 200
+    """
+    from hpctrain.logs import failing_lines, follow_run, sections
+    from hpctrain.observe import observe
+    from hpctrain.runs import find_runs, read_run
+    from hpctrain.triage.target import open_target
+
+    run = read_run(find_runs(target)[0])
+    subject = open_target([run.run_dir])
+    diagnosis = subject.diagnose() if run.logs else None
+    if diagnosis and diagnosis.cause and link in (None, diagnosis.cause.attempt.link):
+        first = failing_lines(diagnosis.cause)
+        output.info(output.paint(first.heading, "red"))
+        for line in first.lines:
+            output.data(line)
+    for section in sections(run, lines, link):
+        output.info(output.paint(f"==> {section.heading}", "bold"))
+        for line in section.lines:
+            output.data(line)
+    if not run.logs:
+        output.info(f"{run.name} has no log yet")
+    if follow:
+        asked = [0.0, True]
+
+        def alive() -> bool:
+            if time.monotonic() - asked[0] > 15:
+                asked[:] = [time.monotonic(), observe([run.run_dir], read_logs=False)[0].live]
+            return bool(asked[1])
+
+        follow_run(run.run_dir, output.data, alive)
+    elif diagnosis:
+        output.next_step(f"hpctrain triage {run.run_dir}")

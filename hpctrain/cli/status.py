@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import time
+
+import click
+
+from hpctrain import errors, output
+from hpctrain.cli import common
+
+
+@click.command()
+@click.argument("target", required=False, metavar="[RUN]")
+@click.option("-w", "--watch", is_flag=True, help="Show it again and again until nothing runs or waits.")
+@click.option("--every", default=30.0, show_default=True, type=click.FloatRange(1), help="Seconds between two looks.")
+@click.option("--no-slurm", is_flag=True, help="From the run directory alone.")
+@common.as_json
+def command(target: str | None, watch: bool, every: float, no_slurm: bool, as_json: bool) -> None:
+    """Show what a run is doing: every link, the progress, the time and links still needed.
+
+    RUN is a run directory, a run.yaml, a run's name or a job id; none means all runs here.
+    Exits 0 when done, 1 when it failed or gave up, 8 while it runs or waits.
+
+    \b
+    hpctrain status
+    hpctrain status runs/ft_latest_7 --watch
+    hpctrain status 1234567 --json | jq .runs[0].progress
+    """
+    from hpctrain.observe import observe
+    from hpctrain.runs import find_runs
+    from hpctrain.status_view import exit_code, show
+
+    while True:
+        statuses = observe(find_runs(target), not no_slurm)
+        if as_json:
+            output.data_json(runs=[status.as_json() for status in statuses])
+        else:
+            if watch:
+                click.clear()
+            show(statuses, time.time())
+        if not watch or not any(status.live for status in statuses):
+            break
+        time.sleep(every)
+    code = exit_code(statuses) if target else errors.DONE
+    if code:
+        raise click.exceptions.Exit(code)

@@ -1,0 +1,159 @@
+"""A run's logs as one: over links and requeues, with the first failing rank's lines first. Any bytes, fixed memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from hpctrain.runs import RunRecords, list_logs
+from hpctrain.triage.engine import clean
+from hpctrain.triage.judge import Incident
+
+_CONTEXT_BEFORE, _CONTEXT_AFTER = 25, 5
+_RANK = re.compile(rb"\[(?:rank|default)\s?(\d+)\]|\[Rank (\d+)\]|^\s*(\d+): ")
+_MOST_BACK = 8 << 20  # bytes looked back for the last lines
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and its lines, printable as they are."""
+
+    heading: str
+    lines: list[str]
+
+
+def failing_lines(incident: Incident, before: int = _CONTEXT_BEFORE, after: int = _CONTEXT_AFTER) -> Section:
+    """The lines around the cause; where lines carry ranks, those of the failing rank (and those that carry none)."""
+    event = incident.event
+    kept: deque[tuple[int, str]] = deque(maxlen=before + 1)
+    tail: list[tuple[int, str]] = []
+    with open(event.place.file, "rb") as file:
+        for number, line in enumerate(_lines(file), 1):
+            if number > event.place.number + 20 * after or len(tail) >= after:
+                break
+            if event.rank is not None and number != event.place.number:
+                found = _RANK.search(line)
+                other = next((int(group) for group in found.groups() if group), None) if found else None
+                if other is not None and other != event.rank:
+                    continue
+            (kept if number <= event.place.number else tail).append((number, clean(line)))
+    where = ", ".join(filter(None, [
+        f"rank {event.rank}" if event.rank is not None else "", f"node {event.node}" if event.node else "",
+        f"link {incident.attempt.link}" if incident.attempt.link is not None else "",
+        f"job {incident.attempt.job_id}" if incident.attempt.job_id else "",
+    ]))  # fmt: skip
+    lines = [f"{'>' if number == event.place.number else ' '} {number}: {text}" for number, text in [*kept, *tail]]
+    return Section(f"first failure ({event.failure}): {event.place}{', ' + where if where else ''}", lines)
+
+
+def _lines(file: object) -> Iterator[bytes]:
+    """Lines of bounded length: junk without line ends comes in pieces of 64 KiB, counted as one line."""
+    pending = b""
+    while True:
+        piece = file.readline(65536)  # type: ignore[attr-defined]
+        if not piece:
+            if pending:
+                yield pending
+            return
+        pending = pending or piece
+        if piece.endswith(b"\n"):
+            yield pending
+            pending = b""
+
+
+def last_lines(path: str, count: int) -> list[str]:
+    """The last `count` lines of a file, read from its end; carriage returns start their line anew, as on a terminal."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        read, text = 0, b""
+        while read < min(size, _MOST_BACK) and text.count(b"\n") <= count:
+            read = min(read + (1 << 18), size)
+            file.seek(size - read)
+            text = file.read(read)
+    lines = text.split(b"\n")
+    lines = lines[:-1] if lines and not lines[-1] else lines
+    return [as_shown(line) for line in lines[-count:]] if count else []
+
+
+def as_shown(line: bytes) -> str:
+    """A line as a terminal would leave it: what follows the last carriage return, printable."""
+    parts = [part for part in line.split(b"\r") if part.strip()]
+    return clean_long(parts[-1] if parts else b"")
+
+
+def clean_long(line: bytes) -> str:
+    """Printable text of a line, without the length limit of `clean` that tables need."""
+    text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", line[:65536]).decode("utf-8", "replace")
+    return "".join(char if char.isprintable() or char == "\t" else "\ufffd" for char in text).rstrip()
+
+
+def sections(run: RunRecords, count: int, link: int | None = None) -> Iterator[Section]:
+    """The end of each log, oldest job first; only link `link`'s where that is given."""
+    links = links_of_jobs(run)
+    for path in run.logs:
+        job_id = job_of_log(path)
+        number = links.get(job_id or "")
+        if link is not None and number != link:
+            continue
+        title = f"link {number}, " if number is not None else ""
+        try:
+            yield Section(f"{title}job {job_id or '?'}: {path}", last_lines(path, count))
+        except OSError as error:
+            yield Section(f"{title}job {job_id or '?'}: {path} cannot be read: {error.strerror}", [])
+
+
+def job_of_log(path: str) -> str | None:
+    found = re.search(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z", path)
+    return found[1] if found else None
+
+
+def links_of_jobs(run: RunRecords) -> dict[str, int]:
+    """Job id -> link number, from the ledger and links.jsonl."""
+    return {
+        str(record["job_id"]): record["link"]
+        for record in (*run.ledger, *run.links)
+        if record.get("job_id") and isinstance(record.get("link"), int)
+    }
+
+
+def follow_run(run_dir: str, emit: Callable[[str], None], alive: Callable[[], bool], every_s: float = 1.0) -> None:
+    """Emit every new line of every log of the run, also of logs that appear, until `alive` says no job is left."""
+    offsets: dict[str, int] = {path: os.path.getsize(path) for path in list_logs(run_dir)}
+    pending: dict[str, bytes] = {}
+    current = ""
+    while True:
+        going = alive()
+        for path in list_logs(run_dir):
+            for line in _new_lines(path, offsets, pending):
+                if path != current:
+                    emit(f"==> {path}")
+                    current = path
+                emit(line)
+        if not going:
+            return
+        time.sleep(every_s)
+
+
+def _new_lines(path: str, offsets: dict[str, int], pending: dict[str, bytes]) -> Iterator[str]:
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = offsets.get(path, 0)
+            if size < start:
+                start, pending[path] = 0, b""
+            file.seek(start)
+            while True:
+                piece = file.read(1 << 20)
+                if not piece:
+                    break
+                start += len(piece)
+                *lines, rest = (pending.get(path, b"") + piece).split(b"\n")
+                pending[path] = rest[-65536:]
+                yield from map(as_shown, lines)
+            offsets[path] = start
+    except OSError:
+        return

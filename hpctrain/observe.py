@@ -1,0 +1,386 @@
+"""What a run is doing: the run directory, squeue and sacct put together, each of them optional.
+
+One squeue and one sacct call serve any number of runs and links. Whatever could not be asked is named in `unseen`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hpctrain import estimate
+from hpctrain.runs import RunRecords, read_run
+from hpctrain.slurmstate import Answer, JobState, query
+from hpctrain.triage.failures import FAILURES
+from hpctrain.triage.records import utc
+
+NOT_SUBMITTED, PENDING, RUNNING, DONE, STOPPED, GAVE_UP, FAILED, ENDED, UNKNOWN = (
+    "not submitted", "pending", "running", "done", "stopped", "gave up", "failed", "ended", "unknown",
+)  # fmt: skip
+_TAIL = 512 * 1024  # bytes of the newest log that tell the last iteration and step time
+
+
+@dataclass(frozen=True)
+class LinkStatus:
+    """One link. `state` is Slurm's word in capitals where Slurm was asked, else what the run directory tells.
+
+    Iterations count completed checkpoints for ended links, log lines for a running one. Times: UTC seconds since 1970.
+    """
+
+    link: int | None
+    job_id: str
+    state: str
+    mode: str | None = None
+    restarts: int = 0
+    nodes: tuple[str, ...] = ()
+    num_nodes: int | None = None
+    iteration_from: int | None = None
+    iteration_to: int | None = None
+    checkpoint: str | None = None
+    exit_code: int | None = None
+    reason: str = ""
+    start_s: float | None = None
+    end_s: float | None = None
+    elapsed_s: float | None = None
+    expected_start_s: float | None = None
+    active: bool = False
+    pending: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "link": self.link, "job_id": self.job_id, "state": self.state, "mode": self.mode, "restarts": self.restarts,
+            "nodes": list(self.nodes), "num_nodes": self.num_nodes, "iteration_from": self.iteration_from,
+            "iteration_to": self.iteration_to, "checkpoint": self.checkpoint, "exit_code": self.exit_code,
+            "reason": self.reason, "start": utc(self.start_s), "end": utc(self.end_s), "elapsed_s": self.elapsed_s,
+            "expected_start": utc(self.expected_start_s),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. `eta_s` is time of running still needed, without the time in the queue."""
+
+    iteration: int | None = None
+    target: int | None = None
+    step_time_s: float | None = None
+    eta_s: float | None = None
+    links_needed: int | None = None
+    checkpoint: str | None = None
+    checkpoint_iteration: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Everything `status` shows of one run."""
+
+    run: RunRecords
+    state: str
+    links: tuple[LinkStatus, ...]
+    progress: Progress
+    unseen: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def live(self) -> bool:
+        return self.state in (PENDING, RUNNING)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run": self.run.name, "run_dir": self.run.run_dir, "state": self.state, "site": self.run.plan.get("site"),
+            "recipe": self.run.recipe, "links": [link.as_json() for link in self.links],
+            "progress": self.progress.as_json(), "notes": list(self.notes), "unseen": list(self.unseen),
+        }  # fmt: skip
+
+
+def observe(
+    run_dirs: Sequence[str], ask_slurm: bool = True, now_s: float | None = None, read_logs: bool = True
+) -> list[RunStatus]:
+    """The status of each run, in the order given, with one squeue and one sacct call for all of them."""
+    now_s = time.time() if now_s is None else now_s
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    ids = list(dict.fromkeys(job_id for run in runs for job_id in run.job_ids()))
+    answer = query(ids) if ask_slurm else Answer({}, {}, ("Slurm was not asked",) if ids else ())
+    return [status_of(run, answer, now_s, read_logs) for run in runs]
+
+
+def status_of(run: RunRecords, answer: Answer, now_s: float, read_logs: bool = True) -> RunStatus:
+    """The status of one run from its records and Slurm's answer. Reads the tail of its newest log and its checkpoint folder."""
+    tail = _tail_of_log(run.logs[-1]) if read_logs and run.logs else {}
+    links = tuple(_links(run, answer, now_s, tail))
+    unseen = [*run.unseen, *answer.unseen]
+    checkpoint, number = _newest_checkpoint(run, unseen) if read_logs else (None, None)
+    progress = _progress(run, links, tail, checkpoint, number)
+    if not run.ledger and not run.links and not run.logs:
+        unseen = [what for what in unseen if "is not there" not in what]
+    return RunStatus(
+        run, overall_state(run, links, progress), links, progress, tuple(unseen), tuple(_notes(run, links))
+    )
+
+
+def _links(run: RunRecords, answer: Answer, now_s: float, tail: Mapping[str, Any]) -> list[LinkStatus]:
+    """One status a job, by link number and job id; jobs that only a log or Slurm knows come too."""
+    jobs: dict[str, dict[str, Any]] = {}
+    for record in run.ledger:
+        job_id = str(record.get("job_id") or "")
+        if record.get("event") == "submitted" and job_id:
+            jobs.setdefault(job_id, {})["link"] = record.get("link")
+            jobs[job_id]["submitted"] = record.get("time")
+            jobs[job_id]["kind"] = record.get("kind")
+        elif record.get("event") == "cancelled" and job_id:
+            jobs.setdefault(job_id, {})["cancelled"] = True
+    for record in run.links:
+        job_id = str(record.get("job_id") or "")
+        if job_id:
+            entry = jobs.setdefault(job_id, {})
+            entry.setdefault("link", record.get("link"))
+            entry.setdefault("records", []).append(record)
+    for job_id in run.job_ids():
+        jobs.setdefault(job_id, {})
+    order = sorted(
+        jobs, key=lambda job_id: (_whole(jobs[job_id].get("link")) or 10**9, tuple(map(int, job_id.split("_"))))
+    )
+    out = [_link(job_id, jobs[job_id], answer.jobs.get(job_id), now_s) for job_id in order]
+    # A link that never wrote its end reached what the next one started from.
+    for index, link in enumerate(out):
+        if link.iteration_to is None and index + 1 < len(out) and out[index + 1].iteration_from is not None:
+            out[index] = replace(link, iteration_to=out[index + 1].iteration_from)
+        if link.state == "began, no end recorded" and tail.get("job_id") == link.job_id and tail.get("end"):
+            out[index] = replace(out[index], state=tail["end"], reason="by its log")
+        if link.active and link.job_id == tail.get("job_id") and tail.get("iteration") is not None:
+            out[index] = replace(out[index], iteration_to=tail["iteration"])
+    return out
+
+
+def _link(job_id: str, entry: Mapping[str, Any], job: JobState | None, now_s: float) -> LinkStatus:
+    records = entry.get("records", [])
+    begins = [record for record in records if record.get("event") == "begin"]
+    ends = [record for record in records if record.get("event") == "end"]
+    last = begins[-1] if begins else {}
+    ended = ends[-1] if ends and _same_start(ends[-1], last) else None
+    mode = last.get("mode") if isinstance(last.get("mode"), str) else None
+    trained = mode in ("scratch", "finetune", "resume")
+    start_s, end_s = _time_s(last.get("time")), _time_s(ended.get("time")) if ended else None
+    elapsed = end_s - start_s if start_s is not None and end_s is not None else None
+    code = _whole(ended.get("exit_code")) if ended else None
+    nodes: tuple[str, ...] = _node_names(last.get("nodes"))
+    num_nodes, reason, expected = len(nodes) or None, str((ended or last).get("reason") or ""), None
+    active = pending = False
+    if job is not None:
+        state, active, pending = job.state, job.running, job.pending
+        nodes, num_nodes = job.nodes or nodes, job.num_nodes or num_nodes
+        code = job.exit_code if code is None and not (active or pending) else code
+        reason = job.reason or ("" if pending else reason)
+        start_s, end_s = (
+            (None if pending else job.start_s or start_s),
+            (None if active or pending else job.end_s or end_s),
+        )
+        expected = job.start_s if pending else None
+        elapsed = job.elapsed_s if job.elapsed_s is not None else elapsed
+        if active and start_s is not None:
+            elapsed = max(now_s - start_s, 0)
+    elif entry.get("cancelled"):
+        state = "CANCELLED"
+    elif ended is not None:
+        state = f"ended with exit code {code}"
+    elif mode and not trained:
+        state = {"done": "nothing left to do", "stopped": "stopped", "gave_up": "gave up"}.get(mode, mode)
+    elif begins:
+        state = "began, no end recorded"
+    elif entry.get("submitted"):
+        state = "submitted"
+    else:
+        state = "unknown"
+    return LinkStatus(
+        _whole(entry.get("link")), job_id, state, mode, max(len(begins) - 1, 0), nodes, num_nodes,
+        _whole(begins[0].get("iteration")) if begins and trained else None, _whole(ended.get("iteration")) if ended else None,
+        (ended or last).get("checkpoint"), code, reason, start_s, end_s, elapsed, expected, active, pending,
+    )  # fmt: skip
+
+
+def _same_start(end: Mapping[str, Any], begin: Mapping[str, Any]) -> bool:
+    return (end.get("restart") or 0) == (begin.get("restart") or 0)
+
+
+def overall_state(run: RunRecords, links: Sequence[LinkStatus], progress: Progress) -> str:
+    """One word for the run, from its links: what runs now wins, then what waits, then how the last one ended."""
+    if any(link.active for link in links):
+        return RUNNING
+    if any(link.pending for link in links):
+        return PENDING
+    if not links:
+        return NOT_SUBMITTED
+    modes = [link.mode for link in links if link.mode]
+    reached = progress.target is not None and (progress.checkpoint_iteration or 0) >= progress.target
+    if "done" in modes or reached:
+        return DONE
+    if modes and modes[-1] == "gave_up":
+        return GAVE_UP
+    if modes and modes[-1] == "stopped":
+        return STOPPED
+    if any(link.state == "submitted" for link in links):
+        return UNKNOWN  # it may be queued: Slurm could not be asked, or has forgotten it
+    started = [link for link in links if link.mode or link.exit_code is not None]
+    last = started[-1] if started else links[-1]
+    if last.state == "COMPLETED" or last.exit_code == 0:
+        return DONE if progress.target is None else ENDED
+    if last.exit_code not in (0, None) or last.state in (
+        "FAILED",
+        "TIMEOUT",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "CANCELLED",
+        "BOOT_FAIL",
+        "DEADLINE",
+        "PREEMPTED",
+    ):
+        return FAILED
+    return UNKNOWN
+
+
+def _progress(run: RunRecords, links: Sequence[LinkStatus], tail: Mapping[str, Any], checkpoint: str | None,
+              number: int | None) -> Progress:  # fmt: skip
+    job, guard = run.section("job"), run.section("guard")
+    target = _whole(guard.get("target")) or _whole(job.get("iterations")) or _whole(tail.get("total"))
+    known = [value for link in links for value in (link.iteration_from, link.iteration_to) if value is not None]
+    iteration = max(
+        [
+            *known,
+            *([number] if number is not None else []),
+            *([tail["iteration"]] if tail.get("iteration") is not None else []),
+        ],
+        default=None,
+    )
+    step_s = tail.get("step_time_s") or job.get("step_time_s")
+    step_s = float(step_s) if isinstance(step_s, (int, float)) and step_s > 0 else None
+    eta_s = needed = None
+    running = any(link.active for link in links)
+    base = iteration if running else number if number is not None else iteration
+    if target and base is not None and step_s:
+        left = max(target - base, 0)
+        eta_s = left * step_s
+        time_s = _whole(job.get("time_s"))
+        if left and time_s:
+            signal = job.get("signal") if isinstance(job.get("signal"), Mapping) else {}
+            lead = _whole(signal.get("lead_s")) or 0 if isinstance(signal, Mapping) else 0
+            saves = bool(job.get("saves_on_signal"))
+            needed = estimate.links_needed(
+                left, step_s, _whole(job.get("save_every")), time_s, lead if saves else 0, saves
+            )
+        else:
+            needed = 0 if not left else None
+    return Progress(iteration, target, step_s, eta_s, needed, checkpoint, number)
+
+
+def _newest_checkpoint(run: RunRecords, unseen: list[str]) -> tuple[str | None, int | None]:
+    """The newest complete checkpoint by the guard's own rules; nothing when the folder cannot be seen from here."""
+    from hpctrain.runtime.settings import GuardError, read_settings
+    from hpctrain.runtime.survey import Survey
+
+    folder = run.section("guard").get("checkpoint_dir")
+    if not isinstance(folder, str) or not folder:
+        return None, None
+    if not os.path.isdir(folder):
+        unseen.append(f"the checkpoint folder {folder} is not there (yet)")
+        return None, None
+    try:
+        found = Survey(read_settings(run.run_dir)).newest_complete()
+    except (OSError, GuardError, ValueError, KeyError) as error:
+        unseen.append(f"the checkpoint folder {folder}: {error}")
+        return None, None
+    return (found.name, found.number) if found else (None, None)
+
+
+def _tail_of_log(path: str) -> dict[str, Any]:
+    """The last iteration, total and step time that the end of a log tells, and the job it is of."""
+    from hpctrain.triage.engine import Engine
+    from hpctrain.triage.records import median
+
+    engine = Engine()
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(size - _TAIL, 0))
+            reader = engine.log(path)
+            reader.feed(file.read(_TAIL))
+            reader.close()
+    except OSError:
+        return {}
+    trained = [attempt for attempt in engine.attempts if attempt.num_steps and attempt.last]
+    if not trained:
+        return {}
+    last = trained[-1]
+    assert last.last is not None
+    times = last.step_times.last()
+    return {
+        "end": _end_of(engine.attempts[-1]) if engine.attempts[-1].job_id == last.job_id else None,
+        "job_id": last.job_id, "iteration": last.last.iteration, "total": last.total,
+        "step_time_s": median(times) if times else None,
+    }  # fmt: skip
+
+
+def _end_of(attempt: Any) -> str | None:
+    """How a log's last attempt ended, where it tells: Slurm's word for the reason, or the exit code."""
+    from hpctrain.triage.judge import find_cause
+    from hpctrain.triage.rules import Circumstances
+
+    words = {"time_limit": "TIMEOUT", "node": "NODE_FAIL", "cancelled": "CANCELLED", "preemption": "PREEMPTED"}
+    cause = find_cause(attempt, Circumstances(running=False))
+    if cause is not None and FAILURES[cause.failure].external or cause is not None and cause.failure == "node":
+        return words[cause.failure]
+    if attempt.exit_code is not None:
+        return f"ended with exit code {attempt.exit_code}"
+    return "FAILED" if cause is not None else None
+
+
+def _notes(run: RunRecords, links: Sequence[LinkStatus]) -> list[str]:
+    out = []
+    if run.stop:
+        out.append("the STOP file is there: the chain ends after the next checkpoint")
+    unfinished = {record.get("link") for record in run.ledger if record.get("event") == "submitting"}
+    unfinished -= {record.get("link") for record in run.ledger if record.get("event") == "submitted"}
+    if unfinished:
+        listed = ", ".join(str(link) for link in sorted(unfinished, key=str))
+        out.append(
+            f"link {listed} was being submitted when that was cut off; `hpctrain chain` finds out whether it is queued"
+        )
+    if any(link.reason == "DependencyNeverSatisfied" for link in links):
+        out.append("a link waits for a dependency that can never be fulfilled: cancel it")
+    return out
+
+
+def _time_s(text: object) -> float | None:
+    try:
+        return (
+            datetime.datetime.strptime(str(text), "%Y-%m-%dT%H:%M:%SZ")
+            .replace(tzinfo=datetime.timezone.utc)
+            .timestamp()
+        )
+    except ValueError:
+        return None
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _node_names(value: object) -> tuple[str, ...]:
+    from hpctrain.units import expand_nodes
+
+    if isinstance(value, list):
+        return tuple(map(str, value))
+    if not isinstance(value, str) or not value:
+        return ()
+    try:
+        return tuple(expand_nodes(value))
+    except ValueError:
+        return (value,)
+
+
+__all__ = ["LinkStatus", "Progress", "RunStatus", "observe", "overall_state", "status_of"]

@@ -1,0 +1,90 @@
+"""Prints run statuses: one line a run, or one line a link of a single run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hpctrain import errors, output
+from hpctrain.observe import DONE, ENDED, FAILED, GAVE_UP, PENDING, RUNNING, STOPPED, LinkStatus, RunStatus
+from hpctrain.triage.records import utc
+from hpctrain.units import compress_nodes, format_duration
+
+_COLOUR = {RUNNING: "cyan", PENDING: "yellow", DONE: "green", FAILED: "red", GAVE_UP: "red"}
+
+
+def exit_code(statuses: Sequence[RunStatus]) -> int:
+    """8 while any run lives, 1 when one failed, else 0."""
+    if any(status.live for status in statuses):
+        return errors.PENDING
+    return errors.DONE if all(status.state in (DONE, ENDED, STOPPED) for status in statuses) else errors.NO
+
+
+def show(statuses: Sequence[RunStatus], now_s: float) -> None:
+    """A table of runs, or the links of the only one; what could not be seen goes to stderr."""
+    if len(statuses) == 1:
+        _one(statuses[0], now_s)
+    else:
+        output.table(
+            [(s.run.name, s.state, _jobs(s), _progress(s), _eta(s), s.run.run_dir) for s in statuses],
+            ("run", "state", "links", "iteration", "still needs", "directory"),
+        )  # fmt: skip
+    for what in dict.fromkeys(what for status in statuses for what in status.unseen):
+        output.info(f"could not see: {what}")
+
+
+def _one(status: RunStatus, now_s: float) -> None:
+    state = output.paint(status.state, _COLOUR[status.state]) if status.state in _COLOUR else status.state
+    output.data(f"{status.run.name}: {state}, iteration {_progress(status)}, still needs {_eta(status)}")
+    progress = status.progress
+    if progress.checkpoint:
+        output.data(f"newest complete checkpoint: {progress.checkpoint}")
+    if status.links:
+        output.data("")
+        output.table([_row(link, now_s) for link in status.links],
+                     ("link", "job", "state", "mode", "iterations", "checkpoint", "elapsed", "nodes", "why / when"))  # fmt: skip
+    for note in status.notes:
+        output.info(f"note: {note}")
+    if status.state in (FAILED, GAVE_UP):
+        output.next_step(f"hpctrain triage {status.run.run_dir}")
+    elif status.state == RUNNING:
+        output.next_step(f"hpctrain logs -f {status.run.run_dir}")
+
+
+def _row(link: LinkStatus, now_s: float) -> tuple[object, ...]:
+    restarts = f" ({link.restarts} restarts)" if link.restarts else ""
+    start = "" if link.iteration_from is None else str(link.iteration_from)
+    end = "" if link.iteration_to is None else str(link.iteration_to)
+    iterations = f"{start}–{end}" if start or end else ""
+    nodes = compress_nodes(list(link.nodes)) if link.nodes else f"{link.num_nodes or ''}"
+    if link.pending:
+        wait = f"starts about {utc(link.expected_start_s)}" if link.expected_start_s else ""
+        why = ", ".join(filter(None, [link.reason, wait]))
+    else:
+        why = link.reason
+    return (
+        "" if link.link is None else link.link, link.job_id, link.state + restarts, link.mode or "", iterations, link.checkpoint or "",
+        "" if link.elapsed_s is None else format_duration(link.elapsed_s), nodes if len(nodes) < 40 else nodes[:37] + "…", why,
+    )  # fmt: skip
+
+
+def _jobs(status: RunStatus) -> str:
+    running = sum(link.active for link in status.links)
+    pending = sum(link.pending for link in status.links)
+    return f"{len(status.links)} ({running} running, {pending} pending)" if status.live else str(len(status.links))
+
+
+def _progress(status: RunStatus) -> str:
+    progress = status.progress
+    if progress.iteration is None:
+        return "unknown"
+    if not progress.target:
+        return str(progress.iteration)
+    return f"{progress.iteration} of {progress.target} ({100 * progress.iteration / progress.target:.0f}%)"
+
+
+def _eta(status: RunStatus) -> str:
+    progress = status.progress
+    if progress.eta_s is None:
+        return "an unknown time"
+    links = f", {progress.links_needed} links" if progress.links_needed is not None else ""
+    return f"{format_duration(progress.eta_s)} of running{links}"
