@@ -13,9 +13,13 @@ from hpctrain.units import compress_nodes, expand_nodes
 
 MIN_FAILURES = 2
 _TAIL_BYTES = 4 * 1024 * 1024
-# What Slurm says of one node: `srun: error: nid000003: task 5: Killed`, `Node failure on nid000003`.
+# What Slurm says of one node: `srun: error: nid000003: task 5: Killed`, `Node failure on nid000003`; and the job script of
+# the first task that failed. Only deaths by a signal: an exit code is the program's own, and the same on any node.
 _NAMED = (
-    re.compile(r"srun: error: (?P<nodes>[\w.,\[\]-]+): tasks? [\d,-]+: (?!Terminated)(?P<how>[^\n]+)"),
+    re.compile(r"srun: error: (?P<nodes>[\w.,\[\]-]+): tasks? [\d,-]+: (?!Terminated|Exited|Interrupt)[^\n]+"),
+    re.compile(
+        r"the first task to fail was rank \d+ on (?P<nodes>[\w.-]+), with exit code 1(?:3[1-9]|29|4[0-2]|4[4-9]|5\d)\b"
+    ),
     re.compile(r"[Nn]ode failure on (?P<nodes>[\w.,\[\]-]+)"),
     re.compile(r"JOB \d+ ON (?P<nodes>[\w.-]+) CANCELLED AT \S+ DUE TO NODE FAILURE"),
 )

@@ -3,6 +3,7 @@
 python3 runtime/__main__.py begin --run-dir DIR [--link N]        prints NAME='value' lines for the job script to eval
 python3 runtime/__main__.py end --run-dir DIR --exit-code N       records the end of the link and releases its lock
 python3 runtime/__main__.py made --run-dir DIR --link N           prints the checkpoint that link N made; 1 if it made none
+python3 runtime/__main__.py watch --run-dir DIR                   waits for STOP and then for the next complete checkpoint
 python3 runtime/__main__.py list --run-dir DIR                    the checkpoints, complete or not, and what comes next
 python3 runtime/__main__.py verify --layout L CHECKPOINT...       whether checkpoints are complete; 1 if one is not
 """
@@ -54,11 +55,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     link = importlib.import_module(name + ".link")
     parser = argparse.ArgumentParser(prog="runtime", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    for verb in ("begin", "end", "made", "list"):
+    for verb in ("begin", "end", "made", "watch", "list"):
         sub = verbs.add_parser(verb)
         sub.add_argument("--run-dir", required=True)
         if verb == "end":
             sub.add_argument("--exit-code", type=int, required=True)
+        if verb == "watch":
+            sub.add_argument("--every", type=float, default=20.0, metavar="SECONDS")
         if verb in ("begin", "made"):
             sub.add_argument("--link", type=int, required=verb == "made")
     sub = verbs.add_parser("verify")
@@ -81,6 +84,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             if found:
                 _write(sys.stdout, found)
             return 0 if found else 1
+        if args.verb == "watch":
+            return 0 if link.watch(os.path.abspath(args.run_dir), args.every) else 1
         if args.verb == "list":
             return _list(name, os.path.abspath(args.run_dir))
         return _verify(name, args.layout, args.checkpoints)

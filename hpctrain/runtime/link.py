@@ -245,8 +245,26 @@ def made(run_dir: str, link: int) -> Optional[str]:
     return os.path.join(settings.checkpoint_dir or "", name) if name else None
 
 
+def watch(run_dir: str, every_s: float = 20.0) -> bool:
+    """Return True once STOP is there and a complete checkpoint was made after it was seen; then the step may be ended.
+
+    False at once for a program whose checkpoints are not known: it goes on to its own end.
+    """
+    settings = read_settings(run_dir)
+    if settings.layout == "none":
+        return False
+    while not os.path.lexists(os.path.join(run_dir, "STOP")):
+        time.sleep(every_s)
+    before = Survey(settings).newest_complete()
+    while True:
+        time.sleep(every_s)
+        newest = Survey(settings).newest_complete()
+        if newest is not None and newest != before:
+            return True
+
+
 def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-__all__ = ["Decision", "GuardError", "begin", "decide", "end", "made", "prepare"]
+__all__ = ["Decision", "GuardError", "begin", "decide", "end", "made", "prepare", "watch"]

@@ -130,7 +130,7 @@ class Run:
         inside = [kind for kind in self.kinds if kind in INSIDE]
         for number, kind in enumerate(inside):
             # Later faults come at later steps, so that each meets the chain while it still has something to do.
-            at_save = self.random.choice([3, 6, 9][min(number, 2) :])
+            at_save = self.random.choice([3, 6, 9][number : 3 - (len(inside) - 1 - number)])
             plan = {
                 "kind": kind,
                 "at_save": at_save,
@@ -155,7 +155,7 @@ class Run:
                 str(self.top / "base"), 50, 2, 1, lineage="base", name="_global_step50_backup"
             )
         argv = [sys.executable, str(TRAINER), "--truth", str(self.truth), "--steps", str(self.steps), "--save-every", "3", "--tp", "2",
-                "--step-s", "0.5" if self.outside else "0.1", "--offset", str(self.offset)]  # fmt: skip
+                "--step-s", str(0.1 + 0.6 * len(self.outside)), "--offset", str(self.offset)]  # fmt: skip
         (self.top / "run.yaml").write_text(json.dumps({
             "name": "ft", "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 1,
             "tasks_per_node": 2, "gpus_per_node": 1, "time": "00:05:00", "checkpoint": checkpoint, "chain": {"jobs": self.num_links},
@@ -450,7 +450,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=3, help="chains at a time")
     parser.add_argument("--table", help="write the table into this file, between its markers")
     args = parser.parse_args()
-    results = campaign(args.seed, args.num, args.jobs, say=lambda text: print(text, flush=True))
+    try:
+        results = campaign(args.seed, args.num, args.jobs, say=lambda text: print(text, flush=True))
+    except KeyboardInterrupt:
+        print("interrupted; the sandbox has ended", flush=True)
+        os._exit(130)  # chains that still watch a Slurm that is gone
     text = table(results, f"tools/faults --seed {args.seed} --num {args.num}")
     print(text)
     if args.table:

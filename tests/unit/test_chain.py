@@ -113,6 +113,11 @@ def test_a_ledger_survives_torn_and_foreign_lines(tmp_path):
     ("srun: error: Node failure on nid000005", "nid[000001-000008]", ["nid000005"]),
     ("srun: error: nid[000001-000004]: tasks 0-3: Exited with exit code 1", "nid[000001-000008]", []),
     ("srun: error: nid000001: task 0: Killed", "nid[000001-000002]", []),
+        ("srun: error: nid000001: task 0: Exited with exit code 1", "nid[000001-000008]", []),
+        ("hpctrain: the first task to fail was rank 3 on nid000002, with exit code 137", "nid[000001-000008]", ["nid000002"]),
+        ("hpctrain: the first task to fail was rank 0 on nid000002, with exit code 1", "nid[000001-000008]", []),
+        ("hpctrain: the first task to fail was rank 0 on nid000002, with exit code 143", "nid[000001-000008]", []),
+
     ("srun: error: nid000099: task 0: Killed", "nid[000001-000008]", []),
     ("srun: error: nid[1-: task 0: Killed", "nid[000001-000008]", []),
     ("", "", []),

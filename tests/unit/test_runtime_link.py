@@ -470,3 +470,35 @@ def test_a_checkpoint_is_never_saved_through_the_starts_link(tmp_path, counter, 
         "counter": counter,
     }
     assert start_link_name(parse_settings(guard)) == name
+
+
+def test_a_guard_that_cannot_write_does_not_start_the_job_and_the_next_one_goes_on(quick):
+    """No more than 0 bytes may be written to any file, as with a full quota."""
+    quick.save(10)
+    (quick.ckpt / "latest").write_text("")
+    command = 'ulimit -f 0; exec "$@"'
+    done = subprocess.run(["bash", "-c", command, "x", sys.executable, "-B", str(quick.dir / "runtime" / "__main__.py"), "begin",
+                           "--run-dir", str(quick.dir)], env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7"},
+                          capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert done.returncode != 0 and done.stdout == "" and "Traceback" not in done.stderr
+    assert quick.begin(1)["iteration"] == "10"
+
+
+def test_watch_returns_when_a_checkpoint_was_made_after_the_stop_file_was_seen(quick):
+    quick.save(10)
+    watcher = subprocess.Popen([sys.executable, "-B", str(quick.dir / "runtime" / "__main__.py"), "watch", "--run-dir", str(quick.dir),
+                                "--every", "0.1"])  # fmt: skip
+    try:
+        quick.save(20)
+        with pytest.raises(subprocess.TimeoutExpired):
+            watcher.wait(1)
+        (quick.dir / "STOP").touch()
+        checkpoints.partial_save(str(quick.ckpt), 30, [3, 0], 1, 2)
+        with pytest.raises(subprocess.TimeoutExpired):
+            watcher.wait(1)
+        quick.save(30)
+        assert watcher.wait(30) == 0
+    finally:
+        watcher.kill()
+    quick.write_plan(layout="none")
+    assert quick.call("watch").returncode == 1
