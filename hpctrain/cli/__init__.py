@@ -25,7 +25,6 @@ VERBS: dict[str, tuple[str, str]] = {
     "chain": ("chain", "render, bootstrap and queue a whole chain of jobs"),
     "status": ("status", "what runs are doing: links, progress, time still needed"),
     "logs": ("logs", "the logs of a run across links and requeues, the first failing rank first"),
-    "triage": ("triage", "what the logs say: GREEN or RED per rule, the cause, what to do next"),
     "stop": ("stop", "end a chain after its next checkpoint"),
     "cancel": ("cancel", "cancel every job of a chain now"),
     "checkpoint": ("checkpoint", "list, verify, bootstrap and choose checkpoints"),
