@@ -1,0 +1,178 @@
+"""The Megatron/NeoX indexed dataset: `.bin` holds tokens, `.idx` says where each sequence lies.
+
+Layout as in megatron/data/indexed_dataset.py of GPT-NeoX (`MMapIndexedDataset`), little endian: 9 bytes `MMIDIDX\\0\\0`, u64
+version 1, u8 dtype code, u64 number of sequences, u64 number of document entries, int32 sizes, int64 byte pointers, int64
+document index (0..n, as one document is one sequence).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from hpctrain.errors import EnvironmentFault, Problem, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER_BYTES = 34
+DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float32", 7: "float64", 8: "uint16"}
+_CODES = {name: code for code, name in DTYPES.items()}
+_CHUNK = 1 << 20
+
+
+def dtype_for(vocab_size: int) -> str:
+    """NeoX's rule (`__best_fitting_dtype`): uint16 below 65500 pieces, else int32."""
+    return "uint16" if vocab_size < 65500 else "int32"
+
+
+def paths(prefix: str) -> tuple[str, str]:
+    """(`.bin`, `.idx`) of a dataset prefix; a path that ends in either is taken as its prefix."""
+    if prefix.endswith((".bin", ".idx")):
+        prefix = prefix[:-4]
+    return prefix + ".bin", prefix + ".idx"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An open dataset. `sizes` are tokens per sequence, `pointers` byte offsets into `.bin`; all arrays are memory maps."""
+
+    prefix: str
+    dtype: str
+    sizes: NDArray[Any]
+    pointers: NDArray[Any]
+    doc_idx: NDArray[Any]
+    tokens: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        begin = int(self.pointers[index]) // self.tokens.dtype.itemsize
+        return self.tokens[begin : begin + int(self.sizes[index])]
+
+
+def open_dataset(prefix: str) -> Dataset:
+    """The dataset at `prefix`, mapped, its header and sizes checked. Raises EnvironmentFault or UsageError, naming the file."""
+    import numpy as np
+
+    bin_path, idx_path = paths(prefix)
+    try:
+        with open(idx_path, "rb") as file:
+            header = file.read(HEADER_BYTES)
+            idx_size = os.fstat(file.fileno()).st_size
+        bin_size = os.stat(bin_path).st_size
+    except OSError as error:
+        hint = "give the prefix without .bin" if error.errno == 2 else ""
+        raise EnvironmentFault(f"cannot be read: {error.strerror}", where=str(error.filename), hint=hint) from None
+    if len(header) < HEADER_BYTES or header[:9] != MAGIC:
+        raise UsageError("not an .idx of an indexed dataset (its first bytes are wrong)", where=idx_path)
+    version, code, num_sizes, num_docs = struct.unpack("<QBQQ", header[9:])
+    if version != 1 or code not in DTYPES:
+        raise UsageError(f"version {version}, dtype code {code}: not known", where=idx_path)
+    want = HEADER_BYTES + 12 * num_sizes + 8 * num_docs
+    if idx_size != want:
+        raise UsageError(f"{idx_size} bytes, but its header says {want}: truncated or damaged", where=idx_path)
+    dtype = np.dtype(DTYPES[code]).newbyteorder("<")
+    if bin_size % dtype.itemsize:
+        raise UsageError(f"{bin_size} bytes are no whole number of {dtype.name} tokens", where=bin_path)
+    at = HEADER_BYTES
+
+    def mapped(path: str, kind: Any, count: int, offset: int) -> NDArray[Any]:
+        # mmap refuses an empty file.
+        return np.memmap(path, kind, "r", offset, (count,)) if count else np.zeros(0, kind)
+
+    sizes = mapped(idx_path, "<i4", num_sizes, at)
+    pointers = mapped(idx_path, "<i8", num_sizes, at + 4 * num_sizes)
+    doc_idx = mapped(idx_path, "<i8", num_docs, at + 12 * num_sizes)
+    tokens = mapped(bin_path, dtype, bin_size // dtype.itemsize, 0)
+    return Dataset(paths(prefix)[0][:-4], DTYPES[code], sizes, pointers, doc_idx, tokens)
+
+
+def write_index(file: IO[bytes], dtype: str, sizes: Iterator[NDArray[Any]], num_sequences: int) -> int:
+    """Write a whole `.idx` for sequences of `sizes` (int32 chunks, in order), one document each; the number of tokens.
+
+    Memory stays small for any number of sequences: pointers go to their place while the sizes pass by.
+    """
+    import numpy as np
+
+    itemsize = np.dtype(dtype).itemsize
+    file.write(MAGIC + struct.pack("<QBQQ", 1, _CODES[dtype], num_sequences, num_sequences + 1))
+    sizes_at = HEADER_BYTES
+    pointers_at = sizes_at + 4 * num_sequences
+    total = done = 0
+    for chunk in sizes:
+        file.seek(sizes_at + 4 * done)
+        file.write(np.ascontiguousarray(chunk, "<i4").tobytes())
+        ends = np.cumsum(chunk, dtype=np.int64)
+        file.seek(pointers_at + 8 * done)
+        file.write(((ends - chunk + total) * itemsize).astype("<i8").tobytes())
+        total += int(ends[-1]) if len(ends) else 0
+        done += len(chunk)
+    assert done == num_sequences
+    file.seek(pointers_at + 8 * num_sequences)
+    for begin in range(0, num_sequences + 1, _CHUNK):
+        file.write(np.arange(begin, min(begin + _CHUNK, num_sequences + 1), dtype="<i8").tobytes())
+    return total
+
+
+def chunks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """`array` in pieces of a million entries."""
+    for begin in range(0, len(array), _CHUNK):
+        yield array[begin : begin + _CHUNK]
+
+
+def verify(dataset: Dataset, vocab_size: int | None = None, eod_id: int | None = None) -> list[Problem]:
+    """Everything wrong inside a dataset that opened: gaps, lengths, document index, ids past the vocabulary, missing EOD."""
+    import numpy as np
+
+    problems: list[Problem] = []
+    bin_path, idx_path = paths(dataset.prefix)
+    itemsize = dataset.tokens.dtype.itemsize
+    total = 0
+    for begin in range(0, len(dataset), _CHUNK):
+        sizes = dataset.sizes[begin : begin + _CHUNK].astype(np.int64)
+        if (sizes <= 0).any():
+            first = begin + int(np.argmax(sizes <= 0))
+            problems.append(Problem(f"sequence {first} has {int(dataset.sizes[first])} tokens", where=idx_path))
+        want = (np.cumsum(sizes) - sizes + total) * itemsize
+        wrong = dataset.pointers[begin : begin + _CHUNK] != want
+        if wrong.any():
+            problems.append(Problem(f"the pointer of sequence {begin + int(np.argmax(wrong))} is wrong", where=idx_path))
+            break
+        total += int(sizes.sum())
+    if total != dataset.num_tokens:
+        problems.append(Problem(f"the index counts {total} tokens, the file has {dataset.num_tokens}", where=bin_path))
+    if len(dataset.doc_idx) != len(dataset) + 1 or not all(
+        (chunk == np.arange(begin, begin + len(chunk))).all()
+        for begin, chunk in ((at, dataset.doc_idx[at : at + _CHUNK]) for at in range(0, len(dataset.doc_idx), _CHUNK))
+    ):
+        problems.append(
+            Problem("the document index is not 0..n", where=idx_path, why="one document is one sequence", level="warning")
+        )
+    if vocab_size is not None:
+        for begin in range(0, dataset.num_tokens, 16 * _CHUNK):
+            part = dataset.tokens[begin : begin + 16 * _CHUNK]
+            if int(part.max()) >= vocab_size or int(part.min()) < 0:
+                problems.append(Problem(f"an id outside the vocabulary of {vocab_size}", where=f"{bin_path}: token {begin}+"))
+                break
+    if eod_id is not None and not problems and len(dataset):
+        ends = dataset.pointers // itemsize + dataset.sizes - 1
+        without = dataset.tokens[ends] != eod_id
+        if without.any():
+            problems.append(
+                Problem(
+                    f"{int(without.sum())} of {len(dataset)} sequences do not end with id {eod_id}",
+                    where=bin_path,
+                    hint=f"the first is sequence {int(np.argmax(without))}",
+                )
+            )
+    return problems
