@@ -21,6 +21,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "recipe": ("recipe", "what can train: list, show"),
     "template": ("template", "job script templates: list, show, override by blocks"),
     "site": ("site", "site profiles: list, show, check, draft a new one"),
+    "tokenize": ("tokenize", "JSONL dialogues to a Megatron/NeoX dataset, as a resumable Slurm array"),
+    "data": ("data", "look at, check, count, pack and merge datasets"),
     "sandbox": ("sandbox", "a real Slurm on this machine, shaped like a site"),
 }
 

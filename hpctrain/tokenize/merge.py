@@ -107,10 +107,9 @@ def in_the_way(plan: Plan) -> str:
     there = [path for path in paths(plan.dataset) if os.path.lexists(path)]
     if not there:
         return ""
-    manifest = files.read_json(plan.dataset + ".json")
-    if manifest and manifest.get("content_key") == plan.content_key and not os.path.lexists(paths(plan.dataset)[1]):
-        return ""  # our own merge, killed before the last step
-    return f"`{there[-1]}` is there already"
+    if there == [paths(plan.dataset)[0]] and os.path.isfile(os.path.join(plan.work_dir, f"{plan.key}.plan.json")):
+        return ""  # a .bin alone may be our own merge, killed before its last step: `publish` compares the bytes
+    return f"`{os.path.basename(there[-1])}` is there already"
 
 
 def publish(

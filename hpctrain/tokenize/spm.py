@@ -7,9 +7,11 @@ the model's trainer is needed. Never encodes anything.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hpctrain.errors import EnvironmentFault, UsageError
 
@@ -50,15 +52,20 @@ def load_model(path: str) -> SpmModel:
     """The model at `path`. Raises EnvironmentFault when unreadable, UsageError when it is not a SentencePiece model."""
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            stat = os.fstat(file.fileno())
+            return _load(path, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise EnvironmentFault(f"the tokenizer model cannot be read: {error.strerror}", where=path) from None
-    try:
-        return parse_model(data, path)
     except (ValueError, IndexError, struct.error):
         raise UsageError(
             "this is not a SentencePiece model", where=path, hint="give the .model file, not tokenizer.json or .vocab"
         ) from None
+
+
+@lru_cache(maxsize=1)
+def _load(path: str, size: int, mtime_ns: int) -> SpmModel:
+    with open(path, "rb") as file:
+        return parse_model(file.read(), path)
 
 
 def parse_model(data: bytes, path: str = "") -> SpmModel:

@@ -125,6 +125,7 @@ class _Work:
         self.total = _Totals()
         self.loads = json_reader()
         self.encoder: Encoder | None = None
+        self.writes = False
         self.forged = _ForgeryCheck(model, plan.control.forgeable)
         self.forbidden = never_from_text(model, plan.control.forgeable)
         self.unknown_id = unknown_id(model)
@@ -135,6 +136,7 @@ class _Work:
         with files.temporaries(paths.bin, paths.sizes, paths.rejects, paths.reasons) as temps:
             self.out, self.sizes, self.rejects, self.reasons = (temp.file for temp in temps)
             self.bin_hash = hashlib.sha256()
+            self.writes = True
             segments = [self._segment(segment, encoder) for segment in self.shard.segments]
             if self.total.problems and self.plan.options.on_error == "fail":
                 raise UsageError(self.total.problems)
@@ -183,7 +185,7 @@ class _Work:
         reader = SegmentReader(source, segment, digest)
         lines = since_first = 0
         for block in reader.blocks():
-            layout, spans, counts = self._read(block, source, segment, lines)
+            layout, spans, counts = self.read(block, source, lines)
             lines += len(block.records)
             self.total.num_bytes += block.num_bytes
             if self.total.problems and self.plan.options.on_error == "fail":
@@ -211,9 +213,7 @@ class _Work:
             "sha256": digest.hexdigest(),
         }
 
-    def _read(
-        self, block: Block, source: Input, segment: Segment, lines: int
-    ) -> tuple[list[int], list[str], list[int]]:
+    def read(self, block: Block, source: Input, lines: int) -> tuple[list[int], list[str], list[int]]:
         """Control ids and `SPAN`s of a block's documents, its spans, and how many entries of the first each document has."""
         layout: list[int] = []
         spans: list[str] = []
@@ -240,7 +240,7 @@ class _Work:
             fault = fault or add(record, layout, spans) or self.forged.fault(spans, num_spans)
             if fault:
                 del layout[begin:], spans[num_spans:]
-                self._fault(fault, block, number, source, segment, lines)
+                self._fault(fault, block, number, source, lines)
             elif len(layout) > begin:
                 if eod is not None:
                     layout.append(eod)
@@ -255,16 +255,14 @@ class _Work:
             return Block([block.records[0][3:], *block.records[1:]], 0, block.num_bytes)
         return block
 
-    def _fault(
-        self, fault: Fault, block: Block, number: int, source: Input, segment: Segment, lines: int
-    ) -> None:
+    def _fault(self, fault: Fault, block: Block, number: int, source: Input, lines: int) -> None:
         self.total.rejected += 1
         problem = None
         if len(self.total.problems) < SHOWN_PROBLEMS or self.plan.options.on_error == "skip":
-            problem = _problem(fault, block, number, source, segment, lines)
+            problem = _problem(fault, block, number, source, lines)
         if problem and len(self.total.problems) < SHOWN_PROBLEMS:
             self.total.problems.append(problem)
-        if self.plan.options.on_error == "skip" and problem:
+        if self.plan.options.on_error == "skip" and problem and self.writes:
             raw = block.records[number]
             self.rejects.write((raw if isinstance(raw, bytes) else _as_json(raw)) + b"\n")
             self.reasons.write(_as_json({"where": problem.where, "kind": fault.kind, "what": problem.what}) + b"\n")
@@ -345,7 +343,7 @@ class _ForgeryCheck:
         return None
 
 
-def _problem(fault: Fault, block: Block, number: int, source: Input, segment: Segment, lines: int) -> Problem:
+def _problem(fault: Fault, block: Block, number: int, source: Input, lines: int) -> Problem:
     if source.kind == "parquet":
         return Problem(f"{fault.what} (character {fault.offset})", where=f"{source.path}: row {block.offset + number}")
     offset = block.offset + sum(len(raw) + 1 for raw in block.records[:number])
@@ -386,3 +384,17 @@ def _itemsize(plan: Plan) -> int:
 
 def _as_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
+
+
+def check_segment(plan: Plan, segment: Segment, limit_bytes: int | None) -> list[Problem]:
+    """The bad records of a segment (at most 20, of at most the first `limit_bytes`), found without encoding."""
+    work = _Work(plan, Shard(0, (segment,)), load_model(plan.model_path), lambda num_bytes, documents: None)
+    source = plan.inputs[segment.input]
+    lines = seen = 0
+    for block in SegmentReader(source, segment, hashlib.sha256()).blocks():
+        work.read(block, source, lines)
+        lines += len(block.records)
+        seen += block.num_bytes
+        if len(work.total.problems) >= SHOWN_PROBLEMS or (limit_bytes is not None and seen >= limit_bytes):
+            break
+    return work.total.problems
