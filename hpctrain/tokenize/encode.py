@@ -5,7 +5,7 @@ An encoder takes a list of spans and gives one array of all their ids and one of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hpctrain.errors import missing_package
@@ -42,24 +42,24 @@ class SentencePieceEncoder:
         self.name = f"sentencepiece {_version()}"
         self.notes = notes
         self.fallbacks = 0
-        self._sp = processor(model)
+        sp = processor(model)
+        # sentencepiece 0.2.1 gives arrays without a detour through Python integers.
+        as_arrays = getattr(sp, "encode_as_numpy", None)
+        self._batch: Callable[[list[str]], Iterable[NDArray[np.int32]]]
+        if as_arrays:
+            self._batch = lambda spans: as_arrays(spans, num_threads=1)
+        else:
+            self._batch = lambda spans: map(_as_array, sp.encode(spans, out_type=int, num_threads=1))
 
     def encode(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         import numpy as np
 
-        encode = self._sp.encode
         arrays: list[NDArray[np.int32]] = []
-        lengths: list[int] = []
         for begin in range(0, len(spans), self._BATCH):
-            ids = encode(list(spans[begin : begin + self._BATCH]), out_type=int, num_threads=1)
-            counts = list(map(len, ids))
-            lengths += counts
-            flat: list[int] = []
-            for one in ids:
-                flat += one
-            arrays.append(np.array(flat, dtype=np.int32))
-        all_ids = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
-        return all_ids, np.array(lengths, dtype=np.int64)
+            arrays += self._batch(list(spans[begin : begin + self._BATCH]))
+        lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
+        flat = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
+        return flat.astype(np.int32, copy=False), lengths
 
 
 def choose_encoder(model: SpmModel, wanted: str, samples: Sequence[str]) -> Encoder:
@@ -113,6 +113,12 @@ def never_from_text(model: SpmModel, forgeable: Sequence[int] = ()) -> NDArray[n
 def unknown_id(model: SpmModel) -> int:
     """The id of `<unk>`."""
     return model.ids_of_type(UNKNOWN)[0]
+
+
+def _as_array(ids: list[int]) -> NDArray[np.int32]:
+    import numpy as np
+
+    return np.array(ids, dtype=np.int32)
 
 
 def _version() -> str:

@@ -73,7 +73,9 @@ class FastEncoder:
         self._prefix = _SPACE if model.add_dummy_prefix else ""
         defined = [model.pieces[index] for index in model.ids_of_type(USER_DEFINED)]
         # A normalizer may turn other text into a user-defined piece, so look at what it gives, not at the span.
-        self._defined = re.compile("|".join(map(re.escape, sorted(defined, key=len, reverse=True)))) if defined else None
+        self._defined = (
+            re.compile("|".join(map(re.escape, sorted(defined, key=len, reverse=True)))) if defined else None
+        )
         self._renew()
         self.name = f"gigatoken {_version()}"
         self.fallbacks = 0
@@ -214,7 +216,7 @@ def tokenizer_json(model: SpmModel) -> str:
         {"type": "Prepend", "prepend": _SPACE},
         {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
     ]
-    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
+    whole: dict[str, object] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
     rest = {"pre_tokenizer": None, "post_processor": None, "decoder": None, "model": bpe}
     return json.dumps(
         {**whole, "normalizer": {"type": "Sequence", "normalizers": normalizers}, **rest}, ensure_ascii=False
@@ -235,7 +237,20 @@ def fuzz(model: SpmModel, seed: int, count: int = 1500) -> Iterator[str]:
         if piece[cut:] in known and piece[: len(piece) - cut] == piece[cut:] and piece[:cut] in known
     ]
     yield from bordered[:500]
-    yield from ["\x00", " ", "  ", "\n", "\t\t", " a", "a ", "a\nb", "\u200b", "\ufeff", "e\u0301", "\U0010ffff7\U0010ffff"]
+    yield from [
+        "\x00",
+        " ",
+        "  ",
+        "\n",
+        "\t\t",
+        " a",
+        "a ",
+        "a\nb",
+        "\u200b",
+        "\ufeff",
+        "e\u0301",
+        "\U0010ffff7\U0010ffff",
+    ]
     for _ in range(count):
         kind = rng.randrange(6)
         if kind <= 1:

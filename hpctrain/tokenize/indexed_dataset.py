@@ -146,7 +146,9 @@ def verify(dataset: Dataset, vocab_size: int | None = None, eod_id: int | None =
         want = (np.cumsum(sizes) - sizes + total) * itemsize
         wrong = dataset.pointers[begin : begin + _CHUNK] != want
         if wrong.any():
-            problems.append(Problem(f"the pointer of sequence {begin + int(np.argmax(wrong))} is wrong", where=idx_path))
+            problems.append(
+                Problem(f"the pointer of sequence {begin + int(np.argmax(wrong))} is wrong", where=idx_path)
+            )
             break
         total += int(sizes.sum())
     if total != dataset.num_tokens:
@@ -156,13 +158,17 @@ def verify(dataset: Dataset, vocab_size: int | None = None, eod_id: int | None =
         for begin, chunk in ((at, dataset.doc_idx[at : at + _CHUNK]) for at in range(0, len(dataset.doc_idx), _CHUNK))
     ):
         problems.append(
-            Problem("the document index is not 0..n", where=idx_path, why="one document is one sequence", level="warning")
+            Problem(
+                "the document index is not 0..n", where=idx_path, why="one document is one sequence", level="warning"
+            )
         )
     if vocab_size is not None:
         for begin in range(0, dataset.num_tokens, 16 * _CHUNK):
             part = dataset.tokens[begin : begin + 16 * _CHUNK]
             if int(part.max()) >= vocab_size or int(part.min()) < 0:
-                problems.append(Problem(f"an id outside the vocabulary of {vocab_size}", where=f"{bin_path}: token {begin}+"))
+                problems.append(
+                    Problem(f"an id outside the vocabulary of {vocab_size}", where=f"{bin_path}: token {begin}+")
+                )
                 break
     if eod_id is not None and not problems and len(dataset):
         ends = dataset.pointers // itemsize + dataset.sizes - 1

@@ -46,7 +46,9 @@ def limits_of(site: Site | None, partition: str | None) -> ArrayLimits:
     found = site.partition(name) if name else None
     if name and found is None:
         raise UsageError(
-            f"site `{site.name}` has no partition `{name}`", where="--partition", hint="known: " + ", ".join(site.partitions)
+            f"site `{site.name}` has no partition `{name}`",
+            where="--partition",
+            hint="known: " + ", ".join(site.partitions),
         )
     slurm = site.values["slurm"]
     return ArrayLimits(
@@ -97,6 +99,8 @@ def shape_array(
         time_s = int(STARTUP_S + SECONDS_PER_MB * megabytes * share)
         time_s = max(1800, -(-time_s // 1800) * 1800)
     if limits.max_time_s is not None and time_s > limits.max_time_s:
-        notes.append("the time is cut to the partition's limit; a task that runs out of it is queued again, and goes on")
+        notes.append(
+            "the time is cut to the partition's limit; a task that runs out of it is queued again, and goes on"
+        )
         time_s = limits.max_time_s
     return ArrayShape(tasks, parallel, time_s, tuple(notes))

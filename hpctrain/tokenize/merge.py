@@ -170,13 +170,15 @@ def merge_datasets(prefixes: Sequence[str], output: str, force: bool = False) ->
                 hint="different dtypes come from different tokenizers",
             )
         )
-    models = {}
+    models: dict[str, str] = {}
     for dataset in opened:
         facts = files.read_json(dataset.prefix + ".json")
         if facts and facts.get("model_sha256"):
             models.setdefault(facts["model_sha256"], dataset.prefix)
     if len(models) > 1:
-        problems.append(Problem("made with different tokenizer models: " + ", ".join(f"`{name}`" for name in models.values())))
+        problems.append(
+            Problem("made with different tokenizer models: " + ", ".join(f"`{name}`" for name in models.values()))
+        )
     target = paths(output)[0][:-4]
     if any(os.path.realpath(dataset.prefix) == os.path.realpath(target) for dataset in opened):
         problems.append(Problem("the output is one of the inputs", where=output))
@@ -289,7 +291,8 @@ def _dataset_manifest(plan: Plan, shards: Sequence[dict[str, Any]]) -> dict[str,
         "options": asdict(plan.options),
         "inputs": [asdict(source) for source in plan.inputs],
         "shards": [
-            {name: manifest[name] for name in ("shard", "documents", "tokens", "bin_sha256", "segments")} for manifest in shards
+            {name: manifest[name] for name in ("shard", "documents", "tokens", "bin_sha256", "segments")}
+            for manifest in shards
         ],
         "cpu_s": round(total("cpu_s"), 3),
         "version": __version__,
@@ -332,7 +335,9 @@ def _same_content(plan: Plan, manifest: dict[str, Any]) -> bool:
             if index is None or not same_stat(plan.inputs[index]):
                 return False
             digest = hashlib.sha256()
-            for _ in SegmentReader(plan.inputs[index], Segment(index, segment["begin"], segment["end"]), digest).blocks():
+            for _ in SegmentReader(
+                plan.inputs[index], Segment(index, segment["begin"], segment["end"]), digest
+            ).blocks():
                 pass
             if digest.hexdigest() != segment["sha256"]:
                 return False

@@ -148,7 +148,8 @@ def from_json(data: dict[str, Any]) -> Plan:
         ),
         inputs=tuple(Input(**source) for source in data["inputs"]),
         shards=tuple(
-            Shard(shard["index"], tuple(Segment(**segment) for segment in shard["segments"])) for shard in data["shards"]
+            Shard(shard["index"], tuple(Segment(**segment) for segment in shard["segments"]))
+            for shard in data["shards"]
         ),
     )
 

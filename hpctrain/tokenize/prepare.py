@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
@@ -143,7 +142,9 @@ def _reuse(plan: Plan) -> tuple[Plan, list[Problem]]:
         return plan, []
     if old.get("content_key") != plan.content_key:
         changed = differences(old, to_json(plan))
-        text = "this is not what the last run here did: " + "; ".join(changed or ["another version of hpctrain made it"])
+        text = "this is not what the last run here did: " + "; ".join(
+            changed or ["another version of hpctrain made it"]
+        )
         return plan, [Problem(text, where=plan.work_dir, hint="all of it is done again", level="note")]
     try:
         shards: tuple[Shard, ...] = from_json(old).shards
@@ -161,7 +162,9 @@ def _option_problems(request: Request) -> list[Problem]:
     problems = []
     for kind in request.options.allow:
         if kind not in ALLOWABLE:
-            problems.append(Problem(f"`{kind}` cannot be allowed", where="--allow", hint="known: " + ", ".join(ALLOWABLE)))
+            problems.append(
+                Problem(f"`{kind}` cannot be allowed", where="--allow", hint="known: " + ", ".join(ALLOWABLE))
+            )
     if request.tasks < 1:
         problems.append(Problem(f"`{request.tasks}` tasks", where="--tasks", hint="at least 1"))
     if request.options.max_errors and request.options.on_error != "skip":
@@ -171,7 +174,9 @@ def _option_problems(request: Request) -> list[Problem]:
         problems.append(Problem(f"`{request.output_prefix}` names no file", where="--output-prefix"))
     elif name.endswith((".bin", ".idx")):
         problems.append(
-            Problem(f"`{request.output_prefix}` ends in {name[-4:]}", where="--output-prefix", hint="give the prefix only")
+            Problem(
+                f"`{request.output_prefix}` ends in {name[-4:]}", where="--output-prefix", hint="give the prefix only"
+            )
         )
     if any(ord(char) < 32 for char in request.output_prefix):
         problems.append(Problem("a control character in the path", where="--output-prefix"))

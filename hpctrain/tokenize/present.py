@@ -39,7 +39,9 @@ class Watcher:
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
     """An outcome as the fields of a JSON answer."""
     plan = outcome.plan
-    manifest = {key: value for key, value in (outcome.manifest or {}).items() if key not in ("shards", "inputs", "format")}
+    manifest = {
+        key: value for key, value in (outcome.manifest or {}).items() if key not in ("shards", "inputs", "format")
+    }
     return {
         "status": outcome.status,
         "engine": outcome.engine,
@@ -64,7 +66,9 @@ def outcome(result: Outcome) -> None:
     plan = result.plan
     if result.status == "planned":
         total = sum(source.size for source in plan.inputs)
-        output.info(f"{len(plan.inputs)} inputs, {units.format_size(total)}, in {len(plan.shards)} shards, {result.done_before} done")
+        output.info(
+            f"{len(plan.inputs)} inputs, {units.format_size(total)}, in {len(plan.shards)} shards, {result.done_before} done"
+        )
         output.info(f"control tokens: {', '.join(f'{token.marker} = {token.id}' for token in plan.control.tokens)}")
         output.info(f"end of document: {plan.control.eod_piece or 'none'} = {plan.control.eod_id}")
         output.info(f"would write {plan.dataset}.bin and .idx ({result.engine})")
@@ -78,7 +82,9 @@ def outcome(result: Outcome) -> None:
     if result.status == "unchanged":
         output.info("the dataset is there already and nothing has changed")
     documents, tokens = manifest.get("documents", 0), manifest.get("tokens", 0)
-    output.info(f"{documents:,} documents, {tokens:,} tokens ({tokens / max(1, documents):,.0f} a document), {manifest.get('dtype')}")
+    output.info(
+        f"{documents:,} documents, {tokens:,} tokens ({tokens / max(1, documents):,.0f} a document), {manifest.get('dtype')}"
+    )
     output.info(f"encoder: {', '.join(manifest.get('encoders', ())) or 'none needed'}")
     for note in manifest.get("encoder_notes", ()):
         output.info(f"  {note}")
@@ -89,6 +95,8 @@ def outcome(result: Outcome) -> None:
     for name, count in special.items():
         output.info(f"  {count:,} {name}")
     if manifest.get("rejects_file"):
-        output.info(f"rejected records: {manifest['rejects_file']} (why: {manifest['rejects_file'][:-6]}.reasons.jsonl)")
+        output.info(
+            f"rejected records: {manifest['rejects_file']} (why: {manifest['rejects_file'][:-6]}.reasons.jsonl)"
+        )
     output.data(plan.dataset)
     output.next_step(shlex.join(["hpctrain", "data", "inspect", plan.dataset, "--tokenizer", plan.model_path]))

@@ -120,7 +120,9 @@ class Extractor:
                 continue
             if control_id is None:
                 known = ", ".join(self._roles)
-                return Fault("role", f"`{where}` has the role `{role}`, which no control token stands for (known: {known})")
+                return Fault(
+                    "role", f"`{where}` has the role `{role}`, which no control token stands for (known: {known})"
+                )
             if system and role != "user":
                 return Fault("role", f"`{where}`: a system message is not followed by one of the user")
             turns.append((control_id, system + content))

@@ -15,7 +15,7 @@ from typing import Any
 from hpctrain import slurm, units
 from hpctrain.errors import EnvironmentFault, HpctrainError, Problem, Refused, missing_package
 from hpctrain.site import Site
-from hpctrain.tokenize import files, tasks
+from hpctrain.tokenize import tasks
 from hpctrain.tokenize.limits import ArrayShape
 from hpctrain.tokenize.merge import up_to_date
 from hpctrain.tokenize.plan import Plan

@@ -79,14 +79,18 @@ def expand(paths: Sequence[str]) -> list[str]:
         if os.path.isdir(path):
             inside = [name for name in sorted(os.listdir(path)) if os.path.splitext(name)[1] in SUFFIXES]
             if not inside:
-                problems.append(Problem("no input files in this folder", where=path, hint=f"known: {' '.join(SUFFIXES)}"))
+                problems.append(
+                    Problem("no input files in this folder", where=path, hint=f"known: {' '.join(SUFFIXES)}")
+                )
             files.extend(os.path.join(path, name) for name in inside)
         elif not os.path.isfile(path):
             hint = f"did you mean {glob.escape(path)}.jsonl?" if os.path.isfile(path + ".jsonl") else ""
             problems.append(Problem("there is no such file", where=path, hint=hint))
         elif os.path.splitext(path)[1] not in SUFFIXES:
             problems.append(
-                Problem("the name does not tell what kind of file this is", where=path, hint=f"known: {' '.join(SUFFIXES)}")
+                Problem(
+                    "the name does not tell what kind of file this is", where=path, hint=f"known: {' '.join(SUFFIXES)}"
+                )
             )
         else:
             files.append(path)
@@ -212,7 +216,9 @@ class SegmentReader:
             num_bytes = metadata.row_group(group).total_byte_size
             self._digest.update(f"{group}:{metadata.row_group(group).num_rows}:{num_bytes}\n".encode())
             per_row = num_bytes // max(1, metadata.row_group(group).num_rows)
-            for batch in file.iter_batches(batch_size=max(1, min(1024, BLOCK_BYTES // max(1, per_row))), row_groups=[group]):
+            for batch in file.iter_batches(
+                batch_size=max(1, min(1024, BLOCK_BYTES // max(1, per_row))), row_groups=[group]
+            ):
                 records = batch.to_pylist()
                 yield Block(records, row, per_row * len(records))
                 row += len(records)

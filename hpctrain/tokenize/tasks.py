@@ -65,27 +65,26 @@ def run_shards(plan: Plan, shards: Sequence[int], report: Callable[[int, int], N
 
     A failure is written next to the shard, for the command that started the tasks to show.
     """
-    before_bytes = before_documents = 0
+    before = [0, 0]  # bytes and documents of the shards already done
     for index in shards:
         if failures(plan):
             return 1
-        shard = plan.shards[index]
         progress = _ProgressFile(plan, index)
 
         def tell(num_bytes: int, documents: int, progress: _ProgressFile = progress) -> None:
             progress(num_bytes, documents)
             if report:
-                report(before_bytes + num_bytes, before_documents + documents)
+                report(before[0] + num_bytes, before[1] + documents)
 
         try:
-            manifest = run_shard(plan, shard, tell)
+            manifest = run_shard(plan, plan.shards[index], tell)
         except HpctrainError as error:
             write_failure(plan, index, error)
             return 1
         finally:
             progress.close()
-        before_bytes += manifest["input_bytes"]
-        before_documents += manifest["documents"]
+        before[0] += manifest["input_bytes"]
+        before[1] += manifest["documents"]
     return 0
 
 

@@ -6,12 +6,13 @@ right one.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -91,14 +92,26 @@ def run_shard(plan: Plan, shard: Shard, report: Report = lambda num_bytes, docum
     model = load_model(plan.model_path)
     if model.sha256 != plan.model_sha256:
         raise EnvironmentFault("the tokenizer model changed since the run was planned", where=plan.model_path)
-    work = _Work(plan, shard, model, report)
+    with _without_collector():
+        try:
+            return _Work(plan, shard, model, report).run(plan.options.encoder)
+        except EncoderDisagrees as error:
+            # Whatever it wrote is gone with its temporary file; the reference encoder does the whole shard.
+            _encoders.clear()
+            note = f"the fast encoder was dropped: {error}"
+            return _Work(plan, shard, model, report).run("sentencepiece", note)
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Millions of short-lived lists without a cycle among them: the collector would only look at them again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
     try:
-        return work.run(plan.options.encoder)
-    except EncoderDisagrees as error:
-        # Whatever it wrote is gone with its temporary file; the reference encoder does the whole shard.
-        _encoders.clear()
-        work = _Work(plan, shard, model, report)
-        return work.run("sentencepiece", note=f"the fast encoder was dropped: {error}")
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 _encoders: dict[tuple[str, str], Encoder] = {}  # kept between the shards of one process
