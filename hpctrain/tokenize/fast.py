@@ -113,7 +113,7 @@ class FastEncoder:
         import numpy as np
 
         if self._plain:
-            normalized = [self._prefix + text.replace(" ", _SPACE) for text in batch]
+            normalized = [self._prefix + text.replace(" ", _SPACE) if text else "" for text in batch]
         else:
             normalized = self._sp.normalize(batch)
         encode = self._encode

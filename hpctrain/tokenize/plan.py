@@ -157,7 +157,7 @@ def from_json(data: dict[str, Any]) -> Plan:
 def _owners(source: Input, before: int, total: int, num_shards: int) -> Iterator[tuple[int, int, int]]:
     """(shard, begin, end) of the pieces of one input whose weight starts at `before` of `total`."""
     if not source.units:
-        yield min(before * num_shards // max(total, 1), num_shards - 1), 0, 0
+        yield min(before * num_shards // total, num_shards - 1), 0, 0
         return
     first = min(before * num_shards // total, num_shards - 1)
     if source.kind in ("gz", "zst"):

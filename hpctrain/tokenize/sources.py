@@ -37,7 +37,7 @@ class Input:
     @property
     def weight(self) -> int:
         """Roughly how many bytes of text are in it (compressed text is about a quarter of its size)."""
-        return self.size if self.kind == "lines" else 4 * self.size
+        return max(1, self.size if self.kind == "lines" else 4 * self.size)
 
 
 @dataclass(frozen=True)
