@@ -49,7 +49,7 @@ aaa aaaa aaaaa abab ababab abcabcabc hahaha lalala    spaces    and\ttabs
 """
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def model_path(kind: str, vocab_size: int = 900, control: tuple[str, ...] = tuple(CONTROL)) -> str:
     """A small model of that kind, trained now."""
     folder = Path(tempfile.mkdtemp(prefix="hpctrain-models-"))
@@ -67,7 +67,9 @@ def model_path(kind: str, vocab_size: int = 900, control: tuple[str, ...] = tupl
     return str(folder / f"{kind}.model")
 
 
-def oracle_ids(sp, text: str, append_eod: bool = True, markers: tuple[tuple[str, int], ...] = ((U, 7), (A, 8))) -> list[int]:
+def oracle_ids(
+    sp, text: str, append_eod: bool = True, markers: tuple[tuple[str, int], ...] = ((U, 7), (A, 8))
+) -> list[int]:
     """What preprocess_sft.py makes of one document; ValueError where it raises one."""
     table = dict(markers)
     parts = [part for part in re.split("(" + "|".join(map(re.escape, table)) + ")", text) if part.strip()]
@@ -104,7 +106,7 @@ def dialogues(count: int, seed: int = 0) -> list[str]:
     odd = [
         "", " ", "\n", "\u00a0", " leading", "trailing ", "a\nb\n\nc", "\t", "\u200b", "\ufeffbom inside", "e\u0301", "\u2028",
         "<|user|>", "<|assistant|>", "<s>", "</s>", "<unk>", "<0x0A>", "[INST]", "<<<user>>>", "<<<|", "x |>>", "▁▁", "😀👩‍👩‍👧",
-        "\U0010ffff7\U0010ffff", "aaaa" * 50, " " * 30, "==>", "<sep>a <sep>", "\x01\x1f", "ﬁ ２ Å", "‮abc", "가 각", "=" * 99,
+        "\U0010ffff7\U0010ffff", "aaaa" * 50, " " * 30, "==>", "<sep>a <sep>", "\x01\x1f", "ﬁ ２ Å", "\u202eabc", "가 각", "=" * 99,
     ]  # fmt: skip
     out = []
     for _ in range(count):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.tokenize.encode import EncoderDisagrees, never_from_text, processor, unknown_id
+from hpctrain.tokenize.normalize import make_normalizer
 from hpctrain.tokenize.spm import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SpmModel
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ CACHE_BYTES = 192 << 20
 CHECK_EVERY = 500
 CHECK_BYTES = 200_000
 _SPACE = "▁"
-_BATCH = 1024
 
 
 def unsuited(model: SpmModel) -> str:
@@ -68,11 +68,11 @@ class FastEncoder:
         self._unknown = unknown_id(model)
         self._vocab_size = model.vocab_size
         self._byte_fallback = model.byte_fallback
-        # With an identity normalizer the escaped text is known without SentencePiece's help.
-        self._plain = not (model.has_charsmap or model.remove_extra_whitespaces)
-        self._prefix = _SPACE if model.add_dummy_prefix else ""
         defined = [model.pieces[index] for index in model.ids_of_type(USER_DEFINED)]
-        # A normalizer may turn other text into a user-defined piece, so look at what it gives, not at the span.
+        # An identity normalizer that keeps all spaces is two replacements, which the encoder makes itself.
+        self._plain = not (defined or model.has_charsmap or model.remove_extra_whitespaces)
+        self._normalize = None if self._plain else make_normalizer(model, self._sp)
+        # A normalizer may turn other text into a user-defined piece, so look at what it gives; a space is escaped there.
         self._defined = (
             re.compile("|".join(map(re.escape, sorted(defined, key=len, reverse=True)))) if defined else None
         )
@@ -85,8 +85,6 @@ class FastEncoder:
 
     def encode(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """As `Encoder.encode`. Raises EncoderDisagrees when a spot check fails."""
-        import numpy as np
-
         if _resident_bytes() > self._limit:
             self._renew()
         ids, lengths = self._encode_all(spans)
@@ -94,41 +92,30 @@ class FastEncoder:
             self._compare([spans[self._countdown]])
             self._countdown += CHECK_EVERY
         self._countdown -= len(spans)
-        return ids.astype(np.int32, copy=False), lengths
+        return ids, lengths
 
-    def _encode_all(self, spans: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def _encode_all(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         import numpy as np
 
-        arrays: list[NDArray[np.uint32]] = []
-        for begin in range(0, len(spans), _BATCH):
-            batch = list(spans[begin : begin + _BATCH])
-            arrays += self._encode_batch(batch)
-        lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
-        flat = np.concatenate(arrays) if arrays else np.zeros(0, np.uint32)
-        if not self._byte_fallback:
-            flat, lengths = self._unknowns(flat, lengths)
-        return flat, lengths
-
-    def _encode_batch(self, batch: list[str]) -> list[NDArray[np.uint32]]:
-        import numpy as np
-
-        if self._plain:
-            normalized = [self._prefix + text.replace(" ", _SPACE) if text else "" for text in batch]
-        else:
-            normalized = self._sp.normalize(batch)
         encode = self._encode
+        texts = self._normalize(list(spans)) if self._normalize else spans
         if self._defined is None:
-            arrays = [encode(text) for text in normalized]
+            arrays = [encode(text) for text in texts]
         else:
             search = self._defined.search
-            arrays = [
-                self._one(span) if search(text) else encode(text) for span, text in zip(batch, normalized)
-            ]  # fmt: skip
-        if self._forbidden[np.concatenate(arrays)].any():
+            arrays = [self._one(span) if search(text) else encode(text) for span, text in zip(spans, texts)]
+        if not arrays:
+            return np.zeros(0, np.int32), np.zeros(0, np.int64)
+        flat = np.concatenate(arrays)
+        if self._forbidden[flat].any():
             for index, array in enumerate(arrays):
                 if self._forbidden[array].any():
-                    arrays[index] = self._one(batch[index])
-        return arrays
+                    arrays[index] = self._one(spans[index])
+            flat = np.concatenate(arrays)
+        lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
+        if not self._byte_fallback:
+            flat, lengths = self._unknowns(flat, lengths)
+        return flat.view(np.int32), lengths
 
     def _one(self, span: str) -> NDArray[np.uint32]:
         import numpy as np
@@ -158,7 +145,7 @@ class FastEncoder:
     def _compare(self, spans: list[str]) -> None:
         flat, lengths = self._encode_all(spans)
         end = 0
-        for span, length, right in zip(spans, lengths.tolist(), self._sp.encode(spans)):
+        for span, length, right in zip(spans, lengths.tolist(), self._sp.encode(spans, num_threads=1)):
             end += length
             if flat[end - length : end].tolist() != right:
                 raise EncoderDisagrees(f"it gave other ids than sentencepiece for {span[:60]!r}")
@@ -170,7 +157,8 @@ class FastEncoder:
 
     def _renew(self) -> None:
         self._encode: Callable[[str], NDArray[np.uint32]] = lambda text: text  # type: ignore[assignment,return-value]
-        self._encode = self._from_json(self._json).encode_no_normalize
+        backend = self._from_json(self._json).backend
+        self._encode = backend.encode if self._plain else backend.encode_no_normalize
         self._limit = _resident_bytes() + CACHE_BYTES
 
 
@@ -213,7 +201,7 @@ def tokenizer_json(model: SpmModel) -> str:
         "merges": [(piece[:cut], piece[cut:]) for _, cut, piece in merges],
     }
     normalizers = [
-        {"type": "Prepend", "prepend": _SPACE},
+        *([{"type": "Prepend", "prepend": _SPACE}] if model.add_dummy_prefix else []),
         {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
     ]
     whole: dict[str, object] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}

@@ -49,6 +49,18 @@ class Splitter:
     def split(self, text: str, layout: list[int], spans: list[str]) -> Fault | None:
         """Append the document's control ids and `SPAN`s to `layout` and its spans to `spans`; on a fault append nothing."""
         parts = self._pattern.split(text)
+        if len(parts) == 9 and "\0" not in text and self._prefixed and text.count("<<<|") == 4:
+            # By far the most usual document, one question and one answer: the general way below, in fewer steps.
+            start, one, first, one_end, middle, two, second, two_end, rest = parts
+            if (
+                one == one_end and two == two_end and not (start or middle or rest)
+                and first and second and not first.isspace() and not second.isspace()
+            ):  # fmt: skip
+                layout += self._turn[one]
+                layout += self._turn[two]
+                spans.append(first)
+                spans.append(second)
+                return None
         opened, outside = parts[1::4], parts[0::4]
         if (
             len(parts) % 4 != 1

@@ -86,8 +86,11 @@ def outcome(result: Outcome) -> None:
         f"{documents:,} documents, {tokens:,} tokens ({tokens / max(1, documents):,.0f} a document), {manifest.get('dtype')}"
     )
     output.info(f"encoder: {', '.join(manifest.get('encoders', ())) or 'none needed'}")
-    for note in manifest.get("encoder_notes", ()):
+    notes = manifest.get("encoder_notes", ())
+    for note in notes[:3]:
         output.info(f"  {note}")
+    if len(notes) > 3:
+        output.info(f"  … {len(notes) - 3} more in {plan.dataset}.json")
     special = dict(manifest.get("special", {}))
     for name in ("blank_lines", "unknown_tokens", "rejected"):
         if manifest.get(name):

@@ -28,13 +28,13 @@ class RecordForm:
     system: str = "error"
 
 
-def json_reader() -> Callable[[bytes], Any]:
-    """The faster strict parser there is: orjson, else json (where a lone surrogate is found later, in the text)."""
+def json_reader() -> tuple[Callable[[bytes], Any], bool]:
+    """The faster strict parser there is, and whether lone surrogates pass it: orjson, else json."""
     try:
         import orjson
     except ImportError:
-        return lambda line: json.loads(line.decode("utf-8"))
-    return orjson.loads
+        return lambda line: json.loads(line.decode("utf-8")), True
+    return orjson.loads, False
 
 
 def read_line(line: bytes) -> tuple[Any, Fault | None]:
@@ -66,6 +66,8 @@ class Extractor:
         self._form, self._splitter = form, splitter
         self._roles = control.roles()
         self._special = splitter.special
+        # Only json lets lone surrogates through; orjson refuses them, and checking every text again costs time.
+        self.suspicious = True
 
     def add(self, record: Any, layout: list[int], spans: list[str]) -> Fault | None:
         """Append what `record` holds to `layout` and `spans`; an empty text appends nothing, and is counted."""
@@ -73,7 +75,7 @@ class Extractor:
             return Fault("json", f"the record is {_kind(record)}, not an object")
         text = record.get(self._form.text_key)
         if type(text) is str:
-            if not text.isascii() and _has_surrogate(text):
+            if self.suspicious and _has_surrogate(text):
                 return _surrogate(text)
             if not text:
                 self._special["empty documents, dropped"] += 1
@@ -111,7 +113,7 @@ class Extractor:
             if not isinstance(role, str) or not isinstance(content, str):
                 wrong = "role" if not isinstance(role, str) else "content"
                 return Fault("text", f"`{where}.{wrong}` is {_kind(message.get(wrong))}, not a string")
-            if _has_surrogate(content):
+            if self.suspicious and _has_surrogate(content):
                 return _surrogate(content)
             control_id = self._roles.get(role)
             if control_id is None and role == "system" and self._form.system == "prepend":

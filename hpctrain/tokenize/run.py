@@ -102,6 +102,7 @@ def submit(plan: Plan, plan_path: str, cluster: Cluster, force: bool, keep_shard
         "slurm_additional_parameters": dict(cluster.extra),
     }
     parameters = {name: value for name, value in parameters.items() if value is not None}
+    parameters["slurm_wckey"] = None  # submitit's default names one that no site has
     with _scrubbed_environment():
         try:
             if todo:

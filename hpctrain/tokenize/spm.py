@@ -35,10 +35,15 @@ class SpmModel:
     byte_fallback: bool
     suffix_whitespace: bool
     normalizer: str
-    has_charsmap: bool
+    charsmap: bytes
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
     escape_whitespaces: bool
+
+    @property
+    def has_charsmap(self) -> bool:
+        """Whether the normalizer changes more than spaces."""
+        return bool(self.charsmap)
 
     @property
     def vocab_size(self) -> int:
@@ -99,7 +104,7 @@ def parse_model(data: bytes, path: str = "") -> SpmModel:
         byte_fallback=bool(trainer.get(35, 0)),
         suffix_whitespace=bool(trainer.get(24, 0)),
         normalizer=_bytes(normalizer.get(1, b"")).decode("utf-8", "replace"),
-        has_charsmap=bool(normalizer.get(2, b"")),
+        charsmap=_bytes(normalizer.get(2, b"")),
         add_dummy_prefix=bool(normalizer.get(3, 1)),
         remove_extra_whitespaces=bool(normalizer.get(4, 1)),
         escape_whitespaces=bool(normalizer.get(5, 1)),

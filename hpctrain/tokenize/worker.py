@@ -136,7 +136,8 @@ class _Work:
         self.splitter = Splitter(plan.control.ids(), plan.options.allow)
         self.extractor = Extractor(plan.options.form, plan.control, self.splitter)
         self.total = _Totals()
-        self.loads = json_reader()
+        self.loads, self.lenient = json_reader()
+        self.extractor.suspicious = self.lenient
         self.encoder: Encoder | None = None
         self.writes = False
         self.forged = _ForgeryCheck(model, plan.control.forgeable)
@@ -232,7 +233,7 @@ class _Work:
         spans: list[str] = []
         counts: list[int] = []
         loads, add, eod = self.loads, self.extractor.add, self.plan.control.eod_id
-        is_lines = source.kind != "parquet"
+        is_lines, lenient, forgeable = source.kind != "parquet", self.lenient, bool(self.plan.control.forgeable)
         if is_lines and block.offset == 0 and block.records and block.records[0][:3] == _BOM:
             block = self._without_bom(block)
         begin = 0
@@ -248,9 +249,13 @@ class _Work:
                         self.total.blank += 1
                         continue
                     record, fault = read_line(raw)
+                    self.extractor.suspicious = True
             else:
                 fault = None
-            fault = fault or add(record, layout, spans) or self.forged.fault(spans, num_spans)
+            fault = fault or add(record, layout, spans)
+            if forgeable and not fault:
+                fault = self.forged.fault(spans, num_spans)
+            self.extractor.suspicious = lenient
             if fault:
                 del layout[begin:], spans[num_spans:]
                 self._fault(fault, block, number, source, lines)

@@ -26,12 +26,14 @@ from hpctrain.tokenize.plan import Options  # noqa: E402
 from hpctrain.tokenize.prepare import Request, prepare, write_plan  # noqa: E402
 from hpctrain.tokenize.verify import verify_dataset  # noqa: E402
 
+PLAIN = Options()
+
 
 def quiet(*numbers):
     pass
 
 
-def request(tmp_path, *inputs, kind="bpe_identity", tasks=1, prefix="out", options=Options(), **kwargs):
+def request(tmp_path, *inputs, kind="bpe_identity", tasks=1, prefix="out", options=PLAIN, **kwargs):
     return Request(
         tuple(map(str, inputs)), model_path(kind), str(tmp_path / prefix), tasks, options=options, **kwargs
     )  # fmt: skip
@@ -203,7 +205,9 @@ def test_a_byte_order_mark_is_an_error_unless_allowed(tmp_path):
 def test_what_the_reference_accepts_can_be_allowed_and_is_counted(tmp_path):
     texts = [f"before {U}a{U}{A}b", f"{U}x\0y{A}<<<|sys|>>>", f"{U}a{A}"]
     data = write_jsonl(tmp_path / "a.jsonl", texts)
-    manifest = do(request(tmp_path, data, options=Options(allow=("nul", "unbalanced", "unknown-marker", "outside-text"))))
+    manifest = do(
+        request(tmp_path, data, options=Options(allow=("nul", "unbalanced", "unknown-marker", "outside-text")))
+    )
 
     assert pair(tmp_path) == oracle(texts, model_path("bpe_identity"))
     assert manifest["special"]["nul characters"] == 1 and manifest["special"]["unknown markers kept as text"] == 1
@@ -234,7 +238,11 @@ def test_more_bad_records_than_allowed_are_an_error(tmp_path):
     bad_file(data, dialogues(60))
     for tasks in (1, 30):
         with pytest.raises(HpctrainError, match="more than --max-errors 10"):
-            do(request(tmp_path, data, tasks=tasks, prefix=f"p{tasks}", options=Options(on_error="skip", max_errors=10)))
+            do(
+                request(
+                    tmp_path, data, tasks=tasks, prefix=f"p{tasks}", options=Options(on_error="skip", max_errors=10)
+                )
+            )
         assert not list(tmp_path.glob(f"p{tasks}_text*"))
 
 
@@ -252,7 +260,16 @@ def test_forged_tokens_of_user_defined_pieces_are_errors(tmp_path):
 def test_dry_run_writes_nothing(tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", dialogues(5))
     before = sorted(tmp_path.rglob("*"))
-    done = cli(data, "--tokenizer", model_path("unigram"), "--output-prefix", tmp_path / "out", "--local", "--dry-run", "--json")
+    done = cli(
+        data,
+        "--tokenizer",
+        model_path("unigram"),
+        "--output-prefix",
+        tmp_path / "out",
+        "--local",
+        "--dry-run",
+        "--json",
+    )
 
     assert done.returncode == 0 and json.loads(done.stdout)["status"] == "planned"
     assert sorted(tmp_path.rglob("*")) == before
@@ -393,7 +410,17 @@ def test_two_different_runs_at_once_never_mix(tmp_path):
 def test_a_full_disk_leaves_nothing_partial(tmp_path, limit):
     texts = dialogues(800, seed=10)
     data = write_jsonl(tmp_path / "a.jsonl", texts)
-    asked = ["--tokenizer", model_path("unigram"), "--output-prefix", tmp_path / "out", "--local", "--tasks", 2, "--processes", 1]
+    asked = [
+        "--tokenizer",
+        model_path("unigram"),
+        "--output-prefix",
+        tmp_path / "out",
+        "--local",
+        "--tasks",
+        2,
+        "--processes",
+        1,
+    ]
 
     def small_files():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -545,7 +572,9 @@ def test_an_interrupted_run_says_so_and_can_go_on(tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", texts * 5)
     argv = [sys.executable, "-m", "hpctrain", "tokenize", str(data), "--tokenizer", model_path("unigram"), "--output-prefix",
             str(tmp_path / "out"), "--tasks", "20", "--processes", "2", "--local"]  # fmt: skip
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     time.sleep(2)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]

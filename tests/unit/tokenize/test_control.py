@@ -1,7 +1,7 @@
 """Control tokens are looked up and checked, never assumed."""
 
 import pytest
-from tokenize_help import A, CONTROL, EOD, U, model_path
+from tokenize_help import CONTROL, EOD, A, U, model_path
 
 from hpctrain.errors import UsageError
 from hpctrain.tokenize.control import resolve
@@ -61,7 +61,10 @@ def test_pieces_that_text_can_spell_are_refused():
 
     assert "not a control symbol of this model but user_defined" in problems(model, asked)[0]
     assert resolve(model, asked, allow_user_defined=True).forgeable == (model.pieces.index("<sep>"),)
-    assert "but normal" in problems(model, [f"{U}=the"], allow_user_defined=True)[0] or "no piece" in problems(model, [f"{U}=the"])[0]
+    assert (
+        "but normal" in problems(model, [f"{U}=the"], allow_user_defined=True)[0]
+        or "no piece" in problems(model, [f"{U}=the"])[0]
+    )
     assert "but byte" in problems(model, [f"{U}=<0x0A>"], allow_user_defined=True)[0]
 
 

@@ -23,7 +23,15 @@ def write(path, documents, dtype="uint16", **kwargs):
     (path.parent / "raw.bin").write_bytes(data)
     sizes = np.array([len(one) for one in documents], dtype="<i4")
     manifest = {"tokens": int(sizes.sum())}
-    publish(str(path), dtype, [str(path.parent / "raw.bin")], iter([sizes[:1], sizes[1:]]), len(documents), manifest, **kwargs)
+    publish(
+        str(path),
+        dtype,
+        [str(path.parent / "raw.bin")],
+        iter([sizes[:1], sizes[1:]]),
+        len(documents),
+        manifest,
+        **kwargs,
+    )
     return open_dataset(str(path))
 
 
@@ -160,7 +168,12 @@ def naive_packing(lengths, capacity, k):
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=200), st.integers(10, 50), st.sampled_from([1, 3, 16]), st.integers(0, 99))
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=200),
+    st.integers(10, 50),
+    st.sampled_from([1, 3, 16]),
+    st.integers(0, 99),
+)
 def test_packing_is_what_training_does(sizes, seq_length, bins, seed):
     lengths = np.array(sizes, dtype=np.int32)
     if (lengths > seq_length + 1).all():
@@ -185,7 +198,9 @@ def test_lumi_arrays_fit_into_what_one_may_submit():
     shape = shape_array(limits, 500, 500, megabytes=500_000, queued=3)
 
     assert limits.partition == "small" and limits.counts_as_jobs
-    assert shape.num_tasks == limits.max_submitted - 3 - 1 and shape.parallel == min(shape.num_tasks, limits.max_running)
+    assert shape.num_tasks == limits.max_submitted - 3 - 1 and shape.parallel == min(
+        shape.num_tasks, limits.max_running
+    )
     assert shape_array(limits, 16, 16, 100, 0).num_tasks == 16
     with pytest.raises(Refused, match="of your jobs are queued"):
         shape_array(limits, 4, 4, 100, queued=limits.max_submitted - 1)

@@ -13,7 +13,9 @@ from hpctrain.tokenize.markers import ALLOWABLE, SPAN, Splitter
 
 IDS = {U: 7, A: 8}
 PARTS = st.lists(
-    st.sampled_from([U, A, "x", " ", "\n", "\u00a0", "<<<|", "|>>>", "<<<|x|>>>", "text <|user|>", "\u2028", "a\0b", "<"]),
+    st.sampled_from(
+        [U, A, "x", " ", "\n", "\u00a0", "<<<|", "|>>>", "<<<|x|>>>", "text <|user|>", "\u2028", "a\0b", "<"]
+    ),
     max_size=12,
 ).map("".join)
 

@@ -12,10 +12,10 @@ from hpctrain.tokenize.markers import SPAN, Splitter
 from hpctrain.tokenize.records import Extractor, RecordForm, json_reader, read_line
 from hpctrain.tokenize.spm import load_model
 
-GOOD = f"{U}a{U}{A}b{A}"
+FORM = RecordForm()
 
 
-def add(record, form=RecordForm(), tokens=()):
+def add(record, form=FORM, tokens=()):
     control = resolve(load_model(model_path("bpe_identity")), tokens)
     layout, spans = [], []
     splitter = Splitter(control.ids())
@@ -25,7 +25,7 @@ def add(record, form=RecordForm(), tokens=()):
 
 def parse(line):
     try:
-        return json_reader()(line), None
+        return json_reader()[0](line), None
     except (ValueError, RecursionError):
         return read_line(line)
 
@@ -82,7 +82,7 @@ def test_a_control_token_can_stand_for_system():
     [
         (b'{"text": "a"', "json", 12),
         (b'{"text": "\xff"}', "utf-8", 10),
-        (b'\xff\xfe{\x00', "utf-8", 0),
+        (b"\xff\xfe{\x00", "utf-8", 0),
         (b'\xef\xbb\xbf{"text": "a"}', "bom", 0),
         (b'{"text": "a\x00b"}', "nul", 11),
         (b'{"text": "a"} {}', "json", 14),
@@ -96,7 +96,9 @@ def test_bad_lines_say_where_in_bytes(line, kind, offset):
     assert record is None and (fault.kind, fault.offset) == (kind, offset)
 
 
-@pytest.mark.parametrize("line", [b'{"text": "x", "score": NaN}', b'{"score": -Infinity, "text": "x"}', b'{"a": "\\ud800", "text": "x"}'])
+@pytest.mark.parametrize(
+    "line", [b'{"text": "x", "score": NaN}', b'{"score": -Infinity, "text": "x"}', b'{"a": "\\ud800", "text": "x"}']
+)
 def test_oddities_in_other_keys_do_not_matter(line):
     assert parse(line)[0]["text"] == "x"
 

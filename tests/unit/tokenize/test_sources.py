@@ -28,7 +28,7 @@ def read(path, segment):
     return lines, reader.first, reader.last
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"")), max_size=12),
     st.booleans(),
@@ -111,7 +111,9 @@ def test_all_bad_inputs_are_named_at_once(tmp_path):
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["lines", "gz", "parquet"]), st.integers(0, 500), st.integers(0, 9)), max_size=6),
+    st.lists(
+        st.tuples(st.sampled_from(["lines", "gz", "parquet"]), st.integers(0, 500), st.integers(0, 9)), max_size=6
+    ),
     st.integers(1, 20),
 )
 def test_cuts_cover_every_input_once_and_in_order(kinds, num_shards):
