@@ -218,3 +218,19 @@ def _cut(line: str, widths: Sequence[int]) -> list[str]:
         cells.append(line[start : start + width].strip())
         start += width
     return ["" if cell == "(null)" else cell for cell in cells]
+
+
+def active_jobs(name: str) -> list[tuple[str, str]]:
+    """(job id, state) of this user's jobs of that name that are queued or running, array tasks one by one."""
+    done = run(["squeue", "--noheader", "--array", "--me", f"--name={name}", "--format=%i %T"])
+    if done.returncode:
+        raise EnvironmentFault(f"squeue failed: {done.stderr.strip()}")
+    return [(line.split()[0], line.split()[-1]) for line in done.stdout.splitlines() if line.strip()]
+
+
+def count_queued(partition: str) -> int:
+    """How many of this user's jobs are queued or running in `partition`, counting array tasks one by one."""
+    done = run(["squeue", "--noheader", "--array", "--me", f"--partition={partition}", "--format=%i"])
+    if done.returncode:
+        raise EnvironmentFault(f"squeue failed: {done.stderr.strip()}")
+    return len(done.stdout.split())

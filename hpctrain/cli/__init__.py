@@ -38,6 +38,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "upload": ("upload", "send data to the site: resumable, verified"),
     "schema": ("schema", "JSON Schemas of run.yaml and profiles, for editors"),
     "completion": ("completion", "Tab completion for bash, zsh and fish"),
+    "tokenize": ("tokenize", "JSONL dialogues to a Megatron/NeoX dataset, as a resumable Slurm array"),
+    "data": ("data", "look at, check, count, pack and merge datasets"),
     "sandbox": ("sandbox", "a real Slurm on this machine, shaped like a site"),
 }
 

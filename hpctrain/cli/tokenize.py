@@ -1,0 +1,165 @@
+"""`hpctrain tokenize`: JSONL dialogues to a Megatron/NeoX dataset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from hpctrain import errors, output
+from hpctrain.cli import common
+from hpctrain.tokenize.control import DEFAULT_EOD
+from hpctrain.tokenize.markers import ALLOWABLE
+
+
+def _time(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    from hpctrain.units import parse_time_s
+
+    try:
+        return parse_time_s(value) if value is not None else None
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+_help_allow = "Accept what is an error otherwise: " + "; ".join(f"{kind} ({what})" for kind, what in ALLOWABLE.items())
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(), metavar="INPUT...")
+@click.option("--tokenizer", required=True, type=click.Path(), metavar="MODEL", help="The SentencePiece .model file.")
+@click.option(
+    "--output-prefix", required=True, type=click.Path(), metavar="P", help="Writes P_text_document.bin and .idx."
+)
+@click.option("--tasks", default=1, show_default=True, help="Array tasks, or local processes; the result is the same.")
+@click.option("--local", is_flag=True, help="Run on this machine, not in Slurm.")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "array", "local", "mpi"]),
+    default="auto",
+    show_default=True,
+    help="How tasks run: a Slurm array where there is Slurm, else local; mpi inside srun or mpirun.",
+)
+@click.option(
+    "--encoder",
+    type=click.Choice(["auto", "fast", "sentencepiece"]),
+    default="auto",
+    show_default=True,
+    help="auto takes the fast one where it proves itself exact for the model.",
+)
+@click.option(
+    "--control-token",
+    "control_tokens",
+    multiple=True,
+    metavar="MARKER=PIECE",
+    help="A marker in the text and its piece in the model; may be repeated [default: <<<|user|>>>=<|user|> with id 7, "
+    "<<<|assistant|>>>=<|assistant|> with id 8].",
+)
+@click.option("--append-eod/--no-append-eod", default=True, show_default=True, help="End each document with EOD.")
+@click.option("--eod", "eod_piece", default=DEFAULT_EOD, show_default=True, help="The end-of-document piece.")
+@click.option("--allow-user-defined", is_flag=True, help="Accept control pieces that are not control symbols.")
+@click.option("--text-key", default="text", show_default=True, help="The key of the marked-up text.")
+@click.option("--messages-key", default="messages", show_default=True, help="The key of chat messages.")
+@click.option("--response-key", default="", help="A key holding the last reply of a chat (GAD: teacher_response).")
+@click.option(
+    "--system",
+    type=click.Choice(["error", "prepend"]),
+    default="error",
+    show_default=True,
+    help="Chat system messages without a control token of their own: refuse, or put before the user's message.",
+)
+@click.option("--allow", multiple=True, type=click.Choice(list(ALLOWABLE)), metavar="KIND", help=_help_allow + ".")
+@click.option(
+    "--on-error",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    show_default=True,
+    help="Bad records: stop, or write them to P.rejects.jsonl.",
+)
+@click.option("--max-errors", default=0, show_default=True, help="How many records may be skipped.")
+@click.option(
+    "--scan",
+    type=click.Choice(["sample", "full", "none"]),
+    default="sample",
+    show_default=True,
+    help="How much of the data is checked before tasks start.",
+)
+@click.option("--site", help="The site profile: its CPU partition, limits and container.")
+@click.option("--partition", help="The partition [default: the site's CPU partition].")
+@click.option("--account", help="The Slurm account.")
+@click.option("--time", "time_s", callback=_time, help="Time limit of a task [default: from the size of the data].")
+@click.option("--container", type=click.Path(), help="Image in which the tasks run, as the site's profile says.")
+@click.option("--processes", type=int, help="Local processes [default: --tasks, at most the cores].")
+@click.option("--no-wait", is_flag=True, help="Return once the jobs are queued.")
+@click.option("--keep-shards", is_flag=True, help="Keep P.tokenize/ whole after the merge.")
+@click.option("--force", is_flag=True, help="Replace another dataset of that name.")
+@common.dry_run
+@common.as_json
+def command(**options: Any) -> None:
+    """Turn JSONL dialogues into a Megatron/NeoX dataset, byte for byte as preprocess_sft.py does, as a resumable array.
+
+    \b
+    hpctrain tokenize data.jsonl --tokenizer model.model --output-prefix P --tasks 32 --site lumi --account project_465000000
+    hpctrain tokenize data.jsonl --tokenizer model.model --output-prefix P --local
+    """
+    from hpctrain.tokenize import present
+    from hpctrain.tokenize.command import tokenize
+
+    request, how = _parse(options)
+    if how.engine == "mpi":
+        outcome = _on_mpi(request, how)
+        if outcome is None:
+            return
+    else:
+        with present.Watcher() as watcher:
+            outcome = tokenize(request, how, output.info, lambda note: output.problems([note]), watcher)
+    if options["as_json"]:
+        output.data_json(**present.outcome_json(outcome))
+    else:
+        present.outcome(outcome)
+    if outcome.status == "queued":
+        raise click.exceptions.Exit(errors.PENDING)
+
+
+def _parse(options: dict[str, Any]) -> tuple[Any, Any]:
+    from hpctrain.tokenize.command import How
+    from hpctrain.tokenize.plan import Options
+    from hpctrain.tokenize.prepare import Request
+    from hpctrain.tokenize.records import RecordForm
+
+    form = RecordForm(options["text_key"], options["messages_key"], options["response_key"], options["system"])
+    request = Request(
+        inputs=options["inputs"],
+        tokenizer=options["tokenizer"],
+        output_prefix=options["output_prefix"],
+        tasks=options["tasks"],
+        control_tokens=options["control_tokens"],
+        append_eod=options["append_eod"],
+        eod_piece=options["eod_piece"],
+        allow_user_defined=options["allow_user_defined"],
+        options=Options(form, options["allow"], options["on_error"], options["max_errors"], options["encoder"]),
+        force=options["force"],
+    )
+    how = How(
+        engine="local" if options["local"] else options["engine"],
+        processes=options["processes"],
+        site=options["site"],
+        partition=options["partition"],
+        account=options["account"],
+        container=options["container"],
+        time_s=options["time_s"],
+        wait=not options["no_wait"],
+        dry_run=options["dry_run"],
+        keep_shards=options["keep_shards"],
+        scan=options["scan"],
+    )
+    return request, how
+
+
+def _on_mpi(request: Any, how: Any) -> Any:
+    from hpctrain.tokenize.command import tokenize_mpi
+
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        raise errors.missing_package("mpi4py", "mpi") from None
+    return tokenize_mpi(request, how, MPI.COMM_WORLD, output.info, lambda note: output.problems([note]))

@@ -1,0 +1,168 @@
+"""What `hpctrain tokenize` does, from a request to a dataset: prepare, scan, run the way that fits this place, report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hpctrain import slurm
+from hpctrain.errors import Problem, UsageError
+from hpctrain.site import Site, load_site
+from hpctrain.tokenize import run
+from hpctrain.tokenize.limits import ArrayShape, limits_of, shape_array
+from hpctrain.tokenize.merge import clean_up
+from hpctrain.tokenize.plan import Plan
+from hpctrain.tokenize.prepare import Prepared, Request, prepare, scan, write_plan
+
+SMALL_BYTES = 256 << 20  # read in seconds by the worker itself, so no scan before
+
+
+@dataclass(frozen=True)
+class How:
+    """Where and how to run. `engine` is auto, array, local or mpi; `scan` is sample, full or none."""
+
+    engine: str = "auto"
+    processes: int | None = None
+    site: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    container: str | None = None
+    time_s: int | None = None
+    wait: bool = True
+    dry_run: bool = False
+    keep_shards: bool = False
+    scan: str = "sample"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`status`: done, unchanged (it was there), queued, planned (dry run). `manifest` describes the dataset when it is there."""
+
+    status: str
+    plan: Plan
+    engine: str
+    notes: tuple[Problem, ...]
+    done_before: int
+    manifest: dict[str, Any] | None = None
+    job_ids: tuple[str, ...] = ()
+    shape: ArrayShape | None = None
+
+
+def tokenize(
+    request: Request, how: How, say: Callable[[str], None], tell: Callable[[Problem], None], watch: run.Watch
+) -> Outcome:
+    """Make the dataset, or what is missing of it. `tell` gets notes as they arise, `watch` the progress.
+
+    Raises UsageError, EnvironmentFault, Refused, or the errors of the tasks.
+    """
+    engine = how.engine if how.engine != "auto" else ("array" if slurm.have("sbatch") else "local")
+    prepared = prepare(request)
+    for note in prepared.notes:
+        tell(note)
+    plan, notes = prepared.plan, prepared.notes
+    if prepared.finished is not None:
+        if not how.dry_run and not how.keep_shards and os.path.isdir(plan.work_dir):
+            clean_up(plan)
+        return Outcome("unchanged", plan, engine, notes, prepared.done, prepared.finished)
+    cluster = None
+    if engine == "array":
+        cluster = _cluster(plan, request, how, prepared)
+        for note in run.describe_shape(cluster.shape):
+            tell(note)
+    if how.scan == "full" or (how.scan == "sample" and _deserves_scan(prepared, engine)):
+        scan(plan, 0 if how.scan == "full" else 64 << 20)
+    if how.dry_run:
+        return Outcome("planned", plan, engine, notes, prepared.done, shape=cluster.shape if cluster else None)
+    path = write_plan(plan)
+    if cluster:
+        ids = run.submit(plan, path, cluster, request.force, how.keep_shards, say)
+        if not how.wait:
+            return Outcome("queued", plan, engine, notes, prepared.done, job_ids=tuple(ids), shape=cluster.shape)
+        manifest = run.wait(plan, watch)
+        return Outcome("done", plan, engine, notes, prepared.done, manifest, tuple(ids), cluster.shape)
+    processes = how.processes or min(request.tasks, len(os.sched_getaffinity(0)))
+    manifest = run.run_here(plan, processes, request.force, how.keep_shards, watch)
+    return Outcome("done", plan, engine, notes, prepared.done, manifest)
+
+
+def tokenize_mpi(
+    request: Request, how: How, communicator: Any, say: Callable[[str], None], tell: Callable[[Problem], None]
+) -> Outcome | None:
+    """The same on the ranks of an MPI communicator, which all call it; rank 0 gets the outcome, the others None."""
+    prepared: Prepared | Exception | None = None
+    if communicator.Get_rank() == 0:
+        try:
+            prepared = prepare(request)
+            if prepared.finished is None and not how.dry_run:
+                if how.scan != "none":
+                    scan(prepared.plan, 0 if how.scan == "full" else 64 << 20)
+                write_plan(prepared.plan)
+        except Exception as error:  # every rank must leave, or the others wait for ever
+            prepared = error
+    prepared = communicator.bcast(prepared, root=0)
+    if isinstance(prepared, Exception):
+        if communicator.Get_rank() == 0:
+            raise prepared
+        return None
+    assert prepared is not None
+    if communicator.Get_rank() == 0:
+        for note in prepared.notes:
+            tell(note)
+        say(f"{communicator.Get_size()} ranks")
+    if prepared.finished is not None or how.dry_run:
+        status = "unchanged" if prepared.finished is not None else "planned"
+        outcome = Outcome(status, prepared.plan, "mpi", prepared.notes, prepared.done, prepared.finished)
+        return outcome if communicator.Get_rank() == 0 else None
+    manifest = run.run_mpi(prepared.plan, communicator, request.force, how.keep_shards)
+    if manifest is None:
+        return None
+    return Outcome("done", prepared.plan, "mpi", prepared.notes, prepared.done, manifest)
+
+
+def _cluster(plan: Plan, request: Request, how: How, prepared: Prepared) -> run.Cluster:
+    site = load_site(how.site) if how.site else None
+    limits = limits_of(site, how.partition)
+    _check_account(site, how.account)
+    queued = slurm.count_queued(limits.partition) if limits.partition and limits.max_submitted is not None else 0
+    todo = len(plan.shards) - prepared.done
+    megabytes = sum(source.weight for source in plan.inputs) / 1e6 * todo / len(plan.shards)
+    shape = shape_array(limits, request.tasks, max(1, todo), megabytes, queued, how.time_s)
+    python = None
+    if how.container:
+        if site is None:
+            raise UsageError("--container needs --site, whose profile says how containers run")
+        folders = [os.path.dirname(plan.prefix), os.path.dirname(plan.model_path)]
+        folders += sorted({os.path.dirname(source.path) for source in plan.inputs})
+        python = run.container_python(site, os.path.abspath(how.container), [*folders, run.code_dir()])
+    qos = None
+    if site and limits.partition:
+        partition = site.partition(limits.partition)
+        qos = partition.qos if partition else None
+    return run.Cluster(limits.partition, how.account, qos, python, shape)
+
+
+def _check_account(site: Site | None, account: str | None) -> None:
+    import re
+
+    if site is None:
+        return
+    rule = site.values["account"]
+    if rule["required"] and not account:
+        raise UsageError(
+            f"site `{site.name}` needs an account",
+            where="--account",
+            hint=f"for example --account {rule['example']}" if rule["example"] else "",
+        )
+    if account and rule["pattern"] and not re.fullmatch(rule["pattern"], account):
+        raise UsageError(
+            f"`{account}` is not an account of `{site.name}`",
+            where="--account",
+            hint=f"for example {rule['example']}" if rule["example"] else f"it must match {rule['pattern']}",
+        )
+
+
+def _deserves_scan(prepared: Prepared, engine: str) -> bool:
+    total = sum(source.weight for source in prepared.plan.inputs)
+    return prepared.done == 0 and (engine != "local" or total > SMALL_BYTES)

@@ -1,0 +1,127 @@
+"""Spans to ids. SentencePiece is the reference; the fast encoder (`fast.py`) is used only where it proved itself equal.
+
+An encoder takes a list of spans and gives one array of all their ids and one of their lengths. It never sees a control token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hpctrain.errors import missing_package
+from hpctrain.tokenize.spm import CONTROL, UNKNOWN, SpmModel
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Encoder(Protocol):
+    """What `worker` needs. `name` goes into the manifest; `notes` say why it was chosen."""
+
+    name: str
+    notes: tuple[str, ...]
+    fallbacks: int
+
+    def encode(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The ids of all spans in one array, and how many belong to each."""
+        ...
+
+
+class EncoderDisagrees(Exception):
+    """The fast encoder gave other ids than SentencePiece: what it wrote so far is not to be trusted."""
+
+
+class SentencePieceEncoder:
+    """The reference: one `sp.encode` a span, with the model's own dummy prefix and normalization."""
+
+    # Small batches keep the ids in cache; larger ones were no faster (32k unigram, 30 MB, this machine).
+    _BATCH = 256
+
+    def __init__(self, model: SpmModel, notes: tuple[str, ...] = ()):
+        self.name = f"sentencepiece {_version()}"
+        self.notes = notes
+        self.fallbacks = 0
+        sp = processor(model)
+        # sentencepiece 0.2.1 gives arrays without a detour through Python integers.
+        as_arrays = getattr(sp, "encode_as_numpy", None)
+        self._batch: Callable[[list[str]], Iterable[NDArray[np.int32]]]
+        if as_arrays:
+            self._batch = lambda spans: as_arrays(spans, num_threads=1)
+        else:
+            self._batch = lambda spans: map(_as_array, sp.encode(spans, out_type=int, num_threads=1))
+
+    def encode(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        import numpy as np
+
+        arrays: list[NDArray[np.int32]] = []
+        for begin in range(0, len(spans), self._BATCH):
+            arrays += self._batch(list(spans[begin : begin + self._BATCH]))
+        lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
+        flat = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
+        return flat.astype(np.int32, copy=False), lengths
+
+
+def choose_encoder(model: SpmModel, wanted: str, samples: Sequence[str]) -> Encoder:
+    """The encoder for `model`: `wanted` is `auto`, `fast` or `sentencepiece`; `samples` are spans for the self-check.
+
+    `auto` takes the fast one where it is installed and exact, and says in `notes` why not otherwise. Raises EnvironmentFault
+    when `fast` is demanded and cannot be had.
+    """
+    if wanted == "sentencepiece":
+        return SentencePieceEncoder(model, ("sentencepiece was asked for",))
+    from hpctrain.tokenize import fast
+
+    why_not = fast.unsuited(model)
+    if not why_not:
+        try:
+            return fast.FastEncoder(model, samples)
+        except ImportError:
+            if wanted == "fast":
+                raise missing_package("gigatoken", "fast") from None
+            why_not = "the extra `fast` is not installed"
+        except EncoderDisagrees as error:
+            why_not = str(error)
+    if wanted == "fast":
+        from hpctrain.errors import EnvironmentFault
+
+        raise EnvironmentFault(
+            f"the fast encoder is not exact for this model: {why_not}", where=model.path, hint="use --encoder auto"
+        )
+    return SentencePieceEncoder(model, (f"not the fast encoder: {why_not}",))
+
+
+def processor(model: SpmModel) -> Any:
+    """A SentencePieceProcessor of `model`."""
+    try:
+        import sentencepiece
+    except ImportError:
+        raise missing_package("sentencepiece", "all") from None
+    return sentencepiece.SentencePieceProcessor(model_proto=model.data)
+
+
+def never_from_text(model: SpmModel, forgeable: Sequence[int] = ()) -> NDArray[np.bool_]:
+    """By id: whether encoded text must not hold it (control symbols, and `forgeable` user-defined ones)."""
+    import numpy as np
+
+    mask = np.zeros(model.vocab_size, dtype=bool)
+    mask[model.ids_of_type(CONTROL)] = True
+    mask[list(forgeable)] = True
+    return mask
+
+
+def unknown_id(model: SpmModel) -> int:
+    """The id of `<unk>`."""
+    return model.ids_of_type(UNKNOWN)[0]
+
+
+def _as_array(ids: list[int]) -> NDArray[np.int32]:
+    import numpy as np
+
+    return np.array(ids, dtype=np.int32)
+
+
+def _version() -> str:
+    import sentencepiece
+
+    return str(sentencepiece.__version__)

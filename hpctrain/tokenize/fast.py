@@ -1,0 +1,280 @@
+"""The fast encoder: gigatoken, given only the pieces that text can become, for models where it equals SentencePiece.
+
+Three defences keep it exact. `unsuited` refuses models whose structure it does not follow. A self-check at start compares ids
+on spans of the data and on a fuzz set made from the model's own pieces. Later every 500th span is compared again. Spans that
+spell a user-defined piece go to SentencePiece one by one, and so does any span that comes back with a control id.
+
+Why it can be equal: SentencePiece's BPE merges the adjacent pair whose concatenation has the best score, leftmost first
+(bpe_model.cc, SampleEncode). Ranked merges do the same when every character of a piece is a piece itself and no two pieces
+share a score. Control, unknown and byte pieces take no part in merges, so `<|user|>` in text stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hpctrain.tokenize.encode import EncoderDisagrees, never_from_text, processor, unknown_id
+from hpctrain.tokenize.normalize import make_normalizer
+from hpctrain.tokenize.spm import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SpmModel
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# gigatoken 0.10 never forgets a word (its issue #36), so the encoder is made anew when the process has grown by this much.
+CACHE_BYTES = 192 << 20
+CHECK_EVERY = 500
+CHECK_BYTES = 200_000
+_SPACE = "▁"
+
+
+def unsuited(model: SpmModel) -> str:
+    """Why the fast encoder cannot be exact for `model`, or nothing."""
+    if model.model_type != "bpe":
+        return f"the model is {model.model_type}, and no faster encoder gives the same ids"
+    if model.suffix_whitespace or not model.escape_whitespaces:
+        return "the model treats whitespace in an unusual way"
+    if UNUSED in model.types:
+        return "the model has unused pieces"
+    normal = [index for index, kind in enumerate(model.types) if kind == NORMAL]
+    known = {model.pieces[index] for index in normal}
+    if len(known) != len(normal):
+        return "a piece appears twice"
+    long = [index for index in normal if len(model.pieces[index]) > 1]
+    if len({model.scores[index] for index in long}) != len(long):
+        return "two pieces have the same score"
+    if not set("".join(known)) <= known:
+        return "a piece has a character that is no piece itself"
+    if model.byte_fallback and model.types.count(BYTE) != 256:
+        return "the model lacks byte pieces"
+    return ""
+
+
+class FastEncoder:
+    """gigatoken for one model. Raises ImportError when not installed, EncoderDisagrees when the self-check fails."""
+
+    def __init__(self, model: SpmModel, samples: Sequence[str], *, seed: int = 1):
+        import gigatoken
+        import numpy as np
+
+        self._json = tokenizer_json(model)
+        self._from_json: Callable[[str], Any] = gigatoken.Tokenizer.from_json
+        self._sp = processor(model)
+        self._forbidden = np.concatenate([never_from_text(model), np.zeros(256, dtype=bool)])
+        self._unknown = unknown_id(model)
+        self._vocab_size = model.vocab_size
+        self._byte_fallback = model.byte_fallback
+        defined = [model.pieces[index] for index in model.ids_of_type(USER_DEFINED)]
+        # An identity normalizer that keeps all spaces is two replacements, which the encoder makes itself.
+        self._plain = not (defined or model.has_charsmap or model.remove_extra_whitespaces)
+        self._normalize = None if self._plain else make_normalizer(model, self._sp)
+        # A normalizer may turn other text into a user-defined piece, so look at what it gives; a space is escaped there.
+        self._defined = (
+            re.compile("|".join(map(re.escape, sorted(defined, key=len, reverse=True)))) if defined else None
+        )
+        self._renew()
+        self.name = f"gigatoken {_version()}"
+        self.fallbacks = 0
+        self._countdown = CHECK_EVERY
+        checked = self._self_check([*_some(samples), *fuzz(model, seed)])
+        self.notes: tuple[str, ...] = (f"self-check: {checked} spans equal to sentencepiece",)
+
+    def encode(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """As `Encoder.encode`. Raises EncoderDisagrees when a spot check fails."""
+        if _resident_bytes() > self._limit:
+            self._renew()
+        ids, lengths = self._encode_all(spans)
+        while self._countdown < len(spans):
+            self._compare([spans[self._countdown]])
+            self._countdown += CHECK_EVERY
+        self._countdown -= len(spans)
+        return ids, lengths
+
+    def _encode_all(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        import numpy as np
+
+        encode = self._encode
+        texts = self._normalize(list(spans)) if self._normalize else spans
+        if self._defined is None:
+            arrays = [encode(text) for text in texts]
+        else:
+            search = self._defined.search
+            arrays = [self._one(span) if search(text) else encode(text) for span, text in zip(spans, texts)]
+        if not arrays:
+            return np.zeros(0, np.int32), np.zeros(0, np.int64)
+        flat = np.concatenate(arrays)
+        if self._forbidden[flat].any():
+            for index, array in enumerate(arrays):
+                if self._forbidden[array].any():
+                    arrays[index] = self._one(spans[index])
+            flat = np.concatenate(arrays)
+        lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
+        if not self._byte_fallback:
+            flat, lengths = self._unknowns(flat, lengths)
+        return flat.view(np.int32), lengths
+
+    def _one(self, span: str) -> NDArray[np.uint32]:
+        import numpy as np
+
+        self.fallbacks += 1
+        return np.array(self._sp.encode(span), dtype=np.uint32)
+
+    def _unknowns(self, flat: NDArray[Any], lengths: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Without byte fallback, bytes of unknown characters (ids past the vocabulary) become one unknown a run."""
+        import numpy as np
+
+        strange = flat >= self._vocab_size
+        if not strange.any():
+            return flat, lengths
+        ends = np.cumsum(lengths)
+        flat = flat.copy()
+        flat[strange] = self._unknown
+        strange = flat == self._unknown
+        repeated = strange.copy()
+        repeated[1:] &= strange[:-1]
+        repeated[:1] = False
+        begins = (ends - lengths)[lengths > 0]
+        repeated[begins] = False
+        before = np.concatenate([[0], np.cumsum(repeated)])
+        return flat[~repeated], lengths - (before[ends] - before[ends - lengths])
+
+    def _compare(self, spans: list[str]) -> None:
+        flat, lengths = self._encode_all(spans)
+        end = 0
+        for span, length, right in zip(spans, lengths.tolist(), self._sp.encode(spans, num_threads=1)):
+            end += length
+            if flat[end - length : end].tolist() != right:
+                raise EncoderDisagrees(f"it gave other ids than sentencepiece for {span[:60]!r}")
+
+    def _self_check(self, spans: list[str]) -> int:
+        self._compare(spans)
+        self.fallbacks = 0
+        return len(spans)
+
+    def _renew(self) -> None:
+        self._encode: Callable[[str], NDArray[np.uint32]] = lambda text: text  # type: ignore[assignment,return-value]
+        backend = self._from_json(self._json).backend
+        self._encode = backend.encode if self._plain else backend.encode_no_normalize
+        self._limit = _resident_bytes() + CACHE_BYTES
+
+
+def tokenizer_json(model: SpmModel) -> str:
+    """A tokenizer.json of `model` in which only normal pieces can come out of text; ids are the model's own.
+
+    Without byte fallback, 256 byte pieces are added past the vocabulary, to mark unknown characters.
+    """
+    vocab: dict[str, int] = {}
+    normal: dict[str, int] = {}
+    has_bytes = model.byte_fallback
+    for index, (piece, kind) in enumerate(zip(model.pieces, model.types)):
+        if kind == NORMAL:
+            normal[piece] = vocab[piece] = index
+        elif kind == UNKNOWN or (kind == BYTE and has_bytes):
+            vocab.setdefault(piece, index)
+        else:
+            # Two noncharacters, so that no text and no merge can make it.
+            vocab[f"\U0010ffff{index}\U0010ffff"] = index
+    if not has_bytes:
+        for byte in range(256):
+            vocab[f"<0x{byte:02X}>"] = model.vocab_size + byte
+    merges = [
+        (-model.scores[index], cut, piece)
+        for piece, index in normal.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    merges.sort()
+    bpe = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": model.pieces[unknown_id(model)],
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": [(piece[:cut], piece[cut:]) for _, cut, piece in merges],
+    }
+    normalizers = [
+        *([{"type": "Prepend", "prepend": _SPACE}] if model.add_dummy_prefix else []),
+        {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+    ]
+    whole: dict[str, object] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
+    rest = {"pre_tokenizer": None, "post_processor": None, "decoder": None, "model": bpe}
+    return json.dumps(
+        {**whole, "normalizer": {"type": "Sequence", "normalizers": normalizers}, **rest}, ensure_ascii=False
+    )
+
+
+def fuzz(model: SpmModel, seed: int, count: int = 1500) -> Iterator[str]:
+    """Hostile spans: the model's pieces glued at random, borders that could merge two ways, runs, control pieces, odd spaces."""
+    rng = random.Random(seed)
+    pieces = [piece.replace(_SPACE, " ") for piece in model.pieces]
+    normal = [piece.replace(_SPACE, " ") for piece, kind in zip(model.pieces, model.types) if kind == NORMAL]
+    special = [piece for piece, kind in zip(pieces, model.types) if kind != NORMAL]
+    known = set(normal)
+    bordered = [
+        piece[:cut] + piece
+        for piece in rng.sample(normal, min(4000, len(normal)))
+        for cut in range(1, len(piece))
+        if piece[cut:] in known and piece[: len(piece) - cut] == piece[cut:] and piece[:cut] in known
+    ]
+    yield from bordered[:500]
+    yield from [
+        "\x00",
+        " ",
+        "  ",
+        "\n",
+        "\t\t",
+        " a",
+        "a ",
+        "a\nb",
+        "\u200b",
+        "\ufeff",
+        "e\u0301",
+        "\U0010ffff7\U0010ffff",
+    ]
+    for _ in range(count):
+        kind = rng.randrange(6)
+        if kind <= 1:
+            yield "".join(rng.choices(normal, k=rng.randint(1, 12)))
+        elif kind == 2:
+            yield "".join(rng.choices(normal, k=rng.randint(0, 4)) + rng.choices(special, k=rng.randint(1, 2)))
+        elif kind == 3:
+            yield rng.choice(normal) * rng.randint(2, 20)
+        elif kind == 4:
+            spaces = ["", " ", "  ", "   ", "\n", "\t", "\u00a0", "\u3000", _SPACE, "\r\n"]
+            yield "".join(rng.choice(normal) + rng.choice(spaces) for _ in range(rng.randint(1, 6)))
+        else:
+            low, high = rng.choice([(1, 127), (128, 0x2FF), (0x300, 0xD7FF), (0xE000, 0x10FFFF)])
+            yield "".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 12)))
+
+
+def _some(samples: Sequence[str]) -> Iterator[str]:
+    left = CHECK_BYTES
+    for span in samples:
+        left -= len(span)
+        if left < 0:
+            break
+        yield span
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("gigatoken")

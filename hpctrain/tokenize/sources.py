@@ -1,0 +1,300 @@
+"""Input files as streams of raw records: byte ranges of JSONL, whole .gz and .zst files, row groups of parquet.
+
+A range owns the lines that start in it. Readers hold one block in memory, whatever the file's size.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, Protocol
+
+from hpctrain.errors import EnvironmentFault, Problem, UsageError, missing_package
+
+BLOCK_BYTES = 2 << 20
+MAX_LINE_BYTES = 64 << 20
+SUFFIXES = {".jsonl": "lines", ".json": "lines", ".ndjson": "lines", ".gz": "gz", ".zst": "zst", ".parquet": "parquet"}
+_FINGERPRINT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input file as it was when planned. `units` is what ranges count: bytes, or row groups of parquet.
+
+    `fingerprint` is the sha256 of the first and last 64 KiB and of the size.
+    """
+
+    path: str
+    kind: str
+    size: int
+    mtime_ns: int
+    units: int
+    fingerprint: str
+
+    @property
+    def weight(self) -> int:
+        """Roughly how many bytes of text are in it (compressed text is about a quarter of its size)."""
+        return max(1, self.size if self.kind == "lines" else 4 * self.size)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The units [begin, end) of input number `input`."""
+
+    input: int
+    begin: int
+    end: int
+
+
+@dataclass
+class Block:
+    """Consecutive raw records: lines as bytes (without the newline), or parquet rows as dicts.
+
+    `offset` is the byte offset of the first line (in the uncompressed text), or the number of the first row.
+    """
+
+    records: Sequence[Any]
+    offset: int
+    num_bytes: int
+
+
+class _Hash(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+    def seek(self, offset: int, /) -> int: ...
+    def readline(self, limit: int, /) -> bytes: ...
+
+
+def expand(paths: Sequence[str]) -> list[str]:
+    """Files from files and folders (a folder: its known files, sorted). Raises UsageError with every problem at once."""
+    files: list[str] = []
+    problems: list[Problem] = []
+    for path in paths:
+        if os.path.isdir(path):
+            inside = [name for name in sorted(os.listdir(path)) if os.path.splitext(name)[1] in SUFFIXES]
+            if not inside:
+                problems.append(
+                    Problem("no input files in this folder", where=path, hint=f"known: {' '.join(SUFFIXES)}")
+                )
+            files.extend(os.path.join(path, name) for name in inside)
+        elif not os.path.isfile(path):
+            hint = f"did you mean {glob.escape(path)}.jsonl?" if os.path.isfile(path + ".jsonl") else ""
+            problems.append(Problem("there is no such file", where=path, hint=hint))
+        elif os.path.splitext(path)[1] not in SUFFIXES:
+            problems.append(
+                Problem(
+                    "the name does not tell what kind of file this is", where=path, hint=f"known: {' '.join(SUFFIXES)}"
+                )
+            )
+        else:
+            files.append(path)
+    seen: dict[str, str] = {}
+    for file in files:
+        real = os.path.realpath(file)
+        if real in seen:
+            problems.append(Problem(f"the same file twice: also given as `{seen[real]}`", where=file))
+        seen[real] = file
+    if not paths:
+        problems.append(Problem("no input given"))
+    if problems:
+        raise UsageError(problems)
+    return files
+
+
+def describe(path: str) -> Input:
+    """The Input at `path`, as it is now. Raises EnvironmentFault when it cannot be read."""
+    kind = SUFFIXES[os.path.splitext(path)[1]]
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            digest.update(str(stat.st_size).encode())
+            digest.update(file.read(_FINGERPRINT_BYTES))
+            file.seek(max(0, stat.st_size - _FINGERPRINT_BYTES))
+            digest.update(file.read(_FINGERPRINT_BYTES))
+    except OSError as error:
+        raise EnvironmentFault(f"the input cannot be read: {error.strerror}", where=path) from None
+    units = _parquet(path).num_row_groups if kind == "parquet" else stat.st_size
+    return Input(os.path.abspath(path), kind, stat.st_size, stat.st_mtime_ns, units, digest.hexdigest())
+
+
+def same_stat(source: Input) -> bool:
+    """Whether the file still has the size and time it had when planned."""
+    try:
+        stat = os.stat(source.path)
+    except OSError:
+        return False
+    return stat.st_size == source.size and stat.st_mtime_ns == source.mtime_ns
+
+
+class SegmentReader:
+    """Blocks of one segment. After the last one, `first` and `last` are the units where it really began and ended.
+
+    The ends of consecutive segments meet exactly (`last` of one is `first` of the next): the merge checks it.
+    Raises EnvironmentFault for a broken compressed file, UsageError for a line longer than MAX_LINE_BYTES.
+    """
+
+    def __init__(self, source: Input, segment: Segment, digest: _Hash):
+        self._source, self._segment, self._digest = source, segment, digest
+        self.first, self.last = segment.begin, segment.end
+
+    def blocks(self) -> Iterator[Block]:
+        if self._source.kind == "lines":
+            with open(self._source.path, "rb") as file:
+                yield from self._lines(file, self._segment.begin, self._segment.end)
+        elif self._source.kind == "parquet":
+            yield from self._rows()
+        else:
+            yield from self._whole_file()
+
+    def _lines(self, file: _Readable, begin: int, end: int | None) -> Iterator[Block]:
+        if begin > 0:
+            # A line belongs to the range in which it starts, so look at the byte before: it may end the previous line.
+            file.seek(begin - 1)
+            begin += _skip_line(file, self._source.path) - 1
+        self.first, offset, rest = begin, begin, b""
+        while end is None or offset < end:
+            data = file.read(BLOCK_BYTES if end is None else min(BLOCK_BYTES, max(end - offset - len(rest), 1 << 16)))
+            if not data:
+                if rest:
+                    self._digest.update(rest)
+                    yield Block([rest], offset, len(rest))
+                    offset += len(rest)
+                break
+            data = rest + data if rest else data
+            cut = data.rfind(b"\n") + 1
+            if end is not None and offset + cut > end:
+                # Lines that start at or after `end` belong to the next range.
+                cut = data.find(b"\n", end - offset - 1) + 1
+            if not cut:
+                if len(data) > MAX_LINE_BYTES:
+                    raise UsageError(
+                        f"a line of more than {MAX_LINE_BYTES >> 20} MiB",
+                        where=f"{self._source.path}: byte {offset}",
+                        hint="is this JSONL, one record a line?",
+                    )
+                rest = data
+                continue
+            rest = data[cut:]
+            data = data[:cut]
+            self._digest.update(data)
+            lines = data.split(b"\n")
+            lines.pop()
+            yield Block(lines, offset, cut)
+            offset += cut
+        self.last = offset if end is not None else self._segment.end
+
+    def _whole_file(self) -> Iterator[Block]:
+        import gzip
+        import zlib
+
+        errors: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)
+        try:
+            if self._source.kind == "gz":
+                with gzip.open(self._source.path, "rb") as file:
+                    yield from self._lines(file, 0, None)
+            else:
+                zstandard = _zstandard()
+                errors = (*errors, zstandard.ZstdError)
+                with open(self._source.path, "rb") as raw:
+                    yield from self._lines(_ZstdFile(raw, zstandard), 0, None)
+        except errors as error:
+            raise EnvironmentFault(f"broken {self._source.kind} file: {error}", where=self._source.path) from None
+        self.first, self.last = self._segment.begin, self._segment.end
+
+    def _rows(self) -> Iterator[Block]:
+        file = _parquet(self._source.path)
+        metadata = file.metadata
+        row = sum(metadata.row_group(index).num_rows for index in range(self._segment.begin))
+        for group in range(self._segment.begin, self._segment.end):
+            num_bytes = metadata.row_group(group).total_byte_size
+            self._digest.update(f"{group}:{metadata.row_group(group).num_rows}:{num_bytes}\n".encode())
+            per_row = num_bytes // max(1, metadata.row_group(group).num_rows)
+            for batch in file.iter_batches(
+                batch_size=max(1, min(1024, BLOCK_BYTES // max(1, per_row))), row_groups=[group]
+            ):
+                records = batch.to_pylist()
+                yield Block(records, row, per_row * len(records))
+                row += len(records)
+
+
+def line_number(source: Input, offset: int) -> int:
+    """The number (from 1) of the line that starts at `offset` of an uncompressed file; reads the file up to there."""
+    count, left = 1, offset
+    with open(source.path, "rb") as file:
+        while left > 0:
+            data = file.read(min(BLOCK_BYTES, left))
+            if not data:
+                break
+            count += data.count(b"\n")
+            left -= len(data)
+    return count
+
+
+class _ZstdFile:
+    """Reads .zst, several frames too; unlike zstandard's stream_reader it notices a truncated file."""
+
+    def __init__(self, raw: IO[bytes], zstandard: Any):
+        self._raw = raw
+        self._new = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        self._frame = self._new()
+        self._started = False
+        self._rest = b""
+
+    def read(self, size: int) -> bytes:
+        parts, have = [], 0
+        while have < size:
+            # Small bites: a few bytes of zstd can hold megabytes of text.
+            data = self._rest or self._raw.read(4096)
+            self._rest = b""
+            if not data:
+                if self._started and not self._frame.eof:
+                    raise EOFError("it ends in the middle of a frame")
+                break
+            if self._frame.eof:
+                self._frame = self._new()
+            self._started = True
+            parts.append(self._frame.decompress(data))
+            have += len(parts[-1])
+            if self._frame.eof:
+                self._rest = self._frame.unused_data
+        return b"".join(parts)
+
+    def seek(self, offset: int, /) -> int:
+        raise OSError("not seekable")
+
+    def readline(self, limit: int, /) -> bytes:
+        raise OSError("not seekable")
+
+
+def _skip_line(file: _Readable, path: str) -> int:
+    length = len(file.readline(MAX_LINE_BYTES))
+    if length >= MAX_LINE_BYTES:
+        raise UsageError(f"a line of more than {MAX_LINE_BYTES >> 20} MiB", where=path)
+    return length
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise missing_package("zstandard", "fast") from None
+    return zstandard
+
+
+def _parquet(path: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise missing_package("pyarrow", "parquet") from None
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise EnvironmentFault(f"not a parquet file: {error}", where=path) from None
