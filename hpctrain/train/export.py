@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import asdict
 from typing import Any
@@ -51,6 +53,13 @@ def export(source: Source, directory: str, precision: str = "auto", tokenizer: s
 
 def load_hf_model(source: Source, precision: str = "auto") -> Any:
     """The plain `transformers` model of a checkpoint or an exported directory, in eval mode on the CPU."""
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", DS_ACCELERATOR="cpu")
+    # Whatever the libraries have to say while they load, stdout is for data.
+    with contextlib.redirect_stdout(sys.stderr):
+        return _load_hf_model(source, precision)
+
+
+def _load_hf_model(source: Source, precision: str) -> Any:
     try:
         import torch
         import transformers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +45,6 @@ def answer(
     A prompt is encoded by SentencePiece as a span of the training data is, so text that spells a control token stays
     text. Raises UsageError when a prompt has no tokens or does not fit, EnvironmentFault when there is no tokenizer.
     """
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     path = tokenizer or source.tokenizer
     if path is None:
         raise EnvironmentFault(

@@ -45,7 +45,7 @@ def main() -> int:
     }  # fmt: skip
     (args.out / "config.yml").write_text(json.dumps(config, indent=1) + "\n")  # JSON is YAML
     env = {
-        **os.environ, "HPCTRAIN_MODE": "scratch", "HPCTRAIN_CONFIG": str(args.out / "config.yml"),
+        "OMP_NUM_THREADS": "1", **os.environ, "HPCTRAIN_MODE": "scratch", "HPCTRAIN_CONFIG": str(args.out / "config.yml"),
         "HPCTRAIN_CHECKPOINT_DIR": str(args.out / "checkpoints"), "HPCTRAIN_RUN_DIR": str(args.out),
     }  # fmt: skip
     code = subprocess.run([sys.executable, "-m", "hpctrain.train.sft"], env=env, check=False).returncode

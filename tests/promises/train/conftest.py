@@ -96,17 +96,24 @@ class Bench:
     def train(self, order: dict[str, str], num_ranks: int = 1) -> list[tuple[int, str, str]]:
         """`python -m hpctrain.train.sft` on so many ranks: each rank's exit code, stdout, stderr."""
         processes = self.start(["-m", "hpctrain.train.sft"], order, num_ranks)
-        texts = [process.communicate(timeout=120) for process in processes]
+        texts = [process.communicate(timeout=600) for process in processes]
         return [(process.returncode, *text) for process, text in zip(processes, texts)]
 
     def train_many(self, orders: Sequence[dict[str, str]], num_ranks: int) -> list[tuple[int, list[str]]]:
-        """Many trainings in the same processes: rank 0's exit code and problems for each."""
+        """Many trainings in the same processes: the exit code, the same on every rank, and all ranks' problems for each."""
         file = self.path / f"orders-{num_ranks}-{len(list(self.path.glob('orders-*')))}.json"
         file.write_text(json.dumps(orders))
         processes = self.start([str(HERE / "scenarios.py"), str(file)], {}, num_ranks)
-        texts = [process.communicate(timeout=300) for process in processes]
+        texts = [process.communicate(timeout=900) for process in processes]
         assert [process.returncode for process in processes] == [0] * num_ranks, texts
-        return [(code, found) for code, found in json.loads(Path(f"{file}.0").read_text())]
+        by_rank = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(num_ranks)]
+        answers = []
+        for order in zip(*by_rank):
+            codes = {code for code, _ in order}
+            assert len(codes) == 1, order
+            # What every rank says is said once; what only one of them knows is there too.
+            answers.append((codes.pop(), list(dict.fromkeys(problem for _, found in order for problem in found))))
+        return answers
 
     def latest(self, name: str) -> str:
         return (self.path / name / "latest").read_text()

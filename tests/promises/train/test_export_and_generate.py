@@ -83,14 +83,16 @@ def hpctrain(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def exported(trained: Bench) -> dict[str, Path]:
-    """Exports through the command line: of a run directory, of a checkpoint folder, of one checkpoint."""
-    sources = {"learned": "learned.run", "stage3": "stage3", "neox": "neox/global_step3"}
-    out = {}
-    for name, source in sources.items():
-        done = hpctrain("export", trained.path / source, "-o", trained.path / f"hf {name}")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == f"{trained.path / f'hf {name}'}\n"
-        out[name] = trained.path / f"hf {name}"
+    """Exports of a run directory (through the command line), of a checkpoint folder, and of one checkpoint."""
+    from hpctrain.train.export import export
+    from hpctrain.train.source import find_source
+
+    out = {name: trained.path / f"hf {name}" for name in ("learned", "stage3", "neox")}
+    done = hpctrain("export", trained.path / "learned.run", "-o", out["learned"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out['learned']}\n"
+    export(find_source(str(trained.path / "stage3")), str(out["stage3"]))
+    export(find_source(str(trained.path / "neox/global_step3")), str(out["neox"]))
     return out
 
 

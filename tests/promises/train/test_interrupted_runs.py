@@ -23,7 +23,7 @@ OTHERS = (
 LONG = {"train_iters": 4000, "train_batch_size": 2, "checkpoint_factor": 10, "log_interval": 1, "zero_stage": 2}
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], limit_s: float = 90) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str], limit_s: float = 300) -> None:
     end = time.monotonic() + limit_s
     while not path.exists() or not path.stat().st_size:
         assert process.poll() is None, process.communicate()
@@ -65,7 +65,7 @@ def test_the_stop_signal_to_one_rank_saves_on_all_and_exits_0(bench: Bench) -> N
     processes = bench.start(["-m", "hpctrain.train.sft"], order, num_ranks=2)
     wait_for(bench.path / "signalled.run" / "metrics.jsonl", processes[0])
     processes[1].send_signal(signal.SIGUSR1)
-    texts = [process.communicate(timeout=60) for process in processes]
+    texts = [process.communicate(timeout=300) for process in processes]
 
     assert [process.returncode for process in processes] == [0, 0], texts
     tag = bench.latest("signalled")
@@ -90,7 +90,7 @@ def test_a_signal_before_training_starts_is_not_lost_and_the_stop_file_ends_the_
     run.mkdir()
     (run / "STOP").touch()
     late = bench.start(["-m", "hpctrain.train.sft"], bench.order("stop-file", **LONG))[0]
-    early_out, late_out = (process.communicate(timeout=90) for process in (early, late))
+    early_out, late_out = (process.communicate(timeout=300) for process in (early, late))
 
     assert early.returncode == 0 and "stopped by signal USR1: nothing new to save" in early_out[0]
     assert not list(bench.path.glob("early/global_step*"))  # nothing was trained, so there is nothing to save
@@ -109,18 +109,3 @@ def test_every_mistake_is_said_once_with_its_place_and_nothing_is_written(bench:
         assert what in answers[0][2]
     assert "mistakes.yml:1:" in answers[0][2] and "Traceback" not in answers[0][2]
     assert not (bench.path / "mistakes").exists() and not (bench.path / "mistakes.run").exists()
-
-
-def test_a_token_outside_the_vocabulary_names_its_document_on_all_ranks(bench: Bench) -> None:
-    import numpy as np
-
-    from .conftest import dialogues, write_indexed
-
-    documents = dialogues(40)
-    documents[17] = np.array([7, 20, 7, 8, 999, 8, 2], dtype=np.uint16)
-    write_indexed(bench.path / "strange", documents)
-    answers = bench.train(bench.order("strange", train_data_paths=["strange"], train_iters=40), num_ranks=2)
-
-    assert [code for code, *_ in answers] == [2, 2]
-    said = [err for _, _, err in answers if err]
-    assert len(said) == 1 and "token 999" in said[0] and "strange#17" in said[0]
