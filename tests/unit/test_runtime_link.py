@@ -502,3 +502,10 @@ def test_watch_returns_when_a_checkpoint_was_made_after_the_stop_file_was_seen(q
         watcher.kill()
     quick.write_plan(layout="none")
     assert quick.call("watch").returncode == 1
+
+
+def test_a_job_of_another_cluster_is_not_called_dead_because_this_one_does_not_know_it(quick):
+    quick.begin(1, job="7", SLURM_CLUSTER_NAME="lumi")
+    quick.fake("scontrol", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
+    assert "cannot tell" in quick.call("begin", "--link", 2, job="8", SLURM_CLUSTER_NAME="mahti").stderr
+    assert quick.begin(2, job="8", SLURM_CLUSTER_NAME="lumi")["decision"] == "run"
