@@ -325,9 +325,16 @@ class Run:
                 wrong.append(f"the optimizer saw {optimizer_steps} of {self.steps} steps")
         elif begins and begins[-1]["mode"] == "gave_up":
             result.outcome = "gave up"
-            last = [start["iteration"] for start in starts[-3:]]
-            if len(set(last)) != 1 or len(last) < 3:
-                wrong.append(f"gave up without a reason: starts from {last}")
+            # True when the last links that began, as many as it takes, really left no whole checkpoint behind.
+            run = [record for record in begins if record["mode"] in ("scratch", "finetune", "resume")]
+            last = list(dict.fromkeys(record["job_id"] for record in run))[-3:]
+            made = [
+                event
+                for event in events
+                if event["event"] == "wrote" and event["tag"] in whole and event["attempt"].split(".")[0] in last
+            ]
+            if len(last) < 3 or made:
+                wrong.append(f"gave up without a reason: jobs {last}, {made}")
         else:
             result.outcome = "neither"
             wrong.append(f"neither reached nor gave up: {[(r['link'], r['mode']) for r in begins]}")

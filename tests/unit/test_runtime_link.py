@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import checkpoints
 import pytest
 
 from hpctrain.runtime import history
+from hpctrain.runtime import link as guard
 from hpctrain.runtime.lock import _job_state
 from hpctrain.runtime.settings import parse_settings
 from hpctrain.runtime.survey import start_link_name, start_number
@@ -54,14 +56,36 @@ class Run:
         (self.bin / name).write_text("#!/bin/sh\n" + body + "\n")
         (self.bin / name).chmod(0o755)
 
-    def call(self, *args, job="7", restart=0, **env):
-        environment = {"PATH": f"{self.bin}:/usr/bin:/bin", "SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart),
-                       "SLURM_JOB_NODELIST": "nid[01-02]", "HPCTRAIN_LOCK_WAIT_S": "0.2", **env}  # fmt: skip
-        return subprocess.run([self.python, "-B", str(self.dir / "runtime" / "__main__.py"), args[0], "--run-dir", str(self.dir),
-                               *map(str, args[1:])], env=environment, capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    def environment(self, job="7", restart=0, **env):
+        return {"PATH": f"{self.bin}:/usr/bin:/bin", "SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart),
+                "SLURM_JOB_NODELIST": "nid[01-02]", "HPCTRAIN_LOCK_WAIT_S": "0.2", **env}  # fmt: skip
 
-    def begin(self, link=None, **kwargs):
-        done = self.call("begin", *(["--link", link] if link else []), **kwargs)
+    def call(self, *args, **env):
+        command = [
+            self.python or sys.executable,
+            "-B",
+            str(self.dir / "runtime" / "__main__.py"),
+            args[0],
+            "--run-dir",
+            str(self.dir),
+        ]
+        return subprocess.run(
+            [*command, *map(str, args[1:])],
+            env=self.environment(**env),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def begin(self, link=None, **env):
+        if self.python is None:  # in this process: the same function, without the start of a Python
+            said = []
+            with mock.patch.dict(os.environ, self.environment(**env), clear=True):
+                found = guard.begin(str(self.dir), link, os.environ, said.append)
+            self.said = "\n".join(said)
+            return {key[len("HPCTRAIN_") :].lower(): value for key, value in found.items()}
+        done = self.call("begin", *(["--link", link] if link else []), **env)
         assert done.returncode == 0, done.stderr
         self.said = done.stderr
         found = dict(line.split("=", 1) for line in done.stdout.splitlines())
@@ -70,8 +94,11 @@ class Run:
             for key, value in found.items()
         }
 
-    def end(self, code=0, **kwargs):
-        done = self.call("end", "--exit-code", code, **kwargs)
+    def end(self, code=0, **env):
+        if self.python is None:
+            with mock.patch.dict(os.environ, self.environment(**env), clear=True):
+                return guard.end(str(self.dir), code, os.environ, lambda text: None)
+        done = self.call("end", "--exit-code", code, **env)
         assert done.returncode == 0, done.stderr
 
     def link(self, number, **kwargs):
@@ -106,7 +133,9 @@ def run(tmp_path, request):
 
 @pytest.fixture
 def quick(tmp_path):
-    return Run(tmp_path)
+    found = Run(tmp_path)
+    found.python = None
+    return found
 
 
 def test_runtime_is_python_3_6(tmp_path):
@@ -502,3 +531,10 @@ def test_watch_returns_when_a_checkpoint_was_made_after_the_stop_file_was_seen(q
         watcher.kill()
     quick.write_plan(layout="none")
     assert quick.call("watch").returncode == 1
+
+
+def test_a_job_of_another_cluster_is_not_called_dead_because_this_one_does_not_know_it(quick):
+    quick.begin(1, job="7", SLURM_CLUSTER_NAME="lumi")
+    quick.fake("scontrol", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
+    assert "cannot tell" in quick.call("begin", "--link", 2, job="8", SLURM_CLUSTER_NAME="mahti").stderr
+    assert quick.begin(2, job="8", SLURM_CLUSTER_NAME="lumi")["decision"] == "run"
