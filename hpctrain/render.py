@@ -78,7 +78,7 @@ def render_job(plan: Plan, inputs: Mapping[str, bytes]) -> str:
         raise UsageError(f"template `{name}`: {error}") from error
 
 
-def make_environment() -> jinja2.Environment:
+def make_environment() -> _Linted:
     """The Jinja environment of all templates.
 
     Undefined is an error; comments are `{## ##}` because bash has `${#x[@]}`; a user's template of the same name shadows
@@ -90,11 +90,11 @@ def make_environment() -> jinja2.Environment:
 
 
 @functools.lru_cache(maxsize=1)
-def _shipped_environment() -> jinja2.Environment:
+def _shipped_environment() -> _Linted:
     return _environment(())
 
 
-def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
+def _environment(folders: tuple[str, ...]) -> _Linted:
     shipped = shipped_dir("templates")
     loaders: list[jinja2.BaseLoader] = [jinja2.FileSystemLoader(folder) for folder in folders]
     loaders += [jinja2.PrefixLoader({"!builtin": jinja2.FileSystemLoader(shipped)}), jinja2.FileSystemLoader(shipped)]
@@ -108,6 +108,7 @@ def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
         comment_end_string="##}",
         autoescape=False,
         auto_reload=True,
+        optimized=False,  # folding constants takes longer than it saves for a template that is rendered once
     )
     environment.filters.update(
         q=quote, qjoin=quote_all, sbatch=sbatch_value, comment=comment, raw_shell=_raw_shell
@@ -204,7 +205,7 @@ def _raw_shell(value: object) -> str:
     raise jinja2.TemplateRuntimeError(f"{value!r} is not shell text; use the filter q")
 
 
-def _chain(environment: jinja2.Environment, name: str) -> list[str]:
+def _chain(environment: _Linted, name: str) -> list[str]:
     """The template and those it extends, as the header names them."""
     found: list[str] = []
     while name and name not in found:
