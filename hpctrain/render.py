@@ -78,7 +78,7 @@ def render_job(plan: Plan, inputs: Mapping[str, bytes]) -> str:
         raise UsageError(f"template `{name}`: {error}") from error
 
 
-def make_environment() -> _Linted:
+def make_environment() -> jinja2.Environment:
     """The Jinja environment of all templates.
 
     Undefined is an error; comments are `{## ##}` because bash has `${#x[@]}`; a user's template of the same name shadows
@@ -90,11 +90,11 @@ def make_environment() -> _Linted:
 
 
 @functools.lru_cache(maxsize=1)
-def _shipped_environment() -> _Linted:
+def _shipped_environment() -> jinja2.Environment:
     return _environment(())
 
 
-def _environment(folders: tuple[str, ...]) -> _Linted:
+def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
     shipped = shipped_dir("templates")
     loaders: list[jinja2.BaseLoader] = [jinja2.FileSystemLoader(folder) for folder in folders]
     loaders += [jinja2.PrefixLoader({"!builtin": jinja2.FileSystemLoader(shipped)}), jinja2.FileSystemLoader(shipped)]
@@ -205,7 +205,7 @@ def _raw_shell(value: object) -> str:
     raise jinja2.TemplateRuntimeError(f"{value!r} is not shell text; use the filter q")
 
 
-def _chain(environment: _Linted, name: str) -> list[str]:
+def _chain(environment: jinja2.Environment, name: str) -> list[str]:
     """The template and those it extends, as the header names them."""
     found: list[str] = []
     while name and name not in found:
