@@ -85,7 +85,9 @@ def _placeholders(plan: Plan) -> Iterator[Problem]:
     example = plan.site.values["account"]["example"]
     if example and plan.spec.account == example:
         where = plan.spec.where("account")
-        yield Problem(f"`account: {example}` is only the profile's example", where, level="warning", hint="name your own")
+        yield Problem(
+            f"`account: {example}` is only the profile's example", where, level="warning", hint="name your own"
+        )
 
 
 def _secrets(plan: Plan) -> Iterator[Problem]:
