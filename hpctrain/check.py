@@ -24,7 +24,7 @@ def find_problems(loaded: Loaded) -> list[Problem]:
     """
     plan = loaded.plan
     here = at_site(plan.site)
-    found = [*plan.problems, *_files(plan, here), *_secrets(plan), *_environment(os.environ)]
+    found = [*plan.problems, *_placeholders(plan), *_files(plan, here), *_secrets(plan), *_environment(os.environ)]
     if not plan.errors:
         found += _ask_slurm(loaded, here)
     order = {"error": 0, "warning": 1, "note": 2}
@@ -78,6 +78,16 @@ def _files(plan: Plan, here: bool) -> Iterator[Problem]:
     for what, path, where in plan.resolved.paths:
         if not os.path.exists(path):
             yield missing(what, path, where)
+
+
+def _placeholders(plan: Plan) -> Iterator[Problem]:
+    """What `hpctrain init` wrote as an example and nobody has changed."""
+    example = plan.site.values["account"]["example"]
+    if example and plan.spec.account == example:
+        where = plan.spec.where("account")
+        yield Problem(
+            f"`account: {example}` is only the profile's example", where, level="warning", hint="name your own"
+        )
 
 
 def _secrets(plan: Plan) -> Iterator[Problem]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.errors import HpctrainError, Problem, UsageError
+from hpctrain.frozen import frozen
 from hpctrain.plan import Plan, make_plan
 from hpctrain.recipe import Recipe, load_recipe
 from hpctrain.site import Site, load_site
@@ -15,7 +15,7 @@ from hpctrain.spec import RunSpec, absolute, read_layers, spec_from_layers
 from hpctrain.yamlio import Document, load_yaml, merge
 
 
-@dataclass(frozen=True)
+@frozen
 class Loaded:
     """A plan and the bytes of what it was made from (`run.yaml`, `site.yaml`, base configs), by name."""
 

@@ -5,7 +5,6 @@ Colour follows `--color`, then a non-empty NO_COLOR, then CLICOLOR_FORCE, then w
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -49,6 +48,8 @@ def data(text: str) -> None:
 
 def data_json(**fields: Any) -> None:
     """The whole answer as one JSON object with `schema_version` first, to stdout."""
+    import json  # not for `--help`
+
     sys.stdout.write(json.dumps({"schema_version": JSON_SCHEMA_VERSION, **fields}, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hpctrain import estimate
 from hpctrain.errors import Problem
+from hpctrain.frozen import frozen
 from hpctrain.planning.job import (
     Directive,
     decide_container,
@@ -28,7 +28,7 @@ from hpctrain.spec import RunSpec
 from hpctrain.yamlio import Document, merge
 
 
-@dataclass(frozen=True)
+@frozen
 class Plan:
     """Everything that was decided about a run; `render` turns it into text and adds nothing."""
 

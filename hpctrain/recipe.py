@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpctrain.errors import Problem, UsageError
+from hpctrain.frozen import frozen
 from hpctrain.resources import layer_dirs
 from hpctrain.schema import Field, check, nearest
 from hpctrain.site import ENV_NAME, NAME, NodeType, Site
@@ -66,7 +67,7 @@ FIELDS: dict[str, Field] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@frozen
 class Recipe:
     """One recipe. `values` as in FIELDS; `options` the declared recipe_options; `folder` holds its templates."""
 
@@ -90,7 +91,7 @@ class Decision:
     origin: str = ""
 
 
-@dataclass(frozen=True)
+@frozen
 class EnvVar:
     """A variable of the job with the reason printed beside it."""
 
@@ -99,7 +100,7 @@ class EnvVar:
     why: str = ""
 
 
-@dataclass(frozen=True)
+@frozen
 class Context:
     """What a recipe may look at: the run, the site, the shape that the plan chose, and the YAML files it reads.
 
@@ -124,7 +125,7 @@ class Context:
         return self.num_nodes * (self.gpus_per_node or self.tasks_per_node)
 
 
-@dataclass(frozen=True)
+@frozen
 class Guard:
     """What the runtime guard must know of the recipe's checkpoints, see `hpctrain/runtime`.
 
@@ -142,7 +143,7 @@ class Guard:
     quarantine: bool = True
 
 
-@dataclass(frozen=True)
+@frozen
 class Cadence:
     """Iterations in all, and between two checkpoints; None where unknown. `saves_on_signal`: before the time limit."""
 
@@ -151,7 +152,7 @@ class Cadence:
     saves_on_signal: bool = False
 
 
-@dataclass(frozen=True)
+@frozen
 class Resolved:
     """What a recipe decided.
 

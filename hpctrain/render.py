@@ -108,6 +108,7 @@ def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
         comment_end_string="##}",
         autoescape=False,
         auto_reload=True,
+        optimized=False,  # folding constants takes longer than it saves for a template that is rendered once
     )
     environment.filters.update(
         q=quote, qjoin=quote_all, sbatch=sbatch_value, comment=comment, raw_shell=_raw_shell

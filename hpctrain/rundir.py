@@ -6,7 +6,6 @@ A new run directory appears by one rename. A changed one is staged whole in `.re
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 import tempfile
@@ -142,6 +141,8 @@ def _read_if_there(path: str) -> bytes | None:
 def _difference(name: str, old: bytes | None, new: bytes) -> str:
     if old is None:
         return f"{name}: would be added"
+    import difflib  # only needed for a refusal
+
     lines = difflib.unified_diff(
         old.decode("utf-8", "replace").splitlines(), new.decode("utf-8", "replace").splitlines(), name, name, lineterm="", n=0
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -81,6 +80,8 @@ def check(document: Document, fields: Mapping[str, Field], path: Path = ()) -> t
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint naming the nearest known word and, when there are few, all of them."""
+    import difflib  # only needed for a mistake
+
     options = list(known)
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     listing = f"known: {', '.join(options)}" if len(options) <= 25 else ""
@@ -93,6 +94,8 @@ def text_problem(value: str, multiline: bool = False) -> str:
     """Why a text cannot be carried safely, or an empty string: control characters, lone surrogates, length."""
     if len(value) > MAX_TEXT:
         return f"is longer than {MAX_TEXT} characters"
+    if value.isascii() and value.isprintable():
+        return ""
     allowed = "\n\t" if multiline else ""
     for char in value:
         if (ord(char) < 32 or ord(char) == 127 or char in "\u0085\u2028\u2029") and char not in allowed:
@@ -152,24 +155,22 @@ def _value(document: Document, value: Any, field: Field, path: Path, problems: l
     out = _typed(document, value, field, path, problems)
     if len(problems) > count or out is None:
         return out
-    shown = f"`{_dotted(path)}: {_short(value)}`"
+    what, why, hint = "", "", ""
     if isinstance(out, str):
         bad = text_problem(out, field.multiline)
         if bad:
             problems.append(Problem(f"`{_dotted(path)}` {bad}", where=document.where(*path)))
         elif field.choices and out not in field.choices:
-            problems.append(
-                Problem(f"{shown} is not one of them", where=document.where(*path), hint=nearest(out, field.choices))
-            )
+            what, hint = "is not one of them", nearest(out, field.choices)
         elif field.pattern and not re.fullmatch(field.pattern, out, re.ASCII):
-            problems.append(
-                Problem(f"{shown} is not {field.shape}", where=document.where(*path), why=f"allowed: {field.pattern}")
-            )
+            what, why = f"is not {field.shape}", f"allowed: {field.pattern}"
     elif isinstance(out, (int, float)) and not isinstance(out, bool):
         if field.minimum is not None and out < field.minimum:
-            problems.append(Problem(f"{shown} is less than {field.minimum:g}", where=document.where(*path)))
-        if field.maximum is not None and out > field.maximum:
-            problems.append(Problem(f"{shown} is more than {field.maximum:g}", where=document.where(*path)))
+            what = f"is less than {field.minimum:g}"
+        elif field.maximum is not None and out > field.maximum:
+            what = f"is more than {field.maximum:g}"
+    if what:
+        problems.append(Problem(f"`{_dotted(path)}: {_short(value)}` {what}", document.where(*path), why, hint))
     return out
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.errors import Problem, UsageError
+from hpctrain.frozen import frozen
 from hpctrain.resources import layer_dirs, shipped_dir
 from hpctrain.schema import Field, check, nearest
 from hpctrain.yamlio import Document, load_yaml, merge
@@ -216,7 +216,7 @@ FIELDS: dict[str, Field] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@frozen
 class NodeType:
     """A kind of node. `usable_cores` is what jobs may ask for; memory in GiB; `cpu_bind` by cores per task."""
 
@@ -237,7 +237,7 @@ class NodeType:
     tmp_size_gib: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Partition:
     """A partition and its limits; None where the site sets none or none is known."""
 
@@ -254,7 +254,7 @@ class Partition:
     billing: Mapping[str, Any] | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class Site:
     """One site. `values` holds the checked profile as in `FIELDS`; `document` tells where each value was written."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.frozen import frozen
 from hpctrain.resources import no_user_config, user_dir
 from hpctrain.sbatch_options import check_options
 from hpctrain.schema import Field, check
@@ -79,7 +79,7 @@ FIELDS: dict[str, Field] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@frozen
 class RunSpec:
     """A checked run.yaml. Times in seconds; paths absolute (relative ones were relative to run.yaml)."""
 

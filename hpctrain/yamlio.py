@@ -15,6 +15,7 @@ from hpctrain.errors import EnvironmentFault, Problem, UsageError
 
 Path = tuple[Any, ...]  # keys and list indices from the root, e.g. ("checkpoint", "dir")
 
+_ABSENT: Any = object()  # no layer below has anything there, so no origin either
 MAX_BYTES = 4 * 1024 * 1024
 MAX_VALUES = 200_000
 MAX_DEPTH = 60
@@ -199,10 +200,11 @@ def _merge_value(
             child = (*path, key)
             if child in layer.key_origins:
                 key_origins[child] = layer.key_origins[child]
-            merged[key] = _merge_value(merged.get(key), value, child, layer, origins, key_origins)
+            merged[key] = _merge_value(merged.get(key, _ABSENT), value, child, layer, origins, key_origins)
         return merged
-    for known in [known for known in origins if known[: len(path)] == path]:
-        del origins[known]
+    if base is not _ABSENT:
+        for known in [known for known in origins if known[: len(path)] == path]:
+            del origins[known]
     for sub_path, _ in walk(new, path):
         if sub_path in layer.origins:
             origins[sub_path] = layer.origins[sub_path]
@@ -272,7 +274,7 @@ class _Builder:
                 Problem(f"tag `{node.tag}` is not allowed", where=str(origin), hint="plain YAML values only")
             )
             return None
-        if node.tag == "tag:yaml.org,2002:timestamp":
+        if node.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:timestamp"):
             return node.value  # a date is text here
         if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ":" in node.value:
             return node.value  # YAML 1.1 would read the duration 20:00:00 as the base-60 number 72000

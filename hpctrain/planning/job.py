@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from hpctrain import launchers
+from hpctrain.frozen import frozen
 from hpctrain.planning.notes import Notes
 from hpctrain.recipe import Decision, EnvVar, Recipe, Resolved
 from hpctrain.sbatch_options import REPLACES, option_text
@@ -19,7 +19,7 @@ from hpctrain.units import format_mem_gib, format_time
 NOTICE_LEAD_S = 60
 
 
-@dataclass(frozen=True)
+@frozen
 class Directive:
     """One #SBATCH or srun option; an empty value is a switch."""
 

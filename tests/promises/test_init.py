@@ -58,6 +58,13 @@ def test_every_example_in_it_is_valid_too(recipe, site, tmp_path, no_slurm):
     assert plan.spec.give_up_after == 3 and plan.spec.checkpoint_start and plan.spec.env == {"EXAMPLE": "1"}
 
 
+def test_an_account_left_as_the_example_is_noticed(tmp_path, cli, no_slurm):
+    cli("init", tmp_path / "r", "--recipe", "command", "--site", "lumi")
+    code, _, err = cli("check", tmp_path / "r/run.yaml")
+
+    assert code == 0 and "warning: " in err and "is only the profile's example" in err
+
+
 def test_nothing_that_is_there_is_replaced(tmp_path, cli):
     for make in (lambda path: path.write_text("mine\n"), lambda path: path.symlink_to(tmp_path / "nowhere")):
         path = tmp_path / "run.yaml"

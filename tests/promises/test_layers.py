@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "hpctrain"
 # Lowest first. A package is one line (inside it, modules import each other freely), unless a part of it has its own.
 LAYERS = [
     # -- the base
-    "errors", "units", "runtime", "resources", "yamlio", "schema", "yamltext", "shell",
+    "frozen", "errors", "units", "runtime", "resources", "yamlio", "schema", "yamltext", "shell",
     # -- pure: what a run is, and what it becomes
     "sbatch_options", "site", "spec", "recipe", "train.config", "recipes", "estimate", "launchers", "planning", "plan", "render", "load",
     # -- effects: files, Slurm, this machine

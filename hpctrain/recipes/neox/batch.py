@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from hpctrain.frozen import frozen
 from hpctrain.recipe import Decision
 from hpctrain.recipes.neox.draft import RUN, Draft
 
@@ -11,7 +10,7 @@ _TRAIN, _MICRO, _STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "
 IDENTITY = f"{_TRAIN} = {_MICRO} x {_STEPS} x data-parallel size"
 
 
-@dataclass(frozen=True)
+@frozen
 class Shape:
     """How the ranks are split. `pipeline` is NeoX's own number, where 0 means a sequential model and counts as 1."""
 

@@ -44,8 +44,7 @@ def config_text(values: Mapping[str, Any], keys: Mapping[str, Key], header: Iter
 
     for title, members in groupby(names, key=group):
         lines += ["", f"# --- {_TITLES.get(title, 'keys of your own copy')}"]
-        for name in members:
-            lines.append(dump({name: values[name]}).rstrip("\n"))
+        lines.append(dump({name: values[name] for name in members}).rstrip("\n"))
     return "\n".join(lines) + "\n"
 
 

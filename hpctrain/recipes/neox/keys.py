@@ -7,11 +7,11 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from hpctrain.errors import Problem
+from hpctrain.frozen import frozen
 from hpctrain.resources import shipped_dir
 from hpctrain.schema import nearest, text_problem
 from hpctrain.yamlio import Document, walk
@@ -33,7 +33,7 @@ _TYPE_NAMES = {
 _NUMBER_AS_TEXT = re.compile(r"([-+]?)(\d+)(\.\d*)?[eE]([-+]?)(\d+)\Z", re.ASCII)
 
 
-@dataclass(frozen=True)
+@frozen
 class Key:
     """One key: `kind` is what `type(value)` must be, `choice` for one of `choices`; `flavors` where it exists."""
 
