@@ -6,6 +6,7 @@ The formulas are the site profile's (`estimate.cost`); a job's bill grows with i
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.errors import UsageError
-from hpctrain.runs import RunRecords
+from hpctrain.runs import LOG_JOB, RunRecords
 from hpctrain.slurmstate import Answer
-
 
 _ACCOUNT = "{" + "account" + "}"
 
@@ -141,6 +141,11 @@ def _starts_on_record(run: RunRecords, job_id: str, link: int | None, answer: An
             out[-1] = replace(
                 out[-1], end_s=job.end_s, elapsed_s=job.end_s - out[-1].start_s, state=job.state, source="squeue"
             )
+    if out and out[-1].elapsed_s is None and out[-1].start_s is not None:
+        written = _last_written(run, job_id)
+        if written is not None and written >= out[-1].start_s:
+            # Neither Slurm nor the job itself told the end; the log was written until then.
+            out[-1] = replace(out[-1], end_s=written, elapsed_s=written - out[-1].start_s, source="log")
     # A start that never wrote its end lasted at most until the next one of the same job.
     for index, start in enumerate(out[:-1]):
         following = out[index + 1].start_s
@@ -169,6 +174,17 @@ def spent(run: RunRecords, answer: Answer, now_s: float) -> Spent:
     left = [max(job.time_s - (start.elapsed_s or 0.0), 0.0) for start, _ in rows if _runs(answer, start)]
     still = used_by(job, waiting * job.time_s + sum(left), f"still, at most ({waiting} pending, {len(left)} running)")
     return Spent(tuple(rows), used, still, tuple(unseen))
+
+
+def _last_written(run: RunRecords, job_id: str) -> float | None:
+    for path in run.logs:
+        match = LOG_JOB.search(path)
+        if match and match[1] == job_id:
+            try:
+                return os.stat(path).st_mtime
+            except OSError:
+                return None
+    return None
 
 
 def _runs(answer: Answer, start: Start) -> bool:
