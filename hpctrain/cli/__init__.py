@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "checkpoint": ("checkpoint", "list, verify, bootstrap and choose checkpoints"),
     "export": ("export", "write a run's weights as a Hugging Face directory"),
     "generate": ("generate", "answer prompts with a run's weights"),
+    "doctor": ("doctor", "this environment: Python, packages, disks, caches, secrets, Slurm; a score"),
     "recipe": ("recipe", "what can train: list, show"),
     "template": ("template", "job script templates: list, show, override by blocks"),
     "site": ("site", "site profiles: list, show, check, draft a new one"),
