@@ -69,11 +69,10 @@ def examine_run(plan: Plan, python_path: str | None, requirements: Sequence[str]
         findings.append(Finding("secrets", "file", OK, f"{plan.spec.secrets} is yours alone, KEY=VALUE"))
     findings += _shell()
     option = wanted["git_option"]
-    path = plan.spec.recipe_options.get(option) if option else None
-    if isinstance(path, str):
-        findings += places.working_copy(
-            os.path.join(plan.spec.base_dir, os.path.expanduser(path)), wanted["git_branch"]
-        )
+    folder = plan.spec.recipe_options.get(option) if option else None
+    if isinstance(folder, str):
+        copy = os.path.join(plan.spec.base_dir, os.path.expanduser(folder))
+        findings += places.working_copy(copy, wanted["git_branch"])
     findings += cluster.judge_cluster(plan.site)
     return Examination(tuple(findings))
 

@@ -9,7 +9,7 @@ from typing import Any, Dict
 
 WANTED = json.loads(sys.argv[1])
 IMPORTS = {"flash-attn": "flash_attn", "pyyaml": "yaml", "scikit-learn": "sklearn", "mpi4py": "mpi4py"}
-found = {
+found: Dict[str, Any] = {
     "python": platform.python_version(),
     "executable": sys.executable,
     "prefix": sys.prefix,
