@@ -9,13 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-pytest.importorskip("pandas")
-pytest.importorskip("matplotlib")
-
-from hpctrain.errors import Refused  # noqa: E402
-from hpctrain.report.gather import Points, gather  # noqa: E402
-from hpctrain.report.tables import export, frames  # noqa: E402
-from hpctrain.report.write import write_report  # noqa: E402
+from hpctrain.errors import Refused
+from hpctrain.report.gather import Points, gather
+from hpctrain.report.tables import export, frames
+from hpctrain.report.write import write_report
 
 LINE = " iteration {i:8d}/{n:8d} | elapsed time per iteration (ms): 1000.0 | learning rate: 1.0E-05 | lm_loss: {loss} | grad norm: 1.0 | samples per second: 8.0 | number of skipped iterations:   0 | number of nan iterations:   0 |\n"
 EVIL = "<script>alert(1)</script>&\"'"
