@@ -24,7 +24,7 @@ def find_problems(loaded: Loaded) -> list[Problem]:
     """
     plan = loaded.plan
     here = at_site(plan.site)
-    found = [*plan.problems, *_placeholders(plan), *_files(plan, here), *_secrets(plan), *_environment(os.environ)]
+    found = [*plan.problems, *_placeholders(plan), *_files(plan, here), *secret_problems(plan), *shell_problems(os.environ)]
     if not plan.errors:
         found += _ask_slurm(loaded, here)
     order = {"error": 0, "warning": 1, "note": 2}
@@ -90,7 +90,8 @@ def _placeholders(plan: Plan) -> Iterator[Problem]:
         )
 
 
-def _secrets(plan: Plan) -> Iterator[Problem]:
+def secret_problems(plan: Plan) -> Iterator[Problem]:
+    """What is wrong with the run's secrets file: missing, no plain file, readable by others, not KEY=VALUE."""
     spec = plan.spec
     if not spec.secrets:
         return
@@ -126,7 +127,8 @@ def _secret_lines(path: str, where: str) -> Iterator[Problem]:
                 yield Problem(f"line {number} of the secrets file is not KEY=VALUE", where)
 
 
-def _environment(environment: Mapping[str, str]) -> Iterator[Problem]:
+def shell_problems(environment: Mapping[str, str]) -> Iterator[Problem]:
+    """Variables of this shell that would override or leak into a submitted job."""
     names = slurm.leaking(environment)
     overriding = [name for name in names if name.startswith("SBATCH_")]
     inside = [name for name in names if not name.startswith("SBATCH_")]

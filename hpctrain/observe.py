@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain import estimate
-from hpctrain.runs import RunRecords, read_run
+from hpctrain.runs import LOG_JOB, RunRecords, read_run
 from hpctrain.slurmstate import Answer, JobState, query
 from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.records import utc
@@ -113,7 +113,11 @@ def observe(
 def status_of(run: RunRecords, answer: Answer, now_s: float, read_logs: bool = True) -> RunStatus:
     """The status of one run from its records and Slurm's answer. Reads the tail of its newest log and its checkpoint folder."""
     tail = _tail_of_log(run.logs[-1]) if read_logs and run.logs else {}
-    links = tuple(_links(run, answer, now_s, tail))
+    tails = {tail["job_id"]: tail} if tail.get("job_id") else {}
+    if read_logs:
+        unrecorded = _without_end(run, answer)
+        tails.update((job_id, _tail_of_log(path)) for job_id, path in unrecorded.items() if job_id not in tails)
+    links = tuple(_links(run, answer, now_s, tails))
     unseen = [*run.unseen, *answer.unseen]
     checkpoint, number = _newest_checkpoint(run, unseen) if read_logs else (None, None)
     progress = _progress(run, links, tail, checkpoint, number)
@@ -124,7 +128,18 @@ def status_of(run: RunRecords, answer: Answer, now_s: float, read_logs: bool = T
     )
 
 
-def _links(run: RunRecords, answer: Answer, now_s: float, tail: Mapping[str, Any]) -> list[LinkStatus]:
+def _without_end(run: RunRecords, answer: Answer) -> dict[str, str]:
+    """Job id -> log of the jobs whose end neither Slurm nor links.jsonl tells: their logs may."""
+    ended = {str(record.get("job_id")) for record in run.links if record.get("event") == "end"}
+    found = {}
+    for path in run.logs:
+        match = LOG_JOB.search(path)
+        if match and match[1] not in ended and match[1] not in answer.jobs:
+            found[match[1]] = path
+    return found
+
+
+def _links(run: RunRecords, answer: Answer, now_s: float, tails: Mapping[str, Mapping[str, Any]]) -> list[LinkStatus]:
     """One status a job, by link number and job id; jobs that only a log or Slurm knows come too."""
     jobs: dict[str, dict[str, Any]] = {}
     for record in run.ledger:
@@ -151,9 +166,10 @@ def _links(run: RunRecords, answer: Answer, now_s: float, tail: Mapping[str, Any
     for index, link in enumerate(out):
         if link.iteration_to is None and index + 1 < len(out) and out[index + 1].iteration_from is not None:
             out[index] = replace(link, iteration_to=out[index + 1].iteration_from)
-        if link.state == "began, no end recorded" and tail.get("job_id") == link.job_id and tail.get("end"):
+        tail = tails.get(link.job_id, {})
+        if link.state == "began, no end recorded" and tail.get("end"):
             out[index] = replace(out[index], state=tail["end"], reason="by its log")
-        if link.active and link.job_id == tail.get("job_id") and tail.get("iteration") is not None:
+        if link.active and tail.get("iteration") is not None:
             out[index] = replace(out[index], iteration_to=tail["iteration"])
     return out
 

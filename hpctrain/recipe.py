@@ -63,6 +63,20 @@ FIELDS: dict[str, Field] = {
         "run.yaml values that `hpctrain init` writes; {name} {checkpoints} {data} {code} are filled in for the site",
         items=Field("any", ""),
     ),
+    "environment": Field(
+        "table",
+        "what `hpctrain doctor` looks for where the recipe runs",
+        fields={
+            "python": Field("text", "versions of Python, e.g. >=3.10"),
+            "packages": Field("map", "by package", items=Field("table", "a package", fields={
+                "versions": Field("text", "e.g. >=2.3,<3; empty: any", default=""),
+                "required": Field("bool", "the recipe does not run without it", default=True),
+                "why": Field("text", "reason", required=True),
+            })),
+            "git_option": Field("text", "the recipe option that names a working copy"),
+            "git_branch": Field("text", "the branch that it must be on"),
+        },
+    ),
     "proven": Field("text", "how the recipe is proven", default=""),
 }  # fmt: skip
 

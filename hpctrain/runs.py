@@ -17,7 +17,7 @@ from hpctrain.runtime.files import read_records
 from hpctrain.schema import nearest
 
 _JOB_ID = re.compile(r"\d+(?:_\d+)?\Z")
-_LOG_JOB = re.compile(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z")
+LOG_JOB = re.compile(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z")
 MARKS = ("plan.json", "ledger.jsonl", "links.jsonl", "job.sbatch")
 
 
@@ -57,7 +57,7 @@ class RunRecords:
             if _JOB_ID.match(job_id):
                 found[job_id] = None
         for path in self.logs:
-            match = _LOG_JOB.search(path)
+            match = LOG_JOB.search(path)
             if match:
                 found[match[1]] = None
         return sorted(found, key=lambda job_id: tuple(map(int, job_id.split("_"))))
@@ -110,7 +110,7 @@ def list_logs(run_dir: str) -> list[str]:
         return []
 
     def order(name: str) -> tuple[int, str]:
-        match = _LOG_JOB.search(name)
+        match = LOG_JOB.search(name)
         return (int(match[1]) if match else 0, name)
 
     wanted = [name for name in names if name.endswith((".out", ".err", ".log", ".txt"))]

@@ -211,6 +211,11 @@ FIELDS: dict[str, Field] = {
         fields={
             "cpu_partition": Field("text", "for tokenizing and merging"),
             "debug_partition": Field("text", "for `hpctrain shell`"),
+            "allocation": Field("table", "tells what is left of a project", nullable=True, fields={
+                "command": Field("list", "the site's tool", required=True, items=Field("text", "")),
+                "patterns": Field("map", "by billing unit: a regex with groups `used` and `granted`; {account} is the project",
+                                  required=True, items=Field("text", "")),
+            }),
         },
     ),
 }  # fmt: skip

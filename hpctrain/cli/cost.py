@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import os
+import time
+
+import click
+
+from hpctrain import output
+from hpctrain.cli import common
+
+
+@click.command()
+@click.argument("target", default="run.yaml", metavar="[RUN_YAML|RUN]")
+@common.set_option
+@click.option("--jobs", type=click.IntRange(1), help="Of a chain of this many jobs instead of the run.yaml's.")
+@click.option("--array", type=click.IntRange(1), help="Also of an array of this many such jobs.")
+@click.option("--ladder", metavar="1,2,8", help="Also of a ladder with these numbers of GPUs, one job a rung.")
+@common.as_json
+def command(
+    target: str, assignments: tuple[str, ...], jobs: int | None, array: int | None, ladder: str | None, as_json: bool
+) -> None:
+    """Show what a run will cost (a run.yaml), or has cost (a run directory, name or job id).
+
+    Node-hours, GPU-hours as Slurm counts GPUs, and the site's billing units by its profile's formula.
+
+    \b
+    hpctrain cost run.yaml --jobs 5
+    hpctrain cost run.yaml --ladder 1,2,8
+    hpctrain cost runs/ft_latest_7 --json
+    """
+    from hpctrain import cost, cost_view
+
+    if os.path.isfile(target) and target.endswith((".yaml", ".yml")):
+        planned, bills = cost_view.planned(target, assignments, jobs, array, ladder)
+        left = cost_view.allocation(planned)
+        if as_json:
+            output.data_json(bills=[bill.as_json() for bill in bills], allocation=vars(left) if left else None)
+        else:
+            cost_view.show_bills(bills, left)
+            output.next_step("hpctrain chain" if planned.spec.num_links > 1 else "hpctrain render")
+        return
+    from hpctrain.runs import find_runs, read_run
+    from hpctrain.slurmstate import query
+
+    run = read_run(find_runs(target)[0])
+    result = cost.spent(run, query(run.job_ids()), time.time())
+    if as_json:
+        output.data_json(**cost_view.spent_fields(result))
+    else:
+        cost_view.show_spent(result)

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import os
+
+import click
+
+from hpctrain import output
+
+
+@click.command()
+@click.argument("target", metavar="RUN")
+@click.option("-o", "--out", type=click.Path(), help="The page [default: report.html in the run directory].")
+@click.option("--png", "png_path", type=click.Path(), help="Also the curves as a picture.")
+@click.option("--csv", "csv_dir", type=click.Path(), help="Also the tables as CSV, into this folder.")
+@click.option("--parquet", "parquet_dir", type=click.Path(), help="Also the tables as Parquet, into this folder.")
+@click.option("--no-slurm", is_flag=True, help="From the run directory alone.")
+@click.option("--force", is_flag=True, help="Replace a file that is no report.")
+def command(
+    target: str,
+    out: str | None,
+    png_path: str | None,
+    csv_dir: str | None,
+    parquet_dir: str | None,
+    no_slurm: bool,
+    force: bool,
+) -> None:
+    """Write one self-contained HTML page of a run: curves, links, cost, lost work, what triage says; stdout is its path.
+
+    RUN is a run directory, a run.yaml, a run's name or a job id. Needs the extra `report`.
+
+    \b
+    hpctrain report runs/ft_latest_7
+    hpctrain report ft_latest_7 -o /tmp/ft.html --png /tmp/ft.png --csv /tmp/ft
+    """
+    from hpctrain.report.gather import gather
+    from hpctrain.report.tables import export
+    from hpctrain.report.write import write_report
+    from hpctrain.runs import find_runs
+
+    run_dir = find_runs(target)[0]
+    report = gather(run_dir, not no_slurm)
+    paths = write_report(report, out or os.path.join(run_dir, "report.html"), png_path, force)
+    paths += export(report, csv_dir, "csv") if csv_dir else []
+    paths += export(report, parquet_dir, "parquet") if parquet_dir else []
+    for what in report.unseen:
+        output.info(f"could not see: {what}")
+    for path in paths:
+        output.data(path)

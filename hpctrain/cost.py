@@ -1,0 +1,260 @@
+"""What a run costs: before, from its plan; after, from the time that every start of its jobs really took.
+
+The formulas are the site profile's (`estimate.cost`); a job's bill grows with its time, so used time is billed in proportion.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hpctrain.errors import UsageError
+from hpctrain.runs import LOG_JOB, RunRecords
+from hpctrain.slurmstate import Answer
+
+_ACCOUNT = "{" + "account" + "}"
+
+
+@dataclass(frozen=True)
+class Bill:
+    """Hours and billing units of something. `billed` is None where the profile tells no formula; `unit` is the site's."""
+
+    what: str
+    time_s: float
+    node_hours: float
+    gpu_hours: float
+    billed: float | None
+    unit: str
+    note: str = ""
+
+    def times(self, count: float, what: str, note: str = "") -> Bill:
+        billed = None if self.billed is None else self.billed * count
+        return Bill(what, self.time_s * count, self.node_hours * count, self.gpu_hours * count, billed, self.unit, note)
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a job: a link, or the same link again after a requeue. Times: UTC seconds since 1970."""
+
+    link: int | None
+    job_id: str
+    restart: int
+    state: str
+    start_s: float | None
+    end_s: float | None
+    elapsed_s: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a run has used, each start of each job, and what its queued and running jobs may still use at most."""
+
+    starts: tuple[tuple[Start, Bill], ...]
+    used: Bill
+    still: Bill
+    unseen: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What the site's own tool says of the project: used and granted, in `unit`."""
+
+    account: str
+    used: float
+    granted: float
+    unit: str
+
+    @property
+    def left(self) -> float:
+        return self.granted - self.used
+
+
+def full_job(plan: Mapping[str, Any]) -> Bill | None:
+    """The bill of one job that runs its whole time, from plan.json; None when the plan does not tell."""
+    job, cost = plan.get("job"), plan.get("cost")
+    if not isinstance(job, Mapping) or not isinstance(cost, Mapping):
+        return None
+    time_s, node_hours, gpu_hours = job.get("time_s"), cost.get("node_hours"), cost.get("gpu_hours")
+    if (
+        not all(isinstance(value, (int, float)) and value >= 0 for value in (time_s, node_hours, gpu_hours))
+        or not time_s
+    ):
+        return None
+    billed = cost.get("billed")
+    return Bill(
+        "one job", float(time_s), float(node_hours or 0), float(gpu_hours or 0),
+        float(billed) if isinstance(billed, (int, float)) else None, str(cost.get("unit") or ""), str(cost.get("formula") or ""),
+    )  # fmt: skip
+
+
+def used_by(job: Bill, elapsed_s: float, what: str) -> Bill:
+    """The bill of `elapsed_s` of such a job."""
+    return job.times(elapsed_s / job.time_s, what)
+
+
+def starts_of(run: RunRecords, answer: Answer, now_s: float) -> list[Start]:
+    """Every start of every job of the run: Slurm's account of it, else what links.jsonl and the order of starts tell."""
+    links = {str(r.get("job_id")): r.get("link") for r in (*run.ledger, *run.links) if isinstance(r.get("link"), int)}
+    out = []
+    for job_id in run.job_ids():
+        records = [*answer.earlier.get(job_id, []), *([answer.jobs[job_id]] if job_id in answer.jobs else [])]
+        known = [
+            record
+            for record in records
+            if record.elapsed_s is not None or record.start_s is not None and not record.pending
+        ]
+        if known and any(record.elapsed_s is not None for record in known):
+            for restart, job in enumerate(known):
+                elapsed = now_s - job.start_s if job.running and job.start_s is not None else job.elapsed_s
+                out.append(
+                    Start(links.get(job_id), job_id, restart, job.state, job.start_s, job.end_s, elapsed, "sacct")
+                )
+            continue
+        out += _starts_on_record(run, job_id, links.get(job_id), answer, now_s)
+    return out
+
+
+def _starts_on_record(run: RunRecords, job_id: str, link: int | None, answer: Answer, now_s: float) -> list[Start]:
+    out: list[Start] = []
+    mine = [record for record in run.links if str(record.get("job_id")) == job_id]
+    for record in mine:
+        time_s = parse_time(record.get("time"))
+        if record.get("event") == "begin":
+            out.append(Start(link, job_id, int(record.get("restart") or 0), "began", time_s, None, None, "links.jsonl"))
+        elif record.get("event") == "end" and out and time_s is not None and out[-1].start_s is not None:
+            state = f"exit code {record.get('exit_code')}"
+            out[-1] = replace(out[-1], end_s=time_s, elapsed_s=time_s - out[-1].start_s, state=state)
+    job = answer.jobs.get(job_id)
+    if out and out[-1].elapsed_s is None and job is not None and out[-1].start_s is not None:
+        if job.running:
+            out[-1] = replace(out[-1], elapsed_s=now_s - out[-1].start_s, state=job.state, source="squeue")
+        elif job.end_s is not None:
+            out[-1] = replace(
+                out[-1], end_s=job.end_s, elapsed_s=job.end_s - out[-1].start_s, state=job.state, source="squeue"
+            )
+    if out and out[-1].elapsed_s is None and out[-1].start_s is not None:
+        written = _last_written(run, job_id)
+        if written is not None and written >= out[-1].start_s:
+            # Neither Slurm nor the job itself told the end; the log was written until then.
+            out[-1] = replace(out[-1], end_s=written, elapsed_s=written - out[-1].start_s, source="log")
+    # A start that never wrote its end lasted at most until the next one of the same job.
+    for index, start in enumerate(out[:-1]):
+        following = out[index + 1].start_s
+        if start.elapsed_s is None and start.start_s is not None and following is not None:
+            out[index] = replace(start, end_s=following, elapsed_s=following - start.start_s, state="ended by Slurm")
+    return out
+
+
+def spent(run: RunRecords, answer: Answer, now_s: float) -> Spent:
+    """What the run used and may still use. Raises UsageError when plan.json does not tell what a job costs."""
+    job = full_job(run.plan)
+    if job is None:
+        raise UsageError(
+            f"the plan.json of `{run.run_dir}` does not tell what a job costs",
+            hint="render it again with `hpctrain render`",
+        )
+    unseen = list(dict.fromkeys([*run.unseen, *answer.unseen]))
+    rows = []
+    for start in starts_of(run, answer, now_s):
+        name = f"link {start.link}" if start.link is not None else f"job {start.job_id}"
+        if start.elapsed_s is None:
+            unseen.append(f"how long job {start.job_id} ran; counted as nothing, at most {job.time_s / 3600:g} h")
+        rows.append((start, used_by(job, max(start.elapsed_s or 0.0, 0.0), name)))
+    used = _total([bill for _, bill in rows], job, "used")
+    waiting = sum(state.pending for state in answer.jobs.values())
+    left = [max(job.time_s - (start.elapsed_s or 0.0), 0.0) for start, _ in rows if _runs(answer, start)]
+    still = used_by(job, waiting * job.time_s + sum(left), f"still, at most ({waiting} pending, {len(left)} running)")
+    return Spent(tuple(rows), used, still, tuple(unseen))
+
+
+def _last_written(run: RunRecords, job_id: str) -> float | None:
+    for path in run.logs:
+        match = LOG_JOB.search(path)
+        if match and match[1] == job_id:
+            try:
+                return os.stat(path).st_mtime
+            except OSError:
+                return None
+    return None
+
+
+def _runs(answer: Answer, start: Start) -> bool:
+    job = answer.jobs.get(start.job_id)
+    return bool(job and job.running and start.end_s is None)
+
+
+def _total(bills: Sequence[Bill], like: Bill, what: str) -> Bill:
+    billed = None if like.billed is None else sum(bill.billed or 0.0 for bill in bills)
+    return Bill(
+        what,
+        sum(b.time_s for b in bills),
+        sum(b.node_hours for b in bills),
+        sum(b.gpu_hours for b in bills),
+        billed,
+        like.unit,
+    )
+
+
+def before(plan: Mapping[str, Any], jobs: int | None = None, array: int | None = None) -> list[Bill]:
+    """The bills of a planned run: one job, the chain at most, the work itself where iterations and step time are known, an array."""
+    job = full_job(plan)
+    if job is None:
+        raise UsageError("the plan does not tell what a job costs")
+    facts = plan["job"]
+    count = jobs if jobs is not None else int(facts.get("num_links") or 1)
+    out = [job]
+    if count > 1:
+        out.append(job.times(count, f"a chain of {count} jobs", "at most: links that find nothing to do end at once"))
+    step_s, iterations = facts.get("step_time_s"), facts.get("iterations")
+    if isinstance(step_s, (int, float)) and isinstance(iterations, int):
+        out.append(used_by(job, step_s * iterations, f"{iterations} iterations of {step_s:g} s"))
+    if array:
+        out.append(job.times(array, f"an array of {array} such jobs", "at most"))
+    return out
+
+
+def ask_allocation(command: Sequence[str], pattern: str, account: str, unit: str) -> Allocation | None:
+    """What the site's tool says is left of a project; None when it is not there or says something else.
+
+    `pattern` is the profile's regex with groups `used` and `granted`; `{account}` in it stands for the project.
+    """
+    try:
+        said = subprocess.run(list(command), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                              timeout=30, check=False).stdout  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return read_allocation(said, pattern, account, unit)
+
+
+def read_allocation(said: str, pattern: str, account: str, unit: str) -> Allocation | None:
+    """Pure part of `ask_allocation`."""
+    found = re.search(pattern.replace(_ACCOUNT, re.escape(account)), said)
+    try:
+        return (
+            Allocation(account, float(found["used"].replace(",", "")), float(found["granted"].replace(",", "")), unit)
+            if found
+            else None
+        )
+    except (ValueError, IndexError):
+        return None
+
+
+def parse_time(text: object) -> float | None:
+    """UTC seconds of the records' `2026-11-21T01:52:08Z`, None for anything else."""
+    try:
+        return (
+            datetime.datetime.strptime(str(text), "%Y-%m-%dT%H:%M:%SZ")
+            .replace(tzinfo=datetime.timezone.utc)
+            .timestamp()
+        )
+    except ValueError:
+        return None

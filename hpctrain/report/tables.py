@@ -1,0 +1,79 @@
+"""The report's tables as pandas frames, for export to CSV and Parquet. pandas is imported when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from typing import Any
+
+from hpctrain.errors import EnvironmentFault, missing_package
+from hpctrain.report.gather import Report
+from hpctrain.triage.records import utc
+
+
+def frames(report: Report) -> dict[str, Any]:
+    """`steps`: one row a step line that was kept; `attempts`: one row a start of a job; `rules`: the verdicts."""
+    try:
+        pd: Any = importlib.import_module("pandas")
+    except ImportError as error:
+        raise missing_package("pandas", "report") from error
+    steps = [
+        {
+            "job_id": attempt.job_id, "restart": attempt.restart, "link": attempt.link, "iteration": step.iteration,
+            "loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "step_time_s": step.step_time_s,
+            "tokens_per_s": step.tokens_per_s, "samples_per_s": step.samples_per_s, "skipped": step.skipped, "nan": step.nan,
+            "time": utc(time_s),
+        }
+        for attempt, step, time_s in report.points.rows
+    ]  # fmt: skip
+    attempts = [
+        {
+            "link": row.link, "job_id": row.job_id, "restart": row.restart, "mode": row.mode, "state": row.state,
+            "start": utc(row.start_s), "end": utc(row.end_s), "elapsed_s": row.elapsed_s,
+            "first_iteration": row.first_iteration, "last_iteration": row.last_iteration, "kept_iterations": row.kept_iterations,
+            "lost_iterations": row.lost_iterations, "step_time_s": row.step_time_s, "productive_s": row.productive_s,
+            "lost_s": row.lost_s, "cause": row.cause, "where": row.where, "node": row.node,
+            "node_hours": row.bill.node_hours if row.bill else None, "gpu_hours": row.bill.gpu_hours if row.bill else None,
+            "billed": row.bill.billed if row.bill else None, "unit": row.bill.unit if row.bill else "",
+        }
+        for row in report.rows
+    ]  # fmt: skip
+    rules = [verdict.as_json() for verdict in report.diagnosis.verdicts]
+    return {
+        "steps": pd.DataFrame(steps, columns=list(steps[0]) if steps else ["iteration", "loss"]),
+        "attempts": pd.DataFrame(attempts, columns=list(attempts[0]) if attempts else ["link", "job_id"]),
+        "rules": pd.DataFrame(rules),
+    }
+
+
+def export(report: Report, folder: str, kind: str) -> list[str]:
+    """Write every frame as `<folder>/<name>.csv` or `.parquet`, each whole or not at all; returns the paths.
+
+    Raises EnvironmentFault when a Parquet engine (pyarrow) is missing or the folder cannot be written.
+    """
+    paths = []
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for name, frame in frames(report).items():
+            path = os.path.join(folder, f"{name}.{kind}")
+            with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+                temporary = file.name
+            try:
+                if kind == "csv":
+                    frame.to_csv(temporary, index=False)
+                else:
+                    frame.to_parquet(temporary, index=False)
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+            paths.append(path)
+    except ImportError as error:
+        raise EnvironmentFault(
+            "Parquet needs the Python package `pyarrow`", hint="pip install pyarrow, or use --csv"
+        ) from error
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write `{folder}`: {error.strerror}") from error
+    return paths

@@ -1,0 +1,59 @@
+"""Makes a run's report and writes it beside the run: whole or not at all, and never over a file that is no report."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+from hpctrain.errors import EnvironmentFault, Refused
+from hpctrain.report import figures
+from hpctrain.report.gather import Report
+from hpctrain.report.page import MARK, page
+
+
+def write_report(report: Report, path: str, png_path: str | None = None, force: bool = False) -> list[str]:
+    """Write the page, and the curves as PNG where asked; returns the paths.
+
+    Raises Refused when `path` holds something that is not an earlier report and `force` is not set, EnvironmentFault when
+    pandas or matplotlib is missing or the folder cannot be written.
+    """
+    if not force and os.path.lexists(path) and not _is_report(path):
+        raise Refused(
+            f"`{path}` is there and is no report of hpctrain", hint="name another file with -o, or use --force"
+        )
+    curves, times = figures.curves(report), figures.timeline(report)
+    try:
+        text = page(report, figures.svg(curves), figures.svg(times) if times is not None else None)
+        picture = figures.png(curves) if png_path else b""
+    finally:
+        figures.close(curves, times)
+    _write(path, text.encode("utf-8"))
+    if png_path:
+        _write(png_path, picture)
+    return [path, *([png_path] if png_path else [])]
+
+
+def _is_report(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return MARK.encode() in file.read(65536)
+    except OSError:
+        return False
+
+
+def _write(path: str, content: bytes) -> None:
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".report.", delete=False) as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write `{path}`: {error.strerror}") from error

@@ -1,0 +1,98 @@
+"""status, logs, triage, cost and report of real jobs: someone who did not run them can say what happened."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slurm
+
+PROGRAM = """
+import os, sys, time
+rank, what = int(os.environ["RANK"]), sys.argv[1]
+for i in range(1, 31):
+    if rank == 0:
+        print(f" iteration {i:8d}/      30 | elapsed time per iteration (ms): 20.0 | learning rate: 1.0E-05 | lm_loss: {2.5 - 0.02 * i:.6E} |"
+              " number of skipped iterations:   0 | number of nan iterations:   0 |", flush=True)
+    time.sleep(0.02)
+    if i == 20 and what == "oom" and rank == 3:
+        raise RuntimeError("HIP out of memory. Tried to allocate 3.00 GiB")
+    if i == 20 and what == "oom":
+        time.sleep(60)
+    if i == 20 and what == "wait":
+        time.sleep(600)
+"""
+
+
+class Run:
+    def __init__(self, sandbox, top: Path, what: str, **changes):
+        self.sandbox, self.top, self.dir = sandbox, top, top / "runs" / what
+        (top / "program.py").write_text(textwrap.dedent(PROGRAM))
+        spec = {
+            "name": what, "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 2,
+            "tasks_per_node": 2, "gpus_per_node": 2, "time": "00:05:00",
+            "recipe_options": {"argv": [sys.executable, str(top / "program.py"), what]}, **changes,
+        }  # fmt: skip
+        (top / "run.yaml").write_text(json.dumps(spec))
+        self.ok("render")
+
+    def hpctrain(self, *args):
+        return self.sandbox.run(sys.executable, "-m", "hpctrain", *map(str, args), cwd=self.top)
+
+    def ok(self, *args):
+        done = self.hpctrain(*args)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def status(self):
+        return json.loads(self.hpctrain("status", self.dir, "--json").stdout)["runs"][0]
+
+    def submit(self):
+        return self.sandbox.ok("sbatch", "--parsable", str(self.dir / "job.sbatch")).strip()
+
+    def wait(self, wanted, seconds=90):
+        for _ in range(seconds * 2):
+            if self.status()["state"] in wanted:
+                return
+            time.sleep(0.5)
+        raise AssertionError(self.status())
+
+
+def test_an_out_of_memory_on_one_rank_is_named_with_rank_node_and_link(sandbox, tmp_path):
+    run = Run(sandbox, tmp_path, "oom")
+    job = run.submit()
+    run.wait({"failed"})
+    answer = json.loads(run.hpctrain("triage", run.dir, "--json").stdout)
+    cause = answer["cause"]
+    assert (answer["verdict"], answer["action"], cause["failure"]) == ("RED", "stop", "gpu_oom")
+    assert (cause["rank"], cause["job_id"], cause["link"]) == (3, job, 1)
+    nodes = run.status()["links"][0]["nodes"]
+    assert cause["node"] == nodes[1]  # ranks 2 and 3 are on the second node
+    assert "HIP out of memory" in Path(cause["file"]).read_text().splitlines()[cause["line"] - 1]
+    logs = run.hpctrain("logs", job)
+    assert f"first failure (gpu_oom): {cause['file']}:{cause['line']}, rank 3" in logs.stderr
+    spent = json.loads(run.ok("cost", run.dir, "--json").stdout)
+    assert 0 < spent["used"]["billed"] < 0.1 * 2
+
+
+def test_a_running_and_a_waiting_job_are_seen_by_job_id_and_the_page_is_made_meanwhile(sandbox, tmp_path):
+    run = Run(sandbox, tmp_path, "wait")
+    job = run.submit()
+    run.wait({"running"})
+    time.sleep(2)
+    status = json.loads(run.hpctrain("status", job, "--json").stdout)["runs"][0]
+    assert status["links"][0]["state"] == "RUNNING" and status["links"][0]["iteration_to"] == 20
+    assert run.hpctrain("status", job).returncode == 8
+    held = sandbox.ok("sbatch", "--parsable", "--hold", str(run.dir / "job.sbatch")).strip()
+    (run.dir / "ledger.jsonl").write_text(json.dumps({"event": "submitted", "link": 2, "job_id": held}) + "\n")
+    pending = next(link for link in run.status()["links"] if link["job_id"] == held)
+    assert (pending["state"], pending["reason"]) == ("PENDING", "JobHeldUser")
+    assert json.loads(run.hpctrain("triage", run.dir, "--json").stdout)["verdict"] == "GREEN"
+    sandbox.ok("scancel", job, held)
+    run.wait({"failed"})
+    assert run.status()["links"][0]["state"] == "CANCELLED"
