@@ -8,8 +8,7 @@ second one of a longer rule stays as it is, spaces aside. Everything else goes t
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from hpctrain.tokenize.spm import USER_DEFINED, SpmModel
@@ -22,15 +21,9 @@ def make_normalizer(model: SpmModel, sp: Any) -> Callable[[list[str]], list[str]
     prefix = _SPACE if model.add_dummy_prefix else ""
     if not (model.charsmap or model.remove_extra_whitespaces) and model.escape_whitespaces:
         return lambda texts: [prefix + text.replace(" ", _SPACE) if text else "" for text in texts]
-    rules = None
-    if model.remove_extra_whitespaces and model.escape_whitespaces and USER_DEFINED not in model.types:
-        try:
-            rules = read_rules(model.charsmap)
-        except (IndexError, UnicodeDecodeError, struct.error, ValueError):
-            rules = None
-    if rules is None:
+    if not model.remove_extra_whitespaces or not model.escape_whitespaces or USER_DEFINED in model.types:
         return lambda texts: list(sp.normalize(texts))
-    needs_care = re.compile("[" + "".join(map(re.escape, sorted(_careful(rules)))) + "]").search
+    needs_care = re.compile(f"[{_character_class(careful_characters(model.charsmap))}]").search
 
     def normalize(texts: list[str]) -> list[str]:
         out: list[str] = []
@@ -52,49 +45,65 @@ def make_normalizer(model: SpmModel, sp: Any) -> Callable[[list[str]], list[str]
     return normalize
 
 
-def read_rules(charsmap: bytes) -> dict[str, str]:
-    """Replacement by replaced text, from `precompiled_charsmap`: u32 size of the trie, the trie, NUL-ended replacements.
+def careful_characters(charsmap: bytes) -> set[int]:
+    """Code points of text that only SentencePiece may normalize. Raises ValueError or IndexError when malformed.
 
-    The trie is a Darts-clone double array: a unit holds a label (low byte), a leaf flag (bit 8), an offset (bits 10 and up,
-    shifted by 8 when bit 9 is set); a leaf's value is where its replacement starts. Raises when malformed.
+    What becomes one space, and the space itself, are not among them: `str.split` and joining do the same.
+    """
+    alone, second, spaces = _rules(charsmap) if charsmap else (set(), set(), set())
+    blank = {code for code in range(0x3100) if chr(code).isspace()}
+    return (alone | second | blank | {0, ord(_SPACE)}) - ((spaces & blank) | {ord(" ")}) | (second & blank)
+
+
+def _rules(charsmap: bytes) -> tuple[set[int], set[int], set[int]]:
+    """Code points that are a rule by themselves, that come second in a longer one, and whose own rule gives a space.
+
+    `precompiled_charsmap` is the size of the trie (u32), the trie, and NUL-ended replacements. The trie is a Darts-clone double
+    array: a unit holds its label (low byte), a leaf flag (bit 8) and an offset (bits 10 and up, shifted by 8 when bit 9 is
+    set); the children of a node at position p lie at p ^ offset ^ label, its value at p ^ offset.
     """
     import numpy as np
 
-    if not charsmap:
-        return {}
-    (size,) = struct.unpack_from("<I", charsmap)
+    size = int.from_bytes(charsmap[:4], "little")
     units = np.frombuffer(charsmap, "<u4", size // 4, 4).astype(np.int64)
     texts = charsmap[4 + size :]
-    offsets = (units >> 10) << ((units & 0x200) >> 6)
-    labels = units & 0x800000FF
-    rules: dict[str, str] = {}
-    # Level by level: where each node's children would begin, and the bytes that lead there.
-    level: list[tuple[int, bytes]] = [(int(offsets[0]), b"")]
-    every = np.arange(1, 256)
-    while level:
-        bases = np.array([base for base, _ in level])
-        children = bases[:, None] ^ every[None, :]
-        inside = children < len(units)
-        is_child = inside & (labels[np.where(inside, children, 0)] == every[None, :])
-        following: list[tuple[int, bytes]] = []
-        for row, column in zip(*np.nonzero(is_child)):
-            node, key = int(children[row, column]), level[row][1] + bytes([int(every[column])])
-            base = node ^ int(offsets[node])
-            if (int(units[node]) >> 8) & 1:
-                start = int(units[base]) & 0x7FFFFFFF
-                rules[key.decode("utf-8")] = texts[start : texts.index(b"\0", start)].decode("utf-8")
-            following.append((base, key))
-        level = following
-        if len(rules) > 1_000_000:
-            raise ValueError("too many rules")
-    return rules
+    position = np.arange(len(units))
+    labels = units & 0xFF
+    bases = position ^ ((units >> 10) << ((units & 0x200) >> 6))
+    real = np.flatnonzero((units < 1 << 31) & (labels > 0))
+    parents = real ^ labels[real]  # where the children of the unit's parent begin
+    order = np.argsort(parents, kind="stable")
+    real, parents = real[order], parents[order]
+    # A state: where a node's children begin, how many bytes the character still needs, its bits so far, is it the second?
+    states = np.array([[bases[0], 0, 0, 0]], dtype=np.int64)
+    alone: set[int] = set()
+    second: set[int] = set()
+    spaces: set[int] = set()
+    while len(states):
+        begins = np.searchsorted(parents, states[:, 0], "left")
+        counts = np.searchsorted(parents, states[:, 0], "right") - begins
+        which = np.repeat(np.arange(len(states)), counts)
+        child = real[np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(begins, counts)]
+        byte, (_, need, code, is_second) = labels[child], states[which].T
+        starts = need == 0
+        width = (byte >= 0xC0).astype(np.int64) + (byte >= 0xE0) + (byte >= 0xF0)
+        code = np.where(starts, byte & np.array([0x7F, 0x1F, 0x0F, 0x07])[width], code << 6 | byte & 0x3F)
+        need = np.where(starts, width, need - 1)
+        whole = need == 0
+        second.update(code[whole & (is_second == 1)].tolist())
+        is_rule = whole & (is_second == 0) & ((units[child] >> 8) & 1 == 1)
+        alone.update(code[is_rule].tolist())
+        for at, number in zip(child[is_rule].tolist(), code[is_rule].tolist()):
+            start = int(units[bases[at]]) & 0x7FFFFFFF
+            if texts[start : start + 2] == b" \0":
+                spaces.add(number)
+        goes_on = ~(whole & (is_second == 1))
+        code = np.where(whole, 0, code)
+        following = np.stack([bases[child], need, code, is_second | whole], axis=1)
+        states = np.unique(following[goes_on], axis=0)
+    return alone, second, spaces
 
 
-def _careful(rules: dict[str, str]) -> Sequence[str]:
-    """Characters that only SentencePiece may handle. What becomes one space, and the space, `str.split` handles as well."""
-    singles = {text for text in rules if len(text) == 1}
-    spaces = {char for char in singles if rules[char] == " " and char.isspace()} | {" "}
-    # A rule of two characters whose second is a space would need care wherever there is a space: none has one.
-    seconds = {text[1] for text in rules if len(text) > 1}
-    odd = {char for char in map(chr, range(0x3100)) if char.isspace()} - spaces
-    return sorted((singles - spaces) | seconds | odd | {_SPACE, "\0"})
+def _character_class(codes: set[int]) -> str:
+    """The inside of a `[…]`. Beyond the BMP everything is taken: `re` looks those up one by one, which is slow."""
+    return "".join(f"\\u{code:04x}" for code in sorted(codes) if code < 0x10000) + "\U00010000-\U0010ffff"

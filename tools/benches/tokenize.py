@@ -157,8 +157,6 @@ def corpus(given: str | None, megabytes: float, work: Path) -> Path:
 
 def train(data: Path, work: Path, names: list[str]) -> dict[str, Path]:
     """Models trained on lines from the corpus itself, so that they fit it as a real tokenizer fits its language."""
-    import sentencepiece
-
     sample = work / "train.txt"
     if not sample.exists():
         rng, lines = random.Random(3), []
@@ -173,11 +171,18 @@ def train(data: Path, work: Path, names: list[str]) -> dict[str, Path]:
         found[name] = work / f"{name}.model"
         if not found[name].exists():
             print(f"training {name} …", file=sys.stderr)
-            sentencepiece.SentencePieceTrainer.train(
-                input=str(sample), model_prefix=str(work / name), control_symbols=CONTROL, minloglevel=2, num_threads=2,
-                max_sentence_length=8192, character_coverage=0.9995, **MODELS[name],
-            )  # fmt: skip
+            # A process of its own, as a child's peak memory (ru_maxrss) begins with that of the parent it was forked from.
+            subprocess.run(child("train", sample, work / name, name), check=True)
     return found
+
+
+def train_one(sample: str, prefix: str, name: str) -> None:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        input=sample, model_prefix=prefix, control_symbols=CONTROL, minloglevel=2, num_threads=2, max_sentence_length=8192,
+        character_coverage=0.9995, **MODELS[name],
+    )  # fmt: skip
 
 
 def enlarge(data: Path, megabytes: float, work: Path) -> Path:
@@ -326,6 +331,6 @@ def memory(data: Path, model: Path, out: Path, work: Path, sizes: list[float], s
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        {"reference": reference, "bare": bare}[sys.argv[2]](*sys.argv[3:])
+        {"reference": reference, "bare": bare, "train": train_one}[sys.argv[2]](*sys.argv[3:])
     else:
         main()

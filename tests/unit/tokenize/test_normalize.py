@@ -1,6 +1,6 @@
 """Our shortcut around SentencePiece's normalization gives what it gives."""
 
-import unicodedata
+import functools
 
 import pytest
 from hypothesis import given, settings
@@ -8,17 +8,21 @@ from hypothesis import strategies as st
 from tokenize_help import dialogues, model_path
 
 from hpctrain.tokenize.encode import processor
-from hpctrain.tokenize.normalize import make_normalizer, read_rules
+from hpctrain.tokenize.normalize import careful_characters, make_normalizer
 from hpctrain.tokenize.spm import load_model
 
 KINDS = ["bpe_nmt_nfkc", "unigram_identity", "bpe_user_defined"]
 
 
+@functools.cache
+def both(kind):
+    sp = processor(load_model(model_path(kind)))
+    return make_normalizer(load_model(model_path(kind)), sp), sp
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_character_alone_and_beside_letters(kind):
-    model = load_model(model_path(kind))
-    sp = processor(model)
-    normalize = make_normalizer(model, sp)
+    normalize, sp = both(kind)
     codes = [
         *range(0x3400),
         *range(0xAC00, 0xD7A4, 97),
@@ -36,9 +40,8 @@ def test_every_character_alone_and_beside_letters(kind):
 def test_any_text(texts):
     texts = [text for text in texts if not any("\ud800" <= char <= "\udfff" for char in text)]
     for kind in KINDS:
-        model = load_model(model_path(kind))
-        sp = processor(model)
-        assert make_normalizer(model, sp)(texts) == [sp.normalize(text) for text in texts]
+        normalize, sp = both(kind)
+        assert normalize(texts) == [sp.normalize(text) for text in texts]
 
 
 def test_most_text_takes_the_short_way(monkeypatch):
@@ -55,9 +58,9 @@ def test_most_text_takes_the_short_way(monkeypatch):
     assert counting.seen < len(texts) / 2
 
 
-def test_the_rules_are_those_of_nmt_nfkc():
-    rules = read_rules(load_model(model_path("bpe_nmt_nfkc")).charsmap)
-    assert rules["\n"] == " " and rules["\x01"] == "" and rules["ﬁ"] == "fi" and rules["e\u0301"] == "é"
-    odd = [text for text in rules if len(text) > 1 and not unicodedata.combining(text[1])]
-    assert all("ᄀ" <= text[0] <= "힣" or ord(text[1]) > 0x900 for text in odd)
-    assert read_rules(b"") == {}
+def test_what_needs_care_is_what_the_rules_of_nmt_nfkc_touch():
+    careful = careful_characters(load_model(model_path("bpe_nmt_nfkc")).charsmap)
+
+    assert {ord(char) for char in "\x01ﬁ２\u0301\u200b▁\0"} <= careful
+    assert not {ord(char) for char in " \n\tabcàéüāžшЯ狐"} & careful
+    assert careful_characters(b"") == {code for code in range(0x3100) if chr(code).isspace()} - {32} | {0, ord("▁")}
