@@ -44,6 +44,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "completion": ("completion", "Tab completion for bash, zsh and fish"),
     "tokenize": ("tokenize", "JSONL dialogues to a Megatron/NeoX dataset, as a resumable Slurm array"),
     "data": ("data", "look at, check, count, pack and merge datasets"),
+    "rehearse": ("rehearse", "the very job, against a real Slurm shaped like its site, on this machine"),
     "sandbox": ("sandbox", "a real Slurm on this machine, shaped like a site"),
 }
 
