@@ -24,7 +24,13 @@ def find_problems(loaded: Loaded) -> list[Problem]:
     """
     plan = loaded.plan
     here = at_site(plan.site)
-    found = [*plan.problems, *_placeholders(plan), *_files(plan, here), *secret_problems(plan), *shell_problems(os.environ)]
+    found = [
+        *plan.problems,
+        *_placeholders(plan),
+        *_files(plan, here),
+        *secret_problems(plan),
+        *shell_problems(os.environ),
+    ]
     if not plan.errors:
         found += _ask_slurm(loaded, here)
     order = {"error": 0, "warning": 1, "note": 2}
