@@ -162,6 +162,9 @@ def _links(run: RunRecords, answer: Answer, now_s: float, tails: Mapping[str, Ma
         jobs, key=lambda job_id: (_whole(jobs[job_id].get("link")) or 10**9, tuple(map(int, job_id.split("_"))))
     )
     out = [_link(job_id, jobs[job_id], answer.jobs.get(job_id), now_s) for job_id in order]
+    if run.section("guard").get("counter") != "greatest_folder":
+        # The number of its start checkpoint is another run's: this one counts from 0.
+        out = [replace(link, iteration_from=0) if link.mode == "finetune" else link for link in out]
     # A link that never wrote its end reached what the next one started from.
     for index, link in enumerate(out):
         if link.iteration_to is None and index + 1 < len(out) and out[index + 1].iteration_from is not None:
