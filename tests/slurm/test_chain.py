@@ -27,10 +27,17 @@ class Chain:
         steps = changes.pop("steps", 6)
         argv = changes.pop("argv", [sys.executable, str(TRAINER), "--truth", str(self.truth), "--steps", str(steps), "--save-every", "3",
                                     "--tp", "2", "--step-s", "0.05", *changes.pop("more", [])])  # fmt: skip
+        options = {
+            "argv": argv,
+            "layout": "deepspeed",
+            "target_iteration": steps,
+            "save_every": 3,
+            "signal": "--signal" in argv,
+        }
         spec = {
             "name": "ft", "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 1,
             "tasks_per_node": 2, "gpus_per_node": 1, "time": "00:05:00", "checkpoint": {"dir": str(self.ckpt)},
-            "recipe_options": {"argv": argv, "layout": "deepspeed", "target_iteration": steps, "save_every": 3}, **changes,
+            "recipe_options": options, **changes,
         }  # fmt: skip
         (top / "run.yaml").write_text(json.dumps(spec))
 
