@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from typing import Any
 
 from hpctrain import badnodes, checkpoint, estimate, sidejobs, slurm
 from hpctrain.checkpoint import read_plan
-from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.load import Loaded
 from hpctrain.rundir import run_files, write_run_dir
+from hpctrain.runs import find_runs
 from hpctrain.runtime import history
 from hpctrain.runtime.files import read_records, write_atomic
 from hpctrain.runtime.link import decide
@@ -300,25 +300,9 @@ def _live_jobs(run_dir: str) -> list[slurm.Job]:
 
 
 def find_run(target: str) -> str:
-    """The run directory that `target` names: itself, a run.yaml, a run's name under ./runs, or the id of one of its jobs."""
-    candidates = [target, os.path.join("runs", target)]
-    for candidate in candidates:
-        if os.path.isfile(os.path.join(candidate, "plan.json")):
-            return os.path.abspath(candidate)
-    if os.path.isfile(target):
-        from hpctrain.load import load_plan
-
-        run_dir = load_plan(target).plan.run_dir
-        if os.path.isfile(os.path.join(run_dir, "plan.json")):
-            return run_dir
-        raise UsageError(
-            f"`{target}` was not rendered yet: there is no `{run_dir}`", hint="`hpctrain chain` renders and submits it"
-        )
-    if re.fullmatch(r"\d+", target):
-        work_dir = re.search(r"\bWorkDir=(.*?)(?: \w+=|$)", slurm.show("job", "-o", target))
-        if work_dir and os.path.isfile(os.path.join(work_dir.group(1), "plan.json")):
-            return work_dir.group(1)
-        raise UsageError(f"job {target} is not of a run of hpctrain")
-    raise UsageError(
-        Problem(f"there is no run `{target}`", hint="name a run directory, a run.yaml, a run under ./runs, or a job id")
-    )
+    """The one run directory that `target` names (see `runs.find_runs`). Raises UsageError when it names several, or none."""
+    found = find_runs(target)
+    if len(found) > 1:
+        names = ", ".join(os.path.relpath(path) for path in found[:5])
+        raise UsageError(f"`{target}` holds {len(found)} runs: {names}", hint="name one of them")
+    return found[0]

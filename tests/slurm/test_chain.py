@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,10 +27,17 @@ class Chain:
         steps = changes.pop("steps", 6)
         argv = changes.pop("argv", [sys.executable, str(TRAINER), "--truth", str(self.truth), "--steps", str(steps), "--save-every", "3",
                                     "--tp", "2", "--step-s", "0.05", *changes.pop("more", [])])  # fmt: skip
+        options = {
+            "argv": argv,
+            "layout": "deepspeed",
+            "target_iteration": steps,
+            "save_every": 3,
+            "signal": "--signal" in argv,
+        }
         spec = {
             "name": "ft", "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 1,
             "tasks_per_node": 2, "gpus_per_node": 1, "time": "00:05:00", "checkpoint": {"dir": str(self.ckpt)},
-            "recipe_options": {"argv": argv, "layout": "deepspeed", "target_iteration": steps, "save_every": 3}, **changes,
+            "recipe_options": options, **changes,
         }  # fmt: skip
         (top / "run.yaml").write_text(json.dumps(spec))
 
@@ -64,19 +72,28 @@ class Chain:
         logs = "\n".join(path.read_text()[-3000:] for path in (self.dir / "logs").glob("*"))
         raise AssertionError(f"still {self.queue()}\n{self.records()}\n{logs}")
 
+    @contextlib.contextmanager
+    def held(self, event):
+        """The trainer waits between two steps, once it did `event`: however slow this machine is, a link is running then."""
+        self.truth.mkdir(exist_ok=True)
+        self.wait(lambda chain: chain.happened(event))
+        (self.truth / "pause").touch()
+        yield
+        (self.truth / "pause").unlink()
+
     def exit_code(self, job_id):
         return re.search(r"ExitCode=(\d+):", self.sandbox.ok("scontrol", "show", "job", "-o", job_id))[1]
 
 
 @pytest.fixture
-def make(idle, tmp_path):
+def make(sandbox, tmp_path):
     def made(**changes):
-        return Chain(idle, tmp_path, **changes)
+        return Chain(sandbox, tmp_path, **changes)
 
     yield made
-    ids = [job_id for job_id, *_ in Chain(idle, tmp_path).queue()]
+    ids = [job_id for job_id, *_ in Chain(sandbox, tmp_path).queue()]
     if ids:
-        idle.ok("scancel", *ids)
+        sandbox.ok("scancel", *ids)
 
 
 def test_a_chain_runs_to_its_target_finetunes_once_resumes_after_that_and_leaves_nothing_queued(make, tmp_path):
@@ -168,8 +185,8 @@ def test_two_chain_commands_at_once_submit_one_chain(make):
 def test_stop_lets_the_step_save_and_ends_the_chain_and_extend_goes_on(make):
     chain = make(steps=60, more=["--signal"], chain={"jobs": 2})
     chain.ok("chain")
-    chain.wait(lambda chain: len(chain.happened("step")) > 1)
-    chain.ok("stop", "ft")
+    with chain.held("step"):
+        chain.ok("stop", "ft")
     chain.wait()
     assert [record["mode"] for record in chain.records(event="begin")][-1] == "stopped"
     saved = chain.happened("saved")[-1]["step"]
@@ -186,10 +203,11 @@ def test_stop_lets_the_step_save_and_ends_the_chain_and_extend_goes_on(make):
 
 
 def test_a_second_job_submitted_by_hand_does_not_start_while_a_link_runs(make):
-    chain = make(steps=60, chain={"jobs": 1})
+    chain = make(steps=6, chain={"jobs": 1})
     chain.ok("chain")
-    chain.wait(lambda chain: chain.happened("step"))
-    job = chain.sandbox.ok("sbatch", "--parsable", str(chain.dir / "job.sbatch"), HPCTRAIN_LOCK_WAIT_S="1").strip()
+    with chain.held("step"):
+        job = chain.sandbox.ok("sbatch", "--parsable", str(chain.dir / "job.sbatch"), HPCTRAIN_LOCK_WAIT_S="1").strip()
+        chain.wait(lambda chain: job not in [job_id for job_id, *_ in chain.queue()])
     chain.wait()
     assert "is running" in (chain.dir / "logs" / f"ft-{job}.out").read_text()
     assert chain.exit_code(job) == "1"
@@ -199,9 +217,9 @@ def test_a_second_job_submitted_by_hand_does_not_start_while_a_link_runs(make):
 def test_a_requeue_goes_on_as_the_same_link(make):
     chain = make(steps=30, chain={"jobs": 2})
     chain.ok("chain")
-    chain.wait(lambda chain: chain.happened("saved"))
-    job = chain.records(event="begin")[0]["job_id"]
-    chain.sandbox.ok("scontrol", "requeue", job)
+    with chain.held("saved"):
+        job = chain.records(event="begin")[0]["job_id"]
+        chain.sandbox.ok("scontrol", "requeue", job)
     # Slurm holds a requeued job back for a while; nobody here has to wait for that.
     chain.wait(lambda chain: any(state == "PENDING" and job_id == job for job_id, state, _ in chain.queue()))
     chain.sandbox.ok("scontrol", "update", f"jobid={job}", "StartTime=now")
