@@ -295,3 +295,15 @@ def test_the_command_line(hpctrain, tmp_path):
     assert hpctrain("triage", DATA / "empty.log").returncode == 8
     nothing = hpctrain("triage", tmp_path / "none.log")
     assert nothing.returncode == 2 and "Traceback" not in nothing.stderr
+
+
+def test_an_error_before_quick_lines_of_other_ranks_is_still_the_cause_when_the_step_failed():
+    lines = "".join(f"step {i}/120 loss={2.5 - 0.01 * i:.4f}\n" for i in range(1, 60))
+    rest = "".join(f"step {i}/120 loss={2.5 - 0.01 * i:.4f}\n" for i in range(60, 100))
+    text = (
+        lines
+        + "RuntimeError: HIP out of memory. Tried\n"
+        + rest
+        + "srun: error: n2: task 1: Exited with exit code 1\nhpctrain: finished rc=1\n"
+    )
+    assert diagnose(text.encode()).cause.event.failure == "gpu_oom"
