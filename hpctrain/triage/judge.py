@@ -135,6 +135,7 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     if named and general and general[0].order < named[0].order and not _same_rank(general[0], named[0]):
         return general[0]  # another rank failed before, by an exception of its own
     killed = [event for event in symptoms if event.failure == "killed" and "exitcode" in event.text]
+    killed.sort(key=lambda event: event.rank is None)
     wrapped = sorted((event for event in symptoms if event.failure == "wrapper"), key=lambda event: event.rank is None)
     others = [event for event in symptoms if event.failure != "wrapper"]
     if others and wrapped and wrapped[0].rank is not None and _LEFT_ALONE.search(others[0].text):

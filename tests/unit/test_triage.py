@@ -307,3 +307,19 @@ def test_an_error_before_quick_lines_of_other_ranks_is_still_the_cause_when_the_
         + "srun: error: n2: task 1: Exited with exit code 1\nhpctrain: finished rc=1\n"
     )
     assert diagnose(text.encode()).cause.event.failure == "gpu_oom"
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        ("host_oom", "memory allocation of 2097152 bytes failed"),
+        ("crash", "ERROR:torch.distributed.elastic.multiprocessing.api:failed (exitcode: -7) local_rank: 0 (pid: 5275) of binary: python"),
+        ("killed", "ERROR:torch.distributed.elastic.multiprocessing.api:failed (exitcode: -9) local_rank: 1 (pid: 5275) of binary: python"),
+        ("environment", "RuntimeError: HIP error: invalid device function"),
+        ("host_oom", "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=487912.batch cgroup."),
+        ("node", "salloc: error: Node failure on worker-1"),
+        ("gpu_fault", "h9:1281342:1283501 [1] include/alloc.h:50 NCCL WARN Cuda failure 'an illegal memory access was encountered'"),
+    ],
+)  # fmt: skip
+def test_a_single_line_of_a_public_report_is_recognised(failure, line):
+    assert diagnose(line.encode() + b"\n").cause.event.failure == failure
