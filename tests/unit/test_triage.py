@@ -122,9 +122,9 @@ def test_memory_stays_fixed_for_a_log_without_line_ends_and_for_a_long_one():
     reader.feed(block + line)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    for _ in range(20):
+    for _ in range(4):
         reader.feed(block)
-    for _ in range(20):
+    for _ in range(4):
         reader.feed(line)
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
