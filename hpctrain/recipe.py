@@ -63,6 +63,17 @@ FIELDS: dict[str, Field] = {
         "run.yaml values that `hpctrain init` writes; {name} {checkpoints} {data} {code} are filled in for the site",
         items=Field("any", ""),
     ),
+    "ladder": Field(
+        "table",
+        "how `hpctrain ladder` makes a rung of a run",
+        fields={
+            "steps": Field("list", "keys that hold the number of steps", items=Field("text", "a dotted key of run.yaml")),
+            "global_batch": Field("text", "the key of the global batch, the same on every rung"),
+            "accumulation": Field("text", "the key of gradient accumulation, which keeps it so"),
+            "one_gpu": Field("map", "values on one GPU, by dotted key", items=Field("any", "")),
+            "more_gpus": Field("map", "values on several GPUs, by dotted key", items=Field("any", "")),
+        },
+    ),
     "environment": Field(
         "table",
         "what `hpctrain doctor` looks for where the recipe runs",

@@ -96,6 +96,7 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("host_oom", b"Unable to allocate ", rb"MemoryError|[KMGT]iB for an array"),
     ("host_oom", b"MemoryError", rb"(?<![\w.])(?:numpy\S*)?MemoryError(?::|\s*$)"),
     ("host_oom", b"std::bad_alloc", None),
+    ("host_oom", b"memory allocation of ", rb"memory allocation of \d+ bytes failed"),
     ("host_oom", b"DataLoader worker (pid", rb"killed by signal: Killed|exited unexpectedly"),
     ("host_oom", b"killed due to memory pressure", None),
     ("host_oom", b"killed by the OOM killer", None),
@@ -117,7 +118,7 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("gpu_fault", b"unspecified launch failure", None),
     ("gpu_fault", b"misaligned address", rb"CUDA|HIP|hip"),
     ("gpu_fault", b"CUDA error: unknown error", None),
-    ("gpu_fault", b"HIP error: invalid device", None),
+    ("gpu_fault", b"HIP error: invalid device", rb"invalid device(?! function)"),
     ("gpu_fault", b"fallen off the bus", None),
     ("gpu_fault", b"No CUDA GPUs are available", None),
     ("gpu_fault", b"No HIP GPUs are available", None),
@@ -147,6 +148,7 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("environment", b"is not compiled with ", None),
     ("environment", b"not compiled with CUDA", None),
     ("environment", b"no kernel image is available", None),
+    ("environment", b"error: invalid device function", None),  # built for another GPU architecture
     ("environment", b"driver on your system is too old", None),
     ("environment", b"forward compatibility was attempted", None),
     ("environment", b"GLIBC_2.", rb"not found"),
@@ -244,6 +246,8 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("killed", b"exit code 137", None),
     ("killed", b"exitcode  : -9", None),  # torch elastic: `exitcode  : -9 (pid: 9548)  (SIGKILL)`
     ("crash", b"exitcode  : -", rb"exitcode  : -(?:4|6|7|8|11)\b"),
+    ("crash", b"(exitcode: -", rb"failed \(exitcode: -(?:4|6|7|8|11)\)"),
+    ("killed", b"(exitcode: -9)", None),
     ("wrapper", b"exitcode  : ", rb"exitcode  : [1-9]"),
     ("killed", b"SIGKILL", rb"[Ss]ignal 9 \(SIGKILL\)|killed by SIGKILL|with signal SIGKILL"),
     ("killed", b"died with <Signals.SIGKILL: 9>", None),

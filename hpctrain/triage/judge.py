@@ -118,10 +118,8 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     """
     if attempt.reached_end and attempt.exit_code in (0, None):
         return None
-    events = sorted(
-        (event for kept in attempt.events.values() for event in kept if not attempt.survived(event)),
-        key=lambda event: event.order,
-    )  # fmt: skip
+    everything = sorted((event for kept in attempt.events.values() for event in kept), key=lambda event: event.order)
+    events = [event for event in everything if not attempt.survived(event)]
     ends = [event for event in events if FAILURES[event.failure].external]
     if ends:
         events = [event for event in events if event.order <= ends[0].order]
@@ -137,6 +135,7 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     if named and general and general[0].order < named[0].order and not _same_rank(general[0], named[0]):
         return general[0]  # another rank failed before, by an exception of its own
     killed = [event for event in symptoms if event.failure == "killed" and "exitcode" in event.text]
+    killed.sort(key=lambda event: event.rank is None)
     wrapped = sorted((event for event in symptoms if event.failure == "wrapper"), key=lambda event: event.rank is None)
     others = [event for event in symptoms if event.failure != "wrapper"]
     if others and wrapped and wrapped[0].rank is not None and _LEFT_ALONE.search(others[0].text):
@@ -144,10 +143,20 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     if ends and ends[0].failure == "time_limit" and not (named or general or killed or others):
         if rules.hang(attempt, around).verdict == RED:
             return _silent_end(attempt, around)  # the limit only ended what had stopped long before
-    for chosen in (named, general, killed, others, ends, wrapped):
+    # Ranks without collectives write on after one of them died: then the last error that seemed survived was not.
+    doubtful = (
+        [] if attempt.exit_code == 0 else [event for event in everything if _tells(event)][-1:] if wrapped else []
+    )
+    for chosen in (named, general, killed, others, ends, doubtful, wrapped):
         if chosen:
             return _attributed(chosen[0], attempt)
     return _silent_end(attempt, around)
+
+
+def _tells(event: Event) -> bool:
+    """Whether the event names a reason by itself."""
+    failure = FAILURES[event.failure]
+    return not failure.symptom and not failure.external
 
 
 def _attributed(event: Event, attempt: Attempt) -> Event:

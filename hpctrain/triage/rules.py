@@ -283,7 +283,7 @@ def failure_rules(attempt: Attempt, cause: Event | None, recovered: Callable[[Ev
             (event for name in names for event in attempt.events.get(name, ())), key=lambda event: event.order
         )
         fatal = [event for event in events if not recovered(event)]
-        if cause is not None and any(event.order == cause.order for event in fatal):
+        if cause is not None and any(event.order == cause.order for event in events):
             out.append(Verdict(rule, RED, title, cause.place, cause.text))
         elif fatal and cause is not None:
             detail = f"{title}, most likely because of the cause ({cause.failure})"

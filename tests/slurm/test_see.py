@@ -96,3 +96,59 @@ def test_a_running_and_a_waiting_job_are_seen_by_job_id_and_the_page_is_made_mea
     sandbox.ok("scancel", job, held)
     run.wait({"failed"})
     assert run.status()["links"][0]["state"] == "CANCELLED"
+
+
+LADDER_PROGRAM = """
+import os, sys, time
+world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+for i in range(1, 121):
+    if rank == 0:
+        print(f"step {i}/120 loss={2.5 - 0.01 * i:.4f} grad_norm=1.0", flush=True)
+    if world == 2 and rank == 1 and i == 60 and sys.argv[1] == "fail":
+        raise RuntimeError("HIP out of memory. Tried to allocate 9.00 GiB")
+    time.sleep(0.005)
+"""
+
+
+@pytest.mark.parametrize("what", ["pass", "fail"])
+def test_the_ladder_climbs_on_green_and_stops_at_the_first_rung_that_is_not(sandbox, tmp_path, what):
+    (tmp_path / "program.py").write_text(LADDER_PROGRAM)
+    spec = {
+        "name": "l", "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 1, "time": "00:05:00",
+        "recipe_options": {"argv": [sys.executable, str(tmp_path / "program.py"), what]},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(spec))
+    done = sandbox.run(
+        sys.executable, "-m", "hpctrain", "ladder", "--rungs", "1,2,4", "--time", "00:02:00", "--json", cwd=tmp_path
+    )
+    rungs = json.loads(done.stdout)["rungs"]
+    if what == "pass":
+        assert done.returncode == 0, done.stderr
+        assert [rung["passed"] for rung in rungs] == [True, True, True]
+    else:
+        assert done.returncode == 1
+        assert [rung["passed"] for rung in rungs] == [True, False, False]
+        assert rungs[1]["diagnosis"]["cause"]["failure"] == "gpu_oom" and rungs[2]["job_id"] == ""
+
+
+def test_preflight_looks_at_every_rank_of_a_real_allocation(sandbox, tmp_path):
+    spec = {
+        "name": "p", "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 2, "tasks_per_node": 2,
+        "gpus_per_node": 2, "time": "00:05:00", "recipe_options": {"argv": ["true"]}, "env": {"GLOO_SOCKET_IFNAME": "lo"},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(spec))
+    done = sandbox.run(
+        sys.executable,
+        "-m",
+        "hpctrain",
+        "preflight",
+        "--submit",
+        "--python",
+        "/usr/bin/python3",
+        "--json",
+        cwd=tmp_path,
+    )
+    answer = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
+    assert answer["seen"] == answer["ranks"] == 4, done.stdout
+    assert sorted((facts["rank"], facts["stage"]) for facts in answer["map"]) == [(rank, "done") for rank in range(4)]
+    assert len({facts["node"] for facts in answer["map"]}) == 2

@@ -122,9 +122,9 @@ def test_memory_stays_fixed_for_a_log_without_line_ends_and_for_a_long_one():
     reader.feed(block + line)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    for _ in range(20):
+    for _ in range(4):
         reader.feed(block)
-    for _ in range(20):
+    for _ in range(4):
         reader.feed(line)
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
@@ -295,3 +295,31 @@ def test_the_command_line(hpctrain, tmp_path):
     assert hpctrain("triage", DATA / "empty.log").returncode == 8
     nothing = hpctrain("triage", tmp_path / "none.log")
     assert nothing.returncode == 2 and "Traceback" not in nothing.stderr
+
+
+def test_an_error_before_quick_lines_of_other_ranks_is_still_the_cause_when_the_step_failed():
+    lines = "".join(f"step {i}/120 loss={2.5 - 0.01 * i:.4f}\n" for i in range(1, 60))
+    rest = "".join(f"step {i}/120 loss={2.5 - 0.01 * i:.4f}\n" for i in range(60, 100))
+    text = (
+        lines
+        + "RuntimeError: HIP out of memory. Tried\n"
+        + rest
+        + "srun: error: n2: task 1: Exited with exit code 1\nhpctrain: finished rc=1\n"
+    )
+    assert diagnose(text.encode()).cause.event.failure == "gpu_oom"
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        ("host_oom", "memory allocation of 2097152 bytes failed"),
+        ("crash", "ERROR:torch.distributed.elastic.multiprocessing.api:failed (exitcode: -7) local_rank: 0 (pid: 5275) of binary: python"),
+        ("killed", "ERROR:torch.distributed.elastic.multiprocessing.api:failed (exitcode: -9) local_rank: 1 (pid: 5275) of binary: python"),
+        ("environment", "RuntimeError: HIP error: invalid device function"),
+        ("host_oom", "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=487912.batch cgroup."),
+        ("node", "salloc: error: Node failure on worker-1"),
+        ("gpu_fault", "h9:1281342:1283501 [1] include/alloc.h:50 NCCL WARN Cuda failure 'an illegal memory access was encountered'"),
+    ],
+)  # fmt: skip
+def test_a_single_line_of_a_public_report_is_recognised(failure, line):
+    assert diagnose(line.encode() + b"\n").cause.event.failure == failure

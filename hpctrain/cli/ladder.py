@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import click
+
+from hpctrain import errors, output
+from hpctrain.cli import common
+
+
+@click.command()
+@common.run_yaml
+@common.set_option
+@click.option("--rungs", "rungs_text", default="1,2,8", show_default=True, help="Numbers of GPUs, rising.")
+@click.option(
+    "--steps",
+    default=150,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Steps of each rung; 100 are needed to see the loss fall.",
+)
+@click.option("--time", "time_text", default="00:30:00", show_default=True, help="Time limit of each rung.")
+@click.option("--force", is_flag=True, help="Replace what an earlier ladder rendered.")
+@common.dry_run
+@common.as_json
+def command(
+    run_yaml: str,
+    assignments: tuple[str, ...],
+    rungs_text: str,
+    steps: int,
+    time_text: str,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Try a run on 1, 2 and 8 GPUs before the whole of it: few steps, the same global batch, the next rung only on GREEN.
+
+    \b
+    hpctrain ladder --dry-run
+    hpctrain ladder run.yaml --rungs 1,8,64 --steps 200
+    """
+    from hpctrain.cost_view import parse_rungs
+    from hpctrain.ladder import climb, plan_rungs
+
+    rungs = plan_rungs(run_yaml, assignments, parse_rungs(rungs_text), steps, time_text)
+    if dry_run:
+        fields = [
+            {
+                "gpus": rung.num_gpus,
+                "run_dir": rung.run_dir,
+                "changes": dict(rung.changes),
+                "bill": rung.bill.as_json() if rung.bill else None,
+            }
+            for rung in rungs
+        ]
+        if as_json:
+            output.data_json(rungs=fields)
+        else:
+            output.table(
+                [(r.num_gpus, _bill(r.bill), " ".join(f"{key}={value}" for key, value in r.changes.items()), r.run_dir) for r in rungs],
+                ("GPUs", "at most", "changes", "directory"),
+            )  # fmt: skip
+            output.next_step(f"hpctrain ladder {run_yaml} --rungs {rungs_text}")
+        return
+    results = climb(rungs, output.info, force)
+    if as_json:
+        output.data_json(
+            rungs=[
+                {"gpus": r.rung.num_gpus, "job_id": r.job_id, "passed": r.passed, "why": r.why, "run_dir": r.rung.run_dir,
+                 "diagnosis": r.diagnosis.as_json() if r.diagnosis else None}
+                for r in results
+            ]
+        )  # fmt: skip
+    else:
+        rows = []
+        for r in results:
+            seen = r.diagnosis.progress if r.diagnosis else {}
+            losses = (
+                f"{seen['first_loss']:.4g} → {seen['last_loss']:.4g}"
+                if isinstance(seen.get("last_loss"), float) and isinstance(seen.get("first_loss"), float)
+                else ""
+            )
+            rate = f"{seen['rate']:.4g} {seen['rate_unit']}" if seen.get("rate") else ""
+            rows.append(
+                (
+                    r.rung.num_gpus,
+                    r.job_id,
+                    "pass" if r.passed else "stop" if r.job_id else "",
+                    losses,
+                    rate,
+                    _bill(r.rung.bill),
+                    r.why,
+                )
+            )
+        output.table(rows, ("GPUs", "job", "rung", "loss", "speed", "at most", "why"))
+        output.next_step(
+            "hpctrain chain"
+            if all(r.passed for r in results)
+            else f"hpctrain triage {next(r for r in results if not r.passed).rung.run_dir}"
+        )
+    if not all(result.passed for result in results):
+        raise click.exceptions.Exit(errors.NO)
+
+
+def _bill(bill: object) -> str:
+    from hpctrain.cost import Bill
+
+    assert bill is None or isinstance(bill, Bill)
+    return f"{bill.billed:,.1f} {bill.unit}s" if bill and bill.billed is not None else ""

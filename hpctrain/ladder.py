@@ -1,0 +1,150 @@
+"""Sanity rungs before the whole run: 1 -> 2 -> 8 GPUs, each with its own output, the next only when triage says GREEN.
+
+A rung keeps the global batch by gradient accumulation and takes the toggles that the recipe declares for one GPU or more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpctrain import cost, slurm
+from hpctrain.cost_view import shape_of_rung
+from hpctrain.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.load import Loaded, load_plan
+from hpctrain.plan import Plan
+from hpctrain.render import plan_json
+from hpctrain.rundir import run_files, write_run_dir
+from hpctrain.triage.judge import Diagnosis
+from hpctrain.triage.rules import GREEN
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung: the run as it is loaded with `changes` (dotted key -> value), and what one job of it costs at most."""
+
+    num_gpus: int
+    changes: Mapping[str, Any]
+    loaded: Loaded
+    bill: cost.Bill | None
+
+    @property
+    def run_dir(self) -> str:
+        return self.loaded.plan.run_dir
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a rung; `diagnosis` is None for one that was not reached."""
+
+    rung: Rung
+    job_id: str
+    diagnosis: Diagnosis | None
+    passed: bool
+    why: str
+
+
+def plan_rungs(path: str, assignments: Sequence[str], numbers: Sequence[int], steps: int, time: str) -> list[Rung]:
+    """Every rung, planned; raises UsageError with the problems of all of them when one cannot be."""
+    full = load_plan(path, assignments).plan
+    rungs: list[Rung] = []
+    problems: list[Problem] = []
+    for number in numbers:
+        try:
+            changes = changes_for(full, number, steps, time)
+            words = [*assignments, *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
+            loaded = load_plan(path, words)
+        except UsageError as error:
+            problems += error.problems
+            continue
+        problems += loaded.plan.errors
+        rungs.append(Rung(number, changes, loaded, cost.full_job(plan_json(loaded.plan, loaded.inputs))))
+    if problems:
+        raise UsageError(list(dict.fromkeys(problems)))
+    return rungs
+
+
+def changes_for(full: Plan, num_gpus: int, steps: int, time: str) -> dict[str, Any]:
+    """What a rung changes in the run: shape, name, output, steps, batch and the recipe's toggles.
+
+    Raises UsageError when the global batch cannot be kept with whole accumulation steps.
+    """
+    nodes, per_node = shape_of_rung(num_gpus, full.node_type.gpus)
+    rules = full.recipe.values["ladder"]
+    tag = f"ladder-{num_gpus}gpu"
+    changes: dict[str, Any] = {
+        "name": f"{full.spec.name}-{tag}", "nodes": nodes, "gpus_per_node": per_node, "time": time, "chain.jobs": 1,
+    }  # fmt: skip
+    if full.spec.checkpoint_dir:
+        # A folder of its own: rungs that share one would resume each other's checkpoints.
+        changes["checkpoint.dir"] = f"{full.spec.checkpoint_dir.rstrip('/')}-{tag}"
+    changes.update({key: steps for key in rules["steps"]})
+    key, batch_key = rules["accumulation"], rules["global_batch"]
+    whole = full.spec.num_nodes * full.gpus_per_node
+    if key and whole:
+        accumulation = decided(full, key)
+        accumulation = accumulation if isinstance(accumulation, int) else 1
+        if accumulation * whole % num_gpus:
+            raise UsageError(
+                f"the global batch of {whole} GPUs cannot be kept on {num_gpus}",
+                why=f"{accumulation} accumulation steps x {whole} GPUs are no multiple of {num_gpus}",
+                hint="choose rungs that divide the run's number of GPUs",
+            )
+        changes[key] = accumulation * whole // num_gpus
+        batch = decided(full, batch_key) if batch_key else None
+        if batch is not None:
+            changes[batch_key] = batch
+    changes.update(rules["one_gpu"] if num_gpus == 1 else rules["more_gpus"])
+    return changes
+
+
+def decided(plan: Plan, dotted: str) -> Any:
+    """A value as the plan decided it, else as the run says it; None when neither does."""
+    for decision in reversed(plan.decisions):
+        if decision.name == dotted:
+            return decision.value
+    value: Any = {"config": plan.spec.config, "recipe_options": plan.spec.recipe_options}
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def climb(rungs: Sequence[Rung], say: Callable[[str], None], force: bool = False) -> list[Result]:
+    """Submit rung by rung, wait, triage; stop at the first that is not GREEN with a loss that falls enough."""
+    results: list[Result] = []
+    for index, rung in enumerate(rungs):
+        if results and not results[-1].passed:
+            results.append(Result(rung, "", None, False, "not reached"))
+            continue
+        write_run_dir(rung.run_dir, run_files(rung.loaded.plan, rung.loaded.inputs), force)
+        say(f"rung of {rung.num_gpus} GPUs: submitting {rung.run_dir}")
+        done = slurm.run(
+            ["sbatch", "--wait", "--parsable", os.path.join(rung.run_dir, "job.sbatch")], timeout_s=7 * 86400
+        )
+        job_id = done.stdout.strip().split(";")[0]
+        if not job_id.isdigit():
+            raise EnvironmentFault(f"Slurm did not take the rung of {rung.num_gpus} GPUs: {done.stderr.strip()}")
+        results.append(_judge(rung, job_id, done.returncode, last=index + 1 == len(rungs)))
+        say(f"rung of {rung.num_gpus} GPUs: {results[-1].why}")
+    return results
+
+
+def _judge(rung: Rung, job_id: str, code: int, last: bool) -> Result:
+    from hpctrain.triage.target import open_target
+
+    log = os.path.join(rung.run_dir, "logs", f"{rung.loaded.plan.spec.name}-{job_id}.out")
+    if not os.path.isfile(log):
+        return Result(rung, job_id, None, False, f"job {job_id} left no log (exit code {code})")
+    diagnosis = open_target([log]).diagnose()
+    if diagnosis.verdict != GREEN:
+        return Result(rung, job_id, diagnosis, False, f"{diagnosis.verdict}: {diagnosis.summary}")
+    if code:
+        return Result(rung, job_id, diagnosis, False, f"triage is GREEN, but the job ended with exit code {code}")
+    if not diagnosis.safe_to_scale and not last:
+        drop = diagnosis.progress.get("loss_drop")
+        what = "not seen over enough steps" if drop is None else f"only {100 * drop:.1f}%"
+        return Result(rung, job_id, diagnosis, False, f"GREEN, but the loss drop is {what}: not safe to scale up")
+    return Result(rung, job_id, diagnosis, True, "GREEN")
