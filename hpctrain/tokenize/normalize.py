@@ -14,6 +14,7 @@ from typing import Any
 from hpctrain.tokenize.spm import USER_DEFINED, SpmModel
 
 _SPACE = "▁"
+_SPACES = "\n\t\r\u00a0"  # what rules usually turn into a space, and text often holds
 
 
 def make_normalizer(model: SpmModel, sp: Any) -> Callable[[list[str]], list[str]]:
@@ -33,8 +34,13 @@ def make_normalizer(model: SpmModel, sp: Any) -> Callable[[list[str]], list[str]
                 hard.append(text)
                 out.append("")
             else:
-                words = text.split()
-                out.append(prefix + _SPACE.join(words) if words else "")
+                for space in _SPACES:
+                    if space in text:
+                        text = text.replace(space, " ")
+                while "  " in text:
+                    text = text.replace("  ", " ")
+                text = text.strip(" ")
+                out.append(prefix + text.replace(" ", _SPACE) if text else "")
         if hard:
             rest = iter(sp.normalize(hard))
             for index, text in enumerate(texts):
@@ -48,11 +54,11 @@ def make_normalizer(model: SpmModel, sp: Any) -> Callable[[list[str]], list[str]
 def careful_characters(charsmap: bytes) -> set[int]:
     """Code points of text that only SentencePiece may normalize. Raises ValueError or IndexError when malformed.
 
-    What becomes one space, and the space itself, are not among them: `str.split` and joining do the same.
+    The usual spaces (`_SPACES`) are not among them where the rules turn them into a space, as they do in nmt_nfkc.
     """
     alone, second, spaces = _rules(charsmap) if charsmap else (set(), set(), set())
-    blank = {code for code in range(0x3100) if chr(code).isspace()}
-    return (alone | second | blank | {0, ord(_SPACE)}) - ((spaces & blank) | {ord(" ")}) | (second & blank)
+    usual = set(map(ord, _SPACES))
+    return (alone | usual | {0, ord(_SPACE)}) - (spaces & usual) - {ord(" ")} | second
 
 
 def _rules(charsmap: bytes) -> tuple[set[int], set[int], set[int]]:

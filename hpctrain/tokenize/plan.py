@@ -94,6 +94,7 @@ def cut(inputs: Sequence[Input], num_shards: int) -> tuple[Shard, ...]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """In words, what differs between two plans written with `to_json`, other than where the pieces are cut."""
     out = []
+    new = json.loads(json.dumps(new, ensure_ascii=True))  # tuples are lists in what was written
     before = {source["path"]: source for source in old.get("inputs", ())}
     after = {source["path"]: source for source in new["inputs"]}
     out += [f"input `{path}` is no longer given" for path in before if path not in after]

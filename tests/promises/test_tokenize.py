@@ -366,6 +366,7 @@ def test_done_shards_are_not_done_again(tmp_path):
     prepared = prepare(request(tmp_path, data, tasks=2))
 
     assert prepared.done == 1 and len(prepared.plan.shards) == 6  # the earlier cuts are kept
+    assert [note.what for note in prepared.notes] == ["going on with the 6 shards of the last run"]
     run.run_here(prepared.plan, 1, False, True, quiet)
     assert os.stat(shard_files(plan, plan.shards[1]).bin).st_mtime_ns == stamps[1]
     assert os.stat(shard_files(plan, plan.shards[4]).bin).st_mtime_ns != stamps[4]
