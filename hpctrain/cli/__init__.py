@@ -38,6 +38,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "upload": ("upload", "send data to the site: resumable, verified"),
     "schema": ("schema", "JSON Schemas of run.yaml and profiles, for editors"),
     "completion": ("completion", "Tab completion for bash, zsh and fish"),
+    "rehearse": ("rehearse", "the very job, against a real Slurm shaped like its site, on this machine"),
     "sandbox": ("sandbox", "a real Slurm on this machine, shaped like a site"),
 }
 

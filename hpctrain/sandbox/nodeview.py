@@ -48,13 +48,39 @@ def view_argv(
                 argv += ["--dev-bind-try", path, path]
     else:
         argv += ["--dev-bind", "/", "/"]
-    for source, target in mounts:
+    argv += _mount_points([target for _, target in mounts])
+    for source, target in sorted(mounts, key=lambda mount: mount[1]):
         argv += ["--bind", source, target]
     if hosts and os.path.isfile("/etc/hosts"):
         argv += ["--ro-bind", hosts, "/etc/hosts"]
     if hostname:
         argv += ["--unshare-uts", "--hostname", hostname]
     return [*argv, "--"]
+
+
+def _mount_points(targets: Sequence[str]) -> list[str]:
+    """What makes places for mounts below folders of this machine that do not have them, without writing to those folders.
+
+    bubblewrap would make such a folder for real; instead its nearest parent becomes one in memory with the same entries.
+    """
+    parents = set()
+    for target in targets:
+        if any(target.startswith(other.rstrip("/") + "/") for other in targets):
+            continue  # made below the other mount's own directory
+        while not os.path.isdir(target):
+            target = os.path.dirname(target)
+            if os.path.isdir(target) and target != "/":
+                parents.add(target)
+    argv = []
+    for parent in sorted(parents):
+        argv += ["--tmpfs", parent]
+        for entry in sorted(os.listdir(parent)):
+            path = os.path.join(parent, entry)
+            if os.path.islink(path):
+                argv += ["--symlink", os.readlink(path), path]
+            else:
+                argv += ["--dev-bind-try", path, path]
+    return argv
 
 
 def check_mounts(mounts: Sequence[tuple[str, str]], problem: str) -> None:

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import shlex
+
+import click
+
+from hpctrain import errors, output
+from hpctrain.cli import common
+
+
+@click.command()
+@common.run_yaml
+@click.option(
+    "--nodes", type=click.IntRange(1, 4096), metavar="N", help="Rehearse with so many nodes [default: the run's]."
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 100),
+    metavar="N",
+    help="Links to queue [default: 1; with faults, the run's chain].",
+)
+@click.option(
+    "--faults",
+    metavar="F,F,…",
+    help="What goes wrong in link 1, 2, …: timeout, node_fail, kill_mid_save, none.",
+)
+@click.option(
+    "--account-exists",
+    "accounts",
+    multiple=True,
+    metavar="NAME",
+    help="An account that exists there [default: the run's]; may be repeated.",
+)
+@click.option(
+    "--accounting/--no-accounting", default=True, show_default=True, help="With accounts and limits on submitted jobs."
+)
+@click.option(
+    "--no-check", is_flag=True, help="Submit also what hpctrain itself would refuse, and hear what Slurm says."
+)
+@click.option(
+    "--job",
+    "job_script",
+    type=click.Path(),
+    metavar="FILE",
+    help="Run this job script, for example one edited by hand.",
+)
+@click.option(
+    "--speed",
+    type=click.FloatRange(min=1),
+    metavar="X",
+    help="Seconds of the site in one second here [default: a link in about 4 s].",
+)
+@click.option("--picture", type=click.Path(), metavar="FILE.svg", help="Write the timeline as an SVG picture.")
+@click.option("--keep", is_flag=True, help="Leave the sandbox running and everything it wrote in place.")
+@click.option(
+    "--dir", "directory", type=click.Path(), default="", help="Where to build it [default: hpctrain's state directory]."
+)
+@common.out_dir
+@common.set_option
+@common.as_json
+def command(
+    run_yaml: str,
+    nodes: int | None,
+    jobs: int | None,
+    faults: str | None,
+    accounts: tuple[str, ...],
+    accounting: bool,
+    no_check: bool,
+    job_script: str | None,
+    speed: float | None,
+    picture: str | None,
+    keep: bool,
+    directory: str,
+    out_dir: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Run the very job against a real Slurm shaped like its site, on this machine, before a GPU-hour is spent.
+
+    Every task is started; the training program is replaced by a stand-in that saves in the recipe's layout, in compressed
+    time. Exits 0 when all is right, 1 when something would have gone wrong at the site.
+
+    \b
+    hpctrain rehearse --nodes 4
+    hpctrain rehearse my-run/run.yaml --faults timeout,node_fail --picture chain.svg
+    hpctrain rehearse --job runs/my-run/job.sbatch --no-check
+    """
+    import os
+
+    from hpctrain.newfile import write_new
+    from hpctrain.rehearse import report
+    from hpctrain.rehearse.play import rehearse
+
+    loaded, request = report.prepare(
+        run_yaml, assignments, out_dir, nodes=nodes, jobs=jobs, faults=faults, accounts=accounts, accounting=accounting,
+        no_check=no_check, job_script=job_script, speed=speed, keep=keep, directory=directory, picture=picture,
+    )  # fmt: skip
+    meter = _Meter()
+    try:
+        outcome = rehearse(loaded, request, os.environ, meter.update)
+    finally:
+        meter.close()
+    found = report.bars_of(loaded.plan, outcome)
+    if picture:
+        write_new(picture, report.picture(loaded.plan, found))
+    if as_json:
+        output.data_json(**report.as_json(loaded.plan, outcome, found))
+    else:
+        for line in report.lines(loaded.plan, outcome, found):
+            output.data(line)
+    output.problems(outcome.problems)
+    for line in report.notes(loaded.plan, outcome):
+        output.info(line)
+    name = "" if run_yaml == "run.yaml" else " " + shlex.quote(run_yaml)
+    output.next_step(f"hpctrain chain{name}" if outcome.ok else f"hpctrain check{name}")
+    if not outcome.ok:
+        raise click.exceptions.Exit(errors.NO)
+
+
+class _Meter:
+    """One progress line per stage."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._line: output.Progress | None = None
+
+    def update(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self.close()
+            self._what, self._line = what, output.Progress(what, total or None, every_s=5)
+        if self._line is not None:
+            self._line.update(done)
+
+    def close(self) -> None:
+        if self._line is not None:
+            self._line.close()
+        self._line = None

@@ -1,0 +1,1 @@
+"""Rehearse: a run's real job script through a real Slurm shaped like its site, with the training step replaced."""

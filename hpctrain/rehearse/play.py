@@ -1,0 +1,283 @@
+"""Plays one rehearsal: builds the scene, starts the sandbox, queues the chain, plays the faults, and reports what happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpctrain.errors import EnvironmentFault, Problem
+from hpctrain.load import Loaded
+from hpctrain.plan import Plan
+from hpctrain.rehearse import checks, scene, stage
+from hpctrain.rehearse.records import Attempt, Pipe, expected_tasks
+from hpctrain.rehearse.scene import Scene
+from hpctrain.rehearse.watch import Refusal, Watch, refusal_problem
+from hpctrain.rundir import run_files
+from hpctrain.runtime.files import read_records
+from hpctrain.sandbox.from_site import node_shape
+
+FAULTS = ("timeout", "node_fail", "kill_mid_save")
+LINK_S = 4.0  # how long a whole link takes here unless --speed says so
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to rehearse. `accounts` exist in the sandbox; `job_script` replaces the rendered one; `speed` 0 chooses it."""
+
+    num_jobs: int = 1
+    faults: tuple[str, ...] = ()
+    accounts: tuple[str, ...] = ()
+    accounting: bool = True
+    job_script: bytes | None = None
+    speed: float = 0.0
+    keep: bool = False
+    directory: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rehearsal told. `attempts` in the order of their start, `links` and `states` as Slurm and the guard have them."""
+
+    problems: tuple[Problem, ...]
+    scene: Scene
+    attempts: tuple[Attempt, ...]
+    links: tuple[dict[str, Any], ...]
+    jobs: Mapping[int, str]
+    states: Mapping[str, str]
+    waited_s: Mapping[str, float]
+    scenario: Mapping[str, Any]
+    refused: str
+    seconds: Mapping[str, float]
+    kept: str
+
+    @property
+    def ok(self) -> bool:
+        return not any(problem.level == "error" for problem in self.problems)
+
+
+def rehearse(
+    loaded: Loaded, request: Request, environ: Mapping[str, str], progress: Callable[[str, int, int], None]
+) -> Outcome:
+    """Play it and take everything down again. Raises EnvironmentFault where this machine cannot, Refused when it may not."""
+    plan = loaded.plan
+    files = dict(run_files(plan, loaded.inputs))
+    if request.job_script is not None:
+        files["job.sbatch"] = request.job_script
+    user = environ.get("USER") or environ.get("LOGNAME") or "user"
+    shown = scene.plan_scene(plan, user)
+    scenario = make_scenario(plan, request)
+    clock, seconds = time.monotonic(), {}
+    with stage.place_of(plan.run_dir, request.directory, environ, request.keep) as place:
+        secret = scene.build(shown, str(place.files), plan, files)
+        before = listing(str(place.files))
+        needed = [item.path for item in shown.made if item.kind != "secrets" and item.path != plan.spec.container]
+        stage.install(place, plan, scenario, needed)
+        mounts = [(str(place.files / source), target) for source, target in shown.mounts]
+        accounts = request.accounts or ((plan.spec.account,) if plan.spec.account else ())
+        shape = stage.shape_of(plan, mounts, request.accounting, accounts)
+        pipe = Pipe(str(place.shims), lambda attempt: _ready(place, attempt))
+        try:
+            record = stage.start(place, shape, environ, progress)
+            stage.connect(place, plan)
+            seconds["sandbox"] = time.monotonic() - clock
+            login = stage.Login(record, place, shown.home, environ)
+            jobs, refused = queue(login, plan, request.num_jobs)
+            watch = Watch(login, pipe, plan, scenario, jobs, progress)
+            watch.until_done()
+            seconds["jobs"] = time.monotonic() - clock - seconds["sandbox"]
+        finally:
+            pipe.close()
+        run_dir = shown.real_path(str(place.files), plan.run_dir) or ""
+        links = tuple(read_records(os.path.join(run_dir, "links.jsonl")))
+        attempts = tuple(sorted(pipe.attempts.values(), key=lambda attempt: attempt.begun))
+        problems = [
+            *_refused(refused, shape, plan),
+            *watch.problems,
+            *_steps(plan, attempts),
+            *_ends(plan, request, watch, attempts, links, run_dir),
+            *_written(before, listing(str(place.files)), shown, plan),
+            *_secret(secret, run_dir),
+        ]
+        stage.sweep(plan, list(jobs.values()))
+    seconds["all"] = time.monotonic() - clock
+    return Outcome(
+        tuple(dict.fromkeys(problems)), shown, attempts, links, jobs, watch.states(), watch.waited_s, scenario, refused,
+        seconds, str(place.base) if request.keep else "",
+    )  # fmt: skip
+
+
+def make_scenario(plan: Plan, request: Request) -> dict[str, Any]:
+    """The stand-in's orders: the run's cadence, and how fast time goes. Pure."""
+    cadence, facts = plan.resolved.cadence, plan.resolved.guard
+    iterations = cadence.iterations or facts.target or 100
+    offset = (facts.target or iterations) - iterations if facts.counter == "greatest_folder" else 0
+    known = plan.spec.step_time_s
+    step_time_s = known or max(plan.spec.time_s / 2 / iterations, 1e-3)
+    link_s = min(iterations * step_time_s, plan.spec.time_s)
+    speed = request.speed or max(link_s / LINK_S, 1.0)
+    save_time_s = plan.spec.save_time_s or 0.0
+    return {
+        "faults": {str(link): fault for link, fault in enumerate(request.faults, start=1)},
+        "target": offset + iterations,
+        "iterations": iterations,
+        "offset": offset,
+        "greatest_folder": facts.counter == "greatest_folder",
+        "save_every": cadence.save_every,
+        "layout": facts.layout,
+        "ranks": scene.ranks_of(plan),
+        "time_s": plan.spec.time_s,
+        "step_time_s": step_time_s,
+        "step_time_known": known is not None,
+        "save_time_s": save_time_s,
+        "iteration_s": step_time_s / speed,
+        "save_s": min(save_time_s / speed, 2.0),
+        "speed": speed,
+        "signal": plan.signal["name"],
+        "lead_s": plan.signal["lead_s"],
+        "saves_on_signal": bool(cadence.saves_on_signal and plan.signal["forward"]),
+        "python": plan.resolved.argv[0],
+    }
+
+
+def queue(login: stage.Login, plan: Plan, num_jobs: int) -> tuple[dict[int, str], str]:
+    """Submit the links from the login node, as `hpctrain chain` does: their jobs, and Slurm's words where it refused."""
+    done = login.seeing(sys.executable, "-m", "hpctrain.rehearse.login", plan.run_dir, str(num_jobs))
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError) as error:
+        raise EnvironmentFault(
+            "the jobs could not be submitted", why=(done.stderr or done.stdout).strip()[-2000:]
+        ) from error
+    return {int(link): str(job_id) for link, job_id in answer["jobs"].items()}, str(answer["refused"])
+
+
+def listing(root: str) -> dict[str, tuple[int, int]]:
+    """{path below `root`: (size, time of change)} of every file; links are not followed."""
+    found = {}
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(folder, name)
+            status = os.lstat(path)
+            found[os.path.relpath(path, root)] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+def expectation(plan: Plan) -> checks.Expected:
+    """The plan's step as the checks need it."""
+    bind = next((option.value for option in plan.srun_options if option.option == "cpu-bind"), "")
+    kind, _, values = bind.partition(":")
+    reserved = node_shape(plan.node_type).reserved_cores if plan.node_type.usable_cores < plan.node_type.cores else ()
+    return checks.Expected(
+        plan.spec.num_nodes, plan.tasks_per_node, plan.gpus_per_node, plan.cpus_per_task, plan.node_type.gpu_vendor,
+        checks.bind_masks(kind, values), plan.recipe.values["module"] == "neox_sft", plan.resolved.workdir or plan.run_dir, reserved,
+    )  # fmt: skip
+
+
+def _ready(place: stage.Place, attempt: Attempt) -> None:
+    (place.shims / f"ready.{attempt.job_id}.{attempt.restart}").touch()
+
+
+def _refused(words: str, shape: Any, plan: Plan) -> list[Problem]:
+    return [refusal_problem(Refusal(words, plan, shape.accounts))] if words else []
+
+
+def _steps(plan: Plan, attempts: Sequence[Attempt]) -> list[Problem]:
+    """What the tasks of every start saw; the same problem of several starts is one."""
+    expected = expectation(plan)
+    found: list[Problem] = []
+    for attempt in attempts:
+        if attempt.tasks:
+            found += checks.find_problems(attempt.tasks, expected)
+    return list(dict.fromkeys(found))
+
+
+def _ends(
+    plan: Plan,
+    request: Request,
+    watch: Watch,
+    attempts: Sequence[Attempt],
+    links: Sequence[Mapping[str, Any]],
+    run_dir: str,
+) -> list[Problem]:
+    """Jobs that ended otherwise than the faults explain, and runs that did not reach their target."""
+    found = []
+    states = watch.states()
+    played = {watch.jobs[link]: fault for link, fault in enumerate(request.faults, start=1) if link in watch.jobs}
+    for link, job_id in watch.jobs.items():
+        state = states.get(job_id, "")
+        fault = played.get(job_id)
+        natural = state == "TIMEOUT" and any(a.job_id == job_id and a.last("limit") for a in attempts)
+        explained = (
+            natural or (fault == "kill_mid_save" and state == "FAILED") or (fault == "timeout" and state == "TIMEOUT")
+        )
+        if state in ("COMPLETED", "CANCELLED", "") or explained:
+            continue
+        if state in ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"):
+            found.append(
+                Problem(
+                    f"link {link} (job {job_id}) ended as {state}",
+                    why=tail(os.path.join(run_dir, "logs"), job_id) or "its log is empty",
+                    hint="the lines above are the end of its log",
+                )
+            )
+    target = plan.resolved.guard.target
+    ends = [record.get("iteration") or 0 for record in links if record.get("event") == "end"]
+    if target and watch.jobs and not found and max(ends, default=0) < target:
+        level = "note" if any(state == "TIMEOUT" for state in states.values()) or request.faults else "error"
+        found.append(
+            Problem(
+                f"the run came to iteration {max(ends, default=0)} of {target} in {len(watch.jobs)} links",
+                hint="queue more links: `hpctrain rehearse --jobs N`",
+                level=level,
+            )  # fmt: skip
+        )
+    return found
+
+
+def tail(folder: str, job_id: str, num_lines: int = 8) -> str:
+    """The last lines of a job's log."""
+    try:
+        names = [name for name in os.listdir(folder) if name.endswith(f"-{job_id}.out")]
+        with open(os.path.join(folder, names[0]), "rb") as stream:
+            stream.seek(max(os.fstat(stream.fileno()).st_size - 8192, 0))
+            lines = stream.read().decode("utf-8", "replace").splitlines()
+    except (OSError, IndexError):
+        return ""
+    lines = [line for line in lines if "CPU binding" not in line]
+    return "\n".join(line[:300] for line in lines[-num_lines:])
+
+
+def _written(before: Mapping[str, Any], after: Mapping[str, Any], shown: Scene, plan: Plan) -> list[Problem]:
+    """Files that the job made or changed outside the checkpoint folder, the run directory and its home."""
+    targets = dict(shown.mounts)
+    allowed = [path for path in (plan.spec.checkpoint_dir, plan.run_dir) if path]
+    wrong = []
+    for name, facts in after.items():
+        if before.get(name) == facts:
+            continue
+        source, _, rest = name.partition("/")
+        path = os.path.join(targets[source], rest)
+        if not any(path.startswith(folder.rstrip("/") + "/") for folder in allowed):
+            wrong.append(path)
+    wrong.sort()
+    return [Problem(f"the job wrote `{path}`", why="it lies neither in the checkpoint folder nor in the run directory", level="warning")
+            for path in wrong[:5]]  # fmt: skip
+
+
+def _secret(secret: str, run_dir: str) -> list[Problem]:
+    found = []
+    for folder, _, names in os.walk(run_dir):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as stream:
+                if secret.encode() in stream.read():
+                    found.append(os.path.relpath(os.path.join(folder, name), run_dir))
+    return [Problem(f"a value of the secrets file stands in `{name}` of the run directory",
+                    hint="print no environment in the job") for name in sorted(found)]  # fmt: skip
+
+
+__all__ = ["FAULTS", "Outcome", "Request", "expected_tasks", "rehearse"]

@@ -1,0 +1,77 @@
+"""What the tasks of a rehearsal tell, read from their pipe while they run."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hpctrain.rehearse.shims import END, FIELD
+
+Fields = dict[str, str]
+
+
+@dataclass
+class Attempt:
+    """One start of the step: a job, and how often it had been requeued. `events` are rank 0's, with the time they came."""
+
+    job_id: str
+    restart: int
+    tasks: list[Fields] = field(default_factory=list)
+    events: list[tuple[float, Fields]] = field(default_factory=list)
+    ready: bool = False
+    begun: float = 0.0
+
+    def last(self, name: str) -> Fields | None:
+        """The newest event of that name."""
+        return next((fields for _, fields in reversed(self.events) if fields.get("event") == name), None)
+
+
+class Pipe:
+    """Reads the pipe in a thread of its own; `attempts` may be looked at from another one under `lock`."""
+
+    def __init__(self, folder: str, on_ready: Callable[[Attempt], None]) -> None:
+        self._path = os.path.join(folder, "records")
+        self._on_ready = on_ready
+        self.lock = threading.Lock()
+        self.attempts: dict[tuple[str, int], Attempt] = {}
+        # Both ends, so that it stays open between two tasks.
+        self._pipe = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread and give the pipe back."""
+        os.write(self._pipe, b"\0" + END.encode())
+        self._thread.join(10)
+        os.close(self._pipe)
+
+    def _read(self) -> None:
+        rest = b""
+        while True:
+            rest += os.read(self._pipe, 1 << 16)
+            *whole, rest = rest.split(END.encode())
+            for record in whole:
+                if record.endswith(b"\0"):
+                    return
+                self._take(record.decode("utf-8", "surrogateescape"))
+
+    def _take(self, text: str) -> None:
+        fields = dict(part.partition("=")[::2] for part in text.split(FIELD))
+        key = fields.get("SLURM_JOB_ID", ""), int(fields.get("SLURM_RESTART_COUNT") or 0)
+        with self.lock:
+            attempt = self.attempts.setdefault(key, Attempt(*key, begun=time.monotonic()))
+            if fields.get("event") != "task":
+                attempt.events.append((time.monotonic(), fields))
+                return
+            attempt.tasks.append(fields)
+            if not attempt.ready and len(attempt.tasks) == expected_tasks(fields):
+                attempt.ready = True
+                self._on_ready(attempt)
+
+
+def expected_tasks(task: Fields) -> int:
+    """How many tasks the step of this one has, as srun told it."""
+    return int(task.get("SLURM_STEP_NUM_TASKS") or task.get("SLURM_NTASKS") or 0)

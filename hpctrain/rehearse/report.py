@@ -1,0 +1,137 @@
+"""From the command line to a request, and from an outcome to what is printed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.load import Loaded, load_plan
+from hpctrain.plan import Plan
+from hpctrain.rehearse import timeline
+from hpctrain.rehearse.play import FAULTS, Outcome, Request
+from hpctrain.rehearse.timeline import Bar
+from hpctrain.units import format_time
+
+
+def prepare(
+    run_yaml: str, assignments: Sequence[str], out_dir: str | None, *, nodes: int | None, jobs: int | None, faults: str | None,
+    accounts: Sequence[str], accounting: bool, no_check: bool, job_script: str | None, speed: float | None, keep: bool,
+    directory: str, picture: str | None = None,
+) -> tuple[Loaded, Request]:  # fmt: skip
+    """The plan and the request. Raises UsageError for an invalid run (unless `no_check` and it can be rendered) or option."""
+    chosen = _faults(faults)
+    if picture and os.path.lexists(picture):
+        raise Refused("is there already, and is left as it is", where=picture, hint="name another file with --picture")
+    loaded = load_plan(run_yaml, [*assignments, *([f"nodes={nodes}"] if nodes else [])], out_dir)
+    plan = loaded.plan
+    if plan.errors and not (
+        no_check and plan.resolved.argv and (plan.resolved.configs or not plan.resolved.config_for)
+    ):
+        raise UsageError(plan.problems)
+    script = _read(job_script) if job_script else None
+    with_faults = max(plan.spec.num_links, len(chosen) + 1) if chosen else 1
+    request = Request(
+        num_jobs=jobs or with_faults, faults=chosen, accounts=tuple(accounts), accounting=accounting, job_script=script,
+        speed=speed or 0.0, keep=keep, directory=directory,
+    )  # fmt: skip
+    if len(chosen) > request.num_jobs:
+        raise UsageError(f"{len(chosen)} faults need at least as many links, and `--jobs` is {request.num_jobs}")
+    if chosen and plan.resolved.guard.layout == "none":
+        raise UsageError("`--faults` needs a run with checkpoints, and the recipe's `layout` is none")
+    return loaded, request
+
+
+def bars_of(plan: Plan, outcome: Outcome) -> list[Bar]:
+    return timeline.bars(plan, outcome.attempts, outcome.links, outcome.states, outcome.waited_s, outcome.scenario)
+
+
+def picture(plan: Plan, found: Sequence[Bar]) -> str:
+    title = f"{plan.spec.name}: {plan.spec.num_nodes} nodes of {plan.site.name}, rehearsed"
+    return timeline.svg(found, title)
+
+
+def lines(plan: Plan, outcome: Outcome, found: Sequence[Bar]) -> list[str]:
+    """What goes to standard output: the shape, what the tasks saw, and the timeline."""
+    spec = plan.spec
+    out = [
+        f"{spec.num_nodes} nodes x {plan.tasks_per_node} tasks on {plan.partition.name or 'the default partition'} of {plan.site.name}"
+    ]
+    for attempt in outcome.attempts:
+        if attempt.tasks:
+            first = attempt.tasks[0]
+            nodes = {task.get("SLURMD_NODENAME", "") for task in attempt.tasks}
+            word = f"job {attempt.job_id}" + (f" restart {attempt.restart}" if attempt.restart else "")
+            out.append(f"{word}: {len(attempt.tasks)} ranks on {len(nodes)} nodes, rendezvous "
+                       f"{first.get('MASTER_ADDR', '(none)')}:{first.get('MASTER_PORT', '(none)')}")  # fmt: skip
+    out += timeline.text(found)
+    if found:
+        hours, lost = sum(bar.gpu_hours for bar in found), sum(bar.lost for bar in found)
+        out.append(
+            f"{hours:,.1f} GPU-hours in {format_time(round(sum(bar.took_s for bar in found)))}, {lost} iterations lost"
+        )
+    bad = [problem for problem in outcome.problems if problem.level == "error"]
+    out.append(f"{len(bad)} things would go wrong" if bad else "all right")
+    return out
+
+
+def notes(plan: Plan, outcome: Outcome) -> list[str]:
+    """What was made up, and how sure the times are."""
+    out = []
+    kinds = [item for item in outcome.scene.made]
+    if kinds:
+        out.append(f"made up for the rehearsal: {', '.join(f'{item.what} `{item.path}`' for item in kinds[:4])}"
+                   + (f" and {len(kinds) - 4} more" if len(kinds) > 4 else ""))  # fmt: skip
+    out += [f"not here and not made up: the {what} `{path}`" for what, path in outcome.scene.missing]
+    if not outcome.scenario["step_time_known"]:
+        out.append(f"times assume {outcome.scenario['step_time_s']:.3g} s an iteration (a run that takes half its `time:`); "
+                   "`estimate: {step_time_s: …}` tells better")  # fmt: skip
+    if outcome.kept:
+        out.append(f"kept in {outcome.kept}: hpctrain sandbox shell --dir {outcome.kept}/sandbox")
+    return out
+
+
+def as_json(plan: Plan, outcome: Outcome, found: Sequence[Bar]) -> dict[str, Any]:
+    """The whole answer as plain data."""
+    return {
+        "ok": outcome.ok,
+        "run": plan.spec.name,
+        "site": plan.site.name,
+        "num_nodes": plan.spec.num_nodes,
+        "tasks_per_node": plan.tasks_per_node,
+        "jobs": {str(link): job_id for link, job_id in outcome.jobs.items()},
+        "states": dict(outcome.states),
+        "refused": outcome.refused or None,
+        "problems": [problem.as_json() for problem in outcome.problems],
+        "timeline": [bar.as_json() for bar in found],
+        "gpu_hours": sum(bar.gpu_hours for bar in found),
+        "lost_iterations": sum(bar.lost for bar in found),
+        "step_time_s": outcome.scenario["step_time_s"],
+        "step_time_known": outcome.scenario["step_time_known"],
+        "speed": outcome.scenario["speed"],
+        "made_up": [{"what": item.what, "path": item.path} for item in outcome.scene.made],
+        "missing": [{"what": what, "path": path} for what, path in outcome.scene.missing],
+        "ranks": [dict(sorted(task.items())) for attempt in outcome.attempts for task in attempt.tasks],
+        "seconds": dict(outcome.seconds),
+    }
+
+
+def _faults(text: str | None) -> tuple[str, ...]:
+    words = [word.strip() for word in text.split(",")] if text else []
+    problems = [
+        Problem(f"`{word}` is not a fault", hint=f"one of {', '.join(FAULTS)}, or none")
+        for word in words
+        if word not in (*FAULTS, "none")
+    ]
+    if problems:
+        raise UsageError(problems)
+    return tuple("" if word == "none" else word for word in words)
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except OSError as error:
+        raise EnvironmentFault(f"cannot be read: {error.strerror}", where=path) from error

@@ -1,0 +1,189 @@
+"""What a rehearsal shows to the job: which of the site's paths are imitated, and which files are made up. Pure but `build`."""
+
+from __future__ import annotations
+
+import os
+import secrets as random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpctrain.errors import EnvironmentFault
+from hpctrain.plan import Plan
+from hpctrain.rehearse import standin
+
+CANARY = "HPCTRAIN_REHEARSAL_SECRET"
+
+
+@dataclass(frozen=True)
+class Made:
+    """One thing made up for the job: `kind` is folder, file, checkpoint or secrets; `path` as the job sees it."""
+
+    what: str
+    path: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`mounts`: (folder below the scene's own, path of the site). `made` in the order in which it is made.
+
+    `home` is the job's HOME. `missing`: paths that are neither here nor could be made up.
+    """
+
+    mounts: tuple[tuple[str, str], ...]
+    made: tuple[Made, ...]
+    home: str
+    missing: tuple[tuple[str, str], ...]
+
+    def real_path(self, root: str, path: str) -> str | None:
+        """Where on this machine the site's `path` lies, None when it is not imitated."""
+        best = max((target for _, target in self.mounts if _inside(path, target)), key=len, default=None)
+        if best is None:
+            return None
+        source = next(source for source, target in self.mounts if target == best)
+        return os.path.normpath(os.path.join(root, source, os.path.relpath(path, best)))
+
+
+def plan_scene(plan: Plan, user: str, exists: Any = os.path.exists) -> Scene:
+    """Decide what the job must be shown. `exists` tells what is on this machine; nothing else is looked at."""
+    spec, values = plan.spec, plan.site.values
+    targets: list[str] = []
+
+    def covered(path: str) -> bool:
+        return any(_inside(path, target) for target in targets)
+
+    def show(path: str) -> None:
+        if path != "/" and not covered(path):
+            targets.append(path)
+
+    home = f"/home/{user}-rehearsal"
+    for name, area in values["storage"].items():
+        path = area["path"].format(user=user, account=spec.account or "account")
+        above = os.path.normpath(area["path"].split("{")[0])
+        show(above if above != "/" and not exists(above) else path)
+        if name == "home":
+            home = path
+    show(home)
+    if plan.container:
+        for bind in [*values["container"]["binds"], *spec.container_binds]:
+            source = bind.split(":")[0]
+            if not exists(source):
+                show(source)
+    if spec.checkpoint_dir:
+        show(spec.checkpoint_dir)
+    made: list[Made] = []
+    missing: list[tuple[str, str]] = []
+
+    def make(what: str, path: str, kind: str) -> None:
+        if not covered(path):
+            if exists(path):
+                return
+            parent = path if kind in ("folder", "checkpoint") else os.path.dirname(path)
+            if exists(parent):
+                missing.append((what, path))
+                return
+            show(parent)
+        made.append(Made(what, path, kind))
+
+    for what, path in _wanted(plan):
+        make(what, path, _kind(path, [other for _, other in _wanted(plan)]))
+    if spec.checkpoint_start:
+        kind = "checkpoint" if plan.resolved.guard.layout != "none" else "folder"
+        make("start checkpoint", spec.checkpoint_start, kind)
+    if spec.secrets:
+        path = spec.secrets
+        path = f"{home}/{path[2:]}" if path.startswith("~/") else os.path.normpath(os.path.join(spec.base_dir, path))
+        make("secrets file", path, "secrets")
+    # The run directory last, by itself: it is the one place that is always somebody's own folder.
+    targets = [*targets, *([] if plan.run_dir in targets else [plan.run_dir])]
+    mounts = tuple((f"{index:02d}-{_plain(target)}", target) for index, target in enumerate(sorted(targets)))
+    return Scene(mounts, tuple(dict.fromkeys(made)), home, tuple(missing))
+
+
+def build(scene: Scene, root: str, plan: Plan, files: Mapping[str, bytes]) -> str:
+    """Make everything below `root` and return the value of the made-up secret. Raises EnvironmentFault."""
+    secret = random.token_hex(16)
+    try:
+        for source, _ in scene.mounts:
+            os.makedirs(os.path.join(root, source), exist_ok=True)
+        _write(scene.real_path(root, scene.home) or root, None)
+        for item in scene.made:
+            real = scene.real_path(root, item.path)
+            assert real is not None
+            if item.kind == "checkpoint":
+                _checkpoint(real, plan)
+            elif item.kind == "folder":
+                os.makedirs(real, exist_ok=True)
+            elif item.kind == "secrets":
+                _write(real, f"{CANARY}={secret}\n".encode())
+                os.chmod(real, 0o600)
+            else:
+                _write(real, standin.CONTENT)
+        run_dir = scene.real_path(root, plan.run_dir)
+        assert run_dir is not None
+        for name, content in files.items():
+            _write(os.path.join(run_dir, name), content)
+        os.makedirs(os.path.join(run_dir, "logs"), exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot build the rehearsal: {error.strerror}", where=str(error.filename or root)
+        ) from error
+    return secret
+
+
+def ranks_of(plan: Plan) -> dict[str, int | None]:
+    """The numbers of ranks that decide a checkpoint's files; where the recipe does not say, every rank is data-parallel."""
+    facts = plan.resolved.guard
+    world = plan.spec.num_nodes * plan.tasks_per_node
+    data = facts.data_parallel or max(world // ((facts.tensor_parallel or 1) * max(facts.pipeline_parallel or 1, 1)), 1)
+    zero = facts.zero_stage if facts.zero_stage is not None else (1 if facts.layout == "deepspeed" else None)
+    return {"tensor": facts.tensor_parallel, "pipeline": facts.pipeline_parallel, "data": data, "zero": zero}
+
+
+def _wanted(plan: Plan) -> list[tuple[str, str]]:
+    """(what, path) of every file and folder that the job reads."""
+    spec = plan.spec
+    found = [("container image", spec.container)] if spec.container else []
+    for kind, prefixes in spec.data.items():
+        for prefix in prefixes:
+            ends = ("",) if os.path.splitext(prefix)[1] else (".bin", ".idx")
+            found += [(f"{kind} data", prefix + end) for end in ends]
+    found += [(what, path) for what, path, _ in plan.resolved.paths]
+    if spec.after_each:
+        found.append(("script of `chain.after_each`", spec.after_each))
+    return found
+
+
+def _kind(path: str, others: Sequence[str]) -> str:
+    holds_others = any(other != path and _inside(other, path) for other in others)
+    return "folder" if holds_others or not os.path.splitext(path)[1] else "file"
+
+
+def _checkpoint(path: str, plan: Plan) -> None:
+    """A whole checkpoint in the recipe's layout under the start's own name, of as many ranks as the plan has."""
+    _, files, _ = standin.checkpoint_files(plan.resolved.guard.layout, _number(os.path.basename(path)), ranks_of(plan))
+    for name, content in files:
+        _write(os.path.join(path, name), content)
+
+
+def _number(name: str) -> int:
+    digits = "".join(char if char.isdigit() else " " for char in name).split()
+    return int(digits[-1]) if digits else 0
+
+
+def _write(path: str, content: bytes | None) -> None:
+    if content is None:
+        os.makedirs(path, exist_ok=True)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as stream:
+        stream.write(content)
+
+
+def _inside(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _plain(path: str) -> str:
+    return "".join(char if char.isalnum() else "-" for char in path.strip("/"))[-40:]

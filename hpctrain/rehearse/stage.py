@@ -1,0 +1,230 @@
+"""The place of one rehearsal: its folder, its sandbox, and the stand-ins in it. Always taken down again, unless asked not to."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpctrain.errors import EnvironmentFault, Refused
+from hpctrain.plan import Plan
+from hpctrain.rehearse import shims, standin
+from hpctrain.sandbox import sandbox
+from hpctrain.sandbox import state as sandbox_state
+from hpctrain.sandbox.from_site import shape_from_site
+from hpctrain.sandbox.shape import ClusterShape
+from hpctrain.sandbox.state import Record
+
+OTHER_NODES = 1  # of each other kind of node, so that all partitions of the site are there
+NODES_OF_CARE = 256  # above, the sandbox starts without accounting unless asked for
+
+
+@dataclass(frozen=True)
+class Place:
+    """Folders of one rehearsal. `mark` names its sandbox; only one rehearsal of a run directory goes on at a time."""
+
+    base: Path
+    mark: str
+
+    @property
+    def state(self) -> Path:
+        return self.base / "sandbox"
+
+    @property
+    def files(self) -> Path:
+        return self.base / "files"
+
+    @property
+    def shims(self) -> Path:
+        return self.base / "standin"
+
+
+@contextlib.contextmanager
+def place_of(run_dir: str, given: str, environ: Mapping[str, str], keep: bool) -> Iterator[Place]:
+    """An empty place for this run, held by a lock; what an earlier, crashed rehearsal left there is ended first."""
+    mark = "rehearse-" + hashlib.sha256(os.path.realpath(run_dir).encode("utf-8", "surrogateescape")).hexdigest()[:10]
+    base = Path(given) if given else sandbox_state.state_dir(mark, "", environ)
+    base = Path(os.path.realpath(base))
+    sandbox_state.make_private(base)
+    with open(base / "rehearsal.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Refused(
+                "another rehearsal of this run goes on", where=str(base), hint="wait for it to end"
+            ) from error
+        place = Place(base, mark)
+        _strangers(base)
+        clear(place, environ)
+        kept = False
+        try:
+            yield place
+            kept = keep
+        finally:
+            if not kept:
+                with _calm():
+                    clear(place, environ)
+                    with contextlib.suppress(OSError):
+                        os.unlink(base / "rehearsal.lock")
+                        base.rmdir()
+
+
+def clear(place: Place, environ: Mapping[str, str]) -> None:
+    """End the sandbox of this place and delete its files; may be repeated."""
+    sandbox.down(place.mark, place.state, environ)
+    for folder in (place.state, place.files, place.shims):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _strangers(base: Path) -> None:
+    known = {"sandbox", "files", "standin", "rehearsal.lock"}
+    other = sorted(entry.name for entry in base.iterdir() if entry.name not in known)
+    if other:
+        raise Refused(
+            "this folder holds files that are not a rehearsal's", where=str(base), hint="choose an empty one with --dir"
+        )
+
+
+def shape_of(plan: Plan, mounts: Sequence[tuple[str, str]], accounting: bool, accounts: Sequence[str]) -> ClusterShape:
+    """A sandbox shaped like the run's site with as many nodes as the run."""
+    kinds = {part.node_type.name for part in plan.site.partitions.values()} or {plan.node_type.name}
+    counts = {kind: OTHER_NODES for kind in kinds}
+    counts[plan.node_type.name] = plan.spec.num_nodes
+    return shape_from_site(
+        plan.site, counts, accounting=accounting, accounts=accounts, mounts=mounts, kill_wait_s=5, slurmd_timeout_s=120,
+        partitions=[plan.partition.name] if plan.partition.name else [],
+    )  # fmt: skip
+
+
+def install(place: Place, plan: Plan, scenario: Mapping[str, Any], needed: Sequence[str]) -> None:
+    """Write the stand-ins, their pipes and their orders, before the sandbox starts."""
+    folder = place.shims
+    (folder / "bin").mkdir(parents=True)
+    for name in ("records", "hold"):
+        os.mkfifo(folder / name, 0o600)
+    (folder / "scenario.json").write_text(json.dumps(scenario))
+    shutil.copyfile(standin.__file__, folder / "standin.py")
+    python = os.path.realpath(sys.executable)
+    program = plan.resolved.argv[0]
+    steps = [list(plan.resolved.argv[1:])]
+    if plan.resolved.template.get("launch") == "deepy":
+        steps = [["-u", str(plan.resolved.template["train_script"])]]
+    for name in {"python", "python3", os.path.basename(program)}:
+        real = shutil.which(name) or python
+        own = steps if name == os.path.basename(program) else []
+        text = shims.script(str(folder), own, needed, {name: real}, python)
+        path = folder / "bin" / name
+        path.write_text(text)
+        path.chmod(0o700)
+
+
+def connect(place: Place, plan: Plan) -> None:
+    """Let the sandbox's jobs find the stand-ins: inside the container where there is one, else on the nodes."""
+    names = sorted(os.listdir(place.shims / "bin"))
+    program = plan.resolved.argv[0]
+    if plan.container:
+        config = place.state / "etc" / "container.conf"
+        extra = f"image_dirs\t{place.shims}\nimage_path\t{place.shims / 'bin'}\n"
+        sandbox_state.write_text(config, extra + config.read_text())
+    else:
+        for name in names:
+            sandbox_state.write_text(place.state / "bin" / name, (place.shims / "bin" / name).read_text(), 0o700)
+    if "/" in program:
+        # Named by its path, it is not looked for on PATH: srun's own bash is, and hands over another word in its place.
+        target = str(place.shims / "bin" / os.path.basename(program))
+        sandbox_state.write_text(place.state / "bin" / "bash", shims.bash(program, target), 0o700)
+
+
+class Login:
+    """The sandbox's login node: Slurm's commands, and commands that see the site's paths."""
+
+    def __init__(self, record: Record, place: Place, home: str, environ: Mapping[str, str]) -> None:
+        self.record, self.place = record, place
+        self._environ = sandbox.shell_environ(record, environ)
+        self._own = dict(environ)
+        self._home = home
+
+    def slurm(self, *argv: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+        """One Slurm command; a timeout counts as exit code 124."""
+        return self._run(argv, self._environ, timeout_s)
+
+    def seeing(self, *argv: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+        """A command as on the site's login node, with its paths and the made-up home."""
+        words = sandbox.shell_argv(self.record, argv, self._own)
+        return self._run(words, {**self._environ, "HOME": self._home}, timeout_s)
+
+    def queue(self) -> dict[str, tuple[str, str]]:
+        """{job id: (state, reason)} of all jobs, ended ones too; empty when the controller does not answer."""
+        done = self.slurm("squeue", "-h", "-t", "all", "-o", "%A|%T|%r")
+        rows = (line.split("|") for line in done.stdout.splitlines())
+        return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
+
+    def show(self, job_id: str) -> dict[str, str]:
+        """`scontrol show job` of one job, by key."""
+        text = self.slurm("scontrol", "show", "job", "-o", job_id).stdout
+        return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
+
+    def fail_node(self, name: str, action: str) -> None:
+        sandbox.fault(name, action, self.place.mark, self.place.state, self._own)
+
+    def _run(
+        self, argv: Sequence[str], environ: Mapping[str, str], timeout_s: float
+    ) -> subprocess.CompletedProcess[str]:
+        try:
+            return subprocess.run(
+                list(argv), env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                timeout=timeout_s, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(list(argv), 124, "", f"no answer in {timeout_s:.0f} s")
+        except OSError as error:
+            raise EnvironmentFault(f"cannot run `{argv[0]}`: {error.strerror}") from error
+
+
+def start(
+    place: Place, shape: ClusterShape, environ: Mapping[str, str], progress: Callable[[str, int, int], None]
+) -> Record:
+    """The running sandbox's record."""
+    status, _ = sandbox.up(shape, place.mark, place.state, environ, progress=progress)
+    assert status.record is not None
+    return status.record
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """A second Ctrl-C must not stop the clearing away."""
+    import signal
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            with contextlib.suppress(ValueError):
+                before[number] = signal.signal(number, signal.SIG_IGN)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def sweep(plan: Plan, job_ids: Sequence[str]) -> None:
+    """Delete the node folders that the jobs made in this machine's own /tmp; the simulated nodes have no other."""
+    user = os.environ.get("USER") or str(os.getuid())
+    for fields in plan.site.values["node_dirs"].values():
+        for job_id in job_ids:
+            path = (
+                fields["path"]
+                .replace("{tmp}", plan.node_type.tmp_path)
+                .replace("{user}", user)
+                .replace("{job}", job_id)
+            )
+            if "{job}" in fields["path"] and not os.path.islink(path):
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,247 @@
+"""Stands in for the training program of rank 0, and for NeoX's own launcher, in a rehearsal. Standard library only.
+
+    standin.py train DIR          walks through the iterations in compressed time and saves in the recipe's layout
+    standin.py deepy DIR ARGS…    does what deepy.py does: reads the hostfile and issues one srun
+
+It runs where the real program would, inside the container, as a script. DIR holds `scenario.json` (what to do), the pipes
+`records` (what happened, read by hpctrain) and `hold` (open as long as rank 0 lives; the other ranks wait for its end).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any, NoReturn
+
+CONTENT = b"a placeholder written by hpctrain rehearse: there are no weights in it\n"
+FIELD, END = "\x1f", "\x1e"
+
+
+def write_checkpoint(folder: str, layout: str, number: int, ranks: dict[str, int | None], until: float = 1.0) -> str:
+    """Write checkpoint `number` below `folder` as `layout` has it; `until` < 1 stops after that part of its files.
+
+    `ranks`: tensor, pipeline, data (numbers, or None for one) and zero (the stage or None). Returns the folder's name.
+    The tracker, where the layout has one, is written where the framework writes it.
+    """
+    name, files, tracker = checkpoint_files(layout, number, ranks)
+    made: set[str] = set()
+    stop = len(files) if until >= 1 else max(int(len(files) * until), 1)
+    for path, content in files[:stop]:
+        full = os.path.join(folder, name, path)
+        parent = os.path.dirname(full)
+        if parent not in made:
+            os.makedirs(parent, exist_ok=True)
+            made.add(parent)
+        with open(full, "wb") as stream:
+            stream.write(content)
+    if until >= 1 and tracker:
+        with open(os.path.join(folder, tracker[0]), "w") as stream:
+            stream.write(tracker[1])
+    return name
+
+
+def checkpoint_files(
+    layout: str, number: int, ranks: dict[str, int | None]
+) -> tuple[str, list[tuple[str, bytes]], tuple[str, str] | None]:
+    """(folder name, [(path, bytes)], (tracker file, its text) or None) of a whole checkpoint, see hpctrain/runtime/layouts.py."""
+    tensor, data = ranks.get("tensor") or 1, ranks.get("data") or 1
+    stages, zero = ranks.get("pipeline") or 0, ranks.get("zero")
+    world = tensor * max(stages, 1) * data
+    if layout == "deepspeed":
+        return (
+            f"global_step{number}",
+            _deepspeed(tensor, stages, data, zero),
+            ("latest", f"global_step{number}"),
+        )
+    if layout == "megatron":
+        form = "mp_rank_{:02d}_{:03d}/model_optim_rng.pt" if stages > 1 else "mp_rank_{:02d}/model_optim_rng.pt"
+        files = [(form.format(tp, pp), CONTENT) for tp in range(tensor) for pp in range(max(stages, 1))]
+        return f"iter_{number:07d}", files, ("latest_checkpointed_iteration.txt", str(number))
+    if layout == "verl":
+        kinds = [(role, kind) for role in ("actor", "critic") for kind in ("model", "optim", "extra_state")]
+        files = [
+            (f"{role}/{kind}_world_size_{world}_rank_{rank}.pt", CONTENT)
+            for role, kind in kinds
+            for rank in range(world)
+        ]
+        return (
+            f"global_step_{number}",
+            [*files, ("data.pt", CONTENT)],
+            ("latest_checkpointed_iteration.txt", str(number)),
+        )
+    if layout == "hf-trainer":
+        state = json.dumps({"global_step": number}).encode()
+        files = [(name, CONTENT) for name in ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")]
+        return f"checkpoint-{number}", [*files, ("trainer_state.json", state)], None
+    if layout == "open-instruct":
+        files = [(name, CONTENT) for name in ("pytorch_model.bin", "optimizer.bin", "scheduler.bin")]
+        files += [(f"random_states_{rank}.pkl", CONTENT) for rank in range(world)]
+        return f"step_{number}", [*files, ("COMPLETED", b"COMPLETED")], None
+    if layout == "dcp":
+        files = [(f"__{rank}_0.distcp", CONTENT) for rank in range(world)]
+        return f"step-{number}", [*files, (".metadata", CONTENT)], None
+    raise ValueError(f"no checkpoints of layout `{layout}` can be written")
+
+
+def _deepspeed(tensor: int, stages: int, data: int, zero: int | None) -> list[tuple[str, bytes]]:
+    model = tensor * max(stages, 1)
+    files: list[tuple[str, bytes]] = []
+    if zero != 3:
+        files += [(f"mp_rank_{mp:02d}_model_states.pt", CONTENT) for mp in range(model)]
+    if stages:
+        files += [
+            (f"layer_{layer:02d}-model_{tp:02d}-model_states.pt", CONTENT)
+            for layer in range(2 * stages)
+            for tp in range(tensor)
+        ]
+    for mp in range(model):
+        for dp in range(data if zero else 0):
+            if zero == 3:
+                files.append((f"zero_pp_rank_{dp}_mp_rank_{mp:02d}_model_states.pt", CONTENT))
+            files.append((f"zero_pp_rank_{dp}_mp_rank_{mp:02d}_optim_states.pt", CONTENT))
+    return files
+
+
+class Walk:
+    """One attempt of rank 0: from the iteration that the guard chose to the target, a fault, or the time limit."""
+
+    def __init__(self, folder: str, environ: os._Environ[str]) -> None:
+        with open(os.path.join(folder, "scenario.json")) as stream:
+            self.scenario: dict[str, Any] = json.load(stream)
+        self.folder, self.environ = folder, environ
+        self.asked_to_leave = False
+        self.job = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_RESTART_COUNT", "0") or "0"
+        link = environ.get("HPCTRAIN_LINK", "1")
+        self.fault = self.scenario["faults"].get(link, "") if self.job[1] == "0" else ""
+        # The other ranks read from it, and their wait ends when this process does.
+        self.hold = os.open(os.path.join(folder, "hold"), os.O_RDWR)
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """One record into the pipe, in one write."""
+        pairs = [
+            ("event", event),
+            ("SLURM_JOB_ID", self.job[0]),
+            ("SLURM_RESTART_COUNT", self.job[1]),
+            *sorted(fields.items()),
+        ]
+        text = FIELD.join(f"{key}={value}" for key, value in pairs) + END
+        pipe = os.open(os.path.join(self.folder, "records"), os.O_WRONLY)
+        os.write(pipe, text.encode("utf-8", "surrogateescape"))
+        os.close(pipe)
+
+    def wait_for_ranks(self) -> None:
+        """As the first collective does: until every task of the step has come."""
+        ready = os.path.join(self.folder, "ready.{}.{}".format(*self.job))
+        while not os.path.exists(ready):
+            time.sleep(0.02)
+
+    def freeze(self) -> None:
+        """No progress from here on: whoever reads the records ends this job."""
+        while not self.asked_to_leave:
+            time.sleep(0.05)
+
+    def run(self) -> int:
+        plan = self.scenario
+        signal.signal(signal.SIGUSR1 if plan["signal"] != "USR2" else signal.SIGUSR2, self._on_signal)
+        if plan["saves_on_signal"] and plan["signal"] == "TERM":
+            signal.signal(signal.SIGTERM, self._on_signal)
+        self.wait_for_ranks()
+        mode = self.environ.get("HPCTRAIN_MODE", "")
+        counts_on = mode == "resume" or plan["greatest_folder"]
+        number = int(self.environ.get("HPCTRAIN_ITERATION") or 0) if counts_on else 0
+        base = plan["offset"]
+        target, every = plan["target"], plan["save_every"] or plan["target"]
+        begin = number
+        strike = min(begin + every + every // 2, begin + max((target - begin) // 2, 0)) if self.fault else None
+        if strike is not None and (target - begin) > every:
+            strike = min(begin + every + max(every // 2, 1), target - 1)
+        # How far the time limit lets this link come, counted in iterations.
+        most = begin + int(plan["time_s"] / plan["step_time_s"])
+        lead = begin + int(max(plan["time_s"] - plan["lead_s"], 0) / plan["step_time_s"])
+        self.tell("start", number=number, mode=mode)
+        while number < target:
+            save = min((number - base) // every * every + every + base, target)
+            ends = [save]
+            if self.fault in ("timeout", "node_fail"):
+                ends.append(strike)
+            ends.append(lead if plan["saves_on_signal"] else most)
+            stop = max(min(end for end in ends if end is not None), number)
+            time.sleep((stop - number) * plan["iteration_s"])
+            number = stop
+            if self.fault == "node_fail" and number == strike:
+                self.tell("strike", number=number)
+                self.freeze()
+            if (self.fault == "timeout" and number == strike) or (
+                number >= (lead if plan["saves_on_signal"] else most) and number < save
+            ):
+                self.tell("limit", number=number)
+                self.freeze()
+            if self.asked_to_leave:
+                self._save(number, every)
+                self.tell("left", number=number)
+                return 0
+            self._save(number, every, begin)
+        self.tell("end", number=number)
+        return 0
+
+    def _save(self, number: int, every: int, begin: int | None = None) -> None:
+        plan = self.scenario
+        folder = self.environ.get("HPCTRAIN_CHECKPOINT_DIR")
+        if plan["layout"] == "none" or not folder:
+            return
+        half = (
+            self.fault == "kill_mid_save" and begin is not None and (number - begin > every or number == plan["target"])
+        )
+        if half:
+            self.tell("kill", number=number)
+            write_checkpoint(folder, plan["layout"], number, plan["ranks"], 0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(plan["save_s"])
+        name = write_checkpoint(folder, plan["layout"], number, plan["ranks"])
+        self.tell("saved", number=number, name=name)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked_to_leave = bool(self.scenario["saves_on_signal"])
+
+
+def deepy(folder: str, words: list[str]) -> NoReturn:
+    """NeoX's launcher with `launcher: slurm` (DeeperSpeed launcher/multinode_runner.py, SlurmRunner): the hostfile's slots
+    are summed up, one srun starts that many tasks, and a hostfile that names a node twice is an error (runner.py)."""
+    with open(os.path.join(folder, "scenario.json")) as stream:
+        scenario = json.load(stream)
+    script, config = [word for word in words if not word.startswith("-")][1:3]
+    path = os.environ.get("DLTS_HOSTFILE", "")
+    try:
+        with open(path) as stream:
+            lines = [line.split() for line in stream if line.strip() and not line.startswith("#")]
+    except OSError as error:
+        sys.exit(f"deepy.py: cannot read the hostfile `{path}`: {error.strerror}")
+    hosts: dict[str, int] = {}
+    for line in lines:
+        if len(line) != 2 or not line[1].startswith("slots=") or not line[1][6:].isdigit():
+            sys.exit(
+                "deepy.py: Hostfile contains a bad entry: {}, unable to proceed with launching".format(" ".join(line))
+            )
+        if line[0] in hosts:
+            sys.exit(f"deepy.py: Hostfile contains multiple entries for {line[0]}, unable to proceed with launching")
+        hosts[line[0]] = int(line[1][6:])
+    with open(config, "rb") as stream:
+        encoded = base64.b64encode(stream.read()).decode()
+    argv = ["srun", "-n", str(sum(hosts.values())), "--nodelist", ",".join(hosts), "--export=ALL"]
+    argv += [scenario["python"], "-u", script, "--deepspeed_config", encoded, "--megatron_config", encoded]
+    os.execvp(argv[0], argv)
+
+
+def main(argv: list[str]) -> int:
+    if argv[1] == "deepy":
+        deepy(argv[2], argv[3:])
+    return Walk(argv[2], os.environ).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

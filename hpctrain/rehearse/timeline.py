@@ -1,0 +1,154 @@
+"""What a rehearsed chain did, as rows, as a bar of text and as a picture; times are scaled back to the site's. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import Any
+
+from hpctrain.plan import Plan
+from hpctrain.rehearse.records import Attempt
+from hpctrain.units import format_time
+
+WIDTH = 60
+_COLOUR = {"finetune": "#3d7ab5", "scratch": "#3d7ab5", "resume": "#4d9a62", "lost": "#c9524a", "other": "#9a9a9a"}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One start of a link, or a link that ended at once. Iterations are numbers of checkpoint folders.
+
+    `took_s` and `gpu_hours` are in the site's time; `waited_s` is what the job waited in this empty sandbox.
+    """
+
+    link: int
+    job_id: str
+    restart: int
+    mode: str
+    outcome: str
+    first: int
+    last: int
+    kept: int
+    lost: int
+    checkpoint: str
+    start_s: float
+    took_s: float
+    gpu_hours: float
+    waited_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bars(
+    plan: Plan,
+    attempts: Sequence[Attempt],
+    links: Sequence[Mapping[str, Any]],
+    states: Mapping[str, str],
+    waited_s: Mapping[str, float],
+    scenario: Mapping[str, Any],
+) -> list[Bar]:
+    """The starts of all links in their order. What a start kept is what the next one begins from, or what it saved last."""
+    begins = [record for record in links if record.get("event") == "begin"]
+    by_key = {(attempt.job_id, attempt.restart): attempt for attempt in attempts}
+    found: list[Bar] = []
+    clock = 0.0
+    for record in begins:
+        key = str(record.get("job_id")), int(record.get("restart") or 0)
+        attempt, mode = by_key.get(key), str(record.get("mode"))
+        begin = int(record.get("iteration") or 0) if mode == "resume" or scenario["greatest_folder"] else 0
+        if attempt is None or attempt.last("start") is None:
+            outcome = mode if mode in ("done", "stopped", "gave_up") else states.get(key[0], "did not start").lower()
+            found.append(Bar(int(record["link"]), *key, mode, outcome, begin, begin, begin, 0, str(record.get("checkpoint") or ""),
+                             clock, 0.0, 0.0, waited_s.get(key[0], 0.0)))  # fmt: skip
+            continue
+        reached = max([begin, *(int(fields["number"]) for _, fields in attempt.events if "number" in fields)])
+        saved = attempt.last("saved")
+        kept = max(begin, int(saved["number"])) if saved else begin
+        num_saves = sum(1 for _, fields in attempt.events if fields.get("event") == "saved")
+        took_s = (reached - begin) * scenario["step_time_s"] + num_saves * scenario["save_time_s"]
+        gpus = plan.spec.num_nodes * plan.gpus_per_node
+        found.append(
+            Bar(
+                int(record["link"]),
+                *key,
+                mode,
+                outcome_of(attempt, states.get(key[0], "")),
+                begin,
+                reached,
+                kept,
+                reached - kept,
+                str(record.get("checkpoint") or ""),
+                clock,
+                took_s,
+                gpus * took_s / 3600,
+                waited_s.get(key[0], 0.0),
+            )  # fmt: skip
+        )
+        clock += took_s
+    return found
+
+
+def outcome_of(attempt: Attempt, state: str) -> str:
+    """In a word, how one start ended."""
+    for event, word in (("end", "done"), ("strike", "node failed"), ("kill", "killed in a save"), ("left", "saved and left"),
+                        ("limit", "time limit")):  # fmt: skip
+        if attempt.last(event):
+            return word
+    return state.lower() or "unknown"
+
+
+def text(found: Sequence[Bar]) -> list[str]:
+    """One line per bar: where in the run's time it ran, `=` what it kept and `x` what it lost."""
+    total = max((bar.start_s + bar.took_s for bar in found), default=0.0)
+    lines = []
+    for bar in found:
+        left, kept, lost = (round(WIDTH * part / total) if total else 0 for part in _parts(bar))
+        if bar.took_s and not kept + lost:
+            kept = 1
+        picture = " " * left + "=" * kept + "x" * lost
+        label = f"link {bar.link}" + (f".{bar.restart}" if bar.restart else "")
+        lines.append(f"{label:9}|{picture[:WIDTH]:{WIDTH}}| {bar.mode}, {bar.first} -> {bar.kept}, {bar.outcome}")
+    return lines
+
+
+def svg(found: Sequence[Bar], title: str) -> str:
+    """The same as a picture that needs nothing but a browser."""
+    total = max((bar.start_s + bar.took_s for bar in found), default=0.0) or 1.0
+    width, left, row = 960, 120, 30
+    height = 70 + row * len(found)
+    scale = (width - left - 20) / total
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<text x="10" y="20" font-size="15">{escape(title)}</text>',
+    ]
+    for index, bar in enumerate(found):
+        top = 34 + row * index
+        before, kept, lost = (part * scale for part in _parts(bar))
+        name = f"link {bar.link}" + (f", restart {bar.restart}" if bar.restart else "")
+        told = f"{bar.mode}, {bar.first} to {bar.kept}, {bar.lost} lost, {bar.outcome}"
+        out.append(f'<text x="10" y="{top + 16}">{escape(name)}</text>')
+        out.append(f'<rect x="{left + before:.1f}" y="{top}" width="{max(kept, 1):.1f}" height="22" fill="{_COLOUR.get(bar.mode, _COLOUR["other"])}">'
+                   f"<title>{escape(told)}</title></rect>")  # fmt: skip
+        if lost:
+            out.append(
+                f'<rect x="{left + before + kept:.1f}" y="{top}" width="{lost:.1f}" height="22" fill="{_COLOUR["lost"]}"/>'
+            )
+        # Beside the bar where there is room, else before it.
+        end = left + before + kept + lost
+        beside = f'x="{end + 6:.1f}"' if end < width - 330 else f'x="{left + before - 6:.1f}" text-anchor="end"'
+        if end >= width - 330 and before < 330:
+            beside = f'x="{left + before + 6:.1f}" fill="#ffffff"'
+        out.append(f'<text {beside} y="{top + 16}">{escape(told)}</text>')
+    foot = f"0 to {format_time(round(total))} of the site's time; red: iterations that were lost"
+    out += [f'<text x="{left}" y="{height - 12}" fill="#555555">{escape(foot)}</text>', "</svg>"]
+    return "\n".join(out) + "\n"
+
+
+def _parts(bar: Bar) -> tuple[float, float, float]:
+    """(when it began, time of what it kept, time of what it lost), in seconds."""
+    done = max(bar.last - bar.first, 1)
+    lost_s = bar.took_s * bar.lost / done
+    return bar.start_s, bar.took_s - lost_s, lost_s

@@ -1,0 +1,178 @@
+"""Watches the queued jobs of a rehearsal, plays the faults when rank 0 has come to them, and knows when all is over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpctrain.errors import Problem
+from hpctrain.plan import Plan
+from hpctrain.rehearse.records import Attempt, Pipe, expected_tasks
+from hpctrain.rehearse.stage import Login
+from hpctrain.slurm import LIVE
+from hpctrain.units import expand_nodes, format_time
+
+# Reasons for which a job of a rehearsal may rightly wait for a while.
+_PATIENT = {
+    "None",
+    "Dependency",
+    "Resources",
+    "Priority",
+    "BeginTime",
+    "QOSMaxJobsPerUserLimit",
+    "AssocMaxJobsLimit",
+    "Prolog",
+    "JobHeldUser",
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Slurm's words, and what they are to be read against."""
+
+    words: str
+    plan: Plan
+    accounts: Sequence[str]
+
+
+class Watch:
+    """Everything about the jobs between their submission and their end. `problems` holds what kept them from running."""
+
+    def __init__(self, login: Login, pipe: Pipe, plan: Plan, scenario: Mapping[str, Any], jobs: Mapping[int, str],
+                 progress: Callable[[str, int, int], None]) -> None:  # fmt: skip
+        self.login, self.pipe, self.plan, self.scenario, self.jobs = login, pipe, plan, scenario, dict(jobs)
+        self.problems: list[Problem] = []
+        self.waited_s: dict[str, float] = {}
+        self._progress = progress
+        self._states: dict[str, str] = {}
+        self._played: set[tuple[str, int]] = set()
+        self._down: list[tuple[str, str]] = []
+        self._stuck: dict[str, float] = {}
+        num_tasks = plan.spec.num_nodes * plan.tasks_per_node
+        self._start_limit_s = 120 + 0.3 * num_tasks
+
+    def states(self) -> dict[str, str]:
+        """{job id: its last state}."""
+        return dict(self._states)
+
+    def until_done(self) -> None:
+        """Until no job is left, or the rest was cancelled because something went wrong."""
+        if not self.jobs:
+            return
+        pause_s = 0.2 if self.plan.spec.num_nodes <= 16 else 1.0
+        submitted = time.monotonic()
+        while True:
+            found = self.login.queue()
+            now = time.monotonic()
+            live = []
+            for job_id in self.jobs.values():
+                state, reason = found.get(job_id, (self._states.get(job_id, "PENDING"), ""))
+                self._states[job_id] = state
+                if state == "PENDING":
+                    self._waits(job_id, reason, now)
+                elif state == "RUNNING":
+                    self._stuck.pop(job_id, None)
+                    self.waited_s.setdefault(job_id, now - submitted)
+                if state in LIVE:
+                    live.append(job_id)
+            if not live:
+                return
+            with self.pipe.lock:
+                attempts = list(self.pipe.attempts.values())
+            for attempt in attempts:
+                self._play(attempt, now)
+            self._bring_back(found)
+            self._tell(attempts)
+            if self.problems:
+                self.login.slurm("scancel", *live)
+            time.sleep(pause_s)
+
+    def _waits(self, job_id: str, reason: str, now: float) -> None:
+        """A job that waits for what will never come is an error; Slurm's reason is its message."""
+        if reason in _PATIENT:
+            self._stuck.pop(job_id, None)
+            return
+        since = self._stuck.setdefault(job_id, now)
+        if now - since > 15:
+            self.problems.append(
+                Problem(f"job {job_id} would wait for ever: {reason}", why="Slurm accepted it and gives this reason for not starting it",
+                        hint="`man squeue`, JOB REASON CODES, tells what it means"))  # fmt: skip
+
+    def _play(self, attempt: Attempt, now: float) -> None:
+        key = attempt.job_id, attempt.restart
+        if key in self._played:
+            return
+        if not attempt.ready and now - attempt.begun > self._start_limit_s:
+            self._played.add(key)
+            wanted = expected_tasks(attempt.tasks[0]) if attempt.tasks else 0
+            self.problems.append(
+                Problem(f"only {len(attempt.tasks)} of {wanted} tasks came within {self._start_limit_s:.0f} s",
+                        why="the others of the step would wait for them"))  # fmt: skip
+        if (
+            attempt.ready
+            and not attempt.events
+            and not any(_is_first(task) for task in attempt.tasks)
+            and now - attempt.begun > 5
+        ):
+            self._played.add(key)
+            self.login.slurm("scancel", attempt.job_id)
+        if attempt.last("limit"):
+            self._played.add(key)
+            if self.scenario["saves_on_signal"]:
+                # What Slurm itself does that long before the limit (sbatch --signal=B:…).
+                self.login.slurm("scancel", "--batch", f"--signal={self.scenario['signal']}", attempt.job_id)
+            else:
+                # The limit in compressed time has come: a limit of no minutes makes Slurm end the job as at any limit.
+                self.login.slurm("scontrol", "update", f"jobid={attempt.job_id}", "TimeLimit=0")
+        elif attempt.last("strike"):
+            self._played.add(key)
+            nodes = expand_nodes(attempt.tasks[-1].get("SLURMD_NODENAME", ""))
+            self.login.fail_node(nodes[0], "down")
+            self._down.append((nodes[0], attempt.job_id))
+
+    def _bring_back(self, found: Mapping[str, tuple[str, str]]) -> None:
+        """A failed node returns once its job has left it: the sandbox has no spare ones."""
+        for node, job_id in list(self._down):
+            if found.get(job_id, ("",))[0] not in ("RUNNING", "COMPLETING"):
+                self._down.remove((node, job_id))
+                self.login.fail_node(node, "resume")
+
+    def _tell(self, attempts: Sequence[Attempt]) -> None:
+        newest = max(attempts, key=lambda attempt: attempt.begun, default=None)
+        if newest is None:
+            return
+        total = self.plan.spec.num_nodes * self.plan.tasks_per_node
+        if not newest.ready:
+            self._progress("starting tasks", len(newest.tasks), total)
+        else:
+            events = [int(fields["number"]) for _, fields in newest.events if "number" in fields]
+            done = max(events, default=0) - self.scenario["offset"]
+            self._progress("iterations", max(done, 0), self.scenario["iterations"])
+
+
+def refusal_problem(refusal: Refusal) -> Problem:
+    """Slurm's own message with what is known about its cause."""
+    words, plan = refusal.words, refusal.plan
+    part, node = plan.partition, plan.node_type
+    hints = (
+        ("Invalid account", f"accounts there: {', '.join(refusal.accounts) or 'none'}", "set `account:` to one of yours"),
+        ("Requested time limit is invalid", f"partition `{part.name}` allows {format_time(part.max_time_s) if part.max_time_s else 'any time'}",
+         "ask for less `time:` and queue a chain"),
+        ("MaxSubmitJobPerUser", f"partition `{part.name}` takes {part.max_submitted} submitted jobs a user", "queue fewer links, or another partition"),
+        ("AssocMaxSubmitJobLimit", "no account, an exhausted one, or too many jobs in the queue", "set `account:`"),
+        ("node configuration is not available",
+         f"a `{node.name}` node gives jobs {node.usable_cores} cores, {node.memory_gib:g} GiB and {node.gpus} GPUs, "
+         f"and the plan asks for {plan.tasks_per_node} tasks x {plan.cpus_per_task} cpus", f"at most {node.usable_cores} cores a node"),
+        ("CPU count per node", f"a `{node.name}` node gives jobs {node.usable_cores} cores", f"at most {node.usable_cores} cores a node"),
+        ("Node count specification", f"partition `{part.name}` allows {part.max_nodes or 'any number of'} nodes", "ask for fewer `nodes:`"),
+    )  # fmt: skip
+    for mark, why, hint in hints:
+        if mark in words:
+            return Problem(words, why=why, hint=hint)
+    return Problem(words)
+
+
+def _is_first(task: Mapping[str, str]) -> bool:
+    return task.get("RANK", task.get("SLURM_PROCID", "0")) == "0"
