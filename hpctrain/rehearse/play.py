@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -53,6 +54,7 @@ class Outcome:
     scenario: Mapping[str, Any]
     refused: str
     seconds: Mapping[str, float]
+    script_sha256: str
     kept: str
 
     @property
@@ -88,11 +90,14 @@ def rehearse(
             login = stage.Login(record, place, shown.home, environ)
             jobs, refused = queue(login, plan, request.num_jobs)
             watch = Watch(login, pipe, plan, scenario, jobs, progress)
-            watch.until_done()
+            watch.until_done(only_cancel=bool(refused))
             seconds["jobs"] = time.monotonic() - clock - seconds["sandbox"]
+            seconds["cpu"] = stage.cpu_s(record)
         finally:
             pipe.close()
+        looked = time.monotonic()
         run_dir = shown.real_path(str(place.files), plan.run_dir) or ""
+        sha256 = _sha256(os.path.join(run_dir, "job.sbatch"))
         links = tuple(read_records(os.path.join(run_dir, "links.jsonl")))
         attempts = tuple(sorted(pipe.attempts.values(), key=lambda attempt: attempt.begun))
         problems = [
@@ -104,10 +109,11 @@ def rehearse(
             *_secret(secret, run_dir),
         ]
         stage.sweep(plan, list(jobs.values()))
+        seconds["checks"] = time.monotonic() - looked
     seconds["all"] = time.monotonic() - clock
     return Outcome(
         tuple(dict.fromkeys(problems)), shown, attempts, links, jobs, watch.states(), watch.waited_s, scenario, refused,
-        seconds, str(place.base) if request.keep else "",
+        seconds, sha256, str(place.base) if request.keep else "",
     )  # fmt: skip
 
 
@@ -176,6 +182,11 @@ def expectation(plan: Plan) -> checks.Expected:
         plan.spec.num_nodes, plan.tasks_per_node, plan.gpus_per_node, plan.cpus_per_task, plan.node_type.gpu_vendor,
         checks.bind_masks(kind, values), plan.recipe.values["module"] == "neox_sft", plan.resolved.workdir or plan.run_dir, reserved,
     )  # fmt: skip
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.sha256(stream.read()).hexdigest()
 
 
 def _ready(place: stage.Place, attempt: Attempt) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from hpctrain.errors import EnvironmentFault, Refused
 from hpctrain.plan import Plan
 from hpctrain.rehearse import shims, standin
-from hpctrain.sandbox import sandbox
+from hpctrain.sandbox import processes, sandbox
 from hpctrain.sandbox import state as sandbox_state
 from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.shape import ClusterShape
@@ -213,6 +213,16 @@ def _calm() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def cpu_s(record: Record) -> float:
+    """CPU seconds that the sandbox's processes, and those they have waited for, have used so far (proc(5), stat 14 to 17)."""
+    total = 0
+    for process in processes.of_sandbox(record.place.state, record.place.run):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{process.pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+            total += sum(map(int, fields[11:15]))
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def sweep(plan: Plan, job_ids: Sequence[str]) -> None:

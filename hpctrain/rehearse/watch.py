@@ -57,10 +57,12 @@ class Watch:
         """{job id: its last state}."""
         return dict(self._states)
 
-    def until_done(self) -> None:
-        """Until no job is left, or the rest was cancelled because something went wrong."""
+    def until_done(self, only_cancel: bool = False) -> None:
+        """Until no job is left, or the rest was cancelled because something went wrong (or `only_cancel` says so)."""
         if not self.jobs:
             return
+        if only_cancel:
+            self.login.slurm("scancel", *self.jobs.values())
         pause_s = 0.2 if self.plan.spec.num_nodes <= 16 else 1.0
         submitted = time.monotonic()
         while True:
