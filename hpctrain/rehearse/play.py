@@ -82,6 +82,7 @@ def rehearse(
         mounts = [(str(place.files / source), target) for source, target in shown.mounts]
         accounts = request.accounts or ((plan.spec.account,) if plan.spec.account else ())
         shape = stage.shape_of(plan, mounts, request.accounting, accounts)
+        jobs: dict[int, str] = {}
         pipe = Pipe(str(place.shims), lambda attempt: _ready(place, attempt))
         try:
             record = stage.start(place, shape, environ, progress)
@@ -92,9 +93,9 @@ def rehearse(
             watch = Watch(login, pipe, plan, scenario, jobs, progress)
             watch.until_done(only_cancel=bool(refused))
             seconds["jobs"] = time.monotonic() - clock - seconds["sandbox"]
-            seconds["cpu"] = stage.cpu_s(record)
         finally:
             pipe.close()
+            stage.sweep(plan, list(jobs.values()))
         looked = time.monotonic()
         run_dir = shown.real_path(str(place.files), plan.run_dir) or ""
         sha256 = _sha256(os.path.join(run_dir, "job.sbatch"))
@@ -108,7 +109,6 @@ def rehearse(
             *_written(before, listing(str(place.files)), shown, plan),
             *_secret(secret, run_dir),
         ]
-        stage.sweep(plan, list(jobs.values()))
         seconds["checks"] = time.monotonic() - looked
     seconds["all"] = time.monotonic() - clock
     return Outcome(
@@ -128,7 +128,7 @@ def make_scenario(plan: Plan, request: Request) -> dict[str, Any]:
     speed = request.speed or max(link_s / LINK_S, 1.0)
     save_time_s = plan.spec.save_time_s or 0.0
     return {
-        "faults": {str(link): fault for link, fault in enumerate(request.faults, start=1)},
+        "faults": list(request.faults),
         "target": offset + iterations,
         "iterations": iterations,
         "offset": offset,
@@ -216,9 +216,19 @@ def _ends(
     run_dir: str,
 ) -> list[Problem]:
     """Jobs that ended otherwise than the faults explain, and runs that did not reach their target."""
-    found = []
+    found: list[Problem] = []
     states = watch.states()
-    played = {watch.jobs[link]: fault for link, fault in enumerate(request.faults, start=1) if link in watch.jobs}
+    started = [attempt for attempt in attempts if attempt.ready]
+    played = {attempt.job_id: fault for attempt, fault in zip(started, request.faults)}
+    for number, fault in enumerate(request.faults[len(started) :], start=len(started) + 1):
+        if fault and not found:
+            found.append(
+                Problem(
+                    f"fault {number} (`{fault}`) was not played: the step was started {len(started)} times",
+                    level="note",
+                    hint="queue more links with --jobs",
+                )  # fmt: skip
+            )
     for link, job_id in watch.jobs.items():
         state = states.get(job_id, "")
         fault = played.get(job_id)
@@ -238,7 +248,7 @@ def _ends(
             )
     target = plan.resolved.guard.target
     ends = [record.get("iteration") or 0 for record in links if record.get("event") == "end"]
-    if target and watch.jobs and not found and max(ends, default=0) < target:
+    if target and watch.jobs and not any(p.level == "error" for p in found) and max(ends, default=0) < target:
         level = "note" if any(state == "TIMEOUT" for state in states.values()) or request.faults else "error"
         found.append(
             Problem(

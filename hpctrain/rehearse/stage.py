@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +19,13 @@ from typing import Any
 from hpctrain.errors import EnvironmentFault, Refused
 from hpctrain.plan import Plan
 from hpctrain.rehearse import shims, standin
-from hpctrain.sandbox import processes, sandbox
+from hpctrain.sandbox import sandbox
 from hpctrain.sandbox import state as sandbox_state
 from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.shape import ClusterShape
 from hpctrain.sandbox.state import Record
 
 OTHER_NODES = 1  # of each other kind of node, so that all partitions of the site are there
-NODES_OF_CARE = 256  # above, the sandbox starts without accounting unless asked for
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def place_of(run_dir: str, given: str, environ: Mapping[str, str], keep: bool) -
         clear(place, environ)
         kept = False
         try:
-            yield place
+            with _interruptible():
+                yield place
             kept = keep
         finally:
             if not kept:
@@ -200,29 +201,34 @@ def start(
 
 
 @contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end like Ctrl-C: everything is taken down."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    with _handled({signal.SIGTERM: interrupt, signal.SIGHUP: interrupt}):
+        yield
+
+
+@contextlib.contextmanager
 def _calm() -> Iterator[None]:
     """A second Ctrl-C must not stop the clearing away."""
-    import signal
+    with _handled({number: signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}):
+        yield
 
-    before = {}
+
+@contextlib.contextmanager
+def _handled(wanted: Mapping[int, Any]) -> Iterator[None]:
+    before: dict[int, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            with contextlib.suppress(ValueError):
-                before[number] = signal.signal(number, signal.SIG_IGN)
+        for number, handler in wanted.items():
+            with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
+                before[number] = signal.signal(number, handler)
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def cpu_s(record: Record) -> float:
-    """CPU seconds that the sandbox's processes, and those they have waited for, have used so far (proc(5), stat 14 to 17)."""
-    total = 0
-    for process in processes.of_sandbox(record.place.state, record.place.run):
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{process.pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-            total += sum(map(int, fields[11:15]))
-    return total / os.sysconf("SC_CLK_TCK")
 
 
 def sweep(plan: Plan, job_ids: Sequence[str]) -> None:

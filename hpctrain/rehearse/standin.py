@@ -129,8 +129,7 @@ class Walk:
         self.folder, self.environ = folder, environ
         self.asked_to_leave = False
         self.job = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_RESTART_COUNT", "0") or "0"
-        link = environ.get("HPCTRAIN_LINK", "1")
-        self.fault = self.scenario["faults"].get(link, "") if self.job[1] == "0" else ""
+        self.fault = ""
         # The other ranks read from it, and their wait ends when this process does.
         self.hold = os.open(os.path.join(folder, "hold"), os.O_RDWR)
 
@@ -152,6 +151,10 @@ class Walk:
         ready = os.path.join(self.folder, "ready.{}.{}".format(*self.job))
         while not os.path.exists(ready):
             time.sleep(0.02)
+        # The first start of the step plays the first fault, and so on, whichever link it belongs to.
+        starts = sum(1 for name in os.listdir(self.folder) if name.startswith("ready."))
+        faults = self.scenario["faults"]
+        self.fault = faults[starts - 1] if starts <= len(faults) else ""
 
     def freeze(self) -> None:
         """No progress from here on: whoever reads the records ends this job."""

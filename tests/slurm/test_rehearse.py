@@ -108,22 +108,32 @@ def test_without_no_check_hpctrain_itself_refuses_first(run):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("edits", "told"),
     [
-        ("--bind /pfs --bind /scratch ", "", f"/scratch/{ACCOUNT}"),
+        ([("--bind /pfs --bind /scratch ", "")], [f"/scratch/{ACCOUNT}"]),
         (
-            'LOCAL_RANK="$SLURM_LOCALID"',
-            'LOCAL_RANK="$SLURM_LOCALID" ROCR_VISIBLE_DEVICES="$((SLURM_LOCALID / 2))"',
-            "share GPU 0 of node nid000001",
+            [
+                (
+                    'LOCAL_RANK="$SLURM_LOCALID"',
+                    'LOCAL_RANK="$SLURM_LOCALID" ROCR_VISIBLE_DEVICES="$((SLURM_LOCALID / 2))"',
+                )
+            ],
+            ["share GPU 0 of node nid000001"],
         ),
-        ("0xfe000000000000,0xfe00000000000000", "0xfe00000000000000,0xfe000000000000", "another CPU mask than planned"),
-        ('RANK="$SLURM_PROCID"', "RANK=0", "not every rank is there exactly once"),
+        (
+            [
+                ('RANK="$SLURM_PROCID"', "RANK=0"),
+                ("0xfe000000000000,0xfe00000000000000", "0xfe00000000000000,0xfe000000000000"),
+            ],
+            ["not every rank is there exactly once", "another CPU mask than planned"],
+        ),
     ],
-    ids=["bind", "gpu", "mask", "rank"],
+    ids=["bind", "gpu", "rank-and-mask"],
 )
-def test_a_broken_step_is_caught(run, old, new, told):
-    answer = run.rehearse("--job", run.job((old, new)), "--no-accounting", code=1)
-    assert told in answer["said"], answer["problems"]
+def test_a_broken_step_is_caught(run, edits, told):
+    answer = run.rehearse("--job", run.job(*edits), "--no-accounting", code=1)
+    for words in told:
+        assert words in answer["said"], answer["problems"]
 
 
 def deepy(run) -> list[str]:
@@ -145,19 +155,16 @@ def test_neoxs_own_launcher_passes_and_a_wrong_hostfile_is_caught(run):
         )
     )
     assert "multiple entries for nid00000" in run.rehearse(*options, "--job", again, code=1)["said"]
-    fewer = run.job(("slots=8", "slots=4"))
-    assert "8 tasks were started, and the plan has 16" in run.rehearse(*options, "--job", fewer, code=1)["said"]
 
 
 def test_a_chain_under_faults_resumes_each_time_from_the_newest_whole_checkpoint(run):
     picture = run.top / "chain.svg"
     answer = run.rehearse(
-        "--faults", "kill_mid_save,node_fail,timeout", "--picture", picture, "--no-accounting", nodes=1
+        "--faults", "kill_mid_save,node_fail,timeout", "--jobs", "4", "--picture", picture, "--no-accounting", nodes=1
     )
     bars = answer["timeline"]
-    assert [bar["outcome"] for bar in bars][:4] == ["killed in a save", "node failed", "time limit", "done"] or [
-        bar["outcome"] for bar in bars
-    ][:5] == ["killed in a save", "node failed", "time limit", "done", "done"], bars
+    assert [bar["outcome"] for bar in bars] == ["killed in a save", "node failed", "time limit", "done", "done"]
+    assert [bar["restart"] for bar in bars] == [0, 0, 1, 0, 0]
     ran = [bar for bar in bars if bar["took_s"]]
     assert [bar["mode"] for bar in ran] == ["finetune", *["resume"] * (len(ran) - 1)]
     assert all(later["first"] == bar["kept"] for bar, later in zip(ran, ran[1:]))
@@ -167,7 +174,7 @@ def test_a_chain_under_faults_resumes_each_time_from_the_newest_whole_checkpoint
 
 def test_ctrl_c_leaves_nothing(run):
     argv = [sys.executable, "-m", "hpctrain", "rehearse", "--nodes", "2", "--no-accounting", "--dir", str(run.base)]
-    for seconds in (0.3, 2.0, 6.0):
+    for seconds in (0.5, 5.0):
         child = subprocess.Popen(argv, cwd=run.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 20
         while not run.base.exists() and time.monotonic() < deadline and child.poll() is None:
