@@ -220,11 +220,11 @@ def _ends(
     states = watch.states()
     started = [attempt for attempt in attempts if attempt.ready]
     played = {attempt.job_id: fault for attempt, fault in zip(started, request.faults)}
-    for number, fault in enumerate(request.faults[len(started) :], start=len(started) + 1):
-        if fault and not found:
+    for number, left in enumerate(request.faults[len(started) :], start=len(started) + 1):
+        if left and not found:
             found.append(
                 Problem(
-                    f"fault {number} (`{fault}`) was not played: the step was started {len(started)} times",
+                    f"fault {number} (`{left}`) was not played: the step was started {len(started)} times",
                     level="note",
                     hint="queue more links with --jobs",
                 )  # fmt: skip
