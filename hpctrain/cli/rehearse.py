@@ -22,7 +22,7 @@ from hpctrain.cli import common
 @click.option(
     "--faults",
     metavar="F,F,…",
-    help="What goes wrong in link 1, 2, …: timeout, node_fail, kill_mid_save, none.",
+    help="What goes wrong in the 1st, 2nd, … start of the step: timeout, node_fail, kill_mid_save, none.",
 )
 @click.option(
     "--account-exists",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -53,6 +54,7 @@ class Outcome:
     scenario: Mapping[str, Any]
     refused: str
     seconds: Mapping[str, float]
+    script_sha256: str
     kept: str
 
     @property
@@ -80,6 +82,7 @@ def rehearse(
         mounts = [(str(place.files / source), target) for source, target in shown.mounts]
         accounts = request.accounts or ((plan.spec.account,) if plan.spec.account else ())
         shape = stage.shape_of(plan, mounts, request.accounting, accounts)
+        jobs: dict[int, str] = {}
         pipe = Pipe(str(place.shims), lambda attempt: _ready(place, attempt))
         try:
             record = stage.start(place, shape, environ, progress)
@@ -88,11 +91,14 @@ def rehearse(
             login = stage.Login(record, place, shown.home, environ)
             jobs, refused = queue(login, plan, request.num_jobs)
             watch = Watch(login, pipe, plan, scenario, jobs, progress)
-            watch.until_done()
+            watch.until_done(only_cancel=bool(refused))
             seconds["jobs"] = time.monotonic() - clock - seconds["sandbox"]
         finally:
             pipe.close()
+            stage.sweep(plan, list(jobs.values()))
+        looked = time.monotonic()
         run_dir = shown.real_path(str(place.files), plan.run_dir) or ""
+        sha256 = _sha256(os.path.join(run_dir, "job.sbatch"))
         links = tuple(read_records(os.path.join(run_dir, "links.jsonl")))
         attempts = tuple(sorted(pipe.attempts.values(), key=lambda attempt: attempt.begun))
         problems = [
@@ -103,11 +109,11 @@ def rehearse(
             *_written(before, listing(str(place.files)), shown, plan),
             *_secret(secret, run_dir),
         ]
-        stage.sweep(plan, list(jobs.values()))
+        seconds["checks"] = time.monotonic() - looked
     seconds["all"] = time.monotonic() - clock
     return Outcome(
         tuple(dict.fromkeys(problems)), shown, attempts, links, jobs, watch.states(), watch.waited_s, scenario, refused,
-        seconds, str(place.base) if request.keep else "",
+        seconds, sha256, str(place.base) if request.keep else "",
     )  # fmt: skip
 
 
@@ -122,7 +128,7 @@ def make_scenario(plan: Plan, request: Request) -> dict[str, Any]:
     speed = request.speed or max(link_s / LINK_S, 1.0)
     save_time_s = plan.spec.save_time_s or 0.0
     return {
-        "faults": {str(link): fault for link, fault in enumerate(request.faults, start=1)},
+        "faults": list(request.faults),
         "target": offset + iterations,
         "iterations": iterations,
         "offset": offset,
@@ -178,6 +184,11 @@ def expectation(plan: Plan) -> checks.Expected:
     )  # fmt: skip
 
 
+def _sha256(path: str) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.sha256(stream.read()).hexdigest()
+
+
 def _ready(place: stage.Place, attempt: Attempt) -> None:
     (place.shims / f"ready.{attempt.job_id}.{attempt.restart}").touch()
 
@@ -205,9 +216,19 @@ def _ends(
     run_dir: str,
 ) -> list[Problem]:
     """Jobs that ended otherwise than the faults explain, and runs that did not reach their target."""
-    found = []
+    found: list[Problem] = []
     states = watch.states()
-    played = {watch.jobs[link]: fault for link, fault in enumerate(request.faults, start=1) if link in watch.jobs}
+    started = [attempt for attempt in attempts if attempt.ready]
+    played = {attempt.job_id: fault for attempt, fault in zip(started, request.faults)}
+    for number, left in enumerate(request.faults[len(started) :], start=len(started) + 1):
+        if left and not found:
+            found.append(
+                Problem(
+                    f"fault {number} (`{left}`) was not played: the step was started {len(started)} times",
+                    level="note",
+                    hint="queue more links with --jobs",
+                )  # fmt: skip
+            )
     for link, job_id in watch.jobs.items():
         state = states.get(job_id, "")
         fault = played.get(job_id)
@@ -227,7 +248,7 @@ def _ends(
             )
     target = plan.resolved.guard.target
     ends = [record.get("iteration") or 0 for record in links if record.get("event") == "end"]
-    if target and watch.jobs and not found and max(ends, default=0) < target:
+    if target and watch.jobs and not any(p.level == "error" for p in found) and max(ends, default=0) < target:
         level = "note" if any(state == "TIMEOUT" for state in states.values()) or request.faults else "error"
         found.append(
             Problem(

@@ -23,6 +23,11 @@ class Attempt:
     events: list[tuple[float, Fields]] = field(default_factory=list)
     ready: bool = False
     begun: float = 0.0
+    heard: float = 0.0
+
+    def moments(self) -> list[float]:
+        """When something was heard of it."""
+        return [self.begun, self.heard, *(moment for moment, _ in self.events)]
 
     def last(self, name: str) -> Fields | None:
         """The newest event of that name."""
@@ -60,13 +65,15 @@ class Pipe:
 
     def _take(self, text: str) -> None:
         fields = dict(part.partition("=")[::2] for part in text.split(FIELD))
-        key = fields.get("SLURM_JOB_ID", ""), int(fields.get("SLURM_RESTART_COUNT") or 0)
+        restart = fields.get("SLURM_RESTART_COUNT", "")
+        key = fields.get("SLURM_JOB_ID", ""), int(restart) if restart.isdigit() else 0
         with self.lock:
             attempt = self.attempts.setdefault(key, Attempt(*key, begun=time.monotonic()))
             if fields.get("event") != "task":
                 attempt.events.append((time.monotonic(), fields))
                 return
             attempt.tasks.append(fields)
+            attempt.heard = time.monotonic()
             if not attempt.ready and len(attempt.tasks) == expected_tasks(fields):
                 attempt.ready = True
                 self._on_ready(attempt)
@@ -74,4 +81,5 @@ class Pipe:
 
 def expected_tasks(task: Fields) -> int:
     """How many tasks the step of this one has, as srun told it."""
-    return int(task.get("SLURM_STEP_NUM_TASKS") or task.get("SLURM_NTASKS") or 0)
+    text = task.get("SLURM_STEP_NUM_TASKS") or task.get("SLURM_NTASKS") or ""
+    return int(text) if text.isdigit() else 0

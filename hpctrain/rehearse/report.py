@@ -113,6 +113,7 @@ def as_json(plan: Plan, outcome: Outcome, found: Sequence[Bar]) -> dict[str, Any
         "made_up": [{"what": item.what, "path": item.path} for item in outcome.scene.made],
         "missing": [{"what": what, "path": path} for what, path in outcome.scene.missing],
         "ranks": [dict(sorted(task.items())) for attempt in outcome.attempts for task in attempt.tasks],
+        "job_script_sha256": outcome.script_sha256,
         "seconds": dict(outcome.seconds),
     }
 

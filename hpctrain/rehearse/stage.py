@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,6 @@ from hpctrain.sandbox.shape import ClusterShape
 from hpctrain.sandbox.state import Record
 
 OTHER_NODES = 1  # of each other kind of node, so that all partitions of the site are there
-NODES_OF_CARE = 256  # above, the sandbox starts without accounting unless asked for
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def place_of(run_dir: str, given: str, environ: Mapping[str, str], keep: bool) -
         clear(place, environ)
         kept = False
         try:
-            yield place
+            with _interruptible():
+                yield place
             kept = keep
         finally:
             if not kept:
@@ -200,15 +201,30 @@ def start(
 
 
 @contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end like Ctrl-C: everything is taken down."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    with _handled({signal.SIGTERM: interrupt, signal.SIGHUP: interrupt}):
+        yield
+
+
+@contextlib.contextmanager
 def _calm() -> Iterator[None]:
     """A second Ctrl-C must not stop the clearing away."""
-    import signal
+    with _handled({number: signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}):
+        yield
 
-    before = {}
+
+@contextlib.contextmanager
+def _handled(wanted: Mapping[int, Any]) -> Iterator[None]:
+    before: dict[int, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            with contextlib.suppress(ValueError):
-                before[number] = signal.signal(number, signal.SIG_IGN)
+        for number, handler in wanted.items():
+            with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
+                before[number] = signal.signal(number, handler)
         yield
     finally:
         for number, handler in before.items():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.errors import Problem
+from hpctrain.errors import EnvironmentFault, Problem
 from hpctrain.plan import Plan
 from hpctrain.rehearse.records import Attempt, Pipe, expected_tasks
 from hpctrain.rehearse.stage import Login
@@ -50,6 +50,8 @@ class Watch:
         self._played: set[tuple[str, int]] = set()
         self._down: list[tuple[str, str]] = []
         self._stuck: dict[str, float] = {}
+        self._running: dict[str, float] = {}
+        self._answered = time.monotonic()
         num_tasks = plan.spec.num_nodes * plan.tasks_per_node
         self._start_limit_s = 120 + 0.3 * num_tasks
 
@@ -57,23 +59,31 @@ class Watch:
         """{job id: its last state}."""
         return dict(self._states)
 
-    def until_done(self) -> None:
-        """Until no job is left, or the rest was cancelled because something went wrong."""
+    def until_done(self, only_cancel: bool = False) -> None:
+        """Until no job is left, or the rest was cancelled because something went wrong (or `only_cancel` says so)."""
         if not self.jobs:
             return
+        if only_cancel:
+            self.login.slurm("scancel", *self.jobs.values())
         pause_s = 0.2 if self.plan.spec.num_nodes <= 16 else 1.0
         submitted = time.monotonic()
         while True:
             found = self.login.queue()
             now = time.monotonic()
+            self._answered = now if found else self._answered
+            if now - self._answered > 120:
+                raise EnvironmentFault("the sandbox's controller does not answer any more", where=str(self.login.place.state / "log"),
+                                       hint="is the disk full, or the memory?")  # fmt: skip
             live = []
             for job_id in self.jobs.values():
                 state, reason = found.get(job_id, (self._states.get(job_id, "PENDING"), ""))
                 self._states[job_id] = state
                 if state == "PENDING":
                     self._waits(job_id, reason, now)
+                    self._running.pop(job_id, None)
                 elif state == "RUNNING":
                     self._stuck.pop(job_id, None)
+                    self._running.setdefault(job_id, now)
                     self.waited_s.setdefault(job_id, now - submitted)
                 if state in LIVE:
                     live.append(job_id)
@@ -83,6 +93,7 @@ class Watch:
                 attempts = list(self.pipe.attempts.values())
             for attempt in attempts:
                 self._play(attempt, now)
+            self._silence(attempts, now)
             self._bring_back(found)
             self._tell(attempts)
             if self.problems:
@@ -131,6 +142,16 @@ class Watch:
             nodes = expand_nodes(attempt.tasks[-1].get("SLURMD_NODENAME", ""))
             self.login.fail_node(nodes[0], "down")
             self._down.append((nodes[0], attempt.job_id))
+
+    def _silence(self, attempts: Sequence[Attempt], now: float) -> None:
+        """A running job of which nothing is heard: its step never started, or it is not the plan's."""
+        for job_id, since in self._running.items():
+            heard = [moment for attempt in attempts if attempt.job_id == job_id for moment in attempt.moments()]
+            if now - max([since, *heard]) > self._start_limit_s:
+                what = "came no further" if heard else "started no task that reported"
+                self.problems.append(
+                    Problem(f"job {job_id} {what} within {self._start_limit_s:.0f} s", why="a rehearsal replaces the program that the plan names",
+                            hint="does job.sbatch run another one, or does something before the step wait?"))  # fmt: skip
 
     def _bring_back(self, found: Mapping[str, tuple[str, str]]) -> None:
         """A failed node returns once its job has left it: the sandbox has no spare ones."""

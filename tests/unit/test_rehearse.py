@@ -1,0 +1,252 @@
+"""Rehearsals without a Slurm: what the checks find, what the stand-in writes and tells, what is made up for the job."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from hpctrain.load import load_plan
+from hpctrain.rehearse import checks, play, scene, shims, standin, timeline
+from hpctrain.rehearse.records import Attempt
+from hpctrain.runtime.files import Listing
+from hpctrain.runtime.layout import Expected
+from hpctrain.runtime.layouts import LAYOUTS
+from hpctrain.sandbox import nodeview
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from hostile import HOSTILE  # noqa: E402
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "lumi-neox-sft" / "run.yaml"
+MASKS = "fe000000000000,fe00000000000000,fe0000,fe000000,fe,fe00,fe00000000,fe0000000000"
+
+
+def example(*assignments: str, out: str | None = None):
+    return load_plan(str(EXAMPLE), ["nodes=2", *assignments], out).plan
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return play.expectation(example())
+
+
+def right(rank: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank % 8), "WORLD_SIZE": "16", "MASTER_ADDR": "nid000001", "MASTER_PORT": "21000",
+        "SLURMD_NODENAME": f"nid00000{1 + rank // 8}", "SLURM_STEP_GPUS": "0,1,2,3,4,5,6,7", "ROCR_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
+        "SLURM_CPU_BIND_TYPE": "mask_cpu:", "SLURM_CPU_BIND_LIST": MASKS,
+    }  # fmt: skip
+
+
+def found(expected, change) -> str:
+    tasks = [right(rank) for rank in range(16)]
+    tasks = [task for task in (change(task) for task in tasks) if task is not None]
+    return "\n".join(map(str, checks.find_problems(tasks, expected)))
+
+
+def test_what_the_plan_says_is_no_problem(expected):
+    assert found(expected, lambda task: task) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda task: {**task, "RANK": "0"}, "more than once: 0"),
+        (lambda task: None if task["RANK"] == "5" else task, "15 tasks were started"),
+        (lambda task: {**task, "RANK": str(int(task["RANK"]) + 1)}, "missing: 0; unknown: 16"),
+        (lambda task: {**task, "WORLD_SIZE": "1"}, "WORLD_SIZE is 1"),
+        (lambda task: {**task, "LOCAL_RANK": "0"}, "share GPU 0 of node nid000001"),
+        (lambda task: {**task, "LOCAL_RANK": "x"}, "local ranks -1"),
+        (lambda task: {**task, "MASTER_ADDR": task["SLURMD_NODENAME"]}, "2 rendezvous addresses"),
+        (lambda task: {**task, "MASTER_ADDR": "nid000002"}, "MASTER_ADDR is nid000002, and rank 0 runs on nid000001"),
+        (lambda task: {**task, "MASTER_ADDR": "", "MASTER_PORT": ""}, "no MASTER_ADDR"),
+        (lambda task: {**task, "ROCR_VISIBLE_DEVICES": str(int(task["LOCAL_RANK"]) // 2)}, "ranks 0, 1 share GPU 0"),
+        (lambda task: {**task, "ROCR_VISIBLE_DEVICES": task["LOCAL_RANK"]}, "rank 0 sees 1 of 8 GPUs"),
+        (lambda task: {**task, "HIP_VISIBLE_DEVICES": "3"}, "share GPU 3"),
+        (lambda task: {**task, "ROCR_VISIBLE_DEVICES": ""}, "16 ranks see no GPU"),
+        (lambda task: {**task, "SLURM_CPU_BIND_LIST": MASKS.replace("fe", "ff")}, "another CPU mask than planned"),
+        (lambda task: {**task, "SLURM_CPU_BIND_TYPE": "none", "SLURM_CPU_BIND_LIST": ""}, "no CPU mask"),
+        (lambda task: {**task, "unseen": "/scratch/x.bin", "SINGULARITY_CONTAINER": "/i.sif"}, "the container does not bind"),
+    ],
+)  # fmt: skip
+def test_one_thing_broken_is_found(expected, change, told):
+    assert told in found(expected, change)
+
+
+def test_without_a_planned_mask_reserved_cores_and_too_few_are_found(expected):
+    import dataclasses
+
+    free = dataclasses.replace(expected, masks=())
+    assert "core 0 in its mask" in found(free, lambda task: {**task, "SLURM_CPU_BIND_LIST": MASKS.replace("fe", "ff")})
+    assert "fewer than 7 cores" in found(free, lambda task: {**task, "SLURM_CPU_BIND_LIST": MASKS.replace("fe", "06")})
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"none"}))
+def test_what_the_stand_in_saves_is_complete_and_half_of_it_is_not(tmp_path, layout, zero):
+    ranks = {"tensor": 2, "pipeline": 0, "data": 3, "zero": zero}
+    expected = Expected(2, 0, 3, zero) if layout == "deepspeed" else Expected(2)
+    whole = standin.write_checkpoint(str(tmp_path / "whole"), layout, 12, ranks)
+    half = standin.write_checkpoint(str(tmp_path / "half"), layout, 12, ranks, until=0.5)
+    rule = LAYOUTS[layout]
+    assert rule.number(whole) == 12
+    assert rule.verdict(str(tmp_path / "whole" / whole), Listing(), expected).faults == ()
+    assert rule.verdict(str(tmp_path / "half" / half), Listing(), expected).faults != ()
+    if rule.tracker and not rule.tracker_optional:
+        assert rule.named_by((tmp_path / "whole" / rule.tracker).read_text()) == whole
+        assert not (tmp_path / "half" / rule.tracker).exists()
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """A folder with the stand-in's pipes; `told()` gives the records so far."""
+    folder = tmp_path / "stand in"
+    folder.mkdir()
+    for name in ("records", "hold"):
+        os.mkfifo(folder / name)
+    pipe = os.open(folder / "records", os.O_RDWR)
+    hold = os.open(folder / "hold", os.O_RDWR)
+    yield folder, pipe, hold
+    os.close(pipe)
+
+
+def play_task(folder: Path, pipe: int, hold: int, words: list[str], steps, needed=(), **environ):
+    script = folder / "python"
+    script.write_text(shims.script(str(folder), steps, needed, {"python": sys.executable}, "/bin/true"))
+    script.chmod(0o755)
+    threading.Timer(0.3, os.close, [hold]).start()
+    done = subprocess.run([str(script), *words], env=environ, capture_output=True, text=True, timeout=30, check=False)
+    os.set_blocking(pipe, False)
+    try:
+        text = os.read(pipe, 1 << 16).decode()
+    except BlockingIOError:
+        text = ""
+    records = [
+        dict(part.partition("=")[::2] for part in record.split(shims.FIELD)) for record in text.split(shims.END)[:-1]
+    ]
+    return done, records
+
+
+@pytest.mark.parametrize("nasty", [text for text in HOSTILE if not set(text) & set("\0\ud800") and len(text) < 3000])
+def test_a_task_tells_exactly_what_it_saw(stage, nasty):
+    done, records = play_task(
+        *stage, ["-u", nasty, "--more"], [["-u", nasty]], RANK="3", MASTER_ADDR=nasty, ROCR_VISIBLE_DEVICES=""
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = records
+    assert (record["RANK"], record["MASTER_ADDR"], record["ROCR_VISIBLE_DEVICES"]) == ("3", nasty, "")
+    assert "CUDA_VISIBLE_DEVICES" not in record and "unseen" not in record
+
+
+def test_other_words_are_for_the_real_program(stage):
+    done, records = play_task(*stage, ["-c", "print(6 * 7)"], [["-u", "train.py"]])
+    assert (done.returncode, done.stdout, records) == (0, "42\n", [])
+
+
+def test_a_task_that_misses_a_path_says_which_and_fails(stage):
+    done, (record,) = play_task(
+        *stage, ["train.py"], [["train.py"]], ["/nowhere/a b"], RANK="1", HPCTRAIN_CONFIG="/nowhere/c"
+    )
+    assert done.returncode == 2
+    assert record["unseen"] == "/nowhere/a b:/nowhere/c" and "/nowhere/a b" in done.stderr
+
+
+def test_a_record_never_exceeds_what_a_pipe_takes_in_one_piece(stage):
+    long = "/x" * 2000
+    done, (record,) = play_task(
+        *stage, ["t"], [["t"]], RANK="1", HPCTRAIN_CONFIG="", PWD=long, SINGULARITY_CONTAINER=long
+    )
+    assert done.returncode == 0 and record["RANK"] == "1" and "PWD" not in record
+
+
+def test_the_four_arguments_of_neox_are_printed(stage, tmp_path):
+    (tmp_path / "neox").mkdir()
+    for name in ("neox/train.py", "config.yml"):
+        (tmp_path / name).write_text("{}")
+    words = ["-B", "/run/neox_args.py", f"{tmp_path}/config.yml", f"{tmp_path}/neox", f"{tmp_path}/neox/train.py"]
+    environ = {"PATH": os.environ["PATH"]}
+    done, _ = play_task(*stage, words, [["-u", "train.py"]], **environ)
+    assert (
+        done.stdout.split()[::2] == ["--deepspeed_config", "--megatron_config"] and len(done.stdout.splitlines()) == 4
+    )
+
+
+def test_another_bash_hands_over_only_the_program(tmp_path):
+    (tmp_path / "bash").write_text(shims.bash("/opt/a b/train", "/bin/echo"))
+    (tmp_path / "bash").chmod(0o755)
+
+    def run(*words):
+        return subprocess.run([str(tmp_path / "bash"), *words], capture_output=True, text=True, check=False).stdout
+
+    assert run("-c", '"$@"', "task", "env", "A=1", "/opt/a b/train", "x  y", "") == "x  y \n"
+    assert run("-c", 'echo "$@"', "other", "/opt/a b/train") == "/opt/a b/train\n"
+
+
+def test_the_scene_shows_the_sites_paths_and_makes_up_what_is_not_here(tmp_path):
+    plan = example(out=str(tmp_path / "run"))
+    shown = scene.plan_scene(
+        plan, "me", lambda path: not path.startswith(("/scratch", "/project", "/users", "/flash", "/pfs", "/appl"))
+    )
+    targets = [target for _, target in shown.mounts]
+    assert {"/scratch", "/project", "/users", "/pfs", str(tmp_path / "run")} <= set(targets)
+    made = {item.what: item for item in shown.made}
+    assert made["start checkpoint"].kind == "checkpoint" and made["NeoX working copy"].kind == "folder"
+    assert made["secrets file"].path == "/users/me/.config/hpctrain/secrets.env"
+    secret = scene.build(shown, str(tmp_path / "files"), plan, {"job.sbatch": b"x"})
+    real = Path(shown.real_path(str(tmp_path / "files"), made["secrets file"].path))
+    assert secret in real.read_text() and real.stat().st_mode & 0o777 == 0o600
+    start = shown.real_path(str(tmp_path / "files"), plan.spec.checkpoint_start)
+    guard = plan.resolved.guard
+    wanted = Expected(guard.tensor_parallel, guard.pipeline_parallel, guard.data_parallel, guard.zero_stage)
+    assert LAYOUTS["deepspeed"].verdict(start, Listing(), wanted).faults == ()
+    assert Path(shown.real_path(str(tmp_path / "files"), plan.run_dir), "job.sbatch").read_bytes() == b"x"
+    assert not os.path.exists(plan.run_dir)
+
+
+def test_a_mount_point_below_a_folder_of_this_machine_is_made_without_touching_it(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    target = str(tmp_path / "new" / "deep")
+    argv = nodeview.view_argv(
+        ["bwrap"], [("/src", target), ("/other", str(tmp_path / "there")), ("/third", f"{target}/in")]
+    )
+    at = argv.index(str(tmp_path))
+    assert argv[at - 1] == "--tmpfs" and argv.index("/src") > at
+    assert ["--dev-bind-try", str(tmp_path / "file"), str(tmp_path / "file")] == argv[
+        argv.index(str(tmp_path / "file")) - 1 :
+    ][:3]
+    assert not (tmp_path / "new").exists()
+
+
+def attempt(restart, *events):
+    fields = [{"event": name, "number": str(number)} for name, number in events]
+    return Attempt("7", restart, [], [(0.0, item) for item in fields], True, float(restart))
+
+
+def test_the_timeline_says_what_was_kept_and_lost():
+    plan = example()
+    scenario = {"greatest_folder": True, "step_time_s": 10.0, "save_time_s": 0.0, "offset": 100}
+    attempts = [
+        attempt(0, ("start", 100), ("saved", 150), ("strike", 180)),
+        attempt(1, ("start", 150), ("saved", 200), ("end", 200)),
+    ]
+    links = [{"event": "begin", "link": 1, "job_id": "7", "restart": r, "mode": mode, "iteration": i, "checkpoint": "c"}
+             for r, mode, i in ((0, "finetune", 100), (1, "resume", 150))]  # fmt: skip
+    links.append(
+        {"event": "begin", "link": 2, "job_id": "8", "restart": 0, "mode": "done", "iteration": 200, "checkpoint": "c"}
+    )
+    bars = timeline.bars(plan, attempts, links, {"7": "COMPLETED"}, {"7": 1.0}, scenario)
+    assert [(bar.kept, bar.lost, bar.outcome) for bar in bars] == [
+        (150, 30, "node failed"),
+        (200, 0, "done"),
+        (200, 0, "done"),
+    ]
+    assert bars[0].took_s == 800 and bars[0].gpu_hours == pytest.approx(16 * 800 / 3600)
+    assert [line.count("x") for line in timeline.text(bars)][0] > 0
+    import xml.dom.minidom
+
+    assert len(xml.dom.minidom.parseString(timeline.svg(bars, "<a & b>")).getElementsByTagName("rect")) == 5
