@@ -36,7 +36,11 @@ def write_model(
         model.tie_weights()
         model.config.use_cache = True
         model = model.to(dtype)
-        model.save_pretrained(staged, state_dict={name: value.to(dtype) for name, value in weights.items()})
+        own = [
+            *dict(model.named_parameters()),
+            *model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)),
+        ]
+        model.save_pretrained(staged, state_dict={name: weights[name].to(dtype).contiguous() for name in own})
         for name in sorted(os.listdir(policy)):
             path = os.path.join(policy, name)
             if name.startswith(_COPIED) and os.path.isfile(path):

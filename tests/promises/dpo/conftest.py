@@ -49,7 +49,13 @@ class Bench:
         return path
 
     def order(
-        self, name: str, mode: str = "scratch", checkpoint: Path | str = "", training: Any = (), folder: str = "", **keys: Any
+        self,
+        name: str,
+        mode: str = "scratch",
+        checkpoint: Path | str = "",
+        training: Any = (),
+        folder: str = "",
+        **keys: Any,
     ) -> dict[str, str]:
         """The HPCTRAIN_* environment of a training whose checkpoints and logs go to `name`."""
         return {
@@ -122,7 +128,9 @@ def same_state() -> Callable[[Path, Path], list[str]]:
 
     def flatten(value: Any, name: str) -> dict[str, Any]:
         if isinstance(value, dict):
-            return {key: leaf for part, child in value.items() for key, leaf in flatten(child, f"{name}/{part}").items()}
+            return {
+                key: leaf for part, child in value.items() for key, leaf in flatten(child, f"{name}/{part}").items()
+            }
         return {name: value}
 
     def compare(one: Path, two: Path) -> list[str]:

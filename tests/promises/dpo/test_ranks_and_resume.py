@@ -18,7 +18,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bf16": ({}, {"precision": "bf16"}),
     "copies": ({"fsdp": False, "gradient_accumulation_steps": 2, "batch_size": 2}, {}),
     "tied": ({"activation_checkpointing": True}, {"policy_name": "./tied"}),
-    "other": ({"loss_type": "sigmoid_norm", "beta": 2.0, "label_smoothing": 0.1, "weight_decay": 0.1,
+    "other": ({"loss_type": "sigmoid_norm", "beta": 2.0, "learning_rate": 2e-4, "label_smoothing": 0.1, "weight_decay": 0.1,
                "lr_decay_style": "cosine", "warmup_steps": 2, "share_prompt": "never"}, {"ref_name": "./other"}),
 }  # fmt: skip
 
@@ -43,10 +43,10 @@ def ran(bench: Bench) -> dict[str, Answer]:
         if num_ranks == 2:
             orders["moved"] = bench.order("moved", "resume", bench.path / "fp32-1" / "step-3", folder="moved",
                                           **keys("fp32", 2))  # fmt: skip
-            orders["damaged"] = bench.order("damaged", "resume", bench.path / "fp32-1" / "step-3", folder="fp32-1",
-                                            **keys("fp32", 2))  # fmt: skip
+            orders["damaged"] = bench.order("damaged", "resume", bench.path / "fp32-1" / "step-3", **keys("fp32", 2))
             (cache,) = (bench.path / "fp32-1").glob("reference-*.npz")
-            cache.write_bytes(cache.read_bytes()[:-7] + b"damaged")
+            (bench.path / "damaged").mkdir()
+            (bench.path / "damaged" / cache.name).write_bytes(cache.read_bytes()[:-7] + b"damaged")
             orders["stopped"] = {**bench.order("stopped", **keys("fp32", 2)), "STOP_AT_ONCE": "1"}
         answers.update(zip(orders, bench.train_many(list(orders.values()), num_ranks)))
     assert {name: answer[:2] for name, answer in answers.items()} == {name: (0, []) for name in answers}
@@ -61,11 +61,12 @@ def test_two_ranks_train_what_one_rank_trains(bench: Bench, ran: dict[str, Answe
 
     assert list(one) == list(two) == [1, 2, 3, 4, 5, 6, 7]
     for key in ("loss", "margin"):
-        assert np.abs([one[n][key] - two[n][key] for n in one]).max() < tolerance, key
+        difference = np.abs([one[n][key] - two[n][key] for n in one])
+        assert difference.max() < tolerance, (key, difference)
     assert one[7]["loss"] < one[1]["loss"]
-    a, b = bench.weights(f"{name}-1"), bench.weights(f"{name}-2")
-    assert a.keys() == b.keys()
-    if name != "bf16":
+    if name != "bf16":  # which numpy does not know
+        a, b = bench.weights(f"{name}-1"), bench.weights(f"{name}-2")
+        assert a.keys() == b.keys() and ("lm_head.weight" in a) == (name != "tied")
         assert max(np.abs(a[key] - b[key]).max() for key in a) < 1e-5
 
 
@@ -112,7 +113,7 @@ def test_a_damaged_cache_is_computed_again_from_the_reference_and_not_from_the_t
 
 def test_a_resume_does_not_compute_the_reference_again(bench: Bench) -> None:
     (again,) = bench.train_many(
-        [bench.order("again", "resume", bench.path / "fp32-1" / "step-3", folder="fp32-1", **keys("fp32", 1))], 1
+        [bench.order("again", "resume", bench.path / "fp32-1" / "step-3", folder="fp32-1-r", **keys("fp32", 1))], 1
     )
     assert again.code == 0 and "Caching" not in again.said
 
@@ -164,7 +165,9 @@ def test_what_no_longer_fits_is_refused_on_all_ranks(bench: Bench, ran: dict[str
         ({"training": {}, "dataset": {"dataset_name": "./bad.jsonl"}}, "bad.jsonl:2"),
     ]
     (bench.path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a"}\n')
-    orders = [bench.order(f"r{n}-{num_ranks}", "resume", start, **common, **change) for n, (change, _) in enumerate(changes)]
+    orders = [
+        bench.order(f"r{n}-{num_ranks}", "resume", start, **common, **change) for n, (change, _) in enumerate(changes)
+    ]
 
     answers = bench.train_many(orders, num_ranks)
 
