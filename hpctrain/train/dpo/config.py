@@ -155,16 +155,15 @@ def parse_config(document: yamlio.Document, base_dir: str) -> tuple[DpoConfig, l
     dataset = values.get("dataset") or {key: field.default for key, field in _DATASET.items()}
     training = values.get("dpo_training") or {key: field.default for key, field in _TRAINING.items()}
     dataset["dataset_name"] = absolute_source(dataset.get("dataset_name") or "", base_dir)
-    for key in ("reference_cache",):
-        if training.get(key):
-            training[key] = os.path.join(base_dir, os.path.expanduser(training[key]))
+    if training.get("reference_cache"):
+        training["reference_cache"] = _absolute(training["reference_cache"], base_dir)
     config = DpoConfig(
         absolute_source(values.get("policy_name") or "", base_dir),
         absolute_source(values["ref_name"], base_dir) if values.get("ref_name") else None,
         values.get("precision") or "bf16",
         dataset,
         training,
-        os.path.join(base_dir, os.path.expanduser(values["mount_dir"])) if values.get("mount_dir") else None,
+        _absolute(values["mount_dir"], base_dir) if values.get("mount_dir") else None,
         values.get("wandb_project"),
     )
     bad = {problem.where for problem in problems}
@@ -174,7 +173,7 @@ def parse_config(document: yamlio.Document, base_dir: str) -> tuple[DpoConfig, l
 
 def absolute_source(name: str, base_dir: str) -> str:
     """`name` as an absolute path, unless it has the form ORG/NAME: that may be a hub id and is left as it is."""
-    return name if not name or _HUB_ID.fullmatch(name) else os.path.join(base_dir, os.path.expanduser(name))
+    return name if not name or _HUB_ID.fullmatch(name) else _absolute(name, base_dir)
 
 
 def find_source(name: str, base_dir: str, kind: str) -> str | None:
@@ -196,6 +195,10 @@ def find_source(name: str, base_dir: str, kind: str) -> str | None:
     except (OSError, UnicodeDecodeError):
         return None
     return snapshot if os.path.isdir(snapshot) else None
+
+
+def _absolute(path: str, base_dir: str) -> str:
+    return os.path.normpath(os.path.join(base_dir, os.path.expanduser(path)))
 
 
 def _not_found(name: str, key: tuple[str, ...], document: yamlio.Document) -> Problem:
