@@ -48,7 +48,7 @@ def resolve(context: Context) -> Resolved:
                 hint="give `train_iters`; `hpctrain data count` shows how many rows an epoch has",
             )
         )
-    signal = _signal(spec.sbatch.get("signal"))
+    signal = signal_name(spec.sbatch.get("signal"))
     if signal and "stop_signal" not in (document.data or {}):
         config = dataclasses.replace(config, stop_signal=signal)
     try:
@@ -121,7 +121,8 @@ def _with_paths(context: Context) -> Document:
     return Document(data, origins, keys, document.name or spec.source)
 
 
-def _signal(override: Any) -> str | None:
+def signal_name(override: Any) -> str | None:
+    """The signal of an `--signal` option, without SIG; None where it names none."""
     match = re.fullmatch(r"(?:B:)?(?:SIG)?([A-Z0-9]+)(?:@\d+)?", str(override or ""))
     return match[1] if match else None
 

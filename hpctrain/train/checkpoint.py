@@ -47,39 +47,64 @@ def save(
     barrier: Callable[[], None],
     rank: int,
 ) -> str:
-    """Write `global_stepN` on all ranks together and name it in `latest`; returns its path.
+    """Write DeepSpeed's `global_stepN` on all ranks together and name it in `latest`; returns its path. See `publish`."""
 
-    A crash at any point leaves the checkpoints and `latest` of before. A directory or link that already has the name is
-    set aside, never written into. Raises OSError when the disk refuses.
+    def write(partial: str) -> None:
+        tag, state = os.path.basename(partial), {"hpctrain": asdict(progress)}
+        engine.save_checkpoint(directory, tag=tag, client_state=state, save_latest=False)
+        for name in os.listdir(partial):
+            if _writer_of(name) == rank:
+                sync(os.path.join(partial, name))
+
+    meta = json.dumps(asdict(progress), indent=1).encode()
+    return publish(
+        directory, f"global_step{progress.iteration}", write, {**extra_files, META: meta}, barrier, rank=rank
+    )
+
+
+def publish(
+    directory: str,
+    tag: str,
+    write: Callable[[str], None],
+    extra_files: dict[str, bytes],
+    barrier: Callable[[], None],
+    rank: int,
+) -> str:
+    """Write the checkpoint `tag` on all ranks together and name it in `latest`; returns its path.
+
+    `write` puts this rank's files into the folder it is given and syncs them. A crash at any point leaves the checkpoints
+    and `latest` of before. A directory or link that already has the name is set aside, never written into. Raises OSError
+    when the disk refuses.
     """
-    tag = f"global_step{progress.iteration}"
     partial, final = os.path.join(directory, "partial_" + tag), os.path.join(directory, tag)
     if rank == 0:
         os.makedirs(directory, exist_ok=True)
         remove_own(partial)
     barrier()
-    engine.save_checkpoint(
-        directory, tag="partial_" + tag, client_state={"hpctrain": asdict(progress)}, save_latest=False
-    )
-    for name in os.listdir(partial):
-        if _writer_of(name) == rank:
-            _sync(os.path.join(partial, name))
+    write(partial)
     if rank == 0:
-        meta = json.dumps(asdict(progress), indent=1).encode()
-        for name, content in {**extra_files, META: meta}.items():
+        for name, content in extra_files.items():
             _write_synced(os.path.join(partial, name), content)
     barrier()  # every rank's files are on disk
     if rank == 0:
-        _sync(partial)
-        if os.path.lexists(final):
-            aside = _free_name(os.path.join(directory, f"set_aside_{tag}"))
-            os.rename(final, aside)
-            print(f"hpctrain: {final} existed and is now {aside}", flush=True)
+        sync(partial)
+        set_aside(final)
         os.rename(partial, final)
-        _sync(directory)
+        sync(directory)
         write_latest(directory, tag)
     barrier()
     return final
+
+
+def set_aside(path: str) -> str | None:
+    """Rename whatever is at `path` to `set_aside_…` beside it; returns the new path, None when nothing was there."""
+    if not os.path.lexists(path):
+        return None
+    directory, name = os.path.split(path)
+    aside = _free_name(os.path.join(directory, f"set_aside_{name}"))
+    os.rename(path, aside)
+    print(f"hpctrain: {path} existed and is now {aside}", flush=True)
+    return aside
 
 
 def write_latest(directory: str, tag: str) -> None:
@@ -87,10 +112,10 @@ def write_latest(directory: str, tag: str) -> None:
     temporary = os.path.join(directory, f".latest.{os.getpid()}")
     _write_synced(temporary, tag.encode())
     os.rename(temporary, os.path.join(directory, "latest"))
-    _sync(directory)
+    sync(directory)
 
 
-def prune(directory: str, run_id: str, keep: int) -> list[str]:
+def prune(directory: str, run_id: str, keep: int, pattern: re.Pattern[str] = _TAG) -> list[str]:
     """Delete this run's checkpoints but the `keep` newest; returns the paths deleted.
 
     Only real directories whose hpctrain.json carries `run_id` are looked at, never a link, and never what `latest` names.
@@ -98,10 +123,9 @@ def prune(directory: str, run_id: str, keep: int) -> list[str]:
     mine = []
     for name in os.listdir(directory):
         path = os.path.join(directory, name)
-        match = _TAG.match(name)
+        match = pattern.match(name)
         if match and os.path.isdir(path) and not os.path.islink(path):
-            progress = read_progress(path)
-            if progress and progress.run_id == run_id:
+            if read_meta(path).get("run_id") == run_id:
                 mine.append((int(match.group(1)), path))
     with open(os.path.join(directory, "latest"), encoding="utf-8") as file:
         latest = file.read().strip()
@@ -116,12 +140,21 @@ def prune(directory: str, run_id: str, keep: int) -> list[str]:
 
 def read_progress(checkpoint: str) -> Progress | None:
     """What hpctrain.json of a checkpoint says, or None when it was not made by this trainer."""
+    values = read_meta(checkpoint)
+    try:
+        return Progress(**{item.name: values[item.name] for item in fields(Progress)})
+    except (KeyError, TypeError):
+        return None
+
+
+def read_meta(checkpoint: str) -> dict[str, Any]:
+    """The hpctrain.json of a checkpoint, empty when there is none that can be read."""
     try:
         with open(os.path.join(checkpoint, META), encoding="utf-8") as file:
             values = json.load(file)
-        return Progress(**{item.name: values[item.name] for item in fields(Progress)})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def check_resume(checkpoint: str, now: Progress) -> Progress:
@@ -247,7 +280,7 @@ def _write_synced(path: str, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,8 @@
-"""The one place that talks to DeepSpeed and torch.distributed: start, engine, one step, and sums over ranks."""
+"""The one place that talks to DeepSpeed: start, engine, one step."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import math
 import os
@@ -19,9 +18,13 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 
+from hpctrain.train import ranks
 from hpctrain.train.config import Batch, SftConfig
 from hpctrain.train.launch import Launch
 from hpctrain.train.model import parameter_groups
+from hpctrain.train.ranks import barrier as barrier
+from hpctrain.train.ranks import finish as finish
+from hpctrain.train.ranks import sum_over_ranks as sum_over_ranks
 
 
 def start(launch: Launch, timeout_s: int) -> torch.device:
@@ -29,25 +32,10 @@ def start(launch: Launch, timeout_s: int) -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed would compile a shared-memory all-reduce with g++ at start, on every node; gloo needs nothing built.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():
-        device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        backend = "nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-    if not dist.is_initialized():
-        if launch.num_ranks == 1:
-            store = dist.HashStore()
-            dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        else:
-            dist.init_process_group(
-                backend,
-                rank=launch.rank,
-                world_size=launch.num_ranks,
-                timeout=datetime.timedelta(seconds=timeout_s),
-            )
-        os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed wants it
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    joined = dist.is_initialized()
+    device = ranks.join(launch, timeout_s)
+    if not joined:
+        deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return device
 
 
@@ -141,20 +129,3 @@ def make_stepper(model: Any, config: SftConfig, batch: Batch) -> Stepper:
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return Stepper(engine, batch, config.gradient_clipping, by_hand)
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The elementwise sum over all ranks, in place."""
-    dist.all_reduce(values)
-    return values
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    dist.barrier()
-
-
-def finish() -> None:
-    """Leave the group, so that no rank is torn out of a collective."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -50,7 +50,7 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: str, link: int, wandb_project: str | None, config: dict[str, Any]):
-        self._file = _append_whole_lines(os.path.join(run_dir, "metrics.jsonl"))
+        self._file = append_whole_lines(os.path.join(run_dir, "metrics.jsonl"))
         self._link = link
         self._wandb: Any = None
         if wandb_project:
@@ -61,8 +61,9 @@ class MetricsLog:
             os.environ.setdefault("WANDB_MODE", "offline")
             self._wandb = wandb.init(project=wandb_project, dir=run_dir, config=config, resume="allow")
 
-    def write(self, metrics: Metrics) -> None:
-        print(log_line(metrics), flush=True)
+    def write(self, metrics: Metrics, more: str = "") -> None:
+        """Say one interval everywhere; `more` ends the printed line."""
+        print(log_line(metrics) + more, flush=True)
         record = {"link": self._link, **asdict(metrics)}
         # JSON has no NaN; and one write of a whole line, so that a kill leaves at most one torn line at the end.
         finite = {
@@ -80,7 +81,7 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def _append_whole_lines(path: str) -> TextIO:
+def append_whole_lines(path: str) -> TextIO:
     """The file opened for appending, behind a line end: a kill may have torn the last line."""
     file = open(path, "ab+")
     if file.tell():

@@ -43,10 +43,10 @@ class SftForward:
         return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
 
 
-def read_model_config(path: str) -> Any:
+def read_model_config(path: str, families: tuple[str, ...] = FAMILIES) -> Any:
     """The `transformers` config of a directory or a JSON file.
 
-    Raises UsageError when it is not one, or of a family whose packed attention is not known to be right.
+    Raises UsageError when it is not one, or of none of `families`, those that are known to be trained right.
     """
     file = os.path.join(path, "config.json") if os.path.isdir(path) else path
     try:
@@ -55,8 +55,8 @@ def read_model_config(path: str) -> Any:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UsageError(f"cannot read it: {error}", where=file) from error
     family = values.get("model_type") if isinstance(values, dict) else None
-    if family not in FAMILIES:
-        raise UsageError(f"`model_type: {family}` is none of {', '.join(FAMILIES)}", where=file)
+    if family not in families:
+        raise UsageError(f"`model_type: {family}` is none of {', '.join(families)}", where=file)
     try:
         return transformers.AutoConfig.for_model(**values)
     except (TypeError, ValueError, AttributeError) as error:

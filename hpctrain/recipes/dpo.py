@@ -1,0 +1,134 @@
+"""The built-in DPO trainer as a recipe: run.yaml and a config_dpo.yaml -> one config for every mode."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from hpctrain import yamltext
+from hpctrain.errors import Problem
+from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
+from hpctrain.recipes.neox.draft import section
+from hpctrain.recipes.sft import signal_name
+from hpctrain.schema import Field
+from hpctrain.spec import absolute
+from hpctrain.train.dpo.config import FIELDS, DpoConfig, parse_config
+from hpctrain.yamlio import Document, Path, merge
+
+CONFIG = "config_dpo.yaml"
+
+
+def resolve(context: Context) -> Resolved:
+    """The trainer's config with all that follows from the run; its problems name the line of run.yaml or base_config."""
+    spec, options = context.spec, context.options
+    document, problems = _document(context)
+    config, found = parse_config(document, spec.base_dir)
+    problems += found
+    training = config.training
+    if not spec.checkpoint_dir:
+        problems.append(Problem("the trainer needs a folder for its checkpoints", where=spec.where("checkpoint"),
+                                hint="set `checkpoint: {dir: …}`"))  # fmt: skip
+    if training["max_steps"] is None and spec.num_links > 1:
+        problems.append(
+            Problem(
+                f"a chain of {spec.num_links} jobs must know when the run is done, and `epochs` does not tell",
+                where=document.where("dpo_training", "epochs"),
+                hint="give `dpo_training.max_steps`: epochs x pairs / train_batch_size",
+            )
+        )
+    if training["fsdp"] and context.world_size == 1:
+        problems.append(
+            Problem("`fsdp: true` with one process shards nothing", document.where("dpo_training", "fsdp"), level="warning",
+                    hint="give the run more GPUs, or set it to false")
+        )  # fmt: skip
+    signal = signal_name(spec.sbatch.get("signal"))
+    if signal and document.get("dpo_training", "stop_signal") is None:
+        config = dataclasses.replace(config, training={**training, "stop_signal": signal})
+    if spec.checkpoint_start and config.ref_name is None:
+        # Once there are checkpoints of its own, a link no longer starts from this one and could not find it.
+        config = dataclasses.replace(config, ref_name=absolute(spec.checkpoint_start, spec.base_dir))
+    failed = any(problem.level == "error" for problem in problems)
+    return Resolved(
+        argv=(options["python"], "-u", "-m", "hpctrain.train.dpo"),
+        workdir=context.run_dir,
+        configs={} if failed else {CONFIG: config_text(config, spec.name)},
+        config_for={mode: CONFIG for mode in ("scratch", "finetune", "resume")},
+        guard=Guard(layout="dcp", target=training["max_steps"], tensor_parallel=1),
+        cadence=Cadence(training["max_steps"], training["save_steps"], saves_on_signal=True),
+        paths=_paths(config, document),
+        decisions=_decisions(config, document, context),
+        problems=tuple(problems),
+    )
+
+
+def config_text(config: DpoConfig, name: str) -> str:
+    """The trainer's config as YAML, every key with its sentence, so that the file explains itself."""
+    lines = yamltext.comment(f"The training of run {name}, read by `python -m hpctrain.train.dpo` on every rank.")
+
+    def add(fields: dict[str, Field], values: dict[str, Any], indent: int) -> None:
+        for key, field in fields.items():
+            if values[key] is None:
+                continue
+            lines.extend(["", *yamltext.comment(field.doc, indent)])
+            if field.kind == "table":
+                lines.append(f"{key}:")
+                add(dict(field.fields or {}), values[key], indent + 2)
+            else:
+                lines.extend(yamltext.block(key, values[key], indent))
+
+    add(FIELDS, config.as_dict(), 0)
+    return "\n".join(lines) + "\n"
+
+
+def _document(context: Context) -> tuple[Document, list[Problem]]:
+    """base_config under the run's config, with `data.train` as the dataset; and what contradicts."""
+    spec, problems = context.spec, []
+    own = section(spec.document, "config")
+    layers = [section(context.recipe.document, "config"), *context.read.get("base_config", ()), own]
+    given: list[str] = list(spec.data.get("train") or [])
+    if given:
+        if own.get("dataset", "dataset_name") is not None:
+            problems.append(Problem("the pairs are named twice", where=spec.where("data", "train"),
+                                    why=f"`dataset.dataset_name` at {own.where('dataset', 'dataset_name')}",
+                                    hint="delete one of them"))  # fmt: skip
+        if len(given) > 1:
+            problems.append(Problem(f"`data.train` has {len(given)} entries", where=spec.where("data", "train", 1),
+                                    hint="name the folder that holds the files"))  # fmt: skip
+        places: dict[Path, Path] = {("dataset",): ("data", "train"), ("dataset", "dataset_name"): ("data", "train", 0)}
+        origins = {
+            inner: spec.document.origins[place] for inner, place in places.items() if place in spec.document.origins
+        }
+        layers.append(Document({"dataset": {"dataset_name": given[0]}}, origins, {}, spec.source))
+    document = merge(layers)
+    return Document(document.data, document.origins, document.key_origins, context.config.name or spec.source), problems
+
+
+def _paths(config: DpoConfig, document: Document) -> tuple[tuple[str, str, str], ...]:
+    """What must be at the site; a hub id is found in its cache there, if at all."""
+    named = [
+        ("policy model", config.policy_name, document.where("policy_name")),
+        ("reference model", config.ref_name, document.where("ref_name")),
+        ("preference pairs", config.dataset["dataset_name"], document.where("dataset", "dataset_name")),
+    ]
+    return tuple((what, path, where) for what, path, where in named if path and os.path.isabs(path))
+
+
+def _decisions(config: DpoConfig, document: Document, context: Context) -> tuple[Decision, ...]:
+    training, ranks = config.training, context.world_size
+    product = f"{training['batch_size']} x {training['gradient_accumulation_steps']} accumulation x {ranks} ranks"
+    where = document.where
+    model = config.ref_name or config.policy_name
+    reason = "`ref_name`" if document.get("ref_name") else "the policy before training"
+    sharding = "FSDP2 over all ranks" if training["fsdp"] else "a whole copy on each rank"
+    return (
+        Decision("step.program", "hpctrain.train.dpo", "the built-in trainer", "recipe dpo"),
+        Decision("batch.train_batch_size", config.train_batch_size(ranks), product + ", in pairs",
+                 where("dpo_training", "batch_size")),
+        Decision("batch.data_parallel_size", ranks, "one rank per task", context.spec.where("nodes")),
+        Decision("dpo.sharding", "fsdp" if training["fsdp"] else "none", sharding, where("dpo_training", "fsdp")),
+        Decision("dpo.reference", os.path.basename(model), f"{reason}; its log-probabilities are cached once",
+                 where("ref_name") if document.get("ref_name") else ""),
+        Decision("checkpoint.every", training["save_steps"], "`save_steps`", where("dpo_training", "save_steps")),
+        Decision("model", os.path.basename(config.policy_name), "as the run says", where("policy_name")),
+    )  # fmt: skip

@@ -1,0 +1,123 @@
+"""Checkpoints of the DPO trainer in PyTorch's distributed format, whole or not at all, and going on from one.
+
+    DIR/step-20/    __R_0.distcp of each rank, .metadata, hpctrain.json, config.json
+    DIR/latest      `step-20`, replaced by rename after that
+
+Weights and optimizer are cut into new shards when the number of ranks changes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as state_dicts
+from torch.distributed.checkpoint.api import CheckpointException
+
+from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.train import checkpoint as whole
+
+STEP = re.compile(r"step-(\d+)\Z", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, as its checkpoint tells the next link; written to hpctrain.json."""
+
+    run_id: str
+    iteration: int
+    consumed_samples: int
+    num_ranks: int
+    train_batch_size: int
+    precision: str
+    seed: int
+    data_fingerprint: str
+    reference_key: str
+    config: dict[str, Any]
+
+
+def save(
+    model: Any,
+    optimizer: Any,
+    directory: str,
+    progress: Progress,
+    model_config: dict[str, Any],
+    barrier: Callable[[], None],
+    rank: int,
+) -> str:
+    """Write `step-N` on all ranks together and name it in `latest`; returns its path. See `train.checkpoint.publish`."""
+
+    def write(partial: str) -> None:
+        weights, state = state_dicts.get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+
+    files = {
+        whole.META: json.dumps(asdict(progress), indent=1).encode(),
+        "config.json": json.dumps(model_config, indent=1, default=str).encode(),
+    }
+    return whole.publish(directory, f"step-{progress.iteration}", write, files, barrier, rank)
+
+
+def load(model: Any, optimizer: Any | None, path: str) -> None:
+    """Put a checkpoint's weights, and with an `optimizer` its state, into place on all ranks.
+
+    Raises EnvironmentFault when it cannot be read or does not fit.
+    """
+    try:
+        if optimizer is None:
+            state: dict[str, Any] = {"model": state_dicts.get_model_state_dict(model)}
+            dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+            state_dicts.set_model_state_dict(model, state["model"])
+            return
+        weights, optimizer_state = state_dicts.get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": optimizer_state}
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+        state_dicts.set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
+        first = str(error).strip().splitlines()[:3]
+        raise EnvironmentFault(f"cannot load the checkpoint: {' '.join(first)}", where=path) from error
+
+
+def read_progress(path: str) -> Progress:
+    """What hpctrain.json of a checkpoint says. Raises UsageError when it is none of this trainer's."""
+    values = whole.read_meta(path)
+    try:
+        return Progress(**{item.name: values[item.name] for item in fields(Progress)})
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"`{path}` has no readable {whole.META}, so where its run stood is not known",
+            hint="start from it in mode finetune; that takes its weights only",
+        ) from error
+
+
+def check_resume(path: str, now: Progress) -> Progress:
+    """The progress of a checkpoint if this run can go on from it exactly; else Refused, with all that stands against it."""
+    then = read_progress(path)
+    problems = []
+
+    def differs(what: str, name: str, why: str, hint: str) -> None:
+        old, new = getattr(then, name), getattr(now, name)
+        if old != new:
+            values = "" if name.endswith(("fingerprint", "key")) else f": it was {old} and is {new}"
+            problems.append(Problem(f"cannot resume: {what} changed{values}", where=path, why=why, hint=hint))
+
+    fresh = "or begin a new run in another checkpoint folder"
+    differs("`precision`", "precision", "the cached reference log-probabilities have that precision",
+            f"go back to {then.precision}, {fresh}")  # fmt: skip
+    differs("`dpo_training.seed`", "seed", "it orders the data", f"go back to {then.seed}, {fresh}")
+    differs("the batch (batch_size x gradient_accumulation_steps x ranks)", "train_batch_size", "it orders the data",
+            f"choose them such that their product is {then.train_batch_size} again, {fresh}")  # fmt: skip
+    differs("the data", "data_fingerprint", "the tokens differ: the files, the tokenizer, `subset` or `max_len` changed",
+            f"put the old data back, {fresh}")  # fmt: skip
+    if then.data_fingerprint == now.data_fingerprint and then.precision == now.precision:
+        differs("the reference model", "reference_key", "its weights differ, so every margin would jump",
+                f"put the old reference back, {fresh}")  # fmt: skip
+    if problems:
+        raise Refused(problems)
+    return then
