@@ -35,7 +35,10 @@ def test_megatron_core_reads_what_we_write(tmp_path):
     write_plan(plan)
     run.run_here(plan, 1, False, False, lambda *numbers: None)
     done = subprocess.run(
-        [sys.executable, "-c", MEGATRON, str(tmp_path / "out_text_document")], capture_output=True, text=True, check=False
+        [sys.executable, "-c", MEGATRON, str(tmp_path / "out_text_document")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     tokens, (doc_idx, lengths) = map(json.loads, done.stdout.splitlines()[-2:])
