@@ -24,12 +24,17 @@ MOST_BYTES = 3900
 
 
 def script(
-    folder: str, steps: Sequence[Sequence[str]], needed: Sequence[str], real: Mapping[str, str], python: str
+    folder: str,
+    steps: Sequence[Sequence[str]],
+    needed: Sequence[str],
+    real: Mapping[str, str],
+    python: str,
+    saves_on: str = "",
 ) -> str:
     """The stand-in's text. `steps`: how the words of the step begin, without the program's name; any of them.
 
     `needed`: paths that every task must see. `real`: {name: the program to become when called with other words}.
-    `python`: the interpreter of rank 0.
+    `python`: the interpreter of rank 0. `saves_on`: the signal that every task gets before the time limit, and outlives.
     """
     lines = [
         "#!/bin/sh",
@@ -78,7 +83,9 @@ def script(
         'if [ "${RANK-${SLURM_PROCID-0}}" = 0 ]; then',
         f'  exec {shlex.quote(python)} -I -S "$dir/standin.py" train "$dir"',
         "fi",
-        'read -r _ <"$dir/hold"',
+        *([f"trap again=1 {saves_on}"] if saves_on else []),
+        # A trapped signal ends `read` as rank 0's end does; only the trap tells them apart.
+        'while :; do again=; read -r _ <"$dir/hold"; [ "$again" ] || break; done',
         "exit 0",
     ]
     return "\n".join(lines) + "\n"

@@ -119,10 +119,11 @@ def install(place: Place, plan: Plan, scenario: Mapping[str, Any], needed: Seque
     steps = [list(plan.resolved.argv[1:])]
     if plan.resolved.template.get("launch") == "deepy":
         steps = [["-u", str(plan.resolved.template["train_script"])]]
+    saves_on = str(scenario["signal"]) if scenario["saves_on_signal"] else ""
     for name in {"python", "python3", os.path.basename(program)}:
         real = shutil.which(name) or python
         own = steps if name == os.path.basename(program) else []
-        text = shims.script(str(folder), own, needed, {name: real}, python)
+        text = shims.script(str(folder), own, needed, {name: real}, python, saves_on)
         path = folder / "bin" / name
         path.write_text(text)
         path.chmod(0o700)

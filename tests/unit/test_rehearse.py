@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,22 @@ def test_a_record_never_exceeds_what_a_pipe_takes_in_one_piece(stage):
     assert done.returncode == 0 and record["RANK"] == "1" and "PWD" not in record
 
 
+def test_a_task_outlives_the_signal_on_which_the_program_saves(stage):
+    folder, pipe, hold = stage
+    script = folder / "python"
+    script.write_text(shims.script(str(folder), [["t"]], [], {"python": "/bin/false"}, "/bin/true", "USR1"))
+    script.chmod(0o755)
+    child = subprocess.Popen([str(script), "t"], env={"RANK": "1"})
+    os.read(pipe, 1 << 16)
+    for _ in range(3):
+        time.sleep(0.2)
+        child.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    assert child.poll() is None
+    os.close(hold)
+    assert child.wait(10) == 0
+
+
 def test_the_four_arguments_of_neox_are_printed(stage, tmp_path):
     (tmp_path / "neox").mkdir()
     for name in ("neox/train.py", "config.yml"):
@@ -229,7 +247,7 @@ def attempt(restart, *events):
 
 def test_the_timeline_says_what_was_kept_and_lost():
     plan = example()
-    scenario = {"greatest_folder": True, "step_time_s": 10.0, "save_time_s": 0.0, "offset": 100}
+    scenario = {"greatest_folder": True, "step_time_s": 10.0, "save_time_s": 0.0, "offset": 100, "layout": "deepspeed"}
     attempts = [
         attempt(0, ("start", 100), ("saved", 150), ("strike", 180)),
         attempt(1, ("start", 150), ("saved", 200), ("end", 200)),
