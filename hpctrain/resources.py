@@ -33,3 +33,9 @@ def layer_dirs(kind: str) -> list[tuple[str, str]]:
     """(label, folder) of the layers of `templates` or `site_profiles`, the strongest first; folders may not exist."""
     layers = [] if no_user_config() else [("project", PROJECT_DIR), ("user", user_dir()), ("system", "/etc/hpctrain")]
     return [*((label, os.path.join(folder, kind)) for label, folder in layers), ("shipped", shipped_dir(kind))]
+
+
+def hub_cache_dir() -> str:
+    """Where Hugging Face libraries keep downloaded models and data (huggingface_hub, HF_HOME and HF_HUB_CACHE)."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    return os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")

@@ -50,7 +50,8 @@ def test_a_site_like_lumi_is_drafted_with_its_limits_and_reserved_cores():
     assert (bench.max_time_s, bench.max_nodes, bench.min_nodes, bench.qos) == (None, None, 2, "bench")
     assert site.values["slurm"]["max_array_size"] == 100000 and site.values["account"]["required"]
     assert site.values["match"]["cluster_name"] == "lumi"
-    assert site.values["tools"] == {"cpu_partition": "small", "debug_partition": "dev-g"}
+    assert site.values["tools"]["cpu_partition"] == "small"
+    assert site.values["tools"]["debug_partition"] == "dev-g"
 
 
 def test_nothing_in_a_draft_is_called_verified():

@@ -14,6 +14,7 @@ from typing import Any
 
 from hpctrain import yamlio
 from hpctrain.errors import Problem, UsageError
+from hpctrain.resources import hub_cache_dir
 from hpctrain.schema import Field, check
 from hpctrain.train.config import SftConfig
 
@@ -186,8 +187,7 @@ def find_source(name: str, base_dir: str, kind: str) -> str | None:
         return path
     if not _HUB_ID.fullmatch(name):
         return None
-    home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
-    hub = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    hub = hub_cache_dir()
     folder = os.path.join(hub, f"{kind}--{name.replace('/', '--')}")
     try:
         with open(os.path.join(folder, "refs", "main"), encoding="utf-8") as file:
