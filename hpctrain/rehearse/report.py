@@ -88,7 +88,9 @@ def notes(plan: Plan, outcome: Outcome) -> list[str]:
         out.append(f"times assume {outcome.scenario['step_time_s']:.3g} s an iteration (a run that takes half its `time:`); "
                    "`estimate: {step_time_s: …}` tells better")  # fmt: skip
     if outcome.kept:
-        out.append(f"kept in {outcome.kept}: hpctrain sandbox shell --dir {outcome.kept}/sandbox")
+        out.append(
+            f"kept in {outcome.kept}: look with `hpctrain sandbox shell --dir {outcome.kept}/sandbox`, end it with `hpctrain sandbox down` and the same --dir"
+        )
     return out
 
 
