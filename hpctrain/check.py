@@ -68,10 +68,11 @@ def _files(plan: Plan, here: bool) -> Iterator[Problem]:
             )
     if spec.after_each and not os.path.isfile(spec.after_each):
         yield missing("script of `chain.after_each`", spec.after_each, spec.where("chain", "after_each"))
+    named = {path for _, path, _ in plan.resolved.paths}  # the recipe reads these as they are
     for kind, paths in spec.data.items():
         for index, path in enumerate(paths):
             where = spec.where("data", kind, index)
-            if os.path.exists(path):
+            if os.path.exists(path) or path in named:
                 continue
             for suffix_ in (".bin", ".idx"):
                 if not os.path.isfile(path + suffix_):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpctrain.train.dpo.batches import Pair, lay_out, plan_epoch, rank_slots, steps_per_epoch
@@ -12,6 +12,7 @@ from hpctrain.train.dpo.batches import Pair, lay_out, plan_epoch, rank_slots, st
 SIZES = st.tuples(st.integers(0, 6), st.integers(1, 6), st.integers(1, 6))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 700), st.integers(1, 9), st.integers(0, 3))
 def test_every_pair_is_in_exactly_one_batch_of_an_epoch(count: int, batch: int, epoch: int) -> None:
     lengths = np.random.default_rng(count).integers(2, 90, count)
@@ -38,6 +39,7 @@ def test_epochs_and_seeds_differ_and_lengths_are_bucketed() -> None:
     assert padding(plan_epoch(lengths, 8, 0, 0)) < 0.05 < 0.4 < padding(list(random))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.sampled_from([(1, 8), (2, 4), (4, 2), (8, 1), (2, 2), (3, 1)]))
 def test_ranks_share_a_batch_without_gap_or_overlap(count: int, shape: tuple[int, int]) -> None:
     num_ranks, micro = shape
@@ -52,6 +54,7 @@ def test_ranks_share_a_batch_without_gap_or_overlap(count: int, shape: tuple[int
 
 
 @pytest.mark.parametrize("shared", [False, True])
+@settings(deadline=None)
 @given(sizes=st.lists(SIZES, min_size=1, max_size=5), multiple=st.sampled_from([1, 8]))
 def test_rows_score_every_token_of_a_reply_once_from_the_token_before(
     shared: bool, sizes: list[tuple[int, int, int]], multiple: int
