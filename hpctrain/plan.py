@@ -19,7 +19,7 @@ from hpctrain.planning.job import (
     decide_signal,
     decide_srun,
 )  # fmt: skip
-from hpctrain.planning.limits import check_cadence, check_checkpoint, check_limits, decide_cost
+from hpctrain.planning.limits import check_cadence, check_checkpoint, check_limits, check_storage, decide_cost
 from hpctrain.planning.notes import Notes
 from hpctrain.planning.shape import decide_memory_gib, decide_shape, pick_partition, wants_whole_nodes
 from hpctrain.recipe import Context, Decision, EnvVar, Recipe, Resolved, check_recipe_options, resolve
@@ -94,6 +94,7 @@ def make_plan(spec: RunSpec, site: Site, recipe: Recipe, run_dir: str,
         resolved = resolve(context)
     notes.problems += [*option_problems, *resolved.problems]
     check_checkpoint(notes)
+    check_storage(notes, node)
     whole = bool(partition.whole_nodes or wants_whole_nodes(notes, partition, node, gpus))
     memory_gib = decide_memory_gib(notes, node, gpus, cpus * tasks, whole)
     signal = decide_signal(notes, recipe, resolved)

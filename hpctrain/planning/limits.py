@@ -37,6 +37,47 @@ def check_checkpoint(notes: Notes) -> None:
             )
 
 
+def check_storage(notes: Notes, node: NodeType) -> None:
+    """Whether checkpoints and data lie where the site wants them: not on small file systems, not on one node's own disk."""
+    spec = notes.spec
+    if spec.checkpoint_dir:
+        _check_place(notes, node, "checkpoints", spec.checkpoint_dir, "error", "checkpoint", "dir")
+    for kind, paths in spec.data.items():
+        for index, path in enumerate(paths):
+            _check_place(notes, node, "data", path, "warning", "data", kind, index)
+
+
+def _check_place(notes: Notes, node: NodeType, what: str, path: str, level: str, *where: Any) -> None:
+    site, account = notes.site, notes.spec.account or ""
+
+    def under(folder: str) -> bool:
+        # Up to the first part that differs per user or project: every project's folder is of the same kind.
+        fixed = folder.split("{")[0].rstrip("/")
+        return bool(fixed) and (path == fixed or path.startswith(fixed + "/"))
+
+    storage = site.values["storage"]
+    good = [
+        fields["path"].replace("{account}", account or "…") for fields in storage.values() if what in fields["holds"]  # noqa: RUF027
+    ]
+    for name, fields in storage.items():
+        if under(fields["path"]) and what not in fields["holds"] and good:
+            quota = (
+                f" ({fields['quota_gib']:g} GiB, {fields['max_files']:,} files)"
+                if fields["quota_gib"] and fields["max_files"]
+                else ""
+            )
+            notes.error(
+                f"{what} do not belong on `{name}`: `{path}`", *where, level=level,
+                why=f"{fields['path']} is small{quota}, set in {site.document.where('storage', name)}",
+                hint=f"use {' or '.join(good)}",
+            )  # fmt: skip
+    if storage and under(node.tmp_path):
+        notes.error(
+            f"`{path}` lies on each node's own {node.tmp_path}, which is gone when the job ends", *where, level="warning",
+            why=f"set in {site.document.where('node_types', node.name, 'tmp')}", hint=f"use {' or '.join(good)}" if good else "",
+        )  # fmt: skip
+
+
 def check_limits(notes: Notes, partition: Partition) -> None:
     spec, site = notes.spec, notes.site
     fitting = [p.name for p in fitting_partitions(notes, like=partition)]

@@ -79,6 +79,8 @@ def test_a_good_run_has_no_errors(check):
         ("recipe_options: {argv: a}", "must be a list", ""),
         ("recipe_options: {}", "`recipe_options.argv` is missing", ""),
         ("container_binds: [/x]", "without a `container`", ""),
+        ("checkpoint: {dir: /project/project_465001281/c}", "do not belong on `project`", "/scratch/project_465001281"),
+        ("checkpoint: {dir: /users/me/c}", "do not belong on `home`", "/scratch/"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_error_with_its_place_and_what_to_do(check, change, what, hint):
@@ -92,6 +94,13 @@ def test_a_mistake_is_one_error_with_its_place_and_what_to_do(check, change, wha
     assert what in error["what"]
     assert hint in error["hint"]
     assert error["where"].startswith("run.yaml:")
+
+
+def test_a_checkpoint_folder_on_one_nodes_own_disk_is_warned_of(check):
+    code, problems = check("checkpoint: {dir: /tmp/c}")
+
+    assert code == 0
+    assert [p["level"] for p in problems if "lies on each node's own /tmp" in p["what"]] == ["warning"]
 
 
 def test_all_problems_come_at_once(check):
