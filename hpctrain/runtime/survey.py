@@ -247,15 +247,14 @@ def start_number(path: str) -> Optional[int]:
 def start_link_name(settings: Settings) -> Optional[str]:
     """The name under which the start checkpoint appears in the checkpoint folder, None when its name has no number.
 
-    `global_stepN`, which frameworks know. Only a run that counts from 0 and goes as far as N calls it `start-N`: under
-    the other name, reaching N would save through the link into the start itself. DeepSpeed loads whatever folder
-    `latest` names.
+    `global_stepN` for the fork, which counts on from it. A run that counts from 0 calls it `start-N`: under the other name
+    it would be the newest by name, so that upstream's retention deletes every new checkpoint instead of it, and reaching N
+    would save through the link into the start itself. DeepSpeed loads whatever folder `latest` names.
     """
     number = start_number(settings.start or "")
     if number is None:
         return None
     layout = LAYOUTS[settings.layout]
-    reaches = settings.target is not None and settings.target >= number
-    if layout.name == "deepspeed" and settings.counter == "latest" and reaches:
+    if layout.name == "deepspeed" and settings.counter == "latest":
         return "start-{}".format(number)
     return layout.folder_name(number)
