@@ -123,3 +123,16 @@ def accounting_sandbox(_session_accounting: Sandbox) -> Iterator[Sandbox]:
     """A shared sandbox with slurmdbd: LUMI's limits on submitted jobs, one account, ACCOUNT; sacct works."""
     yield _session_accounting
     _session_accounting.empty()
+
+
+@pytest.fixture
+def idle(sandbox: Sandbox) -> Iterator[Sandbox]:
+    """The shared sandbox, its queue emptied afterwards."""
+    import time
+
+    yield sandbox
+    sandbox.ok("scancel", "-u", str(os.geteuid()))
+    for _ in range(300):
+        if not sandbox.ok("squeue", "-h").strip():
+            break
+        time.sleep(0.1)

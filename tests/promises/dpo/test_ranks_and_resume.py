@@ -57,7 +57,7 @@ def ran(bench: Bench) -> dict[str, Answer]:
 def test_two_ranks_train_what_one_rank_trains(bench: Bench, ran: dict[str, Answer], name: str) -> None:
     one, two = bench.metrics(f"{name}-1"), bench.metrics(f"{name}-2")
     # bf16 rounds the same sums differently in another layout of rows.
-    tolerance = 3e-2 if name == "bf16" else 1e-6
+    tolerance = 3e-2 if name == "bf16" else 1e-6 if name != "other" else 5e-5
 
     assert list(one) == list(two) == [1, 2, 3, 4, 5, 6, 7]
     for key in ("loss", "margin"):
