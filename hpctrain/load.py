@@ -10,7 +10,7 @@ from hpctrain.errors import HpctrainError, Problem, UsageError
 from hpctrain.frozen import frozen
 from hpctrain.plan import Plan, make_plan
 from hpctrain.recipe import Recipe, load_recipe
-from hpctrain.site import Site, load_site
+from hpctrain.site import Site, layer_name, load_site
 from hpctrain.spec import RunSpec, absolute, read_layers, spec_from_layers
 from hpctrain.yamlio import Document, load_yaml, merge
 
@@ -39,7 +39,9 @@ def load_plan(path: str, assignments: Sequence[str] = (), out_dir: str | None = 
     except HpctrainError as error:
         problems += error.problems
     try:
-        recipe = load_recipe(_text(merged, "recipe"), merged.where("recipe")) if _text(merged, "recipe") else None
+        recipe = (
+            load_recipe(_text(merged, "recipe"), merged.where("recipe"), base_dir) if _text(merged, "recipe") else None
+        )
     except HpctrainError as error:
         problems += error.problems
     if site and site.values["defaults"]:
@@ -123,6 +125,6 @@ def _site_bytes(site: Site) -> bytes:
     import yaml
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    head = f"# merged from {', '.join(site.files)}\n"
+    head = f"# merged from {', '.join(map(layer_name, site.files))}\n"
     text: str = yaml.dump(site.document.data, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
     return (head + text).encode("utf-8")

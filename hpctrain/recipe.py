@@ -200,10 +200,10 @@ class Resolved:
     problems: tuple[Problem, ...] = ()
 
 
-def list_recipes() -> Iterator[tuple[str, str, str]]:
+def list_recipes(base_dir: str = "") -> Iterator[tuple[str, str, str]]:
     """(name, layer, folder) of every recipe there is; a name appears once, the strongest layer's."""
     seen = set()
-    for label, folder in layer_dirs("templates"):
+    for label, folder in layer_dirs("templates", base_dir):
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
             path = os.path.join(folder, name)
             if name not in seen and os.path.isfile(os.path.join(path, "recipe.yaml")):
@@ -211,9 +211,9 @@ def list_recipes() -> Iterator[tuple[str, str, str]]:
                 yield name, label, path
 
 
-def load_recipe(name: str, where: str = "") -> Recipe:
+def load_recipe(name: str, where: str = "", base_dir: str = "") -> Recipe:
     """The recipe of that name. Raises UsageError with every problem of its file, or naming the nearest recipe."""
-    known = {found: folder for found, _, folder in list_recipes()}
+    known = {found: folder for found, _, folder in list_recipes(base_dir)}
     if name not in known:
         raise UsageError(f"there is no recipe `{name}`", where=where, hint=nearest(name, known))
     path = os.path.join(known[name], "recipe.yaml")

@@ -18,6 +18,7 @@ from hpctrain.errors import Problem, UsageError
 from hpctrain.plan import Plan
 from hpctrain.resources import layer_dirs, shipped_dir
 from hpctrain.shell import ShellText, comment, node_path, quote, quote_all, sbatch_value
+from hpctrain.site import layer_name
 
 QUOTING_FILTERS = frozenset({"q", "qjoin", "sbatch", "comment", "raw_shell"})
 _JOB = "job.sbatch"
@@ -38,7 +39,7 @@ def render(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, str]:
 
 def render_job(plan: Plan, inputs: Mapping[str, bytes]) -> str:
     """The text of job.sbatch."""
-    environment = make_environment()
+    environment = make_environment(plan.spec.base_dir)
     used: list[str] = []
     name = template_name(environment, plan.recipe.name)
     values = plan.site.values
@@ -78,13 +79,14 @@ def render_job(plan: Plan, inputs: Mapping[str, bytes]) -> str:
         raise UsageError(f"template `{name}`: {error}") from error
 
 
-def make_environment() -> jinja2.Environment:
+def make_environment(base_dir: str = "") -> jinja2.Environment:
     """The Jinja environment of all templates.
 
     Undefined is an error; comments are `{## ##}` because bash has `${#x[@]}`; a user's template of the same name shadows
     the shipped one and extends it as `!builtin/<name>`.
     """
-    folders = tuple(folder for label, folder in layer_dirs("templates") if label != "shipped" and os.path.isdir(folder))
+    layers = layer_dirs("templates", base_dir)
+    folders = tuple(folder for label, folder in layers if label != "shipped" and os.path.isdir(folder))
     # A user's templates may change, appear, or be another project's at any time; only the shipped ones are kept compiled.
     return _environment(folders) if folders else _shipped_environment()
 
@@ -225,8 +227,12 @@ def _secrets_path(path: str, base_dir: str) -> ShellText:
 
 
 def _portable(text: str, plan: Plan) -> str:
-    """A text without this machine's paths: the run's file is called run.yaml, wherever it lies."""
-    return re.sub(rf"(?<![\w/.-]){re.escape(plan.spec.source)}(?=:\d)", "run.yaml", text) if plan.spec.source else text
+    """A text without this machine's paths: the run's file is called run.yaml, wherever it lies, and profiles alike."""
+    names = {file: layer_name(file) for file in plan.site.files}
+    names[plan.spec.source] = "run.yaml"
+    for file in filter(None, names):
+        text = re.sub(rf"(?<![\w/.-]){re.escape(file)}(?=:\d)", names[file].replace("\\", r"\\"), text)
+    return text
 
 
 def _portable_problem(problem: Problem, plan: Plan) -> dict[str, str]:

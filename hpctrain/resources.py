@@ -24,15 +24,43 @@ def user_dir() -> str:
     return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "hpctrain")
 
 
+def project_dir(base_dir: str = "") -> str:
+    """The `.hpctrain` that holds for files in `base_dir` (empty: here): the nearest one there or above.
+
+    It is sought upwards to the root of the git repository, and only in folders of one owner: a template is code, and
+    nobody else's folder above may slip one in. Where there is none, the place for one in `base_dir`.
+    """
+    folder = first = os.path.abspath(base_dir)
+    while not os.path.isdir(os.path.join(folder, PROJECT_DIR)):
+        above = os.path.dirname(folder)
+        if above == folder or os.path.exists(os.path.join(folder, ".git")) or _owner(above) != _owner(first):
+            return os.path.join(base_dir, PROJECT_DIR)
+        folder = above
+    return os.path.join(base_dir if folder == first else folder, PROJECT_DIR)
+
+
 def own_dir(kind: str, for_user: bool) -> str:
     """Where a new template or profile goes: this project's folder, or the user's."""
-    return os.path.join(user_dir() if for_user else PROJECT_DIR, kind)
+    return os.path.join(user_dir() if for_user else project_dir(), kind)
 
 
-def layer_dirs(kind: str) -> list[tuple[str, str]]:
-    """(label, folder) of the layers of `templates` or `site_profiles`, the strongest first; folders may not exist."""
-    layers = [] if no_user_config() else [("project", PROJECT_DIR), ("user", user_dir()), ("system", "/etc/hpctrain")]
+def layer_dirs(kind: str, base_dir: str = "") -> list[tuple[str, str]]:
+    """(label, folder) of the layers of `templates` or `site_profiles`, the strongest first; folders may not exist.
+
+    The project's layer is that of `base_dir`, the folder of the run.yaml (empty: here), so that a run is rendered
+    alike from wherever it is rendered.
+    """
+    layers = []
+    if not no_user_config():
+        layers = [("project", project_dir(base_dir)), ("user", user_dir()), ("system", "/etc/hpctrain")]
     return [*((label, os.path.join(folder, kind)) for label, folder in layers), ("shipped", shipped_dir(kind))]
+
+
+def _owner(folder: str) -> int:
+    try:
+        return os.stat(folder).st_uid
+    except OSError:
+        return -1
 
 
 def hub_cache_dir() -> str:

@@ -281,10 +281,10 @@ class Site:
         return Partition(name, self.node_types[default])
 
 
-def list_sites() -> Iterator[tuple[str, str, str]]:
+def list_sites(base_dir: str = "") -> Iterator[tuple[str, str, str]]:
     """(name, layer, path of its profile) of every profile there is; a name appears once, the strongest layer's."""
     seen = set()
-    for label, folder in layer_dirs("site_profiles"):
+    for label, folder in layer_dirs("site_profiles", base_dir):
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         for name in names:
             path = os.path.join(folder, name, "profile.yaml")
@@ -298,7 +298,7 @@ def load_site(name_or_path: str, base_dir: str = "", where: str = "") -> Site:
 
     A profile with `extends: other` is laid over the other one. Raises UsageError with every problem at once.
     """
-    layers = _layers(name_or_path, base_dir, where, ())
+    layers = _layers(name_or_path, base_dir, base_dir, where, ())
     return site_from_document(merge(layers), tuple(layer.name for layer in layers))
 
 
@@ -326,8 +326,8 @@ def site_from_document(document: Document, files: tuple[str, ...] = ()) -> Site:
     return Site(values["name"], values["title"], node_types, partitions, values, document, files)
 
 
-def _layers(name_or_path: str, base_dir: str, where: str, chain: tuple[str, ...]) -> list[Document]:
-    path = _find(name_or_path, base_dir, where)
+def _layers(name_or_path: str, base_dir: str, project: str, where: str, chain: tuple[str, ...]) -> list[Document]:
+    path = _find(name_or_path, base_dir, project, where)
     if path in chain:
         raise UsageError(f"profile `{name_or_path}` extends itself", where=where)
     document = load_yaml(path, name=_display(path))
@@ -341,11 +341,11 @@ def _layers(name_or_path: str, base_dir: str, where: str, chain: tuple[str, ...]
         parent_path = os.path.join(shipped_dir("site_profiles"), parent, "profile.yaml")
         below = [load_yaml(parent_path, name=_display(parent_path))] if parent_path != path else []
     else:
-        below = _layers(parent, os.path.dirname(path), document.where("extends"), (*chain, path))
+        below = _layers(parent, os.path.dirname(path), project, document.where("extends"), (*chain, path))
     return [*below, document]
 
 
-def _find(name_or_path: str, base_dir: str, where: str) -> str:
+def _find(name_or_path: str, base_dir: str, project: str, where: str) -> str:
     if os.sep in name_or_path or name_or_path.endswith((".yaml", ".yml")):
         path = os.path.join(base_dir, os.path.expanduser(name_or_path))
         path = os.path.join(path, "profile.yaml") if os.path.isdir(path) else path
@@ -353,17 +353,25 @@ def _find(name_or_path: str, base_dir: str, where: str) -> str:
             raise UsageError(f"there is no site profile at `{name_or_path}`", where=where)
         return path
     names = {}
-    for name, _, path in list_sites():
+    for name, _, path in list_sites(project):
         names[name] = path
         if name == name_or_path:
             return path
     raise UsageError(f"there is no site profile `{name_or_path}`", where=where, hint=nearest(name_or_path, names))
 
 
+def layer_name(file: str) -> str:
+    """How rendered files name a profile's file: from its layer's folder on, for the rest is this machine's."""
+    return "/".join(file.split(os.sep)[-3:])
+
+
 def _display(path: str) -> str:
     """How messages call a profile: shipped ones by their place in the project, which is the same everywhere."""
     shipped = shipped_dir("site_profiles")
-    return "site_profiles" + path[len(shipped) :] if path.startswith(shipped + os.sep) else path
+    if path.startswith(shipped + os.sep):
+        return "site_profiles" + path[len(shipped) :]
+    here = os.getcwd() + os.sep
+    return path[len(here) :] if path.startswith(here) else path
 
 
 def _node_type(name: str, fields: Mapping[str, Any]) -> NodeType:

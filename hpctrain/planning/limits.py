@@ -57,7 +57,9 @@ def _check_place(notes: Notes, node: NodeType, what: str, path: str, level: str,
 
     storage = site.values["storage"]
     good = [
-        fields["path"].replace("{account}", account or "…") for fields in storage.values() if what in fields["holds"]  # noqa: RUF027
+        fields["path"].replace("{account}", account or "…")
+        for fields in storage.values()
+        if what in fields["holds"]  # noqa: RUF027
     ]
     for name, fields in storage.items():
         if under(fields["path"]) and what not in fields["holds"] and good:

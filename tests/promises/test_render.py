@@ -9,6 +9,8 @@ import pytest
 
 from hpctrain import rundir
 from hpctrain.errors import Refused
+from hpctrain.load import load_plan
+from hpctrain.rundir import run_files
 
 RUN = """\
 name: r
@@ -36,6 +38,36 @@ def test_stdout_is_the_path_of_the_job_script_and_nothing_else(run_yaml, hpctrai
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/runs/r/job.sbatch\n")
     assert (tmp_path / "runs/r/job.sbatch").is_file()
     assert (tmp_path / "runs/r/run.yaml").read_text() == RUN
+
+
+def test_the_same_bytes_from_wherever_it_is_rendered(tmp_path, monkeypatch):
+    """The project's `.hpctrain` is the one beside run.yaml or above it, not the one of the working directory."""
+    project = tmp_path / "project"
+    monkeypatch.delenv("HPCTRAIN_NO_USER_CONFIG", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    folders = {folder: folder / ".hpctrain" for folder in (project, tmp_path / "elsewhere")}
+    (project / ".git").mkdir(parents=True)
+    for folder, own in folders.items():
+        (own / "site_profiles" / "local").mkdir(parents=True)
+        text = f"name: local\nextends: local\nenv:\n  WHOSE: {{value: {folder.name!r}, why: a test}}\n"
+        (own / "site_profiles" / "local" / "profile.yaml").write_text(text)
+        (own / "templates" / "command").mkdir(parents=True)
+        block = '{% extends "!builtin/command/job.sbatch.j2" %}{% block user_setup %}: templates of ' + folder.name
+        (own / "templates" / "command" / "job.sbatch.j2").write_text(block + "{% endblock %}\n")
+    below = project / "runs of mine"
+    below.mkdir()
+    (below / "run.yaml").write_text(RUN)
+    seen = []
+    for cwd in (below, project, tmp_path / "elsewhere", Path("/")):
+        monkeypatch.chdir(cwd)
+        loaded = load_plan(os.path.relpath(below / "run.yaml"))
+        assert not loaded.plan.errors
+        seen.append(run_files(loaded.plan, loaded.inputs))
+    script = seen[0]["job.sbatch"].decode()
+
+    assert f"WHOSE={project.name}" in script and f": templates of {project.name}" in script
+    for files in seen[1:]:
+        assert files == seen[0]
 
 
 def test_dry_run_writes_nothing(run_yaml, hpctrain, tmp_path):
