@@ -81,6 +81,17 @@ class Cluster:
     def fault(self, node, action):
         sandboxes.fault(node, action, self.name, self.directory, os.environ)
 
+    def heal(self, ended):
+        """The administrator: Slurm drains a node that met a requeued job's leftovers, or was silent while this host was busy."""
+        while not ended.wait(5):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                said = self.run("sinfo", "-h", "-N", "-o", "%N %T").stdout
+                down = {
+                    line.split()[0] for line in said.splitlines() if line.split()[1].startswith(("drained", "down"))
+                }
+                if down:
+                    self.run("scontrol", "update", f"nodename={','.join(sorted(down))}", "state=resume")
+
     def controller_down(self, seconds):
         with self.controller:
             daemons = Daemons(
@@ -210,7 +221,7 @@ class Run:
             return None
         return [line.split("|")[:4] for line in done.stdout.splitlines() if line.endswith(f"|{self.dir}")]
 
-    def watch(self, result, limit_s=420):
+    def watch(self, result, limit_s=900):
         """Play the outside faults, each once its link has trained a little, until nothing of the run is queued."""
         waiting = list(self.outside)
         end = time.monotonic() + limit_s
@@ -414,10 +425,12 @@ def campaign(seed: int, num: int, jobs: int, say=print, keep: str | None = None)
             shutil.rmtree(folder, ignore_errors=True)
         return result
 
-    pool = ThreadPoolExecutor(jobs)
+    pool, ended = ThreadPoolExecutor(jobs), threading.Event()
+    threading.Thread(target=cluster.heal, args=(ended,), daemon=True).start()
     try:
         results = list(pool.map(one, enumerate(plan_faults(seed, num))))
     finally:
+        ended.set()
         pool.shutdown(wait=False, cancel_futures=True)
         cluster.down()
         if results and not any(result.wrong for result in results):
