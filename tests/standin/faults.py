@@ -27,6 +27,7 @@ from pathlib import Path
 
 import checkpoints
 
+from hpctrain.errors import EnvironmentFault
 from hpctrain.sandbox import processes
 from hpctrain.sandbox import sandbox as sandboxes
 from hpctrain.sandbox.daemons import Daemons
@@ -260,7 +261,8 @@ class Run:
         if kind == "node_down":
             cluster.fault(node, "down")
             time.sleep(1)
-            cluster.fault(node, "resume")
+            with contextlib.suppress(EnvironmentFault):  # the administrator was faster
+                cluster.fault(node, "resume")
         elif kind in ("node_crash", "kill_slurmd"):
             cluster.fault(node, "crash" if kind == "node_crash" else "kill-slurmd")
             time.sleep(2)
