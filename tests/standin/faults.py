@@ -65,7 +65,7 @@ WORDS = {
 class Cluster:
     """A sandbox of simulated nodes, and how to hurt it."""
 
-    def __init__(self, directory: Path, num_nodes: int, name: str = "faults"):
+    def __init__(self, directory: Path, num_nodes: int, name: str):
         self.name, self.directory = name, directory
         shape = shape_from_site(
             load_site("lumi"), {"lumi-g": num_nodes, "lumi-c": 0, "lumi-d": 0}, kill_wait_s=2, slurmd_timeout_s=15
@@ -301,8 +301,10 @@ class Run:
         finally:
             pause.unlink()
 
-    @staticmethod
-    def kill_shell(job_id) -> bool:
+    def kill_shell(self, job_id) -> bool:
+        spool = os.path.join(
+            os.path.realpath(self.cluster.record.place.run), ""
+        )  # other Slurms here have jobs of the same number
         for entry in os.listdir("/proc"):
             if entry.isdigit():
                 with contextlib.suppress(OSError):
@@ -310,7 +312,8 @@ class Run:
                     if (
                         len(words) > 1
                         and words[0].endswith(b"bash")
-                        and f"job{int(job_id):05d}/slurm_script".encode() in words[1]
+                        and words[1].startswith(spool.encode())
+                        and words[1].endswith(f"/job{int(job_id):05d}/slurm_script".encode())
                     ):
                         os.kill(int(entry), signal.SIGKILL)
                         return True
@@ -409,7 +412,7 @@ def plan_faults(seed: int, num: int) -> list[list[str]]:
 def campaign(seed: int, num: int, jobs: int, say=print, keep: str | None = None) -> list[Result]:
     """Run the faults, `jobs` chains at a time, each on a cluster that the others share; returns a result per chain."""
     top = Path(tempfile.mkdtemp(prefix="hpctrain-faults-"))
-    cluster = Cluster(top / "sandbox", jobs + 1)
+    cluster = Cluster(top / "sandbox", jobs + 1, f"faults-{os.getpid()}")
     results = []
 
     def one(item):
