@@ -55,7 +55,8 @@ class Standstill(NamedTuple):
 def standstill(links: List[Record], link: int, checkpoint: Optional[str]) -> Standstill:
     """Counts back over the starts that began from `checkpoint`, the one this start would begin from too.
 
-    A link submitted after the chain gave up (its number is greater than any known then) counts from there anew: a
+    A link counts when all its starts were from there: one that made the checkpoint itself and was requeued got on. A link
+    submitted after the chain gave up (its number is greater than any known then) counts from there anew: a
     person has looked at it.
     """
     ended: Set[Any] = set()
@@ -69,6 +70,7 @@ def standstill(links: List[Record], link: int, checkpoint: Optional[str]) -> Sta
         if record.get("mode") not in RUN_MODES:
             continue
         if record.get("checkpoint") != checkpoint:
+            ended.discard(record.get("link"))  # that link made the checkpoint, then was put back in the queue
             break
         starts += 1
         if record.get("link") != link:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import checkpoints
 
+from hpctrain.errors import EnvironmentFault
 from hpctrain.sandbox import processes
 from hpctrain.sandbox import sandbox as sandboxes
 from hpctrain.sandbox.daemons import Daemons
@@ -64,7 +65,7 @@ WORDS = {
 class Cluster:
     """A sandbox of simulated nodes, and how to hurt it."""
 
-    def __init__(self, directory: Path, num_nodes: int, name: str = "faults"):
+    def __init__(self, directory: Path, num_nodes: int, name: str):
         self.name, self.directory = name, directory
         shape = shape_from_site(
             load_site("lumi"), {"lumi-g": num_nodes, "lumi-c": 0, "lumi-d": 0}, kill_wait_s=2, slurmd_timeout_s=15
@@ -80,6 +81,17 @@ class Cluster:
 
     def fault(self, node, action):
         sandboxes.fault(node, action, self.name, self.directory, os.environ)
+
+    def heal(self, ended):
+        """The administrator: Slurm drains a node that met a requeued job's leftovers, or was silent while this host was busy."""
+        while not ended.wait(5):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                said = self.run("sinfo", "-h", "-N", "-o", "%N %T").stdout
+                down = {
+                    line.split()[0] for line in said.splitlines() if line.split()[1].startswith(("drained", "down"))
+                }
+                if down:
+                    self.run("scontrol", "update", f"nodename={','.join(sorted(down))}", "state=resume")
 
     def controller_down(self, seconds):
         with self.controller:
@@ -210,7 +222,7 @@ class Run:
             return None
         return [line.split("|")[:4] for line in done.stdout.splitlines() if line.endswith(f"|{self.dir}")]
 
-    def watch(self, result, limit_s=420):
+    def watch(self, result, limit_s=900):
         """Play the outside faults, each once its link has trained a little, until nothing of the run is queued."""
         waiting = list(self.outside)
         end = time.monotonic() + limit_s
@@ -249,7 +261,8 @@ class Run:
         if kind == "node_down":
             cluster.fault(node, "down")
             time.sleep(1)
-            cluster.fault(node, "resume")
+            with contextlib.suppress(EnvironmentFault):  # the administrator was faster
+                cluster.fault(node, "resume")
         elif kind in ("node_crash", "kill_slurmd"):
             cluster.fault(node, "crash" if kind == "node_crash" else "kill-slurmd")
             time.sleep(2)
@@ -288,8 +301,10 @@ class Run:
         finally:
             pause.unlink()
 
-    @staticmethod
-    def kill_shell(job_id) -> bool:
+    def kill_shell(self, job_id) -> bool:
+        spool = os.path.join(
+            os.path.realpath(self.cluster.record.place.run), ""
+        )  # other Slurms here have jobs of the same number
         for entry in os.listdir("/proc"):
             if entry.isdigit():
                 with contextlib.suppress(OSError):
@@ -297,7 +312,8 @@ class Run:
                     if (
                         len(words) > 1
                         and words[0].endswith(b"bash")
-                        and f"job{int(job_id):05d}/slurm_script".encode() in words[1]
+                        and words[1].startswith(spool.encode())
+                        and words[1].endswith(f"/job{int(job_id):05d}/slurm_script".encode())
                     ):
                         os.kill(int(entry), signal.SIGKILL)
                         return True
@@ -396,7 +412,7 @@ def plan_faults(seed: int, num: int) -> list[list[str]]:
 def campaign(seed: int, num: int, jobs: int, say=print, keep: str | None = None) -> list[Result]:
     """Run the faults, `jobs` chains at a time, each on a cluster that the others share; returns a result per chain."""
     top = Path(tempfile.mkdtemp(prefix="hpctrain-faults-"))
-    cluster = Cluster(top / "sandbox", jobs + 1)
+    cluster = Cluster(top / "sandbox", jobs + 1, f"faults-{os.getpid()}")
     results = []
 
     def one(item):
@@ -414,10 +430,12 @@ def campaign(seed: int, num: int, jobs: int, say=print, keep: str | None = None)
             shutil.rmtree(folder, ignore_errors=True)
         return result
 
-    pool = ThreadPoolExecutor(jobs)
+    pool, ended = ThreadPoolExecutor(jobs), threading.Event()
+    threading.Thread(target=cluster.heal, args=(ended,), daemon=True).start()
     try:
         results = list(pool.map(one, enumerate(plan_faults(seed, num))))
     finally:
+        ended.set()
         pool.shutdown(wait=False, cancel_futures=True)
         cluster.down()
         if results and not any(result.wrong for result in results):

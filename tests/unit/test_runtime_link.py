@@ -311,6 +311,13 @@ def test_requeues_of_one_link_count_as_one_until_they_are_a_crash_loop(quick):
     assert decisions == ["run"] * 9 + ["gave_up"]
 
 
+def test_a_link_that_made_the_checkpoint_before_its_requeue_is_not_one_without_progress(quick):
+    quick.begin(1, job="101")
+    quick.save(10)
+    quick.begin(1, job="101", restart=1)
+    assert [quick.link(number)["decision"] for number in (2, 3, 4, 5)] == ["run", "run", "run", "gave_up"]
+
+
 def test_a_requeue_keeps_its_link_number_and_a_hand_submitted_job_gets_the_next(quick):
     (quick.dir / "ledger.jsonl").write_text(json.dumps({"event": "submitted", "link": 4, "job_id": "70"}) + "\n")
     assert quick.begin(job="70")["link"] == "4"
