@@ -209,14 +209,15 @@ def _raw_shell(value: object) -> str:
 
 def _chain(environment: jinja2.Environment, name: str) -> list[str]:
     """The template and those it extends, as the header names them."""
-    found: list[str] = []
+    found: dict[str, str] = {}
     while name and name not in found:
-        found.append(name)
         assert environment.loader
-        source = environment.loader.get_source(environment, name)[0]
+        source, file, _ = environment.loader.get_source(environment, name)
+        own = file and not file.startswith(shipped_dir("templates") + os.sep)
+        found[name] = f"{name} (an override)" if own else name.replace("!builtin/", "")
         extends = _EXTENDS.search(source)
         name = extends[1] if extends else ""
-    return [name.replace("!builtin/", "") for name in found]
+    return list(found.values())
 
 
 def _secrets_path(path: str, base_dir: str) -> ShellText:

@@ -66,6 +66,7 @@ def test_the_same_bytes_from_wherever_it_is_rendered(tmp_path, monkeypatch):
     script = seen[0]["job.sbatch"].decode()
 
     assert f"WHOSE={project.name}" in script and f": templates of {project.name}" in script
+    assert "command/job.sbatch.j2 (an override), command/job.sbatch.j2, base/job.sbatch.j2" in script
     for files in seen[1:]:
         assert files == seen[0]
 
