@@ -168,28 +168,30 @@ def decide_container(notes: Notes, resolved: Resolved, run_dir: str) -> tuple[st
 
 
 def decide_env(notes: Notes, resolved: Resolved) -> tuple[EnvVar, ...]:
+    """The job's variables: the site's, the recipe's, then the run's, each winning over those before it."""
     out: dict[str, EnvVar] = {}
+    found: dict[str, Decision] = {}
+
+    def take(name: str, value: str, why: str, origin: str) -> None:
+        out[name] = EnvVar(name, value, why)
+        found[name] = Decision(f"env.{name}", value, why, origin)
+
     for name, fields in notes.site.values["env"].items():
         value, path = fields["value"], ("env", name, "value")
         for least, scaled in sorted(fields["from_nodes"].items(), key=lambda item: int(item[0])):
             if notes.spec.num_nodes >= int(least):
                 value, path = scaled, ("env", name, "from_nodes")
-        out[name] = EnvVar(name, value, fields["why"])
-        notes.decide(f"env.{name}", value, fields["why"], *path, site=True)
+        take(name, value, fields["why"], notes.site.document.where(*path))
     for name, fields in notes.recipe.values["env"].items():
-        out[name] = EnvVar(name, fields["value"], fields["why"])
-        notes.decisions.append(
-            Decision(f"env.{name}", fields["value"], fields["why"], notes.recipe.document.where("env", name))
-        )
+        take(name, fields["value"], fields["why"], notes.recipe.document.where("env", name))
     for variable in resolved.env:
-        out[variable.name] = variable
-        notes.decisions.append(
-            Decision(f"env.{variable.name}", variable.value, variable.why, f"recipe {notes.recipe.name}")
-        )
+        take(variable.name, variable.value, variable.why, f"recipe {notes.recipe.name}")
     for name, value in notes.spec.env.items():
-        why = "from run.yaml" + (f", instead of {out[name].value}" if name in out and out[name].value != value else "")
-        out[name] = EnvVar(name, value, why)
-        notes.decide(f"env.{name}", value, why, "env", name)
+        why = "from run.yaml"
+        if name in out:
+            why = out[name].why if out[name].value == value else f"from run.yaml, instead of {out[name].value}"
+        take(name, value, why, notes.spec.where("env", name))
+    notes.decisions += found.values()
     for name in notes.site.values["node_dirs"]:
         if name in notes.spec.env:
             notes.error(f"`env.{name}` is a folder the site makes on every node", "env", name, level="warning",
