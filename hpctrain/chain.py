@@ -282,7 +282,12 @@ def exclude_bad(run_dir: str, bad: Sequence[badnodes.BadNode]) -> list[str]:
     changed = []
     for job in _live_jobs(run_dir):
         if job.state == "PENDING":
-            slurm.exclude_nodes(job.job_id, badnodes.merged(slurm.excluded_nodes(job.job_id), bad))
+            try:
+                slurm.exclude_nodes(job.job_id, badnodes.merged(slurm.excluded_nodes(job.job_id), bad))
+            except EnvironmentFault:
+                if any(now.state == "PENDING" for now in slurm.jobs([job.job_id])):
+                    raise
+                continue  # it began, or ended, in between
             changed.append(job.job_id)
     return changed
 

@@ -74,6 +74,7 @@ class Plan:
             "after_each": self.spec.after_each,
             "quarantine": facts.quarantine,
             "counter": facts.counter,
+            "retention": facts.retention,
         }
 
 

@@ -155,7 +155,7 @@ class Guard:
     """What the runtime guard must know of the recipe's checkpoints, see `hpctrain/runtime`.
 
     `target`: number in the folder name of the checkpoint that ends the run. `counter`: whether the framework
-    continues from `latest` or from the greatest folder name.
+    continues from `latest` or from the greatest folder name. `retention`: it deletes old checkpoints by their names.
     """
 
     layout: str = "none"
@@ -166,6 +166,7 @@ class Guard:
     zero_stage: int | None = None
     counter: str = "latest"
     quarantine: bool = True
+    retention: bool = False
 
 
 @frozen

@@ -57,9 +57,9 @@ def _check_place(notes: Notes, node: NodeType, what: str, path: str, level: str,
 
     storage = site.values["storage"]
     good = [
-        fields["path"].replace("{account}", account or "…")
+        fields["path"].replace("{account}", account or "…")  # noqa: RUF027
         for fields in storage.values()
-        if what in fields["holds"]  # noqa: RUF027
+        if what in fields["holds"]
     ]
     for name, fields in storage.items():
         if under(fields["path"]) and what not in fields["holds"] and good:

@@ -99,6 +99,7 @@ def resolve(context: Context) -> Resolved:
             data_parallel=shape.data,
             zero_stage=zero_stage,
             counter="greatest_folder" if offset else "latest",
+            retention=saving.retention(draft, saves, start) is not None,
         ),
         cadence=Cadence(train_iters, _save_every(saves), saves_on_signal=False),
         template={
@@ -188,7 +189,7 @@ def _own_decisions(
             Decision(
                 "checkpoint.start_iteration",
                 start.iteration,
-                f"from the folder's name `{os.path.basename(start.path)}`; linked as `{start.link}`",
+                f"from the folder's name `{os.path.basename(start.path)}`",
                 spec.where("checkpoint", "start"),
             )
         )

@@ -6,7 +6,7 @@ from typing import List, NamedTuple, Optional, Tuple
 from .files import Listing, make_folder, sync_folder, write_atomic
 from .layouts import LAYOUTS
 from .settings import Settings
-from .survey import Survey, start_link_name, start_number
+from .survey import Survey, start_link, start_number
 
 
 class StartProblem(Exception):
@@ -55,13 +55,16 @@ def plan_bootstrap(settings: Settings, survey: Optional[Survey] = None, verify: 
         num_files, num_bytes = _verified(settings, start) if verify else (0, 0)
     if not layout.by_link:
         return Bootstrap(folder, start, number, None, None, None, None, None, num_files, num_bytes, ())
-    link = start_link_name(settings)
+    survey = survey or Survey(settings)
+    link, hazard = survey.start_link, start_link(settings)[1]
     if number is None or link is None:
         raise StartProblem("the iteration of the start checkpoint cannot be read from its name `{}`; give it, or a link to "
                            "it, a name such as `{}`".format(os.path.basename(start), layout.folder_name(1000)))  # fmt: skip
     if os.path.basename(start) != link:
-        notes.append("`{}` is iteration {}; its link is called `{}`".format(os.path.basename(start), number, link))
-    survey = survey or Survey(settings)
+        why = ", not `{}`: {}".format(layout.folder_name(number), hazard) if hazard else ""
+        notes.append(
+            "`{}` is iteration {}; its link is called `{}`{}".format(os.path.basename(start), number, link, why)
+        )
     renamed = _present_link(survey, start, link)
     target = None if os.path.lexists(os.path.join(folder, link)) or renamed else _relative(start, folder)
     return Bootstrap(folder, start, number, link, target, renamed, layout.tracker, layout.tracker_text(link),

@@ -19,7 +19,8 @@ class Settings(NamedTuple):
     """The `guard` part of plan.json.
 
     `target` is the number in a checkpoint's folder name at which the run is done. `counter` is `greatest_folder` where
-    the framework takes its iteration from the greatest `global_step*` in the folder, whatever `latest` says.
+    the framework takes its iteration from the greatest `global_step*` in the folder, whatever `latest` says. `retention`:
+    the framework itself deletes old checkpoints, which it knows by their names.
     """
 
     run: str
@@ -32,6 +33,7 @@ class Settings(NamedTuple):
     after_each: Optional[str]
     quarantine: bool
     counter: str
+    retention: bool = False
 
 
 def read_settings(run_dir: str) -> Settings:
@@ -73,6 +75,7 @@ def parse_settings(guard: Dict[str, Any]) -> Settings:
         after_each=_path(guard, "after_each"),
         quarantine=guard.get("quarantine", True) is not False,
         counter=counter,
+        retention=guard.get("retention", False) is True,
     )
 
 

@@ -53,7 +53,7 @@ class Survey:
         except FileNotFoundError:
             entries = {}
         real_start = os.path.realpath(settings.start) if settings.start else None
-        copy = start_link_name(settings) if settings.start else None
+        copy = start_link(settings)[0] if settings.start else None
         for name, entry in entries.items():
             number = self.layout.number(name)
             is_link = entry.is_symlink()
@@ -65,6 +65,7 @@ class Survey:
             self.candidates.append(Candidate(name, number, is_link, is_start))
         self.candidates.sort(key=lambda found: self.layout.order(found.name))
         self.tracker_text = self._read_tracker() if entries else None
+        self.start_link = self._start_link(real_start)
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -125,6 +126,16 @@ class Survey:
         files = self.listing.tree(self.path(name), self.layout.depth)
         return bool(files) and min(info.mtime_ns for info in files.values()) > tracker_ns
 
+    def _start_link(self, real_start: Optional[str]) -> Optional[str]:
+        """The name of the link to the start: what it should be, or what it is already where that does no harm."""
+        name, hazard = start_link(self.settings) if self.settings.start else (None, "")
+        if hazard or name is None or os.path.lexists(self.path(name)):
+            return name
+        for found in self.candidates:
+            if found.is_link and os.path.realpath(self.path(found.name)) == real_start:
+                return found.name
+        return name
+
     def _read_tracker(self) -> Optional[str]:
         path = self.tracker_path
         return read_text(path) if path else None
@@ -168,7 +179,7 @@ def choose(survey: Survey) -> Choice:
         name = start.name if start else None
         number = start.number if start else None
         if survey.settings.start and survey.layout.by_link:
-            name, number = start_link_name(survey.settings), start_number(survey.settings.start)
+            name, number = survey.start_link, start_number(survey.settings.start)
         return Choice("start", name, number, tuple(_asides(survey, None)), tuple(notes))
     return Choice("nothing", None, None, tuple(_asides(survey, None)), tuple(notes))
 
@@ -212,9 +223,9 @@ def _asides(survey: Survey, chosen: Optional[Candidate]) -> List[Aside]:
             out.append(Aside(found.name, "aside-{}".format(found.number), "is newer than the checkpoint to go on from"))
     if settings.counter != "greatest_folder":
         for link in survey.candidates if layout.name == "deepspeed" and chosen else ():
-            if link.is_link and not link.name.startswith("start-"):
-                why = "is a link, which the framework's retention would count or stumble over"
-                out.append(Aside(link.name, "start-{}".format(link.number), why))
+            hazard = link_hazard(settings, link.number)
+            if link.is_link and hazard and not link.name.startswith("start-"):
+                out.append(Aside(link.name, "start-{}".format(link.number), "is a link, and " + hazard))
         return out
     # Everything below makes the fork count from, or stumble over, a name that is not the checkpoint it loads.
     for link in survey.candidates:
@@ -244,17 +255,35 @@ def start_number(path: str) -> Optional[int]:
     return int(numbers[0]) if len(set(map(int, numbers))) == 1 else None
 
 
-def start_link_name(settings: Settings) -> Optional[str]:
-    """The name under which the start checkpoint appears in the checkpoint folder, None when its name has no number.
+def start_link(settings: Settings) -> Tuple[Optional[str], str]:
+    """The name under which the start checkpoint appears in the checkpoint folder, and why it is not the usual one.
 
-    `global_stepN` for the fork, which counts on from it. A run that counts from 0 calls it `start-N`: under the other name
-    it would be the newest by name, so that upstream's retention deletes every new checkpoint instead of it, and reaching N
-    would save through the link into the start itself. DeepSpeed loads whatever folder `latest` names.
+    As the framework calls checkpoints, `global_stepN`; `start-N` where that would do harm, which is then said. DeepSpeed
+    loads whatever folder `latest` names. (None, "") when the start's name has no number.
     """
     number = start_number(settings.start or "")
     if number is None:
-        return None
-    layout = LAYOUTS[settings.layout]
-    if layout.name == "deepspeed" and settings.counter == "latest":
-        return "start-{}".format(number)
-    return layout.folder_name(number)
+        return None, ""
+    hazard = link_hazard(settings, number)
+    return ("start-{}".format(number) if hazard else LAYOUTS[settings.layout].folder_name(number)), hazard
+
+
+def link_hazard(settings: Settings, number: int) -> str:
+    """Why a link must not be called `global_stepN` in this run's folder; empty when it may.
+
+    A run that counts from 0 (upstream NeoX after a finetune) and comes to N saves through the link into the start itself.
+    A framework that deletes old checkpoints sorts the link among them by its name: it deletes new ones instead of it, or
+    stops at it, since rmtree refuses links (megatron/checkpointing.py:160-181). The tilde fork counts on from N and needs
+    the name.
+    """
+    if LAYOUTS[settings.layout].name != "deepspeed" or settings.counter != "latest":
+        return ""
+    if settings.target is None:
+        return "how far the run counts is not known: a save at {} would go through it into the start".format(number)
+    if settings.target >= number:
+        return "the run counts from 0 to {}: its save at {} would go through it into the start".format(
+            settings.target, number
+        )
+    if settings.retention:
+        return "the framework's retention would count it as a checkpoint and delete new ones, or stop at it"
+    return ""

@@ -134,7 +134,7 @@ def test_the_guard_killed_at_any_of_its_own_writes_does_the_rest_the_next_time(t
         if start:
             guard(folder, start=base)
             os.unlink(folder / "latest")
-            os.unlink(folder / "start-50")
+            os.unlink(folder / "start-50")  # the run goes to 1000
         else:
             checkpoints.save(str(folder), 10, 1, 2, lineage="good")
         checkpoints.partial_save(str(folder), 20, [4, 2], 1, 2, lineage="torn")

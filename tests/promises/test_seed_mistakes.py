@@ -18,7 +18,7 @@ from hpctrain.runtime.files import read_records
 class Chain:
     """A chain of links of the simulated NeoX: the seed's way, `finetune` fixed in the YAML, or with the guard's decision."""
 
-    def __init__(self, top: Path, guarded: bool, number=50, target=40, **neox_options):
+    def __init__(self, top: Path, guarded: bool, number=50, target=40, planned=True, **neox_options):
         self.guarded, self.dir, self.ckpt = guarded, top / "run", str(top / "ck")
         self.start = neox.start(str(top / "base"), number)
         self.options = {"save_every": 10, "budget": 15, "train_iters": target, **neox_options}
@@ -30,6 +30,7 @@ class Chain:
         (self.dir / "plan.json").write_text(json.dumps({"guard": {
             "schema_version": 1, "run": "ft", "layout": "deepspeed", "checkpoint_dir": self.ckpt, "start": self.start,
             "target": target + offset, "give_up_after": 3, "counter": "greatest_folder" if offset else "latest",
+            "retention": neox_options.get("keep_last_n") is not None and planned,
         }}))  # fmt: skip
         os.mkdir(self.ckpt)
         if not guarded:  # as the seed describes
@@ -106,16 +107,24 @@ def test_an_exit_interval_that_is_no_multiple_of_the_saves(tmp_path, guarded):
         assert checkpoints_of(chain) == []
 
 
-def test_keep_last_n_checkpoints_1_beside_the_link_to_a_greater_start(tmp_path, guarded):
+@pytest.mark.parametrize("number", [35, 50])
+def test_keep_last_n_checkpoints_1_beside_the_link_to_a_greater_start(tmp_path, guarded, number):
     """Upstream counts from 0, so the link is the newest by name, and every new checkpoint is deleted as it is saved."""
-    chain = Chain(tmp_path, guarded, keep_last_n=1)
-    for number in range(5):
-        chain.run(finetune=number == 0)
+    chain = Chain(tmp_path, guarded, number=number, keep_last_n=1)
+    for link in range(5):
+        chain.run(finetune=link == 0)
     if guarded:
         assert checkpoints_of(chain) == ["global_step40"]
-        assert not chain.base_changed
-    else:
+    elif number == 50:
         assert checkpoints_of(chain) == []
+    assert not chain.base_changed
+
+
+def test_retention_that_the_plan_does_not_know_of_does_not_burn_the_whole_chain(tmp_path):
+    """`check` refuses keep_last_n_checkpoints: 1; a program that deletes on its own account is given up on in time."""
+    chain = Chain(tmp_path, guarded=True, keep_last_n=1, planned=False)
+    assert [chain.run(finetune=False) for _ in range(4)] == ["run", "run", "run", "gave_up"]
+    assert "3 links in a row" in chain.reason and not chain.base_changed
 
 
 @pytest.mark.parametrize("keep_last_n", [None, 1])

@@ -151,7 +151,7 @@ def crashing_sbatch(tmp_path, when):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_crash_between_two_submissions_and_a_rerun_neither_lose_nor_double_a_link(make, tmp_path, when):
-    chain = make(argv=["sleep", "60"], chain={"jobs": 4})
+    chain = make(argv=["sleep", "600"], chain={"jobs": 4})
     path = f"{crashing_sbatch(tmp_path, when)}:{chain.sandbox.environ['PATH']}"
     assert chain.hpctrain("chain", PATH=path).returncode == -9
     assert len(chain.queue()) == (1 if when == "before" else 2)
@@ -171,7 +171,7 @@ def test_a_crash_between_two_submissions_and_a_rerun_neither_lose_nor_double_a_l
 
 
 def test_two_chain_commands_at_once_submit_one_chain(make):
-    chain = make(argv=["sleep", "60"], chain={"jobs": 5})
+    chain = make(argv=["sleep", "600"], chain={"jobs": 5})
     commands = [subprocess.Popen([sys.executable, "-m", "hpctrain", "chain"], cwd=chain.top, env=chain.sandbox.environ,
                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(3)]  # fmt: skip
     codes = []
@@ -230,7 +230,7 @@ def test_a_requeue_goes_on_as_the_same_link(make):
 
 
 def test_the_submitting_shells_slurm_variables_do_not_reach_the_job(make):
-    chain = make(argv=["sleep", "60"])
+    chain = make(argv=["sleep", "600"])
     chain.ok("chain", SBATCH_TIMELIMIT="1", SBATCH_JOB_NAME="other", SLURM_NTASKS="99", SBATCH_DEPENDENCY="afterok:1")
     job = chain.queue()[0][0]
     said = chain.sandbox.ok("scontrol", "show", "job", "-o", job)
@@ -238,7 +238,7 @@ def test_the_submitting_shells_slurm_variables_do_not_reach_the_job(make):
 
 
 def test_a_refused_submission_says_slurms_words_and_leaves_a_rerun_possible(make):
-    chain = make(argv=["sleep", "60"], sbatch={"reservation": "none_such"})
+    chain = make(argv=["sleep", "600"], sbatch={"reservation": "none_such"})
     done = chain.hpctrain("chain")
     assert done.returncode == 3 and "reservation" in done.stderr.lower()
     assert chain.queue() == []
@@ -250,8 +250,9 @@ def test_a_refused_submission_says_slurms_words_and_leaves_a_rerun_possible(make
 
 
 def test_waiting_links_are_kept_off_nodes_named_in_two_failures(make):
-    chain = make(argv=["sleep", "60"], nodes=3, chain={"jobs": 3})
+    chain = make(argv=["sleep", "600"], nodes=3, chain={"jobs": 3})
     chain.ok("chain")
+    chain.wait(lambda chain: [state for _, state, _ in chain.queue()].count("RUNNING") == 1)
     logs = chain.dir / "logs"
     for job in ("91", "92"):
         begin = {
@@ -278,7 +279,7 @@ def test_waiting_links_are_kept_off_nodes_named_in_two_failures(make):
 
 def test_a_costly_chain_is_not_submitted_unasked(make):
     chain = make(
-        argv=["sleep", "60"],
+        argv=["sleep", "600"],
         partition="standard-g",
         nodes=4,
         gpus_per_node=8,

@@ -18,7 +18,7 @@ from hpctrain.runtime import history
 from hpctrain.runtime import link as guard
 from hpctrain.runtime.lock import _job_state
 from hpctrain.runtime.settings import parse_settings
-from hpctrain.runtime.survey import start_link_name, start_number
+from hpctrain.runtime.survey import start_link, start_number
 
 RUNTIME = Path(history.__file__).parent
 # Python 3.6 where this machine has one; the syntax of the oldest is checked for everybody by the next test.
@@ -158,12 +158,13 @@ def test_nothing_there_and_no_start_is_from_scratch(run):
 
 
 def test_a_start_is_bootstrapped_and_finetuned_from_once(run):
+    run.write_plan(target=49)
     run.base("_global_step50_backup")
     found = run.begin(1)
     assert found["mode"] == "finetune"
-    assert os.readlink(run.ckpt / "start-50") == "../base/_global_step50_backup"
-    assert (run.ckpt / "latest").read_bytes() == b"start-50"
-    assert "is iteration 50" in run.said
+    assert os.readlink(run.ckpt / "global_step50") == "../base/_global_step50_backup"
+    assert (run.ckpt / "latest").read_bytes() == b"global_step50"
+    assert "`_global_step50_backup` is iteration 50; its link is called `global_step50`" in run.said
     run.save(10)
     run.end(1)
     assert run.begin(2, job="8")["mode"] == "resume"
@@ -175,10 +176,11 @@ def test_a_start_is_bootstrapped_and_finetuned_from_once(run):
 
 def test_made_since_is_not_a_greater_number(run):
     """Upstream NeoX counts from 0 after a finetune: 10 is newer than 50."""
+    run.write_plan(target=49)
     run.base()
     run.begin(1)
     run.save(10)
-    (run.ckpt / "latest").write_text("start-50")  # cut off before it was named
+    (run.ckpt / "latest").write_text("global_step50")  # cut off before it was named
     found = run.begin(2, job="8")
     assert (found["mode"], found["iteration"], os.path.basename(found["checkpoint"])) == (
         "resume",
@@ -188,6 +190,35 @@ def test_made_since_is_not_a_greater_number(run):
     assert (run.ckpt / "latest").read_text() == "global_step10"
 
 
+def test_a_folder_bootstrapped_under_the_other_name_is_taken_as_it_is(quick):
+    """An earlier version's link, or a plan that had a greater target then: nothing is made twice, nothing is renamed."""
+    quick.base()
+    assert quick.begin(1)["mode"] == "finetune" and (quick.ckpt / "latest").read_text() == "start-50"
+    quick.end(1)
+    quick.write_plan(target=49)
+    found = quick.begin(2, job="8")
+    assert (found["mode"], found["checkpoint"]) == ("finetune", str(quick.ckpt / "start-50"))
+    assert sorted(name for name in os.listdir(quick.ckpt) if name[0] != ".") == ["latest", "start-50"]
+    assert (quick.ckpt / "latest").read_text() == "start-50"
+    quick.save(10)
+    assert quick.begin(3, job="9")["mode"] == "resume"
+    assert sorted(name for name in os.listdir(quick.ckpt) if name[0] != ".") == ["global_step10", "latest", "start-50"]
+
+
+def test_a_harmless_link_keeps_its_name_through_the_whole_run(quick):
+    quick.write_plan(target=49)
+    quick.base()
+    quick.begin(1)
+    quick.save(10)
+    quick.end(1)
+    assert quick.begin(2, job="8")["mode"] == "resume"
+    assert sorted(name for name in os.listdir(quick.ckpt) if name[0] != ".") == [
+        "global_step10",
+        "global_step50",
+        "latest",
+    ]
+
+
 def test_a_link_made_by_hand_gets_the_safe_name_before_the_framework_can_stumble_over_it(quick):
     quick.base()
     quick.ckpt.mkdir()
@@ -195,6 +226,7 @@ def test_a_link_made_by_hand_gets_the_safe_name_before_the_framework_can_stumble
     (quick.ckpt / "latest").write_text("global_step50")
     assert quick.begin(1)["mode"] == "finetune"
     assert (quick.ckpt / "latest").read_text() == "start-50"
+    assert "not `global_step50`: the run counts from 0 to 300" in quick.said
     os.rename(quick.ckpt / "start-50", quick.ckpt / "global_step50")
     quick.save(10)
     assert quick.begin(2, job="8")["mode"] == "resume"
@@ -493,10 +525,12 @@ def test_a_start_without_a_number_is_refused_with_a_hint(quick):
     assert "cannot be read from its name" in quick.records()[0]["reason"]
 
 
-@pytest.mark.parametrize(("counter", "target", "name"), [
-    ("latest", 1337, "start-50"), ("latest", None, "start-50"), ("greatest_folder", 1337, "global_step50"),
+@pytest.mark.parametrize(("counter", "target", "retention", "name", "why"), [
+    ("latest", 49, False, "global_step50", ""), ("latest", 50, False, "start-50", "its save at 50"), ("latest", 1337, False, "start-50", "to 1337"),
+    ("latest", None, False, "start-50", "not known"), ("latest", 49, True, "start-50", "retention"),
+    ("greatest_folder", 1337, True, "global_step50", ""), ("greatest_folder", None, False, "global_step50", ""),
 ])  # fmt: skip
-def test_a_checkpoint_is_never_saved_through_the_starts_link(tmp_path, counter, target, name):
+def test_the_starts_link_has_the_frameworks_name_unless_that_does_harm(counter, target, retention, name, why):
     guard = {
         "schema_version": 1,
         "layout": "deepspeed",
@@ -504,8 +538,10 @@ def test_a_checkpoint_is_never_saved_through_the_starts_link(tmp_path, counter, 
         "start": "/b/global_step50",
         "target": target,
         "counter": counter,
+        "retention": retention,
     }
-    assert start_link_name(parse_settings(guard)) == name
+    found, said = start_link(parse_settings(guard))
+    assert found == name and why in said and bool(why) == bool(said)
 
 
 def test_a_guard_that_cannot_write_does_not_start_the_job_and_the_next_one_goes_on(quick):

@@ -22,7 +22,7 @@ class Start:
 
     @property
     def link(self) -> str:
-        """The name under which it is linked into the run's checkpoint folder."""
+        """The name under which NeoX knows it; the runtime links it under another one where this does harm."""
         return f"global_step{self.iteration}"
 
 
@@ -314,40 +314,37 @@ def check_exit(draft: Draft, saves: Saves, spec: RunSpec) -> None:
             )
 
 
+def retention(draft: Draft, saves: Saves, start: Start | None) -> int | None:
+    """`keep_last_n_checkpoints` where it deletes anything in this run, else None."""
+    keep = draft.number("keep_last_n_checkpoints")
+    if keep is None or "keep_last_n_checkpoints" not in draft.values:
+        return None
+    total = saves.count()
+    return None if keep > 0 and total is not None and total + (1 if start else 0) <= keep else keep
+
+
 def check_retention(draft: Draft, saves: Saves, start: Start | None) -> None:
     """keep_last_n_checkpoints must leave two complete checkpoints and never meet the start's link.
 
     NeoX sorts every folder whose path contains global_step and removes all but the last n with shutil.rmtree right after
-    a save (checkpointing.py:160-181): a link among the old ones stops the job, a link among the new ones takes a place.
+    a save (checkpointing.py:160-181): a link among the old ones stops the job. (For upstream the runtime gives the link a
+    name that is not counted; the fork needs it.)
     """
     key = "keep_last_n_checkpoints"
-    keep = draft.number(key)
-    if keep is None or key not in draft.values:
+    keep = retention(draft, saves, start)
+    if keep is None:
         return
     hint = f"delete it: nothing is removed then; or `{key}: 100000`"
     if keep < 1:
         draft.error(f"`{key}: {keep}` deletes every checkpoint as soon as it is saved", key, hint=hint)
         return
-    total = saves.count()
-    if total is not None and total + (1 if start else 0) <= keep:
-        return
-    if start:
-        newest = saves.train_iters is not None and start.iteration >= saves.train_iters and draft.flavor == "upstream"
-        if not newest:
-            draft.error(
-                f"`{key}: {keep}` stops the job when the link `{start.link}` becomes the oldest checkpoint",
-                key,
-                why="NeoX removes old checkpoints with rmtree, which fails on a link, right after a save",
-                hint=hint,
-            )
-        elif keep < 3:
-            left = "every new checkpoint is deleted right after its save" if keep == 1 else "one new checkpoint remains"
-            draft.error(
-                f"`{key}: {keep}` counts the link `{start.link}` as the newest, so {left}",
-                key,
-                why="upstream NeoX counts from 0 after a finetune; two complete ones are the least to survive an interrupted save",
-                hint=hint,
-            )
+    if start and draft.flavor != "upstream":
+        draft.error(
+            f"`{key}: {keep}` stops the job when the link `{start.link}` becomes the oldest checkpoint",
+            key,
+            why="NeoX removes old checkpoints with rmtree, which fails on a link, right after a save",
+            hint=hint,
+        )
     elif keep < 2:
         draft.error(
             f"`{key}: {keep}` deletes the last complete checkpoint while the next may be incomplete",
@@ -358,18 +355,20 @@ def check_retention(draft: Draft, saves: Saves, start: Start | None) -> None:
 
 
 def check_collision(draft: Draft, saves: Saves, start: Start | None, spec: RunSpec) -> None:
-    """Upstream counts from 0 after a finetune: a save at the start's own number would go through the link into the start."""
+    """Upstream counts from 0 after a finetune: a save at the start's own number would go through a link of that name.
+
+    The runtime gives the link another name then (runtime/survey.py `link_hazard`); two checkpoints of one name are said.
+    """
     if not start or draft.flavor != "upstream":
         return
     at_end = saves.train_iters == start.iteration
     within = saves.train_iters is None or start.iteration <= saves.train_iters
     if at_end or (within and saves.at(start.iteration)):
-        draft.error(
-            f"the run would save `{start.link}` over the checkpoint it starts from",
+        draft.warn(
+            f"the run saves a `{start.link}` of its own, as the checkpoint it starts from is called",
             where=spec.where("checkpoint", "start"),
-            why="upstream NeoX counts from 0 after a finetune, and that name is the link to the start checkpoint",
-            hint=f"a `checkpoint_factor` that does not divide {start.iteration}, and `train_iters` other than it; "
-            "or a link to the start under a greater number, given as `checkpoint.start`",
+            why="upstream NeoX counts from 0 after a finetune; so the start is linked as "
+            f"`start-{start.iteration}`, and nothing is saved through the link",
         )
 
 

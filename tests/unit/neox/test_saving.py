@@ -5,6 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpctrain.recipes.neox.saving import Saves
+from hpctrain.runtime.settings import parse_settings
+from hpctrain.runtime.survey import start_link
 
 from .conftest import UPSTREAM
 
@@ -183,18 +185,23 @@ def test_retention_from_scratch_keeps_two(neox):
 
 
 def test_retention_upstream_where_the_link_is_the_newest(neox):
-    neox("keep_last_n_checkpoints: 1\n", options=UPSTREAM).problem("every new checkpoint is deleted")
-    neox("keep_last_n_checkpoints: 2\n", options=UPSTREAM).problem("one new checkpoint remains")
-    assert neox("keep_last_n_checkpoints: 3\n", options=UPSTREAM).said() == []
-    neox("keep_last_n_checkpoints: 3\n", options=UPSTREAM, run=start("global_step1000")).problem("becomes the oldest")
+    """Its link gets a name that is not counted, so it is like a run from scratch."""
+    neox("keep_last_n_checkpoints: 1\n", options=UPSTREAM).problem("deletes the last complete checkpoint")
+    planned = neox("keep_last_n_checkpoints: 2\n", options=UPSTREAM)
+    assert planned.said() == []
+    assert planned.plan.guard()["retention"] is True
+    assert start_link(parse_settings(planned.plan.guard()))[0] == "start-423858"
+    kept = neox("keep_last_n_checkpoints: 100000\n", options=UPSTREAM).plan.guard()
+    assert kept["retention"] is False
+    assert start_link(parse_settings(kept))[0] == "global_step423858"
+    assert neox("keep_last_n_checkpoints: 3\n", options=UPSTREAM, run=start("global_step1050")).said() == []
 
 
 def test_upstream_never_saves_over_its_start(neox):
-    neox(options=UPSTREAM, run=start("global_step1300")).problem(
-        "would save `global_step1300` over the checkpoint it starts from"
-    )
-    neox(options=UPSTREAM, run=start("global_step1337")).problem("over the checkpoint it starts from")
-    neox("extra_save_iters: [1301]\n", options=UPSTREAM, run=start("global_step1301")).problem("over the checkpoint")
+    for name, more in (("1300", ""), ("1337", ""), ("1301", "extra_save_iters: [1301]\n")):
+        planned = neox(more, options=UPSTREAM, run=start(f"global_step{name}"))
+        planned.problem(f"saves a `global_step{name}` of its own", "warning")
+        assert planned.said() == [] and start_link(parse_settings(planned.plan.guard()))[0] == f"start-{name}"
     assert neox(options=UPSTREAM, run=start("global_step1301")).said() == []
     assert neox(options=UPSTREAM, run=start("global_step1400")).said() == []
     assert neox(run=start("global_step1300")).said() == []  # the fork counts on from there
