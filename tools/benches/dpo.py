@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,13 +22,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=6, help="interleaved rounds")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps per round; all rounds are one epoch")
-    parser.add_argument("--batch", type=int, default=8, help="pairs per step")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4, help="pairs per step")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--vocab", type=int, default=2048)
-    parser.add_argument("--prompt", type=int, default=96, help="median tokens of a prompt")
-    parser.add_argument("--reply", type=int, default=128, help="median tokens of a reply")
-    parser.add_argument("--max-len", type=int, default=512)
+    parser.add_argument("--prompt", type=int, default=64, help="median tokens of a prompt")
+    parser.add_argument("--reply", type=int, default=96, help="median tokens of a reply")
+    parser.add_argument("--max-len", type=int, default=384)
     parser.add_argument("--out", default=".bench/dpo.json")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -49,11 +48,10 @@ def main() -> int:
     ours = results[0]
     print(f"\n{'':32} {'tokens/s':>9} {'CPU tokens/s':>13} {'peak MiB':>9} {'of it model':>12}   hpctrain is")
     for result in results:
-        ratio = statistics.median(a / b for a, b in zip(ours["tokens_per_s"], result["tokens_per_s"]))
-        cpu = statistics.median(a / b for a, b in zip(ours["tokens_per_cpu_s"], result["tokens_per_cpu_s"]))
+        ratio, cpu = (ours[key] / result[key] for key in ("tokens_per_s", "tokens_per_cpu_s"))
         result.update(speed_ratio=ratio, cpu_ratio=cpu, memory_ratio=ours["model_mib"] / result["model_mib"])
-        print(f"{result['name']:32} {statistics.median(result['tokens_per_s']):9.0f}"
-              f" {statistics.median(result['tokens_per_cpu_s']):13.0f} {result['peak_mib']:9.0f} {result['model_mib']:12.0f}"
+        print(f"{result['name']:32} {result['tokens_per_s']:9.0f} {result['tokens_per_cpu_s']:13.0f}"
+              f" {result['peak_mib']:9.0f} {result['model_mib']:12.0f}"
               f"   {ratio:.2f}x as fast ({cpu:.2f}x by CPU time), {result['memory_ratio']:.2f}x the memory")  # fmt: skip
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +88,10 @@ def race(args: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
         processes[name].wait()
         results.append({
             "name": name,
-            "tokens_per_s": [found["tokens"] / found["seconds"] for found in rounds[name]],
-            "tokens_per_cpu_s": [found["tokens"] / found["cpu_s"] for found in rounds[name]],
-            "losses": [found["loss"] for found in rounds[name]],
+            # All rounds together are one epoch, so everyone trained the same pairs, each in an order of its own.
+            "tokens_per_s": sum(found["tokens"] for found in rounds[name]) / sum(found["seconds"] for found in rounds[name]),
+            "tokens_per_cpu_s": sum(found["tokens"] for found in rounds[name]) / sum(found["cpu_s"] for found in rounds[name]),
+            "rounds": rounds[name],
             "peak_mib": rounds[name][-1]["peak_mib"],
             "model_mib": rounds[name][-1]["peak_mib"] - rounds[name][-1]["imports_mib"],
         })  # fmt: skip
@@ -104,7 +103,7 @@ def answer(process: subprocess.Popen[str], log: str) -> dict[str, Any]:
     for line in process.stdout:
         if line.startswith("ANSWER "):
             return dict(json.loads(line[7:]))
-    raise SystemExit(f"a contender died:\n{Path(log).read_text()[-3000:]}")
+    raise SystemExit(f"a contender died with {process.wait()}:\n{Path(log).read_text()[-3000:]}")
 
 
 def write_inputs(folder: Path, args: argparse.Namespace) -> None:
@@ -139,7 +138,7 @@ class Worker:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, Path(args.folder)
-        self.tokens, self.done, self.loss, self.imports_mib = 0, 0, float("nan"), 0.0
+        self.tokens, self.done, self.imports_mib = 0, 0, 0.0
 
     def run(self) -> int:
         name = self.args.contender
@@ -162,8 +161,7 @@ class Worker:
             found = {}
             if self.done:
                 found = {"seconds": time.perf_counter() - self.since, "cpu_s": time.process_time() - self.cpu_since,
-                         "tokens": self.tokens, "peak_mib": peak_mib(), "imports_mib": self.imports_mib,
-                         "loss": self.loss}  # fmt: skip
+                         "tokens": self.tokens, "peak_mib": peak_mib(), "imports_mib": self.imports_mib}  # fmt: skip
             self.tokens = 0
             print("ANSWER " + json.dumps(found), flush=True)
             if sys.stdin.readline() != "go\n":

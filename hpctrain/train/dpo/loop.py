@@ -194,7 +194,7 @@ class DpoTrainer:
         """The summed loss of a forward pass; per pair results go to their places in `table`."""
         logps = self.model(**to_tensors(rows, self.dtype, self.device))
         chosen, rejected = logps.chunk(2)
-        cached = torch.from_numpy(self.cache.values[list(slots.pairs)].astype(np.float32)).to(self.device)
+        cached = torch.from_numpy(self.cache.values[list(slots.pairs)]).to(self.device)
         sizes = None
         if self.values["loss_type"] == "sigmoid_norm":
             pairs = [self.pairs[pair] for pair in slots.pairs]
@@ -204,7 +204,7 @@ class DpoTrainer:
                                      self.values["label_smoothing"], sizes)  # fmt: skip
         counts = torch.tensor(slots.counts, device=self.device)
         places = torch.tensor([place for place, count in zip(slots.places, slots.counts) if count], device=self.device)
-        table.index_copy_(0, places.long(), torch.stack([losses.detach(), won, lost], 1)[counts].double())
+        table.index_copy_(0, places.long(), torch.stack([losses.detach(), won, lost], 1)[counts])
         return torch.where(counts, losses, 0.0).sum()
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:

@@ -112,7 +112,7 @@ def fill(
         with torch.no_grad():
             for slots in rank_slots(numbers, rank, num_ranks, micro):
                 rows = lay_out([pairs[number] for number in slots.pairs], shared)
-                logps = model(**to_tensors(rows, dtype, device)).double()
+                logps = model(**to_tensors(rows, dtype, device))
                 for at, (place, counts) in enumerate(zip(slots.places, slots.counts)):
                     if counts:
                         table[place, 0], table[place, 1] = logps[at], logps[rows.num_pairs + at]

@@ -40,6 +40,8 @@ def ran(bench: Bench) -> dict[str, Answer]:
             start = bench.path / straight / "step-3"
             orders[f"{straight}-resumed"] = bench.order(f"{straight}-resumed", "resume", start, folder=straight + "-r",
                                                         **keys(name, num_ranks))  # fmt: skip
+            if num_ranks == 1:
+                orders[f"{name}-learns"] = bench.order(f"{name}-learns", **keys(name, 1), dataset={"subset": 4})
         if num_ranks == 2:
             orders["moved"] = bench.order("moved", "resume", bench.path / "fp32-1" / "step-3", folder="moved",
                                           **keys("fp32", 2))  # fmt: skip
@@ -57,17 +59,28 @@ def ran(bench: Bench) -> dict[str, Answer]:
 def test_two_ranks_train_what_one_rank_trains(bench: Bench, ran: dict[str, Answer], name: str) -> None:
     one, two = bench.metrics(f"{name}-1"), bench.metrics(f"{name}-2")
     # bf16 rounds the same sums differently in another layout of rows.
-    tolerance = 3e-2 if name == "bf16" else 1e-6 if name != "other" else 5e-5
+    tolerance = 3e-2 if name == "bf16" else 1e-6
 
     assert list(one) == list(two) == [1, 2, 3, 4, 5, 6, 7]
     for key in ("loss", "margin"):
+        # A loss is about 1. A margin is as large as beta and the distance of policy and reference make it (10 in `other`),
+        # and the fp32 weights it comes from agree to so many digits, not to so many places behind the point.
+        scale = max(1.0, *(abs(one[n][key]) for n in one)) if key == "margin" else 1.0
         difference = np.abs([one[n][key] - two[n][key] for n in one])
-        assert difference.max() < tolerance, (key, difference)
-    assert one[7]["loss"] < one[1]["loss"]
+        assert difference.max() < tolerance * scale, (key, difference)
     if name != "bf16":  # which numpy does not know
         a, b = bench.weights(f"{name}-1"), bench.weights(f"{name}-2")
         assert a.keys() == b.keys() and ("lm_head.weight" in a) == (name != "tied")
         assert max(np.abs(a[key] - b[key]).max() for key in a) < 1e-5
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_loss_of_pairs_that_are_trained_again_and_again_falls(
+    bench: Bench, ran: dict[str, Answer], name: str
+) -> None:
+    # All four pairs are in every batch: the losses of different pairs say nothing about learning.
+    losses = [metrics["loss"] for metrics in bench.metrics(f"{name}-learns").values()]
+    assert len(losses) == 7 and losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
