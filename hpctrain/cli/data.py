@@ -64,18 +64,21 @@ def inspect_(
     """
     from hpctrain.tokenize import files, inspect
     from hpctrain.tokenize.indexed_dataset import open_dataset
+    from hpctrain.tokenize.loss_mask import MaskRules
     from hpctrain.tokenize.spm import load_model
 
     dataset, model = open_dataset(prefix), load_model(tokenizer)
-    mask = inspect.default_mask((files.read_json(dataset.prefix + ".json") or {}).get("control"), model)
-    mask = inspect.LossMask(
-        mask.pairs if mask_pairs is None else mask_pairs,
-        mask.alternating if mask_alternating is None else mask_alternating,
-        mask_individual or (),
+    usual = inspect.default_rules((files.read_json(dataset.prefix + ".json") or {}).get("control"), model)
+    if mask_pairs is not None and len(mask_pairs) % 2:
+        raise errors.UsageError("an odd number of ids: NeoX wants open, close, open, close, …", where="--mask-pairs")
+    rules = MaskRules(
+        pairs=usual.pairs if mask_pairs is None else tuple(zip(mask_pairs[::2], mask_pairs[1::2])),
+        alternating=usual.alternating if mask_alternating is None else mask_alternating,
+        individual=mask_individual or (),
     )
-    shown = inspect.documents(dataset, model, mask, first, count)
+    shown = inspect.documents(dataset, model, rules, first, count)
     if as_json:
-        output.data_json(dataset=dataset.prefix, mask=asdict(mask), documents=[asdict(document) for document in shown])
+        output.data_json(dataset=dataset.prefix, mask=asdict(rules), documents=[asdict(document) for document in shown])
         return
     for document in shown:
         head = f"document {document.index}: {document.num_tokens} tokens, {document.num_trained} trained"

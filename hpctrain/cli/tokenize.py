@@ -162,4 +162,14 @@ def _on_mpi(request: Any, how: Any) -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError):
         raise errors.missing_package("mpi4py", "mpi") from None
-    return tokenize_mpi(request, how, MPI.COMM_WORLD, output.info, lambda note: output.problems([note]))
+    try:
+        return tokenize_mpi(request, how, MPI.COMM_WORLD, output.info, lambda note: output.problems([note]))
+    except errors.HpctrainError:
+        raise  # told by rank 0 alone, when no rank waits for another
+    except BaseException:
+        # The other ranks would wait for this one for ever.
+        import traceback
+
+        traceback.print_exc()
+        MPI.COMM_WORLD.Abort(errors.BUG)
+        raise

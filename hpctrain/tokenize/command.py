@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpctrain import slurm
 from hpctrain.errors import Problem, UsageError
-from hpctrain.site import Site, load_site
 from hpctrain.tokenize import run
 from hpctrain.tokenize.limits import ArrayShape, limits_of, shape_array
 from hpctrain.tokenize.merge import clean_up
 from hpctrain.tokenize.plan import Plan
 from hpctrain.tokenize.prepare import Prepared, Request, prepare, scan, write_plan
+
+if TYPE_CHECKING:
+    from hpctrain.site import Site
 
 SMALL_BYTES = 256 << 20  # read in seconds by the worker itself, so no scan before
 
@@ -122,6 +124,8 @@ def tokenize_mpi(
 
 
 def _cluster(plan: Plan, request: Request, how: How, prepared: Prepared) -> run.Cluster:
+    from hpctrain.site import load_site
+
     site = load_site(how.site) if how.site else None
     limits = limits_of(site, how.partition)
     _check_account(site, how.account)
@@ -135,7 +139,7 @@ def _cluster(plan: Plan, request: Request, how: How, prepared: Prepared) -> run.
             raise UsageError("--container needs --site, whose profile says how containers run")
         folders = [os.path.dirname(plan.prefix), os.path.dirname(plan.model_path)]
         folders += sorted({os.path.dirname(source.path) for source in plan.inputs})
-        python = run.container_python(site, os.path.abspath(how.container), [*folders, run.code_dir()])
+        python = run.container_python(site, os.path.abspath(how.container), folders)
     qos = None
     if site and limits.partition:
         partition = site.partition(limits.partition)

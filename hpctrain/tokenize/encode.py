@@ -92,12 +92,18 @@ def choose_encoder(model: SpmModel, wanted: str, samples: Sequence[str]) -> Enco
 
 
 def processor(model: SpmModel) -> Any:
-    """A SentencePieceProcessor of `model`."""
-    try:
-        import sentencepiece
-    except ImportError:
-        raise missing_package("sentencepiece", "all") from None
-    return sentencepiece.SentencePieceProcessor(model_proto=model.data)
+    """A SentencePieceProcessor of `model`; the last one is kept, as loading a large model takes a tenth of a second."""
+    if model.sha256 not in _processors:
+        try:
+            import sentencepiece
+        except ImportError:
+            raise missing_package("sentencepiece", "all") from None
+        _processors.clear()
+        _processors[model.sha256] = sentencepiece.SentencePieceProcessor(model_proto=model.data)
+    return _processors[model.sha256]
+
+
+_processors: dict[str, Any] = {}
 
 
 def never_from_text(model: SpmModel, forgeable: Sequence[int] = ()) -> NDArray[np.bool_]:

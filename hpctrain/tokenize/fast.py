@@ -62,20 +62,17 @@ class FastEncoder:
         import numpy as np
 
         self._json = tokenizer_json(model)
-        self._from_json: Callable[[str], Any] = gigatoken.Tokenizer.from_json
+        self._from_json: Callable[[bytes], Any] = gigatoken.Tokenizer.from_json
         self._sp = processor(model)
         self._forbidden = np.concatenate([never_from_text(model), np.zeros(256, dtype=bool)])
         self._unknown = unknown_id(model)
         self._vocab_size = model.vocab_size
         self._byte_fallback = model.byte_fallback
-        defined = [model.pieces[index] for index in model.ids_of_type(USER_DEFINED)]
-        # An identity normalizer that keeps all spaces is two replacements, which the encoder makes itself.
-        self._plain = not (defined or model.has_charsmap or model.remove_extra_whitespaces)
-        self._normalize = None if self._plain else make_normalizer(model, self._sp)
-        # A normalizer may turn other text into a user-defined piece, so look at what it gives; a space is escaped there.
+        defined = [model.pieces[index].replace(_SPACE, " ") for index in model.ids_of_type(USER_DEFINED)]
         self._defined = (
             re.compile("|".join(map(re.escape, sorted(defined, key=len, reverse=True)))) if defined else None
         )
+        self._normalize = make_normalizer(model, self._sp)
         self._renew()
         self.name = f"gigatoken {_version()}"
         self.fallbacks = 0
@@ -98,12 +95,17 @@ class FastEncoder:
         import numpy as np
 
         encode = self._encode
-        texts = self._normalize(list(spans)) if self._normalize else spans
+        texts = self._normalize(spans)
         if self._defined is None:
-            arrays = [encode(text) for text in texts]
+            # Where nothing is left of a span, SentencePiece may still give a lone dummy prefix.
+            arrays = [encode(text) if text else self._one(span) for span, text in zip(spans, texts)]
         else:
+            # A normalizer may turn other text into a user-defined piece, and the dummy prefix may be the start of one.
             search = self._defined.search
-            arrays = [self._one(span) if search(text) else encode(text) for span, text in zip(spans, texts)]
+            arrays = [
+                self._one(span) if not text or search(" " + text.replace(_SPACE, " ")) else encode(text)
+                for span, text in zip(spans, texts)
+            ]
         if not arrays:
             return np.zeros(0, np.int32), np.zeros(0, np.int64)
         flat = np.concatenate(arrays)
@@ -157,12 +159,11 @@ class FastEncoder:
 
     def _renew(self) -> None:
         self._encode: Callable[[str], NDArray[np.uint32]] = lambda text: text  # type: ignore[assignment,return-value]
-        backend = self._from_json(self._json).backend
-        self._encode = backend.encode if self._plain else backend.encode_no_normalize
+        self._encode = self._from_json(self._json).backend.encode
         self._limit = _resident_bytes() + CACHE_BYTES
 
 
-def tokenizer_json(model: SpmModel) -> str:
+def tokenizer_json(model: SpmModel) -> bytes:
     """A tokenizer.json of `model` in which only normal pieces can come out of text; ids are the model's own.
 
     Without byte fallback, 256 byte pieces are added past the vocabulary, to mark unknown characters.
@@ -181,13 +182,14 @@ def tokenizer_json(model: SpmModel) -> str:
     if not has_bytes:
         for byte in range(256):
             vocab[f"<0x{byte:02X}>"] = model.vocab_size + byte
+    # Best score first; models list their pieces so, which makes this sort quick.
+    by_score = sorted(normal, key=lambda piece: -model.scores[normal[piece]])
     merges = [
-        (-model.scores[index], cut, piece)
-        for piece, index in normal.items()
+        (piece[:cut], piece[cut:])
+        for piece in by_score
         for cut in range(1, len(piece))
         if piece[:cut] in normal and piece[cut:] in normal
     ]
-    merges.sort()
     bpe = {
         "type": "BPE",
         "dropout": None,
@@ -198,7 +200,7 @@ def tokenizer_json(model: SpmModel) -> str:
         "byte_fallback": True,
         "ignore_merges": False,
         "vocab": vocab,
-        "merges": [(piece[:cut], piece[cut:]) for _, cut, piece in merges],
+        "merges": merges,
     }
     normalizers = [
         *([{"type": "Prepend", "prepend": _SPACE}] if model.add_dummy_prefix else []),
@@ -206,9 +208,12 @@ def tokenizer_json(model: SpmModel) -> str:
     ]
     whole: dict[str, object] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
     rest = {"pre_tokenizer": None, "post_processor": None, "decoder": None, "model": bpe}
-    return json.dumps(
-        {**whole, "normalizer": {"type": "Sequence", "normalizers": normalizers}, **rest}, ensure_ascii=False
-    )
+    data = {**whole, "normalizer": {"type": "Sequence", "normalizers": normalizers}, **rest}
+    try:
+        import orjson
+    except ImportError:
+        return json.dumps(data, ensure_ascii=False).encode()
+    return orjson.dumps(data)
 
 
 def fuzz(model: SpmModel, seed: int, count: int = 1500) -> Iterator[str]:

@@ -9,20 +9,11 @@ from typing import TYPE_CHECKING, Any
 from hpctrain.errors import Problem, UsageError
 from hpctrain.tokenize.encode import processor
 from hpctrain.tokenize.indexed_dataset import Dataset
+from hpctrain.tokenize.loss_mask import MaskRules, find_unclosed, trained_tokens
 from hpctrain.tokenize.spm import SpmModel
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
-
-
-@dataclass(frozen=True)
-class LossMask:
-    """The three settings of the Tilde NeoX fork (megatron/utils.py), by token id; `pairs` is open, close, open, close, …"""
-
-    pairs: tuple[int, ...] = ()
-    alternating: tuple[int, ...] = ()
-    individual: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,8 +35,11 @@ class Document:
     problems: tuple[Problem, ...] = field(default=())
 
 
-def default_mask(control: dict[str, Any] | None, model: SpmModel) -> LossMask:
-    """What the fork's SFT.md recommends: user turns and the opening assistant token are not trained."""
+def default_rules(control: dict[str, Any] | None, model: SpmModel) -> MaskRules:
+    """What the fork's SFT.md recommends: user turns and the opening assistant token are not trained.
+
+    `control` is that of the dataset's manifest; without it the model's own `<|user|>` and `<|assistant|>` are taken.
+    """
     roles: dict[str, int] = {}
     if control:
         roles = {token["role"]: token["id"] for token in control["tokens"]}
@@ -53,37 +47,18 @@ def default_mask(control: dict[str, Any] | None, model: SpmModel) -> LossMask:
         names = {piece: index for index, piece in enumerate(model.pieces)}
         roles = {role: names[f"<|{role}|>"] for role in ("user", "assistant") if f"<|{role}|>" in names}
     asked = [number for role, number in roles.items() if role != "assistant"]
-    return LossMask(
-        tuple(number for one in asked for number in (one, one)),
-        (roles["assistant"],) if "assistant" in roles else (),
+    return MaskRules(
+        pairs=tuple((number, number) for number in asked),
+        alternating=(roles["assistant"],) if "assistant" in roles else (),
     )
 
 
-def masked(tokens: NDArray[Any], mask: LossMask) -> NDArray[np.bool_]:
-    """By token: whether it is left out of the loss when it is the one to be predicted.
+def documents(dataset: Dataset, model: SpmModel, rules: MaskRules, first: int, count: int) -> Iterator[Document]:
+    """`count` documents from number `first`. Raises UsageError when an id is not in the model's vocabulary.
 
-    Pairs: everything from open to close, both included; equal ids alternate. Alternating: the 1st, 3rd, … occurrence.
-    Counted within the document, which is what a row sees when all its documents are closed.
+    Rules count from 0 in each document, which is what training does when every document closes what it opens; the others are
+    named in `problems`.
     """
-    import numpy as np
-
-    if len(mask.pairs) % 2:
-        raise UsageError("loss mask pairs need an even number of ids", where="--mask-pairs")
-    out = np.zeros(len(tokens), dtype=bool)
-    for begin, end in zip(mask.pairs[::2], mask.pairs[1::2]):
-        opened = np.cumsum(tokens == begin)
-        inside = opened % 2 == 1 if begin == end else opened > np.cumsum(tokens == end)
-        out |= inside | (tokens == end)
-    for number in mask.alternating:
-        here = tokens == number
-        out |= here & (np.cumsum(here) % 2 == 1)
-    for number in mask.individual:
-        out |= tokens == number
-    return out
-
-
-def documents(dataset: Dataset, model: SpmModel, mask: LossMask, first: int, count: int) -> Iterator[Document]:
-    """`count` documents from number `first`. Raises UsageError when an id is not in the model's vocabulary."""
     import numpy as np
 
     sp = processor(model)
@@ -95,16 +70,15 @@ def documents(dataset: Dataset, model: SpmModel, mask: LossMask, first: int, cou
                 where=dataset.prefix,
                 hint="is this the tokenizer that the dataset was made with?",
             )
-        left_out = masked(tokens, mask)
-        changes = [0, *(np.flatnonzero(np.diff(left_out)) + 1).tolist(), len(tokens)]
+        trained = trained_tokens(tokens, rules)
+        changes = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
         stretches = tuple(
-            _stretch(sp, model, tokens[begin:end].tolist(), not left_out[begin])
+            _stretch(sp, model, tokens[begin:end].tolist(), bool(trained[begin]))
             for begin, end in zip(changes, changes[1:])
             if end > begin
         )
-        yield Document(
-            index, len(tokens), int((~left_out).sum()), stretches, tuple(_unclosed(tokens, mask, index, dataset.prefix))
-        )
+        problems = tuple(_unclosed(tokens, rules, index, dataset.prefix))
+        yield Document(index, len(tokens), int(trained.sum()), stretches, problems)
 
 
 def printable(text: str) -> str:
@@ -112,16 +86,14 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def _unclosed(tokens: NDArray[Any], mask: LossMask, index: int, where: str) -> Iterator[Problem]:
-    for number in sorted({*mask.alternating, *(a for a, b in zip(mask.pairs[::2], mask.pairs[1::2]) if a == b)}):
-        count = int((tokens == number).sum())
-        if count % 2:
-            yield Problem(
-                f"document {index} has {count} of token {number}, an odd number",
-                where=where,
-                why="loss masks alternate over a whole packed row: all later documents of the row would be inverted",
-                level="warning",
-            )
+def _unclosed(tokens: NDArray[Any], rules: MaskRules, index: int, where: str) -> Iterator[Problem]:
+    for found in find_unclosed(tokens, rules):
+        yield Problem(
+            f"document {index} leaves {found.rule} open",
+            where=where,
+            why="training counts over a whole packed row: all later documents of the row would be inverted",
+            level="warning",
+        )
 
 
 def _stretch(sp: Any, model: SpmModel, ids: Sequence[int], trained: bool) -> Stretch:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hpctrain.errors import Refused, UsageError
-from hpctrain.site import Site
+
+if TYPE_CHECKING:
+    from hpctrain.site import Site
 
 SECONDS_PER_MB = 1.0  # per task; the slowest encoder measured does 2.4 MB a CPU-second
 STARTUP_S = 300

@@ -8,7 +8,7 @@ second one of a longer rule stays as it is, spaces aside. Everything else goes t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hpctrain.tokenize.spm import USER_DEFINED, SpmModel
@@ -17,35 +17,42 @@ _SPACE = "▁"
 _SPACES = "\n\t\r\u00a0"  # what rules usually turn into a space, and text often holds
 
 
-def make_normalizer(model: SpmModel, sp: Any) -> Callable[[list[str]], list[str]]:
-    """A function giving what `sp.normalize` gives for each of some texts, usually faster."""
-    prefix = _SPACE if model.add_dummy_prefix else ""
-    if not (model.charsmap or model.remove_extra_whitespaces) and model.escape_whitespaces:
-        return lambda texts: [prefix + text.replace(" ", _SPACE) if text else "" for text in texts]
-    if not model.remove_extra_whitespaces or not model.escape_whitespaces or USER_DEFINED in model.types:
-        return lambda texts: list(sp.normalize(texts))
-    needs_care = re.compile(f"[{_character_class(careful_characters(model.charsmap))}]").search
+def make_normalizer(model: SpmModel, sp: Any) -> Callable[[Sequence[str]], list[str]]:
+    """A function giving, for each of some texts, what `sp.normalize` gives, but with plain spaces and no dummy prefix.
 
-    def normalize(texts: list[str]) -> list[str]:
+    (Escaped, every text with a space would be stored with two bytes a character, and encoding it would cost twice as much.)
+    """
+    skip = 1 if model.add_dummy_prefix else 0
+
+    def reference(texts: Sequence[str]) -> list[str]:
+        return [text[skip:].replace(_SPACE, " ") for text in sp.normalize(list(texts))]
+
+    if not (model.charsmap or model.remove_extra_whitespaces):
+        return lambda texts: list(texts)
+    if not model.remove_extra_whitespaces or USER_DEFINED in model.types:
+        return reference
+    careful = careful_characters(model.charsmap)
+    needs_care = re.compile(f"[{_character_class(careful)}]").search
+    spaces = [char for char in _SPACES if ord(char) not in careful]
+    ascii_is_plain = not careful & set(range(0x20, 0x7F))
+
+    def normalize(texts: Sequence[str]) -> list[str]:
         out: list[str] = []
-        hard: list[str] = []
-        for text in texts:
-            if needs_care(text):
-                hard.append(text)
+        hard: list[int] = []
+        for index, original in enumerate(texts):
+            text = original
+            for space in spaces:
+                if space in text:
+                    text = text.replace(space, " ")
+            if not (ascii_is_plain and text.isascii() and text.isprintable()) and needs_care(text):
+                hard.append(index)
                 out.append("")
-            else:
-                for space in _SPACES:
-                    if space in text:
-                        text = text.replace(space, " ")
-                while "  " in text:
-                    text = text.replace("  ", " ")
-                text = text.strip(" ")
-                out.append(prefix + text.replace(" ", _SPACE) if text else "")
-        if hard:
-            rest = iter(sp.normalize(hard))
-            for index, text in enumerate(texts):
-                if not out[index] and needs_care(text):
-                    out[index] = next(rest)
+                continue
+            while "  " in text:
+                text = text.replace("  ", " ")
+            out.append(text.strip(" "))
+        for index, text in zip(hard, reference([texts[index] for index in hard]) if hard else ()):
+            out[index] = text
         return out
 
     return normalize

@@ -10,16 +10,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpctrain import slurm, units
 from hpctrain.errors import EnvironmentFault, HpctrainError, Problem, Refused, missing_package
-from hpctrain.site import Site
 from hpctrain.tokenize import tasks
 from hpctrain.tokenize.limits import ArrayShape
 from hpctrain.tokenize.merge import up_to_date
 from hpctrain.tokenize.plan import Plan
 from hpctrain.tokenize.worker import finished
+
+if TYPE_CHECKING:
+    from hpctrain.site import Site
 
 MEM_GIB = 2
 _SAFE_PATH = re.compile(r"[A-Za-z0-9_./+=@:,-]+")
@@ -85,6 +87,7 @@ def submit(plan: Plan, plan_path: str, cluster: Cluster, force: bool, keep_shard
     tasks.forget_failures(plan)
     todo = pending(plan)
     executor = _executor(plan, cluster)
+    code = _staged_code(plan) if cluster.python else code_dir()
     ids: list[str] = []
     parameters: dict[str, Any] = {
         "slurm_job_name": job_name(plan),
@@ -97,7 +100,7 @@ def submit(plan: Plan, plan_path: str, cluster: Cluster, force: bool, keep_shard
         "slurm_cpus_per_task": 1,
         "slurm_mem": f"{MEM_GIB}G",
         "slurm_array_parallelism": cluster.shape.parallel,
-        "slurm_setup": [f"export PYTHONPATH={shlex.quote(code_dir())}${{PYTHONPATH:+:$PYTHONPATH}}"],
+        "slurm_setup": [f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}"],
         "slurm_stderr_to_stdout": True,
         "slurm_additional_parameters": dict(cluster.extra),
     }
@@ -177,9 +180,12 @@ def _local_processes(plan: Plan, todo: Sequence[int], count: int, watch: Watch) 
         with _scrubbed_environment({"PYTHONPATH": _python_path()}):
             for index in range(count):
                 jobs.append(executor.submit(tasks.ShardTask(path, todo[index::count])))
+        shown = 0.0
         while not all(job.done() for job in jobs):
-            time.sleep(0.2)
-            watch(*tasks.progress(plan))
+            time.sleep(0.1)
+            if time.monotonic() - shown > 1:
+                watch(*tasks.progress(plan))
+                shown = time.monotonic()
     finally:
         for job in jobs:
             if not job.done():
@@ -228,6 +234,28 @@ def _log_dir(plan: Plan) -> str:
         folder = os.path.join(os.path.expanduser("~"), ".cache", "hpctrain", f"tokenize-{plan.content_key}")
     os.makedirs(folder, exist_ok=True)
     return folder
+
+
+def _staged_code(plan: Plan) -> str:
+    """A folder with copies of the pure Python packages that a task needs, for containers: only numpy and sentencepiece (and
+    the extra `fast`, if it is to be used) must be in the image. Our own site-packages hold libraries built for this machine.
+    """
+    import importlib.util
+    import shutil
+
+    target = os.path.join(plan.work_dir, "python")
+    for name in ("hpctrain", "submitit", "cloudpickle", "typing_extensions"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            continue
+        if spec.submodule_search_locations:
+            source = os.path.dirname(spec.origin)
+            ignored = shutil.ignore_patterns("__pycache__", "_shipped", "test_*")
+            shutil.copytree(source, os.path.join(target, name), ignore=ignored, dirs_exist_ok=True)
+        else:
+            os.makedirs(target, exist_ok=True)
+            shutil.copy2(spec.origin, target)
+    return target
 
 
 def code_dir() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
@@ -242,7 +242,7 @@ class _ZstdFile:
 
     def __init__(self, raw: IO[bytes], zstandard: Any):
         self._raw = raw
-        self._new = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        self._new: Callable[[], Any] = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
         self._frame = self._new()
         self._started = False
         self._rest = b""

@@ -1,6 +1,6 @@
 """Tokenizer benchmark: ratios against GPT-NeoX's per-document loop and a bare sp.encode(list), interleaved in one run.
 
-  tools/bench tokenize [--corpus sft.jsonl] [--mb 130] [--rounds 3] [--big-mb 3000] [--json]
+  tools/bench tokenize [--corpus sft.jsonl] [--mb 130] [--rounds 3] [--big-mb 3000] [--only ratios,two] [--json]
 
 Everything is a process of its own; times are CPU-seconds (user + system) of that process and its children, start-up included,
 except for the bare encode, which times nothing but the call. Results are compared byte by byte with the reference's.
@@ -220,7 +220,7 @@ def main() -> None:
     )
     parser.add_argument("--work", help="where data and models are kept between runs")
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--skip-ratios", action="store_true", help="only memory, two tasks and merge")
+    parser.add_argument("--only", default="ratios,two,merge,memory", help="which parts [default: all: %(default)s]")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     work = Path(args.work or Path(tempfile.gettempdir()) / f"hpctrain-bench-{os.getuid()}")
@@ -232,16 +232,20 @@ def main() -> None:
     say = lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True)  # noqa: E731
     say(f"{data}: {data.stat().st_size / 1e6:.1f} MB; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     try:
-        if not args.skip_ratios:
+        first = next(iter(models.values()))
+        parts = args.only.split(",")
+        if "ratios" in parts:
             say("CPU-seconds, median of the rounds     reference  bare encode  hpctrain  x reference  x bare   bytes")
             results["models"] = {
                 name: ratios(data, model, out, args.rounds, name, say) for name, model in models.items()
             }
-        first = next(iter(models.values()))
-        results["two_tasks"] = two_tasks(data, first, out, args.rounds, say)
-        results["merge"] = merge_and_cat(data, first, out, args.rounds, say)
-        sizes = [30.0, args.mb, *([args.big_mb] if args.big_mb else [])]
-        results["peak_mib"] = memory(data, first, out, work, sizes, say)
+        if "two" in parts:
+            results["two_tasks"] = two_tasks(data, first, out, args.rounds, say)
+        if "merge" in parts:
+            results["merge"] = merge_and_cat(data, first, out, args.rounds, say)
+        if "memory" in parts:
+            sizes = [30.0, args.mb, *([args.big_mb] if args.big_mb else [])]
+            results["peak_mib"] = memory(data, first, out, work, sizes, say)
     finally:
         shutil.rmtree(out)
     if args.json:

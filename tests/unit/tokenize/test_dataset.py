@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenize_help import model_path
 
 from hpctrain.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.site import load_site
 from hpctrain.tokenize.indexed_dataset import open_dataset, verify
-from hpctrain.tokenize.inspect import LossMask, masked, printable
+from hpctrain.tokenize.inspect import default_rules, documents, printable
 from hpctrain.tokenize.limits import ArrayLimits, limits_of, shape_array
+from hpctrain.tokenize.loss_mask import MaskRules
 from hpctrain.tokenize.merge import merge_datasets, publish
 from hpctrain.tokenize.pack import pack, schedule
+from hpctrain.tokenize.spm import load_model
 
 DOCUMENTS = [[7, 300, 7, 9], [1], [65000, 2, 3]]
 
@@ -113,19 +116,18 @@ def test_merging_concatenates_and_refuses_to_mix(tmp_path):
     assert not list(tmp_path.glob("x*")) and not list(tmp_path.glob("*.tmp-*"))
 
 
-def test_the_example_of_the_forks_alternating_mask():
-    tokens = np.array([1, 2, 3, 1, 4, 5, 6, 1, 1, 1, 1])
+def test_what_is_shown_as_masked_is_what_training_masks(tmp_path):
+    write(tmp_path / "a", [[7, 5, 7, 8, 6, 6, 8, 9], [7, 5, 8, 6, 8, 9], []])
+    model = load_model(model_path("bpe_identity"))
+    rules = default_rules(None, model)
+    whole, broken, empty = documents(open_dataset(str(tmp_path / "a")), model, rules, 0, 99)
 
-    assert masked(tokens, LossMask(alternating=(1,)))[1:].tolist() == [False] * 6 + [True, False, True, False]
-
-
-def test_pairs_mask_from_open_to_close_both_included():
-    tokens = np.array([7, 5, 7, 8, 6, 8, 9])
-    recommended = LossMask(pairs=(7, 7), alternating=(8,))
-
-    assert masked(tokens, recommended).tolist() == [True, True, True, True, False, False, False]
-    assert masked(np.array([3, 1, 4, 2]), LossMask(pairs=(3, 4))).tolist() == [True, True, True, False]
-    assert masked(tokens, LossMask(individual=(5, 9))).tolist() == [False, True, False, False, False, False, True]
+    assert rules == MaskRules(pairs=((7, 7),), alternating=(8,))
+    assert [(part.trained, part.ids) for part in whole.stretches] == [(False, (7, 5, 7, 8)), (True, (6, 6, 8, 9))]
+    assert (whole.num_trained, whole.problems, empty.stretches) == (4, (), ())
+    assert [problem.what for problem in broken.problems] == ["document 1 leaves loss_mask_pairs [7, 7] open"]
+    roles = {"tokens": [{"role": "human", "id": 3}, {"role": "assistant", "id": 4}]}
+    assert default_rules(roles, model) == MaskRules(pairs=((3, 3),), alternating=(4,))
 
 
 def test_nothing_printed_can_drive_a_terminal():

@@ -14,6 +14,10 @@ from hpctrain.tokenize.spm import load_model
 KINDS = ["bpe_nmt_nfkc", "unigram_identity", "bpe_user_defined"]
 
 
+def escaped(text):
+    return "▁" + text.replace(" ", "▁") if text else ""
+
+
 @functools.cache
 def both(kind):
     sp = processor(load_model(model_path(kind)))
@@ -32,7 +36,7 @@ def test_every_character_alone_and_beside_letters(kind):
     ]
     texts = [text for code in codes for text in (f"{chr(code)}e{chr(code)}{chr(code)} b {chr(code)}", chr(code))]
 
-    assert normalize(texts) == sp.normalize(texts)
+    assert list(map(escaped, normalize(texts))) == sp.normalize(texts)
 
 
 @settings(deadline=None, max_examples=60)
@@ -41,7 +45,7 @@ def test_any_text(texts):
     texts = [text for text in texts if not any("\ud800" <= char <= "\udfff" for char in text)]
     for kind in KINDS:
         normalize, sp = both(kind)
-        assert normalize(texts) == [sp.normalize(text) for text in texts]
+        assert list(map(escaped, normalize(texts))) == [sp.normalize(text) for text in texts]
 
 
 def test_most_text_takes_the_short_way(monkeypatch):
