@@ -59,6 +59,7 @@ def standstill(links: List[Record], link: int, checkpoint: Optional[str]) -> Sta
     person has looked at it.
     """
     ended: Set[Any] = set()
+    put_back = _never_trained(links)
     starts = 0
     for record in reversed(links):
         if record.get("event") != "begin":
@@ -70,6 +71,8 @@ def standstill(links: List[Record], link: int, checkpoint: Optional[str]) -> Sta
             continue
         if record.get("checkpoint") != checkpoint:
             break
+        if (str(record.get("job_id")), record.get("restart")) in put_back:
+            continue
         starts += 1
         if record.get("link") != link:
             ended.add(record.get("link"))
@@ -84,8 +87,27 @@ def open_attempt(links: List[Record], job_id: str, restart: int) -> Optional[Rec
     """The start that this job recorded and has not ended yet, None when there is none."""
     for record in reversed(links):
         if str(record.get("job_id")) == job_id and record.get("restart") == restart:
+            if record.get("event") == "preflight" and record.get("action") != "requeue":
+                continue
             return record if record.get("event") == "begin" and record.get("mode") in RUN_MODES else None
     return None
+
+
+def preflight_requeues(links: Iterable[Record], job_id: str) -> int:
+    """How often this job put itself back into the queue because of its nodes."""
+    return sum(
+        record.get("event") == "preflight" and record.get("action") == "requeue" and str(record.get("job_id")) == job_id
+        for record in links
+    )
+
+
+def _never_trained(links: Iterable[Record]) -> Set[Any]:
+    """The (job, restart) of starts that their preflight put back before anything trained: they say nothing about progress."""
+    return {
+        (str(record.get("job_id")), record.get("restart"))
+        for record in links
+        if record.get("event") == "preflight" and record.get("action") == "requeue"
+    }
 
 
 def made_by(links: List[Record], link: int, newest: Optional[str]) -> Optional[str]:
