@@ -20,6 +20,7 @@ _NAMED = (
     re.compile(
         r"the first task to fail was rank \d+ on (?P<nodes>[\w.-]+), with exit code 1(?:3[1-9]|29|4[0-2]|4[4-9]|5\d)\b"
     ),
+    re.compile(r"^hpctrain: preflight: (?P<nodes>[\w.-]+) is bad: ", re.MULTILINE),
     re.compile(r"[Nn]ode failure on (?P<nodes>[\w.,\[\]-]+)"),
     re.compile(r"JOB \d+ ON (?P<nodes>[\w.-]+) CANCELLED AT \S+ DUE TO NODE FAILURE"),
 )

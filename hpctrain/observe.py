@@ -369,9 +369,24 @@ def _notes(run: RunRecords, links: Sequence[LinkStatus]) -> list[str]:
         out.append(
             f"link {listed} was being submitted when that was cut off; `hpctrain chain` finds out whether it is queued"
         )
+    out += [_preflight_note(record) for record in run.links if record.get("event") == "preflight" and record.get("bad")]
     if any(link.reason == "DependencyNeverSatisfied" for link in links):
         out.append("a link waits for a dependency that can never be fulfilled: cancel it")
     return out
+
+
+_AFTER_PREFLIGHT = {
+    "requeue": "the job went back into the queue without them",
+    "stop": "the job ended before training",
+    "go": "it trained all the same",
+}
+
+
+def _preflight_note(record: Mapping[str, Any]) -> str:
+    bad = record["bad"] if isinstance(record["bad"], Mapping) else {}
+    named = "; ".join(f"{node}: {', '.join(map(str, why))}" for node, why in bad.items() if isinstance(why, list))
+    after = _AFTER_PREFLIGHT.get(str(record.get("action")), "")
+    return f"the preflight of job {record.get('job_id')} found bad nodes ({named}); {after}"
 
 
 def _time_s(text: object) -> float | None:

@@ -16,6 +16,7 @@ from hpctrain.planning.job import (
     decide_container,
     decide_directives,
     decide_env,
+    decide_preflight,
     decide_signal,
     decide_srun,
 )  # fmt: skip
@@ -47,6 +48,7 @@ class Plan:
     container: tuple[str, ...]
     env: tuple[EnvVar, ...]
     signal: Mapping[str, Any]
+    preflight: Mapping[str, Any] | None
     cost: estimate.Cost
     decisions: tuple[Decision, ...]
     problems: tuple[Problem, ...]
@@ -103,12 +105,13 @@ def make_plan(spec: RunSpec, site: Site, recipe: Recipe, run_dir: str,
     srun_options = decide_srun(notes, node, tasks, cpus, whole)
     container = decide_container(notes, resolved, run_dir)
     env = decide_env(notes, resolved)
+    preflight = decide_preflight(notes, directives, options, gpus, tasks)
     check_limits(notes, partition)
     cost = decide_cost(notes, partition, node, gpus, tasks * cpus, memory_gib, whole)
     check_cadence(notes, resolved, signal)
     return Plan(
         spec, site, recipe, resolved, run_dir, partition, node, gpus, tasks, cpus, directives, srun_options, container,
-        env, signal, cost, (*notes.decisions, *resolved.decisions), tuple(notes.sorted_problems()),
+        env, signal, preflight, cost, (*notes.decisions, *resolved.decisions), tuple(notes.sorted_problems()),
     )  # fmt: skip
 
 

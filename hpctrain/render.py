@@ -181,6 +181,7 @@ def plan_json(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, Any]:
             "unit": plan.cost.unit,
             "formula": plan.cost.formula,
         },
+        **({"preflight": dict(plan.preflight)} if plan.preflight else {}),
         "decisions": [
             {"name": d.name, "value": d.value, "reason": _portable(d.reason, plan), "origin": _portable(d.origin, plan)}
             for d in plan.decisions

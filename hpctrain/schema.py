@@ -40,11 +40,12 @@ class Field:
     `kind`: text, path, int, number, bool, time (checked value: seconds), memory (GiB), scalar, any,
     list (of `items`), map (free keys matching `keys`, values `items`), table (the fields in `fields`).
     `pattern` must match the whole text and is explained by `shape`. `multiline` allows newlines and tabs.
+    A `switch` is a table that may also be written `true` (all its defaults) or `false` (None, as when it is absent).
     """
 
     __slots__ = (
         "choices", "default", "doc", "fields", "items", "keys", "kind", "maximum", "minimum", "multiline",
-        "nullable", "pattern", "required", "shape",
+        "nullable", "pattern", "required", "shape", "switch",
     )  # fmt: skip
 
     def __init__(
@@ -64,11 +65,12 @@ class Field:
         keys: str = "",
         multiline: bool = False,
         nullable: bool = False,
+        switch: bool = False,
     ) -> None:
         self.kind, self.doc, self.required, self.default = kind, doc, required, default
         self.choices, self.pattern, self.shape = choices, pattern, shape
         self.minimum, self.maximum, self.items, self.fields, self.keys = minimum, maximum, items, fields, keys
-        self.multiline, self.nullable = multiline, nullable
+        self.multiline, self.nullable, self.switch = multiline, nullable, switch
 
 
 def check(document: Document, fields: Mapping[str, Field], path: Path = ()) -> tuple[dict[str, Any], list[Problem]]:
@@ -145,6 +147,8 @@ def _table(
 def _default(field: Field) -> Any:
     if field.default is not None or field.nullable:
         return field.default
+    if field.switch:
+        return None
     if field.kind == "table" and field.fields:
         return {key: _default(sub) for key, sub in field.fields.items()}
     return {"list": [], "map": {}, "table": {}}.get(field.kind)
@@ -178,6 +182,10 @@ def _typed(document: Document, value: Any, field: Field, path: Path, problems: l
     kind = field.kind
     if kind == "any":
         return value
+    if kind == "table" and field.switch and not isinstance(value, dict):
+        if not isinstance(value, bool):
+            problems.append(_wrong_type(document, value, path, "true, false or a mapping"))
+        return {key: _default(sub) for key, sub in (field.fields or {}).items()} if value is True else None
     if kind == "table":
         return _table(document, value, field.fields or {}, path, problems)
     if kind == "list":
@@ -276,6 +284,8 @@ def _field_schema(field: Field) -> dict[str, Any]:
     schema: dict[str, Any] = {"description": field.doc}
     if field.kind == "table":
         schema.update(_table_schema(field.fields or {}))
+        if field.switch:
+            schema["type"] = ["object", "boolean"]
     elif field.kind == "list":
         assert field.items
         schema.update(type="array", items=_field_schema(field.items))

@@ -63,6 +63,20 @@ FIELDS: dict[str, Field] = {
             "after_each": Field("path", "a job script to run after each link that made a new checkpoint"),
         },
     ),
+    "preflight": Field(
+        "table",
+        "look at the nodes as the job's first step: true, or a mapping",
+        switch=True,
+        fields={
+            "policy": Field("text", "what to do about bad nodes: warn, exclude (and requeue), stop; omitted: exclude where the job may be requeued, else warn",
+                            choices=("warn", "exclude", "stop")),
+            "slow_is_bad": Field("bool", "nodes at less than half of the others' speed count as bad", default=False),
+            "requeues": Field("int", "how often one job may put itself back for the sake of its nodes", default=3, minimum=1, maximum=20),
+            "limit_s": Field("int", "seconds after which the look is ended, and ranks that are not done count as bad", default=300, minimum=10, maximum=7200),
+            "mib": Field("int", "size of the blocks that ranks send each other", default=8, minimum=1, maximum=1024),
+            "python": Field("text", "the Python that measures [default: the recipe's]"),
+        },
+    ),
     "estimate": Field(
         "table",
         "measured times, for cadence and cost",
@@ -100,6 +114,7 @@ class RunSpec:
     num_links: int
     give_up_after: int
     after_each: str | None
+    preflight: Mapping[str, Any] | None
     step_time_s: float | None
     save_time_s: float | None
     config: Mapping[str, Any]
@@ -167,6 +182,7 @@ def spec_from_layers(layers: Sequence[Document], source: str) -> tuple[RunSpec, 
         num_links=chain.get("jobs") or 1,
         give_up_after=chain.get("give_up_after") or 3,
         after_each=path(chain.get("after_each")),
+        preflight=values["preflight"],
         step_time_s=values["estimate"].get("step_time_s"),
         save_time_s=values["estimate"].get("save_time_s"),
         config=values["config"],

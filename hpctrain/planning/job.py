@@ -135,6 +135,34 @@ def decide_srun(notes: Notes, node: NodeType, tasks: int, cpus: int, whole: bool
     return tuple(out)
 
 
+def decide_preflight(notes: Notes, directives: tuple[Directive, ...], options: Mapping[str, Any], gpus: int,
+                     tasks: int) -> dict[str, Any] | None:  # fmt: skip
+    """The look at the nodes that the job begins with, as plan.json and the job script carry it; None without one."""
+    asked = notes.spec.preflight
+    if asked is None:
+        return None
+    fixed = any(directive.option == "no-requeue" for directive in directives)
+    policy, why = asked["policy"], "as the run says"
+    if policy is None:
+        policy = "warn" if fixed else "exclude"
+        why = "the job may not be requeued" if fixed else "bad nodes are left out and the job goes back into the queue"
+    elif policy == "exclude" and fixed:
+        notes.error("`preflight: {policy: exclude}` puts the job back into the queue, and `no-requeue` forbids that", "preflight", "policy",
+                    hint="choose warn or stop, or let the job be requeued")  # fmt: skip
+    if asked["limit_s"] >= notes.spec.time_s:
+        notes.error(
+            f"a preflight of up to {asked['limit_s']} s does not fit into a job of {notes.spec.time_s} s",
+            "preflight",
+            "limit_s",
+        )
+    notes.decide("preflight.policy", policy, why, "preflight")
+    python = str(asked["python"] or options.get("python") or "python3")
+    return {
+        "policy": policy, "requeues": asked["requeues"], "slow_is_bad": asked["slow_is_bad"], "limit_s": asked["limit_s"],
+        "mib": asked["mib"], "python": python, "gpus_per_task": max(gpus // tasks, 1) if gpus else None, "tasks_per_node": tasks,
+    }  # fmt: skip
+
+
 def decide_container(notes: Notes, resolved: Resolved, run_dir: str) -> tuple[str, ...]:
     spec, site = notes.spec, notes.site
     if not spec.container:

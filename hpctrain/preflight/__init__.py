@@ -1,1 +1,1 @@
-"""Looks at the nodes of an allocation before they train: `step` is what every rank runs, `allocation` starts and judges it."""
+"""Looks at the nodes of an allocation before they train: starts `runtime/preflight.py` on every rank and shows what it found."""

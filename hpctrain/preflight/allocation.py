@@ -12,7 +12,7 @@ from typing import Any
 from hpctrain import slurm
 from hpctrain.errors import EnvironmentFault
 from hpctrain.plan import Plan
-from hpctrain.preflight import step as program
+from hpctrain.runtime import preflight as program
 
 # What every task exports, as the job script does (templates/base/job.sbatch.j2, block `task`).
 _TASK = 'export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"; exec "$@"'
@@ -20,7 +20,13 @@ _TASK = 'export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SL
 
 def step_argv(plan: Plan, python: str, script: str, out: str, mib: int) -> list[str]:
     """The srun of the measurement on the current allocation: the run's options, container and Python."""
-    options = [f"--{option.option}" + (f"={option.value}" if option.value else "") for option in plan.srun_options]
+    # A rank that dies must not end the others: how far each of them comes tells which node is to blame.
+    options = ["--kill-on-bad-exit=0"]
+    options += [
+        f"--{option.option}" + (f"={option.value}" if option.value else "")
+        for option in plan.srun_options
+        if option.option != "kill-on-bad-exit"
+    ]
     return [
         "srun",
         "--overlap",
@@ -77,7 +83,7 @@ def _first_host() -> str:
 
 
 def _gpus_per_task(plan: Plan) -> int | None:
-    return 1 if plan.gpus_per_node else None
+    return max(plan.gpus_per_node // plan.tasks_per_node, 1) if plan.gpus_per_node else None
 
 
 def submit_argv(plan: Plan, words: Sequence[str], minutes: int = 10) -> list[str]:

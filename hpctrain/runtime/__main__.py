@@ -2,6 +2,7 @@
 
 python3 runtime/__main__.py begin --run-dir DIR [--link N]        prints NAME='value' lines for the job script to eval
 python3 runtime/__main__.py end --run-dir DIR --exit-code N       records the end of the link and releases its lock
+python3 runtime/__main__.py preflight --run-dir DIR --out DIR --exit-code N   judges what preflight.py measured; 94: do not train
 python3 runtime/__main__.py made --run-dir DIR --link N           prints the checkpoint that link N made; 1 if it made none
 python3 runtime/__main__.py watch --run-dir DIR                   waits for STOP and then for the next complete checkpoint
 python3 runtime/__main__.py list --run-dir DIR                    the checkpoints, complete or not, and what comes next
@@ -55,10 +56,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     link = importlib.import_module(name + ".link")
     parser = argparse.ArgumentParser(prog="runtime", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    for verb in ("begin", "end", "made", "watch", "list"):
+    for verb in ("begin", "end", "preflight", "made", "watch", "list"):
         sub = verbs.add_parser(verb)
         sub.add_argument("--run-dir", required=True)
-        if verb == "end":
+        if verb == "preflight":
+            sub.add_argument("--out", required=True)
+        if verb in ("end", "preflight"):
             sub.add_argument("--exit-code", type=int, required=True)
         if verb == "watch":
             sub.add_argument("--every", type=float, default=20.0, metavar="SECONDS")
@@ -79,6 +82,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         if args.verb == "end":
             link.end(os.path.abspath(args.run_dir), args.exit_code, os.environ, say)
             return 0
+        if args.verb == "preflight":
+            nodecheck = importlib.import_module(name + ".nodecheck")
+            return int(nodecheck.look(os.path.abspath(args.run_dir), args.out, args.exit_code, os.environ, say))
         if args.verb == "made":
             found = link.made(os.path.abspath(args.run_dir), args.link)
             if found:

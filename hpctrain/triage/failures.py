@@ -133,6 +133,7 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("filesystem", b"[Errno 108]", None),
     ("filesystem", b"Cannot send after transport endpoint shutdown", None),
     ("filesystem", b"Transport endpoint is not connected", None),
+    ("node", b"hpctrain: preflight: ", rb"preflight: \S+ is bad: "),
     ("node", b"DUE TO NODE FAILURE", None),
     ("node", b"Node failure on ", None),
     ("node", b"NODE_FAIL", None),

@@ -99,7 +99,11 @@ def test_the_runtime_imports_nothing_of_ours_and_nothing_to_install():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             siblings = {other.stem for other in (PACKAGE / "runtime").glob("*.py")}
 
-            assert all(name.split(".")[0] in sys.stdlib_module_names | siblings for name in names), f"{path}: {names}"
+            # What measures the nodes uses the collectives that it finds there, if any.
+            found = {"mpi4py", "torch"} if path.name == "preflight.py" else set()
+            assert all(name.split(".")[0] in sys.stdlib_module_names | siblings | found for name in names), (
+                f"{path}: {names}"
+            )
 
 
 def test_trainers_run_inside_jobs_and_only_the_command_line_reaches_into_them():

@@ -152,3 +152,45 @@ def test_preflight_looks_at_every_rank_of_a_real_allocation(sandbox, tmp_path):
     assert answer["seen"] == answer["ranks"] == 4, done.stdout
     assert sorted((facts["rank"], facts["stage"]) for facts in answer["map"]) == [(rank, "done") for rank in range(4)]
     assert len({facts["node"] for facts in answer["map"]}) == 2
+
+
+def test_a_job_whose_preflight_finds_a_bad_node_goes_back_into_the_queue_without_it(sandbox, tmp_path):
+    # `python` on one node ends before it measures: the rank never starts there.
+    (tmp_path / "python").write_text(
+        '#!/bin/bash\n[ "$SLURMD_NODENAME" != nid000002 ] || [[ "$*" != *measure* ]] || exit 9\nexec /usr/bin/python3 "$@"\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    spec = {
+        "name": "p", "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 3, "tasks_per_node": 1,
+        "gpus_per_node": 1, "time": "00:05:00", "preflight": {"python": str(tmp_path / "python"), "limit_s": 60},
+        "recipe_options": {"argv": ["bash", "-c", "echo $SLURMD_NODENAME trains"]},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(spec))
+    done = sandbox.run(sys.executable, "-m", "hpctrain", "render", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run_dir = tmp_path / "runs" / "p"
+    job = sandbox.ok("sbatch", "--parsable", str(run_dir / "job.sbatch")).strip()
+
+    def put_back():
+        said = sandbox.run("scontrol", "show", "job", "-o", job).stdout
+        return "Restarts=1" in said and "ExcNodeList=nid000002" in said
+
+    sandbox.wait_for(put_back, 60)
+    sandbox.ok(
+        "scontrol", "update", f"jobid={job}", "StartTime=now"
+    )  # Slurm holds it back for two minutes; nobody waits here
+    sandbox.wait_for(lambda: sandbox.state(job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), 90)
+    log = (run_dir / "logs" / f"p-{job}.out").read_text()
+    assert sandbox.state(job) == "COMPLETED", log
+    assert {line.split()[0] for line in log.splitlines() if line.endswith(" trains")} == {
+        "nid000001",
+        "nid000003",
+        "nid000004",
+    }
+    records = [json.loads(line) for line in (run_dir / "links.jsonl").read_text().splitlines()]
+    assert [(r["event"], r["link"], r["restart"], r.get("action")) for r in records] == [
+        ("begin", 1, 0, None), ("preflight", 1, 0, "requeue"), ("begin", 1, 1, None), ("preflight", 1, 1, "go"), ("end", 1, 1, None),
+    ]  # fmt: skip
+    assert list(records[1]["bad"]) == ["nid000002"]
+    status = sandbox.run(sys.executable, "-m", "hpctrain", "status", str(run_dir), cwd=tmp_path)
+    assert "nid000002" in status.stdout + status.stderr

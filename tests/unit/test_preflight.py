@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.preflight import step as preflight
+from hpctrain.load import load_plan
+from hpctrain.runtime import history, nodecheck, preflight
 
 SCRIPT = Path(preflight.__file__)
 
@@ -119,3 +120,104 @@ def test_two_ranks_measure_each_other_with_torch(tmp_path):
         facts["ring_mib_s"] > 0 and facts["allreduce_right"] and abs(facts["clock_offset_s"]) < 1
         for facts in answer["map"]
     )
+
+
+def begin(job, restart, link=1, checkpoint=None):
+    return {
+        "event": "begin",
+        "link": link,
+        "job_id": job,
+        "restart": restart,
+        "mode": "scratch",
+        "checkpoint": checkpoint,
+    }
+
+
+def put_back(job, restart, link=1):
+    return {"event": "preflight", "link": link, "job_id": job, "restart": restart, "action": "requeue"}
+
+
+RULES = nodecheck.Rules("exclude", 3, False, None, 2)
+HOSTS = ["n0", "n1", "n2", "n3"]
+
+
+def answer(bad=(), slow=(), ok=None, remarks=()):
+    return {"ok": not bad if ok is None else ok, "bad": {node: ["x"] for node in bad}, "slow": {node: ["x"] for node in slow},
+            "remarks": list(remarks)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rules", "found", "requeued", "word", "nodes"),
+    [
+        ({}, answer(), 0, "go", []),
+        ({}, answer(["n2"]), 0, "requeue", ["n2"]),
+        ({}, answer(["n2"]), 2, "requeue", ["n2"]),
+        ({}, answer(["n2"]), 3, "stop", ["n2"]),
+        ({}, answer(["n0", "n1", "n2"]), 0, "stop", ["n0", "n1", "n2"]),  # not the nodes' fault
+        ({}, answer(ok=False, remarks=["ranks that never started: 3"]), 0, "stop", []),
+        ({}, answer(slow=["n1"]), 0, "go", []),
+        ({"slow_is_bad": True}, answer(slow=["n1"]), 0, "requeue", ["n1"]),
+        ({"policy": "stop"}, answer(["n2"]), 0, "stop", ["n2"]),
+        ({"policy": "stop"}, answer(), 0, "go", []),
+        ({"policy": "warn"}, answer(HOSTS), 0, "go", []),
+    ],
+)
+def test_what_is_done_about_bad_nodes(rules, found, requeued, word, nodes):
+    action = nodecheck.choose(RULES._replace(**rules), found, HOSTS, requeued)
+    assert (action.word, action.nodes) == (word, nodes), action
+
+
+def test_a_start_that_its_preflight_put_back_is_no_start_without_progress():
+    links = [begin("7", 0), begin("8", 0, 2), put_back("8", 0, 2), begin("8", 1, 2), put_back("8", 1, 2)]
+    still = history.standstill(links, 3, None)
+    assert (still.links, still.starts) == (1, 1)
+    assert history.preflight_requeues(links, "8") == 2
+    # It has no end to record; one that was let through has.
+    assert history.open_attempt(links, "8", 1) is None
+    links += [begin("8", 2, 2), {**put_back("8", 2, 2), "action": "go"}]
+    assert history.open_attempt(links, "8", 2) == begin("8", 2, 2)
+
+
+def test_ranks_that_never_started_are_laid_to_their_node():
+    found = {"bad": {}, "map": [{"rank": rank} for rank in (0, 1, 4, 5)]}
+    nodecheck._blame_missing(found, ["n0", "n1", "n2"], 6)
+    assert found["bad"] == {"n1": ["rank 2 never started"]}
+
+
+def spec(tmp_path, **changes):
+    text = {
+        "name": "x",
+        "site": "local",
+        "recipe": "command",
+        "nodes": 1,
+        "time": "2:00:00",
+        "recipe_options": {"argv": ["true"]},
+        **changes,
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(text))
+    return load_plan(str(tmp_path / "run.yaml"), ()).plan
+
+
+def test_the_policy_is_decided_with_its_reason(tmp_path):
+    assert spec(tmp_path).preflight is None
+    assert spec(tmp_path, preflight=False).preflight is None
+    assert spec(tmp_path, preflight=True).preflight["policy"] == "exclude"
+    fixed = spec(tmp_path, preflight=True, sbatch={"no-requeue": True})
+    assert fixed.preflight["policy"] == "warn" and "may not be requeued" in str(fixed.decisions)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"preflight": {"policy": "exclude"}, "sbatch": {"no-requeue": True}}, "`no-requeue` forbids"),
+        ({"preflight": True, "time": "00:04:00"}, "does not fit"),
+    ],
+)
+def test_a_preflight_that_cannot_be_is_an_error_of_the_plan(tmp_path, changes, words):
+    assert any(words in problem.what for problem in spec(tmp_path, **changes).errors)
+
+
+@pytest.mark.parametrize("value", ["yes please", 3, {"policy": "excude"}, {"limit": 3}])
+def test_a_preflight_that_is_none_is_refused_with_its_place(tmp_path, value):
+    found = spec(tmp_path, preflight=value).errors
+    assert len(found) == 1 and "run.yaml:1" in found[0].where and "preflight" in found[0].what
