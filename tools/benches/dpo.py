@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 TOP = Path(__file__).resolve().parents[2]
+# As tools/bench starts this file: without its folder, whose tokenize.py is not Python's, on the path.
+START = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 CONTENDERS = ("hpctrain", "hpctrain, share_prompt never", "TRL", "TRL, reference precomputed")
 
 
@@ -65,7 +67,7 @@ def race(args: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
     """All contenders as processes of their own, taking turns; one of them runs at a time."""
     processes = {}
     for name in CONTENDERS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--contender", name, "--folder", folder]
+        command = [sys.executable, "-c", START, __file__, *sys.argv[1:], "--contender", name, "--folder", folder]
         log = open(os.path.join(folder, f"{name}.log"), "w")
         processes[name] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
