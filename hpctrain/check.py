@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import stat
 import tempfile
@@ -13,7 +14,9 @@ from hpctrain import slurm
 from hpctrain.errors import EnvironmentFault, Problem
 from hpctrain.load import Loaded
 from hpctrain.plan import Plan
+from hpctrain.recipe import HubRepo
 from hpctrain.render import render_job
+from hpctrain.runtime import hubcache
 from hpctrain.site import Site
 
 
@@ -85,6 +88,9 @@ def _files(plan: Plan, here: bool) -> Iterator[Problem]:
     for what, path, where in plan.resolved.paths:
         if not os.path.exists(path):
             yield missing(what, path, where)
+    for repo in plan.resolved.hub:
+        for path in hubcache.missing(repo.home, hubcache.Repo(repo.kind, repo.repo_id, repo.revision)):
+            yield missing(f"{repo.what} `{repo.repo_id}`:", path, repo.where, _download_hint(repo))
 
 
 def _placeholders(plan: Plan) -> Iterator[Problem]:
@@ -170,6 +176,15 @@ def _ask_slurm(loaded: Loaded, here: bool) -> Iterator[Problem]:
         yield Problem(f"Slurm would refuse it: {words}", hint="`scontrol show partition` shows the limits")
     else:
         yield Problem(f"the Slurm here is not {loaded.plan.site.name}'s, and would refuse it: {words}", level="note")
+
+
+def _download_hint(repo: HubRepo) -> str:
+    """How to fill the cache, on a machine that may ask the hub."""
+    if repo.kind == "dataset":
+        load = f"import datasets; datasets.load_dataset({repo.repo_id!r})"
+        return f'where the hub can be reached: HF_HOME={shlex.quote(repo.home)} python -c "{load}"'
+    revision = "" if repo.revision == "main" else f" --revision {shlex.quote(repo.revision)}"
+    return f"where the hub can be reached: HF_HOME={shlex.quote(repo.home)} hf download {repo.repo_id}{revision}"
 
 
 def _nearest_existing(path: str) -> str:

@@ -77,6 +77,7 @@ class Plan:
             "quarantine": facts.quarantine,
             "counter": facts.counter,
             "retention": facts.retention,
+            **({"exported": True} if facts.exported else {}),
         }
 
 

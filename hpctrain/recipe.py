@@ -156,6 +156,7 @@ class Guard:
 
     `target`: number in the folder name of the checkpoint that ends the run. `counter`: whether the framework
     continues from `latest` or from the greatest folder name. `retention`: it deletes old checkpoints by their names.
+    `exported`: the run is done only when the framework has also exported its model into the checkpoint folder.
     """
 
     layout: str = "none"
@@ -167,6 +168,22 @@ class Guard:
     counter: str = "latest"
     quarantine: bool = True
     retention: bool = False
+    exported: bool = False
+
+
+@frozen
+class HubRepo:
+    """A repository of the Hugging Face hub that the job needs in the cache below `home` (an HF_HOME).
+
+    `kind`: model, tokenizer or dataset, which decides the files. `where`: the place that names it.
+    """
+
+    what: str
+    kind: str
+    home: str
+    repo_id: str
+    revision: str
+    where: str
 
 
 @frozen
@@ -184,7 +201,9 @@ class Resolved:
 
     `argv`: the step, run by every task. `configs`: text by file name, `config_for` the file of each mode.
     `files`: more files of the run directory. `template`: values for the recipe's own template.
-    `paths`: (what, path, where) that the job needs at the site.
+    `paths`: (what, path, where) that the job needs at the site; `hub`: what it needs of the Hugging Face hub there.
+    `binds`: (what, path) that the job makes itself and a container must see.
+    `placeholders`: path -> what a rehearsal writes there, where the job reads more than the file's name.
     """
 
     argv: tuple[str, ...] = ()
@@ -197,6 +216,9 @@ class Resolved:
     cadence: Cadence = field(default_factory=Cadence)
     template: Mapping[str, Any] = field(default_factory=dict)
     paths: tuple[tuple[str, str, str], ...] = ()
+    hub: tuple[HubRepo, ...] = ()
+    binds: tuple[tuple[str, str], ...] = ()
+    placeholders: Mapping[str, str] = field(default_factory=dict)
     decisions: tuple[Decision, ...] = ()
     problems: tuple[Problem, ...] = ()
 

@@ -186,6 +186,7 @@ def decide_container(notes: Notes, resolved: Resolved, run_dir: str) -> tuple[st
         needed.append(("start checkpoint", launchers.parent_folder(spec.checkpoint_start)))
     needed += [("data", launchers.parent_folder(path)) for paths in spec.data.values() for path in paths]
     needed += [(what, path) for what, path, _ in resolved.paths]
+    needed += resolved.binds
     for what, path in needed:
         if ":" in path or "," in path:
             notes.error(f"the {what} `{path}` cannot be bound into a container: its path holds `:` or `,`")

@@ -88,6 +88,9 @@ def plan_scene(plan: Plan, user: str, exists: Any = os.path.exists) -> Scene:
 
     for what, path in _wanted(plan):
         make(what, path, _kind(path, [other for _, other in _wanted(plan)]))
+    for path in plan.resolved.placeholders:
+        if covered(path):  # else what is below it is really here
+            made.append(Made("placeholder", path, "file"))
     if spec.checkpoint_start:
         kind = "checkpoint" if plan.resolved.guard.layout != "none" else "folder"
         make("start checkpoint", spec.checkpoint_start, kind)
@@ -119,7 +122,7 @@ def build(scene: Scene, root: str, plan: Plan, files: Mapping[str, bytes]) -> st
                 _write(real, f"{CANARY}={secret}\n".encode())
                 os.chmod(real, 0o600)
             else:
-                _write(real, standin.CONTENT)
+                _write(real, plan.resolved.placeholders.get(item.path, "").encode() or standin.CONTENT)
         run_dir = scene.real_path(root, plan.run_dir)
         assert run_dir is not None
         for name, content in files.items():

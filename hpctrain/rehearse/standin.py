@@ -50,6 +50,13 @@ def write_checkpoint(folder: str, layout: str, number: int, ranks: dict[str, int
     return name
 
 
+def write_export(folder: str, layout: str) -> None:
+    """The model that a framework exports at its end, where its layout has one, the tokenizer last."""
+    for name in ("config.json", "pytorch_model.bin", "tokenizer_config.json") if layout == "open-instruct" else ():
+        with open(os.path.join(folder, name), "wb") as stream:
+            stream.write(CONTENT)
+
+
 def _link(source: str, target: str) -> bool:
     try:
         os.link(source, target)
@@ -202,6 +209,8 @@ class Walk:
                 self.tell("left", number=number)
                 return 0
             self._save(number, every, begin)
+        if self.environ.get("HPCTRAIN_CHECKPOINT_DIR"):
+            write_export(self.environ["HPCTRAIN_CHECKPOINT_DIR"], plan["layout"])
         self.tell("end", number=number)
         return 0
 

@@ -92,6 +92,10 @@ class Layout:
     def judge(self, folder: Folder, expected: Expected, faults: List[str], mismatches: List[str]) -> None:
         raise NotImplementedError
 
+    def export_faults(self, folder: str, name: str, listing: Listing) -> List[str]:
+        """What is missing of the model that the framework exports into `folder` after checkpoint `name`."""
+        return []
+
 
 def missing(what: str, wanted: Iterable[Any], found: Set[Any], name: Any) -> List[str]:
     """One line for the members of `wanted` that are not in `found`; `name` formats one as a file name."""

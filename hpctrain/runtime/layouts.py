@@ -6,7 +6,7 @@ import re
 from typing import Dict, List, Optional, Tuple
 
 from .deepspeed import DeepSpeed
-from .files import read_text
+from .files import Listing, read_text
 from .layout import Expected, Folder, Layout, implausible, missing, opened
 
 
@@ -180,12 +180,30 @@ class OpenInstruct(Layout):
         if below:
             inner = Folder.__new__(Folder)
             inner.path, inner.files, inner.previous = os.path.join(folder.path, "pytorch_model"), below, {}
-            DeepSpeed().judge(inner, Expected(data_parallel=len(ranks) or None), faults, mismatches)
+            processes = expected.data_parallel or len(ranks) or None
+            DeepSpeed().judge(
+                inner, Expected(data_parallel=processes, zero_stage=expected.zero_stage), faults, mismatches
+            )
             return
         faults += _weights_faults(folder)
         if not any(name.startswith("optimizer") for name in names):
             faults.append("the optimizer's state is missing")
         faults += opened(folder, [name for name in names if name.endswith((".bin", ".pt", ".safetensors", ".pkl"))])
+
+    def export_faults(self, folder: str, name: str, listing: Listing) -> List[str]:
+        """The weights (every shard that their index names) and the tokenizer, which is written last, after checkpoint
+        `name` was (open_instruct/model_utils.py `save_with_accelerate`)."""
+        top = Folder(folder, listing)
+        faults = _weights_faults(top)
+        weights = [file for file in top.files if file.endswith((".bin", ".safetensors"))]
+        faults += opened(top, weights)
+        last = top.files.get("tokenizer_config.json")
+        marker = listing.files(os.path.join(folder, name)).get("COMPLETED")
+        if last is None:
+            faults.append("`tokenizer_config.json` is missing")
+        elif marker is not None and last.mtime_ns < marker.mtime_ns:
+            faults.append("the exported model is older than `{}`".format(name))
+        return faults
 
 
 class Dcp(Layout):

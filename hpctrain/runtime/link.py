@@ -88,6 +88,14 @@ def begin(run_dir: str, given: Optional[int], environ: Mapping[str, str], say: S
         choice = choose(survey)
         for note in choice.notes:
             say(note)
+        if settings.exported and choice.kind == "made" and choice.name:
+            lacking = survey.layout.export_faults(survey.folder, choice.name, survey.listing)
+            if lacking and settings.target is not None and (choice.number or 0) >= settings.target:
+                # The framework exports once it has loaded its last checkpoint and finds nothing left to train.
+                say(
+                    "`{}` is the last checkpoint, and the model is not exported yet: {}".format(choice.name, lacking[0])
+                )
+                settings = settings._replace(target=None)
         decided = decide(settings, choice, links, link, os.path.lexists(os.path.join(run_dir, "STOP")),
                          queued=any(record.get("link") == link for record in ledger))  # fmt: skip
         if decided.decision in ("run", "done"):

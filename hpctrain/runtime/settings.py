@@ -20,7 +20,8 @@ class Settings(NamedTuple):
 
     `target` is the number in a checkpoint's folder name at which the run is done. `counter` is `greatest_folder` where
     the framework takes its iteration from the greatest `global_step*` in the folder, whatever `latest` says. `retention`:
-    the framework itself deletes old checkpoints, which it knows by their names.
+    the framework itself deletes old checkpoints, which it knows by their names. `exported`: the run is done only when the
+    framework has also exported its model into the folder.
     """
 
     run: str
@@ -34,6 +35,7 @@ class Settings(NamedTuple):
     quarantine: bool
     counter: str
     retention: bool = False
+    exported: bool = False
 
 
 def read_settings(run_dir: str) -> Settings:
@@ -76,6 +78,7 @@ def parse_settings(guard: Dict[str, Any]) -> Settings:
         quarantine=guard.get("quarantine", True) is not False,
         counter=counter,
         retention=guard.get("retention", False) is True,
+        exported=guard.get("exported") is True,
     )
 
 

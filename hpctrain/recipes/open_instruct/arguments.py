@@ -1,0 +1,184 @@
+"""open-instruct's arguments: which a program has at which commit, of what type, and how a value becomes flags.
+
+The table is `templates/open-instruct/arguments.json`. finetune.py takes no YAML file (it calls
+`parse_args_into_dataclasses`, not `parse`), so every value travels as a flag.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from hpctrain.errors import Problem
+from hpctrain.frozen import frozen
+from hpctrain.resources import shipped_dir
+from hpctrain.schema import nearest, text_problem
+from hpctrain.yamlio import Document
+
+_KIND_NAMES = {
+    "text": "text",
+    "bool": "true or false",
+    "int": "a whole number",
+    "number": "a number",
+    "list": "a list of words",
+    "json": "a mapping",
+    "int_or_text": "a whole number or text",
+}
+
+
+@frozen
+class Argument:
+    """One argument: `kind` as in arguments.json, `default` what the program takes without it."""
+
+    name: str
+    kind: str
+    default: Any
+    choices: tuple[str, ...]
+
+
+def known_commits() -> Mapping[str, str]:
+    """The commits whose arguments are known, oldest first: full hash -> day."""
+    return dict(_data()["commits"])
+
+
+def match_commit(commit: str) -> str | None:
+    """The known commit that an (abbreviated) hash names, None when it is another one."""
+    return next((known for known in _data()["commits"] if commit and known.startswith(commit.lower())), None)
+
+
+@cache
+def table(program: str, commit: str | None) -> Mapping[str, Argument]:
+    """The arguments of a program (its path in the working copy) at a known commit.
+
+    For any other commit (None), and for a program of the user's own, every argument of any known commit of the program
+    that is nearest by name; types are those of the newest.
+    """
+    programs = _data()["programs"]
+    raw = programs.get(program) or programs[next(iter(programs))]
+    found = {}
+    for name, entry in raw.items():
+        if commit and commit not in entry.get("only", [commit]):
+            continue
+        at = entry.get("at", {}).get(commit, entry)
+        found[name] = Argument(name, at["kind"], at.get("default"), tuple(at.get("choices", ())))
+    return found
+
+
+def has_table(program: str) -> bool:
+    return program in _data()["programs"]
+
+
+def value_problems(argument: Argument, value: Any, document: Document) -> Iterator[Problem]:
+    """What the program's own parser would refuse about a value, or would read as something else."""
+    name, where = argument.name, document.where(argument.name)
+    if value is None:
+        return
+    ok, hint = _fits(argument, value)
+    if not ok:
+        yield Problem(f"`{name}: {_short(value)}` must be {_KIND_NAMES[argument.kind]}", where, hint=hint)
+        return
+    for index, word in enumerate(value if isinstance(value, list) else [value]):
+        bad = text_problem(word, multiline=True) if isinstance(word, str) else ""
+        if bad:
+            yield Problem(f"`{name}` {bad}", document.where(name, index) if isinstance(value, list) else where)
+        elif isinstance(word, float) and not math.isfinite(word):
+            yield Problem(f"`{name}: {word}` is not a finite number", where)
+    if argument.choices and value not in argument.choices:
+        yield Problem(f"`{name}: {_short(value)}` is not one of its values", where,
+                      hint=nearest(str(value), argument.choices))  # fmt: skip
+
+
+def describe_unknown(name: str, program: str, commit: str | None) -> tuple[str, str]:
+    """(why, hint) for a key that the program does not have: it is another commit's, the other program's, or a slip."""
+    if commit:
+        for other, day in known_commits().items():
+            if name in table(program, other):
+                return (
+                    f"{program} has it at {other[:7]} ({day}), and not at {commit[:7]}",
+                    "delete it, or name that commit",
+                )
+    for other_program in _data()["programs"]:
+        if other_program != program and name in table(other_program, commit):
+            return f"{other_program} has it, {program} has not", nearest(name, table(program, commit))
+    hint = nearest(name, table(program, commit))
+    return (
+        f"{program} stops at arguments that it does not know",
+        f"{hint} (arguments that only your own copy has go into `recipe_options.extra_arguments`)".lstrip(),
+    )
+
+
+def flags(values: Mapping[str, Any], arguments: Mapping[str, Argument]) -> list[list[str]]:
+    """The words of a command line that give the program exactly `values`, one list a flag; null is left out.
+
+    Numbers are written so that Python reads the same value back. A word that begins with a dash, which the program's
+    parser would take for a flag, is joined to its flag by `=`.
+    """
+    words: list[list[str]] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        kind = arguments[name].kind if name in arguments else ""
+        if isinstance(value, bool):
+            words.append([f"--{name}", "true" if value else "false"])
+        elif isinstance(value, dict) or kind == "json":
+            words.append([f"--{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)])
+        elif isinstance(value, list):
+            # argparse takes words up to the next flag; an empty list cannot be said, and means the default.
+            words += [[f"--{name}", *map(word_of, value)]] if value else []
+        elif isinstance(value, str) and value.startswith("-"):
+            words.append([f"--{name}={value}"])
+        else:
+            words.append([f"--{name}", word_of(value)])
+    return words
+
+
+def word_of(value: Any) -> str:
+    """A value as one word: 0.1 stays 0.1, 1.0 stays 1.0 (in a mixer list, 1 would mean one sample)."""
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def as_number(value: Any) -> float | None:
+    """A number, also one that YAML 1.1 took for text (`8e-6`); None when it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _fits(argument: Argument, value: Any) -> tuple[bool, str]:
+    kind = argument.kind
+    if kind == "bool":
+        return isinstance(value, bool), "write true or false, without quotes"
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool), ""
+    if kind == "number":
+        return as_number(value) is not None, ""
+    if kind == "int_or_text":
+        return isinstance(value, (int, str)) and not isinstance(value, bool), ""
+    if kind == "list":
+        ok = isinstance(value, list) and all(isinstance(word, (str, int, float)) for word in value)
+        dashed = ok and any(isinstance(word, str) and word.startswith("-") for word in value)
+        return ok and not dashed, "its words cannot begin with a dash" if dashed else "write it as [a, b]"
+    if kind == "json":
+        return isinstance(value, dict) or (isinstance(value, str) and value.startswith("{")), "write it as {key: value}"
+    # Numbers are text too on a command line: `checkpointing_steps: 500`.
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool), ""
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+@cache
+def _data() -> dict[str, Any]:
+    with open(os.path.join(shipped_dir("templates"), "open-instruct", "arguments.json"), encoding="utf-8") as file:
+        found: dict[str, Any] = json.load(file)
+    return found

@@ -1,0 +1,162 @@
+"""How the processes are started: accelerate's command line, DeepSpeed's configuration, and what the two do not allow."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from hpctrain.recipe import EnvVar
+from hpctrain.recipes.open_instruct.arguments import as_number
+from hpctrain.recipes.open_instruct.draft import DPO, Draft
+
+DEEPSPEED_FILE = "deepspeed.json"
+_ZERO = {"zero2": 2, "zero3": 3}
+
+
+def decide_sharding(draft: Draft) -> str:
+    """`zero3`, `zero2` or `none`; by itself ZeRO-3 for several processes and nothing for one."""
+    asked = str(draft.options["deepspeed"])
+    where = draft.option_where("deepspeed")
+    chosen = asked if asked != "auto" else ("zero3" if draft.world_size > 1 else "none")
+    reason = "as the run says" if asked != "auto" else (
+        "several processes: weights, gradients and optimizer are sharded over them" if chosen == "zero3"
+        else "one process has nothing to shard with")  # fmt: skip
+    draft.decide("launch.deepspeed", chosen, reason, where)
+    if chosen == "none" and draft.world_size > 1:
+        draft.error(f"{draft.world_size} processes without DeepSpeed each hold the whole model and optimizer", where,
+                    level="warning", hint="recipe_options: {deepspeed: zero3}")  # fmt: skip
+    for name in ("zero_stage", "offload_optimizer", "offload_param"):
+        if draft.values.get(name) not in (None, False):
+            draft.error(f"`config.{name}` makes a second DeepSpeed configuration", draft.where(name),
+                        why="the job hands one to accelerate", hint="use `recipe_options.deepspeed` and `deepspeed_config`")  # fmt: skip
+            draft.values.pop(name)
+    if (draft.count("sequence_parallel_size") or 1) > 1 and chosen != "zero3":
+        draft.error("`sequence_parallel_size` needs ZeRO-3", draft.where("sequence_parallel_size"),
+                    why="open-instruct's sequence parallelism is DeepSpeed's", hint="recipe_options: {deepspeed: zero3}")  # fmt: skip
+    return chosen
+
+
+def check_optimizer(draft: Draft, sharding: str) -> None:
+    """The 8-bit optimizer is for one process without DeepSpeed, and upstream uses it only with another switch."""
+    where = draft.where("use_8bit_optimizer")
+    if draft.values.get("use_8bit_optimizer") is True:
+        if sharding != "none":
+            draft.error("`use_8bit_optimizer: true` does not work with DeepSpeed", where,
+                        why="open-instruct: not compatible with deepspeed; its state cannot be sharded",
+                        hint="delete it for several GPUs, or `recipe_options: {deepspeed: none}` on one")  # fmt: skip
+        elif draft.world_size > 1:
+            draft.error(f"`use_8bit_optimizer: true` on {draft.world_size} processes", where,
+                        why="it is for one GPU: without DeepSpeed each process holds the whole model",
+                        hint="delete it, and let ZeRO-3 shard the optimizer")  # fmt: skip
+        switch = "dpo_use_paged_optimizer" if draft.program == DPO else "use_qlora"
+        if not draft.values.get(switch) and not draft.values.get("use_qlora"):
+            draft.error("`use_8bit_optimizer` alone has no effect", where, level="warning",
+                        why=f"upstream {draft.program} looks at it only with `{switch}`: the optimizer's state stays in 32 bits",
+                        hint=f"add `{switch}: true`" if draft.program == DPO else "fine where your copy of open-instruct changed that")  # fmt: skip
+    if draft.values.get("use_qlora") is True and sharding != "none":
+        draft.error("`use_qlora: true` does not work with DeepSpeed", draft.where("use_qlora"), why="open-instruct's own words",
+                    hint="recipe_options: {deepspeed: none}")  # fmt: skip
+    if draft.values.get("dpo_use_paged_optimizer") is True and sharding != "none":
+        draft.error("`dpo_use_paged_optimizer: true` does not work with DeepSpeed", draft.where("dpo_use_paged_optimizer"),
+                    why="it replaces the optimizer that DeepSpeed shards", hint="delete it for several GPUs")  # fmt: skip
+
+
+def deepspeed_text(draft: Draft, sharding: str) -> str | None:
+    """DeepSpeed's configuration as JSON; `auto` is what accelerate fills in from the program's arguments.
+
+    None without DeepSpeed, or with a file of the user's. Clipping stands here, since with DeepSpeed the programs'
+    own argument for it does nothing (accelerate's default for `auto` is 1.0).
+    """
+    if sharding == "none" or draft.options["deepspeed_config"]:
+        return None
+    zero: dict[str, Any] = {
+        "stage": _ZERO[sharding],
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": "auto",
+    }
+    if sharding == "zero3":
+        zero |= {
+            "sub_group_size": 1e9,
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            "stage3_max_live_parameters": 1e9,
+            "stage3_max_reuse_distance": 1e9,
+            # Without it the model cannot be exported at the end.
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+    config = {
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": zero,
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": _clipping(draft),
+        "steps_per_print": 1e5,
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "wall_clock_breakdown": False,
+    }
+    if draft.options["mixed_precision"] == "fp16":
+        config["fp16"] = {"enabled": "auto"}
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _clipping(draft: Draft) -> float:
+    name = draft.names.clip
+    given = as_number(draft.values.get(name))
+    if draft.values.get(name) is None or given is None:
+        draft.decide("launch.gradient_clipping", 1.0, "accelerate's default with DeepSpeed", "recipe")
+        return 1.0
+    value = max(given, 0.0)
+    draft.decide(
+        "launch.gradient_clipping",
+        value,
+        f"`{name}`: with DeepSpeed it counts only in {DEEPSPEED_FILE}",
+        draft.where(name),
+    )
+    return value
+
+
+def launch_words(draft: Draft, sharding: str, config_file: str | None) -> list[list[str]]:
+    """accelerate's options for every node, one list a flag; the node's number and the rendezvous are added on the node."""
+    words = [["--num_machines", str(draft.context.num_nodes)], ["--num_processes", str(draft.world_size)]]
+    words += [
+        ["--rdzv_backend", "static"],
+        ["--mixed_precision", str(draft.options["mixed_precision"])],
+        ["--dynamo_backend", "no"],
+    ]
+    if sharding != "none":
+        # `standard` is torchrun's way; accelerate's default for several nodes is pdsh with a host file.
+        words += [
+            ["--use_deepspeed"],
+            ["--deepspeed_config_file", config_file or ""],
+            ["--deepspeed_multinode_launcher", "standard"],
+        ]
+    elif draft.world_size > 1:
+        words.append(["--multi_gpu"])
+    return [*words, ["--module", module_name(str(draft.options["entrypoint"]))]]
+
+
+def module_name(entrypoint: str) -> str:
+    """`open_instruct/finetune.py` as `open_instruct.finetune`, so that Python takes the package from the working copy."""
+    return re.sub(r"\.py\Z", "", entrypoint).replace("/", ".")
+
+
+def environment(draft: Draft, hf_home: str | None) -> tuple[EnvVar, ...]:
+    """What the libraries must find in the job's environment."""
+    out = []
+    if hf_home:
+        out.append(EnvVar("HF_HOME", hf_home, "models and data sets, laid out as the Hugging Face libraries do"))
+    if draft.options["offline"]:
+        out += [
+            EnvVar(
+                "HF_HUB_OFFLINE", "1", "nobody is asked: what is missing from the cache is found before the GPUs wait"
+            ),
+            EnvVar("HF_DATASETS_OFFLINE", "1", "the same for data sets"),
+        ]
+        if draft.values.get("with_tracking"):
+            out.append(EnvVar("WANDB_MODE", "offline", "`wandb sync` sends it later"))
+    if draft.values.get("with_tracking"):
+        out.append(EnvVar("WANDB_DIR", draft.context.run_dir, "not into the working copy"))
+    out.append(EnvVar("TOKENIZERS_PARALLELISM", "false", "no threads that survive a fork"))
+    return tuple(out)

@@ -1,0 +1,216 @@
+"""open-instruct's SFT and DPO as recipes: run.yaml -> one command line for every mode, one launcher a node.
+
+The programs take up their newest complete checkpoint by themselves, so the same command starts and resumes; which one
+that is, the guard decides before (it moves incomplete ones away).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+from hpctrain.recipe import Cadence, Context, Guard, HubRepo, Resolved
+from hpctrain.recipes.open_instruct import data, launch, training
+from hpctrain.recipes.open_instruct.arguments import describe_unknown, flags, has_table, known_commits, value_problems
+from hpctrain.recipes.open_instruct.draft import DPO, SFT, Draft
+from hpctrain.runtime import hubcache
+
+CACHES_FILE = "caches.json"
+_PROGRAMS = {"open-instruct-sft": SFT, "open-instruct-dpo": DPO}
+
+
+def resolve(context: Context) -> Resolved:
+    """Everything decided about an open-instruct run, and all problems at once."""
+    spec, options = context.spec, context.options
+    draft = Draft(context, _PROGRAMS.get(context.recipe.name, SFT))
+    folder = draft.path_option("dir") or "/"
+    _check_program(draft)
+    _check_arguments(draft)
+    training.check_settings(draft)
+    if not spec.checkpoint_dir:
+        draft.error(
+            "open-instruct needs a folder for its checkpoints",
+            spec.where("checkpoint"),
+            hint="set `checkpoint: {dir: …}`",
+        )
+    model = data.decide_model(draft)
+    mixer = data.decide_mixer(draft)
+    sharding = launch.decide_sharding(draft)
+    launch.check_optimizer(draft, sharding)
+    training.decide_batch(draft)
+    target, steps, every = training.decide_cadence(draft)
+    deepspeed = launch.deepspeed_text(draft, sharding)
+    hf_home, cache_dir = draft.path_option("hf_home"), _cache_dir(draft)
+    if options["offline"] and not hf_home:
+        draft.error("`offline: true` needs to know where models and data sets are", draft.option_where("hf_home"),
+                    hint="recipe_options: {hf_home: /scratch/…/hf}, or {offline: false}")  # fmt: skip
+    repos = data.hub_repos(draft, model, mixer, hf_home) if options["offline"] and hf_home else ()
+    config_file = draft.path_option("deepspeed_config") or (
+        os.path.join(context.run_dir, launch.DEEPSPEED_FILE) if deepspeed else None
+    )
+    values = {"model_name_or_path": model.name, "output_dir": spec.checkpoint_dir, **draft.values}
+    words = launch.launch_words(draft, sharding, config_file)
+    _decide_program(draft, folder)
+    local = [mixer[index] for index in range(0, len(mixer), 2) if draft.local(mixer[index])]
+    paths = [
+        ("open-instruct working copy", folder, draft.option_where("dir")),
+        ("entrypoint", os.path.join(folder, options["entrypoint"]), draft.option_where("entrypoint")),
+        *(("training data", path, spec.where("data", "train")) for path in local),
+    ]
+    if options["offline"] and hf_home:
+        paths.append(("folder of models and data sets", hf_home, draft.option_where("hf_home")))
+    if model.folder:
+        paths.append(("model", os.path.join(model.folder, "config.json"), model.where))
+    if options["deepspeed_config"]:
+        paths.append(("DeepSpeed configuration", config_file or "", draft.option_where("deepspeed_config")))
+    failed = any(problem.level == "error" for problem in draft.problems)
+    caches = _caches(draft, model, mixer, cache_dir, values)
+    return Resolved(
+        argv=(options["python"], "-u", "-m", "accelerate.commands.launch"),
+        workdir=folder,
+        files={} if failed else {CACHES_FILE: caches, **({launch.DEEPSPEED_FILE: deepspeed} if deepspeed else {})},
+        env=launch.environment(draft, hf_home),
+        guard=Guard(
+            layout="open-instruct",
+            target=target,
+            data_parallel=draft.world_size,
+            zero_stage={"none": 0, "zero2": 2, "zero3": 3}[sharding],
+            exported=True,
+        ),
+        cadence=Cadence(steps, every, saves_on_signal=False),
+        template={
+            "commit": str(options["commit"]),
+            "dir": folder,
+            "launch": words,
+            "arguments": [*flags(values, draft.arguments), *([list(options["extra_arguments"])] if options["extra_arguments"] else [])],
+            "cache_flag": f"--{draft.names.cache_dir}",
+            "hf_home": hf_home,
+        },
+        paths=tuple(paths),
+        hub=repos,
+        binds=(("cache folder", cache_dir),),
+        placeholders=_placeholders(folder, str(options["commit"]), model, repos),
+        decisions=tuple(draft.decisions),
+        problems=tuple(draft.problems),
+    )  # fmt: skip
+
+
+def _check_program(draft: Draft) -> None:
+    """The entrypoint and the commit, which only together say what the arguments mean."""
+    commit, entrypoint = str(draft.options["commit"]), str(draft.options["entrypoint"])
+    if not re.fullmatch(r"[0-9a-f]{7,40}", commit):
+        draft.error(f"`commit: {commit}` is no git commit", draft.option_where("commit"),
+                    why="7 to 40 hexadecimal digits in small letters", hint="git -C DIR rev-parse HEAD")  # fmt: skip
+    elif not draft.commit:
+        newest, day = list(known_commits().items())[-1]
+        draft.error(f"the arguments of open-instruct at {commit[:7]} are not known here", draft.option_where("commit"), level="note",
+                    why=f"they were checked against those of {newest[:7]} ({day}) and older ones")  # fmt: skip
+    if not re.fullmatch(r"[A-Za-z_]\w*(/[A-Za-z_]\w*)*\.py", entrypoint, re.ASCII):
+        draft.error(f"`entrypoint: {entrypoint}` is no Python file below `dir`", draft.option_where("entrypoint"),
+                    hint=f"for example {draft.program}")  # fmt: skip
+    elif os.path.basename(entrypoint) == "dpo.py":
+        draft.error("open_instruct/dpo.py is started by torchrun and keeps checkpoints of OLMo-core", draft.option_where("entrypoint"),
+                    why="it takes neither accelerate's DeepSpeed nor the 8-bit and paged optimizers",
+                    hint=f"entrypoint: {DPO}")  # fmt: skip
+    elif entrypoint != draft.program and has_table(entrypoint):
+        other = "open-instruct-dpo" if draft.program == SFT else "open-instruct-sft"
+        draft.error(f"`entrypoint: {entrypoint}` belongs to the recipe {other}", draft.option_where("entrypoint"))
+    elif entrypoint != draft.program:
+        draft.error(f"the arguments of {entrypoint} are not known here", draft.option_where("entrypoint"), level="note",
+                    why=f"they were checked against those of {draft.program}")  # fmt: skip
+
+
+def _check_arguments(draft: Draft) -> None:
+    for name in list(draft.values):
+        if name in draft.arguments:
+            found = list(value_problems(draft.arguments[name], draft.values[name], draft.document))
+            draft.problems += found
+            if any(problem.level == "error" for problem in found):
+                draft.values.pop(name)
+            continue
+        value = draft.values.pop(name)
+        if draft.document.origins.get((name,)) is None or value is None:
+            continue
+        if draft.document.where(name).startswith("templates/"):
+            continue  # a default of the recipe's that this commit does not have
+        why, hint = describe_unknown(str(name), draft.program, draft.commit)
+        draft.error(
+            f"{os.path.basename(draft.program)} has no argument `{name}`", draft.document.where_key(name), why, hint
+        )
+
+
+def _decide_program(draft: Draft, folder: str) -> None:
+    options, context = draft.options, draft.context
+    commit = str(options["commit"])
+    draft.decide(
+        "step.program",
+        options["entrypoint"],
+        "accelerate starts it as a module of the working copy",
+        draft.option_where("entrypoint"),
+    )
+    draft.decide("open_instruct.dir", folder, "the working copy", draft.option_where("dir"))
+    draft.decide(
+        "open_instruct.commit", commit, "each job compares it with `git rev-parse HEAD`", draft.option_where("commit")
+    )
+    draft.decide("launch.processes", draft.world_size, f"{context.num_nodes} nodes x {draft.processes_per_node}, one launcher a node",
+                 draft.spec.where("nodes"))  # fmt: skip
+
+
+def _cache_dir(draft: Draft) -> str:
+    """Where tokenized data and reference log-probabilities are kept: beside the checkpoint folder, for all runs there."""
+    given = draft.path_option("cache_dir")
+    beside = os.path.join(os.path.dirname(draft.spec.checkpoint_dir or "/"), "open-instruct-cache")
+    found = given or beside
+    reason = "as the run says" if given else "beside `checkpoint.dir`, so that the runs there share it"
+    draft.decide("open_instruct.cache_dir", found, reason + "; one folder per fingerprint of data, tokenizer and settings",
+                 draft.option_where("cache_dir") if given else "")  # fmt: skip
+    return found
+
+
+def _caches(draft: Draft, model: data.Model, mixer: list[str], cache_dir: str, values: dict[str, object]) -> str:
+    """What `runtime/caches.py` must know: what the tokenized data, and for DPO the reference, are made from."""
+    names = draft.names
+    made_from = ("max_seq_length", names.splits, names.transform, names.target, "chat_template_name", "get_tokenizer_fn", "add_bos",
+                 "use_fast", "tokenizer_name_or_path", "tokenizer_revision", "sft_messages_key", "model_revision")  # fmt: skip
+    reference_from = ("loss_type", "concatenated_forward", "packing", "max_train_samples", "use_lora", "use_qlora", "model_revision",
+                      "attn_implementation", "use_flash_attn")  # fmt: skip
+    needs_reference = draft.program == DPO and draft.get("loss_type") != "simpo"
+    tokenizer = draft.values.get("tokenizer_name_or_path")
+    content = {
+        "schema_version": 1,
+        "cache_dir": cache_dir,
+        "program": {"commit": str(draft.options["commit"]), "entrypoint": str(draft.options["entrypoint"])},
+        "mixer": mixer,
+        "dataset": {name: values[name] for name in sorted(made_from) if values.get(name) is not None},
+        "tokenizer": tokenizer if isinstance(tokenizer, str) else model.folder or model.name,
+        "model": {"name": model.name, "folder": model.folder, "alias": model.aliased, "revision": draft.get("model_revision") or "main"},
+        "hf_home": draft.path_option("hf_home"),
+        "offline": bool(draft.options["offline"]),
+        "reference": {name: draft.get(name) for name in sorted(reference_from) if draft.has(name)} if needs_reference else None,
+        "needed": [
+            {"what": repo.what, "kind": repo.kind, "repo": repo.repo_id, "revision": repo.revision}
+            for repo in (data.hub_repos(draft, model, mixer, draft.path_option("hf_home") or "/") if draft.options["offline"] else ())
+        ],
+    }  # fmt: skip
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _placeholders(folder: str, commit: str, model: data.Model, repos: tuple[HubRepo, ...]) -> dict[str, str]:
+    """What a rehearsal must show where an empty file would not do: a working copy at the commit, and a filled cache."""
+    git, no_commit = os.path.join(folder, ".git"), "0" * 40
+    found = {os.path.join(git, "HEAD"): commit.ljust(40, "0") + "\n"}
+    found |= {os.path.join(git, name, "placeholder"): "\n" for name in ("objects", "refs")}
+    models = [model.folder] if model.folder else []
+    for repo in repos:
+        known = hubcache.Repo(repo.kind, repo.repo_id, repo.revision)
+        if repo.kind == "dataset":
+            place = hubcache.prepared_folder(repo.home, repo.repo_id)
+            found[os.path.join(place, "default", "0.0.0", no_commit, "dataset_info.json")] = "{}\n"
+            continue
+        place = hubcache.repo_folder(repo.home, known)
+        found[os.path.join(place, "refs", repo.revision)] = no_commit
+        models.append(os.path.join(place, "snapshots", no_commit))
+    for place in models:
+        found |= {os.path.join(place, name): "{}\n" for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    return found
