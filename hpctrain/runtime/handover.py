@@ -52,6 +52,11 @@ def _reached(source: Source, earlier: Settings) -> Tuple[Optional[str], Optional
     last = [record for record in read_records(os.path.join(source.run_dir, "links.jsonl")) if "mode" in record][-1:]
     if earlier.target is not None and earlier.layout != "none":
         if newest is not None and newest.number >= earlier.target:
+            lacking = (
+                survey.layout.export_faults(survey.folder, newest.name, survey.listing) if earlier.exported else []
+            )
+            if source.hand_over == "model" and lacking:
+                raise NotReady("stage `{}` has not exported its model: {}".format(source.stage, lacking[0]))
             return newest.name, newest.number
         what = "has no complete checkpoint" if newest is None else "is at {}".format(newest.number)
         what += " and its target is {}".format(earlier.target)
