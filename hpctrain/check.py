@@ -18,6 +18,7 @@ from hpctrain.recipe import HubRepo
 from hpctrain.render import render_job
 from hpctrain.runtime import hubcache
 from hpctrain.site import Site
+from hpctrain.spec import RunSpec
 
 
 def find_problems(loaded: Loaded) -> list[Problem]:
@@ -61,7 +62,8 @@ def _files(plan: Plan, here: bool) -> Iterator[Problem]:
 
     if spec.container and not os.path.exists(spec.container):
         yield missing("container", spec.container, spec.where("container"))
-    if spec.checkpoint_start and not os.path.isdir(spec.checkpoint_start):
+    handed = spec.handed is not None and spec.handed.hand_over == "checkpoint"
+    if spec.checkpoint_start and not handed and not os.path.isdir(spec.checkpoint_start):
         yield missing("start checkpoint", spec.checkpoint_start, spec.where("checkpoint", "start"))
     if spec.checkpoint_dir and not os.path.isdir(spec.checkpoint_dir):
         parent = _nearest_existing(spec.checkpoint_dir)
@@ -86,11 +88,16 @@ def _files(plan: Plan, here: bool) -> Iterator[Problem]:
                         "`hpctrain tokenize` makes such a pair; name it without .bin",
                     )
     for what, path, where in plan.resolved.paths:
-        if not os.path.exists(path):
+        if not os.path.exists(path) and not _yet_to_be_made(spec, path):
             yield missing(what, path, where)
     for repo in plan.resolved.hub:
         for path in hubcache.missing(repo.home, hubcache.Repo(repo.kind, repo.repo_id, repo.revision)):
             yield missing(f"{repo.what} `{repo.repo_id}`:", path, repo.where, _download_hint(repo))
+
+
+def _yet_to_be_made(spec: RunSpec, path: str) -> bool:
+    model = spec.handed.model if spec.handed else None
+    return model is not None and (path + "/").startswith(model + "/")
 
 
 def _placeholders(plan: Plan) -> Iterator[Problem]:

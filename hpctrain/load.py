@@ -11,7 +11,7 @@ from hpctrain.frozen import frozen
 from hpctrain.plan import Plan, make_plan
 from hpctrain.recipe import Recipe, load_recipe
 from hpctrain.site import Site, layer_name, load_site
-from hpctrain.spec import RunSpec, absolute, read_layers, spec_from_layers
+from hpctrain.spec import Handed, RunSpec, absolute, read_layers, spec_from_layers
 from hpctrain.yamlio import Document, load_yaml, merge
 
 
@@ -23,13 +23,14 @@ class Loaded:
     inputs: Mapping[str, bytes]
 
 
-def load_plan(path: str, assignments: Sequence[str] = (), out_dir: str | None = None) -> Loaded:
+def load_plan(path: str, assignments: Sequence[str] = (), out_dir: str | None = None, overlay: Document | None = None,
+              handed: Handed | None = None) -> Loaded:  # fmt: skip
     """Read `path` with its layers, site, recipe and base configs, and plan it.
 
-    The run directory is `out_dir`, or `runs/<name>` beside run.yaml. The plan may hold errors: see `Plan.errors`.
+    `overlay` and `handed` are a pipeline's: values laid over run.yaml, and what the earlier stage hands over. The run directory is `out_dir`, or `runs/<name>` beside run.yaml. The plan may hold errors: see `Plan.errors`.
     Raises UsageError or EnvironmentFault, with every problem that could be found.
     """
-    layers = read_layers(path, assignments)
+    layers = read_layers(path, assignments, overlay)
     merged = merge(layers)
     base_dir = os.path.dirname(os.path.abspath(path))
     problems: list[Problem] = []
@@ -46,7 +47,7 @@ def load_plan(path: str, assignments: Sequence[str] = (), out_dir: str | None = 
         problems += error.problems
     if site and site.values["defaults"]:
         layers.insert(0, _site_defaults(site.document))
-    spec, spec_problems = spec_from_layers(layers, path)
+    spec, spec_problems = spec_from_layers(layers, path, handed)
     problems = [*spec_problems, *problems]
     if not site or not recipe:
         raise UsageError(problems)

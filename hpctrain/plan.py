@@ -60,13 +60,13 @@ class Plan:
 
     def guard(self) -> dict[str, Any]:
         """What the runtime guard reads from plan.json: see `hpctrain/runtime/link.py`."""
-        facts = self.resolved.guard
-        return {
+        facts, handed = self.resolved.guard, self.spec.handed
+        out: dict[str, Any] = {
             "schema_version": 1,
             "run": self.spec.name,
             "layout": facts.layout,
             "checkpoint_dir": self.spec.checkpoint_dir,
-            "start": self.spec.checkpoint_start,
+            "start": None if handed else self.spec.checkpoint_start,
             "tensor_parallel": facts.tensor_parallel,
             "pipeline_parallel": facts.pipeline_parallel,
             "data_parallel": facts.data_parallel,
@@ -79,6 +79,15 @@ class Plan:
             "retention": facts.retention,
             **({"exported": True} if facts.exported else {}),
         }
+        if facts.start_needs:
+            out["start_needs"] = list(facts.start_needs)
+        if handed:
+            out["start_as"] = handed.way
+            out["from"] = {"stage": handed.stage, "run_dir": handed.run_dir, "hand_over": handed.hand_over,
+                           "checkpoint": handed.checkpoint, "model": handed.model}  # fmt: skip
+            if handed.hand_over == "model":
+                out["start"] = self.spec.checkpoint_start
+        return out
 
 
 def make_plan(spec: RunSpec, site: Site, recipe: Recipe, run_dir: str,

@@ -88,6 +88,11 @@ FIELDS: dict[str, Field] = {
             "git_branch": Field("text", "the branch that it must be on"),
         },
     ),
+    "takes_model": Field(
+        "list",
+        "dotted keys of run.yaml that name the model it starts from, where an earlier stage's model is put",
+        items=Field("text", "e.g. recipe_options.model"),
+    ),
     "proven": Field("text", "how the recipe is proven", default=""),
 }  # fmt: skip
 
@@ -157,6 +162,7 @@ class Guard:
     `target`: number in the folder name of the checkpoint that ends the run. `counter`: whether the framework
     continues from `latest` or from the greatest folder name. `retention`: it deletes old checkpoints by their names.
     `exported`: the run is done only when the framework has also exported its model into the checkpoint folder.
+    `start_needs`: names that a start checkpoint must hold, beside what the layout asks for (verl's `critic`).
     """
 
     layout: str = "none"
@@ -169,6 +175,7 @@ class Guard:
     quarantine: bool = True
     retention: bool = False
     exported: bool = False
+    start_needs: tuple[str, ...] = ()
 
 
 @frozen
@@ -204,6 +211,8 @@ class Resolved:
     `paths`: (what, path, where) that the job needs at the site; `hub`: what it needs of the Hugging Face hub there.
     `binds`: (what, path) that the job makes itself and a container must see.
     `placeholders`: path -> what a rehearsal writes there, where the job reads more than the file's name.
+    `model`: the folder in which the finished run leaves its model in Hugging Face format, which a later stage of a
+    pipeline may take; None where it leaves none.
     """
 
     argv: tuple[str, ...] = ()
@@ -219,6 +228,7 @@ class Resolved:
     hub: tuple[HubRepo, ...] = ()
     binds: tuple[tuple[str, str], ...] = ()
     placeholders: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None
     decisions: tuple[Decision, ...] = ()
     problems: tuple[Problem, ...] = ()
 

@@ -94,6 +94,23 @@ FIELDS: dict[str, Field] = {
 
 
 @frozen
+class Handed:
+    """What an earlier stage of a pipeline hands to a run when it starts; paths absolute.
+
+    `hand_over` is `checkpoint` or `model`; `way`: symlink, copy or hardlink. `checkpoint` is what is expected, None where
+    the earlier stage does not say at which iteration it ends; `checkpoint_dir` holds it. `model`: a model's folder.
+    """
+
+    stage: str
+    run_dir: str
+    hand_over: str
+    way: str
+    checkpoint: str | None
+    checkpoint_dir: str | None
+    model: str | None
+
+
+@frozen
 class RunSpec:
     """A checked run.yaml. Times in seconds; paths absolute (relative ones were relative to run.yaml)."""
 
@@ -125,14 +142,24 @@ class RunSpec:
     document: Document
     base_dir: str
     source: str
+    handed: Handed | None = None
+
+    @property
+    def has_start(self) -> bool:
+        """Whether the first link starts from a checkpoint, one that an earlier stage is yet to make included.
+
+        `checkpoint_start` is None where that one's iteration is not known before the link starts.
+        """
+        handed = self.handed is not None and self.handed.hand_over == "checkpoint"
+        return self.checkpoint_start is not None or handed
 
     def where(self, *path: Any) -> str:
         """`file:line:column` of a value of run.yaml or of the layer it came from."""
         return self.document.where(*path)
 
 
-def read_layers(path: str, assignments: Sequence[str] = ()) -> list[Document]:
-    """The layers above the recipe and the site, weakest first: user config, run.yaml, `--set`."""
+def read_layers(path: str, assignments: Sequence[str] = (), overlay: Document | None = None) -> list[Document]:
+    """The layers above the recipe and the site, weakest first: user config, run.yaml, a pipeline's overlay, `--set`."""
     try:
         run = load_yaml(path)
     except EnvironmentFault as error:
@@ -145,12 +172,14 @@ def read_layers(path: str, assignments: Sequence[str] = ()) -> list[Document]:
         raise UsageError("the file is empty", where=path, hint="`hpctrain init` writes one to start from")
     if not isinstance(run.data, dict):
         raise UsageError("a run.yaml is a mapping of keys to values", where=run.where())
-    overrides = parse_set(assignments)
-    user = user_layers(merge([run, overrides]).get("site"))
-    return [*user, run, overrides]
+    above = [*([overlay] if overlay else []), parse_set(assignments)]
+    user = user_layers(merge([run, *above]).get("site"))
+    return [*user, run, *above]
 
 
-def spec_from_layers(layers: Sequence[Document], source: str) -> tuple[RunSpec, list[Problem]]:
+def spec_from_layers(
+    layers: Sequence[Document], source: str, handed: Handed | None = None
+) -> tuple[RunSpec, list[Problem]]:
     """The RunSpec of merged layers and every problem. With problems it is a best guess, good for finding more of them."""
     document = merge(layers)
     values, problems = check(document, FIELDS)
@@ -164,6 +193,17 @@ def spec_from_layers(layers: Sequence[Document], source: str) -> tuple[RunSpec, 
     def path(value: str | None) -> str | None:
         return absolute(value, base_dir) if isinstance(value, str) and value else None
 
+    start = path(checkpoint.get("start"))
+    if handed and handed.hand_over == "checkpoint":
+        if start:
+            problems.append(
+                Problem(
+                    f"`checkpoint.start` is given, and stage `{handed.stage}` hands over a checkpoint",
+                    where=document.where("checkpoint", "start"),
+                    hint="delete one of them",
+                )
+            )
+        start = handed.checkpoint
     spec = RunSpec(
         name=values["name"] or "unnamed",
         site=values["site"] or "",
@@ -176,7 +216,7 @@ def spec_from_layers(layers: Sequence[Document], source: str) -> tuple[RunSpec, 
         tasks_per_node=values["tasks_per_node"],
         container=path(values["container"]),
         container_binds=tuple(filter(None, values["container_binds"])),
-        checkpoint_start=path(checkpoint.get("start")),
+        checkpoint_start=start,
         checkpoint_dir=path(checkpoint.get("dir")),
         data={key: tuple(absolute(item, base_dir) for item in items if item) for key, items in data.items()},
         num_links=chain.get("jobs") or 1,
@@ -193,6 +233,7 @@ def spec_from_layers(layers: Sequence[Document], source: str) -> tuple[RunSpec, 
         document=document,
         base_dir=base_dir,
         source=source,
+        handed=handed,
     )
     return spec, problems
 

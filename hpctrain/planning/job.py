@@ -184,6 +184,8 @@ def decide_container(notes: Notes, resolved: Resolved, run_dir: str) -> tuple[st
         needed.append(("checkpoint folder", spec.checkpoint_dir))
     if spec.checkpoint_start:
         needed.append(("start checkpoint", launchers.parent_folder(spec.checkpoint_start)))
+    elif spec.has_start and spec.handed and spec.handed.checkpoint_dir:
+        needed.append(("checkpoints of the stage before", spec.handed.checkpoint_dir))
     needed += [("data", launchers.parent_folder(path)) for paths in spec.data.values() for path in paths]
     needed += [(what, path) for what, path, _ in resolved.paths]
     needed += resolved.binds

@@ -15,13 +15,14 @@ from hpctrain.units import format_time
 
 def check_checkpoint(notes: Notes) -> None:
     spec = notes.spec
-    if spec.checkpoint_start and not spec.checkpoint_dir:
+    if spec.has_start and not spec.checkpoint_dir:
         notes.error("`checkpoint.start` without `checkpoint.dir`: there is no folder to save to", "checkpoint",
                    hint="set `checkpoint: {start: …, dir: …}`")  # fmt: skip
     if spec.checkpoint_dir:
         notes.decide("checkpoint.dir", spec.checkpoint_dir, "as the run says", "checkpoint", "dir")
         if spec.checkpoint_start:
-            notes.decide("checkpoint.start", spec.checkpoint_start, "as the run says", "checkpoint", "start")
+            why = f"stage `{spec.handed.stage}` hands it over" if spec.handed else "as the run says"
+            notes.decide("checkpoint.start", spec.checkpoint_start, why, "checkpoint", "start")
             if (spec.checkpoint_start + "/").startswith(spec.checkpoint_dir + "/"):
                 notes.error(
                     "`checkpoint.start` lies inside `checkpoint.dir`", "checkpoint", "start",

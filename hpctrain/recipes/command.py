@@ -55,6 +55,7 @@ def resolve(context: Context) -> Resolved:
         guard=Guard(layout=options["layout"], target=options["target_iteration"]),
         cadence=Cadence(options["target_iteration"], options["save_every"], saves_on_signal=options["signal"]),
         template={"forward_signal": options["signal"]},
+        model=absolute(options["model_dir"], spec.base_dir) if options["model_dir"] else None,
         paths=(("working directory", workdir, spec.where("recipe_options", "workdir")),),
         decisions=(
             Decision("step.argv", list(options["argv"]), "recipe_options.argv", where),

@@ -57,6 +57,7 @@ def resolve(context: Context) -> Resolved:
         guard=Guard(layout="dcp", target=training["max_steps"], tensor_parallel=1),
         cadence=Cadence(training["max_steps"], training["save_steps"], saves_on_signal=True),
         paths=_paths(config, document),
+        model=os.path.join(config.mount_dir or context.run_dir, "dpo_model"),
         decisions=_decisions(config, document, context),
         problems=tuple(problems),
     )

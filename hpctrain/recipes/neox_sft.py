@@ -65,7 +65,7 @@ def resolve(context: Context) -> Resolved:
     env = launch.environment(draft, spec)
     _check_launch(draft, context)
 
-    modes = ("finetune", "resume") if spec.checkpoint_start else ("scratch", "resume")
+    modes = ("finetune", "resume") if spec.has_start else ("scratch", "resume")
     by_mode = {mode: mode_values(draft, mode, override) for mode in modes}
     differs = [
         key

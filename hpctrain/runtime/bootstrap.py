@@ -1,8 +1,10 @@
-"""Brings a start checkpoint into a checkpoint folder: a relative link and the file that names it, both atomic."""
+"""Brings a start checkpoint into a checkpoint folder: a relative link (or a copy) and the file that names it, both atomic."""
 
+import errno
 import os
 from typing import List, NamedTuple, Optional, Tuple
 
+from .copying import bring
 from .files import Listing, make_folder, sync_folder, write_atomic
 from .layouts import LAYOUTS
 from .settings import Settings
@@ -27,6 +29,7 @@ class Bootstrap(NamedTuple):
     num_files: int
     num_bytes: int
     notes: Tuple[str, ...]
+    way: str = "symlink"
 
 
 def plan_bootstrap(settings: Settings, survey: Optional[Survey] = None, verify: bool = True) -> Bootstrap:
@@ -68,7 +71,7 @@ def plan_bootstrap(settings: Settings, survey: Optional[Survey] = None, verify: 
     renamed = _present_link(survey, start, link)
     target = None if os.path.lexists(os.path.join(folder, link)) or renamed else _relative(start, folder)
     return Bootstrap(folder, start, number, link, target, renamed, layout.tracker, layout.tracker_text(link),
-                     num_files, num_bytes, tuple(notes))  # fmt: skip
+                     num_files, num_bytes, tuple(notes), settings.start_as)  # fmt: skip
 
 
 def do_bootstrap(plan: Bootstrap) -> None:
@@ -78,6 +81,13 @@ def do_bootstrap(plan: Bootstrap) -> None:
         path = os.path.join(plan.folder, plan.link)
         if plan.renamed_from:
             os.rename(os.path.join(plan.folder, plan.renamed_from), path)
+        elif plan.target is not None and plan.way != "symlink":
+            try:
+                bring(plan.start, path, plan.way)
+            except OSError as error:
+                hint = "; `as: symlink` and `as: copy` can" if error.errno == errno.EXDEV else ""
+                raise StartProblem("cannot {} `{}` to `{}`: {}{}".format(
+                    plan.way, plan.start, path, error.strerror, hint)) from error  # fmt: skip
         elif plan.target is not None:
             try:
                 os.symlink(plan.target, path)
@@ -104,9 +114,13 @@ def write_tracker(folder: str, tracker: str, text: str) -> bool:
 
 
 def _verified(settings: Settings, start: str) -> Tuple[int, int]:
-    expected = settings.expected._replace(data_parallel=None, zero_stage=None)
-    verdict = LAYOUTS[settings.layout].verdict(start, Listing(), expected)
+    layout, expected = LAYOUTS[settings.layout], settings.expected
+    if not layout.same_ranks:
+        expected = expected._replace(data_parallel=None, zero_stage=None)
+    verdict = layout.verdict(start, Listing(), expected)
     problems = list(verdict.faults) + list(verdict.mismatches)
+    problems += ["it has no `{}`".format(name) for name in settings.start_needs
+                 if not os.path.exists(os.path.join(start, name))]  # fmt: skip
     if problems:
         raise StartProblem("the start checkpoint `{}` is not complete: {}".format(start, "; ".join(problems)))
     return verdict.num_files, verdict.num_bytes

@@ -11,6 +11,7 @@ from typing import Callable, Dict, List, Mapping, NamedTuple, Optional
 from . import history
 from .bootstrap import StartProblem, do_bootstrap, plan_bootstrap, write_tracker
 from .files import append_record, free_name, make_folder, read_records, sync_folder
+from .handover import NotReady, receive
 from .lock import Lock, this_holder
 from .settings import GuardError, Settings, read_settings
 from .survey import Choice, Survey, choose
@@ -84,6 +85,13 @@ def begin(run_dir: str, given: Optional[int], environ: Mapping[str, str], say: S
         links = read_records(os.path.join(run_dir, "links.jsonl"))
         ledger = read_records(os.path.join(run_dir, "ledger.jsonl"))
         link = history.link_number(given, me.job_id, links, ledger)
+        not_ready = ""
+        try:
+            settings, handed = receive(run_dir, settings, now())
+            for note in handed:
+                say(note)
+        except NotReady as error:
+            not_ready = str(error)
         survey = Survey(settings)
         choice = choose(survey)
         for note in choice.notes:
@@ -98,6 +106,8 @@ def begin(run_dir: str, given: Optional[int], environ: Mapping[str, str], say: S
                 settings = settings._replace(target=None)
         decided = decide(settings, choice, links, link, os.path.lexists(os.path.join(run_dir, "STOP")),
                          queued=any(record.get("link") == link for record in ledger))  # fmt: skip
+        if not_ready and decided.decision == "run" and choice.kind != "made":
+            decided = Decision("gave_up", "gave_up", None, 0, not_ready + "; `hpctrain pipeline` goes on from there")
         if decided.decision in ("run", "done"):
             try:
                 decided = prepare(settings, survey, choice, decided, say)

@@ -2,17 +2,34 @@
 
 import json
 import os
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 from .layout import Expected
 from .layouts import LAYOUTS
 
 SCHEMA_VERSION = 1
 COUNTERS = ("latest", "greatest_folder")
+HAND_OVERS = ("checkpoint", "model")
+WAYS = ("symlink", "copy", "hardlink")
+HANDED = "hand_over.json"
 
 
 class GuardError(Exception):
     """The guard cannot decide; the job must not start."""
+
+
+class Source(NamedTuple):
+    """The earlier stage of a pipeline that this run goes on from: the `from` part of the guard.
+
+    `hand_over`: its newest complete `checkpoint`, or the `model` it leaves at the path `model`. `checkpoint`: what the plan
+    expects to be handed over, None where the earlier stage does not say how far it goes.
+    """
+
+    stage: str
+    run_dir: str
+    hand_over: str
+    checkpoint: Optional[str] = None
+    model: Optional[str] = None
 
 
 class Settings(NamedTuple):
@@ -21,7 +38,9 @@ class Settings(NamedTuple):
     `target` is the number in a checkpoint's folder name at which the run is done. `counter` is `greatest_folder` where
     the framework takes its iteration from the greatest `global_step*` in the folder, whatever `latest` says. `retention`:
     the framework itself deletes old checkpoints, which it knows by their names. `exported`: the run is done only when the
-    framework has also exported its model into the folder.
+    framework has also exported its model into the folder. `source`: the earlier stage that hands over the start; `start`
+    is then None until that happened. `start_as`: how a start is brought into the checkpoint folder. `start_needs`: what
+    must lie in it, beside what the layout asks for.
     """
 
     run: str
@@ -36,19 +55,35 @@ class Settings(NamedTuple):
     counter: str
     retention: bool = False
     exported: bool = False
+    source: Optional[Source] = None
+    start_as: str = "symlink"
+    start_needs: Tuple[str, ...] = ()
 
 
 def read_settings(run_dir: str) -> Settings:
-    """The guard's settings of a run directory; raises GuardError when plan.json is missing or not as it must be."""
+    """The guard's settings of a run directory; raises GuardError when plan.json is missing or not as it must be.
+
+    What an earlier stage has handed over already is the start.
+    """
     path = os.path.join(run_dir, "plan.json")
     try:
         with open(path, "rb") as stream:
             plan = json.loads(stream.read().decode("utf-8"))
-        return parse_settings(plan["guard"])
+        settings = parse_settings(plan["guard"])
+        return settings if settings.source is None else settings._replace(start=handed_over(run_dir))
     except OSError as error:
         raise GuardError("cannot read `{}`: {}".format(path, error.strerror)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise GuardError("`{}` is damaged: {}; render the run again".format(path, error)) from error
+
+
+def handed_over(run_dir: str) -> Optional[str]:
+    """The checkpoint that an earlier stage handed to this run, None when that has not happened yet."""
+    try:
+        with open(os.path.join(run_dir, HANDED), "rb") as stream:
+            return _path(json.loads(stream.read().decode("utf-8")), "checkpoint")
+    except FileNotFoundError:
+        return None
 
 
 def parse_settings(guard: Dict[str, Any]) -> Settings:
@@ -65,6 +100,9 @@ def parse_settings(guard: Dict[str, Any]) -> Settings:
     folder = _path(guard, "checkpoint_dir")
     if folder is None and layout != "none":
         raise ValueError("guard.checkpoint_dir is missing, and layout `{}` keeps checkpoints".format(layout))
+    way = guard.get("start_as", "symlink")
+    if way not in WAYS:
+        raise ValueError("guard.start_as is `{}`".format(way))
     ranks = [_count(guard, key) for key in Expected._fields]
     return Settings(
         run=str(guard.get("run", "")),
@@ -79,7 +117,19 @@ def parse_settings(guard: Dict[str, Any]) -> Settings:
         counter=counter,
         retention=guard.get("retention", False) is True,
         exported=guard.get("exported") is True,
+        source=_source(guard.get("from")),
+        start_as=way,
+        start_needs=tuple(map(str, guard.get("start_needs") or ())),
     )
+
+
+def _source(given: Optional[Dict[str, Any]]) -> Optional[Source]:
+    if given is None:
+        return None
+    run_dir = _path(given, "run_dir")
+    if run_dir is None or given.get("hand_over") not in HAND_OVERS:
+        raise ValueError("guard.from names no run directory, or hands over `{}`".format(given.get("hand_over")))
+    return Source(str(given["stage"]), run_dir, given["hand_over"], _path(given, "checkpoint"), _path(given, "model"))
 
 
 def _count(guard: Dict[str, Any], key: str) -> Optional[int]:

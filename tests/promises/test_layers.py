@@ -19,7 +19,7 @@ LAYERS = [
     "sbatch_options", "site", "spec", "recipe", "train.config", "train.dpo.config", "recipes", "estimate", "launchers", "planning", "plan", "render", "load",
     # -- effects: files, Slurm, this machine
     "output", "newfile", "rundir", "slurm", "scontrol", "slurmstate", "runs", "check", "checkpoint", "badnodes", "sidejobs", "submit",
-    "chain", "triage", "observe", "logs", "status_view", "cost", "cost_view", "report", "doctor", "preflight", "ladder", "tokenize", "sandbox", "rehearse", "train",
+    "chain", "triage", "observe", "logs", "status_view", "cost", "cost_view", "report", "doctor", "preflight", "ladder", "pipeline", "tokenize", "sandbox", "rehearse", "train",
     # -- what single verbs need
     "init", "site_report", "site_draft", "recipe_report", "templates", "json_schemas", "interactive", "upload",
     # -- the command line

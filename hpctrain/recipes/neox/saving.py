@@ -69,6 +69,13 @@ class Saves:
 
 def find_start(draft: Draft, spec: RunSpec) -> Start | None:
     """The start checkpoint and the iteration that its folder's name carries; an error when it carries none."""
+    if spec.handed and spec.has_start and not spec.checkpoint_start and draft.flavor == "tilde":
+        draft.error(
+            f"at which iteration stage `{spec.handed.stage}` ends is not known",
+            where=spec.where("checkpoint"),
+            why="the fork counts on from that number, so it must be in the config before the job starts",
+            hint="give that stage a number of iterations",
+        )
     if not spec.checkpoint_start:
         return None
     where = spec.where("checkpoint", "start")
@@ -88,7 +95,7 @@ def find_start(draft: Draft, spec: RunSpec) -> Start | None:
 def decide_folder(draft: Draft, spec: RunSpec) -> None:
     """`save` and `load` are the run's checkpoint folder; nothing else may choose what is loaded."""
     folder = spec.checkpoint_dir
-    if not folder and spec.checkpoint_start:
+    if not folder and spec.has_start:
         pass  # the plan says that `start` needs `dir`
     elif not folder:
         found = next(
@@ -164,7 +171,7 @@ def decide_finetune(draft: Draft, spec: RunSpec) -> None:
         rule = (
             "hpctrain writes `finetune: true` for the first link of a run with `checkpoint.start`, false for all others"
         )
-        if value and not spec.checkpoint_start:
+        if value and not spec.has_start:
             draft.error(
                 "`finetune: true` without a `checkpoint.start` to start from",
                 "finetune",
@@ -178,7 +185,7 @@ def decide_finetune(draft: Draft, spec: RunSpec) -> None:
                 why=f"kept in every link it would throw the optimizer's state away each time; {rule}",
                 hint="delete it",
             )
-        elif not value and spec.checkpoint_start:
+        elif not value and spec.has_start:
             draft.error(
                 "`finetune: false` with a `checkpoint.start`",
                 "finetune",

@@ -88,6 +88,7 @@ def resolve(context: Context) -> Resolved:
             "hf_home": hf_home,
         },
         paths=tuple(paths),
+        model=spec.checkpoint_dir,
         hub=repos,
         binds=(("cache folder", cache_dir),),
         placeholders=_placeholders(folder, str(options["commit"]), model, repos),
