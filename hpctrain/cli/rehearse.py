@@ -112,7 +112,7 @@ def command(
     for line in report.notes(loaded.plan, outcome):
         output.info(line)
     name = "" if run_yaml == "run.yaml" else " " + shlex.quote(run_yaml)
-    output.next_step(f"hpctrain chain{name}" if outcome.ok else f"hpctrain check{name}")
+    output.next_step(f"hpctrain {'chain' if outcome.ok else 'rehearse'}{name}")
     if not outcome.ok:
         raise click.exceptions.Exit(errors.NO)
 

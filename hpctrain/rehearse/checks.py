@@ -25,6 +25,7 @@ class Expected:
     all_gpus_visible: bool
     workdir: str
     reserved: tuple[int, ...]
+    file_systems: tuple[str, ...] = ()  # the site's, each as it would be bound into a container
 
     @property
     def num_tasks(self) -> int:
@@ -33,8 +34,11 @@ class Expected:
 
 def find_problems(tasks: Sequence[Task], expected: Expected) -> list[Problem]:
     """Everything that is wrong with one start of the step, gravest first."""
+    unseen = list(_unseen(tasks, expected))
+    if unseen and len(tasks) < expected.num_tasks:
+        return unseen  # the first task to fail ended the others before they could tell anything
     problems = [*_ranks(tasks, expected), *_rendezvous(tasks), *_gpus(tasks, expected), *_masks(tasks, expected)]
-    return problems + list(_unseen(tasks))
+    return unseen + problems
 
 
 def rank_of(task: Task) -> int:
@@ -187,25 +191,31 @@ def _masks(tasks: Sequence[Task], expected: Expected) -> Iterable[Problem]:
                 rank_of(task)
             )
         elif held:
-            wrong.setdefault(f"core {held[0]} in its mask, which the site keeps for itself", []).append(rank_of(task))
+            wrong.setdefault(f"core {held[0]} in the mask, which the site keeps for itself", []).append(rank_of(task))
         elif bin(mask).count("1") < expected.cpus_per_task:
-            wrong.setdefault(f"fewer than {expected.cpus_per_task} cores in its mask", []).append(rank_of(task))
+            wrong.setdefault(f"fewer than {expected.cpus_per_task} cores in the mask", []).append(rank_of(task))
     for what, ranks in wrong.items():
-        yield Problem(f"rank {_some(sorted(ranks))} has {what}",
+        who = "rank {} has" if len(ranks) == 1 else "ranks {} have"
+        yield Problem(f"{who.format(_some(sorted(ranks)))} {what}",
                       why=f"{len(ranks)} of {len(tasks)} ranks", hint="look at the `--cpu-bind` of the srun line")  # fmt: skip
 
 
-def _unseen(tasks: Sequence[Task]) -> Iterable[Problem]:
-    lost: dict[str, list[int]] = {}
-    for task in tasks:
+def _unseen(tasks: Sequence[Task], expected: Expected) -> Iterable[Problem]:
+    """One problem for each file system whose files are not there."""
+    lost: dict[str, dict[str, set[int]]] = {}
+    for number, task in enumerate(tasks):
         for path in filter(None, task.get("unseen", "").split(":")):
-            lost.setdefault(path, []).append(rank_of(task))
-    for path, ranks in lost.items():
-        inside = any(task.get("SINGULARITY_CONTAINER") for task in tasks)
+            above = [root for root in expected.file_systems if path.startswith(root.rstrip("/") + "/")]
+            lost.setdefault(max(above, key=len, default=path), {}).setdefault(path, set()).add(number)
+    inside = any(task.get("SINGULARITY_CONTAINER") for task in tasks)
+    for root, paths in lost.items():
+        count = len(set().union(*paths.values()))
+        words = [f"`{path}`" for path in paths]
+        more = f", … ({len(words)} in all)" if len(words) > 4 else ""
         yield Problem(
-            f"`{path}` is not there for {len(ranks)} of {len(tasks)} tasks",
-            why="the container does not bind the folder it lies in" if inside else "no such path on the nodes",
-            hint=f"bind it: `container_binds: [{path}]`" if inside else "is the path right?",
+            f"{', '.join(words[:4])}{more} {'is' if len(words) == 1 else 'are'} not there for {count} of {len(tasks)} tasks",
+            why=f"the container does not bind {root}" if inside else "no such path on the nodes",
+            hint=f"bind it: `container_binds: [{root}]`" if inside else "is the path right?",
         )
 
 

@@ -102,10 +102,10 @@ def rehearse(
         links = tuple(read_records(os.path.join(run_dir, "links.jsonl")))
         attempts = tuple(sorted(pipe.attempts.values(), key=lambda attempt: attempt.begun))
         problems = [
-            *_refused(refused, shape, plan),
+            *_refused(refused, shape, plan, files["job.sbatch"]),
             *watch.problems,
-            *_steps(plan, attempts),
-            *_ends(plan, request, watch, attempts, links, run_dir),
+            *(seen := _steps(plan, attempts, [target for _, target in shown.mounts])),
+            *([] if refused else _ends(plan, request, watch, attempts, links, run_dir, bool(seen))),
             *_written(before, listing(str(place.files)), shown, plan),
             *_secret(secret, run_dir),
         ]
@@ -173,7 +173,7 @@ def listing(root: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def expectation(plan: Plan) -> checks.Expected:
+def expectation(plan: Plan, file_systems: Sequence[str] = ()) -> checks.Expected:
     """The plan's step as the checks need it."""
     bind = next((option.value for option in plan.srun_options if option.option == "cpu-bind"), "")
     kind, _, values = bind.partition(":")
@@ -181,6 +181,7 @@ def expectation(plan: Plan) -> checks.Expected:
     return checks.Expected(
         plan.spec.num_nodes, plan.tasks_per_node, plan.gpus_per_node, plan.cpus_per_task, plan.node_type.gpu_vendor,
         checks.bind_masks(kind, values), plan.recipe.values["module"] == "neox_sft", plan.resolved.workdir or plan.run_dir, reserved,
+        tuple(file_systems),
     )  # fmt: skip
 
 
@@ -193,13 +194,13 @@ def _ready(place: stage.Place, attempt: Attempt) -> None:
     (place.shims / f"ready.{attempt.job_id}.{attempt.restart}").touch()
 
 
-def _refused(words: str, shape: Any, plan: Plan) -> list[Problem]:
-    return [refusal_problem(Refusal(words, plan, shape.accounts))] if words else []
+def _refused(words: str, shape: Any, plan: Plan, script: bytes) -> list[Problem]:
+    return [refusal_problem(Refusal(words, plan, shape.accounts, script.decode("utf-8", "replace")))] if words else []
 
 
-def _steps(plan: Plan, attempts: Sequence[Attempt]) -> list[Problem]:
+def _steps(plan: Plan, attempts: Sequence[Attempt], file_systems: Sequence[str]) -> list[Problem]:
     """What the tasks of every start saw; the same problem of several starts is one."""
-    expected = expectation(plan)
+    expected = expectation(plan, file_systems)
     found: list[Problem] = []
     for attempt in attempts:
         if attempt.tasks:
@@ -214,8 +215,9 @@ def _ends(
     attempts: Sequence[Attempt],
     links: Sequence[Mapping[str, Any]],
     run_dir: str,
+    is_known: bool,
 ) -> list[Problem]:
-    """Jobs that ended otherwise than the faults explain, and runs that did not reach their target."""
+    """`is_known`: the tasks have told why. Jobs that ended otherwise than the faults explain, and runs that did not reach their target."""
     found: list[Problem] = []
     states = watch.states()
     started = [attempt for attempt in attempts if attempt.ready]
@@ -236,7 +238,7 @@ def _ends(
         explained = (
             natural or (fault == "kill_mid_save" and state == "FAILED") or (fault == "timeout" and state == "TIMEOUT")
         )
-        if state in ("COMPLETED", "CANCELLED", "") or explained:
+        if state in ("COMPLETED", "CANCELLED", "") or explained or (is_known and state == "FAILED"):
             continue
         if state in ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"):
             found.append(
@@ -248,7 +250,13 @@ def _ends(
             )
     target = plan.resolved.guard.target
     ends = [record.get("iteration") or 0 for record in links if record.get("event") == "end"]
-    if target and watch.jobs and not any(p.level == "error" for p in found) and max(ends, default=0) < target:
+    if (
+        target
+        and watch.jobs
+        and not is_known
+        and not any(p.level == "error" for p in found)
+        and max(ends, default=0) < target
+    ):
         level = "note" if any(state == "TIMEOUT" for state in states.values()) or request.faults else "error"
         found.append(
             Problem(

@@ -72,7 +72,7 @@ def lines(plan: Plan, outcome: Outcome, found: Sequence[Bar]) -> list[str]:
             f"{hours:,.1f} GPU-hours in {format_time(round(sum(bar.took_s for bar in found)))}, {lost} iterations lost"
         )
     bad = [problem for problem in outcome.problems if problem.level == "error"]
-    out.append(f"{len(bad)} things would go wrong" if bad else "all right")
+    out.append(f"{len(bad)} thing{'s' * (len(bad) > 1)} would go wrong" if bad else "all right")
     return out
 
 

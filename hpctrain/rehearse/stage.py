@@ -102,7 +102,7 @@ def shape_of(plan: Plan, mounts: Sequence[tuple[str, str]], accounting: bool, ac
     counts[plan.node_type.name] = plan.spec.num_nodes
     return shape_from_site(
         plan.site, counts, accounting=accounting, accounts=accounts, mounts=mounts, kill_wait_s=5, slurmd_timeout_s=120,
-        partitions=[plan.partition.name] if plan.partition.name else [],
+        partitions=[plan.partition.name] if plan.partition.name else [], lean=True,
     )  # fmt: skip
 
 

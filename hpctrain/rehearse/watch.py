@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from hpctrain.errors import EnvironmentFault, Problem
 from hpctrain.plan import Plan
-from hpctrain.rehearse.records import Attempt, Pipe, expected_tasks
+from hpctrain.rehearse.records import Attempt, Pipe, expected_tasks, release
 from hpctrain.rehearse.stage import Login
 from hpctrain.slurm import LIVE
 from hpctrain.units import expand_nodes, format_time
@@ -35,6 +36,7 @@ class Refusal:
     words: str
     plan: Plan
     accounts: Sequence[str]
+    script: str
 
 
 class Watch:
@@ -164,6 +166,8 @@ class Watch:
         newest = max(attempts, key=lambda attempt: attempt.begun, default=None)
         if newest is None:
             return
+        if newest.last("end") or newest.last("left"):
+            release(str(self.login.place.shims))
         total = self.plan.spec.num_nodes * self.plan.tasks_per_node
         if not newest.ready:
             self._progress("starting tasks", len(newest.tasks), total)
@@ -185,7 +189,7 @@ def refusal_problem(refusal: Refusal) -> Problem:
         ("AssocMaxSubmitJobLimit", "no account, an exhausted one, or too many jobs in the queue", "set `account:`"),
         ("node configuration is not available",
          f"a `{node.name}` node gives jobs {node.usable_cores} cores, {node.memory_gib:g} GiB and {node.gpus} GPUs, "
-         f"and the plan asks for {plan.tasks_per_node} tasks x {plan.cpus_per_task} cpus", f"at most {node.usable_cores} cores a node"),
+         f"and job.sbatch asks for {_asked(refusal.script, 'ntasks-per-node', 'cpus-per-task', 'mem', 'gpus-per-node')}", f"at most {node.usable_cores} cores a node"),
         ("CPU count per node", f"a `{node.name}` node gives jobs {node.usable_cores} cores", f"at most {node.usable_cores} cores a node"),
         ("Node count specification", f"partition `{part.name}` allows {part.max_nodes or 'any number of'} nodes", "ask for fewer `nodes:`"),
     )  # fmt: skip
@@ -193,6 +197,14 @@ def refusal_problem(refusal: Refusal) -> Problem:
         if mark in words:
             return Problem(words, why=why, hint=hint)
     return Problem(words)
+
+
+def _asked(script: str, *options: str) -> str:
+    """Those of the script's directives."""
+    found = [
+        f"--{name}={value}" for name, value in re.findall(r"(?m)^#SBATCH --([a-z-]+)=(\S+)", script) if name in options
+    ]
+    return " ".join(found) or "more"
 
 
 def _is_first(task: Mapping[str, str]) -> bool:

@@ -21,6 +21,7 @@ def shape_from_site(
     mounts: Sequence[tuple[str, str]] = (),
     kill_wait_s: int = 30,
     slurmd_timeout_s: int = 120,
+    lean: bool = False,
 ) -> ClusterShape:
     """The shape of `site` with `num_nodes` nodes of its main kind (that of its first partition), or by kind of node.
 
@@ -84,6 +85,7 @@ def shape_from_site(
         account_required=site.values["account"]["required"],
         mounts=tuple(mounts),
         host_suffixes=(suffix,) if suffix else (),
+        lean=lean,
     )
 
 

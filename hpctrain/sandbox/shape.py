@@ -118,6 +118,7 @@ class ClusterShape:
     account_required: bool = False  # with accounting: a job without --account is refused
     mounts: tuple[tuple[str, str], ...] = ()  # (directory of this machine, the site's path it stands at)
     host_suffixes: tuple[str, ...] = ()  # node names also resolve with these added (JSC's `i`)
+    lean: bool = False  # for thousands of tasks: tasks are known by process group, their memory is not measured
 
     @property
     def node_names(self) -> list[str]:
@@ -307,7 +308,8 @@ def _slurm_conf(shape: ClusterShape, place: Place) -> str:
         ("SlurmdDebug", "info"),
         ("MailProg", "/bin/true"),
         # One host plays all nodes: no cgroups, no pinning, and node shapes larger than the host.
-        ("ProctrackType", "proctrack/linuxproc"),
+        # linuxproc and jobacct_gather/linux search all of /proc for every task: quadratic with all nodes on one machine.
+        ("ProctrackType", "proctrack/pgid" if shape.lean else "proctrack/linuxproc"),
         ("TaskPlugin", "task/none"),
         ("SlurmdParameters", "config_overrides"),
         ("MpiDefault", "none"),
@@ -328,8 +330,8 @@ def _slurm_conf(shape: ClusterShape, place: Place) -> str:
         ("MaxArraySize", shape.max_array_size),
         ("MinJobAge", 3600),
         ("FirstJobId", place.first_job_id),
-        ("JobAcctGatherType", "jobacct_gather/linux"),
-        ("JobAcctGatherFrequency", 30),
+        ("JobAcctGatherType", "jobacct_gather/none" if shape.lean else "jobacct_gather/linux"),
+        ("JobAcctGatherFrequency", 0 if shape.lean else 30),
     ]
     if place.has_lua and _rules(shape):
         settings.append(("JobSubmitPlugins", "lua"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.load import load_plan
-from hpctrain.rehearse import checks, play, scene, shims, standin, timeline
+from hpctrain.rehearse import checks, play, records, scene, shims, standin, timeline
 from hpctrain.rehearse.records import Attempt
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
@@ -33,7 +33,7 @@ def example(*assignments: str, out: str | None = None):
 
 @pytest.fixture(scope="module")
 def expected():
-    return play.expectation(example())
+    return play.expectation(example(), ["/scratch"])
 
 
 def right(rank: int) -> dict[str, str]:
@@ -72,7 +72,7 @@ def test_what_the_plan_says_is_no_problem(expected):
         (lambda task: {**task, "ROCR_VISIBLE_DEVICES": ""}, "16 ranks see no GPU"),
         (lambda task: {**task, "SLURM_CPU_BIND_LIST": MASKS.replace("fe", "ff")}, "another CPU mask than planned"),
         (lambda task: {**task, "SLURM_CPU_BIND_TYPE": "none", "SLURM_CPU_BIND_LIST": ""}, "no CPU mask"),
-        (lambda task: {**task, "unseen": "/scratch/x.bin", "SINGULARITY_CONTAINER": "/i.sif"}, "the container does not bind"),
+        (lambda task: {**task, "unseen": "/scratch/x.bin", "SINGULARITY_CONTAINER": "/i.sif"}, "the container does not bind /scratch"),
     ],
 )  # fmt: skip
 def test_one_thing_broken_is_found(expected, change, told):
@@ -83,7 +83,7 @@ def test_without_a_planned_mask_reserved_cores_and_too_few_are_found(expected):
     import dataclasses
 
     free = dataclasses.replace(expected, masks=())
-    assert "core 0 in its mask" in found(free, lambda task: {**task, "SLURM_CPU_BIND_LIST": MASKS.replace("fe", "ff")})
+    assert "core 0 in the mask" in found(free, lambda task: {**task, "SLURM_CPU_BIND_LIST": MASKS.replace("fe", "ff")})
     assert "fewer than 7 cores" in found(free, lambda task: {**task, "SLURM_CPU_BIND_LIST": MASKS.replace("fe", "06")})
 
 
@@ -120,33 +120,46 @@ def play_task(folder: Path, pipe: int, hold: int, words: list[str], steps, neede
     script = folder / "python"
     script.write_text(shims.script(str(folder), steps, needed, {"python": sys.executable}, "/bin/true"))
     script.chmod(0o755)
-    threading.Timer(0.3, os.close, [hold]).start()
-    done = subprocess.run([str(script), *words], env=environ, capture_output=True, text=True, timeout=30, check=False)
+    os.close(hold)  # rank 0 has ended before this task came to wait for it
+    child = subprocess.Popen(
+        [str(script), *words], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    over = threading.Event()
+    thread = threading.Thread(
+        target=lambda: [records.release(str(folder)) for _ in iter(lambda: over.wait(0.01), True)]
+    )
+    thread.start()
+    try:
+        output = child.communicate(timeout=30)
+    finally:
+        over.set()
+        thread.join()
+    done = subprocess.CompletedProcess(child.args, child.returncode, *output)
     os.set_blocking(pipe, False)
     try:
         text = os.read(pipe, 1 << 16).decode()
     except BlockingIOError:
         text = ""
-    records = [
+    told = [
         dict(part.partition("=")[::2] for part in record.split(shims.FIELD)) for record in text.split(shims.END)[:-1]
     ]
-    return done, records
+    return done, told
 
 
 @pytest.mark.parametrize("nasty", [text for text in HOSTILE if not set(text) & set("\0\ud800") and len(text) < 3000])
 def test_a_task_tells_exactly_what_it_saw(stage, nasty):
-    done, records = play_task(
+    done, told = play_task(
         *stage, ["-u", nasty, "--more"], [["-u", nasty]], RANK="3", MASTER_ADDR=nasty, ROCR_VISIBLE_DEVICES=""
     )
     assert done.returncode == 0, done.stderr
-    (record,) = records
+    (record,) = told
     assert (record["RANK"], record["MASTER_ADDR"], record["ROCR_VISIBLE_DEVICES"]) == ("3", nasty, "")
     assert "CUDA_VISIBLE_DEVICES" not in record and "unseen" not in record
 
 
 def test_other_words_are_for_the_real_program(stage):
-    done, records = play_task(*stage, ["-c", "print(6 * 7)"], [["-u", "train.py"]])
-    assert (done.returncode, done.stdout, records) == (0, "42\n", [])
+    done, told = play_task(*stage, ["-c", "print(6 * 7)"], [["-u", "train.py"]])
+    assert (done.returncode, done.stdout, told) == (0, "42\n", [])
 
 
 def test_a_task_that_misses_a_path_says_which_and_fails(stage):
