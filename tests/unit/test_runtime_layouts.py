@@ -191,6 +191,28 @@ def test_open_instruct_looks_into_deepspeed_shards(tmp_path):
     assert faults("open-instruct", path)
 
 
+def test_an_open_instruct_model_is_exported_when_all_its_parts_are_younger_than_the_last_checkpoint(tmp_path):
+    write(tmp_path, {"step_6/COMPLETED": "", "model-1.safetensors": safetensors(), "tokenizer_config.json": "{}",
+                     "model.safetensors.index.json": json.dumps({"weight_map": {"a": "model-1.safetensors"}})})  # fmt: skip
+
+    def lacking():
+        return LAYOUTS["open-instruct"].export_faults(str(tmp_path), "step_6", Listing())
+
+    assert lacking() == []
+    os.utime(tmp_path / "step_6" / "COMPLETED", (2**31, 2**31))
+    assert "older than `step_6`" in lacking()[0]
+    os.utime(tmp_path / "step_6" / "COMPLETED", (0, 0))
+    for name, fault in (
+        ("tokenizer_config.json", "tokenizer_config.json"),
+        ("model-1.safetensors", "model-1.safetensors"),
+    ):
+        os.rename(tmp_path / name, tmp_path / "away")
+        assert fault in lacking()[0]
+        os.rename(tmp_path / "away", tmp_path / name)
+    os.truncate(tmp_path / "model-1.safetensors", 20)
+    assert "model-1.safetensors" in lacking()[0]
+
+
 def test_distributed_checkpoints_end_with_their_metadata(tmp_path):
     path = write(
         tmp_path / "step-7", {"__0_0.distcp": b"x", "__0_1.distcp": b"x", "__1_0.distcp": b"x", ".metadata": b"m"}

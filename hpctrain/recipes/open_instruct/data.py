@@ -44,7 +44,7 @@ def decide_model(draft: Draft) -> Model:
     else:
         folder, reason = draft.local(name), "`recipe_options.model`"
     if not folder and not name:
-        draft.error("no model to start from", draft.option_where(),
+        draft.error("no model to start from", spec.document.where_key("recipe_options"),
                     hint="recipe_options: {model: meta-llama/Llama-3.1-8B}, or checkpoint: {start: /a/folder}")  # fmt: skip
         return Model("", None, False, where)
     if not folder:
@@ -74,7 +74,7 @@ def decide_mixer(draft: Draft) -> list[str]:
     names, spec = draft.names, draft.spec
     for wrong in ("dataset_mixer", "dataset_name"):
         if draft.values.get(wrong) is not None:
-            draft.error(f"`{wrong}` does not work on a command line", draft.where(wrong),
+            draft.error(f"`{wrong}` does not work on a command line", draft.document.where_key(wrong),
                         why=f"`{names.mixer}` has a default that is not empty, and open-instruct refuses two ways to name data",
                         hint=f"config: {{{names.mixer}: [allenai/tulu-3-sft-mixture, 0.1]}}")  # fmt: skip
             draft.values.pop(wrong)
@@ -106,7 +106,7 @@ def decide_mixer(draft: Draft) -> list[str]:
 def _check_mixer(draft: Draft, given: Any) -> list[str]:
     names = draft.names
     if not isinstance(given, list) or len(given) % 2:
-        draft.error(f"`{names.mixer}` must be pairs of a data set and its part", draft.where(names.mixer),
+        draft.error(f"`{names.mixer}` must be pairs of a data set and its part", draft.document.where_key(names.mixer),
                     hint="for example [allenai/tulu-3-sft-mixture, 0.1]")  # fmt: skip
         return []
     mixer = []

@@ -117,7 +117,8 @@ def decide_cadence(draft: Draft) -> tuple[int | None, int | None, int | None]:
     if not steps:
         if chained:
             draft.error(f"a chain of {spec.num_links} jobs must know when the run is done, and `{names.epochs}` does not tell",
-                        draft.where(names.epochs), why="how many steps an epoch has depends on the data",
+                        draft.where(names.epochs) if names.epochs in draft.values else spec.where("chain", "jobs"),
+                        why="how many steps an epoch has depends on the data",
                         hint="give `max_train_steps`, or `checkpointing_steps: epoch`")  # fmt: skip
         return None, None, interval
     if steps % interval:
