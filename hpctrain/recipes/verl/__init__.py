@@ -1,0 +1,1 @@
+"""The rules of the recipe verl-gad: presets, hydra overrides, batch arithmetic and a memory estimate. Pure."""

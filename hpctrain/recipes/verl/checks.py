@@ -1,0 +1,195 @@
+"""What verl checks late, or not at all with `use_dynamic_bsz`: batches, parallelism, token budgets, retention, memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hpctrain.errors import Problem
+from hpctrain.recipe import Context, Decision
+from hpctrain.recipes.verl.memory import least_ranks, need
+from hpctrain.recipes.verl.presets import ModelShape
+
+Where = Callable[[str], str]
+_ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+TRAIN_BATCH, MINI_BATCH = "data.train_batch_size", f"{_ACTOR}.ppo_mini_batch_size"
+TENSOR, SAMPLES, KEEP_GPU = (
+    f"{_ROLLOUT}.tensor_model_parallel_size",
+    f"{_ROLLOUT}.n",
+    f"{_ROLLOUT}.gpu_memory_utilization",
+)
+SEQUENCE = f"{_ACTOR}.ulysses_sequence_parallel_size"
+_COUNTS = (
+    TRAIN_BATCH, MINI_BATCH, TENSOR, SAMPLES, SEQUENCE, f"{_ACTOR}.ppo_max_token_len_per_gpu",
+    "critic.ppo_max_token_len_per_gpu", "data.max_prompt_length", "data.max_response_length",
+)  # fmt: skip
+FREE_CACHE = f"{_ROLLOUT}.free_cache_engine"
+FORMULA_AT = "docs/recipes/verl-gad.md, Memory"
+_ADJUST = "GAD's scripts use 256 prompts x 8 answers on 8 GPUs"
+
+
+class Checker:
+    """Collects problems about the overrides `values`; `where` tells the line of a key, or of what stands for it."""
+
+    def __init__(
+        self, values: Mapping[str, Any], where: Where, ranks: int, ranks_per_node: int, shape: ModelShape
+    ) -> None:
+        self.values, self.where = values, where
+        self.ranks, self.ranks_per_node, self.shape = ranks, ranks_per_node, shape
+        self.problems: list[Problem] = []
+
+    def error(self, what: str, key: str, why: str = "", hint: str = "", level: str = "error") -> None:
+        self.problems.append(Problem(what, self.where(key), why, hint, level))
+
+    def counts_are_numbers(self) -> bool:
+        """Whether everything that the arithmetic needs is a whole number above 0; else the rest cannot be judged."""
+        count = len(self.problems)
+        for key in _COUNTS:
+            value = self.values.get(key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                self.error(f"`{key}: {value}` is not a whole number above 0", key)
+        for key in ("trainer.save_freq", "trainer.test_freq", "trainer.total_epochs"):
+            value = self.values.get(key)
+            if isinstance(value, bool) or not isinstance(value, int):
+                self.error(f"`{key}: {value}` is not a whole number", key)
+        share = self.values.get(KEEP_GPU)
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+            self.error(f"`{KEEP_GPU}: {share}` is not a fraction between 0 and 1", KEEP_GPU)
+        return len(self.problems) == count
+
+    def batches(self) -> None:
+        """train_batch x n over the ranks; mini into train (trainer/ppo/ray_trainer.py `_validate_config`, workers)."""
+        train, mini, samples = (self.values[key] for key in (TRAIN_BATCH, MINI_BATCH, SAMPLES))
+        data_parallel = max(self.ranks // self.values[SEQUENCE], 1)
+        if train * samples % self.ranks:
+            self.error(
+                f"{train} prompts x {samples} answers = {train * samples} are no multiple of {self.ranks} GPUs", TRAIN_BATCH,
+                why="verl deals them out evenly and stops otherwise", hint=_next_multiple(train, samples, self.ranks),
+            )  # fmt: skip
+        if mini > train:
+            self.error(f"`ppo_mini_batch_size: {mini}` is more than `train_batch_size: {train}`", MINI_BATCH,
+                       hint=f"set it to {train} or a divisor of that")  # fmt: skip
+        elif train % mini:
+            self.error(f"`ppo_mini_batch_size: {mini}` does not divide `train_batch_size: {train}`", MINI_BATCH,
+                       why="the last mini-batch of every step would be smaller, and its gradients too large",
+                       hint=f"use a divisor of {train}")  # fmt: skip
+        if mini * samples % data_parallel:
+            self.error(
+                f"a mini-batch of {mini} prompts x {samples} answers is no multiple of {data_parallel} ranks", MINI_BATCH,
+                why="verl divides it by the ranks and drops the rest (workers/fsdp_workers.py)", hint=_ADJUST,
+            )  # fmt: skip
+        if samples < 2 and self.values.get("algorithm.adv_estimator") == "grpo":
+            self.error(f"`rollout.n: {samples}` with `adv_estimator: grpo` gives every answer an advantage of 0", SAMPLES,
+                       why="GRPO compares the answers to one prompt with each other", hint="use 8, as GAD's scripts do")  # fmt: skip
+
+    def parallelism(self) -> None:
+        """The rollout's tensor parallelism against GPUs and heads; sequence parallelism against heads."""
+        tensor, sequence, shape = self.values[TENSOR], self.values[SEQUENCE], self.shape
+        if tensor > self.ranks_per_node or self.ranks % tensor:
+            limit = f"{self.ranks_per_node} GPUs a node, {self.ranks} in all"
+            self.error(f"`tensor_model_parallel_size: {tensor}` does not divide the GPUs", TENSOR, why=limit,
+                       hint="use a power of 2 up to the GPUs of a node")  # fmt: skip
+        if shape.heads % tensor:
+            self.error(f"`tensor_model_parallel_size: {tensor}` does not divide the model's {shape.heads} heads", TENSOR,
+                       why="vLLM gives every GPU the same number of heads", hint=_divisors(shape.heads, self.ranks_per_node))  # fmt: skip
+        elif tensor % shape.kv_heads and shape.kv_heads % tensor:
+            self.error(f"`tensor_model_parallel_size: {tensor}` does not fit the model's {shape.kv_heads} key-value heads", TENSOR,
+                       hint=_divisors(shape.kv_heads, self.ranks_per_node))  # fmt: skip
+        if shape.heads % sequence or self.ranks % sequence:
+            self.error(f"`ulysses_sequence_parallel_size: {sequence}` does not divide {shape.heads} heads and {self.ranks} GPUs",
+                       SEQUENCE, hint="use 1, 2 or 4")  # fmt: skip
+
+    def token_budgets(self) -> None:
+        """The longest sequence must fit into one forward pass of the actor and of the critic."""
+        longest = self.values["data.max_prompt_length"] + self.values["data.max_response_length"]
+        for key, sequence in ((f"{_ACTOR}.ppo_max_token_len_per_gpu", self.values[SEQUENCE]),
+                              ("critic.ppo_max_token_len_per_gpu", self.values.get("critic.ulysses_sequence_parallel_size", 1))):  # fmt: skip
+            budget = self.values[key]
+            if isinstance(sequence, int) and budget * sequence < longest:
+                self.error(f"`{key}: {budget}` is less than the longest sequence", key,
+                           why=f"max_prompt_length + max_response_length = {longest}; verl stops at the first that long",
+                           hint=f"at least {-(-longest // sequence)}")  # fmt: skip
+
+    def saving(self) -> None:
+        """Checkpoints that come, stay, and are whole."""
+        keep = [
+            (key, self.values.get(f"trainer.{key}")) for key in ("max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep")
+        ]
+        if keep[0][1] != keep[1][1]:
+            self.error(f"`{keep[0][0]}: {keep[0][1]}` and `{keep[1][0]}: {keep[1][1]}` leave halves of checkpoints", f"trainer.{keep[0][0]}",
+                       hint="give both the same number, or delete both")  # fmt: skip
+        elif isinstance(keep[0][1], int) and keep[0][1] < 2:
+            self.error(f"`{keep[0][0]}: {keep[0][1]}` deletes the only complete checkpoint before the next is written",
+                       f"trainer.{keep[0][0]}", why="verl removes the old ones first (fsdp_checkpoint_manager.py)",
+                       hint="keep at least 2, or delete both keys")  # fmt: skip
+        if self.values["trainer.save_freq"] < 1:
+            self.error(f"`trainer.save_freq: {self.values['trainer.save_freq']}` saves nothing before the end", "trainer.save_freq",
+                       hint="save every 100 steps or so")  # fmt: skip
+        if self.values.get("trainer.del_local_ckpt_after_load") is True:
+            self.error("`trainer.del_local_ckpt_after_load: true` may delete the checkpoint that the run goes on from",
+                       "trainer.del_local_ckpt_after_load", hint="delete it")  # fmt: skip
+        for key, value in self.values.items():
+            if key.endswith(("checkpoint.contents", "checkpoint.save_contents")) and isinstance(value, list):
+                lacking = [part for part in ("model", "optimizer", "extra") if part not in value]
+                if lacking:
+                    self.error(f"`{key}` without {', '.join(lacking)}: no run can go on from such checkpoints", key,
+                               hint="[model, optimizer, extra], with hf_model if you like")  # fmt: skip
+
+
+def check_memory(checker: Checker, context: Context) -> tuple[Decision, ...]:
+    """Refuses what cannot fit, by a lower bound; says how many GPUs it would take."""
+    gpu_gib = context.node_type.gpu_memory_gib
+    values, where = checker.values, checker.where("recipe_options.size")
+    tokens = max(values[f"{_ACTOR}.ppo_max_token_len_per_gpu"], values["critic.ppo_max_token_len_per_gpu"])
+    per_node, tensor = checker.ranks_per_node, values[TENSOR]
+    least = need(checker.shape, values, checker.ranks, per_node, tensor, tokens)
+    decision = Decision(
+        "memory.gpu_gib_least", round(least.total, 1), f"{least.words}; a lower bound ({FORMULA_AT})", where
+    )
+    if not context.gpus_per_node or not gpu_gib:
+        return (decision,)
+    share = float(values[KEEP_GPU])
+    if least.total > gpu_gib:
+        ranks = least_ranks(checker.shape, values, gpu_gib, per_node, tensor, tokens)
+        hint = (
+            f"it could fit on {ranks} such GPUs ({ranks // per_node} nodes)" if ranks
+            else f"no number of such GPUs is enough with `tensor_model_parallel_size: {tensor}`"
+        )  # fmt: skip
+        offload = "`param_offload` and `optimizer_offload` of the actor and the critic take less"
+        site = context.site.document.where("node_types", context.node_type.name, "gpu_memory_gib")
+        checker.problems.append(Problem(
+            f"the models need at least {least.total:.0f} GiB of each GPU, and those of `{context.node_type.name}` nodes have {gpu_gib:g}",
+            where, why=f"{least.words}; formula and sources in {FORMULA_AT}; GPU memory set in {site}", hint=f"{hint}; {offload}"))  # fmt: skip
+    elif least.rollout > share * gpu_gib:
+        checker.error(f"`gpu_memory_utilization: {share:g}` gives vLLM {share * gpu_gib:.0f} GiB, and the weights alone take {least.rollout:.0f}",
+                      KEEP_GPU, hint="more tensor parallelism, or a larger share")  # fmt: skip
+    elif values.get(FREE_CACHE) is False and least.later > (1 - share) * gpu_gib:
+        checker.error(
+            f"`free_cache_engine: false` leaves vLLM {share:.0%} of each GPU's {gpu_gib:g} GiB, and training needs {least.later:.0f} GiB more",
+            FREE_CACHE, why=f"{least.words}; vLLM then keeps its cache while the models train", level="warning",
+            hint="set `free_cache_engine: true`, a smaller `gpu_memory_utilization`, or take more GPUs",
+        )  # fmt: skip
+    memory_gib = context.node_type.memory_gib
+    if least.host > memory_gib:
+        checker.error(f"what is offloaded needs {least.host:.0f} GiB of each node's memory, and it has {memory_gib:g}",
+                      f"{_ACTOR}.fsdp_config.param_offload", hint="take more nodes, or offload less")  # fmt: skip
+    return (decision,)
+
+
+def check_model_name(path: str, where: str) -> list[Problem]:
+    """A model that does not exist, by its name."""
+    if re.search(r"qwen2\.5-235b", path, re.IGNORECASE):
+        return [Problem("there is no Qwen2.5-235B", where, why="Qwen's model of 235 billion parameters is Qwen3-235B-A22B",
+                        hint="name the folder of Qwen3-235B-A22B")]  # fmt: skip
+    return []
+
+
+def _next_multiple(train: int, samples: int, ranks: int) -> str:
+    up = next(count for count in range(train, train + ranks + 1) if count * samples % ranks == 0)
+    down = next((count for count in range(train, 0, -1) if count * samples % ranks == 0), None)
+    return f"`data.train_batch_size: {down}` or {up}" if down else f"`data.train_batch_size: {up}`"
+
+
+def _divisors(number: int, limit: int) -> str:
+    return "one of " + ", ".join(str(count) for count in range(1, limit + 1) if number % count == 0)

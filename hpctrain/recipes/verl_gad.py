@@ -1,0 +1,365 @@
+"""Generative adversarial distillation on verl: run.yaml -> one command line of hydra overrides, run on a Ray of the job's own.
+
+The rules are in `hpctrain/recipes/verl/`; here they are put in order. What runs in the job: `templates/verl-gad/*.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from hpctrain.errors import Problem
+from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
+from hpctrain.recipes.verl import checks, hydra, keys
+from hpctrain.recipes.verl.checks import Where
+from hpctrain.recipes.verl.presets import BRANCHES, SHAPE_KEYS, SIZES, ModelShape, overrides_of
+from hpctrain.resources import shipped_dir
+from hpctrain.runtime.survey import start_number
+from hpctrain.schema import text_problem
+from hpctrain.spec import RunSpec, absolute
+
+WARMUP, ADVERSARIAL = "warmup", "adversarial"
+OVERRIDES, RESUME = "overrides.txt", "overrides.resume.txt"
+SCRIPTS = ("ray_node.py", "check_verl.py", "merge_start.py")
+START_MODEL = "start-model"  # the folder in checkpoint.dir with the start's student and critic as whole models
+# The ranks of one node where a site has no GPUs: then only a rehearsal runs, in the shape of GAD's own scripts.
+_RANKS_WITHOUT_GPUS = 8
+# Keys that the job decides, and where the run says them instead.
+_ELSEWHERE = {
+    "trainer.default_local_dir": "`checkpoint: {dir: …}` says it",
+    "trainer.resume_mode": "each link finds its checkpoint itself",
+    "trainer.resume_from_path": "`checkpoint: {start: …}` says where the first link starts",
+    "trainer.nnodes": "`nodes` says it",
+    "trainer.n_gpus_per_node": "`gpus_per_node` says it",
+    "data.train_files": "`data: {train: […]}` says it",
+    "data.val_files": "`data: {valid: […]}` says it",
+    "actor_rollout_ref.model.path": "`recipe_options: {model: …}` says it",
+    "critic.model.path": "`recipe_options: {reward_model: …}` says it",
+    "ray_kwargs.ray_init.num_cpus": "the job starts Ray with all of its nodes' cores, and Ray refuses the key then",
+    "ray_init.num_cpus": "the job starts Ray with all of its nodes' cores, and Ray refuses the key then",
+    "ray_kwargs.ray_init.address": "the job starts a Ray of its own",
+    "hydra.run.dir": "hydra writes into the run directory",
+}
+
+
+def resolve(context: Context) -> Resolved:
+    """Everything decided about a GAD run, and all problems at once. `template` is what templates/verl-gad needs."""
+    spec, options = context.spec, context.options
+    stage, size = options["stage"], SIZES[options["size"]]
+    problems = [*_model_problems(context), *_place_problems(spec, stage)]
+    values, own, found = _values(context)
+    problems += found
+    where = _locator(spec, own)
+    shape, found = _shape(context, size.shape)
+    problems += found
+    per_node = context.gpus_per_node or _RANKS_WITHOUT_GPUS
+    ranks = context.num_nodes * per_node
+    if not context.gpus_per_node:
+        problems.append(Problem(f"site `{context.site.name}` has no GPUs here, and verl trains on nothing else",
+                                spec.where("site"), hint=f"`hpctrain rehearse` runs it as with {per_node} a node",
+                                level="warning"))  # fmt: skip
+    checker = checks.Checker(values, where, ranks, per_node, shape)
+    memory: tuple[Decision, ...] = ()
+    if checker.counts_are_numbers():
+        checker.batches()
+        checker.parallelism()
+        checker.token_budgets()
+        checker.saving()
+        memory = checks.check_memory(checker, context)
+    problems += checker.problems
+    start, found = _start_step(spec)
+    problems += found
+    target, steps = _target(values, options["records"])
+    problems += _length_problems(spec, where, target, start)
+    branch = options["branch"] or BRANCHES[stage]
+    verl = absolute(options["verl"], spec.base_dir)
+    configs, found = _configs(values, where, spec.name, validates="trainer.val_before_train" in own)
+    problems += found
+    python = options["python"]
+    failed = any(problem.level == "error" for problem in problems)
+    return Resolved(
+        argv=(
+            python, "-u", os.path.join(context.run_dir, "ray_node.py"), "--gpus", str(context.gpus_per_node),
+            "--timeout", str(options["ray_timeout_s"]), "--tmp", context.node_type.tmp_path, "--",
+            python, "-u", "-m", "verl.trainer.main_ppo",
+        ),
+        workdir=context.run_dir,
+        configs={} if failed else configs,
+        config_for={"scratch": OVERRIDES, "finetune": OVERRIDES, "resume": RESUME},
+        files={name: _shipped(name) for name in SCRIPTS},
+        guard=Guard(layout="verl", target=target, data_parallel=ranks),
+        cadence=Cadence(target - (start or 0) if target else None, values.get("trainer.save_freq")),
+        template={
+            "verl": verl, "branch": branch, "python": python, "stage": stage,
+            "merge": _merge(options, python, spec) if stage == ADVERSARIAL else (),
+            "start": spec.checkpoint_start or "",
+            "start_model": os.path.join(spec.checkpoint_dir or "", START_MODEL),
+        },
+        paths=_paths(context, verl),
+        decisions=(*_decisions(context, values, where, target, steps, start, branch, per_node, own), *memory),
+        problems=tuple(problems),
+    )  # fmt: skip
+
+
+def _values(context: Context) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]], list[Problem]]:
+    """(overrides by key, the path in run.yaml of those that it sets, problems): preset, then the job's, then the run's."""
+    spec, options = context.spec, context.options
+    stage, problems = options["stage"], []
+    values = overrides_of(stage, SIZES[options["size"]])
+    folder = spec.checkpoint_dir or ""
+    if stage == ADVERSARIAL:
+        student, critic = (os.path.join(folder, START_MODEL, role) for role in ("actor", "critic"))
+    else:
+        student = absolute(options["model"], spec.base_dir) if options["model"] else ""
+        critic = absolute(options["reward_model"], spec.base_dir) if options["reward_model"] else student
+    online = bool(spec.secrets) or "WANDB_MODE" in spec.env
+    values.update({
+        "data.train_files": list(spec.data.get("train", ())),
+        "data.val_files": list(spec.data.get("valid", ())),
+        "actor_rollout_ref.model.path": student,
+        "critic.model.path": critic,
+        "trainer.logger": ["console", "wandb"] if online else ["console"],
+        "trainer.experiment_name": spec.name,
+        "trainer.nnodes": context.num_nodes,
+        "trainer.n_gpus_per_node": context.gpus_per_node or _RANKS_WITHOUT_GPUS,
+        "trainer.default_local_dir": folder,
+        "trainer.resume_mode": "auto",
+        "hydra.run.dir": "logs/hydra",
+    })  # fmt: skip
+    own: dict[str, tuple[Any, ...]] = {}
+    given = (
+        {**spec.document.get("config", default={})} if isinstance(spec.document.get("config", default={}), dict) else {}
+    )
+    for key, path, value in hydra.flatten(given):
+        where = spec.where("config", *path)
+        bare = key.lstrip("+~")
+        bad = hydra.key_problem(key)
+        if bad:
+            problems.append(Problem(f"`config.{key}` {bad}", where, hint="for example `trainer: {save_freq: 50}`"))
+        elif bare in _ELSEWHERE:
+            problems.append(
+                Problem(f"`config.{bare}` is not the run's to set", where, why=_ELSEWHERE[bare], hint="delete it")
+            )
+        else:
+            problems += keys.key_problems(key, where)
+            own[bare] = path
+            for old in [known for known in values if known.lstrip("+~") == bare]:
+                del values[old]
+            values[key] = value
+    return values, own, problems
+
+
+def _configs(
+    values: Mapping[str, Any], where: Where, name: str, validates: bool
+) -> tuple[dict[str, str], list[Problem]]:
+    """The overrides as text, one a line, for the first link and for those that resume; and values that cannot be said."""
+    lines, problems = [], []
+    for key, value in values.items():
+        try:
+            word = hydra.override(key, value)
+        except ValueError as error:
+            problems.append(Problem(f"`config.{key}`: {error}", where(key)))
+            continue
+        bad = text_problem(word) or ("holds `${`, which verl takes for a reference" if "${" in word else "")
+        if bad:
+            problems.append(Problem(f"`config.{key}` {bad}", where(key)))
+        lines.append(word)
+    head = [f"# What verl's configuration is changed to in run {name}: one override of hydra's a line, handed over word by word.",
+            "# Made by hpctrain render: edit run.yaml instead. `hpctrain plan` says why."]  # fmt: skip
+    first = "\n".join([*head, *lines]) + "\n"
+    again = (
+        ""
+        if validates
+        else "# A link that resumes does not validate first: the one before it has.\ntrainer.val_before_train=false\n"
+    )
+    return {OVERRIDES: first, RESUME: first + again}, problems
+
+
+def _locator(spec: RunSpec, own: Mapping[str, tuple[Any, ...]]) -> Where:
+    """Where a key's value was said: in `config`, else the option whose preset it is; run.yaml's own keys as they are."""
+
+    def where(key: str) -> str:
+        bare = key.lstrip("+~")
+        if bare in own:
+            return spec.where("config", *own[bare])
+        if key.startswith("recipe_options."):
+            return spec.where(*key.split("."))
+        return spec.where("recipe_options", "size")
+
+    return where
+
+
+def _model_problems(context: Context) -> list[Problem]:
+    spec, options, problems = context.spec, context.options, []
+    for name in ("model", "reward_model"):
+        given, where = options[name], spec.where("recipe_options", name)
+        if options["stage"] == ADVERSARIAL and given:
+            problems.append(Problem(f"`{name}` with `stage: adversarial`: it takes the warmup's own", where,
+                                    why="student and critic come out of `checkpoint.start`", hint="delete it"))  # fmt: skip
+        elif given:
+            problems += checks.check_model_name(given, where)
+    if options["stage"] == WARMUP and not options["model"]:
+        problems.append(Problem("`recipe_options.model` is missing", spec.where("recipe_options"),
+                                why="the warmup needs a student to begin with", hint="name its folder"))  # fmt: skip
+    if options["stage"] == WARMUP and options["merge_script"]:
+        problems.append(Problem("`merge_script` with `stage: warmup` does nothing", spec.where("recipe_options", "merge_script"),
+                                level="warning", hint="delete it"))  # fmt: skip
+    return problems
+
+
+def _place_problems(spec: RunSpec, stage: str) -> list[Problem]:
+    problems = []
+    if not spec.checkpoint_dir:
+        problems.append(Problem("verl needs a folder for its checkpoints", spec.where("checkpoint"),
+                                hint="set `checkpoint: {dir: …}`, on a file system that every node sees"))  # fmt: skip
+    if stage == ADVERSARIAL and not spec.checkpoint_start:
+        problems.append(Problem("`stage: adversarial` needs the warmup's checkpoint", spec.where("checkpoint"),
+                                hint="`checkpoint: {start: <the warmup's checkpoint.dir>}`; its newest step is taken"))  # fmt: skip
+    if spec.checkpoint_start and spec.checkpoint_start == spec.checkpoint_dir:
+        problems.append(Problem("`checkpoint.start` and `checkpoint.dir` are the same folder", spec.where("checkpoint", "start"),
+                                why="the stages would write over each other's steps", hint="give this stage a folder of its own"))  # fmt: skip
+    for kind in ("train", "valid"):
+        if not spec.data.get(kind):
+            problems.append(Problem(f"no {'training' if kind == 'train' else 'validation'} data", spec.where("data"),
+                                    why="verl reads both before it starts", hint=f"data: {{{kind}: [/path/to/{kind}.parquet]}}"))  # fmt: skip
+        for index, path in enumerate(spec.data.get(kind, ())):
+            if not path.endswith(".parquet"):
+                problems.append(Problem(f"`{path}` does not look like a parquet file", spec.where("data", kind, index),
+                                        why="verl reads parquet only", hint="name the file itself", level="warning"))  # fmt: skip
+    return problems
+
+
+def _shape(context: Context, preset: ModelShape) -> tuple[ModelShape, list[Problem]]:
+    given, spec, problems = context.options["model_shape"] or {}, context.spec, []
+    shape = {key: getattr(preset, key) for key in SHAPE_KEYS}
+    for key, value in given.items():
+        where = spec.where("recipe_options", "model_shape", key)
+        whole = isinstance(value, int) or (key == "parameters" and isinstance(value, float))
+        if key not in shape:
+            problems.append(Problem(f"unknown key `model_shape.{key}`", where, hint=f"known: {', '.join(SHAPE_KEYS)}"))
+        elif isinstance(value, bool) or not whole or not 0 < value < 1e15:
+            problems.append(Problem(f"`model_shape.{key}: {value}` is not a number above 0", where))
+        else:
+            shape[key] = value
+    return ModelShape(**shape), problems
+
+
+def _start_step(spec: RunSpec) -> tuple[int | None, list[Problem]]:
+    """The start's step, as its folder's name has it."""
+    if not spec.checkpoint_start:
+        return None, []
+    step = start_number(spec.checkpoint_start)
+    if step is None:
+        return None, [Problem(f"the start checkpoint's name `{os.path.basename(spec.checkpoint_start)}` has no step",
+                              spec.where("checkpoint", "start"), hint="name the folder global_step_N")]  # fmt: skip
+    return step, []
+
+
+def _target(values: Mapping[str, Any], records: int | None) -> tuple[int | None, int | None]:
+    """(the step at which the run is done, steps an epoch), None where the run does not tell.
+
+    verl drops the last short batch and counts steps over all epochs, those of the start included
+    (trainer/ppo/ray_trainer.py `_create_dataloader`: len(dataloader) x total_epochs).
+    """
+    batch, epochs = values.get(checks.TRAIN_BATCH), values.get("trainer.total_epochs")
+    steps = records // batch if records and isinstance(batch, int) and batch > 0 else None
+    total = values.get("trainer.total_training_steps")
+    if isinstance(total, int) and not isinstance(total, bool):
+        return total, steps
+    return (steps * epochs if steps and isinstance(epochs, int) else None), steps
+
+
+def _length_problems(spec: RunSpec, where: Where, target: int | None, start: int | None) -> list[Problem]:
+    if target is None and spec.num_links > 1:
+        return [Problem(f"a chain of {spec.num_links} jobs must know when the run is done, and `total_epochs` does not tell",
+                        where("trainer.total_epochs"), hint="give `recipe_options: {records: …}`, the rows of the training data")]  # fmt: skip
+    if target is not None and target < 1:
+        return [Problem(f"the run would end at step {target}", where("trainer.total_training_steps"))]
+    if target is not None and start is not None and start >= target:
+        return [Problem(f"nothing to train: the start is at step {start}, and the run ends at step {target}",
+                        where("trainer.total_training_steps"),
+                        why="verl counts steps on from the start: epochs and steps are totals of both stages",
+                        hint="more `trainer.total_epochs`, or more `trainer.total_training_steps`")]  # fmt: skip
+    return []
+
+
+def _merge(options: Mapping[str, Any], python: str, spec: RunSpec) -> tuple[str, ...]:
+    """The argv that merges shards; `merge_start.py` replaces @SHARDS and @MODEL by folders."""
+    if options["merge_script"]:
+        return (python, absolute(options["merge_script"], spec.base_dir), "--local_dir", "@SHARDS")
+    return (
+        python,
+        "-m",
+        "verl.model_merger",
+        "merge",
+        "--backend",
+        "fsdp",
+        "--local_dir",
+        "@SHARDS",
+        "--target_dir",
+        "@MODEL",
+    )
+
+
+def _paths(context: Context, verl: str) -> tuple[tuple[str, str, str], ...]:
+    """(what, path, where) of everything that must exist at the site."""
+    spec, options = context.spec, context.options
+    out = [("verl working copy", verl, spec.where("recipe_options", "verl"))]
+    for name, what in (("model", "student"), ("reward_model", "critic's model"), ("merge_script", "merge script")):
+        if options[name]:
+            out.append((what, absolute(options[name], spec.base_dir), spec.where("recipe_options", name)))
+    for kind, what in (("train", "training data"), ("valid", "validation data")):
+        out += [(what, path, spec.where("data", kind, index)) for index, path in enumerate(spec.data.get(kind, ()))]
+    return tuple(out)
+
+
+def _decisions(context: Context, values: Mapping[str, Any], where: Where, target: int | None, steps: int | None,
+               start: int | None, branch: str, per_node: int, own: Mapping[str, Any]) -> tuple[Decision, ...]:  # fmt: skip
+    spec, options = context.spec, context.options
+    ranks = context.num_nodes * per_node
+    train, samples = values.get(checks.TRAIN_BATCH), values.get(checks.SAMPLES)
+    size_at, stage_at = spec.where("recipe_options", "size"), spec.where("recipe_options", "stage")
+    out = [
+        Decision("step.program", "verl.trainer.main_ppo", f"GAD's stage {options['stage']}", stage_at),
+        Decision("verl.branch", branch, "the stage's branch; the job compares it with the package it imports", stage_at),
+        Decision("ranks", ranks, f"{context.num_nodes} nodes x {per_node} GPUs; a checkpoint needs as many again", spec.where("nodes")),
+        Decision("batch.train_batch_size", train, f"prompts a step, {samples} answers each", where(checks.TRAIN_BATCH)),
+        Decision("checkpoint.every", values.get("trainer.save_freq"), "`trainer.save_freq`", where("trainer.save_freq")),
+        Decision("trainer.logger", values["trainer.logger"], "as the run says" if "trainer.logger" in own else "wandb where the run has `secrets` or WANDB_MODE",
+                 where("trainer.logger")),
+    ]  # fmt: skip
+    if spec.checkpoint_start:
+        out.append(
+            Decision(
+                "checkpoint.start_step",
+                start,
+                f"actor, critic and data of {ranks} ranks",
+                spec.where("checkpoint", "start"),
+            )
+        )
+    if target is not None:
+        epochs = (
+            f"{steps} steps an epoch x {values.get('trainer.total_epochs')} epochs"
+            if steps and "trainer.total_training_steps" not in values
+            else "as the run says"
+        )
+        new = (
+            f"; {target - start} of them new"
+            if start
+            else "; those of the warmup count"
+            if spec.checkpoint_start
+            else ""
+        )
+        out.append(Decision("steps.target", target, epochs + new, where("trainer.total_epochs")))
+    out += [Decision(key, values[key], "as the run says" if key in own else f"size {options['size']}", where(key) if key in own else size_at)
+            for key in (checks.TENSOR, checks.MINI_BATCH, "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+                        "critic.ppo_max_token_len_per_gpu", checks.KEEP_GPU) if key in values]  # fmt: skip
+    return tuple(out)
+
+
+@functools.cache
+def _shipped(name: str) -> str:
+    with open(os.path.join(shipped_dir("templates"), "verl-gad", name), encoding="utf-8") as file:
+        return file.read()
