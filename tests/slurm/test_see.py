@@ -84,8 +84,12 @@ def test_a_running_and_a_waiting_job_are_seen_by_job_id_and_the_page_is_made_mea
     run = Run(sandbox, tmp_path, "wait")
     job = run.submit()
     run.wait({"running"})
-    time.sleep(2)
-    status = json.loads(run.hpctrain("status", job, "--json").stdout)["runs"][0]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        status = json.loads(run.hpctrain("status", job, "--json").stdout)["runs"][0]
+        if status["links"][0]["iteration_to"] == 20:
+            break
+        time.sleep(0.5)
     assert status["links"][0]["state"] == "RUNNING" and status["links"][0]["iteration_to"] == 20
     assert run.hpctrain("status", job).returncode == 8
     held = sandbox.ok("sbatch", "--parsable", "--hold", str(run.dir / "job.sbatch")).strip()
