@@ -9,7 +9,7 @@ from hpctrain.recipe import Decision
 from hpctrain.site import NodeType, Site
 
 # What singularity and apptainer mount by themselves (their default configuration).
-MOUNTED_BY_DEFAULT = ("/tmp", "/proc", "/sys", "/dev", "/var/tmp")
+_MOUNTED_BY_DEFAULT = ("/tmp", "/proc", "/sys", "/dev", "/var/tmp")
 
 
 def container_argv(site: Site, image: str, binds: Sequence[str]) -> list[str]:
@@ -38,7 +38,7 @@ def bind_list(site: Site, extra: Sequence[str], needed: Sequence[tuple[str, str]
         )
     ]
     for what, path in needed:
-        covered = [*(bind.split(":")[0] for bind in binds), *MOUNTED_BY_DEFAULT]
+        covered = [*(bind.split(":")[0] for bind in binds), *_MOUNTED_BY_DEFAULT]
         if not any(path == known or path.startswith(known.rstrip("/") + "/") for known in covered):
             binds.append(path)
             decisions.append(Decision("container.binds", path, f"the {what} lies outside the site's binds"))

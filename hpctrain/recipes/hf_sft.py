@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from typing import Any
 
 from hpctrain import yamltext
 from hpctrain.errors import Problem
-from hpctrain.launchers import MOUNTED_BY_DEFAULT
 from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
 from hpctrain.recipes import hf_estimate
 from hpctrain.recipes.neox.draft import section
@@ -58,6 +56,7 @@ def resolve(context: Context) -> Resolved:
         cadence=Cadence(config.max_steps, config.save_steps, saves_on_signal=True),
         template={"stage": stage},
         paths=_paths(config, document),
+        binds=(("stage folder", options["stage"]),) if str(options["stage"]).startswith("/") else (),
         decisions=(*_decisions(config, document, context), decided, *estimated),
         problems=tuple(problems),
     )
@@ -163,15 +162,7 @@ def _stage(context: Context) -> tuple[ShellText | None, Decision, list[Problem]]
         )
         return None, Decision("data.stage", wish, "", where), [problem]  # fmt: skip
     pattern = wish.rstrip("/") + "/{user}-{job}-data"
-    binds = [*context.site.values["container"]["binds"], *context.spec.container_binds, *MOUNTED_BY_DEFAULT]
-    problems = []
-    if context.spec.container and not any(
-        (wish + "/").startswith(bind.split(":")[0].rstrip("/") + "/") for bind in binds
-    ):
-        problems.append(
-            Problem(f"`stage: {wish}` is not in the container", where=where, hint=f"container_binds: [{wish}]")
-        )
-    return node_path(pattern, tmp), Decision("data.stage", pattern, "as the run says; checked by hash", where), problems
+    return node_path(pattern, tmp), Decision("data.stage", pattern, "as the run says; checked by hash", where), []
 
 
 def _paths(config: HfSftConfig, document: Document) -> tuple[tuple[str, str, str], ...]:
@@ -205,4 +196,4 @@ def _decisions(config: HfSftConfig, document: Document, context: Context) -> tup
         given = document.get("max_steps") is not None
         reason = "`max_steps`" if given else f"{steps} / {config.train_batch_size(ranks)} a step"
         found.append(Decision("max_steps", config.max_steps, reason, where("max_steps" if given else "dataset_rows")))
-    return tuple(dataclasses.replace(decision) for decision in found)
+    return tuple(found)

@@ -186,12 +186,11 @@ def test_data_is_staged_where_nodes_have_a_disk(stage: str, site: str, folder: s
     assert (plan.resolved.template["stage"] is None) == (folder == "none")
 
 
-def test_a_stage_that_is_no_folder_or_not_in_the_container_is_refused(tmp_path: Path) -> None:
+def test_a_stage_of_one_s_own_is_a_folder_and_seen_in_the_container(tmp_path: Path) -> None:
     assert what(plan_of(tmp_path, options={"stage": "local"})) == ["`stage: local` is no folder of a node"]
-    boxed = {"container": "/images/torch.sif"}
-    assert any("not in the container" in text for text in what(plan_of(tmp_path, options={"stage": "/local"}, **boxed)))
-    assert what(plan_of(tmp_path, options={"stage": "/local"}, **boxed, container_binds=["/local"])) == []
-    assert what(plan_of(tmp_path, options={"stage": "node"}, **boxed)) == []
+
+    plan = plan_of(tmp_path, options={"stage": "/local/nvme"}, container="/images/torch.sif")
+    assert plan.errors == [] and "/local/nvme" in plan.container
 
 
 def test_a_rung_of_the_ladder_is_a_valid_run(tmp_path: Path) -> None:
