@@ -16,7 +16,7 @@ LAYERS = [
     # -- the base
     "frozen", "errors", "units", "runtime", "resources", "yamlio", "schema", "yamltext", "shell",
     # -- pure: what a run is, and what it becomes
-    "sbatch_options", "site", "spec", "recipe", "train.config", "train.dpo.config", "recipes", "estimate", "launchers", "planning", "plan", "render", "load",
+    "sbatch_options", "site", "spec", "recipe", "train.config", "train.dpo.config", "train.hf_sft.config", "estimate", "launchers", "recipes", "planning", "plan", "render", "load",
     # -- effects: files, Slurm, this machine
     "output", "newfile", "rundir", "slurm", "scontrol", "slurmstate", "runs", "check", "checkpoint", "badnodes", "sidejobs", "submit",
     "chain", "triage", "observe", "logs", "status_view", "cost", "cost_view", "report", "doctor", "preflight", "ladder", "pipeline", "tokenize", "sandbox", "rehearse", "train",

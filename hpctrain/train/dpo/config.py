@@ -150,7 +150,7 @@ def parse_config(document: yamlio.Document, base_dir: str) -> tuple[DpoConfig, l
     With problems it is a best guess, good for finding more of them. Relative paths are relative to `base_dir`.
     """
     document = yamlio.Document(
-        _numbers(document.data or {}, FIELDS), document.origins, document.key_origins, document.name
+        read_numbers(document.data or {}, FIELDS), document.origins, document.key_origins, document.name
     )
     values, problems = check(document, FIELDS)
     dataset = values.get("dataset") or {key: field.default for key, field in _DATASET.items()}
@@ -231,7 +231,7 @@ def _contradictions(config: DpoConfig, document: yamlio.Document) -> list[Proble
     return found
 
 
-def _numbers(data: Any, fields: Mapping[str, Field]) -> Any:
+def read_numbers(data: Any, fields: Mapping[str, Field]) -> Any:
     """The data with `5e-7`, which YAML 1.1 reads as text, as the number it means."""
     if not isinstance(data, dict):
         return data
@@ -239,7 +239,7 @@ def _numbers(data: Any, fields: Mapping[str, Field]) -> Any:
     for key, value in data.items():
         field = fields.get(key)
         if field and field.kind == "table":
-            value = _numbers(value, field.fields or {})
+            value = read_numbers(value, field.fields or {})
         elif field and field.kind == "number" and yamlio.looks_like_float(value):
             value = float(value)
         out[key] = value

@@ -67,7 +67,7 @@ def read_records(files: list[str], limit: int | None = None) -> list[Record]:
     problems: list[Problem] = []
     for file in files:
         try:
-            for where, row in _rows(file):
+            for where, row in data_rows(file):
                 if limit is not None and len(records) + len(problems) >= limit:
                     break
                 try:
@@ -152,7 +152,8 @@ def _text(row: dict[str, Any], name: str) -> str:
     return str(row[name])
 
 
-def _rows(file: str) -> Iterator[tuple[str, Any]]:
+def data_rows(file: str) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every row of a file, whatever its format; a line that is no JSON gives None."""
     if file.endswith(".parquet"):
         yield from _parquet(file)
     elif file.endswith(".arrow"):

@@ -1,0 +1,199 @@
+"""SFT of a full-precision base through TRL as a recipe: run.yaml -> one config for every mode, estimates, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from hpctrain import yamltext
+from hpctrain.errors import Problem
+from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
+from hpctrain.recipes import hf_estimate
+from hpctrain.recipes.neox.draft import section
+from hpctrain.recipes.sft import signal_name
+from hpctrain.schema import Field
+from hpctrain.shell import ShellText, node_path
+from hpctrain.train.hf_sft.config import FIELDS, HfSftConfig, parse_config, quantised_name, quantised_problem
+from hpctrain.yamlio import Document, Path, merge
+
+CONFIG = "config_sft.yaml"
+_STAGE = "{tmp}/{user}-{job}-data"
+
+
+def resolve(context: Context) -> Resolved:
+    """The trainer's config with all that follows from the run; its problems name the line of run.yaml or base_config."""
+    spec, options = context.spec, context.options
+    document, problems = _document(context)
+    config, found = parse_config(document, spec.base_dir)
+    problems += found
+    problems += _base_problems(config, document, context)
+    if not spec.checkpoint_dir:
+        problems.append(Problem("the trainer needs a folder for its checkpoints", where=spec.where("checkpoint"),
+                                hint="set `checkpoint: {dir: …}`"))  # fmt: skip
+    config = _with_steps(config, context)
+    if config.max_steps is None and spec.num_links > 1:
+        problems.append(
+            Problem(
+                f"a chain of {spec.num_links} jobs must know when the run is done, and `num_train_epochs` does not tell",
+                where=document.where("num_train_epochs"),
+                hint="give `dataset_rows`, from which the steps follow, or `max_steps`",
+            )
+        )
+    signal = signal_name(spec.sbatch.get("signal"))
+    if signal and document.get("stop_signal") is None:
+        config = HfSftConfig({**config.values, "stop_signal": signal})
+    stage, decided, wrong = _stage(context)
+    estimated, contradictions = hf_estimate.estimate(config, context, document)
+    problems += [*wrong, *contradictions]
+    failed = any(problem.level == "error" for problem in problems)
+    return Resolved(
+        argv=(options["python"], "-u", "-m", "hpctrain.train.hf_sft"),
+        workdir=context.run_dir,
+        configs={} if failed else {CONFIG: config_text(config, spec.name)},
+        config_for={mode: CONFIG for mode in ("scratch", "finetune", "resume")},
+        guard=Guard(layout="hf-trainer", target=config.max_steps),
+        cadence=Cadence(config.max_steps, config.save_steps, saves_on_signal=True),
+        template={"stage": stage},
+        paths=_paths(config, document),
+        binds=(("stage folder", options["stage"]),) if str(options["stage"]).startswith("/") else (),
+        decisions=(*_decisions(config, document, context), decided, *estimated),
+        problems=tuple(problems),
+    )
+
+
+def config_text(config: HfSftConfig, name: str) -> str:
+    """The trainer's config as YAML, every key with its sentence, so that the file explains itself."""
+    lines = yamltext.comment(f"The training of run {name}, read by `python -m hpctrain.train.hf_sft` on every rank.")
+
+    def add(fields: dict[str, Field], values: Any, indent: int) -> None:
+        for key, field in fields.items():
+            if values[key] is None or values[key] == {} or (key.startswith("load_in_") and not values[key]):
+                continue
+            lines.extend(["", *yamltext.comment(field.doc, indent)])
+            if field.kind == "table":
+                lines.append(f"{key}:")
+                add(dict(field.fields or {}), values[key], indent + 2)
+            else:
+                lines.extend(yamltext.block(key, values[key], indent))
+
+    add(FIELDS, config.values, 0)
+    return "\n".join(lines) + "\n"
+
+
+def _document(context: Context) -> tuple[Document, list[Problem]]:
+    """base_config under the run's config, with `data.train` as the dataset; and what contradicts."""
+    spec, problems = context.spec, []
+    own = section(spec.document, "config")
+    layers = [section(context.recipe.document, "config"), *context.read.get("base_config", ()), own]
+    given: list[str] = list(spec.data.get("train") or [])
+    if given:
+        if own.get("dataset_path") is not None:
+            problems.append(Problem("the data is named twice", where=spec.where("data", "train"),
+                                    why=f"`dataset_path` at {own.where('dataset_path')}", hint="delete one of them"))  # fmt: skip
+        if len(given) > 1:
+            problems.append(Problem(f"`data.train` has {len(given)} entries", where=spec.where("data", "train", 1),
+                                    hint="name the folder that holds the files"))  # fmt: skip
+        place: Path = ("data", "train", 0)
+        origins = {("dataset_path",): spec.document.origins[place]} if place in spec.document.origins else {}
+        layers.append(Document({"dataset_path": given[0]}, origins, {}, spec.source))
+    document = merge(layers)
+    return Document(document.data, document.origins, document.key_origins, context.config.name or spec.source), problems
+
+
+def _base_problems(config: HfSftConfig, document: Document, context: Context) -> list[Problem]:
+    """A base, or a start, whose own files say that it is quantised; asked only where they can be seen from here.
+
+    The trainer asks again before it loads anything, so a base that is not visible here is refused there.
+    """
+    found = []
+    spec = context.spec
+    named = [("base", config.model_name, document.where("model_name"))]
+    if spec.checkpoint_start:
+        named.append(("start", spec.checkpoint_start, spec.where("checkpoint", "start")))
+    for what, path, where in named:
+        if not os.path.isabs(path):
+            continue
+        why = quantised_problem(_json(os.path.join(path, "config.json")))
+        adapter = _json(os.path.join(path, "adapter_config.json"))
+        base = str(adapter.get("base_model_name_or_path") or "")
+        if not why and quantised_name(base):
+            why = f"its adapter_config.json is of the base `{base}`"
+        if why:
+            found.append(Problem(f"the {what} `{path}` is quantised: {why}", where=where,
+                                 hint="name the full-precision model it was made from"))  # fmt: skip
+        elif adapter and what == "base":
+            found.append(Problem(f"the base `{path}` is an adapter of `{base}`, no model", where=where,
+                                 hint=f"`model_name: {base}`, and the adapter as `checkpoint.start`"))  # fmt: skip
+    return found
+
+
+def _json(path: str) -> dict[str, Any]:
+    """A JSON object of a file, {} where there is none that can be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _with_steps(config: HfSftConfig, context: Context) -> HfSftConfig:
+    if config.max_steps is None and config.dataset_rows:
+        return HfSftConfig({**config.values, "max_steps": config.steps_for(config.dataset_rows, context.world_size)})
+    return config
+
+
+def _stage(context: Context) -> tuple[ShellText | None, Decision, list[Problem]]:
+    """The folder of each node that the data is copied to, None for none."""
+    wish, where = context.options["stage"], context.spec.where("recipe_options", "stage")
+    kind, tmp = context.node_type.tmp_kind, context.node_type.tmp_path
+    if wish == "none" or (wish == "auto" and kind != "disk"):
+        reason = (
+            "as the run says" if wish == "none" else f"{tmp} of the nodes is {kind or 'of an unknown kind'}, no disk"
+        )
+        return None, Decision("data.stage", "none", reason, where), []
+    if wish in ("auto", "node"):
+        reason = f"each node's own {tmp}; checked by hash" if wish == "node" else f"{tmp} is each node's own disk"
+        return node_path(_STAGE, tmp), Decision("data.stage", _STAGE.replace("{tmp}", tmp), reason, where), []
+    if not wish.startswith("/"):
+        problem = Problem(
+            f"`stage: {wish}` is no folder of a node", where=where, hint="auto, node, none, or a path such as /local"
+        )
+        return None, Decision("data.stage", wish, "", where), [problem]  # fmt: skip
+    pattern = wish.rstrip("/") + "/{user}-{job}-data"
+    return node_path(pattern, tmp), Decision("data.stage", pattern, "as the run says; checked by hash", where), []
+
+
+def _paths(config: HfSftConfig, document: Document) -> tuple[tuple[str, str, str], ...]:
+    """What must be at the site; a hub id is found in its cache there, if at all."""
+    named = [
+        ("base model", config.model_name, document.where("model_name")),
+        ("training data", config.dataset_path, document.where("dataset_path")),
+    ]
+    return tuple((what, path, where) for what, path, where in named if path and os.path.isabs(path))
+
+
+def _decisions(config: HfSftConfig, document: Document, context: Context) -> tuple[Decision, ...]:
+    ranks, where = context.world_size, document.where
+    accumulation = config.gradient_accumulation_steps
+    product = f"{config.per_device_train_batch_size} x {accumulation} accumulation x {ranks} ranks, in rows"
+    lora = config.lora
+    update = f"LoRA r {lora['r']}, alpha {lora['alpha']:g}" if lora else "all weights"
+    steps = (
+        f"{config.dataset_rows:,} rows x {config.num_train_epochs:g} epochs" if config.dataset_rows else "`max_steps`"
+    )
+    found = [
+        Decision("step.program", "hpctrain.train.hf_sft", "TRL's SFTTrainer, driven", "recipe hf-sft"),
+        Decision("model", os.path.basename(config.model_name), "as the run says", where("model_name")),
+        Decision("model.trained", update, "of a full-precision base", where("lora")),
+        Decision("batch.train_batch_size", config.train_batch_size(ranks), product, where("per_device_train_batch_size")),
+        Decision("batch.data_parallel_size", ranks, "one rank per task, a whole copy of the model on each", context.spec.where("nodes")),
+        Decision("config.gradient_accumulation_steps", accumulation, "as the run says", where("gradient_accumulation_steps")),
+        Decision("checkpoint.every", config.save_steps, "`save_steps`", where("save_steps")),
+    ]  # fmt: skip
+    if config.max_steps:
+        given = document.get("max_steps") is not None
+        reason = "`max_steps`" if given else f"{steps} / {config.train_batch_size(ranks)} a step"
+        found.append(Decision("max_steps", config.max_steps, reason, where("max_steps" if given else "dataset_rows")))
+    return tuple(found)

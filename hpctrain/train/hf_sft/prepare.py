@@ -1,0 +1,225 @@
+"""The data, tokenized once and kept beside the checkpoints, so that no link of a chain does it again.
+
+    CHECKPOINT_DIR/prepared-<key>/data.arrow       input_ids, labels: one row each
+                                  manifest.json    its sha256, its size, rows, tokens, what they were made from
+
+The key hashes the data, the tokenizer and the settings that shape tokens, so nothing stale is ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hpctrain.errors import EnvironmentFault, Problem, UsageError, missing_package
+from hpctrain.train.dpo.pairs import load_tokenizer
+from hpctrain.train.dpo.records import data_rows, find_files
+from hpctrain.train.hf_sft.config import HfSftConfig
+from hpctrain.train.hf_sft.rows import Encoder, marking_template
+
+DATA, MANIFEST = "data.arrow", "manifest.json"
+MAX_SHOWN = 20
+_FORM = 1  # raise it when the same input gives other tokens
+_TOKENIZER_FILES = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
+_ROWS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Prepared data: `path` of its arrow file, whose content has `sha256` and `num_bytes`.
+
+    `source_rows` were read; `dropped` had no token to train on; `trained_tokens` count towards the loss.
+    """
+
+    path: str
+    sha256: str
+    num_bytes: int
+    rows: int
+    tokens: int
+    trained_tokens: int
+    truncated: int
+    source_rows: int
+    dropped: int
+
+
+def prepare(config: HfSftConfig, folder: str, say: Callable[[str], None]) -> Prepared:
+    """The prepared data of a config in `folder`; it is made unless it lies there already, and appears whole or not at all.
+
+    Raises UsageError for bad rows (the first 20, with their places), a data file of another checksum or number of rows
+    than the config says, and a tokenizer that does not load; EnvironmentFault for what cannot be read or written.
+    """
+    files = find_files(config.dataset_path, "train")
+    sums = [sha256_of(file) for file in files]
+    if config.data_sha256 and [config.data_sha256] != sums:
+        what = (
+            f"its checksum is {sums[0]}"
+            if len(sums) == 1
+            else f"`data_sha256` is of one file, and there are {len(sums)}"
+        )
+        raise UsageError(f"this is not the data that the run names: {what}", where=config.dataset_path,
+                         why=f"`data_sha256: {config.data_sha256}`", hint="copy it again, or correct the checksum")  # fmt: skip
+    target = os.path.join(folder, f"prepared-{_key(config, files, sums)[:16]}")
+    found = read(target)
+    if found is None:
+        say(f"tokenizing {config.dataset_path}")
+        found = _make(config, files, target)
+        say(
+            f"{found.rows:,} rows with {found.tokens:,} tokens ({found.truncated:,} truncated, {found.dropped:,} without a token to train on)"
+        )
+    if config.dataset_rows and config.dataset_rows != found.source_rows:
+        raise UsageError(
+            f"the data has {found.source_rows:,} rows, and the run says {config.dataset_rows:,}", where=config.dataset_path,
+            why="the number of steps was computed from it", hint=f"set `dataset_rows: {found.source_rows}`",
+        )  # fmt: skip
+    return found
+
+
+def read(folder: str) -> Prepared | None:
+    """The prepared data in `folder`, None where there is none, or not all of it."""
+    path = os.path.join(folder, DATA)
+    try:
+        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
+            found = Prepared(**{**json.load(file)["data"], "path": path})
+        return found if os.path.getsize(path) == found.num_bytes else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def sha256_of(path: str) -> str:
+    """The checksum of a file's content. Raises EnvironmentFault."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot read it: {error.strerror}", where=path) from error
+    return digest.hexdigest()
+
+
+def _key(config: HfSftConfig, files: list[str], sums: list[str]) -> str:
+    """What decides the tokens."""
+    digest = hashlib.sha256(
+        f"{_FORM} {config.max_length} {config.completion_only_loss} {config.assistant_only_loss}\n".encode()
+    )
+    for path, content in zip(files, sums):
+        digest.update(f"{os.path.splitext(path)[1]} {content}\n".encode())
+    for name in sorted(os.listdir(config.model_name)):
+        if name.startswith(_TOKENIZER_FILES):
+            digest.update(f"{name} {sha256_of(os.path.join(config.model_name, name))}\n".encode())
+    return digest.hexdigest()
+
+
+def _make(config: HfSftConfig, files: list[str], target: str) -> Prepared:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise missing_package("pyarrow", "hf") from error
+    encoder = _encoder(config)
+    parent = os.path.dirname(target)
+    staged = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=parent)
+    try:
+        os.chmod(staged, 0o755)
+        path = os.path.join(staged, DATA)
+        counts = {"source_rows": 0, "dropped": 0, "tokens": 0, "trained_tokens": 0, "truncated": 0}
+        schema = pyarrow.schema(
+            [("input_ids", pyarrow.list_(pyarrow.int32())), ("labels", pyarrow.list_(pyarrow.int32()))]
+        )
+        rows = 0
+        with pyarrow.OSFile(path, "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+            for batch in _batches(encoder, files, counts):
+                rows += len(batch)
+                columns = [pyarrow.array([row[part] for row in batch], schema.types[part]) for part in (0, 1)]
+                writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+        if not rows:
+            raise UsageError("no row is left to train on", where=config.dataset_path,
+                             hint="raise `max_length`; rows whose prompt alone fills it are dropped")  # fmt: skip
+        found = Prepared(os.path.join(target, DATA), sha256_of(path), os.path.getsize(path), rows=rows, **counts)
+        about = {"data": asdict(found), "files": files, "max_length": config.max_length}
+        with open(os.path.join(staged, MANIFEST), "w", encoding="utf-8") as file:
+            json.dump(about, file, indent=1)
+        for name in (DATA, MANIFEST, "."):
+            _sync(os.path.join(staged, name))
+        if os.path.lexists(target):  # what `read` found damaged; nobody else makes this name
+            os.rename(target, tempfile.mkdtemp(prefix="aside-prepared-", dir=parent) + "/damaged")
+        os.rename(staged, target)
+        _sync(parent)
+    except BaseException as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise EnvironmentFault(f"cannot keep the prepared data: {error.strerror or error}", where=parent) from error
+        raise
+    return found
+
+
+def _encoder(config: HfSftConfig) -> Encoder:
+    tokenizer = load_tokenizer(config.model_name)
+    template = None
+    if config.assistant_only_loss:
+        try:
+            template = marking_template(tokenizer)
+        except ValueError as error:
+            raise UsageError(str(error), where=config.model_name, why="`assistant_only_loss: true` needs it",
+                             hint="train on all of the dialogue, or put {% generation %} around the turns in it") from error  # fmt: skip
+    return Encoder(tokenizer, config.max_length, config.completion_only_loss, config.assistant_only_loss, template)
+
+
+def _batches(encoder: Encoder, files: list[str], counts: dict[str, int]) -> Iterator[list[tuple[list[int], list[int]]]]:
+    problems: list[Problem] = []
+    bad = 0
+    batch: list[tuple[list[int], list[int]]] = []
+    for file in files:
+        try:
+            for where, row in data_rows(file):
+                counts["source_rows"] += 1
+                try:
+                    found = encoder.encode(row)
+                except ValueError as error:
+                    bad += 1
+                    if bad <= MAX_SHOWN:
+                        problems.append(Problem(str(error), where=where))
+                    continue
+                if found is None:
+                    counts["dropped"] += 1
+                    continue
+                counts["tokens"] += len(found[0])
+                counts["truncated"] += len(found[0]) == encoder.max_length
+                counts["trained_tokens"] += sum(label >= 0 for label in found[1][1:])
+                batch.append(found)
+                if len(batch) == _ROWS_AT_ONCE:
+                    yield batch
+                    batch = []
+        except OSError as error:
+            raise EnvironmentFault(f"cannot read it: {error.strerror or error}", where=file) from error
+    if problems:
+        raise UsageError(problems + ([Problem(f"{bad - MAX_SHOWN} more bad rows")] if bad > MAX_SHOWN else []))
+    if batch:
+        yield batch
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def tokenizer_files(folder: str) -> list[str]:
+    """The files of a model directory that its tokenizer is made of."""
+    return [name for name in sorted(os.listdir(folder)) if name.startswith(_TOKENIZER_FILES)]
+
+
+def load_rows(path: str) -> Any:
+    """The prepared rows as a `datasets.Dataset`, mapped from the file and never copied into memory."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing_package("datasets", "hf") from error
+    return datasets.Dataset.from_file(path)
