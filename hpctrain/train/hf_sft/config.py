@@ -105,7 +105,7 @@ class HfSftConfig:
         """
         batches = math.ceil(math.ceil(num_rows / self.per_device_train_batch_size) / num_ranks)
         per_epoch = max(math.ceil(batches / self.gradient_accumulation_steps), 1)
-        return max(math.ceil(self.num_train_epochs * per_epoch), 1)
+        return max(int(math.ceil(self.num_train_epochs * per_epoch)), 1)
 
 
 def quantised_name(name: str) -> str:
