@@ -16,11 +16,11 @@ from hpctrain.checkpoint import read_plan
 from hpctrain.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.load import Loaded
 from hpctrain.rundir import run_files, write_run_dir
-from hpctrain.runs import find_runs
+from hpctrain.runs import find_pipeline, find_runs
 from hpctrain.runtime import history
 from hpctrain.runtime.files import read_records, write_atomic
 from hpctrain.runtime.link import decide
-from hpctrain.runtime.settings import Settings, parse_settings
+from hpctrain.runtime.settings import Settings, handed_over, parse_settings
 from hpctrain.runtime.survey import Choice, Survey, choose
 from hpctrain.submit import MAIN, SIDE, Ledger, Submission, only_one, read_ledger, record_cancelled, submit_all
 
@@ -67,7 +67,7 @@ def plan_chain(run_dir: str, plan: Mapping[str, Any], num_links: int | None = No
     `num_links` is the whole number of links (those on record count), `extend` a number of links more, `auto` as many as
     the remaining iterations need. Raises UsageError, and Refused while a STOP file would end every link at once.
     """
-    settings = parse_settings(dict(plan["guard"]))
+    settings = _settings(run_dir, plan)
     ledger = read_ledger(run_dir)
     links = read_records(os.path.join(run_dir, "links.jsonl"))
     if os.path.exists(os.path.join(run_dir, "STOP")):
@@ -79,7 +79,7 @@ def plan_chain(run_dir: str, plan: Mapping[str, Any], num_links: int | None = No
     submitted = {link for link, kind in ledger.submitted() if kind == MAIN}
     unsure = {link for link, kind in ledger.open() if kind == MAIN}
     if auto:
-        more = _links_needed(plan, settings, choice, step_time_s) - len(_live_links(ledger)) - len(unsure)
+        more = _links_needed(plan, settings, choice, step_time_s) - len(live_links(ledger)) - len(unsure)
     elif extend:
         more = extend
     else:
@@ -92,6 +92,22 @@ def plan_chain(run_dir: str, plan: Mapping[str, Any], num_links: int | None = No
         cost["gpu_hours"] * jobs, cost["node_hours"] * jobs, None if cost["billed"] is None else cost["billed"] * jobs, cost["unit"],
         tuple(badnodes.find(run_dir, links)),
     )  # fmt: skip
+
+
+def _settings(run_dir: str, plan: Mapping[str, Any]) -> Settings:
+    """The guard's settings; the start is what an earlier stage handed over, or is expected to."""
+    settings = parse_settings(dict(plan["guard"]))
+    if settings.source is None or settings.start is not None:
+        return settings
+    return settings._replace(start=handed_over(run_dir) or settings.source.checkpoint)
+
+
+def is_done(run_dir: str, plan: Mapping[str, Any]) -> bool:
+    """Whether a link that starts now would find nothing left to do."""
+    settings = _settings(run_dir, plan)
+    links = read_records(os.path.join(run_dir, "links.jsonl"))
+    choice = choose(Survey(settings)) if settings.checkpoint_dir else Choice("nothing", None, None, (), ())
+    return decide(settings, choice, links, 10**9, False).decision == "done"
 
 
 def prepare(loaded: Loaded, force: bool = False, dry_run: bool = False) -> tuple[dict[str, Any], list[str]]:
@@ -127,13 +143,16 @@ def ask_needed(chain: ChainPlan) -> bool:
     return chain.hours[0] > ASK_ABOVE_HOURS and not os.environ.get("HPCTRAIN_SANDBOX")
 
 
-def submit_chain(chain: ChainPlan, exclude: str = "") -> dict[tuple[int, str], str]:
-    """Queue the new links, each after the one before it, with their side jobs; returns all job ids by (link, kind)."""
+def submit_chain(chain: ChainPlan, exclude: str = "", after: str | None = None) -> dict[tuple[int, str], str]:
+    """Queue the new links, each after the one before it, with their side jobs; returns all job ids by (link, kind).
+
+    Where no link of the run waits or runs, the first new one waits for the job `after`, another run's.
+    """
     script = os.path.join(chain.run_dir, "job.sbatch")
     options = (f"--exclude={exclude}",) if exclude else ()
     with only_one(chain.run_dir):
         ledger = read_ledger(chain.run_dir)
-        live = _live_links(ledger)
+        live = live_links(ledger)
         wanted: list[Submission] = []
         # Live links too: their side jobs may be what a crash left out. What is on record is not submitted again.
         for link in sorted({*chain.new, *live}):
@@ -141,10 +160,10 @@ def submit_chain(chain: ChainPlan, exclude: str = "") -> dict[tuple[int, str], s
             if chain.side_script:
                 side = sidejobs.submission(chain.run_dir, chain.run, link, chain.side_script)
                 wanted.append(Submission(link, SIDE, side.script, (), side.options))
-        return submit_all(chain.run_dir, wanted)
+        return submit_all(chain.run_dir, wanted, after)
 
 
-def _live_links(ledger: Ledger) -> dict[int, str]:
+def live_links(ledger: Ledger) -> dict[int, str]:
     """The links that wait or run now, with their jobs. Asks Slurm only when something was submitted."""
     submitted = {link: job_id for (link, kind), job_id in ledger.submitted().items() if kind == MAIN}
     if not submitted:
@@ -302,6 +321,11 @@ def _live_jobs(run_dir: str) -> list[slurm.Job]:
         for job in slurm.jobs()
         if job.live and (job.job_id in ids or (uid and job.comment.startswith(f"hpctrain:{uid}:")))
     ]
+
+
+def find_chains(target: str) -> list[str]:
+    """The run directories whose chains `target` names: one run's, or all of a pipeline's in their order. Raises UsageError."""
+    return find_runs(target) if find_pipeline(target) else [find_run(target)]
 
 
 def find_run(target: str) -> str:

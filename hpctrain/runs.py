@@ -19,6 +19,7 @@ from hpctrain.schema import nearest
 _JOB_ID = re.compile(r"\d+(?:_\d+)?\Z")
 LOG_JOB = re.compile(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z")
 MARKS = ("plan.json", "ledger.jsonl", "links.jsonl", "job.sbatch")
+PIPELINE = "pipeline.json"
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,12 @@ def find_runs(target: str | None, base: str = ".") -> list[str]:
             )
         return found
     if os.path.isfile(target) and os.path.basename(target).endswith((".yaml", ".yml")):
-        return _beside(target)
+        folder = find_pipeline(target, base)
+        return stage_dirs(folder) if folder else _beside(target)
     if os.path.isfile(target) and os.path.basename(target) in MARKS:
         return [os.path.abspath(os.path.dirname(target) or ".")]
+    if find_pipeline(target, base):
+        return stage_dirs(find_pipeline(target, base) or "")
     if os.path.isdir(target):
         if is_run_dir(target):
             return [os.path.abspath(target)]
@@ -152,6 +156,41 @@ def find_runs(target: str | None, base: str = ".") -> list[str]:
         return [_run_of_job(target, everything)]
     names = [os.path.basename(path) for path in everything]
     raise UsageError(f"there is no run `{target}` here", hint=nearest(target, names) if names else "name its directory")
+
+
+def find_pipeline(target: str, base: str = ".") -> str | None:
+    """The folder of the pipeline that `target` names (its folder, its pipeline.yaml or its name), None when it names none."""
+    folders = [target, os.path.join(base, "runs", target)]
+    if os.path.isfile(target):
+        if os.path.basename(target) == PIPELINE:
+            folders = [os.path.dirname(target)]
+        elif target.endswith((".yaml", ".yml")):
+            from hpctrain.yamlio import load_yaml
+
+            document = load_yaml(target)
+            if not isinstance(document.get("stages"), dict):
+                return None
+            folders = [os.path.join(os.path.dirname(os.path.abspath(target)), "runs", str(document.get("name")))]
+    return next((os.path.abspath(path) for path in folders if os.path.isfile(os.path.join(path, PIPELINE))), None)
+
+
+def read_pipeline_index(folder: str) -> dict[str, Any]:
+    """pipeline.json of a pipeline's folder. Raises EnvironmentFault when it is damaged."""
+    path = os.path.join(folder, PIPELINE)
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        return {"pipeline": str(found["pipeline"]), "stages": [dict(stage) for stage in found["stages"]]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EnvironmentFault(
+            f"`{path}` cannot be read: {error}", hint="`hpctrain pipeline` writes it again"
+        ) from error
+
+
+def stage_dirs(folder: str) -> list[str]:
+    """The run directories of a pipeline that are there, in the order of its stages."""
+    found = [os.path.join(folder, str(stage["run_dir"])) for stage in read_pipeline_index(folder)["stages"]]
+    return [os.path.abspath(path) for path in found if is_run_dir(path)]
 
 
 def _beside(run_yaml: str) -> list[str]:
@@ -181,9 +220,11 @@ def _runs_under(base: str) -> list[str]:
             )
         except OSError:
             continue
-        found += [
-            os.path.abspath(os.path.join(folder, name)) for name in names if is_run_dir(os.path.join(folder, name))
-        ]
+        for path in (os.path.abspath(os.path.join(folder, name)) for name in names):
+            if is_run_dir(path):
+                found.append(path)
+            elif os.path.isfile(os.path.join(path, PIPELINE)):
+                found += stage_dirs(path)
     return list(dict.fromkeys(found))
 
 

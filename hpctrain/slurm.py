@@ -201,6 +201,11 @@ def exclude_nodes(job_id: str, nodes: str) -> None:
         raise EnvironmentFault(f"scontrol update of job {job_id} failed: {_said(done)}")
 
 
+def set_dependency(job_id: str, dependency: str) -> bool:
+    """Let a waiting job wait for something else; False when Slurm does not take it (it began, or ended, in between)."""
+    return run(["scontrol", "update", f"jobid={job_id}", f"Dependency={dependency}"]).returncode == 0
+
+
 def _said(done: subprocess.CompletedProcess[str]) -> str:
     return (
         "; ".join(line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip())

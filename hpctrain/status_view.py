@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hpctrain import errors, output
-from hpctrain.observe import DONE, ENDED, FAILED, GAVE_UP, PENDING, RUNNING, STOPPED, LinkStatus, RunStatus
+from hpctrain.observe import (
+    DONE,
+    ENDED,
+    FAILED,
+    GAVE_UP,
+    NOT_SUBMITTED,
+    PENDING,
+    RUNNING,
+    STOPPED,
+    LinkStatus,
+    RunStatus,
+)
+from hpctrain.runs import read_pipeline_index
+from hpctrain.runtime.settings import handed_over
 from hpctrain.triage.records import utc
 from hpctrain.units import compress_nodes, format_duration
 
@@ -17,6 +32,50 @@ def exit_code(statuses: Sequence[RunStatus]) -> int:
     if any(status.live for status in statuses):
         return errors.PENDING
     return errors.DONE if all(status.state in (DONE, ENDED, STOPPED) for status in statuses) else errors.NO
+
+
+def of_pipeline(folder: str, statuses: Sequence[RunStatus]) -> dict[str, Any]:
+    """A pipeline's stages in their order, each with its state and what it got, for `--json` and the table."""
+    index = read_pipeline_index(folder)
+    by_dir = {status.run.run_dir: status for status in statuses}
+    stages = []
+    for stage in index["stages"]:
+        run_dir = os.path.abspath(os.path.join(folder, str(stage["run_dir"])))
+        status = by_dir.get(run_dir)
+        stages.append({
+            "stage": stage["stage"], "run": stage.get("run"), "run_dir": run_dir, "from": stage.get("from"), "hand_over": stage.get("hand_over"),
+            "as": stage.get("as"), "state": status.state if status else NOT_SUBMITTED, "got": _got(run_dir),
+        })  # fmt: skip
+    return {"name": index["pipeline"], "folder": folder, "stages": stages}
+
+
+def _got(run_dir: str) -> str | None:
+    """What an earlier stage has handed to this run."""
+    try:
+        return handed_over(run_dir)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def show_pipeline(pipeline: Mapping[str, Any], statuses: Sequence[RunStatus]) -> None:
+    """A table of the pipeline's stages; what could not be seen goes to stderr."""
+    by_dir = {status.run.run_dir: status for status in statuses}
+    table = []
+    for stage in pipeline["stages"]:
+        status = by_dir.get(stage["run_dir"])
+        got = os.path.basename(stage["got"]) if stage["got"] else stage["hand_over"] or ""
+        table.append((
+            stage["stage"], stage["state"], f"{got} of {stage['from']}" if stage["from"] else "", _jobs(status) if status else "",
+            _progress(status) if status else "", _eta(status) if status else "", stage["run_dir"],
+        ))  # fmt: skip
+    output.data(f"pipeline {pipeline['name']}")
+    output.table(table, ("stage", "state", "gets", "links", "iteration", "still needs", "directory"))
+    for status in statuses:
+        if status.state in (FAILED, GAVE_UP):
+            why = status.links[-1].reason if status.links else ""
+            output.info(f"{status.run.name}: {status.state}{': ' + why if why else ''}")
+    for what in dict.fromkeys(what for status in statuses for what in status.unseen):
+        output.info(f"could not see: {what}")
 
 
 def show(statuses: Sequence[RunStatus], now_s: float) -> None:

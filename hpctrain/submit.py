@@ -92,18 +92,18 @@ def only_one(run_dir: str) -> Iterator[None]:
         yield
 
 
-def submit_all(run_dir: str, wanted: Sequence[Submission]) -> dict[tuple[int, str], str]:
+def submit_all(run_dir: str, wanted: Sequence[Submission], after: str | None = None) -> dict[tuple[int, str], str]:
     """Submit what the ledger does not have yet, in order, each link after the one before it; returns all job ids by key.
 
-    A job that has ended is waited for by nobody: Slurm may have forgotten it. Call it within `only_one`. Raises EnvironmentFault when Slurm refuses;
+    The first link waits for the job `after`, another run's, where that is given. A job that has ended is waited for by nobody: Slurm may have forgotten it. Call it within `only_one`. Raises EnvironmentFault when Slurm refuses;
     what was submitted until then is on record, and calling again goes on from there.
     """
     path = os.path.join(run_dir, "ledger.jsonl")
     ledger = read_ledger(run_dir)
     uid = ledger.uid or secrets.token_hex(6)
     ids = {**ledger.submitted(), **_recover(run_dir, ledger)}
-    live = {job.job_id for job in slurm.jobs() if job.live} if ids else set()
-    previous = None
+    live = {job.job_id for job in slurm.jobs() if job.live} if ids or after else set()
+    previous = after
     for item in wanted:
         key = (item.link, item.kind)
         if key not in ids:
@@ -120,7 +120,7 @@ def submit_all(run_dir: str, wanted: Sequence[Submission]) -> dict[tuple[int, st
             live.add(ids[key])
             _append(path, {**record, "event": "submitted", "job_id": ids[key], "time": now()})
         if item.kind == MAIN:
-            previous = ids[key]
+            previous = ids[key] if ids[key] in live else previous
     return ids
 
 

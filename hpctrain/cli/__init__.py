@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "render": ("render", "write the run directory; prints the path of job.sbatch"),
     "ladder": ("ladder", "few steps on 1, 2, 8 GPUs first; the next rung only when triage says GREEN"),
     "chain": ("chain", "render, bootstrap and queue a whole chain of jobs"),
+    "pipeline": ("pipeline", "runs that hand checkpoints or models on, queued as one graph"),
     "status": ("status", "what runs are doing: links, progress, time still needed"),
     "logs": ("logs", "the logs of a run across links and requeues, the first failing rank first"),
     "triage": ("triage", "what the logs say: GREEN or RED per rule, the cause, what to do next"),

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 
 import click
 
@@ -78,7 +77,7 @@ def command(
         )
     if not dry_run:
         if found.new and chain.ask_needed(found) and not yes:
-            _ask(f"Submit {len(found.new)} links for up to {hours:.0f} {unit}?")
+            common.ask(f"Submit {len(found.new)} links for up to {hours:.0f} {unit}?")
         exclude = badnodes.merged("", found.bad_nodes) if exclude_bad and found.bad_nodes else ""
         changed = chain.exclude_bad(run_dir, found.bad_nodes) if exclude else []
         ids = chain.submit_chain(found, exclude)
@@ -110,12 +109,3 @@ def _number(jobs: str | None) -> int | None:
 
 def _span(first: int | None, last: int | None) -> str:
     return "" if first is None else f"{first} -> {'?' if last is None else last}"
-
-
-def _ask(question: str) -> None:
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise errors.Refused(
-            question.rstrip("?") + ": not without being asked", hint="add --yes, or look with --dry-run first"
-        )
-    if not click.confirm(question, err=True):
-        raise errors.Refused("nothing was submitted")

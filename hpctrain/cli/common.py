@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hpctrain import output
-from hpctrain.errors import UsageError
+from hpctrain.errors import Refused, UsageError
 
 if TYPE_CHECKING:
     from hpctrain.plan import Plan  # not at run time: `--help` of a verb needs none of it
@@ -29,6 +30,16 @@ out_dir = click.option(
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 dry_run = click.option("--dry-run", is_flag=True, help="Do everything but the one effect.")
 yes = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+
+
+def ask(question: str) -> None:
+    """Ask a person. Raises Refused when there is none to ask, or the answer is no."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise Refused(
+            question.rstrip("?") + ": not without being asked", hint="add --yes, or look with --dry-run first"
+        )
+    if not click.confirm(question, err=True):
+        raise Refused("nothing was submitted")
 
 
 def require_valid(plan: Plan) -> None:

@@ -4,7 +4,7 @@ import os
 
 import click
 
-from hpctrain import output
+from hpctrain import errors, output
 
 
 @click.command()
@@ -26,7 +26,8 @@ def command(
 ) -> None:
     """Write one self-contained HTML page of a run: curves, links, cost, lost work, what triage says; stdout is its path.
 
-    RUN is a run directory, a run.yaml, a run's name or a job id. Needs the extra `report`.
+    RUN is a run directory, a run.yaml, a run's name or a job id, or a pipeline: then one page for each stage and one that
+    links them, printed first. Needs the extra `report`.
 
     \b
     hpctrain report runs/ft_latest_7
@@ -35,8 +36,16 @@ def command(
     from hpctrain.report.gather import gather
     from hpctrain.report.tables import export
     from hpctrain.report.write import write_report
-    from hpctrain.runs import find_runs
+    from hpctrain.runs import find_pipeline, find_runs
 
+    folder = find_pipeline(target)
+    if folder:
+        if png_path or csv_dir or parquet_dir:
+            raise errors.UsageError(
+                "a pipeline has no curves of its own", hint="name one of its stages' run directories"
+            )
+        _pipeline(folder, out or os.path.join(folder, "report.html"), no_slurm, force)
+        return
     run_dir = find_runs(target)[0]
     report = gather(run_dir, not no_slurm)
     paths = write_report(report, out or os.path.join(run_dir, "report.html"), png_path, force)
@@ -45,4 +54,28 @@ def command(
     for what in report.unseen:
         output.info(f"could not see: {what}")
     for path in paths:
+        output.data(path)
+
+
+def _pipeline(folder: str, out: str, no_slurm: bool, force: bool) -> None:
+    from hpctrain.report.gather import gather
+    from hpctrain.report.write import write_index, write_report
+    from hpctrain.runs import stage_dirs
+    from hpctrain.status_view import of_pipeline
+
+    reports = {run_dir: gather(run_dir, not no_slurm) for run_dir in stage_dirs(folder)}
+    paths = {
+        run_dir: write_report(report, os.path.join(run_dir, "report.html"), None, force)[0]
+        for run_dir, report in reports.items()
+    }
+    pipeline = of_pipeline(folder, [report.status for report in reports.values()])
+    rows = []
+    for stage in pipeline["stages"]:
+        report = reports.get(stage["run_dir"])
+        progress = report.status.progress if report else None
+        rows.append({**stage, "page": paths.get(stage["run_dir"]), "iteration": progress.iteration if progress else None,
+                     "target": progress.target if progress else None})  # fmt: skip
+    for what in dict.fromkeys(what for report in reports.values() for what in report.unseen):
+        output.info(f"could not see: {what}")
+    for path in (write_index(pipeline["name"], rows, out, force), *paths.values()):
         output.data(path)

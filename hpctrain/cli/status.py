@@ -17,7 +17,7 @@ from hpctrain.cli import common
 def command(target: str | None, watch: bool, every: float, no_slurm: bool, as_json: bool) -> None:
     """Show what a run is doing: every link, the progress, the time and links still needed.
 
-    RUN is a run directory, a run.yaml, a run's name or a job id; none means all runs here.
+    RUN is a run directory, a run.yaml, a pipeline (its name, folder or YAML), a run's name or a job id; none means all runs here.
     Exits 0 when done, 1 when it failed or gave up, 8 while it runs or waits.
 
     \b
@@ -26,17 +26,20 @@ def command(target: str | None, watch: bool, every: float, no_slurm: bool, as_js
     hpctrain status 1234567 --json | jq .runs[0].progress
     """
     from hpctrain.observe import observe
-    from hpctrain.runs import find_runs
-    from hpctrain.status_view import exit_code, show
+    from hpctrain.runs import find_pipeline, find_runs
+    from hpctrain.status_view import exit_code, of_pipeline, show, show_pipeline
 
     while True:
         statuses = observe(find_runs(target), not no_slurm)
+        folder = find_pipeline(target) if target else None
+        pipeline = of_pipeline(folder, statuses) if folder else None
         if as_json:
-            output.data_json(runs=[status.as_json() for status in statuses])
+            more = {"pipeline": pipeline} if pipeline else {}
+            output.data_json(runs=[status.as_json() for status in statuses], **more)
         else:
             if watch:
                 click.clear()
-            show(statuses, time.time())
+            show_pipeline(pipeline, statuses) if pipeline else show(statuses, time.time())
         if not watch or not any(status.live for status in statuses):
             break
         time.sleep(every)

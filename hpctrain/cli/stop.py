@@ -12,7 +12,7 @@ from hpctrain.cli import common
 @click.argument("run", default="run.yaml", type=click.Path(), metavar="[RUN]")
 @common.dry_run
 def command(run: str, dry_run: bool) -> None:
-    """End a chain after its next checkpoint; RUN is a run directory, a run.yaml, a run's name or a job id.
+    """End a chain after its next checkpoint; RUN is a run directory, a run.yaml, a pipeline, a name or a job id.
 
     \b
     hpctrain stop runs/ft
@@ -20,8 +20,8 @@ def command(run: str, dry_run: bool) -> None:
     """
     from hpctrain import chain
 
-    run_dir = chain.find_run(run)
-    running = chain.stop(run_dir, dry_run)
+    run_dirs = chain.find_chains(run)
+    running = [job for run_dir in run_dirs for job in chain.stop(run_dir, dry_run)]
     would = "would end" if dry_run else "end"
     for job in running:
         output.info(
@@ -29,4 +29,5 @@ def command(run: str, dry_run: bool) -> None:
         )
     output.info(f"links that wait {would} as they start")
     if not dry_run:
-        output.next_step(f"hpctrain status {shlex.quote(run)}    (remove {shlex.quote(run_dir)}/STOP to go on)")
+        stops = " ".join(shlex.quote(f"{run_dir}/STOP") for run_dir in run_dirs)
+        output.next_step(f"hpctrain status {shlex.quote(run)}    (remove {stops} to go on)")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
+from urllib.parse import quote
 
 from hpctrain import __version__
 from hpctrain.report.gather import Report
@@ -47,9 +50,36 @@ def page(report: Report, curves_svg: str, timeline_svg: str | None) -> str:
         f"<footer>hpctrain {escape(__version__)}. Lost work is what a later start did again, or what no complete checkpoint holds. "
         "Efficiency is the time of iterations that count over the time that jobs ran.</footer>",
     ]  # fmt: skip
+    return _whole(run.name, body)
+
+
+def pipeline_page(name: str, rows: Sequence[Mapping[str, Any]], folder: str) -> str:
+    """The page of a pipeline that lies in `folder`: its stages in order, each with a link to its own page.
+
+    A row has `stage`, `run`, `state`, `from`, `hand_over`, `got`, `iteration`, `target` and `page` (None where there is none).
+    """
+    cells = []
+    for row in rows:
+        shown = escape(str(row["stage"]))
+        if row["page"]:
+            href = escape(quote(os.path.relpath(row["page"], folder)), quote=True)
+            shown = f'<a href="{href}">{shown}</a>'
+        got = f"{row['got'] or row['hand_over']} of stage {row['from']}" if row["from"] else ""
+        at = "" if row["iteration"] is None else f"{row['iteration']} of {row['target'] or 'an unknown number'}"
+        cells.append(
+            f"<tr><td>{shown}</td><td>{escape(str(row['run']))}</td><td>{escape(str(row['state']))}</td>"
+            f"<td><code>{escape(got)}</code></td><td>{escape(at)}</td></tr>"
+        )
+    table = "<table><tr><th>stage</th><th>run</th><th>state</th><th>gets</th><th>iteration</th></tr>" + "".join(cells)
+    body = [f"<h1>{escape(name)}</h1>", '<p class="sub">a pipeline; each stage has a page of its own</p>', f'<div class="card">{table}</table></div>',
+            f"<footer>hpctrain {escape(__version__)}</footer>"]  # fmt: skip
+    return _whole(name, body)
+
+
+def _whole(name: str, body: Sequence[str]) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(run.name)}: hpctrain report</title><style>{_STYLE}</style></head>\n{MARK}\n<body><main>\n"
+        f"<title>{escape(name)}: hpctrain report</title><style>{_STYLE}</style></head>\n{MARK}\n<body><main>\n"
         + "\n".join(body)
         + "\n</main></body></html>\n"
     )

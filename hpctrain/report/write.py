@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hpctrain.errors import EnvironmentFault, Refused
 from hpctrain.report import figures
 from hpctrain.report.gather import Report
-from hpctrain.report.page import MARK, page
+from hpctrain.report.page import MARK, page, pipeline_page
 
 
 def write_report(report: Report, path: str, png_path: str | None = None, force: bool = False) -> list[str]:
@@ -31,6 +33,16 @@ def write_report(report: Report, path: str, png_path: str | None = None, force: 
     if png_path:
         _write(png_path, picture)
     return [path, *([png_path] if png_path else [])]
+
+
+def write_index(name: str, rows: Sequence[Mapping[str, Any]], path: str, force: bool = False) -> str:
+    """Write the page of a pipeline: a row per stage, with a link to its own page. Raises as `write_report`."""
+    if not force and os.path.lexists(path) and not _is_report(path):
+        raise Refused(
+            f"`{path}` is there and is no report of hpctrain", hint="name another file with -o, or use --force"
+        )
+    _write(path, pipeline_page(name, rows, os.path.dirname(os.path.abspath(path))).encode("utf-8"))
+    return path
 
 
 def _is_report(path: str) -> bool:
