@@ -12,10 +12,12 @@ import yaml
 
 from hpctrain.ladder import changes_for
 from hpctrain.load import load_plan
+from hpctrain.pipeline.stages import load_pipeline
 from hpctrain.plan import Plan
 from hpctrain.recipes.open_instruct.arguments import flags, known_commits, match_commit, table
 from hpctrain.recipes.open_instruct.draft import DPO, SFT
 
+ROOT = Path(__file__).parents[2]
 OLD, NEW = known_commits()
 CONFIG = {"chat_template_name": "tulu", "max_train_steps": 200, "checkpointing_steps": 50}
 OPTIONS = {"dir": "oi", "commit": NEW, "model": "org/base", "hf_home": "hf"}
@@ -231,6 +233,19 @@ def test_the_working_copys_own_arguments_pass_as_they_are(tmp_path: Path) -> Non
     plan = plan_of(tmp_path, {"extra_arguments": ["--mine", "$(touch canary)"]})
 
     assert words(plan, "arguments")[-2:] == ["--mine", "$(touch canary)"]
+
+
+def test_the_examples_render_on_both_sites_and_hand_the_model_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "examples" / "open-instruct-pipeline")
+    sft, dpo = load_pipeline("pipeline.yaml").stages
+    assert sft.plan.errors == dpo.plan.errors == []
+    assert value_of(dpo.plan, "model_name_or_path") == sft.plan.resolved.model == sft.plan.spec.checkpoint_dir
+    assert not any(what == "model" for what, _, _ in dpo.plan.resolved.paths), (
+        "it is not there before the first stage ends"
+    )
+    for name in ("sft", "dpo"):
+        path, elsewhere = f"../open-instruct-{name}/run.yaml", ["site=generic-cuda", "partition=gpu", "account=mine"]
+        assert load_plan(path).plan.errors == load_plan(path, elsewhere).plan.errors == []
 
 
 @pytest.mark.parametrize("program", [SFT, DPO])

@@ -60,7 +60,8 @@ def resolve(context: Context) -> Resolved:
     ]
     if options["offline"] and hf_home:
         paths.append(("folder of models and data sets", hf_home, draft.option_where("hf_home")))
-    if model.folder:
+    handed = spec.handed is not None and model.folder == spec.handed.model
+    if model.folder and not handed:  # what an earlier stage hands over is not there yet
         paths.append(("model", os.path.join(model.folder, "config.json"), model.where))
     if options["deepspeed_config"]:
         paths.append(("DeepSpeed configuration", config_file or "", draft.option_where("deepspeed_config")))
@@ -88,8 +89,8 @@ def resolve(context: Context) -> Resolved:
             "hf_home": hf_home,
         },
         paths=tuple(paths),
-        model=spec.checkpoint_dir,
         hub=repos,
+        model=spec.checkpoint_dir,
         binds=(("cache folder", cache_dir),),
         placeholders=_placeholders(folder, str(options["commit"]), model, repos),
         decisions=tuple(draft.decisions),
