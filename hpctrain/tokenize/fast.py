@@ -6,7 +6,8 @@ spell a user-defined piece go to SentencePiece one by one, and so does any span 
 
 Why it can be equal: SentencePiece's BPE merges the adjacent pair whose concatenation has the best score, leftmost first
 (bpe_model.cc, SampleEncode). Ranked merges do the same when every character of a piece is a piece itself and no two pieces
-share a score. Control, unknown and byte pieces take no part in merges, so `<|user|>` in text stays text.
+share a score. Control, unknown and byte pieces take no part in merges, so `<|user|>` in text stays text. A character that no
+merge holds separates texts as if each were encoded alone: NUL, since spans that hold one go to SentencePiece.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ CACHE_BYTES = 192 << 20
 CHECK_EVERY = 500
 CHECK_BYTES = 200_000
 _SPACE = "▁"
+_SPACE_UTF8 = _SPACE.encode()
 
 
 def unsuited(model: SpmModel) -> str:
@@ -47,6 +49,8 @@ def unsuited(model: SpmModel) -> str:
     long = [index for index in normal if len(model.pieces[index]) > 1]
     if len({model.scores[index] for index in long}) != len(long):
         return "two pieces have the same score"
+    if any("\0" in piece for piece in known):
+        return "a piece holds a NUL"
     if not set("".join(known)) <= known:
         return "a piece has a character that is no piece itself"
     if model.byte_fallback and model.types.count(BYTE) != 256:
@@ -64,14 +68,14 @@ class FastEncoder:
         self._json = tokenizer_json(model)
         self._from_json: Callable[[bytes], Any] = gigatoken.Tokenizer.from_json
         self._sp = processor(model)
-        self._forbidden = np.concatenate([never_from_text(model), np.zeros(256, dtype=bool)])
+        self._forbidden = np.concatenate([never_from_text(model), np.zeros(257, dtype=bool)])
+        self._separator = _separator_id(model)
+        self._between = b"\0 " if model.add_dummy_prefix else b"\0"
         self._unknown = unknown_id(model)
         self._vocab_size = model.vocab_size
         self._byte_fallback = model.byte_fallback
-        defined = [model.pieces[index].replace(_SPACE, " ") for index in model.ids_of_type(USER_DEFINED)]
-        self._defined = (
-            re.compile("|".join(map(re.escape, sorted(defined, key=len, reverse=True)))) if defined else None
-        )
+        defined = [model.pieces[index].replace(_SPACE, " ").encode() for index in model.ids_of_type(USER_DEFINED)]
+        self._defined = re.compile(b"|".join(map(re.escape, defined))) if defined else None
         self._normalize = make_normalizer(model, self._sp)
         self._renew()
         self.name = f"gigatoken {_version()}"
@@ -85,45 +89,55 @@ class FastEncoder:
         if _resident_bytes() > self._limit:
             self._renew()
         ids, lengths = self._encode_all(spans)
-        while self._countdown < len(spans):
-            self._compare([spans[self._countdown]])
-            self._countdown += CHECK_EVERY
-        self._countdown -= len(spans)
+        chosen = range(self._countdown, len(spans), CHECK_EVERY)
+        self._countdown += len(chosen) * CHECK_EVERY - len(spans)
+        self._compare(spans, ids, lengths, chosen)
         return ids, lengths
 
     def _encode_all(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """All spans in one call, with separators between them, as a call costs as much as some hundred bytes of text."""
         import numpy as np
 
-        encode = self._encode
-        texts = self._normalize(spans)
-        if self._defined is None:
-            # Where nothing is left of a span, SentencePiece may still give a lone dummy prefix.
-            arrays = [encode(text) if text else self._one(span) for span, text in zip(spans, texts)]
-        else:
-            # A normalizer may turn other text into a user-defined piece, and the dummy prefix may be the start of one.
-            search = self._defined.search
-            arrays = [
-                self._one(span) if not text or search(" " + text.replace(_SPACE, " ")) else encode(text)
-                for span, text in zip(spans, texts)
-            ]
-        if not arrays:
+        if not spans:
             return np.zeros(0, np.int32), np.zeros(0, np.int64)
-        flat = np.concatenate(arrays)
-        if self._forbidden[flat].any():
-            for index, array in enumerate(arrays):
-                if self._forbidden[array].any():
-                    arrays[index] = self._one(spans[index])
-            flat = np.concatenate(arrays)
-        lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
+        odd = {index for index, span in enumerate(spans) if "\0" in span}
+        text = self._normalize(["" if "\0" in span else span for span in spans] if odd else spans)
+        if self._defined or text[:1] in (b"", b"\0") or text[-1:] == b"\0" or b"\0\0" in text:
+            # Where nothing is left of a span, SentencePiece may still give a lone dummy prefix. A normalizer may turn other
+            # text into a user-defined piece, and the dummy prefix may be the start of one.
+            find = self._defined.search if self._defined else lambda text: False
+            parts = text.split(b"\0")
+            odd.update(i for i, part in enumerate(parts) if not part or find(b" " + part.replace(_SPACE_UTF8, b" ")))
+        flat = self._encode((b"\0" + text).replace(b"\0", self._between))
+        begins = np.flatnonzero(flat == self._separator)
+        if len(begins) != len(spans) or begins[0]:
+            raise EncoderDisagrees("it lost the border between two spans")
+        lengths = np.diff(begins, append=len(flat)) - 1
+        flat = np.delete(flat, begins)
+        forbidden = np.flatnonzero(self._forbidden[flat])
+        if len(forbidden):
+            odd.update(np.searchsorted(np.cumsum(lengths), forbidden, side="right").tolist())
         if not self._byte_fallback:
             flat, lengths = self._unknowns(flat, lengths)
-        return flat.view(np.int32), lengths
+        ids = flat.astype(np.int32, copy=False)
+        return self._with(ids, lengths, spans, sorted(odd)) if odd else (ids, lengths)
 
-    def _one(self, span: str) -> NDArray[np.uint32]:
+    def _with(
+        self, flat: NDArray[np.int32], lengths: NDArray[np.int64], spans: Sequence[str], odd: Sequence[int]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The same, with what SentencePiece makes of the spans `odd` in the place of what is there."""
         import numpy as np
 
-        self.fallbacks += 1
-        return np.array(self._sp.encode(span), dtype=np.uint32)
+        self.fallbacks += len(odd)
+        ends = np.cumsum(lengths).tolist()
+        parts: list[NDArray[np.int32]] = []
+        at = 0
+        for index in odd:
+            right = np.array(self._sp.encode(spans[index]), dtype=np.int32)
+            end = ends[index]
+            parts += [flat[at : end - int(lengths[index])], right]
+            at, lengths[index] = end, len(right)
+        return np.concatenate([*parts, flat[at:]]), lengths
 
     def _unknowns(self, flat: NDArray[Any], lengths: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Without byte fallback, bytes of unknown characters (ids past the vocabulary) become one unknown a run."""
@@ -144,21 +158,27 @@ class FastEncoder:
         before = np.concatenate([[0], np.cumsum(repeated)])
         return flat[~repeated], lengths - (before[ends] - before[ends - lengths])
 
-    def _compare(self, spans: list[str]) -> None:
-        flat, lengths = self._encode_all(spans)
-        end = 0
-        for span, length, right in zip(spans, lengths.tolist(), self._sp.encode(spans, num_threads=1)):
-            end += length
-            if flat[end - length : end].tolist() != right:
-                raise EncoderDisagrees(f"it gave other ids than sentencepiece for {span[:60]!r}")
+    def _compare(
+        self, spans: Sequence[str], ids: NDArray[np.int32], lengths: NDArray[np.int64], chosen: Sequence[int]
+    ) -> None:
+        """Raises EncoderDisagrees unless the ids of the `chosen` spans are SentencePiece's."""
+        import numpy as np
+
+        if not chosen:
+            return
+        ends = np.cumsum(lengths)
+        for index, right in zip(chosen, self._sp.encode([spans[index] for index in chosen], num_threads=1)):
+            end = int(ends[index])
+            if ids[end - int(lengths[index]) : end].tolist() != right:
+                raise EncoderDisagrees(f"it gave other ids than sentencepiece for {spans[index][:60]!r}")
 
     def _self_check(self, spans: list[str]) -> int:
-        self._compare(spans)
+        self._compare(spans, *self._encode_all(spans), range(len(spans)))
         self.fallbacks = 0
         return len(spans)
 
     def _renew(self) -> None:
-        self._encode: Callable[[str], NDArray[np.uint32]] = lambda text: text  # type: ignore[assignment,return-value]
+        self._encode: Callable[[bytes], NDArray[np.uint32]] = lambda text: text  # type: ignore[assignment,return-value]
         self._encode = self._from_json(self._json).backend.encode
         self._limit = _resident_bytes() + CACHE_BYTES
 
@@ -166,7 +186,8 @@ class FastEncoder:
 def tokenizer_json(model: SpmModel) -> bytes:
     """A tokenizer.json of `model` in which only normal pieces can come out of text; ids are the model's own.
 
-    Without byte fallback, 256 byte pieces are added past the vocabulary, to mark unknown characters.
+    Without byte fallback, 256 byte pieces are added past the vocabulary, to mark unknown characters. NUL is the last piece, and
+    joins no other: it separates spans.
     """
     vocab: dict[str, int] = {}
     normal: dict[str, int] = {}
@@ -182,13 +203,14 @@ def tokenizer_json(model: SpmModel) -> bytes:
     if not has_bytes:
         for byte in range(256):
             vocab[f"<0x{byte:02X}>"] = model.vocab_size + byte
+    vocab["\0"] = _separator_id(model)
     # Best score first; models list their pieces so, which makes this sort quick.
     by_score = sorted(normal, key=lambda piece: -model.scores[normal[piece]])
     merges = [
-        (piece[:cut], piece[cut:])
+        (left, right)
         for piece in by_score
         for cut in range(1, len(piece))
-        if piece[:cut] in normal and piece[cut:] in normal
+        if (right := piece[cut:]) in normal and (left := piece[:cut]) in normal
     ]
     bpe = {
         "type": "BPE",
@@ -202,10 +224,7 @@ def tokenizer_json(model: SpmModel) -> bytes:
         "vocab": vocab,
         "merges": merges,
     }
-    normalizers = [
-        *([{"type": "Prepend", "prepend": _SPACE}] if model.add_dummy_prefix else []),
-        {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
-    ]
+    normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
     whole: dict[str, object] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
     rest = {"pre_tokenizer": None, "post_processor": None, "decoder": None, "model": bpe}
     data = {**whole, "normalizer": {"type": "Sequence", "normalizers": normalizers}, **rest}
@@ -214,6 +233,10 @@ def tokenizer_json(model: SpmModel) -> bytes:
     except ImportError:
         return json.dumps(data, ensure_ascii=False).encode()
     return orjson.dumps(data)
+
+
+def _separator_id(model: SpmModel) -> int:
+    return model.vocab_size + (0 if model.byte_fallback else 256)
 
 
 def fuzz(model: SpmModel, seed: int, count: int = 1500) -> Iterator[str]:

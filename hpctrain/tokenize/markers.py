@@ -27,11 +27,12 @@ _LOOKS_LIKE_MARKER = re.compile(r"<<<\|(?:(?!\|>>>)[^\n]){0,64}\|>>>")
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a document does not fit: a kind, words for a person, and where in the text (in characters)."""
+    """Why a document does not fit: a kind, words for a person, where in the text (in characters), and what to do."""
 
     kind: str
     what: str
     offset: int = 0
+    hint: str = ""
 
 
 class Splitter:
@@ -95,7 +96,7 @@ class Splitter:
         for number, text in turns:
             found = self._pattern.search(text)
             if found:
-                return Fault("unbalanced", f"a message holds the marker `{found.group()}`", found.start())
+                return Fault("marker", f"a message holds the marker `{found.group()}`", found.start())
             fault = self._span_fault(text, 0)
             if fault:
                 return fault

@@ -6,12 +6,15 @@ Nothing is repaired: what cannot be read exactly as written is a `Fault`.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.tokenize.control import Control
 from hpctrain.tokenize.markers import Fault, Splitter
+
+_ONE_A_LINE = "JSONL has one JSON object a line"
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ def read_line(line: bytes) -> tuple[Any, Fault | None]:
         offset = len(text[: error.pos].encode("utf-8", "surrogatepass"))
         if "\0" in text:
             return None, Fault("nul", "a raw NUL byte, which JSON does not allow", line.index(b"\0"))
-        return None, Fault("json", f"not JSON: {error.msg}", offset)
-    except ValueError as error:
-        return None, Fault("json", f"not JSON: {error}")
+        return None, Fault("json", f"not JSON: {error.msg}", offset, _ONE_A_LINE)
+    except ValueError:
+        return None, Fault("json", "not JSON: a number with thousands of digits")
 
 
 class Extractor:
@@ -72,11 +75,13 @@ class Extractor:
     def add(self, record: Any, layout: list[int], spans: list[str]) -> Fault | None:
         """Append what `record` holds to `layout` and `spans`; an empty text appends nothing, and is counted."""
         if type(record) is not dict:
-            return Fault("json", f"the record is {_kind(record)}, not an object")
+            return Fault("json", f"the record is {_kind(record)}, not an object", 0, _ONE_A_LINE)
         text = record.get(self._form.text_key)
         if type(text) is str:
             if self.suspicious and _has_surrogate(text):
                 return _surrogate(text)
+            if self._form.messages_key in record:
+                self._special[f"records with a text and {self._form.messages_key}: the text was taken"] += 1
             if not text:
                 self._special["empty documents, dropped"] += 1
                 return None
@@ -122,9 +127,11 @@ class Extractor:
                 continue
             if control_id is None:
                 known = ", ".join(self._roles)
-                return Fault(
-                    "role", f"`{where}` has the role `{role}`, which no control token stands for (known: {known})"
-                )
+                hint = "give the role a token: --control-token " + shlex.quote(f"<<<|{role}|>>>=<|{role}|>")
+                if role == "system":
+                    hint += "; or --system prepend puts it before the user's message"
+                text = f"`{where}` has the role `{role}`, which no control token stands for (known: {known})"
+                return Fault("role", text, 0, hint)
             if system and role != "user":
                 return Fault("role", f"`{where}`: a system message is not followed by one of the user")
             turns.append((control_id, system + content))
@@ -148,5 +155,12 @@ def _surrogate(text: str) -> Fault:
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
+    names = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        bytes: "bytes",
+    }
     return names.get(type(value), "a list" if isinstance(value, list) else "an object")

@@ -143,6 +143,7 @@ class SegmentReader:
     def __init__(self, source: Input, segment: Segment, digest: _Hash):
         self._source, self._segment, self._digest = source, segment, digest
         self.first, self.last = segment.begin, segment.end
+        self._done = 0
 
     def blocks(self) -> Iterator[Block]:
         if self._source.kind == "lines":
@@ -188,6 +189,7 @@ class SegmentReader:
             lines.pop()
             yield Block(lines, offset, cut)
             offset += cut
+            self._done = offset
         self.last = offset if end is not None else self._segment.end
 
     def _whole_file(self) -> Iterator[Block]:
@@ -205,7 +207,8 @@ class SegmentReader:
                 with open(self._source.path, "rb") as raw:
                     yield from self._lines(_ZstdFile(raw, zstandard), 0, None)
         except errors as error:
-            raise EnvironmentFault(f"broken {self._source.kind} file: {error}", where=self._source.path) from None
+            text = f"broken {self._source.kind} file, after {self._done} bytes of text: {error}"
+            raise EnvironmentFault(text, where=self._source.path, hint="make or copy the file again") from None
         self.first, self.last = self._segment.begin, self._segment.end
 
     def _rows(self) -> Iterator[Block]:

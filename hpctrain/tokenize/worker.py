@@ -369,12 +369,12 @@ def _problem(fault: Fault, block: Block, number: int, source: Input, lines: int)
     if source.kind == "lines":
         # A range does not know how many lines came before it; only an error needs to, so count them now.
         line = line_number(source, offset)
-    if fault.kind in ("json", "utf-8", "bom") or (fault.kind == "nul" and "raw" in fault.what):
+    if fault.kind in ("json", "utf-8", "bom", "text", "role") or (fault.kind == "nul" and "raw" in fault.what):
         where = f"byte {offset + fault.offset}"
     else:
         where = f"character {fault.offset} of the text, in the line at byte {offset}"
     allowable = fault.kind in ALLOWABLE and "raw" not in fault.what
-    hint = f"--allow {fault.kind} accepts it" if allowable else ""
+    hint = f"--allow {fault.kind} accepts it" if allowable else fault.hint
     return Problem(f"{fault.what} ({where})", where=f"{source.path}:{line}", hint=hint)
 
 

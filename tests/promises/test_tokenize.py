@@ -183,6 +183,26 @@ def test_chat_records_give_the_same_as_text(tmp_path):
     assert pair(tmp_path) == oracle(texts, model_path("bpe_identity"))
 
 
+@pytest.mark.parametrize(
+    ("messages", "hint"),
+    [
+        ([("system", "be kind"), ("user", "a")], "--system prepend"),
+        ([("it's a tool", "x")], """--control-token '<<<|it'"'"'s a tool|>>>=<|it'"'"'s a tool|>'"""),
+        ([("user", f"a {U} b")], ""),  # nothing accepts this: it would end the turn
+        ([("user", "<<<|x|>>>")], "--allow unknown-marker"),
+    ],
+)
+def test_what_is_wrong_with_a_chat_says_what_helps(tmp_path, messages, hint):
+    line = json.dumps({"messages": [{"role": role, "content": content} for role, content in messages]})
+    (tmp_path / "chat.jsonl").write_text(line)
+    with pytest.raises(HpctrainError) as caught:
+        do(request(tmp_path, tmp_path / "chat.jsonl"))
+    (problem,) = caught.value.problems
+
+    assert problem.where.endswith("chat.jsonl:1") and "byte 0" in problem.what
+    assert hint in problem.hint if hint else problem.hint == ""
+
+
 BAD = [
     (b'{"text": "no closing', "not JSON"),
     (b'{"txt": "x"}', "neither `text` nor `messages`"),

@@ -90,6 +90,15 @@ def test_spans_with_user_defined_pieces_go_to_sentencepiece():
     assert one.fallbacks == before + 2
 
 
+@pytest.mark.parametrize("kind", FAST)
+def test_spans_beside_each_other_do_not_touch(kind):
+    one = encoder(kind)
+    check(one, ["a", "", "b ", " c", "\u200b", "x\0y", "\0", "▁", "\n", "th", "e ", "e"])
+    check(one, ["\u200b", "a"])
+    check(one, ["a", "\0"])
+    check(one, [""])
+
+
 def test_an_encoder_that_is_wrong_is_found_out(monkeypatch):
     model = load_model(model_path("bpe_identity"))
     right = fast.tokenizer_json(model)
@@ -103,11 +112,14 @@ def test_an_encoder_that_is_wrong_is_found_out(monkeypatch):
 
 
 def test_spot_checks_go_on_after_the_start(monkeypatch):
-    one = fast.FastEncoder(load_model(model_path("bpe_identity")), [])
-    one._encode = lambda text: np.array([600], dtype=np.uint32)
-    with pytest.raises(EncoderDisagrees):
+    model = load_model(model_path("bpe_identity"))
+    one = fast.FastEncoder(model, [])
+    one._encode = lambda text: np.array([model.vocab_size, 600] * 10, dtype=np.uint32)
+    with pytest.raises(EncoderDisagrees, match="other ids"):
         for _ in range(fast.CHECK_EVERY // 10 + 1):
             one.encode(["some text"] * 10)
+    with pytest.raises(EncoderDisagrees, match="border"):
+        one.encode(["some text"] * 9)
 
 
 def test_the_cache_is_dropped_when_it_has_grown(monkeypatch):

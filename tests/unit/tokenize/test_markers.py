@@ -104,7 +104,7 @@ def test_chat_messages_may_not_hold_markers():
     layout, spans = [], []
     fault = Splitter(IDS).chat([(7, "hello"), (8, f"x{U}y")], layout, spans)
 
-    assert fault is not None and fault.kind == "unbalanced" and (layout, spans) == ([], [])
+    assert fault is not None and fault.kind == "marker" and (layout, spans) == ([], [])
 
 
 def test_dialogues_of_the_other_tests_are_accepted():
