@@ -173,6 +173,8 @@ def bootstrap(settings: Settings, dry_run: bool = False) -> Bootstrap:
     if not dry_run:
         try:
             do_bootstrap(plan)
+        except StartProblem as problem:
+            raise UsageError(str(problem)) from problem
         except OSError as error:
             raise EnvironmentFault(f"cannot write into `{plan.folder}`: {error.strerror}") from error
     return plan

@@ -1,4 +1,4 @@
-"""JSON Schemas of run.yaml and of site profiles, so that editors complete and check them while one types.
+"""JSON Schemas of run.yaml, pipeline.yaml and site profiles, so that editors complete and check them while one types.
 
 Made from the same declared fields that hpctrain checks with, plus the options of the shipped recipes. The files under
 `hpctrain/schemas/` are these, written out; a test holds them equal.
@@ -11,17 +11,21 @@ import os
 from typing import Any
 
 from hpctrain import site, spec
+from hpctrain.pipeline import spec as pipeline
 from hpctrain.recipe import list_recipes, load_recipe
 from hpctrain.resources import shipped_dir
 from hpctrain.schema import json_schema
 
-KINDS = ("run", "site")
+KINDS = ("run", "pipeline", "site")
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "schemas")
 
 
 def schema_text(kind: str, shipped_only: bool = False) -> str:
-    """The schema of `run` or `site` as JSON text; that of runs knows the options of every recipe there is."""
-    schema = _run_schema(shipped_only) if kind == "run" else _site_schema()
+    """The schema of `run`, `pipeline` or `site` as JSON text; that of runs knows the options of every recipe there is."""
+    if kind == "pipeline":
+        schema = json_schema(pipeline.FIELDS, "hpctrain pipeline.yaml", "Runs that hand checkpoints or models on.")
+    else:
+        schema = _run_schema(shipped_only) if kind == "run" else _site_schema()
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 

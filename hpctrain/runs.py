@@ -5,6 +5,7 @@ A run is named by its directory, by its run.yaml, by its name (looked for under 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -156,6 +157,20 @@ def find_runs(target: str | None, base: str = ".") -> list[str]:
         return [_run_of_job(target, everything)]
     names = [os.path.basename(path) for path in everything]
     raise UsageError(f"there is no run `{target}` here", hint=nearest(target, names) if names else "name its directory")
+
+
+def find_one(target: str | None, base: str = ".") -> str:
+    """The one run directory that `target` names; of several (a pipeline's) the one whose logs grew last. Raises as `find_runs`."""
+    return max(find_runs(target, base), key=last_change)
+
+
+def last_change(run_dir: str) -> float:
+    """When a run's newest log was written to; 0 when it has none. Seconds since 1970."""
+    times = [0.0]
+    for path in list_logs(run_dir) or [run_dir]:
+        with contextlib.suppress(OSError):
+            times.append(os.stat(path).st_mtime)
+    return max(times)
 
 
 def find_pipeline(target: str, base: str = ".") -> str | None:

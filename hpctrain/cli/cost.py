@@ -5,7 +5,7 @@ import time
 
 import click
 
-from hpctrain import output
+from hpctrain import errors, output
 from hpctrain.cli import common
 
 
@@ -29,7 +29,14 @@ def command(
     hpctrain cost runs/ft_latest_7 --json
     """
     from hpctrain import cost, cost_view
+    from hpctrain.runs import find_pipeline, find_runs, read_run
 
+    if find_pipeline(target):
+        stages = ", ".join(os.path.relpath(path) for path in find_runs(target))
+        raise errors.UsageError(
+            f"`{target}` is a pipeline",
+            hint=f"name one of its stages ({stages}); `hpctrain pipeline --dry-run` costs what is left",
+        )
     if os.path.isfile(target) and target.endswith((".yaml", ".yml")):
         planned, bills = cost_view.planned(target, assignments, jobs, array, ladder)
         left = cost_view.allocation(planned)
@@ -39,7 +46,6 @@ def command(
             cost_view.show_bills(bills, left)
             output.next_step("hpctrain chain" if planned.spec.num_links > 1 else "hpctrain render")
         return
-    from hpctrain.runs import find_runs, read_run
     from hpctrain.slurmstate import query
 
     run = read_run(find_runs(target)[0])

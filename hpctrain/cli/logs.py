@@ -24,10 +24,10 @@ def command(target: str, follow: bool, lines: int, link: int | None) -> None:
     """
     from hpctrain.logs import failing_lines, follow_run, sections
     from hpctrain.observe import observe
-    from hpctrain.runs import find_runs, read_run
+    from hpctrain.runs import find_one, read_run
     from hpctrain.triage.target import open_target
 
-    run = read_run(find_runs(target)[0])
+    run = read_run(find_one(target))
     subject = open_target([run.run_dir])
     diagnosis = subject.diagnose() if run.logs else None
     if diagnosis and diagnosis.cause and link in (None, diagnosis.cause.attempt.link):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain import chain, slurm
+from hpctrain.check import at_site
 from hpctrain.errors import EnvironmentFault, UsageError
 from hpctrain.pipeline.stages import Pipeline, Planned
 from hpctrain.rundir import run_files
@@ -56,6 +57,12 @@ def prepare(pipeline: Pipeline, force: bool = False, dry_run: bool = False) -> l
     """
     said = []
     for planned in pipeline.stages:
+        spec = planned.plan.spec
+        start = None if spec.handed else spec.checkpoint_start
+        if dry_run and start and not os.path.isdir(start) and not at_site(planned.plan.site):
+            where = planned.plan.site.name
+            said.append(f"stage {planned.stage.name}: `{start}` is not there, which is no surprise away from {where}")
+            continue
         with chain.readable(planned.run_dir):
             said += [f"stage {planned.stage.name}: {line}" for line in chain.prepare(planned.loaded, force, dry_run)[1]]
     if not dry_run:

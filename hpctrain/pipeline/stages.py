@@ -84,7 +84,7 @@ def plan_stage(stage: Stage, folder: str, earlier: Planned | None) -> Planned:
         handed = handed_over(stage, earlier.plan)
         if handed.model:
             overlay = merge([overlay, _model_overlay(stage, handed.model)])
-    return Planned(stage, load_plan(stage.run, (), os.path.join(folder, stage.name), overlay, handed))
+    return Planned(stage, load_plan(os.path.relpath(stage.run), (), os.path.join(folder, stage.name), overlay, handed))
 
 
 def handed_over(stage: Stage, earlier: Plan) -> Handed:

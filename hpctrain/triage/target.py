@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hpctrain.errors import EnvironmentFault, UsageError
-from hpctrain.runs import RunRecords, find_runs, list_logs, read_run
+from hpctrain.runs import RunRecords, find_one, list_logs, read_run
 from hpctrain.slurmstate import Answer, query
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.engine import Engine
@@ -92,11 +92,7 @@ def open_target(target: Sequence[str], thresholds: Thresholds | None = None) -> 
     if len(target) > 1:
         missing = [path for path in target if not os.path.isfile(path)]
         raise UsageError(f"`{missing[0]}` is not a log file", hint="name one run, or log files only")
-    found = find_runs(target[0] if target else None)
-    if len(found) > 1:
-        # Without a name: the run whose log grew last.
-        found = [max(found, key=_last_change)]
-    run = read_run(found[0])
+    run = read_run(find_one(target[0] if target else None))
     return Subject(list(run.logs), thresholds, run, query(run.job_ids()))
 
 
@@ -110,16 +106,6 @@ def _run_of_logs(paths: Sequence[str]) -> RunRecords | None:
         except EnvironmentFault:
             return None
     return None
-
-
-def _last_change(run_dir: str) -> float:
-    times = []
-    for path in list_logs(run_dir) or [run_dir]:
-        try:
-            times.append(os.stat(path).st_mtime)
-        except OSError:
-            continue
-    return max(times, default=0.0)
 
 
 def watch(subject: Subject, say: Callable[[str], None], every_s: float = 5.0) -> Diagnosis:

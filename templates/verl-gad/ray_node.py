@@ -29,7 +29,9 @@ import time
 ANSWER_S = 60  # for one line of the other side's
 POLL_S = 0.2
 GRACE_S = 5  # between asking processes to end and ending them
-SIGNALLED_GRACE_S = 1.5  # the same after a signal: Slurm kills this process soon after (KillWait), and nothing can be saved
+SIGNALLED_GRACE_S = (
+    1.5  # the same after a signal: Slurm kills this process soon after (KillWait), and nothing can be saved
+)
 LOG_BYTES = 200 * 1000  # kept of each of Ray's own logs when a run fails
 # Ranks of this task: verl gives its workers ranks of their own, and vLLM would believe these.
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

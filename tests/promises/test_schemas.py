@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from hpctrain.json_schemas import FOLDER, KINDS, schema_text
+from hpctrain.pipeline.stages import load_pipeline
 from hpctrain.recipe import list_recipes
 from hpctrain.site import list_sites, load_site
 from hpctrain.yamlio import load_yaml, parse_yaml
@@ -46,6 +47,15 @@ def test_the_shipped_schema_is_the_one_of_the_fields(kind, request, cli):
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
 def test_every_run_yaml_of_the_project_is_valid(path):
     assert faults("run", load_yaml(path).data) == []
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/pipeline.yaml")), ids=lambda path: path.parent.name)
+def test_every_pipeline_of_the_project_is_valid_and_so_are_its_runs(path):
+    assert faults("pipeline", load_yaml(path).data) == []
+    planned = load_pipeline(str(path))
+    assert planned.errors == []
+    for stage in planned.stages:
+        assert faults("run", load_yaml(stage.stage.run).data) == []
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: Path(path).parent.name)

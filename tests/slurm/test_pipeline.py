@@ -127,3 +127,31 @@ def test_a_stage_that_gives_up_ends_the_next_too_and_running_it_again_goes_on(sa
     assert [(s["mode"], s["iteration"]) for s in two.happened("main", "start")] == [("finetune", 0)]
     assert two.happened("main", "end")[-1]["iteration"] == 9
     assert two.ok("status", "two-s").returncode == 0
+
+
+def test_a_crash_while_the_second_stage_is_queued_and_a_rerun_neither_lose_nor_double_a_link(sandbox, tmp_path):
+    two = Two(sandbox, tmp_path, "symlink", ["sleep", "600"])
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    real = f'PATH={sandbox.environ["PATH"]!r} sbatch "$@"'
+    (folder / "sbatch").write_text(
+        f"#!/bin/bash\nn=$(($(cat {folder}/n 2>/dev/null || echo 0) + 1)); echo $n >{folder}/n\n"
+        f'if [ $n = 4 ]; then {real} >/dev/null; kill -9 "$PPID"; sleep 1; exit 1; fi\n{real}\n'
+    )
+    (folder / "sbatch").chmod(0o755)
+    path = f"{folder}:{sandbox.environ['PATH']}"
+    done = sandbox.run(sys.executable, "-m", "hpctrain", "pipeline", cwd=tmp_path, PATH=path)
+    assert done.returncode == -9
+    assert len(sandbox.ok("squeue", "-h", "-o", "%A").split()) == 4
+    assert "was submitted before as job" in two.ok("pipeline").stderr
+    queue = dict(line.split("|") for line in sandbox.ok("squeue", "-h", "-o", "%A|%E").splitlines())
+    ids = {(stage, r["link"]): r["job_id"] for stage in ("warmup", "main")
+           for r in two.records(stage, "ledger.jsonl", event="submitted")}  # fmt: skip
+    assert sorted(ids.values()) == sorted(queue) and len(ids) == 6
+    order = [("warmup", 1), ("warmup", 2), ("warmup", 3), ("main", 1), ("main", 2), ("main", 3)]
+    for before, after in zip(order, order[1:]):
+        assert ids[before] in queue[ids[after]], (before, after, queue)
+    assert json.loads(two.ok("pipeline", "--json").stdout)["stages"][1]["new"] == []
+    assert "cancelled job" in two.ok("cancel", "two-s").stderr
+    two.wait()
+    assert len(two.records("warmup", "ledger.jsonl", event="cancelled")) == 3

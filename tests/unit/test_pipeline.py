@@ -1,0 +1,168 @@
+"""pipeline.yaml: its stages, what they hand on, and every mistake at once with its place."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from hpctrain.errors import HpctrainError, UsageError
+from hpctrain.pipeline.stages import load_pipeline
+from hpctrain.runs import find_pipeline, find_runs
+from hpctrain.status_view import of_pipeline
+
+RUN = {
+    "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 1, "tasks_per_node": 2,
+    "gpus_per_node": 1, "time": "00:05:00",
+}  # fmt: skip
+OPTIONS = {"argv": ["true"], "layout": "deepspeed", "target_iteration": 9, "save_every": 3}
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    """Two runs, `a` and `b`, and the planned pipeline of the stages given as YAML text."""
+
+    def plan(stages, *assignments, a=None, b=None, options_a=None, options_b=None, **top):
+        for name, more, options in (("a", a, options_a), ("b", b, options_b)):
+            run = {"name": name, **RUN, "checkpoint": {"dir": f"/scratch/{name}"}, "recipe_options": {**OPTIONS, **(options or {})}, **(more or {})}  # fmt: skip
+            (tmp_path / f"{name}.yaml").write_text(json.dumps(run))
+        body = "\n".join("  " + line for line in stages.splitlines())
+        head = "".join(f"{key}: {value}\n" for key, value in {"name": "p", **top}.items())
+        (tmp_path / "pipeline.yaml").write_text(f"{head}stages:\n{body}\n")
+        return load_pipeline(str(tmp_path / "pipeline.yaml"), assignments)
+
+    return plan
+
+
+def said(excinfo):
+    return [f"{problem.where}: {problem.what}" for problem in excinfo.value.problems if problem.level == "error"]
+
+
+TWO = "b: {run: b.yaml, from: a}\na: {run: a.yaml}"
+
+
+def test_stages_come_after_the_one_they_are_from_and_know_what_they_will_get(pipeline, tmp_path):
+    planned = pipeline("b: {run: b.yaml, from: a, as: hardlink, jobs: 4}\na: {run: a.yaml}")
+    assert [stage.stage.name for stage in planned.stages] == ["a", "b"] and planned.errors == []
+    first, second = planned.stages
+    assert second.run_dir == str(tmp_path / "runs" / "p" / "b") and second.plan.spec.num_links == 4
+    guard = second.plan.guard()
+    assert guard["start"] is None and guard["start_as"] == "hardlink"
+    assert guard["from"] == {"stage": "a", "run_dir": first.run_dir, "hand_over": "checkpoint",
+                             "checkpoint": "/scratch/a/global_step9", "model": None}  # fmt: skip
+    assert "from" not in first.plan.guard() and "start_as" not in first.plan.guard()
+    (decision,) = [d for d in second.plan.decisions if d.name == "checkpoint.start"]
+    assert (decision.value, decision.reason) == ("/scratch/a/global_step9", "stage `a` hands it over")
+
+
+def test_a_stage_without_a_target_hands_over_what_is_not_known_yet(pipeline):
+    planned = pipeline(TWO, options_a={"target_iteration": None})
+    spec = planned.stages[1].plan.spec
+    assert (
+        spec.has_start
+        and spec.checkpoint_start is None
+        and planned.stages[1].plan.guard()["from"]["checkpoint"] is None
+    )
+
+
+def test_values_are_laid_over_a_run_and_keep_their_place(pipeline):
+    planned = pipeline("a: {run: a.yaml, set: {recipe_options.target_iteration: 12, checkpoint: {dir: /scratch/x}}}\n" + TWO.splitlines()[0])  # fmt: skip
+    assert (
+        planned.stages[0].plan.resolved.guard.target == 12
+        and planned.stages[0].plan.spec.checkpoint_dir == "/scratch/x"
+    )
+    assert planned.stages[1].plan.guard()["from"]["checkpoint"] == "/scratch/x/global_step12"
+    assert pipeline(TWO, "a.recipe_options.target_iteration=15").stages[0].plan.resolved.guard.target == 15
+    wrong = pipeline("a:\n  run: a.yaml\n  set:\n    nodez: 3\n    time: soon").errors
+    assert [problem.where.split("pipeline.yaml:")[1].split(":")[0] for problem in wrong] == ["6", "7"]
+
+
+MODEL = {
+    "argv": ["true"],
+    "layout": "none",
+    "target_iteration": None,
+    "save_every": None,
+    "model_dir": "/scratch/a/model: $(x)",
+}
+
+
+def test_a_model_is_put_where_the_recipe_or_the_stage_says(pipeline):
+    planned = pipeline("a: {run: a.yaml}\nb: {run: b.yaml, from: a, hand_over: model, into: [env.POLICY, config.model.path]}", options_a=MODEL)  # fmt: skip
+    assert planned.errors == []
+    plan = planned.stages[1].plan
+    assert plan.spec.env == {"POLICY": MODEL["model_dir"]} and plan.spec.config == {
+        "model": {"path": MODEL["model_dir"]}
+    }
+    assert plan.guard()["from"]["model"] == MODEL["model_dir"] and not plan.spec.has_start
+
+
+@pytest.mark.parametrize(("stages", "wrong", "more"), [
+    ("a: {run: a.yaml, from: aa}\naab: {run: b.yaml}", "there is no stage `aa`", {}),
+    ("a: {run: a.yaml, from: b}\nb: {run: b.yaml, from: a}", "stages `a`, `b` wait for each other", {}),
+    ("a: {run: a.yaml, from: a}", "stages `a` wait for each other", {}),
+    ("a: {run: a.yaml, as: copy}", "`as` without `from`", {}),
+    ("a: {run: a.yaml}\nb: {run: b.yaml, from: a, hand_over: model, as: copy}", "`as` is about checkpoints", {"options_a": MODEL}),
+    ("a: {run: a.yaml}\nb: {run: b.yaml, from: a, into: [env.X]}", "`into` is about models", {}),
+    ("a: {run: a.yaml}\nb: {run: b.yaml, from: a, hand_over: model}", "stage `a` leaves no model", {}),
+    ("a: {run: a.yaml}\nb: {run: b.yaml, from: a, hand_over: model}", "does not say which key of its run is the model", {"options_a": MODEL}),
+    ("a: {run: a.yaml}\nb: {run: b.yaml, from: a}", "keeps no checkpoints that could be handed over", {"options_a": {"layout": "none"}}),
+    ("a: {run: a.yaml}\nb: {run: b.yaml}", "save into the same folder `/scratch/a`", {"b": {"checkpoint": {"dir": "/scratch/a"}}}),
+    ("a: {run: a.yaml}\nb: {run: b.yaml}", "are both called `a`", {"b": {"name": "a"}}),
+    ("a: {run: a.yaml}\nb: {run: b.yaml, from: a}", "`checkpoint.start` is given, and stage `a` hands over", {"b": {"checkpoint": {"dir": "/scratch/b", "start": "/x/global_step1"}}}),
+    ("a: {run: a.yaml}\nb: {run: b.yaml, from: a}", "`checkpoint.start` without `checkpoint.dir`", {"b": {"checkpoint": {}}, "options_b": {"layout": "none"}}),
+    ("a: {run: no_such.yaml}", "there is no `", {}),
+    ("'a/../b': {run: a.yaml}", "a/../b", {}),
+    ("a: {run: a.yaml, jobs: 0}\nb: {runn: b.yaml}", "runn", {}),
+    ("{}", "no stages", {}),
+    ("a: {run: a.yaml, set: {.x: 1}}", "is not a dotted key", {}),
+])  # fmt: skip
+def test_mistakes_are_refused_with_their_place(pipeline, stages, wrong, more):
+    with pytest.raises(HpctrainError) as error:
+        found = pipeline(stages, **more)
+        if found.errors:
+            raise UsageError(found.errors)
+    assert any(wrong in line for line in [f"{p.where}: {p.what}" for p in error.value.problems]), error.value.problems
+
+
+def test_all_problems_of_all_stages_come_at_once(pipeline):
+    with pytest.raises(UsageError) as error:
+        pipeline("a: {run: a.yaml, from: c}\nb: {run: b.yaml, from: d, jobs: many}", schema_version=2)
+    assert len(said(error)) == 4
+    with pytest.raises(UsageError) as error:
+        pipeline(TWO, "c.x=1", "a=3")
+    assert len(said(error)) == 2
+
+
+def test_dry_run_writes_nothing_and_prints_every_link(pipeline, hpctrain, tmp_path):
+    pipeline("b: {run: b.yaml, from: a, jobs: 2}\na: {run: a.yaml, jobs: 3}")
+    before = sorted(os.listdir(tmp_path))
+    done = hpctrain("pipeline", "--dry-run", "--json", cwd=tmp_path, env={**os.environ, "PATH": "/usr/bin:/bin"})
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert shown["schema_version"] == 1 and not shown["submitted"] and sorted(os.listdir(tmp_path)) == before
+    assert [(stage["stage"], [link["expected"] for link in stage["links"]]) for stage in shown["stages"]] == [
+        ("a", ["scratch", "resume", "resume"]),
+        ("b", ["finetune", "resume"]),
+    ]
+
+
+def test_status_finds_a_pipeline_by_name_folder_and_file(pipeline, tmp_path, monkeypatch):
+    from hpctrain.observe import observe
+    from hpctrain.pipeline.queue import prepare
+
+    planned = pipeline(TWO)
+    monkeypatch.chdir(tmp_path)
+    assert find_pipeline("p") is None
+    prepare(planned)
+    folder = str(tmp_path / "runs" / "p")
+    wanted = [os.path.join(folder, "a"), os.path.join(folder, "b")]
+    for target in ("p", "runs/p", "pipeline.yaml", "runs/p/pipeline.json", None):
+        assert find_runs(target) == wanted, target
+    assert find_runs("runs/p/b") == wanted[1:] and find_pipeline("a.yaml") is None
+    shown = of_pipeline(folder, observe(wanted, ask_slurm=False))
+    assert [(s["stage"], s["state"], s["from"], s["got"]) for s in shown["stages"]] == [
+        ("a", "not submitted", None, None),
+        ("b", "not submitted", "a", None),
+    ]
+    prepare(pipeline(TWO))  # a second time: the same files, no complaint
