@@ -22,6 +22,7 @@ from hpctrain.site import layer_name
 
 QUOTING_FILTERS = frozenset({"q", "qjoin", "sbatch", "comment", "raw_shell"})
 _JOB = "job.sbatch"
+_EXPORT = "export.sbatch"  # where the recipe has such a template and its `resolve` says how
 _EXTENDS = re.compile(r"""\{%-?\s*extends\s+["']([^"']+)["']""")
 
 
@@ -33,15 +34,21 @@ def render(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, str]:
     files = dict(plan.resolved.configs)
     files.update(plan.resolved.files)
     files[_JOB] = render_job(plan, inputs)
+    exporting = plan.resolved.template.get("export")
+    if exporting and not exporting["refused"]:
+        files[_EXPORT] = _render_script(plan, inputs, f"{plan.recipe.name}/{_EXPORT}.j2")
     files["plan.json"] = _json(plan_json(plan, inputs))
     return files
 
 
 def render_job(plan: Plan, inputs: Mapping[str, bytes]) -> str:
     """The text of job.sbatch."""
+    return _render_script(plan, inputs, template_name(make_environment(plan.spec.base_dir), plan.recipe.name))
+
+
+def _render_script(plan: Plan, inputs: Mapping[str, bytes], name: str) -> str:
     environment = make_environment(plan.spec.base_dir)
     used: list[str] = []
-    name = template_name(environment, plan.recipe.name)
     values = plan.site.values
     spec = plan.spec
     needs_cpus = not any(option.option == "cpu-bind" for option in plan.srun_options)
@@ -69,6 +76,9 @@ def render_job(plan: Plan, inputs: Mapping[str, bytes]) -> str:
             ],
             workdir=plan.resolved.workdir or plan.run_dir,
             signals=list(dict.fromkeys([plan.signal["name"], "TERM"])),
+            # Of the same container without its GPUs, for a job that needs none.
+            cpu_container=[word for word in plan.container if word != values["container"]["gpu_flag"]],
+            container_runtime=values["container"]["runtime"],
             recipe=plan.resolved.template,
         )
     except jinja2.TemplateSyntaxError as error:

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from hpctrain import output
 from hpctrain.cli import common
+from hpctrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from hpctrain.neox_export import NeoxExport
+    from hpctrain.train.hf_sft.source import Checkpoint
 
 
 @click.command()
@@ -16,45 +23,116 @@ from hpctrain.cli import common
     show_default=True,
     help="Of the weights; auto: as trained.",
 )
-@click.option("--tokenizer", type=click.Path(), help="SentencePiece model [default: the one in the checkpoint].")
+@click.option("--tokenizer", type=click.Path(), help="SentencePiece model [default: the run's].")
 @click.option("--base", type=click.Path(), help="Where the base of a LoRA update lies [default: as the update says].")
+@click.option("--checkpoint", metavar="NAME", help="GPT-NeoX: this one of the run's checkpoints, not the newest.")
+@click.option(
+    "--sbatch", "options", multiple=True, metavar="OPTION", help="GPT-NeoX: for the job, e.g. --partition=largemem."
+)
+@click.option("--wait", is_flag=True, help="GPT-NeoX: until the job has ended.")
+@common.dry_run
 @common.as_json
 def command(
-    source: str, directory: str, precision: str, tokenizer: str | None, base: str | None, as_json: bool
+    source: str,
+    directory: str,
+    precision: str,
+    tokenizer: str | None,
+    base: str | None,
+    checkpoint: str | None,
+    options: tuple[str, ...],
+    wait: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Write a run's newest weights as a Hugging Face directory, tokenizer and chat template included.
 
     A LoRA update is merged into its full-precision base, and what was written is compared with base + update.
+    For GPT-NeoX a job runs NeoX's own converter, in the run's container and without GPUs, and makes the directory.
 
     \b
     hpctrain export runs/ft_7 -o models/ft_7
     hpctrain export checkpoints/ft_7/global_step1200 -o models/ft_7_1200 --precision fp32
     hpctrain export checkpoints/phase1a/checkpoint-2000 -o models/phase1a --base models/Llama-3.1-8B-Instruct
+    hpctrain export runs/neox_7 -o /scratch/project_465000000/models/neox_7 --sbatch=--partition=largemem
     """
+    from hpctrain import neox_export
+
+    if neox_export.is_neox_run(source):
+        plan = neox_export.plan_export(source, directory, checkpoint, precision, tokenizer, options)
+        _by_job(plan, wait, dry_run, as_json)
+        return
+    if checkpoint or options or wait:
+        raise UsageError(
+            "--checkpoint, --sbatch and --wait are for runs of GPT-NeoX", hint="name the checkpoint itself"
+        )
     from hpctrain.train.hf_sft.source import find_checkpoint
 
-    checkpoint = find_checkpoint(source)
-    if checkpoint:
-        from hpctrain.train.hf_sft.export import describe, export_checkpoint
+    found = find_checkpoint(source)
+    if found:
+        _of_trl(found, directory, precision, base, dry_run, as_json)
+    else:
+        _of_sft(source, directory, precision, tokenizer, dry_run, as_json)
 
-        files, proof = export_checkpoint(checkpoint, directory, precision, base, output.info)
-        if as_json:
-            output.data_json(directory=directory, checkpoint=checkpoint.path, iteration=checkpoint.iteration, files=files,
-                             proof=vars(proof))  # fmt: skip
-            return
-        for line in describe(proof):
-            output.info(line)
-        output.info(f"exported {checkpoint.path}: {', '.join(files)}")
-        output.data(directory)
-        return
-    from hpctrain.train.export import export
+
+def _of_sft(source: str, directory: str, precision: str, tokenizer: str | None, dry_run: bool, as_json: bool) -> None:
+    from hpctrain.train.export import check_target, export
     from hpctrain.train.source import find_source
 
     found = find_source(source)
-    files = export(found, directory, precision, tokenizer)
+    check_target(found, directory)
+    files = [] if dry_run else export(found, directory, precision, tokenizer)
     if as_json:
         output.data_json(directory=directory, checkpoint=found.path, iteration=found.iteration, files=files)
+    elif dry_run:
+        output.info(f"would export {found.path}")
+    else:
+        output.info(f"exported {found.path}: {', '.join(files)}")
+        output.data(directory)
+        output.next_step(f"hpctrain generate {directory} --prompt '…'")
+
+
+def _of_trl(found: Checkpoint, directory: str, precision: str, base: str | None, dry_run: bool, as_json: bool) -> None:
+    from hpctrain.train.hf_sft.export import describe, export_checkpoint
+
+    if dry_run:
+        output.info(f"would export {found.path}")
         return
+    files, proof = export_checkpoint(found, directory, precision, base, output.info)
+    if as_json:
+        output.data_json(directory=directory, checkpoint=found.path, iteration=found.iteration, files=files,
+                         proof=vars(proof))  # fmt: skip
+        return
+    for line in describe(proof):
+        output.info(line)
     output.info(f"exported {found.path}: {', '.join(files)}")
     output.data(directory)
-    output.next_step(f"hpctrain generate {directory} --prompt '…'")
+
+
+def _by_job(plan: NeoxExport, wait: bool, dry_run: bool, as_json: bool) -> None:
+    from hpctrain import neox_export
+    from hpctrain.shell import quote
+    from hpctrain.units import format_mem_gib, format_size
+
+    for note in plan.notes:
+        output.info(f"note: {note}")
+    output.info(f"{plan.checkpoint}: {format_size(plan.weights_bytes)} of weights; the job takes {format_mem_gib(plan.mem_gib)} of memory"
+                f" and up to {format_size(plan.disk_bytes)} of disk")  # fmt: skip
+    job = log = None
+    if not dry_run:
+        from hpctrain.train.export import export_tokenizer
+
+        job, log = neox_export.submit(plan, neox_export.make_tokenizer(plan, export_tokenizer), wait)
+    if as_json:
+        output.data_json(directory=plan.out, checkpoint=plan.checkpoint, precision=plan.precision, job_id=job, log=log,
+                         mem_gib=plan.mem_gib, disk_bytes=plan.disk_bytes)  # fmt: skip
+    elif dry_run:
+        output.data(plan.command_line())
+    elif wait:
+        output.data(plan.out)
+        output.next_step(f"hpctrain generate {quote(plan.out)} --prompt '…'")
+    else:
+        output.info(f"job {job} makes {plan.out}; its log: {log}")
+        output.data(str(job))
+        output.next_step(
+            f"tail -F {quote(log)}    # and when it is done: hpctrain generate {quote(plan.out)} --prompt '…'"
+        )

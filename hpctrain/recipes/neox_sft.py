@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
-from hpctrain.recipes.neox import batch, data, launch, model, saving
+from hpctrain.recipes.neox import batch, data, export, launch, model, saving
 from hpctrain.recipes.neox.configs import MAX_TEXT_BYTES, config_text
 from hpctrain.recipes.neox.draft import Draft, make_draft, section
 from hpctrain.recipes.neox.keys import FLAVOR_NAMES
@@ -81,15 +81,20 @@ def resolve(context: Context) -> Resolved:
             why="NeoX carries it to every rank as one argument, which Linux limits to 128 KiB",
             hint="merge the data sets with `hpctrain data merge`, so that fewer paths are needed",
         )
+    exporting: dict[str, Any] = {"refused": "the run has errors", "architecture": None}
     if any(problem.level == "error" for problem in draft.problems):
         configs = {}
+    else:
+        exporting, text = export.decide_export(draft, context)
+        if text:
+            configs[export.CONFIG] = text
     target = None if train_iters is None else train_iters + offset
     return Resolved(
         argv=_argv(options["python"], starter, folder, train_script),
         workdir=folder,
         configs=configs,
         config_for={mode: f"config.{mode}.yml" for mode in modes},
-        files={"neox_args.py": _shipped("neox_args.py")} if starter == launch.SRUN else {},
+        files=_files(starter, exporting),
         env=env,
         guard=Guard(
             layout="deepspeed",
@@ -108,12 +113,14 @@ def resolve(context: Context) -> Resolved:
             "neox_dir": folder,
             "train_script": train_script,
             "activate": absolute(options["activate"], spec.base_dir) if options["activate"] else None,
+            "export": exporting,
         },
         paths=launch.needed_paths(draft, spec, folder, train_script, starter) + _activation(context),
         decisions=(
             *_own_decisions(context, folder, start, offset, target),
             *draft.all_decisions(),
             *_mode_decisions(modes, override),
+            _export_decision(exporting),
         ),
         problems=tuple(draft.problems),
     )
@@ -220,6 +227,20 @@ def _mode_decisions(modes: tuple[str, ...], override: bool) -> tuple[Decision, .
             )
         )
     return tuple(out)
+
+
+def _export_decision(exporting: dict[str, Any]) -> Decision:
+    reason = (
+        exporting["refused"]
+        or "the Hugging Face class that NeoX's converter fills with this norm, activation and positions"
+    )
+    return Decision("export.architecture", exporting["architecture"], reason, "recipe neox-sft")
+
+
+def _files(starter: str, exporting: dict[str, Any]) -> dict[str, str]:
+    names = ["neox_args.py"] if starter == launch.SRUN else []
+    names += [] if exporting["refused"] else ["finish_export.py"]
+    return {name: _shipped(name) for name in names}
 
 
 def _activation(context: Context) -> tuple[tuple[str, str, str], ...]:

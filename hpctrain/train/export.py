@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, Refused, UsageError, missing_package
+from hpctrain.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
 from hpctrain.tokenize.spm import load_model
 from hpctrain.train.checkpoint import META, describe_mismatch, read_weights
-from hpctrain.train.source import Source
+from hpctrain.train.source import Chat, Source
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -25,11 +27,8 @@ def export(source: Source, directory: str, precision: str = "auto", tokenizer: s
     All of it or nothing appears. Raises Refused when `directory` exists, UsageError when the source is one already or the
     weights do not fit its config, EnvironmentFault when it cannot be written.
     """
-    if source.exported:
-        raise UsageError("this is a Hugging Face directory already", where=source.path)
+    check_target(source, directory)
     target = os.path.abspath(directory)
-    if os.path.lexists(target):
-        raise Refused(f"`{directory}` exists", hint="name a directory that does not")
     parent = os.path.dirname(target)
     try:
         os.makedirs(parent, exist_ok=True)
@@ -49,6 +48,38 @@ def export(source: Source, directory: str, precision: str = "auto", tokenizer: s
         shutil.rmtree(staged, ignore_errors=True)
         raise
     return names
+
+
+def check_target(source: Source, directory: str) -> None:
+    """Raises UsageError when the source is an exported directory, Refused when `directory` exists."""
+    if source.exported:
+        raise UsageError("this is a Hugging Face directory already", where=source.path)
+    if os.path.lexists(directory):
+        raise Refused(f"`{directory}` exists", hint="name a directory that does not")
+
+
+def export_tokenizer(model: str, config: Mapping[str, Any], checkpoint: str, directory: str) -> None:
+    """Write the tokenizer files that belong beside weights which NeoX's converter makes of `checkpoint`, and hpctrain.json.
+
+    `config` holds NeoX's keys. Where transformers is missing or cannot express the model, it is only copied, and said.
+    """
+    from hpctrain import output
+    from hpctrain.train.hf_tokenizer import end_of_document, save_tokenizer
+
+    spm, chat = load_model(model), Chat.from_config(dict(config))
+    shutil.copyfile(model, os.path.join(directory, "tokenizer.model"))
+    try:
+        save_tokenizer(spm, chat, directory, int(config["max_position_embeddings"]))
+    except HpctrainError as error:
+        output.info(f"note: only tokenizer.model is exported, no Hugging Face tokenizer: {error.problems[0].what}")
+    except ImportError as error:
+        output.info(f"note: only tokenizer.model is exported: {error.name} is missing, `pip install hpctrain[train]`")
+    chat = Chat(chat.user_open, chat.user_close, chat.assistant, end_of_document(spm, chat))
+    digits = re.search(r"\d+\Z", os.path.basename(checkpoint))
+    about = {"from": os.path.basename(checkpoint), "iteration": int(digits[0]) if digits else None,
+             "precision": {"bfloat16": "bf16", "fp16": "fp16"}.get(str(config.get("precision")), "fp32"), "chat": asdict(chat)}  # fmt: skip
+    with open(os.path.join(directory, META), "w", encoding="utf-8") as file:
+        json.dump(about, file, indent=1)
 
 
 def load_hf_model(source: Source, precision: str = "auto") -> Any:

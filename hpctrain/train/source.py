@@ -70,7 +70,7 @@ def find_source(path: str) -> Source:
         raise UsageError(
             f"`{path}` is no run, checkpoint or exported model of the built-in trainer",
             why=f"it has neither plan.json, latest, *.safetensors nor {META}",
-            hint="GPT-NeoX checkpoints are converted by GPT-NeoX's own tools/ckpts/convert_neox_to_hf.py",
+            hint="for GPT-NeoX name the run directory: `hpctrain export` then runs NeoX's own converter as a job",
         )
     tokenizer = os.path.join(path, "tokenizer.model")
     return Source(

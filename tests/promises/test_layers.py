@@ -21,7 +21,7 @@ LAYERS = [
     "output", "newfile", "rundir", "slurm", "scontrol", "slurmstate", "runs", "check", "checkpoint", "badnodes", "sidejobs", "submit",
     "chain", "triage", "observe", "logs", "status_view", "cost", "cost_view", "report", "doctor", "preflight", "ladder", "pipeline", "tokenize", "sandbox", "rehearse", "train",
     # -- what single verbs need
-    "init", "site_report", "site_draft", "recipe_report", "templates", "json_schemas", "interactive", "upload",
+    "init", "site_report", "site_draft", "recipe_report", "templates", "json_schemas", "interactive", "upload", "neox_export",
     # -- the command line
     "cli", "__main__",
 ]  # fmt: skip

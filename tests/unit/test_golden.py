@@ -58,8 +58,7 @@ def test_rendering_twice_from_different_folders_gives_the_same_bytes(case, monke
 
 @pytest.mark.parametrize("case", CASES)
 def test_job_scripts_are_clean_for_bash_and_shellcheck(case):
-    script = GOLDEN / case / "expected" / "job.sbatch"
-
-    for command in (["bash", "-n"], ["shellcheck", "-x", "-S", "style"]):
-        done = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    for script in sorted((GOLDEN / case / "expected").glob("*.sbatch")):
+        for command in (["bash", "-n"], ["shellcheck", "-x", "-S", "style"]):
+            done = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -195,5 +195,5 @@ def test_what_cannot_be_exported_says_why_and_writes_nothing(trained: Bench, exp
     twice = hpctrain("export", exported["learned"], "-o", trained.path / "x")
 
     assert [done.returncode for done in (again, nothing, absent, twice)] == [4, 2, 3, 2]
-    assert "exists" in again.stderr and "convert_neox_to_hf" in nothing.stderr
+    assert "exists" in again.stderr and "NeoX's own converter" in nothing.stderr
     assert not (trained.path / "x").exists() and not list(trained.path.glob(".x*"))
