@@ -98,6 +98,7 @@ def _load_hf_model(source: Source, precision: str) -> Any:
         raise missing_package(str(error.name), "train") from error
     from hpctrain.train.model import read_model_config
 
+    transformers.utils.logging.disable_progress_bar()  # a checkpoint is read and written in files, few of them
     dtype = getattr(torch, DTYPES[source.precision if precision == "auto" else precision])
     config = read_model_config(source.path)
     config.use_cache = True
