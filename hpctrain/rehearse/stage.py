@@ -170,6 +170,12 @@ class Login:
         rows = (line.split("|") for line in done.stdout.splitlines())
         return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 
+    def tasks(self) -> dict[str, tuple[str, str]]:
+        """The same with every array task by itself."""
+        done = self.slurm("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r")
+        rows = (line.split("|") for line in done.stdout.splitlines())
+        return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
+
     def show(self, job_id: str) -> dict[str, str]:
         """`scontrol show job` of one job, by key."""
         text = self.slurm("scontrol", "show", "job", "-o", job_id).stdout
