@@ -15,7 +15,7 @@ from hpctrain.errors import EnvironmentFault, Problem
 from hpctrain.load import Loaded
 from hpctrain.plan import Plan
 from hpctrain.rehearse import checks, scene, stage
-from hpctrain.rehearse.records import Attempt, Pipe, expected_tasks
+from hpctrain.rehearse.records import Attempt, Pipe, Slots, expected_tasks
 from hpctrain.rehearse.scene import Scene
 from hpctrain.rehearse.watch import Refusal, Watch, refusal_problem
 from hpctrain.rundir import run_files
@@ -84,28 +84,31 @@ def rehearse(
         shape = stage.shape_of(plan, mounts, request.accounting, accounts)
         jobs: dict[int, str] = {}
         pipe = Pipe(str(place.shims), lambda attempt: _ready(place, attempt))
+        slots = Slots(str(place.shims))
         try:
             record = stage.start(place, shape, environ, progress)
             stage.connect(place, plan)
             seconds["sandbox"] = time.monotonic() - clock
             login = stage.Login(record, place, shown.home, environ)
             jobs, refused = queue(login, plan, request.num_jobs)
-            watch = Watch(login, pipe, plan, scenario, jobs, progress)
+            watch = Watch(login, pipe, plan, scenario, jobs, slots, progress)
             watch.until_done(only_cancel=bool(refused))
             seconds["jobs"] = time.monotonic() - clock - seconds["sandbox"]
         finally:
             pipe.close()
+            slots.close()
             stage.sweep(plan, list(jobs.values()))
         looked = time.monotonic()
         run_dir = shown.real_path(str(place.files), plan.run_dir) or ""
         sha256 = _sha256(os.path.join(run_dir, "job.sbatch"))
         links = tuple(read_records(os.path.join(run_dir, "links.jsonl")))
         attempts = tuple(sorted(pipe.attempts.values(), key=lambda attempt: attempt.begun))
+        is_known = any("unseen" in task for attempt in attempts for task in attempt.tasks)
         problems = [
             *_refused(refused, shape, plan, files["job.sbatch"]),
             *watch.problems,
-            *(seen := _steps(plan, attempts, [target for _, target in shown.mounts])),
-            *([] if refused else _ends(plan, request, watch, attempts, links, run_dir, bool(seen))),
+            *_steps(plan, attempts, [target for _, target in shown.mounts]),
+            *([] if refused else _ends(plan, request, watch, attempts, links, run_dir, is_known)),
             *_written(before, listing(str(place.files)), shown, plan),
             *_secret(secret, run_dir),
         ]

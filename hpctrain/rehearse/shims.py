@@ -79,6 +79,7 @@ def script(
         'record="$record${unseen:+' + FIELD + 'unseen=${unseen#:}}"',
         f'[ "${{#record}}" -le {MOST_BYTES} ] || record="${{record%%{FIELD}PWD=*}}"',
         f'printf \'%s{END}\' "$record" >"$dir/records" || exit 97',
+        '{ echo >"$dir/slots"; } 2>/dev/null || :',
         '[ -z "${unseen:-}" ] || { echo "rehearse: this task does not see ${unseen#:}" >&2; exit 2; }',
         'if [ "${RANK-${SLURM_PROCID-0}}" = 0 ]; then',
         f'  exec {shlex.quote(python)} -I -S "$dir/standin.py" train "$dir"',
@@ -89,6 +90,15 @@ def script(
         "exit 0",
     ]
     return "\n".join(lines) + "\n"
+
+
+def wait_for_slot(folder: str) -> str:
+    """Lines for the end of the task prolog: a task of a step takes one of the slots, which the stand-in gives back.
+
+    Those that are not given back, as by other programs, are given again by `records.Slots`.
+    """
+    slots = shlex.quote(f"{folder}/slots")
+    return f'case "${{SLURM_STEP_ID:-}}" in [0-9]*) [ ! -p {slots} ] || read -r _ <{slots} ;; esac\n'
 
 
 def bash(program: str, instead: str) -> str:

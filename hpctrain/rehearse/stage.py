@@ -110,7 +110,7 @@ def install(place: Place, plan: Plan, scenario: Mapping[str, Any], needed: Seque
     """Write the stand-ins, their pipes and their orders, before the sandbox starts."""
     folder = place.shims
     (folder / "bin").mkdir(parents=True)
-    for name in ("records", "hold"):
+    for name in ("records", "hold", "slots"):
         os.mkfifo(folder / name, 0o600)
     (folder / "scenario.json").write_text(json.dumps(scenario))
     shutil.copyfile(standin.__file__, folder / "standin.py")
@@ -121,7 +121,8 @@ def install(place: Place, plan: Plan, scenario: Mapping[str, Any], needed: Seque
         steps = [["-u", str(plan.resolved.template["train_script"])]]
     saves_on = str(scenario["signal"]) if scenario["saves_on_signal"] else ""
     for name in {"python", "python3", os.path.basename(program)}:
-        real = shutil.which(name) or python
+        # A container shows hpctrain's interpreter, and not what else is on the PATH here.
+        real = python if plan.container else shutil.which(name) or python
         own = steps if name == os.path.basename(program) else []
         text = shims.script(str(folder), own, needed, {name: real}, python, saves_on)
         path = folder / "bin" / name
@@ -130,7 +131,12 @@ def install(place: Place, plan: Plan, scenario: Mapping[str, Any], needed: Seque
 
 
 def connect(place: Place, plan: Plan) -> None:
-    """Let the sandbox's jobs find the stand-ins: inside the container where there is one, else on the nodes."""
+    """Let the sandbox's jobs find the stand-ins: inside the container where there is one, else on the nodes.
+
+    Of thousands of tasks that all start at once, Slurm itself would get no time: each waits for a slot before its program.
+    """
+    prolog = place.state / "etc" / "task_prolog"
+    sandbox_state.write_text(prolog, prolog.read_text() + shims.wait_for_slot(str(place.shims)), 0o700)
     names = sorted(os.listdir(place.shims / "bin"))
     program = plan.resolved.argv[0]
     if plan.container:
