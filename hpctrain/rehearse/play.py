@@ -124,7 +124,9 @@ def make_scenario(plan: Plan, request: Request) -> dict[str, Any]:
     """The stand-in's orders: the run's cadence, and how fast time goes. Pure."""
     cadence, facts = plan.resolved.cadence, plan.resolved.guard
     iterations = cadence.iterations or facts.target or 100
-    offset = (facts.target or iterations) - iterations if facts.counter == "greatest_folder" else 0
+    offset = max(
+        (facts.target or iterations) - iterations, 0
+    )  # the start's number, where the framework counts on from it
     known = plan.spec.step_time_s
     step_time_s = known or max(plan.spec.time_s / 2 / iterations, 1e-3)
     link_s = min(iterations * step_time_s, plan.spec.time_s)
@@ -135,7 +137,7 @@ def make_scenario(plan: Plan, request: Request) -> dict[str, Any]:
         "target": offset + iterations,
         "iterations": iterations,
         "offset": offset,
-        "greatest_folder": facts.counter == "greatest_folder",
+        "counts_on": facts.counter == "greatest_folder" or offset > 0,
         "save_every": cadence.save_every,
         "layout": facts.layout,
         "ranks": scene.ranks_of(plan),
@@ -287,7 +289,9 @@ def tail(folder: str, job_id: str, num_lines: int = 8) -> str:
 def _written(before: Mapping[str, Any], after: Mapping[str, Any], shown: Scene, plan: Plan) -> list[Problem]:
     """Files that the job made or changed outside the checkpoint folder, the run directory and its home."""
     targets = dict(shown.mounts)
-    allowed = [path for path in (plan.spec.checkpoint_dir, plan.run_dir) if path]
+    allowed = [
+        path for path in (plan.spec.checkpoint_dir, plan.run_dir, *(path for _, path in plan.resolved.binds)) if path
+    ]
     wrong = []
     for name, facts in after.items():
         if before.get(name) == facts:

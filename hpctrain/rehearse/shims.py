@@ -30,11 +30,12 @@ def script(
     real: Mapping[str, str],
     python: str,
     saves_on: str = "",
+    skipped: Sequence[str] = (),
 ) -> str:
     """The stand-in's text. `steps`: how the words of the step begin, without the program's name; any of them.
 
     `needed`: paths that every task must see. `real`: {name: the program to become when called with other words}.
-    `python`: the interpreter of rank 0. `saves_on`: the signal that every task gets before the time limit, and outlives.
+    `skipped`: names of scripts that are not run. `python`: the interpreter of rank 0. `saves_on`: the signal that every task gets before the time limit, and outlives.
     """
     lines = [
         "#!/bin/sh",
@@ -44,6 +45,10 @@ def script(
         "  case $word in",
         "    */neox_args.py) mode=neox ;;",
         '    */deepy.py) [ "${mode:-}" ] || { [ "$word" = "$1" ] && mode=deepy; } ;;',
+        *(
+            f'    */{name}) [ "$word" = "$1" ] || [ "$word" = "$2" ] && mode=skip ;;'
+            for name in map(shlex.quote, skipped)
+        ),
         "  esac",
         "done",
     ]
@@ -64,6 +69,7 @@ def script(
         "    exit 0 ;;",
         f'  deepy) exec {shlex.quote(python)} -I -S "$dir/standin.py" deepy "$dir" "$@" ;;',
         "  step) ;;",
+        '  skip) echo "rehearse: not run: $*"; exit 0 ;;',
         "  *)",
         '    case "${0##*/}" in',
         *(f'      {shlex.quote(name)}) exec {shlex.quote(path)} "$@" ;;' for name, path in real.items()),

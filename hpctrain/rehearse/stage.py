@@ -124,7 +124,9 @@ def install(place: Place, plan: Plan, scenario: Mapping[str, Any], needed: Seque
         # A container shows hpctrain's interpreter, and not what else is on the PATH here.
         real = python if plan.container else shutil.which(name) or python
         own = steps if name == os.path.basename(program) else []
-        text = shims.script(str(folder), own, needed, {name: real}, python, saves_on)
+        text = shims.script(
+            str(folder), own, needed, {name: real}, python, saves_on, plan.recipe.values["rehearse"].get("skip", ())
+        )
         path = folder / "bin" / name
         path.write_text(text)
         path.chmod(0o700)
