@@ -118,3 +118,23 @@ class Progress:
         if self._tty:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
+
+
+class Stages:
+    """One progress line per stage of something that has several."""
+
+    def __init__(self, every_s: float = 5.0) -> None:
+        self._every_s, self._what = every_s, ""
+        self._line: Progress | None = None
+
+    def update(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self.close()
+            self._what, self._line = what, Progress(what, total or None, every_s=self._every_s)
+        if self._line is not None:
+            self._line.update(done)
+
+    def close(self) -> None:
+        if self._line is not None:
+            self._line.close()
+        self._line = None

@@ -93,6 +93,10 @@ FIELDS: dict[str, Field] = {
         "dotted keys of run.yaml that name the model it starts from, where an earlier stage's model is put",
         items=Field("text", "e.g. recipe_options.model"),
     ),
+    "rehearse": Field("table", "what a rehearsal does, where there is no training framework", fields={
+        "skip": Field("list", "scripts of the run directory that need the framework, and so are not run",
+                      items=Field("text", "a file name")),
+    }),
     "proven": Field("text", "how the recipe is proven", default=""),
 }  # fmt: skip
 

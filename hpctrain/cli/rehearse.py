@@ -95,7 +95,7 @@ def command(
         run_yaml, assignments, out_dir, nodes=nodes, jobs=jobs, faults=faults, accounts=accounts, accounting=accounting,
         no_check=no_check, job_script=job_script, speed=speed, keep=keep, directory=directory, picture=picture,
     )  # fmt: skip
-    meter = _Meter()
+    meter = output.Stages()
     try:
         outcome = rehearse(loaded, request, os.environ, meter.update)
     finally:
@@ -115,23 +115,3 @@ def command(
     output.next_step(f"hpctrain {'chain' if outcome.ok else 'rehearse'}{name}")
     if not outcome.ok:
         raise click.exceptions.Exit(errors.NO)
-
-
-class _Meter:
-    """One progress line per stage."""
-
-    def __init__(self) -> None:
-        self._what = ""
-        self._line: output.Progress | None = None
-
-    def update(self, what: str, done: int, total: int) -> None:
-        if what != self._what:
-            self.close()
-            self._what, self._line = what, output.Progress(what, total or None, every_s=5)
-        if self._line is not None:
-            self._line.update(done)
-
-    def close(self) -> None:
-        if self._line is not None:
-            self._line.close()
-        self._line = None

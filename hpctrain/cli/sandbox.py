@@ -96,7 +96,7 @@ def up(
         partitions=partitions,
         mounts=_mounts(mounts),
     )
-    meter = _Meter()
+    meter = output.Stages()
     try:
         found, started = sandbox.up(
             wanted, name, state.state_dir(name, directory, os.environ), os.environ,
@@ -202,25 +202,6 @@ def fault(nodes: str, action: str | None, name: str, directory: str) -> None:
         )
     changed = sandbox.fault(nodes, action, name, state.state_dir(name, directory, os.environ), os.environ)
     output.info(f"{action}: {units.compress_nodes(changed)}")
-
-
-class _Meter:
-    """One progress line per stage of the start."""
-
-    def __init__(self) -> None:
-        self._what, self._line = "", None  # type: tuple[str, output.Progress | None]
-
-    def update(self, what: str, done: int, total: int) -> None:
-        if what != self._what:
-            self.close()
-            self._what, self._line = what, output.Progress(what, total or None, "nodes" if total else "", every_s=5)
-        if self._line is not None:
-            self._line.update(done)
-
-    def close(self) -> None:
-        if self._line is not None:
-            self._line.close()
-        self._line = None
 
 
 def _counts(nodes: Sequence[str], site: Any) -> dict[str, int]:

@@ -92,6 +92,11 @@ _help_allow = "Accept what is an error otherwise: " + "; ".join(f"{kind} ({what}
 @click.option("--no-wait", is_flag=True, help="Return once the jobs are queued.")
 @click.option("--keep-shards", is_flag=True, help="Keep P.tokenize/ whole after the merge.")
 @click.option("--force", is_flag=True, help="Replace another dataset of that name.")
+@click.option(
+    "--rehearse",
+    is_flag=True,
+    help="Play the array on the head of the data in a Slurm shaped like the site; keep nothing.",
+)
 @common.dry_run
 @common.as_json
 def command(**options: Any) -> None:
@@ -105,6 +110,9 @@ def command(**options: Any) -> None:
     from hpctrain.tokenize.command import tokenize
 
     request, how = _parse(options)
+    if options["rehearse"]:
+        _rehearse(request, how, options["as_json"])
+        return
     if how.engine == "mpi":
         outcome = _on_mpi(request, how)
         if outcome is None:
@@ -153,6 +161,27 @@ def _parse(options: dict[str, Any]) -> tuple[Any, Any]:
         scan=options["scan"],
     )
     return request, how
+
+
+def _rehearse(request: Any, how: Any, as_json: bool) -> None:
+    import os
+
+    from hpctrain.rehearse import tokens
+
+    meter = output.Stages()
+    try:
+        outcome = tokens.rehearse_tokens(request, how, os.environ, meter.update)
+    finally:
+        meter.close()
+    if as_json:
+        output.data_json(**tokens.as_json(outcome))
+    else:
+        for line in tokens.lines(outcome):
+            output.data(line)
+    output.problems(outcome.problems)
+    output.next_step("the same command without --rehearse, at the site" if outcome.ok else "the same command again")
+    if not outcome.ok:
+        raise click.exceptions.Exit(errors.NO)
 
 
 def _on_mpi(request: Any, how: Any) -> Any:

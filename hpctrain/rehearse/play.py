@@ -15,7 +15,7 @@ from hpctrain.errors import EnvironmentFault, Problem
 from hpctrain.load import Loaded
 from hpctrain.plan import Plan
 from hpctrain.rehearse import checks, scene, stage
-from hpctrain.rehearse.records import Attempt, Pipe, expected_tasks
+from hpctrain.rehearse.records import Attempt, Pipe, Slots, expected_tasks
 from hpctrain.rehearse.scene import Scene
 from hpctrain.rehearse.watch import Refusal, Watch, refusal_problem
 from hpctrain.rundir import run_files
@@ -84,28 +84,31 @@ def rehearse(
         shape = stage.shape_of(plan, mounts, request.accounting, accounts)
         jobs: dict[int, str] = {}
         pipe = Pipe(str(place.shims), lambda attempt: _ready(place, attempt))
+        slots = Slots(str(place.shims))
         try:
             record = stage.start(place, shape, environ, progress)
             stage.connect(place, plan)
             seconds["sandbox"] = time.monotonic() - clock
             login = stage.Login(record, place, shown.home, environ)
             jobs, refused = queue(login, plan, request.num_jobs)
-            watch = Watch(login, pipe, plan, scenario, jobs, progress)
+            watch = Watch(login, pipe, plan, scenario, jobs, slots, progress)
             watch.until_done(only_cancel=bool(refused))
             seconds["jobs"] = time.monotonic() - clock - seconds["sandbox"]
         finally:
             pipe.close()
+            slots.close()
             stage.sweep(plan, list(jobs.values()))
         looked = time.monotonic()
         run_dir = shown.real_path(str(place.files), plan.run_dir) or ""
         sha256 = _sha256(os.path.join(run_dir, "job.sbatch"))
         links = tuple(read_records(os.path.join(run_dir, "links.jsonl")))
         attempts = tuple(sorted(pipe.attempts.values(), key=lambda attempt: attempt.begun))
+        is_known = any("unseen" in task for attempt in attempts for task in attempt.tasks)
         problems = [
             *_refused(refused, shape, plan, files["job.sbatch"]),
             *watch.problems,
-            *(seen := _steps(plan, attempts, [target for _, target in shown.mounts])),
-            *([] if refused else _ends(plan, request, watch, attempts, links, run_dir, bool(seen))),
+            *_steps(plan, attempts, [target for _, target in shown.mounts]),
+            *([] if refused else _ends(plan, request, watch, attempts, links, run_dir, is_known)),
             *_written(before, listing(str(place.files)), shown, plan),
             *_secret(secret, run_dir),
         ]
@@ -121,7 +124,9 @@ def make_scenario(plan: Plan, request: Request) -> dict[str, Any]:
     """The stand-in's orders: the run's cadence, and how fast time goes. Pure."""
     cadence, facts = plan.resolved.cadence, plan.resolved.guard
     iterations = cadence.iterations or facts.target or 100
-    offset = (facts.target or iterations) - iterations if facts.counter == "greatest_folder" else 0
+    offset = max(
+        (facts.target or iterations) - iterations, 0
+    )  # the start's number, where the framework counts on from it
     known = plan.spec.step_time_s
     step_time_s = known or max(plan.spec.time_s / 2 / iterations, 1e-3)
     link_s = min(iterations * step_time_s, plan.spec.time_s)
@@ -132,7 +137,7 @@ def make_scenario(plan: Plan, request: Request) -> dict[str, Any]:
         "target": offset + iterations,
         "iterations": iterations,
         "offset": offset,
-        "greatest_folder": facts.counter == "greatest_folder",
+        "counts_on": facts.counter == "greatest_folder" or offset > 0,
         "save_every": cadence.save_every,
         "layout": facts.layout,
         "ranks": scene.ranks_of(plan),
@@ -284,7 +289,9 @@ def tail(folder: str, job_id: str, num_lines: int = 8) -> str:
 def _written(before: Mapping[str, Any], after: Mapping[str, Any], shown: Scene, plan: Plan) -> list[Problem]:
     """Files that the job made or changed outside the checkpoint folder, the run directory and its home."""
     targets = dict(shown.mounts)
-    allowed = [path for path in (plan.spec.checkpoint_dir, plan.run_dir) if path]
+    allowed = [
+        path for path in (plan.spec.checkpoint_dir, plan.run_dir, *(path for _, path in plan.resolved.binds)) if path
+    ]
     wrong = []
     for name, facts in after.items():
         if before.get(name) == facts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -77,6 +78,27 @@ class Pipe:
             if not attempt.ready and len(attempt.tasks) == expected_tasks(fields):
                 attempt.ready = True
                 self._on_ready(attempt)
+
+
+class Slots:
+    """How many tasks may be on their way from their start to their record: some for each core of this machine."""
+
+    PER_CORE = 4
+
+    def __init__(self, folder: str) -> None:
+        # Both ends: what is in a pipe is gone when nobody has it open.
+        self._pipe = os.open(os.path.join(folder, "slots"), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._seen = -1
+
+    def give(self, num_tasks: int) -> None:
+        """To be called now and then with the number of records so far: where nothing has come, slots were lost."""
+        if num_tasks == self._seen:
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._pipe, b"\n" * self.PER_CORE * (os.cpu_count() or 1))
+        self._seen = num_tasks
+
+    def close(self) -> None:
+        os.close(self._pipe)
 
 
 def release(folder: str) -> None:

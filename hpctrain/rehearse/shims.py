@@ -30,11 +30,12 @@ def script(
     real: Mapping[str, str],
     python: str,
     saves_on: str = "",
+    skipped: Sequence[str] = (),
 ) -> str:
     """The stand-in's text. `steps`: how the words of the step begin, without the program's name; any of them.
 
     `needed`: paths that every task must see. `real`: {name: the program to become when called with other words}.
-    `python`: the interpreter of rank 0. `saves_on`: the signal that every task gets before the time limit, and outlives.
+    `skipped`: names of scripts that are not run. `python`: the interpreter of rank 0. `saves_on`: the signal that every task gets before the time limit, and outlives.
     """
     lines = [
         "#!/bin/sh",
@@ -44,6 +45,10 @@ def script(
         "  case $word in",
         "    */neox_args.py) mode=neox ;;",
         '    */deepy.py) [ "${mode:-}" ] || { [ "$word" = "$1" ] && mode=deepy; } ;;',
+        *(
+            f'    */{name}) [ "$word" = "$1" ] || [ "$word" = "$2" ] && mode=skip ;;'
+            for name in map(shlex.quote, skipped)
+        ),
         "  esac",
         "done",
     ]
@@ -64,6 +69,7 @@ def script(
         "    exit 0 ;;",
         f'  deepy) exec {shlex.quote(python)} -I -S "$dir/standin.py" deepy "$dir" "$@" ;;',
         "  step) ;;",
+        '  skip) echo "rehearse: not run: $*"; exit 0 ;;',
         "  *)",
         '    case "${0##*/}" in',
         *(f'      {shlex.quote(name)}) exec {shlex.quote(path)} "$@" ;;' for name, path in real.items()),
@@ -79,6 +85,7 @@ def script(
         'record="$record${unseen:+' + FIELD + 'unseen=${unseen#:}}"',
         f'[ "${{#record}}" -le {MOST_BYTES} ] || record="${{record%%{FIELD}PWD=*}}"',
         f'printf \'%s{END}\' "$record" >"$dir/records" || exit 97',
+        '{ echo >"$dir/slots"; } 2>/dev/null || :',
         '[ -z "${unseen:-}" ] || { echo "rehearse: this task does not see ${unseen#:}" >&2; exit 2; }',
         'if [ "${RANK-${SLURM_PROCID-0}}" = 0 ]; then',
         f'  exec {shlex.quote(python)} -I -S "$dir/standin.py" train "$dir"',
@@ -89,6 +96,15 @@ def script(
         "exit 0",
     ]
     return "\n".join(lines) + "\n"
+
+
+def wait_for_slot(folder: str) -> str:
+    """Lines for the end of the task prolog: a task of a step takes one of the slots, which the stand-in gives back.
+
+    Those that are not given back, as by other programs, are given again by `records.Slots`.
+    """
+    slots = shlex.quote(f"{folder}/slots")
+    return f'case "${{SLURM_STEP_ID:-}}" in [0-9]*) [ ! -p {slots} ] || read -r _ <{slots} ;; esac\n'
 
 
 def bash(program: str, instead: str) -> str:

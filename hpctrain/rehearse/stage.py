@@ -110,7 +110,7 @@ def install(place: Place, plan: Plan, scenario: Mapping[str, Any], needed: Seque
     """Write the stand-ins, their pipes and their orders, before the sandbox starts."""
     folder = place.shims
     (folder / "bin").mkdir(parents=True)
-    for name in ("records", "hold"):
+    for name in ("records", "hold", "slots"):
         os.mkfifo(folder / name, 0o600)
     (folder / "scenario.json").write_text(json.dumps(scenario))
     shutil.copyfile(standin.__file__, folder / "standin.py")
@@ -121,16 +121,24 @@ def install(place: Place, plan: Plan, scenario: Mapping[str, Any], needed: Seque
         steps = [["-u", str(plan.resolved.template["train_script"])]]
     saves_on = str(scenario["signal"]) if scenario["saves_on_signal"] else ""
     for name in {"python", "python3", os.path.basename(program)}:
-        real = shutil.which(name) or python
+        # A container shows hpctrain's interpreter, and not what else is on the PATH here.
+        real = python if plan.container else shutil.which(name) or python
         own = steps if name == os.path.basename(program) else []
-        text = shims.script(str(folder), own, needed, {name: real}, python, saves_on)
+        text = shims.script(
+            str(folder), own, needed, {name: real}, python, saves_on, plan.recipe.values["rehearse"].get("skip", ())
+        )
         path = folder / "bin" / name
         path.write_text(text)
         path.chmod(0o700)
 
 
 def connect(place: Place, plan: Plan) -> None:
-    """Let the sandbox's jobs find the stand-ins: inside the container where there is one, else on the nodes."""
+    """Let the sandbox's jobs find the stand-ins: inside the container where there is one, else on the nodes.
+
+    Of thousands of tasks that all start at once, Slurm itself would get no time: each waits for a slot before its program.
+    """
+    prolog = place.state / "etc" / "task_prolog"
+    sandbox_state.write_text(prolog, prolog.read_text() + shims.wait_for_slot(str(place.shims)), 0o700)
     names = sorted(os.listdir(place.shims / "bin"))
     program = plan.resolved.argv[0]
     if plan.container:
@@ -167,6 +175,12 @@ class Login:
     def queue(self) -> dict[str, tuple[str, str]]:
         """{job id: (state, reason)} of all jobs, ended ones too; empty when the controller does not answer."""
         done = self.slurm("squeue", "-h", "-t", "all", "-o", "%A|%T|%r")
+        rows = (line.split("|") for line in done.stdout.splitlines())
+        return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
+
+    def tasks(self) -> dict[str, tuple[str, str]]:
+        """The same with every array task by itself."""
+        done = self.slurm("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r")
         rows = (line.split("|") for line in done.stdout.splitlines())
         return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 

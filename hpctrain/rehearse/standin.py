@@ -175,7 +175,7 @@ class Walk:
             signal.signal(signal.SIGTERM, self._on_signal)
         self.wait_for_ranks()
         mode = self.environ.get("HPCTRAIN_MODE", "")
-        counts_on = mode == "resume" or plan["greatest_folder"]
+        counts_on = mode == "resume" or plan["counts_on"]
         number = int(self.environ.get("HPCTRAIN_ITERATION") or 0) if counts_on else 0
         base = plan["offset"]
         target, every = plan["target"], plan["save_every"] or plan["target"]

@@ -57,7 +57,7 @@ def bars(
     for record in begins:
         key = str(record.get("job_id")), int(record.get("restart") or 0)
         attempt, mode = by_key.get(key), str(record.get("mode"))
-        begin = int(record.get("iteration") or 0) if mode == "resume" or scenario["greatest_folder"] else 0
+        begin = int(record.get("iteration") or 0) if mode == "resume" or scenario["counts_on"] else 0
         if attempt is None or attempt.last("start") is None:
             outcome = mode if mode in ("done", "stopped", "gave_up") else states.get(key[0], "did not start").lower()
             found.append(Bar(int(record["link"]), *key, mode, outcome, begin, begin, begin, 0, str(record.get("checkpoint") or ""),

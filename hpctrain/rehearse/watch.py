@@ -10,7 +10,7 @@ from typing import Any
 
 from hpctrain.errors import EnvironmentFault, Problem
 from hpctrain.plan import Plan
-from hpctrain.rehearse.records import Attempt, Pipe, expected_tasks, release
+from hpctrain.rehearse.records import Attempt, Pipe, Slots, expected_tasks, release
 from hpctrain.rehearse.stage import Login
 from hpctrain.slurm import LIVE
 from hpctrain.units import expand_nodes, format_time
@@ -43,7 +43,7 @@ class Watch:
     """Everything about the jobs between their submission and their end. `problems` holds what kept them from running."""
 
     def __init__(self, login: Login, pipe: Pipe, plan: Plan, scenario: Mapping[str, Any], jobs: Mapping[int, str],
-                 progress: Callable[[str, int, int], None]) -> None:  # fmt: skip
+                 slots: Slots, progress: Callable[[str, int, int], None]) -> None:  # fmt: skip
         self.login, self.pipe, self.plan, self.scenario, self.jobs = login, pipe, plan, scenario, dict(jobs)
         self.problems: list[Problem] = []
         self.waited_s: dict[str, float] = {}
@@ -54,6 +54,7 @@ class Watch:
         self._stuck: dict[str, float] = {}
         self._running: dict[str, float] = {}
         self._answered = time.monotonic()
+        self._slots = slots
         num_tasks = plan.spec.num_nodes * plan.tasks_per_node
         self._start_limit_s = 120 + 0.3 * num_tasks
 
@@ -93,6 +94,7 @@ class Watch:
                 return
             with self.pipe.lock:
                 attempts = list(self.pipe.attempts.values())
+            self._slots.give(sum(len(attempt.tasks) for attempt in attempts))
             for attempt in attempts:
                 self._play(attempt, now)
             self._silence(attempts, now)

@@ -315,7 +315,7 @@ def _slurm_conf(shape: ClusterShape, place: Place) -> str:
         ("MpiDefault", "none"),
         ("TaskProlog", f"{state}/etc/task_prolog"),
         ("TreeWidth", 65533),
-        ("MessageTimeout", 60),
+        ("MessageTimeout", 99 if shape.lean else 60),
         ("SlurmdTimeout", shape.slurmd_timeout_s),
         ("SlurmctldTimeout", 120),
         ("KillWait", shape.kill_wait_s),

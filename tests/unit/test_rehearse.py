@@ -260,7 +260,7 @@ def attempt(restart, *events):
 
 def test_the_timeline_says_what_was_kept_and_lost():
     plan = example()
-    scenario = {"greatest_folder": True, "step_time_s": 10.0, "save_time_s": 0.0, "offset": 100, "layout": "deepspeed"}
+    scenario = {"counts_on": True, "step_time_s": 10.0, "save_time_s": 0.0, "offset": 100, "layout": "deepspeed"}
     attempts = [
         attempt(0, ("start", 100), ("saved", 150), ("strike", 180)),
         attempt(1, ("start", 150), ("saved", 200), ("end", 200)),
