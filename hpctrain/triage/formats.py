@@ -27,19 +27,6 @@ _NEOX = re.compile(
     rb"(?: approx flops per GPU: \S+ \|)? lm_loss: (\S+) \|(?: loss scale: \S+ \|)?(?: grad norm: (\S+) \|)?[^\n]*?"
     rb" number of skipped iterations: *(\d+) \| number of nan iterations: *(\d+) \|"
 )
-# Up to 32 step lines in a row in which nothing is wrong, each to its very end: triage may look at only the last of them.
-_GOOD = rb"(?:0\.\d*[1-9]\d*|[1-9]\d{0,2}(?:\.\d+)?)"
-HEALTHY_RUNS = (
-    re.compile(
-        rb"(?:(?: samples/sec: [\d.]+ \|)? iteration +\d+/ *\d+ \| elapsed time per iteration \(ms\): [\d.]+ \| learning rate: [\d.E+-]+ \|"
-        rb"(?: approx flops per GPU: [\d.]+\w+ \|)? lm_loss: [1-9]\.\d+E[+-]0[01] \|(?: loss scale: [\d.]+ \|)?(?: grad norm: %s \|)?"
-        rb"(?: (?:samples per second|tokens per gpu per second \(tgs\)|TFLOPs): [\d.]+ \|)*"
-        rb" number of skipped iterations: +0 \| number of nan iterations: +0 \|\r?\n){2,32}" % _GOOD
-    ),
-    re.compile(
-        rb"(?:(?:[ \d:%%|/<>,.?\[\]its\x80-\xff]*\r)*\{'loss': '?%s'?(?:, 'grad_norm': '?%s'?)?(?:, '[\w/]+': '?[-+\de.]+'?)*\}\r?\n){2,32}" % (_GOOD, _GOOD)
-    ),
-)  # fmt: skip
 _OPEN_INSTRUCT = re.compile(
     rb"Step: (\d+), LR: (%s), Loss: (%s)(?:,? Aux Loss: %s)?(?:, TPS: (%s))?" % (_N, _N, _N, _N)
 )

@@ -87,7 +87,8 @@ def _scores(hits: Counter, false: Counter, missed: Counter) -> dict:
 
 
 def big_log(path: str, megabytes: int, kind: str) -> None:
-    """A log of that size. `job`: 64 ranks talking and a step line in 40; `steps`: nothing but step lines; `bars`: tqdm."""
+    """A log of that size. `job`: 64 ranks talking and a step line in 40; `steps`: nothing but GPT-NeoX's step lines, `hf`:
+    the Trainer's behind progress bars, `trl`: TRL's long ones, `any`: short ones of one's own; `bars`: nothing but tqdm."""
     rnd = random.Random(5)
     words = (
         "loading module from path tokenizer rank group initialize model parallel data worker process with size of the "
@@ -102,6 +103,30 @@ def big_log(path: str, megabytes: int, kind: str) -> None:
         )
         if kind == "steps" or (kind == "job" and index % 40 == 0):
             lines.append(step)
+        elif kind in ("hf", "trl"):
+            bar = f"\r {index % 100}%|█▍        | {index}/20000 [10:02<12:01,  2.02s/it]"
+            more = ""
+            if kind == "trl":
+                more = "".join(
+                    f" '{name}': {rnd.uniform(0.1, 9):.6f},"
+                    for name in (
+                        "entropy",
+                        "num_tokens",
+                        "rewards/chosen",
+                        "rewards/rejected",
+                        "rewards/accuracies",
+                        "rewards/margins",
+                        "logps/chosen",
+                        "mean_token_accuracy",
+                    )
+                )
+            lines.append(
+                f"{bar}{bar}\n{{'loss': {2.4 - index * 1e-5:.4f}, 'grad_norm': {rnd.uniform(0.5, 2):.6f}, 'learning_rate': {1e-5 * (1 - index / 20000):.6g},{more} 'epoch': {index / 10000:.2f}}}"
+            )
+        elif kind == "any":
+            lines.append(
+                f"step {index} | loss {2.4 - index * 1e-5:.4f} | lr {1e-4:.2e} | {rnd.uniform(500, 2000):.2f} ms | {rnd.randint(10000, 99999)} tok/s"
+            )
         elif kind == "bars":
             lines.append("".join(f"\r {k}%|█▍        | {index + k}/20000 [10:02<12:01,  2.02s/it]" for k in range(8)))
         else:
@@ -115,7 +140,7 @@ def big_log(path: str, megabytes: int, kind: str) -> None:
 
 def speed(megabytes: int) -> dict:
     out = {}
-    for kind in ("job", "bars", "steps"):
+    for kind in ("job", "bars", "steps", "hf", "trl", "any"):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "big.log")
             big_log(path, megabytes, kind)
