@@ -35,7 +35,7 @@ _RANK = re.compile(
 )  # fmt: skip
 _NODE = re.compile(
     rb"hpctrain: preflight: (\S+) is bad: |srun: error: ([A-Za-z][\w.-]*\d[\w.-]*): |\bON ([A-Za-z][\w.-]*) CANCELLED|[Nn]ode failure on ([\w.-]+)"
-    rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN"
+    rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] (?:\S+ )?NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN"
     rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?:slurmstepd-)?(?!rank|task|epoch|step|worker|default|slurmstepd|srun)([a-z][a-z-]*\d[\w.-]*): "
 )
 _ELASTIC_RANK = re.compile(rb"rank +: (\d+)")

@@ -40,6 +40,7 @@ _ANY_LOSS = re.compile(rb"(?<![\w/])(?:train[_ ]|lm[_ ])?loss['\"]?\s*[:= ]\s*['
 _ANY_STEP = re.compile(
     rb"(?<![\w/])(?:step|iter|iteration)s?['\"]?\s*[:= #]\s*(\d+)\s*(?:(?:/|of)\s*(\d+))?", re.IGNORECASE
 )
+_ANY_PLACE = re.compile(rb"\[(\d+)/(\d+)\]")  # `Epoch: [0][415/1736]`, as torchvision's and OpenMMLab's loops print it
 _ANY_NORM = re.compile(rb"(?<![\w/])grad(?:ient)?[_ ]?norm['\"]?\s*[:= ]\s*['\"]?(%s)" % _N, re.IGNORECASE)
 _ANY_LR = re.compile(rb"(?<![\w/])(?:lr|learning[_ ]rate)['\"]?\s*[:= ]\s*\[?['\"]?(%s)" % _N, re.IGNORECASE)
 _NOT_TRAINING = re.compile(rb"(?<![\w/])(?:eval|valid|validation|test|val|dev)[_ /]", re.IGNORECASE)
@@ -138,7 +139,7 @@ def deepspeed(line: bytes) -> Step | None:
 def anything(line: bytes) -> Step | None:
     """`step 10 loss 2.3` in the spellings people use; needs both a step and a loss."""
     loss = _ANY_LOSS.search(line)
-    step = _ANY_STEP.search(line)
+    step = _ANY_STEP.search(line) or _ANY_PLACE.search(line)
     if not loss or not step or _NOT_TRAINING.search(line):
         return None
     norm, lr = _ANY_NORM.search(line), _ANY_LR.search(line)

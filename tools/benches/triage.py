@@ -21,6 +21,9 @@ from pathlib import Path
 
 TOP = Path(__file__).resolve().parents[2]
 DATA = TOP / "tests" / "data" / "triage"
+HELD_OUT = TOP / "tests" / "data" / "triage-held-out"  # written after the rules, from other people's reports
+# What the rules said of the held-out logs at first sight, before they were mended by them: cause precision and recall 0.913,
+# RED rules 0.962 and 0.944, verdict right in 36 of 40. That, and not today's figure, is what to expect of an unknown log.
 sys.path.insert(0, str(TOP))
 
 from hpctrain.triage.engine import Engine  # noqa: E402
@@ -29,20 +32,20 @@ from hpctrain.triage.read import read_logs  # noqa: E402
 from hpctrain.triage.rules import RED  # noqa: E402
 
 
-def diagnose(name: str, label: dict) -> Diagnosis:
+def diagnose(path: Path, label: dict) -> Diagnosis:
     engine = Engine(tasks_per_node=label.get("tasks_per_node"))
-    read_logs(engine, [str(DATA / name)])
+    read_logs(engine, [str(path)])
     return judge(engine)
 
 
-def accuracy(verbose: bool) -> dict:
+def accuracy(verbose: bool, folder: Path = DATA) -> dict:
     """Cause and RED rules of every labelled log against what triage says."""
-    labels = json.loads((DATA / "labels.json").read_text(encoding="utf-8"))
+    labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
     hits, false, missed = Counter(), Counter(), Counter()
     rule_hits, rule_false, rule_missed = Counter(), Counter(), Counter()
     right = Counter()
     for name, label in sorted(labels.items()):
-        diagnosis = diagnose(name, label)
+        diagnosis = diagnose(folder / name, label)
         event = diagnosis.cause.event if diagnosis.cause else None
         found, wanted = event.failure if event else None, label["cause"]
         if found == wanted and found:
@@ -193,7 +196,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--accuracy-only", action="store_true")
     options = parser.parse_args()
-    result = {"accuracy": accuracy(verbose=not options.json)}
+    result = {folder.name: accuracy(not options.json, folder) for folder in (DATA, HELD_OUT)}
     if not options.accuracy_only:
         result["speed"] = speed(options.mb)
     print(json.dumps(result, indent=2))
