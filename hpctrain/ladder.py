@@ -19,7 +19,7 @@ from hpctrain.plan import Plan
 from hpctrain.render import plan_json
 from hpctrain.rundir import run_files, write_run_dir
 from hpctrain.triage.judge import Diagnosis
-from hpctrain.triage.rules import GREEN
+from hpctrain.triage.rules import GREEN, RED
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ def changes_for(full: Plan, num_gpus: int, steps: int, time: str) -> dict[str, A
     """
     nodes, per_node = shape_of_rung(num_gpus, full.node_type.gpus)
     rules = full.recipe.values["ladder"]
+    if not rules["steps"]:
+        raise UsageError(
+            f"recipe `{full.recipe.name}` does not say which key holds the number of steps, so a rung cannot be short",
+            why=f"no `ladder: {{steps: …}}` in {full.recipe.document.name}",
+        )
     tag = f"ladder-{num_gpus}gpu"
     changes: dict[str, Any] = {
         "name": f"{full.spec.name}-{tag}", "nodes": nodes, "gpus_per_node": per_node, "time": time, "chain.jobs": 1,
@@ -81,6 +86,8 @@ def changes_for(full: Plan, num_gpus: int, steps: int, time: str) -> dict[str, A
     if full.spec.checkpoint_dir:
         # A folder of its own: rungs that share one would resume each other's checkpoints.
         changes["checkpoint.dir"] = f"{full.spec.checkpoint_dir.rstrip('/')}-{tag}"
+    if full.spec.tasks_per_node and full.recipe.tasks == "per_gpu":
+        changes["tasks_per_node"] = per_node
     changes.update({key: steps for key in rules["steps"]})
     key, batch_key = rules["accumulation"], rules["global_batch"]
     whole = full.spec.num_nodes * full.gpus_per_node
@@ -99,6 +106,21 @@ def changes_for(full: Plan, num_gpus: int, steps: int, time: str) -> dict[str, A
             changes[batch_key] = batch
     changes.update(rules["one_gpu"] if num_gpus == 1 else rules["more_gpus"])
     return changes
+
+
+def purpose(rungs: Sequence[Rung], rung: Rung) -> tuple[str, str]:
+    """(name, what it validates) of a rung, as the guides have it: data on one GPU, sharding on the first few, then all."""
+    if rung.num_gpus == 1:
+        return "sanity", "data loading, falling loss, no NaN"
+    if rung is next(other for other in rungs if other.num_gpus > 1):
+        return "distributed", "sharding, collectives, gradients in step"
+    return "full", "speed and memory at scale"
+
+
+def toggles(rung: Rung) -> dict[str, Any]:
+    """What the recipe switches on this rung, beside its shape, its steps and its output."""
+    rules = rung.loaded.plan.recipe.values["ladder"]
+    return dict(rules["one_gpu"] if rung.num_gpus == 1 else rules["more_gpus"])
 
 
 def decided(plan: Plan, dotted: str) -> Any:
@@ -132,10 +154,35 @@ def climb(rungs: Sequence[Rung], say: Callable[[str], None], force: bool = False
     return results
 
 
+# The questions that the guides ask of each rung's log, and the rules of triage that answer them.
+CHECKS = (
+    ("loss", ("loss_trend", "loss_rise")),
+    ("finite", ("loss_finite",)),
+    ("memory", ("gpu_memory", "host_memory")),
+    ("gradients", ("gradients",)),
+    ("steps", ("hang", "program", "communication")),
+)  # fmt: skip
+
+
+def checks(diagnosis: Diagnosis | None) -> dict[str, str]:
+    """pass, fail or `not seen` for each of `CHECKS`."""
+    found = {verdict.rule: verdict.verdict for verdict in diagnosis.verdicts} if diagnosis else {}
+    out = {}
+    for name, wanted in CHECKS:
+        verdicts = [found[rule] for rule in wanted if rule in found]
+        out[name] = "fail" if RED in verdicts else "pass" if GREEN in verdicts else "not seen"
+    return out
+
+
+def log_path(rung: Rung, job_id: str) -> str:
+    """Where the job of a rung writes."""
+    return os.path.join(rung.run_dir, "logs", f"{rung.loaded.plan.spec.name}-{job_id}.out")
+
+
 def _judge(rung: Rung, job_id: str, code: int, last: bool) -> Result:
     from hpctrain.triage.target import open_target
 
-    log = os.path.join(rung.run_dir, "logs", f"{rung.loaded.plan.spec.name}-{job_id}.out")
+    log = log_path(rung, job_id)
     if not os.path.isfile(log):
         return Result(rung, job_id, None, False, f"job {job_id} left no log (exit code {code})")
     diagnosis = open_target([log]).diagnose()

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from hpctrain import errors, output
 from hpctrain.cli import common
+
+if TYPE_CHECKING:
+    from hpctrain.triage.judge import Diagnosis
 
 
 @click.command()
@@ -38,7 +43,7 @@ def command(
     hpctrain ladder run.yaml --rungs 1,8,64 --steps 200
     """
     from hpctrain.cost_view import parse_rungs
-    from hpctrain.ladder import climb, plan_rungs
+    from hpctrain.ladder import checks, climb, log_path, plan_rungs, purpose, toggles
 
     rungs = plan_rungs(run_yaml, assignments, parse_rungs(rungs_text), steps, time_text)
     if dry_run:
@@ -65,6 +70,7 @@ def command(
         output.data_json(
             rungs=[
                 {"gpus": r.rung.num_gpus, "job_id": r.job_id, "passed": r.passed, "why": r.why, "run_dir": r.rung.run_dir,
+                 "toggles": toggles(r.rung), "checks": checks(r.diagnosis), "log": log_path(r.rung, r.job_id) if r.job_id else None,
                  "diagnosis": r.diagnosis.as_json() if r.diagnosis else None}
                 for r in results
             ]
@@ -72,25 +78,18 @@ def command(
     else:
         rows = []
         for r in results:
-            seen = r.diagnosis.progress if r.diagnosis else {}
-            losses = (
-                f"{seen['first_loss']:.4g} → {seen['last_loss']:.4g}"
-                if isinstance(seen.get("last_loss"), float) and isinstance(seen.get("first_loss"), float)
-                else ""
-            )
-            rate = f"{seen['rate']:.4g} {seen['rate_unit']}" if seen.get("rate") else ""
-            rows.append(
-                (
-                    r.rung.num_gpus,
-                    r.job_id,
-                    "pass" if r.passed else "stop" if r.job_id else "",
-                    losses,
-                    rate,
-                    _bill(r.rung.bill),
-                    r.why,
-                )
-            )
-        output.table(rows, ("GPUs", "job", "rung", "loss", "speed", "at most", "why"))
+            name, validates = purpose(rungs, r.rung)
+            verdict = "pass" if r.passed else "stop" if r.job_id else "not reached"
+            switched = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in toggles(r.rung).items())
+            seen = " ".join(f"{check}:{answer}" for check, answer in checks(r.diagnosis).items()) if r.diagnosis else ""
+            rows.append((r.rung.num_gpus, name, validates, switched, verdict, *_figures(r.diagnosis), seen, _bill(r.rung.bill),
+                         r.job_id, "" if r.passed else r.why))  # fmt: skip
+        output.table(
+            rows, ("GPUs", "rung", "validates", "toggles", "result", "loss", "speed", "checks", "at most", "job", "why")
+        )
+        for r in results:
+            if r.job_id:
+                output.info(f"log of the rung of {r.rung.num_gpus} GPUs: {log_path(r.rung, r.job_id)}")
         output.next_step(
             "hpctrain chain"
             if all(r.passed for r in results)
@@ -98,6 +97,14 @@ def command(
         )
     if not all(result.passed for result in results):
         raise click.exceptions.Exit(errors.NO)
+
+
+def _figures(diagnosis: Diagnosis | None) -> tuple[str, str]:
+    """The loss from first to last and the speed, as text; empty where they were not seen."""
+    seen = diagnosis.progress if diagnosis else {}
+    first, last = seen.get("first_loss"), seen.get("last_loss")
+    losses = f"{first:.4g} → {last:.4g}" if isinstance(first, float) and isinstance(last, float) else ""
+    return losses, f"{seen['rate']:.4g} {seen['rate_unit']}" if seen.get("rate") else ""
 
 
 def _bill(bill: object) -> str:

@@ -139,7 +139,9 @@ class Attempt:
             return
         finite = math.isfinite(step.loss)
         self.loss.add(step.loss if finite else -math.inf, place, not finite)
-        self.zero_loss.add(step.loss, place, step.loss == 0.0)
+        # The loss of a policy gradient may be exactly 0; with a gradient that is not, it is no lost label.
+        moves = step.grad_norm is not None and math.isfinite(step.grad_norm) and step.grad_norm > 0
+        self.zero_loss.add(step.loss, place, step.loss == 0.0 and not moves)
         if not finite:
             return
         self.losses.add(step.loss, step.iteration)

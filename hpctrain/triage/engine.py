@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.failures import BENIGN, PATTERNS, PRECEDENCE, Pattern
-from hpctrain.triage.formats import HEALTHY_RUNS, STEP_ANCHORS, Parser, tqdm_before
+from hpctrain.triage.formats import STEP_ANCHORS, Parser, tqdm_before
 from hpctrain.triage.records import Event, Place, Step, last_match
-from hpctrain.triage.scan import Hit, LineScanner, Matcher
+from hpctrain.triage.scan import UNIFORM, Hit, LineScanner, Matcher
 from hpctrain.triage.thresholds import Thresholds
+from hpctrain.triage.uniform import skeleton, template_of
 from hpctrain.units import expand_nodes
 
 _NAN_LINE = re.compile(rb"loss['\": =]+['\"]?nan\b", re.IGNORECASE)
@@ -34,13 +35,14 @@ _RANK = re.compile(
 )  # fmt: skip
 _NODE = re.compile(
     rb"hpctrain: preflight: (\S+) is bad: |srun: error: ([A-Za-z][\w.-]*\d[\w.-]*): |\bON ([A-Za-z][\w.-]*) CANCELLED|[Nn]ode failure on ([\w.-]+)"
-    rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN"
+    rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] (?:\S+ )?NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN"
     rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?:slurmstepd-)?(?!rank|task|epoch|step|worker|default|slurmstepd|srun)([a-z][a-z-]*\d[\w.-]*): "
 )
 _ELASTIC_RANK = re.compile(rb"rank +: (\d+)")
 _ELASTIC_HOST = re.compile(rb"host +: ([\w.-]+)")
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 _TEXT = 400
+_LONGEST = 4096  # bytes of a step line that may become a template
 _DENSE = 1000  # step lines of an attempt that are all read before healthy ones are sampled
 
 
@@ -128,6 +130,10 @@ class LogReader:
     def _take(self, hits: Iterable[Hit], now_s: float | None) -> None:
         last_step: Hit | None = None
         for hit in hits:
+            if hit.anchor == UNIFORM:
+                self._stretch(hit, now_s)
+                last_step = hit
+                continue
             for kind, what in self._meanings[hit.anchor]:
                 if kind == "step":
                     if self._step(hit, what, now_s):  # type: ignore[arg-type]
@@ -168,21 +174,23 @@ class LogReader:
             attempt.last_step_time_s = now_s
             attempt.first_step_time_s = attempt.first_step_time_s or now_s
         if attempt.num_steps > _DENSE and not self.engine.on_step:
-            self._sample(hit, attempt)
+            self._learn(hit, parse)
         if self.engine.on_step:
             self.engine.on_step(attempt, step, place, _time_in(hit.line) or now_s)
         return True
 
-    def _sample(self, hit: Hit, attempt: Attempt) -> None:
-        """Of a run of healthy step lines look at the last only: one log line in 32 tells a trend as well as every one."""
-        after = hit.start + len(hit.line) + 1
-        for pattern in HEALTHY_RUNS:
-            run = pattern.match(hit.context, after)
-            if run:
-                last = hit.context.rfind(b"\n", after, run.end() - 1) + 1
-                attempt.num_steps += hit.context.count(b"\n", after, last)
-                self._scanner.skip_to(last)
-                return
+    def _stretch(self, hit: Hit, now_s: float | None) -> None:
+        """Count the lines that the hit stands for, and read the last of them."""
+        template, attempt = self._scanner.template, self._current(hit)
+        assert template
+        attempt.num_steps += self._scanner.uniform_steps - 1
+        self._step(hit, template.parse, now_s)
+
+    def _learn(self, hit: Hit, parse: Parser) -> None:
+        """From here on look at one line only of a stretch of healthy ones such as this."""
+        known = self._scanner.template
+        if len(hit.line) < _LONGEST and (known is None or skeleton(hit.line) != known.skeleton):
+            self._scanner.template = template_of(hit.line, parse) or known
 
     def _failure(self, hit: Hit, pattern: object) -> None:
         assert isinstance(pattern, Pattern)
@@ -244,6 +252,7 @@ class LogReader:
             self._attempt = Attempt(self.name, self.engine.thresholds, job[1].decode("ascii", "replace"), int(job[2]),
                                     nodes=nodes, first_line=hit.number)  # fmt: skip
             self.engine.attempts.append(self._attempt)
+            self._scanner.template = None  # the first steps of every start are all read
             return
         attempt = self._current(hit)
         time_s = _time_in(line)

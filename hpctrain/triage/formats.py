@@ -27,19 +27,6 @@ _NEOX = re.compile(
     rb"(?: approx flops per GPU: \S+ \|)? lm_loss: (\S+) \|(?: loss scale: \S+ \|)?(?: grad norm: (\S+) \|)?[^\n]*?"
     rb" number of skipped iterations: *(\d+) \| number of nan iterations: *(\d+) \|"
 )
-# Up to 32 step lines in a row in which nothing is wrong, each to its very end: triage may look at only the last of them.
-_GOOD = rb"(?:0\.\d*[1-9]\d*|[1-9]\d{0,2}(?:\.\d+)?)"
-HEALTHY_RUNS = (
-    re.compile(
-        rb"(?:(?: samples/sec: [\d.]+ \|)? iteration +\d+/ *\d+ \| elapsed time per iteration \(ms\): [\d.]+ \| learning rate: [\d.E+-]+ \|"
-        rb"(?: approx flops per GPU: [\d.]+\w+ \|)? lm_loss: [1-9]\.\d+E[+-]0[01] \|(?: loss scale: [\d.]+ \|)?(?: grad norm: %s \|)?"
-        rb"(?: (?:samples per second|tokens per gpu per second \(tgs\)|TFLOPs): [\d.]+ \|)*"
-        rb" number of skipped iterations: +0 \| number of nan iterations: +0 \|\r?\n){2,32}" % _GOOD
-    ),
-    re.compile(
-        rb"(?:(?:[ \d:%%|/<>,.?\[\]its\x80-\xff]*\r)*\{'loss': '?%s'?(?:, 'grad_norm': '?%s'?)?(?:, '[\w/]+': '?[-+\de.]+'?)*\}\r?\n){2,32}" % (_GOOD, _GOOD)
-    ),
-)  # fmt: skip
 _OPEN_INSTRUCT = re.compile(
     rb"Step: (\d+), LR: (%s), Loss: (%s)(?:,? Aux Loss: %s)?(?:, TPS: (%s))?" % (_N, _N, _N, _N)
 )
@@ -53,6 +40,7 @@ _ANY_LOSS = re.compile(rb"(?<![\w/])(?:train[_ ]|lm[_ ])?loss['\"]?\s*[:= ]\s*['
 _ANY_STEP = re.compile(
     rb"(?<![\w/])(?:step|iter|iteration)s?['\"]?\s*[:= #]\s*(\d+)\s*(?:(?:/|of)\s*(\d+))?", re.IGNORECASE
 )
+_ANY_PLACE = re.compile(rb"\[(\d+)/(\d+)\]")  # `Epoch: [0][415/1736]`, as torchvision's and OpenMMLab's loops print it
 _ANY_NORM = re.compile(rb"(?<![\w/])grad(?:ient)?[_ ]?norm['\"]?\s*[:= ]\s*['\"]?(%s)" % _N, re.IGNORECASE)
 _ANY_LR = re.compile(rb"(?<![\w/])(?:lr|learning[_ ]rate)['\"]?\s*[:= ]\s*\[?['\"]?(%s)" % _N, re.IGNORECASE)
 _NOT_TRAINING = re.compile(rb"(?<![\w/])(?:eval|valid|validation|test|val|dev)[_ /]", re.IGNORECASE)
@@ -151,7 +139,7 @@ def deepspeed(line: bytes) -> Step | None:
 def anything(line: bytes) -> Step | None:
     """`step 10 loss 2.3` in the spellings people use; needs both a step and a loss."""
     loss = _ANY_LOSS.search(line)
-    step = _ANY_STEP.search(line)
+    step = _ANY_STEP.search(line) or _ANY_PLACE.search(line)
     if not loss or not step or _NOT_TRAINING.search(line):
         return None
     norm, lr = _ANY_NORM.search(line), _ANY_LR.search(line)

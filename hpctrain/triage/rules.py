@@ -114,6 +114,22 @@ def _noise(losses: list[float]) -> float:
     return math.sqrt(sum((loss - mean) ** 2 for loss in losses) / (count - 1) / count)
 
 
+_FLAT = 0.005  # a fall by less is looked at twice
+
+
+def _falls(first: Attempt, t: Thresholds) -> bool:
+    """Whether the losses of the first steps fall by more than chance would have it: the t value of their slope."""
+    points = [(float(since), loss) for since, loss in first.early if since <= 1.1 * t.loss_steps]
+    count = len(points)
+    if count < 10:
+        return True  # too few to call anything noise
+    x_mean, y_mean = sum(x for x, _ in points) / count, sum(y for _, y in points) / count
+    spread = sum((x - x_mean) ** 2 for x, _ in points)
+    slope = sum((x - x_mean) * (y - y_mean) for x, y in points) / spread if spread else 0.0
+    rest = sum((y - y_mean - slope * (x - x_mean)) ** 2 for x, y in points) / (count - 2)
+    return slope < 0 and (rest == 0 or -slope > 3 * math.sqrt(rest / spread))
+
+
 def _loss_trend(first: Attempt, t: Thresholds) -> Verdict:
     if not first.early:
         return Verdict("loss_trend", NOT_OBSERVED, "no line with a finite loss")
@@ -125,9 +141,18 @@ def _loss_trend(first: Attempt, t: Thresholds) -> Verdict:
     if drop is None:
         return Verdict("loss_trend", NOT_OBSERVED, f"fewer than {t.loss_steps} steps: {first.early[-1][0] + 1} seen")
     place = Place(first.file, first.last_place.number) if first.last_place else None
+    if first.early[0][1] <= 0:
+        return Verdict(
+            "loss_trend", NOT_OBSERVED, "the first loss is not above 0: a policy's loss, which need not fall"
+        )
     if drop <= t.loss_drop:
         change = f"{_percent(abs(drop))} {'higher' if drop < 0 else 'lower'}" if drop else "the same"
         return Verdict("loss_trend", RED, f"after {t.loss_steps} steps the loss is {change}: it does not fall", place)
+    if drop < _FLAT and not _falls(first, t):
+        detail = (
+            f"after {t.loss_steps} steps the loss is the same but for noise ({_percent(drop)} lower): it does not fall"
+        )
+        return Verdict("loss_trend", RED, detail, place)
     note = (
         ""
         if drop >= t.loss_drop_to_scale

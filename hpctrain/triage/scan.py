@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from hpctrain.triage.uniform import Template, uniform_end
+
 MIN_ANCHOR = 5
 MAX_LINE = 16 * 1024  # bytes of a line that are looked at on either side of an anchor; junk has no line ends
+UNIFORM = -1  # the anchor of a hit that stands for a whole stretch of step lines
+_RETRY = 64 * 1024  # bytes that are searched after a block that was not such a stretch
 CHUNK = 256 * 1024  # bytes read at a time: the working arrays then stay in the second-level cache
 _SLOTS_BITS = 15
 _MANY = 1500  # gram hits in one piece beyond which numpy checks them faster than a loop
@@ -63,7 +67,7 @@ class Matcher:
         multiplier = np.uint32(2654435761)
         for _ in range(10_000):
             slots = (grams * multiplier) >> np.uint32(32 - _SLOTS_BITS)
-            if len(np.unique(slots)) == len(slots):
+            if len(set(slots.tolist())) == len(slots):
                 break
             multiplier = np.uint32((int(multiplier) * 1664525 + 1013904223) % 2**32 | 1)
         table = np.zeros(2**_SLOTS_BITS, dtype=bool)
@@ -115,7 +119,11 @@ class Matcher:
 
 
 class LineScanner:
-    """Feeds a log in pieces of any size and gives the lines with an anchor. State: one piece and one unfinished line."""
+    """Feeds a log in pieces of any size and gives the lines with an anchor. State: one piece and one unfinished line.
+
+    With a `template`, of a stretch of healthy step lines only the last is given, as a hit with the anchor UNIFORM; then
+    `uniform_steps` tells how many it stands for.
+    """
 
     def __init__(self, matcher: Matcher):
         self._matcher = matcher
@@ -123,6 +131,8 @@ class LineScanner:
         self._lines_before = 0  # line feeds before `_carry`
         self._bytes_before = 0  # bytes before `_carry`
         self._skip_to = self._line_end = 0
+        self.template: Template | None = None
+        self.uniform_steps = 0
         self.num_bytes = 0
         self.num_nul = 0
 
@@ -140,11 +150,7 @@ class LineScanner:
         if len(text) - end > MAX_LINE:
             end = len(text)  # no line end in sight: judge what there is, rather than keep it
         self._carry = text[end:]
-        return self._lines(text[:end] if end < len(text) else text)
-
-    def skip_to(self, position: int) -> None:
-        """Give no further hits before `position` of the current context."""
-        self._skip_to = position
+        return self._hits(text[:end] if end < len(text) else text)
 
     def skip_line(self) -> None:
         """Give no further hits in the line of the last one."""
@@ -153,28 +159,50 @@ class LineScanner:
     def close(self) -> Iterator[Hit]:
         """The hits in the unfinished last line."""
         text, self._carry = self._carry, b""
-        return self._lines(text)
+        return self._hits(text)
 
-    def _lines(self, text: bytes) -> Iterator[Hit]:
-        counted, number, self._skip_to = 0, self._lines_before, 0
-        for position, anchor in self._matcher.find(text):
+    def _hits(self, text: bytes) -> Iterator[Hit]:
+        start, self._skip_to = 0, 0
+        while start < len(text):
+            end, count = uniform_end(text, start, self.template) if self.template else (start, 0)
+            if count:
+                assert self.template
+                self.uniform_steps = count
+                position = text.rfind(self.template.key, start, end)
+                yield self._hit(UNIFORM, text, position, self._lines_before + text.count(b"\n", start, position) + 1)
+                self._lines_before += text.count(b"\n", start, end)
+            else:
+                end = len(text)
+                if self.template and end - start > _RETRY:
+                    end = text.find(b"\n", start + _RETRY) + 1 or end
+                yield from self._lines(text, start, end)
+            start = end
+        self._bytes_before += len(text)
+
+    def _lines(self, text: bytes, begin: int, stop: int) -> Iterator[Hit]:
+        counted, number = begin, self._lines_before
+        part = text[begin:stop] if begin or stop < len(text) else text
+        for place, anchor in self._matcher.find(part):
+            position = begin + place
             if position < self._skip_to:
                 continue
-            first = max(position - MAX_LINE, 0)
-            start = text.rfind(b"\n", first, position) + 1 or first
-            start = text.rfind(b"\r", start, position) + 1 or start
-            end = text.find(b"\n", position, position + MAX_LINE)
-            if end < 0:
-                end = min(position + MAX_LINE, len(text))
-            turn = text.find(b"\r", position, end)
-            if turn >= 0:
-                end = turn
             number += text.count(b"\n", counted, position)
             counted = position
-            self._line_end = end
-            yield Hit(anchor, text[start:end], number + 1, self._bytes_before + start, position, text, start)
-        self._lines_before = number + text.count(b"\n", counted)
-        self._bytes_before += len(text)
+            yield self._hit(anchor, text, position, number + 1)
+        self._lines_before = number + text.count(b"\n", counted, stop)
+
+    def _hit(self, anchor: int, text: bytes, position: int, number: int) -> Hit:
+        first = max(position - MAX_LINE, 0)
+        start = text.rfind(b"\n", first, position) + 1 or first
+        start = text.rfind(b"\r", start, position) + 1 or start
+        end = text.find(b"\n", position, position + MAX_LINE)
+        if end < 0:
+            end = min(position + MAX_LINE, len(text))
+        turn = text.find(b"\r", position, end)
+        if turn >= 0:
+            end = turn
+        self._line_end = end
+        return Hit(anchor, text[start:end], number, self._bytes_before + start, position, text, start)
 
 
 # How common a byte is in logs, roughly; only the order matters, and only for speed.

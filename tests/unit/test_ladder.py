@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from hpctrain.errors import UsageError
-from hpctrain.ladder import plan_rungs
+from hpctrain.ladder import checks, plan_rungs, purpose
+from hpctrain.triage.engine import Engine
+from hpctrain.triage.judge import judge
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lumi-neox-sft"
 
@@ -51,3 +53,44 @@ def test_a_dry_run_writes_nothing(hpctrain, example):
     assert done.returncode == 0, done.stderr
     assert [rung["gpus"] for rung in json.loads(done.stdout)["rungs"]] == [8, 16]
     assert sorted(top.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "more", "batch"),
+    [
+        ("hello", {}, {}, None),
+        ("sft", {"config.zero_stage": 0}, {}, 64),
+        ("lumi-dpo", {"config.dpo_training.fsdp": False}, {"config.dpo_training.fsdp": True}, 128),
+        ("open-instruct-sft", {"recipe_options.deepspeed": "none", "config.use_8bit_optimizer": True},
+         {"recipe_options.deepspeed": "zero3", "config.use_8bit_optimizer": False}, 128),
+    ],
+)  # fmt: skip
+def test_each_recipe_has_its_toggles_and_keeps_its_batch(name, one, more, batch):
+    """DeepSpeed off and 8-bit states on for one GPU, ZeRO-3 and none for more, where the recipe has these."""
+    site = (
+        ["site=lumi", "partition=small-g", "account=project_465001281", "gpus_per_node=8"]
+        if name in ("hello", "sft")
+        else []
+    )
+    rungs = plan_rungs(str(EXAMPLE.parent / name / "run.yaml"), site, [1, 2, 8], 150, "00:30:00")
+    for rung in rungs:
+        wanted = one if rung.num_gpus == 1 else more
+        assert {key: rung.changes[key] for key in wanted} == wanted
+        decided = [d.value for d in rung.loaded.plan.decisions if d.name == "batch.train_batch_size"]
+        if batch:
+            assert decided == [batch] or rung.loaded.plan.spec.config.get("train_batch_size") == batch, decided
+        assert 150 in rung.changes.values()
+    assert [purpose(rungs, rung)[0] for rung in rungs] == ["sanity", "distributed", "full"]
+
+
+def test_the_questions_of_the_guides_are_answered_by_the_rules():
+    lines = [f"step {i}/150 loss={2.5 - 0.01 * i:.4f} grad_norm=1.0\n" for i in range(1, 151)]
+    for text, wanted in (
+        (lines, {"loss": "pass", "finite": "pass", "memory": "pass", "gradients": "pass", "steps": "pass"}),
+        ([*lines[:120], "RuntimeError: CUDA out of memory\n"], {"memory": "fail"}),
+        ([], {"loss": "not seen", "finite": "not seen", "steps": "not seen"}),
+    ):
+        engine = Engine()
+        engine.log("x").feed("".join(text).encode())
+        found = checks(judge(engine))
+        assert {key: found[key] for key in wanted} == wanted

@@ -21,6 +21,9 @@ from pathlib import Path
 
 TOP = Path(__file__).resolve().parents[2]
 DATA = TOP / "tests" / "data" / "triage"
+HELD_OUT = TOP / "tests" / "data" / "triage-held-out"  # written after the rules, from other people's reports
+# What the rules said of the held-out logs at first sight, before they were mended by them: cause precision and recall 0.913,
+# RED rules 0.962 and 0.944, verdict right in 36 of 40. That, and not today's figure, is what to expect of an unknown log.
 sys.path.insert(0, str(TOP))
 
 from hpctrain.triage.engine import Engine  # noqa: E402
@@ -29,20 +32,20 @@ from hpctrain.triage.read import read_logs  # noqa: E402
 from hpctrain.triage.rules import RED  # noqa: E402
 
 
-def diagnose(name: str, label: dict) -> Diagnosis:
+def diagnose(path: Path, label: dict) -> Diagnosis:
     engine = Engine(tasks_per_node=label.get("tasks_per_node"))
-    read_logs(engine, [str(DATA / name)])
+    read_logs(engine, [str(path)])
     return judge(engine)
 
 
-def accuracy(verbose: bool) -> dict:
+def accuracy(verbose: bool, folder: Path = DATA) -> dict:
     """Cause and RED rules of every labelled log against what triage says."""
-    labels = json.loads((DATA / "labels.json").read_text(encoding="utf-8"))
+    labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
     hits, false, missed = Counter(), Counter(), Counter()
     rule_hits, rule_false, rule_missed = Counter(), Counter(), Counter()
     right = Counter()
     for name, label in sorted(labels.items()):
-        diagnosis = diagnose(name, label)
+        diagnosis = diagnose(folder / name, label)
         event = diagnosis.cause.event if diagnosis.cause else None
         found, wanted = event.failure if event else None, label["cause"]
         if found == wanted and found:
@@ -87,7 +90,8 @@ def _scores(hits: Counter, false: Counter, missed: Counter) -> dict:
 
 
 def big_log(path: str, megabytes: int, kind: str) -> None:
-    """A log of that size. `job`: 64 ranks talking and a step line in 40; `steps`: nothing but step lines; `bars`: tqdm."""
+    """A log of that size. `job`: 64 ranks talking and a step line in 40; `steps`: nothing but GPT-NeoX's step lines, `hf`:
+    the Trainer's behind progress bars, `trl`: TRL's long ones, `any`: short ones of one's own; `bars`: nothing but tqdm."""
     rnd = random.Random(5)
     words = (
         "loading module from path tokenizer rank group initialize model parallel data worker process with size of the "
@@ -102,6 +106,30 @@ def big_log(path: str, megabytes: int, kind: str) -> None:
         )
         if kind == "steps" or (kind == "job" and index % 40 == 0):
             lines.append(step)
+        elif kind in ("hf", "trl"):
+            bar = f"\r {index % 100}%|█▍        | {index}/20000 [10:02<12:01,  2.02s/it]"
+            more = ""
+            if kind == "trl":
+                more = "".join(
+                    f" '{name}': {rnd.uniform(0.1, 9):.6f},"
+                    for name in (
+                        "entropy",
+                        "num_tokens",
+                        "rewards/chosen",
+                        "rewards/rejected",
+                        "rewards/accuracies",
+                        "rewards/margins",
+                        "logps/chosen",
+                        "mean_token_accuracy",
+                    )
+                )
+            lines.append(
+                f"{bar}{bar}\n{{'loss': {2.4 - index * 1e-5:.4f}, 'grad_norm': {rnd.uniform(0.5, 2):.6f}, 'learning_rate': {1e-5 * (1 - index / 20000):.6g},{more} 'epoch': {index / 10000:.2f}}}"
+            )
+        elif kind == "any":
+            lines.append(
+                f"step {index} | loss {2.4 - index * 1e-5:.4f} | lr {1e-4:.2e} | {rnd.uniform(500, 2000):.2f} ms | {rnd.randint(10000, 99999)} tok/s"
+            )
         elif kind == "bars":
             lines.append("".join(f"\r {k}%|█▍        | {index + k}/20000 [10:02<12:01,  2.02s/it]" for k in range(8)))
         else:
@@ -115,7 +143,7 @@ def big_log(path: str, megabytes: int, kind: str) -> None:
 
 def speed(megabytes: int) -> dict:
     out = {}
-    for kind in ("job", "bars", "steps"):
+    for kind in ("job", "bars", "steps", "hf", "trl", "any"):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "big.log")
             big_log(path, megabytes, kind)
@@ -168,7 +196,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--accuracy-only", action="store_true")
     options = parser.parse_args()
-    result = {"accuracy": accuracy(verbose=not options.json)}
+    result = {folder.name: accuracy(not options.json, folder) for folder in (DATA, HELD_OUT)}
     if not options.accuracy_only:
         result["speed"] = speed(options.mb)
     print(json.dumps(result, indent=2))
