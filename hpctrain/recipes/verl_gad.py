@@ -21,6 +21,7 @@ from hpctrain.schema import text_problem
 from hpctrain.spec import RunSpec, absolute
 
 WARMUP, ADVERSARIAL = "warmup", "adversarial"
+LENGTHS = ("trainer.total_training_steps", "trainer.total_epochs")
 OVERRIDES, RESUME = "overrides.txt", "overrides.resume.txt"
 SCRIPTS = ("ray_node.py", "check_verl.py", "merge_start.py")
 START_MODEL = "start-model"  # the folder in checkpoint.dir with the start's student and critic as whole models
@@ -72,7 +73,7 @@ def resolve(context: Context) -> Resolved:
     start, found = _start_step(spec)
     problems += found
     target, steps = _target(values, options["records"])
-    problems += _length_problems(spec, where, target, start)
+    problems += _length_problems(spec, where, target, start, own)
     branch = options["branch"] or BRANCHES[stage]
     verl = absolute(options["verl"], spec.base_dir)
     configs, found = _configs(values, where, spec.name, validates="trainer.val_before_train" in own)
@@ -271,15 +272,18 @@ def _target(values: Mapping[str, Any], records: int | None) -> tuple[int | None,
     return (steps * epochs if steps and isinstance(epochs, int) else None), steps
 
 
-def _length_problems(spec: RunSpec, where: Where, target: int | None, start: int | None) -> list[Problem]:
+def _length_problems(
+    spec: RunSpec, where: Where, target: int | None, start: int | None, own: Mapping[str, Any]
+) -> list[Problem]:
+    at = where(LENGTHS[0]) if LENGTHS[0] in own else where(LENGTHS[1])
     if target is None and spec.num_links > 1:
         return [Problem(f"a chain of {spec.num_links} jobs must know when the run is done, and `total_epochs` does not tell",
                         where("trainer.total_epochs"), hint="give `recipe_options: {records: …}`, the rows of the training data")]  # fmt: skip
     if target is not None and target < 1:
-        return [Problem(f"the run would end at step {target}", where("trainer.total_training_steps"))]
+        return [Problem(f"the run would end at step {target}", at)]
     if target is not None and start is not None and start >= target:
         return [Problem(f"nothing to train: the start is at step {start}, and the run ends at step {target}",
-                        where("trainer.total_training_steps"),
+                        at,
                         why="verl counts steps on from the start: epochs and steps are totals of both stages",
                         hint="more `trainer.total_epochs`, or more `trainer.total_training_steps`")]  # fmt: skip
     return []
