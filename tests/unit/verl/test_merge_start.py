@@ -52,12 +52,18 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def merge(tmp_path: Path, start: Path | str, mode: str = "finetune", **environ: str) -> tuple[int, str]:
-    argv = [sys.executable, "-B", SCRIPT, str(tmp_path / "run" / "start-model"), str(start), "--", sys.executable, "-c", MERGE,
+    argv = [sys.executable, "-B", SCRIPT, str(tmp_path / "run" / "start-model"), "--", sys.executable, "-c", MERGE,
             "--local_dir", "@SHARDS"]  # fmt: skip
     done = subprocess.run(
         argv,
         cwd=tmp_path,
-        env={**os.environ, "HPCTRAIN_MODE": mode, **environ},
+        env={
+            **os.environ,
+            "HPCTRAIN_MODE": mode,
+            "HPCTRAIN_CHECKPOINT": str(start),
+            "HPCTRAIN_RUN_DIR": str(tmp_path),
+            **environ,
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -85,13 +91,21 @@ def test_both_models_are_made_once_and_the_start_is_not_touched(tmp_path: Path, 
     assert tree(models) == after and (tmp_path / "merged.log").read_text().count("\n") == 2
 
 
-def test_the_first_link_takes_the_checkpoint_that_the_guard_chose(tmp_path: Path, start: Path) -> None:
-    link = tmp_path / "global_step_2204"
-    link.symlink_to(start)
-    code, said = merge(tmp_path, "/nonexistent", HPCTRAIN_CHECKPOINT=str(link))
-
+def test_a_link_that_resumes_finds_the_start_again_if_a_model_is_missing(tmp_path: Path, start: Path) -> None:
+    (tmp_path / "hand_over.json").write_text(json.dumps({"checkpoint": str(start)}))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / start.name).symlink_to(start)
+    newest = {"HPCTRAIN_CHECKPOINT": "/data/global_step_9999"}
+    code, said = merge(tmp_path, start, mode="resume", **newest)
     assert code == 0, said
-    assert not any(path.is_symlink() for path in (tmp_path / "run" / "start-model").rglob("*"))
+
+    os.rename(start, tmp_path / "away")
+    assert merge(tmp_path, start, mode="resume", **newest)[0] == 0  # both models are there: the start may be gone
+    (tmp_path / "away").rename(tmp_path / "run" / "copy")
+    (tmp_path / "run" / start.name).unlink()
+    (tmp_path / "run" / "copy").rename(tmp_path / "run" / start.name)
+    os.rename(tmp_path / "run" / "start-model" / "critic", tmp_path / "old")
+    assert merge(tmp_path, start, mode="resume", HPCTRAIN_CHECKPOINT_DIR=str(tmp_path / "run"), **newest)[0] == 0
 
 
 @pytest.mark.parametrize("fail,words", [("yes", "ended with exit code 3"), ("half", "its model has no weights")])
