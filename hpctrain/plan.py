@@ -81,6 +81,10 @@ class Plan:
         }
         if facts.start_needs:
             out["start_needs"] = list(facts.start_needs)
+        if facts.start_folder and not handed:
+            out["start"], out["start_as"] = None, facts.start_as
+            out["from"] = {"stage": "", "run_dir": facts.start_folder, "hand_over": "folder",
+                           "checkpoint": facts.start_checkpoint, "model": None}  # fmt: skip
         if handed:
             out["start_as"] = handed.way
             out["from"] = {"stage": handed.stage, "run_dir": handed.run_dir, "hand_over": handed.hand_over,

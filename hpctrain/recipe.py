@@ -167,6 +167,8 @@ class Guard:
     continues from `latest` or from the greatest folder name. `retention`: it deletes old checkpoints by their names.
     `exported`: the run is done only when the framework has also exported its model into the checkpoint folder.
     `start_needs`: names that a start checkpoint must hold, beside what the layout asks for (verl's `critic`).
+    `start_as`: symlink, hardlink or copy, how a start comes into the checkpoint folder. `start_folder`: another run's
+    checkpoint folder, whose tracker names the start when the first link begins, or which holds `start_checkpoint`.
     """
 
     layout: str = "none"
@@ -180,6 +182,9 @@ class Guard:
     retention: bool = False
     exported: bool = False
     start_needs: tuple[str, ...] = ()
+    start_as: str = "symlink"
+    start_folder: str | None = None
+    start_checkpoint: str | None = None
 
 
 @frozen

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from hpctrain.errors import Problem
+from hpctrain.frozen import frozen
 from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
 from hpctrain.recipes.verl import checks, hydra, keys
 from hpctrain.recipes.verl.checks import Where
 from hpctrain.recipes.verl.presets import BRANCHES, SHAPE_KEYS, SIZES, ModelShape, overrides_of
 from hpctrain.resources import shipped_dir
+from hpctrain.runtime.layouts import LAYOUTS
 from hpctrain.runtime.survey import start_number
 from hpctrain.schema import text_problem
 from hpctrain.spec import RunSpec, absolute
 
 WARMUP, ADVERSARIAL = "warmup", "adversarial"
+LENGTHS = ("trainer.total_training_steps", "trainer.total_epochs")
 OVERRIDES, RESUME = "overrides.txt", "overrides.resume.txt"
 SCRIPTS = ("ray_node.py", "check_verl.py", "merge_start.py")
+LAYOUT = LAYOUTS["verl"]
 START_MODEL = "start-model"  # the folder in checkpoint.dir with the start's student and critic as whole models
 # The ranks of one node where a site has no GPUs: then only a rehearsal runs, in the shape of GAD's own scripts.
 _RANKS_WITHOUT_GPUS = 8
@@ -69,10 +74,11 @@ def resolve(context: Context) -> Resolved:
         checker.saving()
         memory = checks.check_memory(checker, context)
     problems += checker.problems
-    start, found = _start_step(spec)
+    begin, found = _start(context)
     problems += found
+    start = begin.step
     target, steps = _target(values, options["records"])
-    problems += _length_problems(spec, where, target, start)
+    problems += _length_problems(spec, where, target, start, own)
     branch = options["branch"] or BRANCHES[stage]
     verl = absolute(options["verl"], spec.base_dir)
     configs, found = _configs(values, where, spec.name, validates="trainer.val_before_train" in own)
@@ -89,12 +95,14 @@ def resolve(context: Context) -> Resolved:
         configs={} if failed else configs,
         config_for={"scratch": OVERRIDES, "finetune": OVERRIDES, "resume": RESUME},
         files={name: _shipped(name) for name in SCRIPTS},
-        guard=Guard(layout="verl", target=target, data_parallel=ranks),
+        guard=Guard(
+            layout=LAYOUT.name, target=target, data_parallel=ranks, start_needs=("actor", "critic", "data.pt"),
+            start_as=options["handover"], start_folder=begin.folder, start_checkpoint=begin.checkpoint,
+        ),
         cadence=Cadence(target - (start or 0) if target else None, values.get("trainer.save_freq")),
         template={
             "verl": verl, "branch": branch, "python": python, "stage": stage,
             "merge": _merge(options, python, spec) if stage == ADVERSARIAL else (),
-            "start": spec.checkpoint_start or "",
             "start_model": os.path.join(spec.checkpoint_dir or "", START_MODEL),
         },
         paths=_paths(context, verl),
@@ -214,7 +222,7 @@ def _place_problems(spec: RunSpec, stage: str) -> list[Problem]:
     if not spec.checkpoint_dir:
         problems.append(Problem("verl needs a folder for its checkpoints", spec.where("checkpoint"),
                                 hint="set `checkpoint: {dir: …}`, on a file system that every node sees"))  # fmt: skip
-    if stage == ADVERSARIAL and not spec.checkpoint_start:
+    if stage == ADVERSARIAL and not spec.has_start:
         problems.append(Problem("`stage: adversarial` needs the warmup's checkpoint", spec.where("checkpoint"),
                                 hint="`checkpoint: {start: <the warmup's checkpoint.dir>}`; its newest step is taken"))  # fmt: skip
     if spec.checkpoint_start and spec.checkpoint_start == spec.checkpoint_dir:
@@ -246,15 +254,40 @@ def _shape(context: Context, preset: ModelShape) -> tuple[ModelShape, list[Probl
     return ModelShape(**shape), problems
 
 
-def _start_step(spec: RunSpec) -> tuple[int | None, list[Problem]]:
-    """The start's step, as its folder's name has it."""
-    if not spec.checkpoint_start:
-        return None, []
-    step = start_number(spec.checkpoint_start)
-    if step is None:
-        return None, [Problem(f"the start checkpoint's name `{os.path.basename(spec.checkpoint_start)}` has no step",
-                              spec.where("checkpoint", "start"), hint="name the folder global_step_N")]  # fmt: skip
-    return step, []
+@frozen
+class Start:
+    """Where the first link starts: a checkpoint folder of another run's, and the checkpoint in it where the run names one."""
+
+    folder: str | None = None
+    checkpoint: str | None = None
+
+    @property
+    def step(self) -> int | None:
+        return start_number(self.checkpoint) if self.checkpoint else None
+
+
+def _start(context: Context) -> tuple[Start, list[Problem]]:
+    """`checkpoint.start` names one checkpoint, or the folder whose tracker will; `resume_step` chooses one of the folder's."""
+    spec, step = context.spec, context.options["resume_step"]
+    where = spec.where("recipe_options", "resume_step")
+    if spec.handed or not spec.checkpoint_start:
+        if step:
+            why = (
+                f"stage `{spec.handed.stage}` hands over its newest"
+                if spec.handed
+                else "there is no `checkpoint.start`"
+            )
+            return Start(), [Problem(f"`resume_step: {step}` chooses nothing", where, why=why, hint="delete it")]
+        return Start(checkpoint=spec.checkpoint_start), []
+    path = spec.checkpoint_start
+    if LAYOUT.number(os.path.basename(path)) is None and not re.search(r"global_?step", os.path.basename(path)):
+        return Start(path, os.path.join(path, LAYOUT.folder_name(step)) if step else None), []
+    named = start_number(path)
+    if named is None:
+        return Start(os.path.dirname(path), path), [Problem(f"the start checkpoint's name `{os.path.basename(path)}` has no step",
+                                                            spec.where("checkpoint", "start"), hint="global_step_N")]  # fmt: skip
+    wrong = [Problem(f"`resume_step: {step}` is not the step of `{os.path.basename(path)}`", where, hint="delete it")]
+    return Start(os.path.dirname(path), path), wrong if step and step != named else []
 
 
 def _target(values: Mapping[str, Any], records: int | None) -> tuple[int | None, int | None]:
@@ -271,15 +304,18 @@ def _target(values: Mapping[str, Any], records: int | None) -> tuple[int | None,
     return (steps * epochs if steps and isinstance(epochs, int) else None), steps
 
 
-def _length_problems(spec: RunSpec, where: Where, target: int | None, start: int | None) -> list[Problem]:
+def _length_problems(
+    spec: RunSpec, where: Where, target: int | None, start: int | None, own: Mapping[str, Any]
+) -> list[Problem]:
+    at = where(LENGTHS[0]) if LENGTHS[0] in own else where(LENGTHS[1])
     if target is None and spec.num_links > 1:
         return [Problem(f"a chain of {spec.num_links} jobs must know when the run is done, and `total_epochs` does not tell",
                         where("trainer.total_epochs"), hint="give `recipe_options: {records: …}`, the rows of the training data")]  # fmt: skip
     if target is not None and target < 1:
-        return [Problem(f"the run would end at step {target}", where("trainer.total_training_steps"))]
+        return [Problem(f"the run would end at step {target}", at)]
     if target is not None and start is not None and start >= target:
         return [Problem(f"nothing to train: the start is at step {start}, and the run ends at step {target}",
-                        where("trainer.total_training_steps"),
+                        at,
                         why="verl counts steps on from the start: epochs and steps are totals of both stages",
                         hint="more `trainer.total_epochs`, or more `trainer.total_training_steps`")]  # fmt: skip
     return []
@@ -330,12 +366,14 @@ def _decisions(context: Context, values: Mapping[str, Any], where: Where, target
         Decision("trainer.logger", values["trainer.logger"], "as the run says" if "trainer.logger" in own else "wandb where the run has `secrets` or WANDB_MODE",
                  where("trainer.logger")),
     ]  # fmt: skip
-    if spec.checkpoint_start:
+    if spec.has_start:
+        step = f"step {start}" if start else f"the step that {LAYOUT.tracker} names when the first link begins"
+        way = spec.handed.way if spec.handed else options["handover"]
         out.append(
             Decision(
-                "checkpoint.start_step",
-                start,
-                f"actor, critic and data of {ranks} ranks",
+                "checkpoint.handover",
+                way,
+                f"{step}; actor, critic and data of {ranks} ranks",
                 spec.where("checkpoint", "start"),
             )
         )
@@ -345,13 +383,7 @@ def _decisions(context: Context, values: Mapping[str, Any], where: Where, target
             if steps and "trainer.total_training_steps" not in values
             else "as the run says"
         )
-        new = (
-            f"; {target - start} of them new"
-            if start
-            else "; those of the warmup count"
-            if spec.checkpoint_start
-            else ""
-        )
+        new = f"; {target - start} of them new" if start else "; those of the warmup count" if spec.has_start else ""
         out.append(Decision("steps.target", target, epochs + new, where("trainer.total_epochs")))
     out += [Decision(key, values[key], "as the run says" if key in own else f"size {options['size']}", where(key) if key in own else size_at)
             for key in (checks.TENSOR, checks.MINI_BATCH, "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",

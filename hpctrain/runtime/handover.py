@@ -1,10 +1,12 @@
-"""What an earlier stage of a pipeline hands to this run: asked for when the stage's first link starts, never before."""
+"""What an earlier stage, or another run's checkpoint folder, hands to this run: asked for when its first link starts."""
 
 import json
 import os
 from typing import List, Optional, Tuple
 
+from .bootstrap import StartProblem, verified
 from .files import read_records, read_text, write_atomic
+from .layouts import LAYOUTS
 from .settings import HANDED, GuardError, Settings, Source, read_settings
 from .survey import Survey, start_number
 
@@ -22,6 +24,10 @@ def receive(run_dir: str, settings: Settings, time: str) -> Tuple[Settings, List
     source = settings.source
     if source is None or settings.start is not None:
         return settings, []
+    if source.hand_over == "folder":
+        path = _named(source, settings)
+        _note(run_dir, source, path, start_number(path), time)
+        return settings._replace(start=path), ["the run starts from `{}`".format(path)]
     try:
         earlier = read_settings(source.run_dir)
     except GuardError as error:
@@ -37,9 +43,37 @@ def receive(run_dir: str, settings: Settings, time: str) -> Tuple[Settings, List
     if settings.counter == "greatest_folder" and planned != number:
         raise NotReady("stage `{}` hands over `{}`, and this run was planned to count on from {}; render it again".format(
             source.stage, name, planned))  # fmt: skip
+    _note(run_dir, source, path, number, time)
+    return settings._replace(start=path), ["stage `{}` hands over `{}`".format(source.stage, path)]
+
+
+def _note(run_dir: str, source: Source, path: str, number: Optional[int], time: str) -> None:
     record = {"schema_version": 1, "stage": source.stage, "checkpoint": path, "iteration": number, "time": time}
     write_atomic(os.path.join(run_dir, HANDED), json.dumps(record, indent=1) + "\n")
-    return settings._replace(start=path), ["stage `{}` hands over `{}`".format(source.stage, path)]
+
+
+def _named(source: Source, settings: Settings) -> str:
+    """The checkpoint that a folder's tracker names, verified; the plan's own choice in it where there is one.
+
+    Only what is complete is ever noted: after the other run has gone on, the next try finds its newer one. Raises NotReady.
+    """
+    layout, folder = LAYOUTS[settings.layout], source.run_dir
+    path = source.checkpoint
+    if path is None:
+        text = read_text(os.path.join(folder, layout.tracker or ""))
+        name = layout.named_by(text) if text is not None else None
+        if name is None:
+            what = "has no `{}`" if text is None else "has a `{}` that names no checkpoint ({})"
+            raise NotReady("the start `{}` {}; name one of its checkpoints, or let the run that saves there save".format(
+                folder, what.format(layout.tracker, ascii((text or "")[:40]))))  # fmt: skip
+        path = os.path.join(folder, name)
+    try:
+        if not os.path.isdir(path):
+            raise StartProblem("the start checkpoint `{}` is not there".format(path))
+        verified(settings, path)
+    except StartProblem as problem:
+        raise NotReady(str(problem)) from problem
+    return path
 
 
 def _reached(source: Source, earlier: Settings) -> Tuple[Optional[str], Optional[int]]:

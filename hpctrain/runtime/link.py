@@ -107,7 +107,8 @@ def begin(run_dir: str, given: Optional[int], environ: Mapping[str, str], say: S
         decided = decide(settings, choice, links, link, os.path.lexists(os.path.join(run_dir, "STOP")),
                          queued=any(record.get("link") == link for record in ledger))  # fmt: skip
         if not_ready and decided.decision == "run" and choice.kind != "made":
-            decided = Decision("gave_up", "gave_up", None, 0, not_ready + "; `hpctrain pipeline` goes on from there")
+            after = "; `hpctrain pipeline` goes on from there" if settings.source and settings.source.stage else ""
+            decided = Decision("gave_up", "gave_up", None, 0, not_ready + after)
         if decided.decision in ("run", "done"):
             try:
                 decided = prepare(settings, survey, choice, decided, say)
@@ -175,6 +176,8 @@ def prepare(settings: Settings, survey: Survey, choice: Choice, decided: Decisio
     _move_aside(survey, choice, say)
     if choice.name:
         for mismatch in survey.verdict(choice.name).mismatches:
+            if survey.layout.same_ranks:
+                raise StartProblem("`{}` {}: no other number can load it".format(choice.name, mismatch))
             say("warning: `{}` {}".format(choice.name, mismatch))
         if survey.layout.tracker and not (survey.layout.tracker_optional and survey.tracker_text is None):
             if write_tracker(survey.folder, survey.layout.tracker, survey.layout.tracker_text(choice.name)):

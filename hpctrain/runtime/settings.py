@@ -9,7 +9,7 @@ from .layouts import LAYOUTS
 
 SCHEMA_VERSION = 1
 COUNTERS = ("latest", "greatest_folder")
-HAND_OVERS = ("checkpoint", "model")
+HAND_OVERS = ("checkpoint", "model", "folder")
 WAYS = ("symlink", "copy", "hardlink")
 HANDED = "hand_over.json"
 
@@ -19,10 +19,11 @@ class GuardError(Exception):
 
 
 class Source(NamedTuple):
-    """The earlier stage of a pipeline that this run goes on from: the `from` part of the guard.
+    """What this run goes on from, found when its first link starts: the `from` part of the guard.
 
-    `hand_over`: its newest complete `checkpoint`, or the `model` it leaves at the path `model`. `checkpoint`: what the plan
-    expects to be handed over, None where the earlier stage does not say how far it goes.
+    `hand_over`: the newest complete `checkpoint` of an earlier stage of a pipeline, or the `model` it leaves at the path
+    `model`; `folder`: what the tracker of the checkpoint folder `run_dir` names. `checkpoint`: what the plan expects to be
+    handed over, None where the earlier stage does not say how far it goes; with `folder` the checkpoint to take instead.
     """
 
     stage: str

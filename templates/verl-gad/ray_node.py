@@ -29,9 +29,7 @@ import time
 ANSWER_S = 60  # for one line of the other side's
 POLL_S = 0.2
 GRACE_S = 5  # between asking processes to end and ending them
-SIGNALLED_GRACE_S = (
-    1.5  # the same after a signal: Slurm kills this process soon after (KillWait), and nothing can be saved
-)
+SIGNALLED_GRACE_S = 1.5  # the same after a signal: Slurm kills this process soon after (KillWait)
 LOG_BYTES = 200 * 1000  # kept of each of Ray's own logs when a run fails
 # Ranks of this task: verl gives its workers ranks of their own, and vLLM would believe these.
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -110,6 +108,9 @@ class Node:
         self.kept_logs = os.path.join(environ.get("HPCTRAIN_RUN_DIR", "."), "logs", "ray-" + job, self.name)
         self.environ = {key: value for key, value in environ.items() if key not in RANKS + ("HPCTRAIN_RAY_TOKEN",)}
         self.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Else everybody who reaches the port can run code as this user. Ray before 2.52 knows neither and takes all comers.
+        self.environ.setdefault("RAY_AUTH_MODE", "token")
+        self.environ.setdefault("RAY_AUTH_TOKEN", self.token)
         if "ROCR_VISIBLE_DEVICES" in self.environ:
             # Ray refuses this name and wants HIP's; Slurm sets it for every step.
             self.environ.setdefault("HIP_VISIBLE_DEVICES", self.environ.pop("ROCR_VISIBLE_DEVICES"))
@@ -154,9 +155,8 @@ class Node:
         if told is None:
             raise Ended(1, "the first node ended before Ray was up")
         mine = link.getsockname()[0]
-        self.ray = self._start(
-            _ray("start", "--address", told["address"], "--node-ip-address", mine, "--block") + self._resources()
-        )
+        own_folder(self.tmp)
+        self._start_ray("--address", told["address"], "--node-ip-address", mine, "--block")
         _send(link, {"joined": self.index})
         while True:
             self._pause()
@@ -166,18 +166,19 @@ class Node:
                     raise Ended(1, "the first node is gone")
                 return 0  # the first node tells how it ended, and its exit code is the step's
             if self.ray.poll() is not None:
+                self._show_ray()
                 raise Ended(1, f"Ray on {self.name} ended with exit code {self.ray.returncode}")
 
     def end(self, code):
-        """Tell the others, end every process of this node, keep the logs of a failure, remove the job's own folder."""
+        """Keep the logs of a failure, tell the others, end every process of this node, remove the job's own folder."""
+        if code not in (0, 143):
+            self._keep_logs()
         for link in list(self.others.values()):
             try:
                 _send(link, {"end": code})
             except OSError:
                 pass
         end_descendants(SIGNALLED_GRACE_S if code > 128 else GRACE_S)
-        if code not in (0, 143):
-            self._keep_logs()
         for link in self.others.values():
             link.close()
         _remove_own(self.tmp)
@@ -194,22 +195,34 @@ class Node:
             if importlib.util.find_spec("grpc"):
                 # Ray with its client starts a server for it, at 10001 on every head if not told; without it refuses the option.
                 options += ["--ray-client-server-port", str(free_port(address))]
-            self.ray = self._start(_ray("start", *options) + self._resources())
+            self._start_ray(*options)
             deadline = time.time() + self.args.timeout
             while time.time() < deadline and self.ray.poll() is None:
                 try:
-                    socket.create_connection((address, port), 1).close()
+                    connect((address, port), 1).close()
                     return port
                 except OSError:
                     self._pause()
             if self.ray.poll() is None:
                 raise Ended(1, f"Ray did not answer on port {port} within {self.args.timeout:.0f} s")
-            say(
-                "ray: the head ended with exit code {}{}".format(
-                    self.ray.returncode, "; once more" if attempt < 2 else ""
-                )
-            )
-        raise Ended(1, f"Ray's head does not start; its logs are in {self.kept_logs}")
+            self._show_ray()
+            say(f"ray: the head ended with exit code {self.ray.returncode}{'; once more' if attempt < 2 else ''}")
+        raise Ended(1, "Ray's head does not start")
+
+    def _start_ray(self, *options):
+        """`ray start` with this node's resources; what it says is kept in a file, and shown when it fails."""
+        self.said = os.path.join(self.tmp, f"start-{self.name}.log")
+        with open(self.said, "ab") as stream:
+            self.ray = self._start(_ray("start", *options) + self._resources(), stdout=stream, stderr=stream)
+
+    def _show_ray(self):
+        """The last lines that `ray start` said."""
+        try:
+            with open(self.said, encoding="utf-8", errors="replace") as stream:
+                for line in stream.read().splitlines()[-15:]:
+                    say("ray: " + line)
+        except OSError:
+            pass
 
     def _resources(self):
         # Workers' ports from the system too: Ray's own range, 10002 to 19999, is the same for every job on a node.
@@ -271,7 +284,7 @@ class Node:
     def _connect(self, deadline):
         while True:
             try:
-                link = socket.create_connection(self.where, 10)
+                link = connect(self.where, 10)
                 break
             except OSError as error:
                 if time.time() > deadline:
@@ -283,28 +296,32 @@ class Node:
 
     # --- processes and files -----------------------------------------------------------------------------------------
 
-    def _start(self, argv):
-        return subprocess.Popen(argv, env=self.environ, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+    def _start(self, argv, **streams):
+        return subprocess.Popen(
+            argv, env=self.environ, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent, **streams
+        )
 
     def _pause(self):
         time.sleep(POLL_S)
 
     def _keep_logs(self):
         """The ends of Ray's own logs, which lie on the node and would be lost with it."""
-        logs = os.path.join(self.tmp, "session_latest", "logs")
-        try:
-            names = [name for name in sorted(os.listdir(logs)) if os.path.isfile(os.path.join(logs, name))]
-            os.makedirs(self.kept_logs, exist_ok=True)
-            for name in names:
-                path = os.path.join(logs, name)
-                size = os.path.getsize(path)
-                if size:
-                    with open(path, "rb") as source, open(os.path.join(self.kept_logs, name), "wb") as target:
-                        source.seek(max(size - LOG_BYTES, 0))
-                        shutil.copyfileobj(source, target)
+        kept = 0
+        for folder in (self.tmp, os.path.join(self.tmp, "session_latest", "logs")):
+            try:
+                for name in sorted(os.listdir(folder)):
+                    path = os.path.join(folder, name)
+                    size = os.path.getsize(path) if os.path.isfile(path) else 0
+                    if size:
+                        os.makedirs(self.kept_logs, exist_ok=True)
+                        with open(path, "rb") as source, open(os.path.join(self.kept_logs, name), "wb") as target:
+                            source.seek(max(size - LOG_BYTES, 0))
+                            shutil.copyfileobj(source, target)
+                        kept += 1
+            except OSError:
+                pass  # what is left of the logs is not worth failing for
+        if kept:
             say(f"ray: the ends of its logs are in {self.kept_logs}")
-        except OSError:
-            pass
 
 
 def end_descendants(grace_s):
@@ -376,6 +393,15 @@ def own_folder(path):
         found = os.lstat(path)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
             raise Ended(1, f"{path} is there and not a folder of this user's") from error
+
+
+def connect(where, timeout_s):
+    """A connection to `where`. Linux lets a socket reach itself at a port where nobody listens; that is none."""
+    link = socket.create_connection(where, timeout_s)
+    if link.getsockname() == link.getpeername():
+        link.close()
+        raise OSError("nobody listens there")
+    return link
 
 
 def free_port(address):

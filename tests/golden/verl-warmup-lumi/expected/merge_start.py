@@ -1,6 +1,6 @@
 """The start checkpoint's student and critic as whole models in Hugging Face form, made once, beside the checkpoints.
 
-    merge_start.py MODEL_FOLDER START -- MERGE ARG…
+    merge_start.py MODEL_FOLDER -- MERGE ARG…
 
 GAD's adversarial stage builds its student, its critic and the reference of its KL term from these folders; the shards are
 loaded over the first two. MERGE is the program that makes one model of shards; `@SHARDS` in its arguments becomes the folder
@@ -8,8 +8,8 @@ with the shards, `@MODEL` the one for the model, which is `huggingface` below it
 links to the shards, since GAD's merge program writes beside them: nothing is written into the start checkpoint, which may
 be a link into another run's folder.
 
-A crash leaves no MODEL_FOLDER/<role> or a whole one; running it again does what is missing. START is used by the first link
-(HPCTRAIN_MODE finetune takes HPCTRAIN_CHECKPOINT instead). Standard library.
+A crash leaves no MODEL_FOLDER/<role> or a whole one; running it again does what is missing. The start is HPCTRAIN_CHECKPOINT
+for the run's first link, and what hand_over.json of the run directory notes for those that resume. Standard library.
 """
 
 import json
@@ -31,10 +31,9 @@ class Wrong(Exception):
     """The models cannot be made, and why."""
 
 
-def main(folder, start, merge):
+def main(folder, merge):
     """0 when both models are there, 1 with the reason on stderr when not."""
-    if os.environ.get("HPCTRAIN_MODE") == "finetune" and os.environ.get("HPCTRAIN_CHECKPOINT"):
-        start = os.environ["HPCTRAIN_CHECKPOINT"]
+    start = start_checkpoint(os.environ)
     try:
         for role in ROLES:
             make(os.path.join(folder, role), role, start, merge)
@@ -42,6 +41,16 @@ def main(folder, start, merge):
     except (Wrong, OSError) as error:
         sys.stderr.write(f"hpctrain: error: the start's models: {error}\n")
         return 1
+
+
+def start_checkpoint(environ):
+    """The path of the run's start; None where nothing tells, which matters only if a model is missing."""
+    if environ.get("HPCTRAIN_MODE") == "finetune":
+        return environ.get("HPCTRAIN_CHECKPOINT")
+    note = read_json(os.path.join(environ.get("HPCTRAIN_RUN_DIR", ""), "hand_over.json")) or {}
+    path = note.get("checkpoint")
+    own = os.path.join(environ.get("HPCTRAIN_CHECKPOINT_DIR", ""), os.path.basename(path or "-"))
+    return own if os.path.isdir(own) else path
 
 
 def make(model, role, start, merge):
@@ -169,4 +178,4 @@ def say(text):
 
 if __name__ == "__main__":
     split = sys.argv.index("--")
-    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[split + 1 :]))
+    sys.exit(main(sys.argv[1], sys.argv[split + 1 :]))
