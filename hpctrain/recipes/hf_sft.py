@@ -14,6 +14,7 @@ from hpctrain.recipes.neox.draft import section
 from hpctrain.recipes.sft import signal_name
 from hpctrain.schema import Field
 from hpctrain.shell import ShellText, node_path
+from hpctrain.spec import absolute
 from hpctrain.train.hf_sft.config import FIELDS, HfSftConfig, parse_config, quantised_name, quantised_problem
 from hpctrain.yamlio import Document, Path, merge
 
@@ -40,6 +41,15 @@ def resolve(context: Context) -> Resolved:
                 hint="give `dataset_rows`, from which the steps follow, or `max_steps`",
             )
         )
+    if document.get("start") is not None:
+        problems.append(
+            Problem(
+                "`config.start` is set as `checkpoint.start`", where=document.where_key("start"), hint="move it there"
+            )
+        )
+    elif spec.checkpoint_start:
+        # Later links no longer start from it, but a whole model there stays what the update belongs to.
+        config = HfSftConfig({**config.values, "start": absolute(spec.checkpoint_start, spec.base_dir)})
     signal = signal_name(spec.sbatch.get("signal"))
     if signal and document.get("stop_signal") is None:
         config = HfSftConfig({**config.values, "stop_signal": signal})

@@ -96,14 +96,14 @@ def hugging_face(line: bytes) -> Step | None:
     loss = pairs.get(b"loss")
     if loss is None or b"train_runtime" in pairs:
         return None
-    norm, lr, epoch, step = (
-        pairs.get(b"grad_norm"),
-        pairs.get(b"learning_rate"),
-        pairs.get(b"epoch"),
-        pairs.get(b"step"),
-    )
-    return Step("hf", int(step) if step and step.isdigit() else None, None, float(loss), float(norm) if norm else None,
-                float(lr) if lr else None, epoch=float(epoch) if epoch else None)  # fmt: skip
+
+    def number(name: bytes) -> float | None:
+        return float(pairs[name]) if pairs.get(name) else None
+
+    step, total = (int(pairs[name]) if pairs.get(name, b"").isdigit() else None for name in (b"step", b"max_steps"))
+    # The last two, and the step, are said by hf-sft's own driver.
+    return Step("hf", step, total, float(loss), number(b"grad_norm"), number(b"learning_rate"), epoch=number(b"epoch"),
+                step_time_s=number(b"step_time"), samples_per_s=number(b"samples_per_second"))  # fmt: skip
 
 
 def em_dpo(line: bytes) -> Step | None:

@@ -130,7 +130,7 @@ def test_an_adapter_of_a_quantised_base_is_refused(tmp_path: Path) -> None:
     ({"trainer": {"learning_rate": 1}}, "has a key of its own"),
     ({"lora": {"target_modules": []}}, "nothing would be trained"),
     ({"num_train_epochs": 1, "dataset_rows": None}, "must know when the run is done"),
-    ({"dataset_path": "/x"}, "named twice"),
+    ({"dataset_path": "/x"}, "named twice"), ({"start": "/x"}, "is set as `checkpoint.start`"),
     ({"save_total_limit": 1}, "is less than 2"),
     ({"per_device_batch": 4}, "unknown key `per_device_batch`"),
     ({"warmup_steps": 9, "max_steps": 5}, "above `max_steps: 5`"),

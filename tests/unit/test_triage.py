@@ -234,6 +234,7 @@ def test_escape_sequences_and_control_characters_do_not_reach_the_terminal():
         (formats.open_instruct, b"x\r 3%|  2026-11-21 01:52:08 - INFO - finetune.py:948 - [RANK 0]   Step: 1, LR: 0.00075, Loss: 6.2693, TPS: 1341.9", (1, None, 6.2693, None, 0.00075, None, 1341.9, None, None, None)),
         (formats.hugging_face, b"{'loss': '0.6931', 'grad_norm': '1.952', 'learning_rate': '0.001', 'rewards/margins': '0', 'epoch': '0.06'}", (None, None, 0.6931, 1.952, 0.001, None, None, None, None, None)),
         (formats.hugging_face, b"{'loss': nan, 'grad_norm': inf, 'learning_rate': 2.9411764705882356e-07, 'epoch': 0.28}", (None, None, math.nan, math.inf, 2.9411764705882356e-07, None, None, None, None, None)),
+        (formats.hugging_face, b"{'step': 7, 'max_steps': 12, 'loss': 6.3, 'grad_norm': 1.3, 'learning_rate': 0.001, 'epoch': 0.4, 'step_time': 0.12, 'samples_per_second': 33.2}", (7, 12, 6.3, 1.3, 0.001, 0.12, None, 33.2, None, None)),
         (formats.hugging_face, b"{'eval_loss': 1.0, 'epoch': 1.0}", None),
         (formats.hugging_face, b"{'train_runtime': 3.2, 'train_loss': 0.61, 'loss': 1.0}", None),
         (formats.verl, b"(TaskRunner pid=16292) step:2 - global_seqlen/min:538646.000 - actor/pg_loss:0.001 - actor/grad_norm:np.float64(0.069) - actor/lr:0.000 - perf/throughput:12.5", (2, None, 0.001, 0.069, 0.0, None, 12.5, None, None, None)),

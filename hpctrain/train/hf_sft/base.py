@@ -67,6 +67,13 @@ def read_weights(folder: str) -> Weights | None:
     return Weights(parameters, num_bytes, file_bytes, tuple(sorted(dtypes)), frozenset(names)) if files else None
 
 
+def base_folder(config: HfSftConfig) -> str:
+    """Where the weights lie that an update belongs to: `model_name`, unless the run started from a whole model."""
+    if config.start and not os.path.isfile(os.path.join(config.start, "adapter_config.json")):
+        return str(config.start)
+    return str(config.model_name)
+
+
 def check_base(folder: str, named: str = "") -> Weights | None:
     """The weights of a full-precision base. `named`: how the run calls it, where that is not the folder.
 

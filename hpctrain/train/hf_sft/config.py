@@ -27,6 +27,7 @@ _LORA = {
 }  # fmt: skip
 FIELDS: dict[str, Field] = {
     "model_name": Field("text", "the full-precision base: a Hugging Face directory, or ORG/NAME in the offline hub cache", required=True),
+    "start": Field("path", "what training starts from: an update of the base, or a whole model in its place (run.yaml: `checkpoint.start`)"),
     "dataset_path": Field("text", "dialogues or texts: a .jsonl, .json, .parquet or .arrow file, or a folder of them", required=True),
     "lora": Field("table", "train a low-rank update of the base, which `hpctrain export` merges; null trains all weights", fields=_LORA, nullable=True),
     "precision": Field("text", "of the base's weights and activations; an update, and its optimizer, is fp32", default="bf16", choices=("bf16", "fp32")),
@@ -161,6 +162,7 @@ def parse_config(document: yamlio.Document, base_dir: str) -> tuple[HfSftConfig,
     values = {key: values.get(key, field.default) for key, field in FIELDS.items()}
     for key in ("model_name", "dataset_path"):
         values[key] = absolute_source(values[key] or "", base_dir)
+    values["start"] = os.path.normpath(os.path.join(base_dir, values["start"])) if values["start"] else None
     values["trainer"] = values["trainer"] or {}
     config = HfSftConfig(values)
     bad = {problem.where for problem in problems}

@@ -33,7 +33,7 @@ class Encoder:
         if not isinstance(row, dict):
             raise ValueError("is not an object with columns")
         if row.get("input_ids") is not None:
-            ids, labels = _tokenized(row)
+            ids, labels = _tokenized(row, self.completion_only)
         elif row.get("messages") is not None or row.get("conversations") is not None:
             ids, labels = self._messages(_messages(row.get("messages") or row.get("conversations"), "messages"))
         elif row.get("prompt") is not None or row.get("completion") is not None:
@@ -115,12 +115,10 @@ def marking_template(tokenizer: Any) -> str | None:
         raise ValueError("the base's chat template does not mark the assistant's turns") from error
 
 
-def _tokenized(row: dict[str, Any]) -> Tokens:
+def _tokenized(row: dict[str, Any], completion_only: bool) -> Tokens:
     ids = row["input_ids"]
-    columns = [
-        ids,
-        *(row[name] for name in ("labels", "completion_mask", "assistant_masks") if row.get(name) is not None),
-    ]
+    masks = [name for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]
+    columns = [ids, *(row[name] for name in ("labels", *masks) if row.get(name) is not None)]
     for column in columns:
         if not isinstance(column, list) or not column or not all(type(token) is int for token in column):
             raise ValueError("`input_ids`, labels and masks must be lists of whole numbers")
@@ -128,7 +126,8 @@ def _tokenized(row: dict[str, Any]) -> Tokens:
             raise ValueError("`input_ids`, labels and masks differ in length")
     if row.get("labels") is not None:
         return ids, row["labels"]
-    return ids, [token if all(kept) else IGNORED for token, *kept in zip(*columns)]
+    used = [row[name] for name in masks if completion_only or name != "completion_mask"]
+    return ids, [token if all(kept) else IGNORED for token, *kept in zip(ids, *used)]
 
 
 def _messages(value: Any, name: str) -> list[dict[str, str]]:

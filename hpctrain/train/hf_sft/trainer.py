@@ -48,11 +48,13 @@ def train(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # else accelerate makes a group of one and wraps the model
             os.environ.pop(name, None)
 
+    folder = base.base_folder(config)
+
     def begin() -> prepare.Prepared:
         os.makedirs(launch.checkpoint_dir, exist_ok=True)
-        weights = base.check_base(config.model_name)
+        weights = base.check_base(folder)
         if launch.checkpoint:
-            base.check_adapter(launch.checkpoint, config.model_name)
+            base.check_adapter(launch.checkpoint, folder)
         say(base.check_space(config, weights, launch.checkpoint_dir))
         return prepare.prepare(config, launch.checkpoint_dir, say)
 
@@ -128,6 +130,7 @@ def _staged(data: prepare.Prepared, launch: Launch, say: Callable[[str], None]) 
     folder = os.environ.get("HPCTRAIN_STAGE_DIR")
     if not folder:
         return data.path
+    folder = f"{folder}-{stage.node_name()}"  # also where what should be each node's own is shared after all
     problem: tuple[Any, ...] | None = None
     if launch.local_rank == 0:
         try:
@@ -154,7 +157,7 @@ def _load(config: HfSftConfig, launch: Launch, engine: str, say: Callable[[str],
     if adapter and config.lora is None:
         raise UsageError(f"the start `{start}` is an update, and the run trains all weights",
                          hint="give `lora:`, or merge it first: `hpctrain export`")  # fmt: skip
-    folder = start if start and not adapter else config.model_name
+    folder = base.base_folder(config)
     if engine == "unsloth":
         return _load_unsloth(config, folder, start if adapter else "")
     attention = None if config.attention == "auto" else config.attention

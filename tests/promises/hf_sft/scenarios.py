@@ -8,6 +8,7 @@ Writes ORDERS.json.out: for each `{"code": …, "said": …, "problems": […], 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -66,7 +67,7 @@ def trl_rows(base: str, cases: list[dict[str, Any]]) -> list[Any]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     for case in cases:
-        arguments = trl.SFTConfig(output_dir="/tmp/never", use_cpu=True, report_to=[], max_length=case["max_length"],
+        arguments = trl.SFTConfig(output_dir=f"{base}/../never", use_cpu=True, report_to=[], max_length=case["max_length"],
                                   assistant_only_loss=case.get("assistant_only", False), completion_only_loss=case.get("completion_only"))  # fmt: skip
         trainer = trl.SFTTrainer(
             model, arguments, train_dataset=datasets.Dataset.from_list(case["rows"]), processing_class=tokenizer
@@ -91,6 +92,7 @@ def run(what: str, arguments: dict[str, Any], path: str) -> None:
         traceback.print_exc()
     with open(path, "w", encoding="utf-8") as file:
         json.dump(answer, file)
+    atexit._run_exitfuncs()  # as a process of its own would
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
