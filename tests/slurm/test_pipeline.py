@@ -130,7 +130,7 @@ def test_a_stage_that_gives_up_ends_the_next_too_and_running_it_again_goes_on(sa
 
 
 def test_a_crash_while_the_second_stage_is_queued_and_a_rerun_neither_lose_nor_double_a_link(sandbox, tmp_path):
-    two = Two(sandbox, tmp_path, "symlink", ["sleep", "600"])
+    two = Two(sandbox, tmp_path, "symlink", ["bash", "-c", "sleep 600", "x"])
     folder = tmp_path / "bin"
     folder.mkdir()
     real = f'PATH={sandbox.environ["PATH"]!r} sbatch "$@"'

@@ -232,7 +232,7 @@ class Run:
         next_after = self.random.choice([1, 2, 3])
         seen = 0
         while time.monotonic() < end:
-            time.sleep(0.3)
+            time.sleep(0.5)
             jobs = self.jobs()
             if jobs is None:
                 continue
