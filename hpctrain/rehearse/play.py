@@ -49,6 +49,7 @@ class Outcome:
     attempts: tuple[Attempt, ...]
     links: tuple[dict[str, Any], ...]
     jobs: Mapping[int, str]
+    side: Mapping[int, str]
     states: Mapping[str, str]
     waited_s: Mapping[str, float]
     scenario: Mapping[str, Any]
@@ -83,6 +84,7 @@ def rehearse(
         accounts = request.accounts or ((plan.spec.account,) if plan.spec.account else ())
         shape = stage.shape_of(plan, mounts, request.accounting, accounts)
         jobs: dict[int, str] = {}
+        side: dict[int, str] = {}
         pipe = Pipe(str(place.shims), lambda attempt: _ready(place, attempt))
         slots = Slots(str(place.shims))
         try:
@@ -90,14 +92,14 @@ def rehearse(
             stage.connect(place, plan)
             seconds["sandbox"] = time.monotonic() - clock
             login = stage.Login(record, place, shown.home, environ)
-            jobs, refused = queue(login, plan, request.num_jobs)
-            watch = Watch(login, pipe, plan, scenario, jobs, slots, progress)
+            jobs, side, refused = queue(login, plan, request.num_jobs)
+            watch = Watch(login, pipe, plan, scenario, jobs, side, slots, progress)
             watch.until_done(only_cancel=bool(refused))
             seconds["jobs"] = time.monotonic() - clock - seconds["sandbox"]
         finally:
             pipe.close()
             slots.close()
-            stage.sweep(plan, list(jobs.values()))
+            stage.sweep(plan, [*jobs.values(), *side.values()])
         looked = time.monotonic()
         run_dir = shown.real_path(str(place.files), plan.run_dir) or ""
         sha256 = _sha256(os.path.join(run_dir, "job.sbatch"))
@@ -109,13 +111,14 @@ def rehearse(
             *watch.problems,
             *_steps(plan, attempts, [target for _, target in shown.mounts]),
             *([] if refused else _ends(plan, request, watch, attempts, links, run_dir, is_known)),
+            *_side(side, watch.states(), run_dir),
             *_written(before, listing(str(place.files)), shown, plan),
             *_secret(secret, run_dir),
         ]
         seconds["checks"] = time.monotonic() - looked
     seconds["all"] = time.monotonic() - clock
     return Outcome(
-        tuple(dict.fromkeys(problems)), shown, attempts, links, jobs, watch.states(), watch.waited_s, scenario, refused,
+        tuple(dict.fromkeys(problems)), shown, attempts, links, jobs, side, watch.states(), watch.waited_s, scenario, refused,
         seconds, sha256, str(place.base) if request.keep else "",
     )  # fmt: skip
 
@@ -155,16 +158,18 @@ def make_scenario(plan: Plan, request: Request) -> dict[str, Any]:
     }
 
 
-def queue(login: stage.Login, plan: Plan, num_jobs: int) -> tuple[dict[int, str], str]:
-    """Submit the links from the login node, as `hpctrain chain` does: their jobs, and Slurm's words where it refused."""
-    done = login.seeing(sys.executable, "-m", "hpctrain.rehearse.login", plan.run_dir, str(num_jobs))
+def queue(login: stage.Login, plan: Plan, num_jobs: int) -> tuple[dict[int, str], dict[int, str], str]:
+    """Submit the links from the login node, as `hpctrain chain` does: their jobs, their side jobs, Slurm's words where it refused."""
+    after_each = [plan.spec.after_each] if plan.spec.after_each else []
+    done = login.seeing(sys.executable, "-m", "hpctrain.rehearse.login", plan.run_dir, str(num_jobs), *after_each)
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError) as error:
         raise EnvironmentFault(
             "the jobs could not be submitted", why=(done.stderr or done.stdout).strip()[-2000:]
         ) from error
-    return {int(link): str(job_id) for link, job_id in answer["jobs"].items()}, str(answer["refused"])
+    jobs, side = ({int(link): str(job_id) for link, job_id in answer[name].items()} for name in ("jobs", "side"))
+    return jobs, side, str(answer["refused"])
 
 
 def listing(root: str) -> dict[str, tuple[int, int]]:
@@ -271,6 +276,16 @@ def _ends(
             )  # fmt: skip
         )
     return found
+
+
+def _side(side: Mapping[int, str], states: Mapping[str, str], run_dir: str) -> list[Problem]:
+    """Side jobs that failed; they never stop the chain."""
+    return [
+        Problem(f"the side job after link {link} (job {job_id}) ended as {states[job_id]}", level="warning",
+                why=tail(os.path.join(run_dir, "logs"), job_id) or "its log is empty",
+                hint="what it runs is not replaced: where that needs the site, look at these lines for other mistakes")
+        for link, job_id in side.items() if states.get(job_id, "") not in ("COMPLETED", "CANCELLED", "")
+    ]  # fmt: skip
 
 
 def tail(folder: str, job_id: str, num_lines: int = 8) -> str:

@@ -66,6 +66,10 @@ def lines(plan: Plan, outcome: Outcome, found: Sequence[Bar]) -> list[str]:
             out.append(f"{word}: {len(attempt.tasks)} ranks on {len(nodes)} nodes, rendezvous "
                        f"{first.get('MASTER_ADDR', '(none)')}:{first.get('MASTER_PORT', '(none)')}")  # fmt: skip
     out += timeline.text(found)
+    out += [
+        f"after link {link}: side job {job_id}, {outcome.states.get(job_id, 'unknown').lower()}"
+        for link, job_id in outcome.side.items()
+    ]
     if found:
         hours, lost = sum(bar.gpu_hours for bar in found), sum(bar.lost for bar in found)
         out.append(
@@ -103,6 +107,7 @@ def as_json(plan: Plan, outcome: Outcome, found: Sequence[Bar]) -> dict[str, Any
         "num_nodes": plan.spec.num_nodes,
         "tasks_per_node": plan.tasks_per_node,
         "jobs": {str(link): job_id for link, job_id in outcome.jobs.items()},
+        "side_jobs": {str(link): job_id for link, job_id in outcome.side.items()},
         "states": dict(outcome.states),
         "refused": outcome.refused or None,
         "problems": [problem.as_json() for problem in outcome.problems],

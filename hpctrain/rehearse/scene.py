@@ -12,6 +12,7 @@ from hpctrain.errors import EnvironmentFault
 from hpctrain.plan import Plan
 from hpctrain.rehearse import standin
 
+SIDE = "script of `chain.after_each`"
 CANARY = "HPCTRAIN_REHEARSAL_SECRET"
 
 
@@ -122,7 +123,7 @@ def build(scene: Scene, root: str, plan: Plan, files: Mapping[str, bytes]) -> st
                 _write(real, f"{CANARY}={secret}\n".encode())
                 os.chmod(real, 0o600)
             else:
-                _write(real, plan.resolved.placeholders.get(item.path, "").encode() or standin.CONTENT)
+                _write(real, plan.resolved.placeholders.get(item.path, "").encode() or _content(item))
         run_dir = scene.real_path(root, plan.run_dir)
         assert run_dir is not None
         for name, content in files.items():
@@ -154,13 +155,17 @@ def _wanted(plan: Plan) -> list[tuple[str, str]]:
             found += [(f"{kind} data", prefix + end) for end in ends]
     found += [(what, path) for what, path, _ in plan.resolved.paths]
     if spec.after_each:
-        found.append(("script of `chain.after_each`", spec.after_each))
+        found.append((SIDE, spec.after_each))
     return found
 
 
 def _kind(path: str, others: Sequence[str]) -> str:
     holds_others = any(other != path and _inside(other, path) for other in others)
     return "folder" if holds_others or not os.path.splitext(path)[1] else "file"
+
+
+def _content(item: Made) -> bytes:
+    return b"#!/bin/sh\n" + standin.CONTENT if item.what == SIDE else standin.CONTENT
 
 
 def _checkpoint(path: str, plan: Plan) -> None:

@@ -27,6 +27,7 @@ _PATIENT = {
     "Prolog",
     "JobHeldUser",
 }
+SIDE_S = 60  # what a side job runs is the user's own, in real time
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Watch:
     """Everything about the jobs between their submission and their end. `problems` holds what kept them from running."""
 
     def __init__(self, login: Login, pipe: Pipe, plan: Plan, scenario: Mapping[str, Any], jobs: Mapping[int, str],
-                 slots: Slots, progress: Callable[[str, int, int], None]) -> None:  # fmt: skip
+                 side: Mapping[int, str], slots: Slots, progress: Callable[[str, int, int], None]) -> None:  # fmt: skip
         self.login, self.pipe, self.plan, self.scenario, self.jobs = login, pipe, plan, scenario, dict(jobs)
         self.problems: list[Problem] = []
         self.waited_s: dict[str, float] = {}
@@ -54,7 +55,7 @@ class Watch:
         self._stuck: dict[str, float] = {}
         self._running: dict[str, float] = {}
         self._answered = time.monotonic()
-        self._slots = slots
+        self._slots, self._side = slots, set(side.values())
         num_tasks = plan.spec.num_nodes * plan.tasks_per_node
         self._start_limit_s = 120 + 0.3 * num_tasks
 
@@ -67,7 +68,7 @@ class Watch:
         if not self.jobs:
             return
         if only_cancel:
-            self.login.slurm("scancel", *self.jobs.values())
+            self.login.slurm("scancel", *self.jobs.values(), *self._side)
         pause_s = 0.2 if self.plan.spec.num_nodes <= 16 else 1.0
         submitted = time.monotonic()
         while True:
@@ -78,7 +79,7 @@ class Watch:
                 raise EnvironmentFault("the sandbox's controller does not answer any more", where=str(self.login.place.state / "log"),
                                        hint="is the disk full, or the memory?")  # fmt: skip
             live = []
-            for job_id in self.jobs.values():
+            for job_id in [*self.jobs.values(), *self._side]:
                 state, reason = found.get(job_id, (self._states.get(job_id, "PENDING"), ""))
                 self._states[job_id] = state
                 if state == "PENDING":
@@ -150,6 +151,10 @@ class Watch:
     def _silence(self, attempts: Sequence[Attempt], now: float) -> None:
         """A running job of which nothing is heard: its step never started, or it is not the plan's."""
         for job_id, since in self._running.items():
+            if job_id in self._side:
+                if now - since > SIDE_S:
+                    self.login.slurm("scancel", job_id)
+                continue
             heard = [moment for attempt in attempts if attempt.job_id == job_id for moment in attempt.moments()]
             if now - max([since, *heard]) > self._start_limit_s:
                 what = "came no further" if heard else "started no task that reported"
