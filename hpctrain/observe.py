@@ -190,6 +190,10 @@ def _link(job_id: str, entry: Mapping[str, Any], job: JobState | None, now_s: fl
     code = _whole(ended.get("exit_code")) if ended else None
     nodes: tuple[str, ...] = _node_names(last.get("nodes"))
     num_nodes, reason, expected = len(nodes) or None, str((ended or last).get("reason") or ""), None
+    # What the guard found before it let the link train: how a damaged checkpoint becomes known.
+    found = "; ".join(
+        dict.fromkeys(note for record in begins if trained for note in str(record.get("reason") or "").split("; ")[1:])
+    )
     active = pending = False
     if job is not None:
         state, active, pending = job.state, job.running, job.pending
@@ -219,8 +223,13 @@ def _link(job_id: str, entry: Mapping[str, Any], job: JobState | None, now_s: fl
     return LinkStatus(
         _whole(entry.get("link")), job_id, state, mode, max(len(begins) - 1, 0), nodes, num_nodes,
         _whole(begins[0].get("iteration")) if begins and trained else None, _whole(ended.get("iteration")) if ended else None,
-        (ended or last).get("checkpoint"), code, reason, start_s, end_s, elapsed, expected, active, pending,
+        (ended or last).get("checkpoint"), code, "; ".join(filter(None, [_plain_reason(reason, code), found])), start_s, end_s, elapsed, expected, active, pending,
     )  # fmt: skip
+
+
+def _plain_reason(reason: str, code: int | None) -> str:
+    """Without what the state or the decision says already."""
+    return "" if reason in ("None", f"exit code {code}") else reason
 
 
 def _same_start(end: Mapping[str, Any], begin: Mapping[str, Any]) -> bool:
@@ -236,7 +245,11 @@ def overall_state(run: RunRecords, links: Sequence[LinkStatus], progress: Progre
     if not links:
         return NOT_SUBMITTED
     modes = [link.mode for link in links if link.mode]
-    reached = progress.target is not None and (progress.checkpoint_iteration or 0) >= progress.target
+    # Ended links count checkpoints, so they tell also where the checkpoint folder cannot be seen.
+    saved = max(
+        [progress.checkpoint_iteration or 0, *(link.iteration_to or 0 for link in links if link.exit_code == 0)]
+    )
+    reached = progress.target is not None and saved >= progress.target
     if "done" in modes or reached:
         return DONE
     if modes and modes[-1] == "gave_up":

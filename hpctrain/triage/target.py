@@ -56,9 +56,15 @@ class Subject:
             code = record.get("exit_code")
             if record.get("event") == "end" and attempt.exit_code is None and isinstance(code, int):
                 attempt.exit_code = code
-        state = self.slurm.jobs.get(attempt.job_id or "")
+        job_id = attempt.job_id or ""
+        state = self.slurm.jobs.get(job_id)
         if state and not attempt.nodes:
             attempt.nodes = list(state.nodes)
+        starts = [*self.slurm.earlier.get(job_id, ()), *([state] if state else ())]
+        # Without sacct only the newest start of a requeued job is known, and it may be a later one.
+        if attempt.restart < len(starts) and (self.slurm.earlier.get(job_id) is not None or attempt.restart == 0):
+            told = starts[attempt.restart]
+            attempt.slurm_state = None if told.running or told.pending else told.state
 
     def _anything_runs(self) -> bool | None:
         if not self.slurm.jobs:
