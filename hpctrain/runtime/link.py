@@ -146,7 +146,9 @@ def begin(run_dir: str, given: Optional[int], environ: Mapping[str, str], say: S
 
 
 def _mended(choice: Choice) -> List[str]:
-    return ["`{}` {}".format(aside.name, aside.why) for aside in choice.asides]
+    """The checkpoints that were found wanting; what only stood in the framework's way is said in the log alone."""
+    wanting = ("is not complete", "is newer")
+    return ["`{}` {}".format(aside.name, aside.why) for aside in choice.asides if aside.why.startswith(wanting)]
 
 
 _SPOKEN = {

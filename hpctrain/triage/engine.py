@@ -24,7 +24,8 @@ _DONE = re.compile(rb"hpctrain: ((?:done|stopped by)[^\n]*|link \d+: (?:nothing 
 _LOCKED_OUT = b"two at once would corrupt its checkpoints"
 # What the guard says before the step beside its decision: checkpoints found wanting, moved, or named anew.
 _GUARD_NOTE = re.compile(
-    rb"^hpctrain: (?!job |link \d|preflight:|starting:|finished |got SIG|error:|cancelled the)(?=.*`)(.+)"
+    rb"^hpctrain: (?!job |link \d|preflight:|starting:|error:)(?=.*(?:not complete|is empty|is missing|is not there|names no|named no"
+    rb"|which was to name|on purpose|is newer than|left its lock behind))(.+)"
 )
 _MOST_NOTES = 8
 _TIME = re.compile(rb"(?<!\d)(20\d\d)-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)")
