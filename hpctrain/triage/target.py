@@ -27,14 +27,20 @@ class Subject:
     run: RunRecords | None = None
     slurm: Answer = field(default_factory=lambda: Answer({}, {}))
     engine: Engine = field(init=False)
+    unreadable: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.engine = Engine(self.thresholds, self.run.tasks_per_node if self.run else None)
 
     def diagnose(self) -> Diagnosis:
         """Read all logs to their ends and judge."""
-        read_logs(self.engine, self.paths)
+        read_logs(self.engine, self.paths, unreadable=self.unreadable if self.run else None)
         return self.judge()
+
+    @property
+    def unseen(self) -> list[str]:
+        """What could not be asked or read."""
+        return [*(self.run.unseen if self.run else ()), *self.slurm.unseen, *self.unreadable]
 
     def judge(self) -> Diagnosis:
         """Judge what was read so far, with what is known now."""

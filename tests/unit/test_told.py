@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from hpctrain import observe
+from hpctrain.errors import EnvironmentFault
+from hpctrain.logs import sections
 from hpctrain.report.gather import gather
 from hpctrain.runs import read_run
 from hpctrain.slurmstate import Answer
@@ -108,3 +112,42 @@ def test_a_job_kept_out_by_anothers_lock_does_not_make_the_run_red(tmp_path):
     diagnosis = triage(tmp_path)
     assert diagnosis.verdict == "GREEN"
     assert ("refused", "9999") in [(i.event.failure, i.attempt.job_id) for i in diagnosis.incidents]
+
+
+def test_whatever_is_torn_or_replaced_by_junk_status_triage_logs_and_report_still_answer(tmp_path):
+    """Every file of a run cut at a random place, then full of bytes, then a folder, then gone; what could not be seen is said."""
+    rnd = random.Random(7)
+    source = DATA / "cancelled-limit-killed-node"
+    names = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())
+    for number, name in enumerate(names):
+        for how in ("cut", "junk", "folder", "gone"):
+            run = tmp_path / f"{number}-{how}"
+            shutil.copytree(source, run)
+            hurt, whole = run / name, (run / name).read_bytes()
+            hurt.unlink()
+            if how == "cut":
+                hurt.write_bytes(whole[: rnd.randrange(len(whole))])
+            elif how == "junk":
+                hurt.write_bytes(whole[:200] + rnd.randbytes(3000) + b"\r\x1b[31m\0\n" + whole[200:])
+            elif how == "folder":
+                hurt.mkdir()
+            status = observe.observe([str(run)], ask_slurm=False)[0]
+            assert status.state
+            report = gather(str(run), ask_slurm=False)
+            assert report.diagnosis.verdict in ("GREEN", "RED", "NOT OBSERVED")
+            assert [section.lines for section in sections(read_run(str(run)), 10)]
+            if how in ("folder", "gone") and not name.startswith("logs"):
+                assert any(name in what or Path(name).name in what for what in report.unseen), (
+                    name,
+                    how,
+                    report.unseen,
+                )
+
+
+def test_a_log_that_cannot_be_read_is_said_and_the_others_are_judged(tmp_path):
+    run = read_run(str(DATA / "requeued"))
+    subject = Subject([str(tmp_path / "gone.out"), *run.logs], Thresholds(), run, NO_SLURM)
+    assert subject.diagnose().verdict == "GREEN"
+    assert subject.unseen[-1] == f"{tmp_path / 'gone.out'}: No such file or directory"
+    with pytest.raises(EnvironmentFault):
+        Subject([str(tmp_path / "gone.out")], Thresholds()).diagnose()
