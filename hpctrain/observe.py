@@ -24,6 +24,11 @@ NOT_SUBMITTED, PENDING, RUNNING, DONE, STOPPED, GAVE_UP, FAILED, ENDED, UNKNOWN 
 _TAIL = 512 * 1024  # bytes of the newest log that tell the last iteration and step time
 
 
+_CAUSE_TAIL, _MOST_CAUSES = 64 * 1024, 50  # bytes of a failed link's log, and links, that tell why in the table
+_FAILED_STATES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
+                  "began, no end recorded")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class LinkStatus:
     """One link. `state` is Slurm's word in capitals where Slurm was asked, else what the run directory tells.
@@ -118,6 +123,8 @@ def status_of(run: RunRecords, answer: Answer, now_s: float, read_logs: bool = T
         unrecorded = _without_end(run, answer)
         tails.update((job_id, _tail_of_log(path)) for job_id, path in unrecorded.items() if job_id not in tails)
     links = tuple(_links(run, answer, now_s, tails))
+    if read_logs:
+        links = tuple(_with_causes(run, links))
     unseen = [*run.unseen, *answer.unseen]
     checkpoint, number = _newest_checkpoint(run, unseen) if read_logs else (None, None)
     progress = _progress(run, links, tail, checkpoint, number)
@@ -171,7 +178,9 @@ def _links(run: RunRecords, answer: Answer, now_s: float, tails: Mapping[str, Ma
             out[index] = replace(link, iteration_to=out[index + 1].iteration_from)
         tail = tails.get(link.job_id, {})
         if link.state == "began, no end recorded" and tail.get("end"):
-            out[index] = replace(out[index], state=tail["end"], reason="by its log")
+            out[index] = replace(
+                out[index], state=tail["end"], reason="; ".join(filter(None, ["by its log", out[index].reason]))
+            )
         if link.active and tail.get("iteration") is not None:
             out[index] = replace(out[index], iteration_to=tail["iteration"])
     return out
@@ -190,6 +199,10 @@ def _link(job_id: str, entry: Mapping[str, Any], job: JobState | None, now_s: fl
     code = _whole(ended.get("exit_code")) if ended else None
     nodes: tuple[str, ...] = _node_names(last.get("nodes"))
     num_nodes, reason, expected = len(nodes) or None, str((ended or last).get("reason") or ""), None
+    # What the guard found before it let the link train: how a damaged checkpoint becomes known.
+    found = "; ".join(
+        dict.fromkeys(note for record in begins if trained for note in str(record.get("reason") or "").split("; ")[1:])
+    )
     active = pending = False
     if job is not None:
         state, active, pending = job.state, job.running, job.pending
@@ -219,8 +232,13 @@ def _link(job_id: str, entry: Mapping[str, Any], job: JobState | None, now_s: fl
     return LinkStatus(
         _whole(entry.get("link")), job_id, state, mode, max(len(begins) - 1, 0), nodes, num_nodes,
         _whole(begins[0].get("iteration")) if begins and trained else None, _whole(ended.get("iteration")) if ended else None,
-        (ended or last).get("checkpoint"), code, reason, start_s, end_s, elapsed, expected, active, pending,
+        (ended or last).get("checkpoint"), code, "; ".join(filter(None, [_plain_reason(reason, code), found])), start_s, end_s, elapsed, expected, active, pending,
     )  # fmt: skip
+
+
+def _plain_reason(reason: str, code: int | None) -> str:
+    """Without what the state or the decision says already."""
+    return "" if reason in ("None", f"exit code {code}") else reason
 
 
 def _same_start(end: Mapping[str, Any], begin: Mapping[str, Any]) -> bool:
@@ -236,7 +254,11 @@ def overall_state(run: RunRecords, links: Sequence[LinkStatus], progress: Progre
     if not links:
         return NOT_SUBMITTED
     modes = [link.mode for link in links if link.mode]
-    reached = progress.target is not None and (progress.checkpoint_iteration or 0) >= progress.target
+    # Ended links count checkpoints, so they tell also where the checkpoint folder cannot be seen.
+    saved = max(
+        [progress.checkpoint_iteration or 0, *(link.iteration_to or 0 for link in links if link.exit_code == 0)]
+    )
+    reached = progress.target is not None and saved >= progress.target
     if "done" in modes or reached:
         return DONE
     if modes and modes[-1] == "gave_up":
@@ -249,16 +271,7 @@ def overall_state(run: RunRecords, links: Sequence[LinkStatus], progress: Progre
     last = started[-1] if started else links[-1]
     if last.state == "COMPLETED" or last.exit_code == 0:
         return DONE if progress.target is None else ENDED
-    if last.exit_code not in (0, None) or last.state in (
-        "FAILED",
-        "TIMEOUT",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "CANCELLED",
-        "BOOT_FAIL",
-        "DEADLINE",
-        "PREEMPTED",
-    ):
+    if last.exit_code not in (0, None) or last.state in _FAILED_STATES[:-1]:
         return FAILED
     return UNKNOWN
 
@@ -316,21 +329,57 @@ def _newest_checkpoint(run: RunRecords, unseen: list[str]) -> tuple[str | None, 
     return (found.name, found.number) if found else (None, None)
 
 
+def _with_causes(run: RunRecords, links: Sequence[LinkStatus]) -> list[LinkStatus]:
+    """Failed links with what the end of their logs says was the cause, in a few words; only the last so many are read."""
+    from hpctrain.triage.engine import Engine
+    from hpctrain.triage.judge import find_cause
+    from hpctrain.triage.rules import Circumstances
+
+    logs = {match[1]: path for path in run.logs if (match := LOG_JOB.search(path))}
+    failed = [link for link in links if link.exit_code not in (0, None) or link.state in _FAILED_STATES]
+    wanted = {link.job_id for link in failed if not (link.active or link.pending) and link.job_id in logs}
+    wanted = set(sorted(wanted, key=lambda job_id: tuple(map(int, job_id.split("_"))))[-_MOST_CAUSES:])
+    out = []
+    for link in links:
+        if link.job_id in wanted:
+            engine = Engine(tasks_per_node=run.tasks_per_node)
+            _read_tail(engine, logs[link.job_id], _CAUSE_TAIL)
+            # Whether a job without an end on record still runs, only Slurm knows.
+            around = Circumstances(running=None if link.state == _FAILED_STATES[-1] else False)
+            cause = find_cause(engine.attempts[-1], around) if engine.attempts else None
+            if cause is not None and cause.failure != "unknown":
+                where = (
+                    f" on {cause.node}" if cause.node else f" on rank {cause.rank}" if cause.rank is not None else ""
+                )
+                told = (
+                    link.reason[len("by its log") :].lstrip("; ")
+                    if link.reason.startswith("by its log")
+                    else link.reason
+                )
+                link = replace(link, reason="; ".join(filter(None, [FAILURES[cause.failure].title + where, told])))
+        out.append(link)
+    return out
+
+
+def _read_tail(engine: Any, path: str, num_bytes: int) -> None:
+    """Feed an engine the end of a log; nothing where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - num_bytes, 0))
+            reader = engine.log(path)
+            reader.feed(file.read(num_bytes))
+            reader.close()
+    except OSError:
+        return
+
+
 def _tail_of_log(path: str) -> dict[str, Any]:
     """The last iteration, total and step time that the end of a log tells, and the job it is of."""
     from hpctrain.triage.engine import Engine
     from hpctrain.triage.records import median
 
     engine = Engine()
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(size - _TAIL, 0))
-            reader = engine.log(path)
-            reader.feed(file.read(_TAIL))
-            reader.close()
-    except OSError:
-        return {}
+    _read_tail(engine, path, _TAIL)
     trained = [attempt for attempt in engine.attempts if attempt.num_steps and attempt.last]
     if not trained:
         return {}
@@ -350,7 +399,7 @@ def _end_of(attempt: Any) -> str | None:
     from hpctrain.triage.rules import Circumstances
 
     words = {"time_limit": "TIMEOUT", "node": "NODE_FAIL", "cancelled": "CANCELLED", "preemption": "PREEMPTED"}
-    cause = find_cause(attempt, Circumstances(running=False))
+    cause = find_cause(attempt, Circumstances())
     if cause is not None and FAILURES[cause.failure].external or cause is not None and cause.failure == "node":
         return words[cause.failure]
     if attempt.exit_code is not None:

@@ -109,7 +109,7 @@ def gather(run_dir: str, ask_slurm: bool = True, now_s: float | None = None) -> 
     starts = cost.starts_of(run, answer, now_s)
     job = cost.full_job(run.plan)
     rows = attempt_rows(attempts, starts, job, diagnosis, status)
-    unseen = [*status.unseen]
+    unseen = [*status.unseen, *subject.unreadable]
     spent = None
     if job is not None:
         spent = cost.spent(run, answer, now_s)

@@ -119,7 +119,7 @@ def begin(run_dir: str, given: Optional[int], environ: Mapping[str, str], say: S
             "event": "begin", "link": link, "job_id": me.job_id, "restart": me.restart, "mode": decided.mode,
             "checkpoint": decided.checkpoint, "iteration": decided.iteration, "exit_code": None,
             "nodes": environ.get("SLURM_JOB_NODELIST", ""),
-            "reason": "; ".join([decided.reason, *choice.notes]), "time": now(),
+            "reason": "; ".join([decided.reason, *choice.notes, *_mended(choice)]), "time": now(),
         }  # fmt: skip
         if decided.decision == "gave_up":
             record["known_links"] = max(known, link)
@@ -143,6 +143,12 @@ def begin(run_dir: str, given: Optional[int], environ: Mapping[str, str], say: S
         "HPCTRAIN_ITERATION": str(decided.iteration),
         "HPCTRAIN_LINK": str(link),
     }
+
+
+def _mended(choice: Choice) -> List[str]:
+    """The checkpoints that were found wanting; what only stood in the framework's way is said in the log alone."""
+    wanting = ("is not complete", "is newer")
+    return ["`{}` {}".format(aside.name, aside.why) for aside in choice.asides if aside.why.startswith(wanting)]
 
 
 _SPOKEN = {

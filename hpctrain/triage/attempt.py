@@ -68,6 +68,9 @@ class Attempt:
     total: int | None = None
     quiet_phase: str | None = None
     first_failed: tuple[int, str] | None = None  # rank and node, by the job script's own account
+    guard_notes: list[str] = field(default_factory=list)  # what the guard found and mended before the step
+    locked_out: bool = False  # ended at once, because another job works on the same checkpoints
+    slurm_state: str | None = None  # how Slurm says that this start ended
 
     _early_full: bool = False
     early: list[tuple[int, float]] = field(default_factory=list)  # (steps since the first, loss)

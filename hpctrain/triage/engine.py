@@ -20,7 +20,14 @@ _JOB = re.compile(rb"hpctrain: job (\S+), restart (\d+), (\d+) nodes: (\S+)")
 _STARTING = re.compile(rb"hpctrain: starting: (\w+), link (\d+)")
 _FINISHED = re.compile(rb"hpctrain: finished rc=(\d+)")
 _FIRST_FAILED = re.compile(rb"hpctrain: the first task to fail was rank (\d+) on ([\w.-]+)")
-_DONE = re.compile(rb"hpctrain: ((?:done|stopped by)[^\n]*)")
+_DONE = re.compile(rb"hpctrain: ((?:done|stopped by)[^\n]*|link \d+: (?:nothing to do|stops, as asked)[^\n]*)")
+_LOCKED_OUT = b"two at once would corrupt its checkpoints"
+# What the guard says before the step beside its decision: checkpoints found wanting, moved, or named anew.
+_GUARD_NOTE = re.compile(
+    rb"^hpctrain: (?!job |link \d|preflight:|starting:|error:)(?=.*(?:not complete|is empty|is missing|is not there|names no|named no"
+    rb"|which was to name|on purpose|is newer than|left its lock behind))(.+)"
+)
+_MOST_NOTES = 8
 _TIME = re.compile(rb"(?<!\d)(20\d\d)-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)")
 _SLURM_CANCELLED = re.compile(rb"CANCELLED AT (\S+)")
 _QUIET = (
@@ -265,6 +272,10 @@ class LogReader:
             attempt.exit_code = int(finished[1])
         elif first:
             attempt.first_failed = int(first[1]), first[2].decode("ascii", "replace")
+        elif _LOCKED_OUT in line:
+            attempt.locked_out = True
+        elif attempt.mode is None and len(attempt.guard_notes) < _MOST_NOTES and (note := _GUARD_NOTE.search(line)):
+            attempt.guard_notes.append(clean(note[1]))
         elif done:
             attempt.finished = clean(done[1])
 

@@ -74,7 +74,8 @@ def judge(engine: Engine, around: Circumstances | None = None, recipe: str | Non
         what = "there is no log, or it is empty" if empty else "nothing in the logs is about training"
         return Diagnosis(NOT_OBSERVED, what, "wait" if around.running else LOOK,
                          "see `hpctrain status`: is the job pending?", verdicts=tuple(_nothing()), remarks=tuple(remarks))  # fmt: skip
-    last = attempts[-1]
+    # A job that was kept out by a lock says nothing about the run that holds it.
+    last = next((attempt for attempt in reversed(attempts) if not attempt.locked_out), attempts[-1])
     trained = [attempt for attempt in attempts if attempt.num_steps]
     subject = last if last.num_steps or not trained else trained[-1]
     causes = {
@@ -93,7 +94,8 @@ def judge(engine: Engine, around: Circumstances | None = None, recipe: str | Non
         for event in [causes[id(attempt)]]
         if event is not None
     ]
-    cause = incidents[-1] if cause_event is not None and incidents else None
+    cause = next((incident for incident in reversed(incidents) if incident.attempt is last), None)
+    remarks += _found_by_guard(attempts)
     framework = recipe or subject.framework
     return _answer(verdicts, cause, incidents, attempts, subject, trained, around, framework, remarks)
 
@@ -180,13 +182,47 @@ def _silent_end(attempt: Attempt, around: Circumstances) -> Event | None:
     stuck = rules.hang(attempt, around)
     if stuck.verdict == RED:
         return Event("hang", place, stuck.detail, steps_before=attempt.num_steps)
+    told = _BY_SLURM.get(attempt.slurm_state or "")
+    if told and attempt.exit_code != 0:
+        node = attempt.nodes[0] if told == "node" and len(attempt.nodes) == 1 else None
+        return Event(told, place, f"Slurm says {attempt.slurm_state}", node=node, steps_before=attempt.num_steps)
     if attempt.exit_code == 93:
         return Event("gave_up", place, "exit code 93", steps_before=attempt.num_steps)
     if attempt.exit_code not in (0, None):
         bad = attempt.loss.first_bad or attempt.grad_bad.first_bad
         name, where = ("nonfinite", bad[0]) if bad else ("unknown", place)
         return Event(name, where, f"exit code {attempt.exit_code}", steps_before=attempt.num_steps)
+    if around.running is False and attempt.exit_code is None and attempt.mode and attempt.job_id:
+        node = attempt.nodes[0] if len(attempt.nodes) == 1 else None
+        return Event(
+            "cut_off",
+            place,
+            "the log ends here, without the job script's last line",
+            node=node,
+            steps_before=attempt.num_steps,
+        )
     return None
+
+
+# What Slurm's word for the end of a job means where the log tells nothing.
+_BY_SLURM = {
+    "NODE_FAIL": "node", "BOOT_FAIL": "node", "TIMEOUT": "time_limit", "DEADLINE": "time_limit", "PREEMPTED": "preemption",
+    "REQUEUED": "preemption", "OUT_OF_MEMORY": "host_oom", "CANCELLED": "cancelled",
+}  # fmt: skip
+
+
+def _found_by_guard(attempts: list[Attempt]) -> list[str]:
+    """What the guard found in the checkpoint folder and mended, start by start: how a damaged checkpoint becomes known."""
+    return [
+        f"before {_start_name(attempt)}: {'; '.join(attempt.guard_notes)}"
+        for attempt in attempts[-_MOST_INCIDENTS:]
+        if attempt.guard_notes
+    ]
+
+
+def _start_name(attempt: Attempt) -> str:
+    name = f"link {attempt.link} (job {attempt.job_id})" if attempt.link is not None else f"job {attempt.job_id}"
+    return name + (f", restart {attempt.restart}" if attempt.restart else "")
 
 
 def _start(attempt: Attempt) -> list[Verdict]:

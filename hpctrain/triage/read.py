@@ -11,8 +11,12 @@ from hpctrain.triage.engine import Engine
 from hpctrain.triage.scan import CHUNK
 
 
-def read_logs(engine: Engine, paths: Iterable[str], on_bytes: Callable[[int], None] | None = None) -> None:
-    """Read each file to its end, in fixed memory. Raises EnvironmentFault for one that cannot be read."""
+def read_logs(engine: Engine, paths: Iterable[str], on_bytes: Callable[[int], None] | None = None,
+              unreadable: list[str] | None = None) -> None:  # fmt: skip
+    """Read each file to its end, in fixed memory.
+
+    One that cannot be read is told in `unreadable`, and the others are read; without that list it raises EnvironmentFault.
+    """
     for path in paths:
         reader = engine.log(path)
         try:
@@ -26,6 +30,9 @@ def read_logs(engine: Engine, paths: Iterable[str], on_bytes: Callable[[int], No
                     if on_bytes:
                         on_bytes(len(piece))
         except OSError as error:
+            if unreadable is not None:
+                unreadable.append(f"{path}: {error.strerror}")
+                continue
             raise EnvironmentFault(f"cannot read `{path}`: {error.strerror}") from error
         reader.close()
 

@@ -56,7 +56,7 @@ FAILURE_RULES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("node", "a node failed", ("node",)),
     ("time_limit", "the time limit came", ("time_limit",)),
     ("preemption", "preempted, requeued or cancelled", ("preemption", "cancelled")),
-    ("program", "the program failed", ("program", "crash", "environment", "config", "missing_file", "checkpoint", "nonfinite", "gave_up")),
+    ("program", "the program failed", ("program", "crash", "environment", "config", "missing_file", "checkpoint", "nonfinite", "gave_up", "refused")),
 )  # fmt: skip
 
 

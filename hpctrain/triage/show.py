@@ -22,7 +22,7 @@ def as_fields(subject: Subject, diagnosis: Diagnosis) -> dict[str, Any]:
             for name, reader in subject.engine.logs.items()
         ],
         **diagnosis.as_json(),
-        "unseen": [*(subject.run.unseen if subject.run else ()), *subject.slurm.unseen],
+        "unseen": subject.unseen,
     }  # fmt: skip
 
 
@@ -64,8 +64,7 @@ def show(subject: Subject, diagnosis: Diagnosis) -> None:
             output.info(f"earlier: {event.failure} at {event.place} ({fate}): {event.text}")
     for remark in diagnosis.remarks:
         output.info(f"note: {remark}")
-    unseen = [*(subject.run.unseen if subject.run else ()), *subject.slurm.unseen]
-    for what in unseen:
+    for what in subject.unseen:
         output.info(f"could not see: {what}")
 
 

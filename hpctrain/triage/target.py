@@ -27,14 +27,20 @@ class Subject:
     run: RunRecords | None = None
     slurm: Answer = field(default_factory=lambda: Answer({}, {}))
     engine: Engine = field(init=False)
+    unreadable: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.engine = Engine(self.thresholds, self.run.tasks_per_node if self.run else None)
 
     def diagnose(self) -> Diagnosis:
         """Read all logs to their ends and judge."""
-        read_logs(self.engine, self.paths)
+        read_logs(self.engine, self.paths, unreadable=self.unreadable if self.run else None)
         return self.judge()
+
+    @property
+    def unseen(self) -> list[str]:
+        """What could not be asked or read."""
+        return [*(self.run.unseen if self.run else ()), *self.slurm.unseen, *self.unreadable]
 
     def judge(self) -> Diagnosis:
         """Judge what was read so far, with what is known now."""
@@ -56,9 +62,15 @@ class Subject:
             code = record.get("exit_code")
             if record.get("event") == "end" and attempt.exit_code is None and isinstance(code, int):
                 attempt.exit_code = code
-        state = self.slurm.jobs.get(attempt.job_id or "")
+        job_id = attempt.job_id or ""
+        state = self.slurm.jobs.get(job_id)
         if state and not attempt.nodes:
             attempt.nodes = list(state.nodes)
+        starts = [*self.slurm.earlier.get(job_id, ()), *([state] if state else ())]
+        # Without sacct only the newest start of a requeued job is known, and it may be a later one.
+        if attempt.restart < len(starts) and (self.slurm.earlier.get(job_id) is not None or attempt.restart == 0):
+            told = starts[attempt.restart]
+            attempt.slurm_state = None if told.running or told.pending else told.state
 
     def _anything_runs(self) -> bool | None:
         if not self.slurm.jobs:

@@ -63,6 +63,18 @@ WORDS = {
 }  # fmt: skip
 
 
+# How each fault is told to someone who has nothing but `hpctrain triage`: a class of failure, or words of the guard's.
+_LOST = ("node", "cut_off", "preemption", "cancelled", "killed", "unknown")
+TOLD: dict[str, tuple[str, ...]] = {
+    "kill_rank": ("killed",), "kill_in_save": ("killed",), "kill_all_in_save": ("killed",), "disk_full": ("disk",),
+    "latest_empty": ("is empty",), "latest_gone": ("is missing",), "latest_garbage": ("names no checkpoint",),
+    "shard_cut": ("not complete",), "shard_gone": ("not complete",), "folder_gone": ("is not there",),
+    "kill_shell": _LOST, "node_down": _LOST, "node_crash": _LOST, "kill_slurmd": (*_LOST, ""),
+    "requeue": ("preemption", "cut_off"), "preempt": ("preemption", "cut_off", "cancelled"), "scancel": ("cancelled", "cut_off"),
+    "time_limit": ("time_limit",), "slurmctld_down": ("",), "twice": ("refused", ""),
+}  # fmt: skip
+
+
 class Cluster:
     """A sandbox of simulated nodes, and how to hurt it."""
 
@@ -364,6 +376,7 @@ class Run:
             result.outcome = "neither"
             wrong.append(f"neither reached nor gave up: {[(r['link'], r['mode']) for r in begins]}")
         wrong += [f"{event['event']}: {event}" for event in events if event["event"] in ("mixed", "random_weights")]
+        wrong += self.untold(result.played)
         if jobs := self.jobs():
             wrong.append(f"jobs left queued: {jobs}")
         for name, before in self.precious.items():
@@ -371,6 +384,20 @@ class Run:
                 wrong.append(f"`{name}` changed")
         if (self.top / "precious.txt").read_text() != "not to be touched":
             wrong.append("a file outside changed")
+
+    def untold(self, played) -> list[str]:
+        """The faults that were played and that nobody would learn of from the run directory's logs and records."""
+        done = self.hpctrain("triage", str(self.dir), "--json")
+        try:
+            answer = json.loads(done.stdout)
+        except ValueError:
+            return [f"triage exited {done.returncode}: {done.stderr[-300:]}"]
+        said = [incident["failure"] for incident in answer["incidents"]] + answer["remarks"]
+        return [
+            f"triage does not tell of {kind}: {said}"
+            for kind in played
+            if not any(words in line for words in TOLD[kind] for line in [*said, ""])
+        ]
 
     def _judge_order(self, events, result):
         """Each start is from the last whole checkpoint before it, and no two starts ever train at the same time.

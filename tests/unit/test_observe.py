@@ -184,7 +184,7 @@ def test_the_log_tells_the_end_that_nobody_recorded(run_dir):
         "slurmstepd: error: *** JOB 101 ON nid000001 CANCELLED AT 2026-11-20T20:40:00 DUE TO TIME LIMIT ***\n"
     )
     status = observe.observe([str(run_dir)], ask_slurm=False, now_s=NOW)[0]
-    assert status.links[0].state == "TIMEOUT" and status.links[0].reason == "by its log"
+    assert status.links[0].state == "TIMEOUT" and status.links[0].reason == "time limit on nid000001"
 
 
 def test_runs_are_found_by_directory_name_and_job_id(run_dir, tmp_path, monkeypatch):
