@@ -311,3 +311,26 @@ def test_the_example_pipeline_hands_the_warmups_last_checkpoint_on() -> None:
 
 def test_doctor_is_told_the_branch_of_the_stage(tmp_path: Path) -> None:
     assert decided(plan_of(tmp_path, **{"recipe_options/branch": "my-warmup"}))["code.branch"] == "my-warmup"
+
+
+@pytest.mark.parametrize("step", [None, 2150])
+def test_a_rehearsal_finds_the_start_in_the_warmups_folder(tmp_path: Path, step: int | None) -> None:
+    from hpctrain.rehearse import play, scene
+    from hpctrain.runtime.handover import receive
+    from hpctrain.runtime.settings import parse_settings
+
+    path, files = ROOT / "examples/verl-gad/adversarial/run.yaml", str(tmp_path / "files")
+    words = [f"recipe_options.resume_step={step}"] if step else []
+    plan = load_plan(str(path), words, str(tmp_path / "run")).plan
+    shown = scene.plan_scene(
+        plan, "me", lambda path: not path.startswith(("/scratch", "/project", "/pfs", "/appl", "/users"))
+    )
+    scene.build(shown, files, plan, {})
+    guard = plan.guard()
+    guard["from"] = {key: shown.real_path(files, value) if key in ("run_dir", "checkpoint") and value else value
+                     for key, value in guard["from"].items()}  # fmt: skip
+    settings, _ = receive(str(tmp_path), parse_settings(guard), "now")
+
+    assert settings.start and settings.start.endswith(f"chai-3b-warmup/global_step_{step or 2204}")
+    scenario = play.make_scenario(plan, play.Request())
+    assert (scenario["offset"], scenario["target"]) == (step or 2204, 4408)
