@@ -72,7 +72,8 @@ def examine_run(plan: Plan, python_path: str | None, requirements: Sequence[str]
     folder = plan.spec.recipe_options.get(option) if option else None
     if isinstance(folder, str):
         copy = os.path.join(plan.spec.base_dir, os.path.expanduser(folder))
-        findings += places.working_copy(copy, wanted["git_branch"])
+        decided = next((decision.value for decision in plan.decisions if decision.name == "code.branch"), None)
+        findings += places.working_copy(copy, wanted["git_branch"] or decided)
     findings += cluster.judge_cluster(plan.site)
     return Examination(tuple(findings))
 

@@ -359,7 +359,7 @@ def _decisions(context: Context, values: Mapping[str, Any], where: Where, target
     size_at, stage_at = spec.where("recipe_options", "size"), spec.where("recipe_options", "stage")
     out = [
         Decision("step.program", "verl.trainer.main_ppo", f"GAD's stage {options['stage']}", stage_at),
-        Decision("verl.branch", branch, "the stage's branch; the job compares it with the package it imports", stage_at),
+        Decision("code.branch", branch, "the stage's branch; the job compares it with the package it imports", stage_at),
         Decision("ranks", ranks, f"{context.num_nodes} nodes x {per_node} GPUs; a checkpoint needs as many again", spec.where("nodes")),
         Decision("batch.train_batch_size", train, f"prompts a step, {samples} answers each", where(checks.TRAIN_BATCH)),
         Decision("checkpoint.every", values.get("trainer.save_freq"), "`trainer.save_freq`", where("trainer.save_freq")),

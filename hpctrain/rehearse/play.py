@@ -16,7 +16,7 @@ from hpctrain.load import Loaded
 from hpctrain.plan import Plan
 from hpctrain.rehearse import checks, scene, stage
 from hpctrain.rehearse.records import Attempt, Pipe, Slots, expected_tasks
-from hpctrain.rehearse.scene import Scene
+from hpctrain.rehearse.scene import Scene, start_step
 from hpctrain.rehearse.watch import Refusal, Watch, refusal_problem
 from hpctrain.rundir import run_files
 from hpctrain.runtime.files import read_records
@@ -127,6 +127,9 @@ def make_scenario(plan: Plan, request: Request) -> dict[str, Any]:
     """The stand-in's orders: the run's cadence, and how fast time goes. Pure."""
     cadence, facts = plan.resolved.cadence, plan.resolved.guard
     iterations = cadence.iterations or facts.target or 100
+    found = start_step(plan)
+    if found is not None:
+        iterations = max((facts.target or 2 * found) - found, 1)
     offset = max(
         (facts.target or iterations) - iterations, 0
     )  # the start's number, where the framework counts on from it

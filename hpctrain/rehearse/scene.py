@@ -11,6 +11,7 @@ from typing import Any
 from hpctrain.errors import EnvironmentFault
 from hpctrain.plan import Plan
 from hpctrain.rehearse import standin
+from hpctrain.runtime.survey import start_number
 
 SIDE = "script of `chain.after_each`"
 CANARY = "HPCTRAIN_REHEARSAL_SECRET"
@@ -116,7 +117,7 @@ def build(scene: Scene, root: str, plan: Plan, files: Mapping[str, bytes]) -> st
             real = scene.real_path(root, item.path)
             assert real is not None
             if item.kind == "checkpoint":
-                _checkpoint(real, plan)
+                _checkpoint(real, plan, in_folder=item.path == plan.resolved.guard.start_folder)
             elif item.kind == "folder":
                 os.makedirs(real, exist_ok=True)
             elif item.kind == "secrets":
@@ -168,11 +169,27 @@ def _content(item: Made) -> bytes:
     return b"#!/bin/sh\n" + standin.CONTENT if item.what == SIDE else standin.CONTENT
 
 
-def _checkpoint(path: str, plan: Plan) -> None:
-    """A whole checkpoint in the recipe's layout under the start's own name, of as many ranks as the plan has."""
-    _, files, _ = standin.checkpoint_files(plan.resolved.guard.layout, _number(os.path.basename(path)), ranks_of(plan))
+def _checkpoint(path: str, plan: Plan, in_folder: bool) -> None:
+    """A whole checkpoint in the recipe's layout under the start's own name, of as many ranks as the plan has.
+
+    Where the start is another run's folder, one in it, and the tracker that names it.
+    """
+    facts = plan.resolved.guard
+    number = start_step(plan) or _number(os.path.basename(path))
+    folder, files, tracker = standin.checkpoint_files(facts.layout, number, ranks_of(plan))
+    inside = os.path.join(path, folder) if in_folder else path
     for name, content in files:
-        _write(os.path.join(path, name), content)
+        _write(os.path.join(inside, name), content)
+    if in_folder and tracker:
+        _write(os.path.join(path, tracker[0]), tracker[1].encode())
+
+
+def start_step(plan: Plan) -> int | None:
+    """The number of a start that is found in another run's folder; half way to the target where only that folder tells."""
+    facts = plan.resolved.guard
+    if not facts.start_folder:
+        return None
+    return start_number(facts.start_checkpoint) if facts.start_checkpoint else (facts.target or 100) // 2
 
 
 def _number(name: str) -> int:

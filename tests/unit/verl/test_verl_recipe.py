@@ -87,7 +87,7 @@ def test_the_stages_differ_in_branch_epochs_critic_warmup_and_models(tmp_path: P
     first, second = overrides(warmup), overrides(adversarial, "finetune")
 
     assert warmup.errors == adversarial.errors == []
-    assert (decided(warmup)["verl.branch"], decided(adversarial)["verl.branch"]) == ("warmup", "gad")
+    assert (decided(warmup)["code.branch"], decided(adversarial)["code.branch"]) == ("warmup", "gad")
     assert (first["trainer.total_epochs"], second["trainer.total_epochs"]) == ("2", "4")
     assert (first["trainer.critic_warmup"], second["trainer.critic_warmup"]) == ("10", "0")
     assert first["critic.model.path"] == first["actor_rollout_ref.model.path"] == "/hf/Qwen2.5-3B-Instruct"
@@ -279,3 +279,58 @@ def test_the_examples_render_on_both_sites(tmp_path: Path, site: str, stage: str
     plan = load_plan(str(path), [f"site={site}"]).plan
 
     assert plan.errors == [] and plan.resolved.guard.target == (2204 if stage == "warmup" else 4408)
+
+
+@pytest.mark.parametrize("way", ["hardlink", "copy"])
+def test_a_start_is_a_folder_or_one_checkpoint_of_it(tmp_path: Path, way: str) -> None:
+    named = plan_of(tmp_path, ADVERSARIAL, **{"recipe_options/handover": way}).guard()
+    assert (named["start"], named["start_as"], named["start_needs"]) == (None, way, ["actor", "critic", "data.pt"])
+    assert (named["from"]["run_dir"], named["from"]["checkpoint"]) == ("/data/warmup", "/data/warmup/global_step_2204")
+
+    folder = changed(ADVERSARIAL, {"checkpoint/start": "/data/warmup"})
+    assert plan_of(tmp_path, folder).guard()["from"] == {**named["from"], "checkpoint": None}
+    chosen = plan_of(tmp_path, folder, **{"recipe_options/resume_step": 2150})
+    assert chosen.guard()["from"]["checkpoint"] == "/data/warmup/global_step_2150"
+    assert "2150" in next(decision.reason for decision in chosen.decisions if decision.name == "checkpoint.handover")
+    (problem,) = plan_of(tmp_path, ADVERSARIAL, **{"recipe_options/resume_step": 2150}).errors
+    assert "is not the step of `global_step_2204`" in problem.what
+    (problem,) = plan_of(tmp_path, WARMUP, **{"recipe_options/resume_step": 2150}).errors
+    assert "chooses nothing" in problem.what
+
+
+def test_the_example_pipeline_hands_the_warmups_last_checkpoint_on() -> None:
+    from hpctrain.pipeline.stages import load_pipeline
+
+    pipeline = load_pipeline(str(ROOT / "examples/verl-gad/pipeline.yaml"))
+    guard = pipeline.stages[1].plan.guard()
+
+    assert pipeline.errors == []
+    assert guard["from"]["stage"] == "warmup" and guard["start_as"] == "hardlink"
+    assert guard["from"]["checkpoint"].endswith("chai-3b-warmup/global_step_2204")
+
+
+def test_doctor_is_told_the_branch_of_the_stage(tmp_path: Path) -> None:
+    assert decided(plan_of(tmp_path, **{"recipe_options/branch": "my-warmup"}))["code.branch"] == "my-warmup"
+
+
+@pytest.mark.parametrize("step", [None, 2150])
+def test_a_rehearsal_finds_the_start_in_the_warmups_folder(tmp_path: Path, step: int | None) -> None:
+    from hpctrain.rehearse import play, scene
+    from hpctrain.runtime.handover import receive
+    from hpctrain.runtime.settings import parse_settings
+
+    path, files = ROOT / "examples/verl-gad/adversarial/run.yaml", str(tmp_path / "files")
+    words = [f"recipe_options.resume_step={step}"] if step else []
+    plan = load_plan(str(path), words, str(tmp_path / "run")).plan
+    shown = scene.plan_scene(
+        plan, "me", lambda path: not path.startswith(("/scratch", "/project", "/pfs", "/appl", "/users"))
+    )
+    scene.build(shown, files, plan, {})
+    guard = plan.guard()
+    guard["from"] = {key: shown.real_path(files, value) if key in ("run_dir", "checkpoint") and value else value
+                     for key, value in guard["from"].items()}  # fmt: skip
+    settings, _ = receive(str(tmp_path), parse_settings(guard), "now")
+
+    assert settings.start and settings.start.endswith(f"chai-3b-warmup/global_step_{step or 2204}")
+    scenario = play.make_scenario(plan, play.Request())
+    assert (scenario["offset"], scenario["target"]) == (step or 2204, 4408)
