@@ -62,6 +62,25 @@ def estimate(config: HfSftConfig, context: Context, document: Document) -> tuple
     elif rate and stated_s and not rows:
         problems.append(Problem("how long the run takes cannot be told without the number of rows", where=where_time, level="note",
                                 hint="give `config.dataset_rows` or `config.max_steps`"))  # fmt: skip
+    if rate:
+        between = config.save_steps * batch / rate
+        formula = f"{config.save_steps:,} steps of {batch} rows at {rate:,.0f} an hour"
+        decisions.append(
+            Decision(
+                "checkpoint.interval",
+                _hours(between),
+                f"{formula}: at most so much is lost in a crash",
+                document.where("save_steps"),
+            )
+        )
+        if between * 3600 > spec.time_s and (config.max_steps or config.save_steps) >= config.save_steps:
+            problems.append(
+                Problem(
+                    f"no checkpoint comes within `time: {format_time(spec.time_s)}` but the one on the signal", where=document.where("save_steps"),
+                    why=f"{formula} take {_hours(between)}", level="warning",
+                    hint=f"`save_steps: {max(int(spec.time_s / 3600 * rate / batch / 4), 1)}` or so",
+                )
+            )  # fmt: skip
     price = options["gpu_hour_price"]
     if hours and price:
         gpus = max(spec.num_nodes * context.gpus_per_node, 1)

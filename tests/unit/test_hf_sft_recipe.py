@@ -174,6 +174,15 @@ def test_a_chain_that_is_too_short_is_warned_of(tmp_path: Path) -> None:
     assert "208 h of training do not fit into 2 x 1-00:00:00" in problem.what and problem.hint == "`chain: {jobs: 9}`"
 
 
+def test_checkpoints_further_apart_than_a_job_is_long_are_warned_of(tmp_path: Path) -> None:
+    # 2000 steps of 8 rows at 7,200 an hour
+    assert decided(plan_of(tmp_path, options={"samples_per_hour": 7200}))["checkpoint.interval"] == "2.22 h"
+    plan = plan_of(tmp_path, options={"samples_per_hour": 7200}, time="2h", chain={"jobs": 200})
+
+    (problem,) = [problem for problem in plan.problems if problem.level == "warning"]
+    assert "no checkpoint comes within `time: 02:00:00`" in problem.what and problem.hint == "`save_steps: 450` or so"
+
+
 @pytest.mark.parametrize("stage, site, folder", [
     ("auto", "generic-cuda", "/tmp/{user}-{job}-data"), ("auto", "lumi", "none"), ("node", "lumi", "/tmp/{user}-{job}-data"),
     ("none", "generic-cuda", "none"), ("/local/nvme", "generic-cuda", "/local/nvme/{user}-{job}-data"),
