@@ -8,6 +8,7 @@ import os
 import tempfile
 
 from hpctrain.errors import EnvironmentFault, Refused
+from hpctrain.runtime.files import sync_folder
 
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -30,9 +31,9 @@ def write_new(path: str, text: str, hint: str = "") -> None:
             file.write(text.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temp, 0o666 & ~_umask())
+        os.chmod(temp, 0o666 & ~umask())
         _give_name(temp, path)
-        _sync_folder(folder)
+        sync_folder(folder)
     except FileExistsError as error:
         raise Refused("was made by someone else at this moment", where=path, hint=hint) from error
     except OSError as error:
@@ -53,15 +54,8 @@ def _give_name(temp: str, path: str) -> None:
         os.replace(temp, path)
 
 
-def _sync_folder(folder: str) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
+def umask() -> int:
+    """This process's umask, which can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

@@ -12,8 +12,10 @@ import tempfile
 from collections.abc import Mapping
 
 from hpctrain.errors import EnvironmentFault, Problem, Refused
+from hpctrain.newfile import umask
 from hpctrain.plan import Plan
 from hpctrain.render import render
+from hpctrain.runtime.files import sync_folder
 
 COMMIT = ".render-commit"
 STAGED = ".render-new"
@@ -71,7 +73,7 @@ def _create(run_dir: str, files: Mapping[str, bytes]) -> None:
     os.makedirs(parent, exist_ok=True)
     staged = tempfile.mkdtemp(prefix=f".{os.path.basename(run_dir)}.", dir=parent)
     try:
-        os.chmod(staged, 0o777 & ~_umask())
+        os.chmod(staged, 0o777 & ~umask())
         _write_all(staged, files)
         _make_logs(staged)
         try:
@@ -80,7 +82,7 @@ def _create(run_dir: str, files: Mapping[str, bytes]) -> None:
             raise Refused(
                 f"`{run_dir}` was made by someone else at this moment: {error.strerror}", hint="render again"
             ) from error
-        _sync_dir(parent)
+        sync_folder(parent)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
@@ -92,7 +94,7 @@ def _replace(run_dir: str, files: Mapping[str, bytes]) -> None:
     os.mkdir(staged)
     _write_all(staged, files)
     os.rename(staged, os.path.join(run_dir, COMMIT))
-    _sync_dir(run_dir)
+    sync_folder(run_dir)
     _finish_commit(run_dir)
 
 
@@ -107,7 +109,7 @@ def _finish_commit(run_dir: str) -> None:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.replace(os.path.join(commit, name), target)
     _make_logs(run_dir)
-    _sync_dir(run_dir)
+    sync_folder(run_dir)
     shutil.rmtree(commit)
 
 
@@ -121,7 +123,7 @@ def _write_all(folder: str, files: Mapping[str, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             if name == "job.sbatch":
-                os.chmod(path, 0o777 & ~_umask())
+                os.chmod(path, 0o777 & ~umask())
         except OSError as error:
             raise EnvironmentFault(f"cannot write `{path}`: {error.strerror}") from error
 
@@ -149,17 +151,3 @@ def _difference(name: str, old: bytes | None, new: bytes) -> str:
     shown = [line for line in lines if not line.startswith(("---", "+++"))]
     more = [f"… {len(shown) - 12} more lines"] if len(shown) > 12 else []
     return "\n".join([f"{name}:", *("  " + line for line in shown[:12] + more)])
-
-
-def _sync_dir(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
