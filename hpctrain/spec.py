@@ -195,7 +195,8 @@ def spec_from_layers(
 
     start = path(checkpoint.get("start"))
     if handed and handed.hand_over == "checkpoint":
-        if start:
+        # A start in the earlier stage's own folder says the same, for when the run is queued without the pipeline.
+        if start and not (start + "/").startswith((handed.checkpoint_dir or "\0") + "/"):
             problems.append(
                 Problem(
                     f"`checkpoint.start` is given, and stage `{handed.stage}` hands over a checkpoint",

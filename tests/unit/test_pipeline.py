@@ -56,6 +56,12 @@ def test_stages_come_after_the_one_they_are_from_and_know_what_they_will_get(pip
     assert (decision.value, decision.reason) == ("/scratch/a/global_step9", "stage `a` hands it over")
 
 
+def test_a_run_that_names_the_earlier_stages_folder_as_its_start_may_be_a_stage_too(pipeline):
+    for start in ("/scratch/a", "/scratch/a/global_step3"):
+        planned = pipeline(TWO, b={"checkpoint": {"dir": "/scratch/b", "start": start}})
+        assert planned.errors == [] and planned.stages[1].plan.spec.checkpoint_start == "/scratch/a/global_step9"
+
+
 def test_a_stage_without_a_target_hands_over_what_is_not_known_yet(pipeline):
     planned = pipeline(TWO, options_a={"target_iteration": None})
     spec = planned.stages[1].plan.spec
