@@ -172,6 +172,9 @@ def read_layers(path: str, assignments: Sequence[str] = (), overlay: Document | 
         raise UsageError("the file is empty", where=path, hint="`hpctrain init` writes one to start from")
     if not isinstance(run.data, dict):
         raise UsageError("a run.yaml is a mapping of keys to values", where=run.where())
+    if isinstance(run.data.get("stages"), dict) and "recipe" not in run.data:
+        raise UsageError(f"`{path}` is a pipeline, and this needs a run", where=run.where_key("stages"),
+                         hint="`hpctrain pipeline --dry-run` plans all its stages; name one stage's run.yaml here")  # fmt: skip
     above = [*([overlay] if overlay else []), parse_set(assignments)]
     user = user_layers(merge([run, *above]).get("site"))
     return [*user, run, *above]
@@ -195,7 +198,8 @@ def spec_from_layers(
 
     start = path(checkpoint.get("start"))
     if handed and handed.hand_over == "checkpoint":
-        if start:
+        # A start in the earlier stage's own folder says the same, for when the run is queued without the pipeline.
+        if start and not (start + "/").startswith((handed.checkpoint_dir or "\0") + "/"):
             problems.append(
                 Problem(
                     f"`checkpoint.start` is given, and stage `{handed.stage}` hands over a checkpoint",

@@ -12,7 +12,7 @@ from hpctrain.cli import common
 @common.set_option
 @common.as_json
 def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as_json: bool) -> None:
-    """Find every problem of a run at once, without any effect.
+    """Find every problem of a run, or of every stage of a pipeline.yaml, at once, without any effect.
 
     Exits 0 without errors, 1 when the machine or Slurm would refuse the run, 2 when run.yaml itself is not valid.
 
@@ -22,10 +22,17 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     """
     from hpctrain.check import find_problems
     from hpctrain.load import load_plan
+    from hpctrain.pipeline.spec import is_pipeline
+    from hpctrain.pipeline.stages import load_pipeline
 
+    stages = is_pipeline(run_yaml)
     try:
-        loaded = load_plan(run_yaml, assignments, out_dir)
-        found, invalid = find_problems(loaded), bool(loaded.plan.errors)
+        if stages:
+            runs = [stage.loaded for stage in load_pipeline(run_yaml, assignments, out_dir).stages]
+        else:
+            runs = [load_plan(run_yaml, assignments, out_dir)]
+        found = list(dict.fromkeys(problem for loaded in runs for problem in find_problems(loaded)))
+        invalid = any(loaded.plan.errors for loaded in runs)
     except errors.UsageError as error:
         found, invalid = list(error.problems), True
     bad = [problem for problem in found if problem.level == "error"]
@@ -34,7 +41,9 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     else:
         output.problems(found)
         output.info(f"{len(bad)} errors, {len(found) - len(bad)} other remarks" if found else "no problems")
-        if not bad:
+        if not bad and stages:
+            output.next_step("hpctrain pipeline" + (f" {run_yaml}" if run_yaml != "pipeline.yaml" else ""))
+        elif not bad:
             output.next_step(f"hpctrain render {run_yaml}" if run_yaml != "run.yaml" else "hpctrain render")
     if bad:
         raise click.exceptions.Exit(errors.USAGE if invalid else errors.NO)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hpctrain.errors import Problem, UsageError
+from hpctrain.errors import HpctrainError, Problem, UsageError
 from hpctrain.frozen import frozen
 from hpctrain.schema import Field, check, nearest
 from hpctrain.site import NAME
@@ -57,6 +57,14 @@ class PipelineSpec:
     stages: tuple[Stage, ...]
     path: str
     raw: bytes
+
+
+def is_pipeline(path: str) -> bool:
+    """Whether the file is a pipeline.yaml; False for one that cannot be read, which says so where it is needed."""
+    try:
+        return isinstance(load_yaml(path).get("stages"), dict)
+    except HpctrainError:
+        return False
 
 
 def read_pipeline(path: str, base_dir: str, assignments: Sequence[str] = ()) -> PipelineSpec:

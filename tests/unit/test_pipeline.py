@@ -56,6 +56,12 @@ def test_stages_come_after_the_one_they_are_from_and_know_what_they_will_get(pip
     assert (decision.value, decision.reason) == ("/scratch/a/global_step9", "stage `a` hands it over")
 
 
+def test_a_run_that_names_the_earlier_stages_folder_as_its_start_may_be_a_stage_too(pipeline):
+    for start in ("/scratch/a", "/scratch/a/global_step3"):
+        planned = pipeline(TWO, b={"checkpoint": {"dir": "/scratch/b", "start": start}})
+        assert planned.errors == [] and planned.stages[1].plan.spec.checkpoint_start == "/scratch/a/global_step9"
+
+
 def test_a_stage_without_a_target_hands_over_what_is_not_known_yet(pipeline):
     planned = pipeline(TWO, options_a={"target_iteration": None})
     spec = planned.stages[1].plan.spec
@@ -134,17 +140,31 @@ def test_all_problems_of_all_stages_come_at_once(pipeline):
     assert len(said(error)) == 2
 
 
-def test_dry_run_writes_nothing_and_prints_every_link(pipeline, hpctrain, tmp_path):
+def test_dry_run_writes_nothing_and_prints_every_link(pipeline, cli, tmp_path, monkeypatch):
     pipeline("b: {run: b.yaml, from: a, jobs: 2}\na: {run: a.yaml, jobs: 3}")
     before = sorted(os.listdir(tmp_path))
-    done = hpctrain("pipeline", "--dry-run", "--json", cwd=tmp_path, env={**os.environ, "PATH": "/usr/bin:/bin"})
-    assert done.returncode == 0, done.stderr
-    shown = json.loads(done.stdout)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    code, out, err = cli("pipeline", "--dry-run", "--json")
+    assert code == 0, err
+    shown = json.loads(out)
     assert shown["schema_version"] == 1 and not shown["submitted"] and sorted(os.listdir(tmp_path)) == before
     assert [(stage["stage"], [link["expected"] for link in stage["links"]]) for stage in shown["stages"]] == [
         ("a", ["scratch", "resume", "resume"]),
         ("b", ["finetune", "resume"]),
     ]
+
+
+def test_check_looks_at_every_stage_and_other_verbs_say_what_it_is(pipeline, cli, tmp_path, monkeypatch):
+    pipeline(TWO, b={"container": "/scratch/no.sif"})
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("check", "pipeline.yaml", "--json")
+    assert code == 0 and any("no.sif" in problem["what"] for problem in json.loads(out)["problems"])
+    pipeline(TWO, b={"nodes": 0})
+    code, out, err = cli("check", "pipeline.yaml")
+    assert code == 2 and "nodes: 0" in err
+    code, out, err = cli("render", "pipeline.yaml")
+    assert code == 2 and "is a pipeline" in err and "hpctrain pipeline" in err
 
 
 def test_status_finds_a_pipeline_by_name_folder_and_file(pipeline, tmp_path, monkeypatch):
