@@ -28,7 +28,10 @@ LINK_S = 4.0  # how long a whole link takes here unless --speed says so
 
 @dataclass(frozen=True)
 class Request:
-    """What to rehearse. `accounts` exist in the sandbox; `job_script` replaces the rendered one; `speed` 0 chooses it."""
+    """What to rehearse. `accounts` exist in the sandbox; `job_script` replaces the rendered one; `speed` 0 chooses it.
+
+    `limits_only`: submit and see what is refused; nothing is started, so any number of nodes takes seconds.
+    """
 
     num_jobs: int = 1
     faults: tuple[str, ...] = ()
@@ -36,6 +39,7 @@ class Request:
     accounting: bool = True
     job_script: bytes | None = None
     speed: float = 0.0
+    limits_only: bool = False
     keep: bool = False
     directory: str = ""
 
@@ -85,7 +89,7 @@ def rehearse(
         stage.install(place, plan, scenario, needed)
         mounts = [(str(place.files / source), target) for source, target in shown.mounts]
         accounts = request.accounts or ((plan.spec.account,) if plan.spec.account else ())
-        shape = stage.shape_of(plan, mounts, request.accounting, accounts)
+        shape = stage.shape_of(plan, mounts, request.accounting, accounts, not request.limits_only)
         jobs: dict[int, str] = {}
         side: dict[int, str] = {}
         pipe = Pipe(str(place.shims), lambda attempt: _ready(place, attempt))
@@ -97,7 +101,7 @@ def rehearse(
             login = stage.Login(record, place, shown.home, environ)
             jobs, side, refused = queue(login, plan, request.num_jobs)
             watch = Watch(login, pipe, plan, scenario, jobs, side, slots, progress)
-            watch.until_done(only_cancel=bool(refused))
+            watch.until_done(only_cancel=bool(refused) or request.limits_only)
             seconds["jobs"] = time.monotonic() - clock - seconds["sandbox"]
         finally:
             pipe.close()
@@ -113,7 +117,11 @@ def rehearse(
             *_refused(refused, shape, plan, files["job.sbatch"]),
             *watch.problems,
             *_steps(plan, attempts, [target for _, target in shown.mounts]),
-            *([] if refused or watch.problems else _ends(plan, request, watch, attempts, links, run_dir, is_known)),
+            *(
+                []
+                if refused or watch.problems or request.limits_only
+                else _ends(plan, request, watch, attempts, links, run_dir, is_known)
+            ),
             *_side(side, watch.states(), run_dir),
             *_written(before, listing(str(place.files)), shown, plan),
             *_secret(secret, run_dir),

@@ -131,7 +131,8 @@ def _strangers(base: Path) -> None:
         )
 
 
-def shape_of(plan: Plan, mounts: Sequence[tuple[str, str]], accounting: bool, accounts: Sequence[str]) -> ClusterShape:
+def shape_of(plan: Plan, mounts: Sequence[tuple[str, str]], accounting: bool, accounts: Sequence[str],
+             runs_nodes: bool = True) -> ClusterShape:  # fmt: skip
     """A sandbox shaped like the run's site with as many nodes as the run."""
     kinds = {part.node_type.name for part in plan.site.partitions.values()} or {plan.node_type.name}
     counts = {kind: OTHER_NODES for kind in kinds}
@@ -139,6 +140,7 @@ def shape_of(plan: Plan, mounts: Sequence[tuple[str, str]], accounting: bool, ac
     return shape_from_site(
         plan.site, counts, accounting=accounting, accounts=accounts, mounts=mounts, kill_wait_s=5, slurmd_timeout_s=120,
         partitions=[plan.partition.name] if plan.partition.name else [], lean=True,
+        runs_nodes=runs_nodes,
     )  # fmt: skip
 
 
