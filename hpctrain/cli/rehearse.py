@@ -45,6 +45,11 @@ from hpctrain.cli import common
     help="Run this job script, for example one edited by hand.",
 )
 @click.option(
+    "--limits-only",
+    is_flag=True,
+    help="Only submit, to hear what the site's limits refuse: seconds, for any number of nodes.",
+)
+@click.option(
     "--speed",
     type=click.FloatRange(min=1),
     metavar="X",
@@ -67,6 +72,7 @@ def command(
     accounting: bool,
     no_check: bool,
     job_script: str | None,
+    limits_only: bool,
     speed: float | None,
     picture: str | None,
     keep: bool,
@@ -83,6 +89,7 @@ def command(
     \b
     hpctrain rehearse --nodes 4
     hpctrain rehearse my-run/run.yaml --faults timeout,node_fail --picture chain.svg
+    hpctrain rehearse --nodes 1024 --limits-only
     hpctrain rehearse --job runs/my-run/job.sbatch --no-check
     """
     import os
@@ -94,6 +101,7 @@ def command(
     loaded, request = report.prepare(
         run_yaml, assignments, out_dir, nodes=nodes, jobs=jobs, faults=faults, accounts=accounts, accounting=accounting,
         no_check=no_check, job_script=job_script, speed=speed, keep=keep, directory=directory, picture=picture,
+        limits_only=limits_only,
     )  # fmt: skip
     meter = output.Stages()
     try:

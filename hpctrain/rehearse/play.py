@@ -28,7 +28,10 @@ LINK_S = 4.0  # how long a whole link takes here unless --speed says so
 
 @dataclass(frozen=True)
 class Request:
-    """What to rehearse. `accounts` exist in the sandbox; `job_script` replaces the rendered one; `speed` 0 chooses it."""
+    """What to rehearse. `accounts` exist in the sandbox; `job_script` replaces the rendered one; `speed` 0 chooses it.
+
+    `limits_only`: submit and see what is refused; nothing is started, so any number of nodes takes seconds.
+    """
 
     num_jobs: int = 1
     faults: tuple[str, ...] = ()
@@ -36,6 +39,7 @@ class Request:
     accounting: bool = True
     job_script: bytes | None = None
     speed: float = 0.0
+    limits_only: bool = False
     keep: bool = False
     directory: str = ""
 
@@ -75,14 +79,17 @@ def rehearse(
     shown = scene.plan_scene(plan, user)
     scenario = make_scenario(plan, request)
     clock, seconds = time.monotonic(), {}
-    with stage.place_of(plan.run_dir, request.directory, environ, request.keep) as place:
+    with (
+        stage.place_of(plan.run_dir, request.directory, environ, request.keep) as place,
+        stage.enough_space(place, plan.spec.num_nodes, request.accounting),
+    ):
         secret = scene.build(shown, str(place.files), plan, files)
         before = listing(str(place.files))
         needed = [item.path for item in shown.made if item.kind != "secrets" and item.path != plan.spec.container]
         stage.install(place, plan, scenario, needed)
         mounts = [(str(place.files / source), target) for source, target in shown.mounts]
         accounts = request.accounts or ((plan.spec.account,) if plan.spec.account else ())
-        shape = stage.shape_of(plan, mounts, request.accounting, accounts)
+        shape = stage.shape_of(plan, mounts, request.accounting, accounts, not request.limits_only)
         jobs: dict[int, str] = {}
         side: dict[int, str] = {}
         pipe = Pipe(str(place.shims), lambda attempt: _ready(place, attempt))
@@ -94,7 +101,7 @@ def rehearse(
             login = stage.Login(record, place, shown.home, environ)
             jobs, side, refused = queue(login, plan, request.num_jobs)
             watch = Watch(login, pipe, plan, scenario, jobs, side, slots, progress)
-            watch.until_done(only_cancel=bool(refused))
+            watch.until_done(only_cancel=bool(refused) or request.limits_only)
             seconds["jobs"] = time.monotonic() - clock - seconds["sandbox"]
         finally:
             pipe.close()
@@ -110,7 +117,11 @@ def rehearse(
             *_refused(refused, shape, plan, files["job.sbatch"]),
             *watch.problems,
             *_steps(plan, attempts, [target for _, target in shown.mounts]),
-            *([] if refused else _ends(plan, request, watch, attempts, links, run_dir, is_known)),
+            *(
+                []
+                if refused or watch.problems or request.limits_only
+                else _ends(plan, request, watch, attempts, links, run_dir, is_known)
+            ),
             *_side(side, watch.states(), run_dir),
             *_written(before, listing(str(place.files)), shown, plan),
             *_secret(secret, run_dir),
@@ -292,16 +303,17 @@ def _side(side: Mapping[int, str], states: Mapping[str, str], run_dir: str) -> l
 
 
 def tail(folder: str, job_id: str, num_lines: int = 8) -> str:
-    """The last lines of a job's log."""
+    """The last lines of a job's log, and before them the first ones that speak of an error: often it is the cause."""
     try:
         names = [name for name in os.listdir(folder) if name.endswith(f"-{job_id}.out")]
         with open(os.path.join(folder, names[0]), "rb") as stream:
-            stream.seek(max(os.fstat(stream.fileno()).st_size - 8192, 0))
+            stream.seek(max(os.fstat(stream.fileno()).st_size - (1 << 20), 0))
             lines = stream.read().decode("utf-8", "replace").splitlines()
     except (OSError, IndexError):
         return ""
-    lines = [line for line in lines if "CPU binding" not in line]
-    return "\n".join(line[:300] for line in lines[-num_lines:])
+    lines = [line for line in lines if "CPU binding" not in line and "lacks support for cpu binding" not in line]
+    first = [line for line in lines[:-num_lines] if "error" in line.lower()][:3]
+    return "\n".join(line[:300] for line in [*first, *lines[-num_lines:]])
 
 
 def _written(before: Mapping[str, Any], after: Mapping[str, Any], shown: Scene, plan: Plan) -> list[Problem]:

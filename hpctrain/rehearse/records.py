@@ -83,7 +83,7 @@ class Pipe:
 class Slots:
     """How many tasks may be on their way from their start to their record: some for each core of this machine."""
 
-    PER_CORE = 4
+    PER_CORE = 32
 
     def __init__(self, folder: str) -> None:
         # Both ends: what is in a pipe is gone when nobody has it open.

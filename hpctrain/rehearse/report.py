@@ -17,7 +17,7 @@ from hpctrain.units import format_time
 
 def prepare(
     run_yaml: str, assignments: Sequence[str], out_dir: str | None, *, nodes: int | None, jobs: int | None, faults: str | None,
-    accounts: Sequence[str], accounting: bool, no_check: bool, job_script: str | None, speed: float | None, keep: bool,
+    accounts: Sequence[str], accounting: bool, no_check: bool, job_script: str | None, speed: float | None, keep: bool, limits_only: bool,
     directory: str, picture: str | None = None,
 ) -> tuple[Loaded, Request]:  # fmt: skip
     """The plan and the request. Raises UsageError for an invalid run (unless `no_check` and it can be rendered) or option."""
@@ -34,10 +34,12 @@ def prepare(
     with_faults = max(plan.spec.num_links, len(chosen) + 1) if chosen else 1
     request = Request(
         num_jobs=jobs or with_faults, faults=chosen, accounts=tuple(accounts), accounting=accounting, job_script=script,
-        speed=speed or 0.0, keep=keep, directory=directory,
+        speed=speed or 0.0, keep=keep, directory=directory, limits_only=limits_only,
     )  # fmt: skip
     if len(chosen) > request.num_jobs:
         raise UsageError(f"{len(chosen)} faults need at least as many links, and `--jobs` is {request.num_jobs}")
+    if limits_only and (chosen or keep or picture):
+        raise UsageError("`--limits-only` starts nothing, so it goes with none of --faults, --keep, --picture")
     if chosen and plan.resolved.guard.layout == "none":
         raise UsageError("`--faults` needs a run with checkpoints, and the recipe's `layout` is none")
     return loaded, request
@@ -76,7 +78,12 @@ def lines(plan: Plan, outcome: Outcome, found: Sequence[Bar]) -> list[str]:
             f"{hours:,.1f} GPU-hours in {format_time(round(sum(bar.took_s for bar in found)))}, {lost} iterations lost"
         )
     bad = [problem for problem in outcome.problems if problem.level == "error"]
-    out.append(f"{len(bad)} thing{'s' * (len(bad) > 1)} would go wrong" if bad else "all right")
+    good = (
+        "all right"
+        if outcome.attempts
+        else f"Slurm takes {'the job' if len(outcome.jobs) == 1 else f'all {len(outcome.jobs)} jobs'}"
+    )
+    out.append(f"{len(bad)} thing{'s' * (len(bad) > 1)} would go wrong" if bad else good)
     return out
 
 

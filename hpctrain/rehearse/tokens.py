@@ -65,7 +65,10 @@ def rehearse_tokens(
     partition = limits_of(site, how.partition).partition or ""
     sources = prepare(replace(request, force=True)).plan.inputs
     clock, seconds = time.monotonic(), {}
-    with stage.place_of(os.path.abspath(request.output_prefix), "", environ, False) as place:
+    with (
+        stage.place_of(os.path.abspath(request.output_prefix), "", environ, False) as place,
+        stage.enough_space(place, NUM_NODES, True),
+    ):
         place.files.mkdir()
         inputs = _samples(
             sources, max(SAMPLE_BYTES, BYTES_PER_TASK * request.tasks // len(sources)), place.files / "in"

@@ -22,6 +22,7 @@ def shape_from_site(
     kill_wait_s: int = 30,
     slurmd_timeout_s: int = 120,
     lean: bool = False,
+    runs_nodes: bool = True,
 ) -> ClusterShape:
     """The shape of `site` with `num_nodes` nodes of its main kind (that of its first partition), or by kind of node.
 
@@ -86,6 +87,7 @@ def shape_from_site(
         mounts=tuple(mounts),
         host_suffixes=(suffix,) if suffix else (),
         lean=lean,
+        runs_nodes=runs_nodes,
     )
 
 

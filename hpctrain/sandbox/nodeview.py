@@ -16,6 +16,10 @@ from hpctrain.errors import EnvironmentFault
 from hpctrain.sandbox.packages import Toolbox
 
 NSS_WRAPPER_NODES = 40
+_ALLOW = (
+    "an administrator can allow it: `sysctl kernel.unprivileged_userns_clone=1` on Debian, "
+    "`sysctl kernel.apparmor_restrict_unprivileged_userns=0` on Ubuntu; or use another machine, such as your own"
+)
 
 
 def unavailable(box: Toolbox) -> str:
@@ -86,7 +90,7 @@ def _mount_points(targets: Sequence[str]) -> list[str]:
 def check_mounts(mounts: Sequence[tuple[str, str]], problem: str) -> None:
     """Raise EnvironmentFault when mounts were asked for and cannot be had, or their directories are not there."""
     if mounts and problem:
-        raise EnvironmentFault("the site's paths cannot be mounted into the sandbox", why=problem)
+        raise EnvironmentFault("the site's paths cannot be mounted into the sandbox", why=problem, hint=_ALLOW)
     for source, _ in mounts:
         if not os.path.isdir(source):
             raise EnvironmentFault("there is no such directory to mount", where=source)

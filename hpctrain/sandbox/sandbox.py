@@ -252,8 +252,9 @@ def _start(
             daemons.start_accounting()
         daemons.start_controller()
         total = wanted.num_nodes
-        daemons.start_nodes(wanted.node_names, lambda done: progress("starting nodes", done, total))
-        daemons.wait_idle(lambda done: progress("nodes idle", done, total))
+        if wanted.runs_nodes:
+            daemons.start_nodes(wanted.node_names, lambda done: progress("starting nodes", done, total))
+            daemons.wait_idle(lambda done: progress("nodes idle", done, total))
         state.save(directory, record.in_phase("up"))
 
 

@@ -118,6 +118,9 @@ class ClusterShape:
     account_required: bool = False  # with accounting: a job without --account is refused
     mounts: tuple[tuple[str, str], ...] = ()  # (directory of this machine, the site's path it stands at)
     host_suffixes: tuple[str, ...] = ()  # node names also resolve with these added (JSC's `i`)
+    runs_nodes: bool = (
+        True  # False: only the controller, which knows all nodes, accepts and refuses jobs, and starts none
+    )
     lean: bool = False  # for thousands of tasks: tasks are known by process group, their memory is not measured
 
     @property

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 pytestmark = pytest.mark.slurm
 EXAMPLES = Path(__file__).parents[2] / "examples" / "lumi-neox-sft"
 ACCOUNT = "project_465001281"
@@ -84,7 +85,7 @@ def test_the_right_job_passes_unchanged_and_every_rank_saw_what_was_planned(run)
             ["--set", "account=project_465009999", "--account-exists", ACCOUNT],
             "Invalid account or account/partition combination",
         ),
-        (["--set", "time=80:00:00", "--no-check"], "Requested time limit is invalid"),
+        (["--set", "time=80:00:00", "--no-check", "--no-accounting"], "Requested time limit is invalid"),
         (
             ["--set", "partition=dev-g", "--set", "time=1:00:00", "--jobs", "3", "--no-check"],
             "QOSMaxSubmitJobPerUserLimit",
@@ -159,9 +160,16 @@ def test_neoxs_own_launcher_passes_and_a_wrong_hostfile_is_caught(run):
 
 def test_a_chain_under_faults_resumes_each_time_from_the_newest_whole_checkpoint(run):
     picture = run.top / "chain.svg"
-    answer = run.rehearse(
-        "--faults", "kill_mid_save,node_fail,timeout", "--jobs", "4", "--picture", picture, "--no-accounting", nodes=1
+    (run.folder / "bench.sh").write_text(
+        '#!/bin/bash\n#SBATCH -p small -t 5\n[ "$HPCTRAIN_LINK" -gt 1 ] && [ -d "$HPCTRAIN_CHECKPOINT" ]\n'
     )
+    answer = run.rehearse(
+        "--faults", "kill_mid_save,node_fail,timeout", "--jobs", "4", "--picture", picture, "--no-accounting",
+        "--set", "chain.after_each=bench.sh", nodes=1,
+    )  # fmt: skip
+    side = {link: answer["states"][job_id] for link, job_id in answer["side_jobs"].items()}
+    assert side == {"1": "FAILED", "2": "COMPLETED", "3": "COMPLETED", "4": "COMPLETED"}
+    assert [p["level"] for p in answer["problems"] if "side job after link 1" in p["what"]] == ["warning"]
     bars = answer["timeline"]
     assert [bar["outcome"] for bar in bars] == ["killed in a save", "node failed", "time limit", "done", "done"]
     assert [bar["restart"] for bar in bars] == [0, 0, 1, 0, 0]
@@ -172,9 +180,25 @@ def test_a_chain_under_faults_resumes_each_time_from_the_newest_whole_checkpoint
     assert picture.read_text().startswith("<svg")
 
 
+def test_a_tokenize_array_is_played_on_the_head_of_its_data(run):
+    from tokenize_help import dialogues, model_path, write_jsonl
+
+    data, bad = write_jsonl(run.top / "data.jsonl", dialogues(50)), run.top / "bad.jsonl"
+    argv = ["--tokenizer", model_path("bpe_nmt_nfkc"), "--output-prefix", str(run.top / "out"), "--tasks", "2", "--site", "lumi",
+            "--account", ACCOUNT, "--container", f"/scratch/{ACCOUNT}/image.sif", "--rehearse", "--json"]  # fmt: skip
+    done = run.hpctrain("tokenize", str(data), *argv)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["ok"] and answer["same_bytes"] and answer["documents"] == 50 and answer["partition"] == "small"
+    assert answer["states"] == {"COMPLETED": 3} and not list(run.top.glob("out*"))
+    bad.write_bytes(data.read_bytes() + b'{"text": 5}\n')
+    done = run.hpctrain("tokenize", str(bad), *argv)
+    assert done.returncode == 1 and f"{bad}:51: `text` is a number" in done.stderr, done.stderr
+
+
 def test_ctrl_c_leaves_nothing(run):
     argv = [sys.executable, "-m", "hpctrain", "rehearse", "--nodes", "2", "--no-accounting", "--dir", str(run.base)]
-    for seconds in (0.5, 5.0):
+    for seconds in (0.5, 3.0):
         child = subprocess.Popen(argv, cwd=run.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 20
         while not run.base.exists() and time.monotonic() < deadline and child.poll() is None:

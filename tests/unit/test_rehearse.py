@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from hpctrain.errors import EnvironmentFault
 from hpctrain.load import load_plan
-from hpctrain.rehearse import checks, play, records, scene, shims, standin, timeline
+from hpctrain.rehearse import checks, play, records, scene, shims, standin, timeline, tokens
 from hpctrain.rehearse.records import Attempt
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS
 from hpctrain.sandbox import nodeview
+from hpctrain.tokenize import sources
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile import HOSTILE  # noqa: E402
@@ -192,6 +194,59 @@ def test_a_task_outlives_the_signal_on_which_the_program_saves(stage):
     assert child.poll() is None
     os.close(hold)
     assert child.wait(10) == 0
+
+
+def test_a_recipes_script_that_needs_the_framework_is_not_run(stage):
+    folder = stage[0]
+    (folder / "python").write_text(
+        shims.script(str(folder), [["t"]], [], {"python": "/bin/false"}, "/bin/true", "", ["look.py"])
+    )
+    for words, code in ((["-B", "/run/look.py", "x"], 0), (["/run/look.py"], 0), (["-c", "1", "/run/look.py"], 1)):
+        done = subprocess.run(["sh", str(folder / "python"), *words], capture_output=True, text=True, check=False)
+        assert (done.returncode, "not run" in done.stdout) == (code, code == 0), done
+
+
+def test_tasks_wait_for_a_slot_and_lost_slots_are_given_again(tmp_path):
+    os.mkfifo(tmp_path / "slots")
+    slots = records.Slots(str(tmp_path))
+    prolog = ["sh", "-c", shims.wait_for_slot(str(tmp_path))]
+    assert subprocess.run(prolog, env={}, timeout=10, check=False).returncode == 0  # the batch script takes none
+    child = subprocess.Popen(prolog, env={"SLURM_STEP_ID": "0"})
+    slots.give(0)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.2)
+    slots.give(0)
+    assert child.wait(10) == 0
+    for _ in range(70000 // records.Slots.PER_CORE):
+        slots.give(0)  # the pipe is full, and nobody is kept
+    slots.close()
+
+
+def test_the_head_of_the_data_is_whole_records(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"".join(b'{"text": "%d"}\n' % number for number in range(1000)) + b"\n{}")
+    source = sources.describe(str(tmp_path / "a.jsonl"))
+    for num_bytes in (1, 100, 1 << 20):
+        (path,) = tokens._samples([source], num_bytes, tmp_path / f"in{num_bytes}")
+        head = Path(path).read_bytes()
+        assert (tmp_path / "a.jsonl").read_bytes().startswith(head.rstrip(b"\n")) and head.endswith(b"}\n")
+        assert min(num_bytes, 14000) <= len(head) < num_bytes + 20 or num_bytes > 20000
+
+
+def test_too_small_a_disk_is_said_before_anything_is_built(tmp_path, monkeypatch):
+    from hpctrain.rehearse import stage as stages
+
+    place = stages.Place(tmp_path, "m")
+    with stages.enough_space(place, 2, False):
+        pass
+    monkeypatch.setattr(stages, "_free_kib", lambda place: 1000)
+    with pytest.raises(EnvironmentFault, match="are free there") as caught, stages.enough_space(place, 2, True):
+        raise AssertionError
+    assert "--no-accounting" in caught.value.problems[0].hint
+    left = iter([10**6, 0])
+    monkeypatch.setattr(stages, "_free_kib", lambda place: next(left))
+    with pytest.raises(EnvironmentFault, match="the disk is full") as caught, stages.enough_space(place, 2, False):
+        raise EnvironmentFault("slurmd was not started")
+    assert "slurmd was not started" in caught.value.problems[0].why
 
 
 def test_the_four_arguments_of_neox_are_printed(stage, tmp_path):

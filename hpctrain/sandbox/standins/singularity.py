@@ -191,7 +191,7 @@ def build(
             f"could not open image {image}: failed to retrieve path for {image}: lstat {os.path.abspath(image)}: no such file or directory"
         )
     if config["unavailable"]:
-        raise Fatal("containers cannot be run in this sandbox: {}".format(config["unavailable"]))
+        raise Fatal("containers cannot be run in this sandbox: {}".format(config["unavailable"][0]))
     for kind in request["gpu"]:
         notes.append(f"Could not find any {kind} files on this host!")
     home = host_environ.get("HOME", "/")
