@@ -30,6 +30,7 @@ _EXAMPLES: dict[str, Any] = {
     "checkpoint": {"start": "{checkpoints}/base/global_step1000", "dir": "{checkpoints}/{name}"},
     "data": {"train": ["{data}/data/train_text_document"]},
     "chain": {"jobs": 1, "give_up_after": 3},
+    "preflight": True,
     "estimate": {"step_time_s": 2.5, "save_time_s": 60},
     "env": {"EXAMPLE": "1"},
     "sbatch": {"nice": 100},

@@ -68,7 +68,7 @@ _LOST = ("node", "cut_off", "preemption", "cancelled", "killed", "unknown")
 TOLD: dict[str, tuple[str, ...]] = {
     "kill_rank": ("killed",), "kill_in_save": ("killed",), "kill_all_in_save": ("killed",), "disk_full": ("disk",),
     "latest_empty": ("is empty",), "latest_gone": ("is missing",), "latest_garbage": ("names no checkpoint",),
-    "shard_cut": ("not complete",), "shard_gone": ("not complete",), "folder_gone": ("is not there",),
+    "shard_cut": ("not complete",), "shard_gone": ("not complete",), "folder_gone": ("is not there", "named no complete"),
     "kill_shell": _LOST, "node_down": _LOST, "node_crash": _LOST, "kill_slurmd": (*_LOST, ""),
     "requeue": ("preemption", "cut_off"), "preempt": ("preemption", "cut_off", "cancelled"), "scancel": ("cancelled", "cut_off"),
     "time_limit": ("time_limit",), "slurmctld_down": ("",), "twice": ("refused", ""),
@@ -135,6 +135,7 @@ class Result:
     lost_iterations: int = 0
     seconds: float = 0.0
     wrong: list[str] = field(default_factory=list)
+    untold: list[str] = field(default_factory=list)  # faults that triage does not tell of
 
 
 class Run:
@@ -376,7 +377,7 @@ class Run:
             result.outcome = "neither"
             wrong.append(f"neither reached nor gave up: {[(r['link'], r['mode']) for r in begins]}")
         wrong += [f"{event['event']}: {event}" for event in events if event["event"] in ("mixed", "random_weights")]
-        wrong += self.untold(result.played)
+        result.untold = self.untold(result.played)
         if jobs := self.jobs():
             wrong.append(f"jobs left queued: {jobs}")
         for name, before in self.precious.items():
@@ -464,7 +465,7 @@ def campaign(seed: int, num: int, jobs: int, say=print, quick: bool = False) -> 
         except Exception as error:
             result = Result(run.seed, kinds, wrong=[f"{type(error).__name__}: {error}"])
         say(f"{number:4d} {result.outcome or 'failed':8} links {result.links} starts {result.starts} lost {result.lost_iterations:2d} "
-            f"{result.seconds:5.0f}s {', '.join(kinds)}{'  WRONG: ' + '; '.join(result.wrong) if result.wrong else ''}")  # fmt: skip
+            f"{result.seconds:5.0f}s {', '.join(kinds)}{'  UNTOLD: ' + '; '.join(result.untold) if result.untold else ''}{'  WRONG: ' + '; '.join(result.wrong) if result.wrong else ''}")  # fmt: skip
         if not result.wrong:
             shutil.rmtree(folder, ignore_errors=True)
         return result
