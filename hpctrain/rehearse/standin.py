@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -48,6 +49,14 @@ def write_checkpoint(folder: str, layout: str, number: int, ranks: dict[str, int
         with open(os.path.join(folder, tracker[0]), "w") as stream:
             stream.write(tracker[1])
     return name
+
+
+def write_reference(environ: Mapping[str, str]) -> None:
+    """open-instruct's DPO keeps its reference log-probabilities before its first step, and cannot resume without them."""
+    folder = environ.get("REFERENCE_LOGPROBS_CACHE_PATH")
+    if folder and not any(name.endswith(".pt") for name in os.listdir(folder)):
+        with open(os.path.join(folder, "rehearsed.pt"), "wb") as stream:
+            stream.write(CONTENT)
 
 
 def write_export(folder: str, layout: str) -> None:
@@ -187,6 +196,7 @@ class Walk:
         most = begin + int(plan["time_s"] / plan["step_time_s"])
         lead = begin + int(max(plan["time_s"] - plan["lead_s"], 0) / plan["step_time_s"])
         self.tell("start", number=number, mode=mode)
+        write_reference(self.environ)
         while number < target:
             save = min((number - base) // every * every + every + base, target)
             ends = [save]

@@ -81,6 +81,16 @@ def test_the_run_becomes_two_lists_of_flags(tmp_path: Path) -> None:
     assert plan.guard()["exported"] is True and plan.guard()["data_parallel"] == 8
 
 
+def test_null_is_not_a_way_to_publish(tmp_path: Path) -> None:
+    plan = plan_of(
+        tmp_path, config={"push_to_hub": None, "clean_checkpoints_at_end": None, "do_not_randomize_output_dir": None}
+    )
+
+    assert [value_of(plan, flag) for flag in ("push_to_hub", "clean_checkpoints_at_end", "do_not_randomize_output_dir")] == [
+        "false", "false", "true",
+    ]  # fmt: skip
+
+
 def test_the_environment_asks_no_hub_unless_told(tmp_path: Path) -> None:
     inside = {variable.name: variable.value for variable in plan_of(tmp_path).env}
     outside = plan_of(tmp_path, {"offline": False})

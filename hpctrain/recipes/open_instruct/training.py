@@ -13,6 +13,14 @@ _ELSEWHERE = {
     "dataset_local_cache_dir": "recipe_options.cache_dir",
     "local_cache_dir": "recipe_options.cache_dir",
 }
+# What is said even where run.yaml says null: left out, the program's own default would do the opposite.
+_ALWAYS = {
+    "do_not_randomize_output_dir": True,
+    "push_to_hub": False,
+    "try_launch_beaker_eval_jobs": False,
+    "try_auto_save_to_beaker": False,
+    "clean_checkpoints_at_end": False,
+}
 _WHY_NOT = {
     "push_to_hub": "asks the Hugging Face hub who you are before it trains, and publishes the model afterwards",
     "try_launch_beaker_eval_jobs": "is for AllenAI's own cluster, and refuses to start without `push_to_hub`",
@@ -26,6 +34,9 @@ def check_settings(draft: Draft) -> None:
         if name in draft.values:
             draft.error(f"`config.{name}` is set as `{place}`", draft.document.where_key(name), hint="move it there")
             draft.values.pop(name)
+    for name, value in _ALWAYS.items():
+        if draft.has(name) and draft.values.get(name) is None:
+            draft.values[name] = value
     for name, why in _WHY_NOT.items():
         if draft.values.get(name) is True:
             draft.error(f"`{name}: true` {why}", draft.where(name), hint="delete it")
