@@ -326,6 +326,12 @@ def test_an_error_before_quick_lines_of_other_ranks_is_still_the_cause_when_the_
         ("environment", "RuntimeError: HIP error: invalid device function"),
         ("host_oom", "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=487912.batch cgroup."),
         ("node", "salloc: error: Node failure on worker-1"),
+        ("host_oom", "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory."),
+        ("communication", "hpctrain: error: ray: node 2 left while the program ran"),
+        ("communication", "hpctrain: error: ray: 2 of 3 nodes called within 600 s; missing: 1"),
+        ("config", "hpctrain: error: on nid000002: /project/verl is at warmup, and the stage needs branch gad; run: git -C …"),
+        ("config", "hpctrain: error: on nid000002: `import verl` finds a folder (/project/gad/verl) and no package; install it: …"),
+        ("checkpoint", "hpctrain: error: the start's models: /ck/start-model/actor has no weights; move it away"),
         ("gpu_fault", "h9:1281342:1283501 [1] include/alloc.h:50 NCCL WARN Cuda failure 'an illegal memory access was encountered'"),
     ],
 )  # fmt: skip
