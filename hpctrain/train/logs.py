@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-from hpctrain.errors import missing_package
+from hpctrain.errors import EnvironmentFault
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,12 @@ class MetricsLog:
             try:
                 import wandb
             except ImportError as error:
-                raise missing_package("wandb", "train") from error
+                raise EnvironmentFault("this needs the Python package `wandb`, which is not installed", where="`wandb_project`",
+                                       hint="pip install wandb, or delete the key") from error  # fmt: skip
             os.environ.setdefault("WANDB_MODE", "offline")
-            self._wandb = wandb.init(project=wandb_project, dir=run_dir, config=config, resume="allow")
+            run = os.path.basename(run_dir)
+            # A link is a run of its own there: offline runs cannot be resumed. Their group is the chain.
+            self._wandb = wandb.init(project=wandb_project, dir=run_dir, config=config, group=run, name=f"{run}-{link}")
 
     def write(self, metrics: Metrics, more: str = "") -> None:
         """Say one interval everywhere; `more` ends the printed line."""
