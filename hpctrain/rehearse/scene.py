@@ -47,8 +47,12 @@ class Scene:
         return os.path.normpath(os.path.join(root, source, os.path.relpath(path, best)))
 
 
-def plan_scene(plan: Plan, user: str, exists: Any = os.path.exists) -> Scene:
-    """Decide what the job must be shown. `exists` tells what is on this machine; nothing else is looked at."""
+def _writable(path: str) -> bool:
+    return os.access(path, os.W_OK | os.X_OK)
+
+
+def plan_scene(plan: Plan, user: str, exists: Any = os.path.exists, writable: Any = _writable) -> Scene:
+    """Decide what the job must be shown. `exists` and `writable` tell of this machine; nothing else is looked at."""
     spec, values = plan.spec, plan.site.values
     targets: list[str] = []
 
@@ -67,6 +71,8 @@ def plan_scene(plan: Plan, user: str, exists: Any = os.path.exists) -> Scene:
         if name == "home":
             home = path
     show(home)
+    if not writable(plan.node_type.tmp_path):
+        show(plan.node_type.tmp_path)
     if plan.container:
         for bind in [*values["container"]["binds"], *spec.container_binds]:
             source = bind.split(":")[0]

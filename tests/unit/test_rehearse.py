@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.errors import EnvironmentFault
+from hpctrain.errors import EnvironmentFault, Problem
 from hpctrain.load import load_plan
 from hpctrain.rehearse import checks, play, records, scene, shims, standin, timeline, tokens
 from hpctrain.rehearse.records import Attempt
@@ -230,6 +230,12 @@ def test_the_head_of_the_data_is_whole_records(tmp_path):
         head = Path(path).read_bytes()
         assert (tmp_path / "a.jsonl").read_bytes().startswith(head.rstrip(b"\n")) and head.endswith(b"}\n")
         assert min(num_bytes, 14000) <= len(head) < num_bytes + 20 or num_bytes > 20000
+
+
+def test_what_is_wrong_with_the_data_is_said_of_the_users_file():
+    own = {"/r/in/000.jsonl": "/d/my data.jsonl.gz"}
+    assert tokens._of_the_data(Problem("bad", "/r/in/000.jsonl:4"), own).where == "/d/my data.jsonl.gz:4"
+    assert tokens._of_the_data(Problem("bad", "here"), own).where == "here"
 
 
 def test_too_small_a_disk_is_said_before_anything_is_built(tmp_path, monkeypatch):
