@@ -1,6 +1,6 @@
 """Tokenizer benchmark: ratios against GPT-NeoX's per-document loop and a bare sp.encode(list), interleaved in one run.
 
-  tools/bench tokenize [--corpus sft.jsonl] [--mb 130] [--rounds 3] [--big-mb 3000] [--only ratios,two] [--json]
+  tools/bench tokenize [--corpus sft.jsonl] [--mb 130] [--rounds 3] [--big-mb 3000] [--only ratios,two] [--neox COMMAND] [--json]
 
 Everything is a process of its own; times are CPU-seconds (user + system) of that process and its children, start-up included,
 except for the bare encode, which times nothing but the call. Results are compared byte by byte with the reference's.
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -221,6 +222,9 @@ def main() -> None:
     parser.add_argument("--work", help="where data and models are kept between runs")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--only", default="ratios,two,merge,memory", help="which parts [default: all: %(default)s]")
+    parser.add_argument(
+        "--neox", help="shell command of GPT-NeoX's own preprocess_sft.py, to measure the original as well"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     work = Path(args.work or Path(tempfile.gettempdir()) / f"hpctrain-bench-{os.getuid()}")
@@ -237,7 +241,7 @@ def main() -> None:
         if "ratios" in parts:
             say("CPU-seconds, median of the rounds     reference  bare encode  hpctrain  x reference  x bare   bytes")
             results["models"] = {
-                name: ratios(data, model, out, args.rounds, name, say) for name, model in models.items()
+                name: ratios(data, model, out, args.rounds, name, say, args.neox) for name, model in models.items()
             }
         if "two" in parts:
             results["two_tasks"] = two_tasks(data, first, out, args.rounds, say)
@@ -252,18 +256,35 @@ def main() -> None:
         print(json.dumps(results, indent=1))
 
 
-def ratios(data: Path, model: Path, out: Path, rounds: int, name: str, say) -> dict[str, object]:
+def original(command: str, data: Path, model: Path, prefix: Path) -> list[str]:
+    """The unmodified script, one worker; it appends `_text_document` to the prefix."""
+    more = ["--input", data, "--tokenizer-type", "SPMTokenizer", "--vocab-file", model, "--append-eod", "--workers", 1,
+            "--output-prefix", prefix]  # fmt: skip
+    return ["sh", "-c", f"{command} {shlex.join(map(str, more))}"]
+
+
+def ratios(
+    data: Path, model: Path, out: Path, rounds: int, name: str, say, neox: str | None = None
+) -> dict[str, object]:
     times: dict[str, list[float]] = {"reference": [], "bare": [], "hpctrain": []}
+    originals: list[float] = []
     for _ in range(rounds):
+        if neox:
+            originals.append(run(original(neox, data, model, out / "neox"))[0])
         times["reference"].append(run(child("reference", data, model, out / "ref"))[0])
         times["bare"].append(float(run(child("bare", data, model))[3]))
         times["hpctrain"].append(run(tokenize(data, model, out / name))[0])
         for path in (out / f"{name}.tokenize").iterdir():
             path.unlink()
         same = digest(out / "ref") == digest(out / f"{name}_text_document")
+        same = same and (not neox or digest(out / "neox_text_document") == digest(out / "ref"))
         (out / f"{name}_text_document.idx").unlink()
     a, b, c = (statistics.median(values) for values in times.values())
     say(f"{name:36} {a:10.2f} {b:12.2f} {c:9.2f} {a / c:12.2f} {b / c:7.2f}   {'same' if same else 'DIFFERENT'}")
+    if neox:
+        original_s = statistics.median(originals)
+        say(f"  preprocess_sft.py itself: {original_s:.2f}, x{original_s / c:.2f}")
+        times["original"] = originals
     return {"reference_cpu_s": a, "bare_cpu_s": b, "hpctrain_cpu_s": c, "x_reference": a / c, "x_bare": b / c, "same": same,
             "all": times}  # fmt: skip
 
