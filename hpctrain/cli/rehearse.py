@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 import click
 
@@ -63,28 +64,12 @@ from hpctrain.cli import common
 @common.out_dir
 @common.set_option
 @common.as_json
-def command(
-    run_yaml: str,
-    nodes: int | None,
-    jobs: int | None,
-    faults: str | None,
-    accounts: tuple[str, ...],
-    accounting: bool,
-    no_check: bool,
-    job_script: str | None,
-    limits_only: bool,
-    speed: float | None,
-    picture: str | None,
-    keep: bool,
-    directory: str,
-    out_dir: str | None,
-    assignments: tuple[str, ...],
-    as_json: bool,
-) -> None:
+def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Run the very job against a real Slurm shaped like its site, on this machine, before a GPU-hour is spent.
 
     Every task is started; the training program is replaced by a stand-in that saves in the recipe's layout, in compressed
-    time. Exits 0 when all is right, 1 when something would have gone wrong at the site.
+    time. Exits 0 when all is right, 1 when something would have gone wrong at the site. Of a pipeline each stage is played
+    by itself, as if the one before it were done. `hpctrain tokenize --rehearse` plays the array of a tokenization.
 
     \b
     hpctrain rehearse --nodes 4
@@ -92,34 +77,41 @@ def command(
     hpctrain rehearse --nodes 1024 --limits-only
     hpctrain rehearse --job runs/my-run/job.sbatch --no-check
     """
-    import os
-
     from hpctrain.newfile import write_new
     from hpctrain.rehearse import report
+
+    wishes = report.Wishes(**options)
+    played = []
+    for loaded, request in report.prepare(run_yaml, assignments, out_dir, wishes):
+        outcome = _play(loaded, request)
+        found = report.bars_of(loaded.plan, outcome)
+        if wishes.picture:
+            write_new(wishes.picture, report.picture(loaded.plan, found))
+        if not as_json:
+            for line in report.lines(loaded.plan, outcome, found):
+                output.data(line)
+        output.problems(outcome.problems)
+        for line in report.notes(loaded.plan, outcome):
+            output.info(line)
+        played.append((outcome.ok, report.as_json(loaded.plan, outcome, found)))
+    ok = all(good for good, _ in played)
+    is_pipeline = len(played) > 1
+    if as_json:
+        answers = [answer for _, answer in played]
+        output.data_json(**({"ok": ok, "stages": answers} if is_pipeline else answers[0]))
+    name = "" if run_yaml == "run.yaml" else " " + shlex.quote(run_yaml)
+    output.next_step(f"hpctrain {('pipeline' if is_pipeline else 'chain') if ok else 'rehearse'}{name}")
+    if not ok:
+        raise click.exceptions.Exit(errors.NO)
+
+
+def _play(loaded: Any, request: Any) -> Any:
+    import os
+
     from hpctrain.rehearse.play import rehearse
 
-    loaded, request = report.prepare(
-        run_yaml, assignments, out_dir, nodes=nodes, jobs=jobs, faults=faults, accounts=accounts, accounting=accounting,
-        no_check=no_check, job_script=job_script, speed=speed, keep=keep, directory=directory, picture=picture,
-        limits_only=limits_only,
-    )  # fmt: skip
     meter = output.Stages()
     try:
-        outcome = rehearse(loaded, request, os.environ, meter.update)
+        return rehearse(loaded, request, os.environ, meter.update)
     finally:
         meter.close()
-    found = report.bars_of(loaded.plan, outcome)
-    if picture:
-        write_new(picture, report.picture(loaded.plan, found))
-    if as_json:
-        output.data_json(**report.as_json(loaded.plan, outcome, found))
-    else:
-        for line in report.lines(loaded.plan, outcome, found):
-            output.data(line)
-    output.problems(outcome.problems)
-    for line in report.notes(loaded.plan, outcome):
-        output.info(line)
-    name = "" if run_yaml == "run.yaml" else " " + shlex.quote(run_yaml)
-    output.next_step(f"hpctrain {'chain' if outcome.ok else 'rehearse'}{name}")
-    if not outcome.ok:
-        raise click.exceptions.Exit(errors.NO)

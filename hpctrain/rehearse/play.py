@@ -31,6 +31,7 @@ class Request:
     """What to rehearse. `accounts` exist in the sandbox; `job_script` replaces the rendered one; `speed` 0 chooses it.
 
     `limits_only`: submit and see what is refused; nothing is started, so any number of nodes takes seconds.
+    `earlier`: the stage of a pipeline that hands something over; it is made to look as if it were done.
     """
 
     num_jobs: int = 1
@@ -42,6 +43,7 @@ class Request:
     limits_only: bool = False
     keep: bool = False
     directory: str = ""
+    earlier: Loaded | None = None
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,16 @@ def rehearse(
     if request.job_script is not None:
         files["job.sbatch"] = request.job_script
     user = environ.get("USER") or environ.get("LOGNAME") or "user"
-    shown = scene.plan_scene(plan, user)
+    before_it = request.earlier
+    shown = scene.plan_scene(plan, user, earlier=before_it.plan if before_it else None)
     scenario = make_scenario(plan, request)
     clock, seconds = time.monotonic(), {}
     with (
         stage.place_of(plan.run_dir, request.directory, environ, request.keep) as place,
         stage.enough_space(place, plan.spec.num_nodes, request.accounting),
     ):
-        secret = scene.build(shown, str(place.files), plan, files)
+        earlier = (before_it.plan, run_files(before_it.plan, before_it.inputs)) if before_it else None
+        secret = scene.build(shown, str(place.files), plan, files, earlier)
         before = listing(str(place.files))
         needed = [item.path for item in shown.made if item.kind != "secrets" and item.path != plan.spec.container]
         stage.install(place, plan, scenario, needed)

@@ -4,45 +4,94 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.errors import EnvironmentFault, HpctrainError, Problem, Refused, UsageError
 from hpctrain.load import Loaded, load_plan
 from hpctrain.plan import Plan
 from hpctrain.rehearse import timeline
 from hpctrain.rehearse.play import FAULTS, Outcome, Request
 from hpctrain.rehearse.timeline import Bar
 from hpctrain.units import format_time
+from hpctrain.yamlio import load_yaml
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The options of the command line, as they were given."""
+
+    nodes: int | None = None
+    jobs: int | None = None
+    faults: str | None = None
+    accounts: Sequence[str] = ()
+    accounting: bool = True
+    no_check: bool = False
+    job_script: str | None = None
+    limits_only: bool = False
+    speed: float | None = None
+    keep: bool = False
+    directory: str = ""
+    picture: str | None = None
 
 
 def prepare(
-    run_yaml: str, assignments: Sequence[str], out_dir: str | None, *, nodes: int | None, jobs: int | None, faults: str | None,
-    accounts: Sequence[str], accounting: bool, no_check: bool, job_script: str | None, speed: float | None, keep: bool, limits_only: bool,
-    directory: str, picture: str | None = None,
-) -> tuple[Loaded, Request]:  # fmt: skip
-    """The plan and the request. Raises UsageError for an invalid run (unless `no_check` and it can be rendered) or option."""
-    chosen = _faults(faults)
-    if picture and os.path.lexists(picture):
-        raise Refused("is there already, and is left as it is", where=picture, hint="name another file with --picture")
-    loaded = load_plan(run_yaml, [*assignments, *([f"nodes={nodes}"] if nodes else [])], out_dir)
-    plan = loaded.plan
+    run_yaml: str, assignments: Sequence[str], out_dir: str | None, wishes: Wishes
+) -> list[tuple[Loaded, Request]]:
+    """The plan and the request of a run, or of each stage of a pipeline, in order.
+
+    Raises UsageError for an invalid run (unless `no_check` and it can be rendered) or option.
+    """
+    if wishes.picture and os.path.lexists(wishes.picture):
+        raise Refused(
+            "is there already, and is left as it is", where=wishes.picture, hint="name another file with --picture"
+        )
+    if not _is_pipeline(run_yaml):
+        loaded = load_plan(run_yaml, [*assignments, *([f"nodes={wishes.nodes}"] if wishes.nodes else [])], out_dir)
+        return [(loaded, _request(loaded, wishes))]
+    if wishes.nodes or wishes.job_script or wishes.keep or wishes.picture:
+        raise UsageError("--nodes, --job, --keep and --picture are for one run, and this is a pipeline", where=run_yaml,
+                         hint="for a stage: --set STAGE.nodes=4")  # fmt: skip
+    from hpctrain.pipeline.stages import load_pipeline
+
+    pipeline = load_pipeline(run_yaml, assignments, out_dir)
+    stages = {planned.stage.name: planned.loaded for planned in pipeline.stages}
+    return [
+        (
+            planned.loaded,
+            _request(planned.loaded, wishes, stages[planned.stage.source] if planned.stage.source else None),
+        )
+        for planned in pipeline.stages
+    ]
+
+
+def _is_pipeline(path: str) -> bool:
+    try:
+        return isinstance(load_yaml(path).get("stages"), dict)
+    except HpctrainError:
+        return False  # said when it is read as a run
+
+
+def _request(loaded: Loaded, wishes: Wishes, earlier: Loaded | None = None) -> Request:
+    plan, chosen = loaded.plan, _faults(wishes.faults)
     if plan.errors and not (
-        no_check and plan.resolved.argv and (plan.resolved.configs or not plan.resolved.config_for)
+        wishes.no_check and plan.resolved.argv and (plan.resolved.configs or not plan.resolved.config_for)
     ):
         raise UsageError(plan.problems)
-    script = _read(job_script) if job_script else None
+    script = _read(wishes.job_script) if wishes.job_script else None
     with_faults = max(plan.spec.num_links, len(chosen) + 1) if chosen else 1
     request = Request(
-        num_jobs=jobs or with_faults, faults=chosen, accounts=tuple(accounts), accounting=accounting, job_script=script,
-        speed=speed or 0.0, keep=keep, directory=directory, limits_only=limits_only,
+        num_jobs=wishes.jobs or with_faults, faults=chosen, accounts=tuple(wishes.accounts), accounting=wishes.accounting,
+        job_script=script, speed=wishes.speed or 0.0, keep=wishes.keep, directory=wishes.directory,
+        limits_only=wishes.limits_only, earlier=earlier,
     )  # fmt: skip
     if len(chosen) > request.num_jobs:
         raise UsageError(f"{len(chosen)} faults need at least as many links, and `--jobs` is {request.num_jobs}")
-    if limits_only and (chosen or keep or picture):
+    if wishes.limits_only and (chosen or wishes.keep or wishes.picture):
         raise UsageError("`--limits-only` starts nothing, so it goes with none of --faults, --keep, --picture")
     if chosen and plan.resolved.guard.layout == "none":
         raise UsageError("`--faults` needs a run with checkpoints, and the recipe's `layout` is none")
-    return loaded, request
+    return request
 
 
 def bars_of(plan: Plan, outcome: Outcome) -> list[Bar]:

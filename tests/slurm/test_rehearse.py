@@ -193,6 +193,18 @@ def test_a_tokenize_array_is_played_on_the_head_of_its_data(run):
     assert answer["states"] == {"COMPLETED": 3} and not list(run.top.glob("out*"))
 
 
+def test_the_stages_of_a_pipeline_are_played_each_from_what_the_one_before_leaves(run):
+    done = run.hpctrain("rehearse", str(EXAMPLES.parent / "verl-gad" / "pipeline.yaml"), "--json", "--no-accounting",
+                        "--speed", "100000", "--dir", str(run.base), "-o", str(run.top / "runs"))  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    bars = [stage["timeline"][0] for stage in json.loads(done.stdout)["stages"]]
+    assert [(bar["mode"], bar["first"], bar["kept"]) for bar in bars] == [
+        ("scratch", 0, 2204),
+        ("finetune", 2204, 4408),
+    ]
+    assert not run.base.exists() and not (run.top / "runs").exists()
+
+
 def test_ctrl_c_leaves_nothing(run):
     argv = [sys.executable, "-m", "hpctrain", "rehearse", "--nodes", "2", "--no-accounting", "--dir", str(run.base)]
     for seconds in (0.5, 3.0):
