@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ..dpo import tiny
-
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "dpo"))
+import tiny  # noqa: E402
+
 TRAINING = {
     "model_name": "./base", "dataset_path": "./pairs.jsonl", "precision": "fp32", "max_steps": 12, "save_steps": 5, "logging_steps": 1,
     "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "dataloader_num_workers": 0, "learning_rate": 1e-2,
