@@ -284,4 +284,5 @@ def read_plan(run_dir: str) -> dict[str, Any]:
             found = json.load(file)
         return {"guard": found["guard"], "job": found["job"], "cost": found["cost"], **found}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"`{run_dir}` is no run directory: {error}", hint="`hpctrain render` makes one") from error
+        why = f"its plan.json has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UsageError(f"`{run_dir}` is no run directory: {why}", hint="`hpctrain render` makes one") from error

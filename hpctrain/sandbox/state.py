@@ -12,6 +12,7 @@ import shutil
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from hpctrain.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.sandbox.shape import ClusterShape, Place, Ports, check_path
 
 RECORD = "sandbox.json"
+LOCK_WAIT_S = 60  # a node that is brought down or back holds the lock for seconds, several wait in turn
 # sun_path holds 108 bytes; slurmstepd adds /spool/<node>/<node>_<job>.<step> to the run directory.
 _LONGEST_RUN = 56
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
@@ -109,20 +111,25 @@ def claim(state: Path) -> None:
 
 @contextlib.contextmanager
 def locked(state: Path) -> Iterator[None]:
-    """Hold the sandbox's lock; a crash frees it. Raises EnvironmentFault when another hpctrain holds it."""
+    """Hold the sandbox's lock; a crash frees it. Raises EnvironmentFault when another hpctrain holds it for long."""
     try:
         descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise EnvironmentFault(f"cannot lock the sandbox: {error.strerror}", where=str(state)) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise EnvironmentFault(
-                "another hpctrain is starting or ending this sandbox",
-                where=str(state),
-                hint="wait for it, or use a sandbox of your own with --name",
-            ) from error
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise EnvironmentFault(
+                        f"another hpctrain has been changing this sandbox for more than {LOCK_WAIT_S} s",
+                        where=str(state),
+                        hint="wait for it, or use a sandbox of your own with --name",
+                    ) from error
+            time.sleep(0.1)
         yield
     finally:
         os.close(descriptor)

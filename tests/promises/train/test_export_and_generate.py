@@ -71,7 +71,9 @@ def trained(bench: Bench, models: dict[str, Path]) -> Bench:
     ]
     assert bench.train_many(orders, 1) == [(0, [])] * 3
     run = bench.path / "learned.run"
-    (run / "plan.json").write_text(json.dumps({"guard": {"checkpoint_dir": str(bench.path / "learned")}}))
+    (run / "plan.json").write_text(
+        json.dumps({"guard": {"checkpoint_dir": str(bench.path / "learned")}, "job": {}, "cost": {}})
+    )
     return bench
 
 
