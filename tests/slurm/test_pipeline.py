@@ -154,4 +154,5 @@ def test_a_crash_while_the_second_stage_is_queued_and_a_rerun_neither_lose_nor_d
     assert json.loads(two.ok("pipeline", "--json").stdout)["stages"][1]["new"] == []
     assert "cancelled job" in two.ok("cancel", "two-s").stderr
     two.wait()
-    assert len(two.records("warmup", "ledger.jsonl", event="cancelled")) == 3
+    # A link that had begun may have ended by itself meanwhile; none that waited may be left, or left unwritten.
+    assert {2, 3} <= {record["link"] for record in two.records("warmup", "ledger.jsonl", event="cancelled")}
