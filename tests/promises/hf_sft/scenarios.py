@@ -127,7 +127,7 @@ def main() -> None:
                 lines(log) < before + after and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
             ):
                 time.sleep(0.005)
-            os.kill(child, getattr(signal, name))
+            os.kill(child, getattr(signal, f"SIG{name}"))
         os.waitpid(child, 0)
         answer = {"code": -9, "problems": [], "answer": None}
         if os.path.exists(path):
