@@ -59,7 +59,7 @@ def start(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
         import accelerate  # noqa: F401
         import datasets
         import transformers
-        import trl  # noqa: F401
+        from trl import SFTTrainer  # noqa: F401  # TRL imports its parts late
 
         from hpctrain.train import ranks
         from hpctrain.train.hf_sft.trainer import train
@@ -67,6 +67,10 @@ def start(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
         if error.name in ("torch", "transformers", "trl", "datasets", "accelerate"):
             raise errors.missing_package(str(error.name), "hf") from error
         raise
+    except (ImportError, RuntimeError) as error:  # what was built for other versions of the rest
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise errors.EnvironmentFault(f"the packages do not fit each other: {'; '.join(lines[:3])}",
+                                      hint="`hpctrain doctor run.yaml` compares them with what the recipe needs") from error  # fmt: skip
     transformers.utils.logging.disable_progress_bar()  # a job log has no use for one
     datasets.disable_progress_bars()
     try:
