@@ -160,7 +160,6 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("environment", b"cannot execute binary file", None),
     ("environment", b"Invalid handle. Cannot load symbol", None),
     ("gave_up", b": gives up (", rb"hpctrain: link \d+: gives up"),
-    ("refused", b"hpctrain: error: ", rb"^hpctrain: error: (?!no finite)"),
     ("config", b"train_batch_size is not equal to", None),
     ("config", b"got an unexpected keyword argument", None),
     ("config", b"unrecognized arguments", None),
@@ -269,6 +268,8 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("wrapper", b"CalledProcessError", None),
     ("wrapper", b"Exited with exit code", rb"srun: error"),
     ("wrapper", b"RayTaskError", None),
+    # Behind all that know their failure by its own words.
+    ("refused", b"hpctrain: error: ", rb"^hpctrain: error: (?!no finite)"),
     ("program", b"Error", None),
     ("program", b"Exception", None),
     ("program", b"KeyboardInterrupt", None),
