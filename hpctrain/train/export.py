@@ -16,6 +16,7 @@ from typing import Any
 from hpctrain.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
 from hpctrain.tokenize.spm import load_model
 from hpctrain.train.checkpoint import META, describe_mismatch, read_weights
+from hpctrain.train.files import open_to_readers
 from hpctrain.train.source import Chat, Source
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -38,6 +39,7 @@ def export(source: Source, directory: str, precision: str = "auto", tokenizer: s
     try:
         os.chmod(staged, 0o755)
         _fill(source, staged, precision, tokenizer or source.tokenizer)
+        open_to_readers(staged)
         names = sorted(os.listdir(staged))
         for name in names:
             _sync(os.path.join(staged, name))

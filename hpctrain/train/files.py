@@ -29,3 +29,10 @@ def write_whole(path: str, content: bytes) -> None:
         os.unlink(temporary)
         raise
     sync_folder(folder)
+
+
+def open_to_readers(folder: str) -> None:
+    """Let everyone who may enter `folder` read its files: safetensors writes them for their owner alone (0600)."""
+    for entry in os.scandir(folder):
+        if entry.is_file(follow_symlinks=False):
+            os.chmod(entry.path, 0o644)

@@ -116,6 +116,7 @@ def publish(folder, out, tokenizer):
             if not os.path.exists(os.path.join(folder, name)):
                 shutil.copy(os.path.join(tokenizer, name), os.path.join(folder, name))
     for name in os.listdir(folder):
+        os.chmod(os.path.join(folder, name), 0o644)  # safetensors writes for the owner alone
         sync(os.path.join(folder, name))
     sync(folder)
     if os.path.lexists(out):

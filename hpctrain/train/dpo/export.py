@@ -13,6 +13,7 @@ import transformers
 
 from hpctrain.train import checkpoint as whole
 from hpctrain.train.dpo.model import parameters_on_meta
+from hpctrain.train.files import open_to_readers
 
 _COPIED = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "generation_config")
 
@@ -47,6 +48,7 @@ def write_model(
                 shutil.copyfile(path, os.path.join(staged, name))
         with open(os.path.join(staged, whole.META), "w", encoding="utf-8") as file:
             json.dump(about, file, indent=1)
+        open_to_readers(staged)
         for name in os.listdir(staged):
             whole.sync(os.path.join(staged, name))
         whole.sync(staged)

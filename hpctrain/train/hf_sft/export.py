@@ -19,6 +19,7 @@ from typing import Any
 
 from hpctrain.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
 from hpctrain.train.checkpoint import META
+from hpctrain.train.files import open_to_readers
 from hpctrain.train.hf_sft import base as bases
 from hpctrain.train.hf_sft.config import quantised_name
 from hpctrain.train.hf_sft.prepare import tokenizer_files
@@ -89,6 +90,7 @@ def export_checkpoint(
                  "chat": {}, "base": folder, "proof": asdict(proof)}  # fmt: skip
         with open(os.path.join(staged, META), "w", encoding="utf-8") as file:
             json.dump(about, file, indent=1)
+        open_to_readers(staged)
         names = sorted(os.listdir(staged))
         for name in [*names, "."]:
             _sync(os.path.join(staged, name))

@@ -145,6 +145,7 @@ def test_the_exported_tokenizer_gives_the_training_ids_and_the_dialogue_frame(
     assert asked == [*frame, 7, *sp.encode("Open"), 7, 8]
     assert told == [*frame, 3]
     assert tokenizer.eos_token_id == 3
+    assert {path.stat().st_mode & 0o777 for path in exported["learned"].iterdir()} == {0o644}
     config = json.loads((exported["learned"] / "generation_config.json").read_text())
     assert config["eos_token_id"] == [8, 3]
 

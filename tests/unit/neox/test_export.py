@@ -140,6 +140,7 @@ def test_the_newest_complete_checkpoint_goes_through_neoxs_own_converter(run, ru
     assert env["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1" and env["CUDA_VISIBLE_DEVICES"] == ""
     assert "cast to BF16" in done.stdout and "6 parameters, BF16" in done.stdout
     assert json.loads((tmp_path / "the model" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert (tmp_path / "the model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert not list(tmp_path.glob(".the model*")) and not list(tmp_path.rglob("canary"))
 
 
