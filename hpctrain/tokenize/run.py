@@ -192,7 +192,8 @@ def _local_processes(plan: Plan, todo: Sequence[int], count: int, watch: Watch) 
                 job.cancel()
     _raise_failures(plan)
     left = pending(plan)
-    if left:
+    # Another run of the same may have merged meanwhile, and removed the shards.
+    if left and up_to_date(plan) is None:
         raise HpctrainError(
             f"{len(left)} of {len(plan.shards)} shards are not done: a local process ended early",
             where=_log_dir(plan),

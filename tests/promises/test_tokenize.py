@@ -440,6 +440,17 @@ def test_two_runs_at_once_make_one_right_dataset(tmp_path):
     assert pair(tmp_path) == oracle(texts, model_path("unigram"))
 
 
+def test_a_run_that_another_overtook_has_nothing_to_complain_of(tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", dialogues(20))
+    asked = request(tmp_path, data, tasks=2)
+    plan = prepare(asked).plan
+    do(asked)
+    assert run.pending(plan) == [0, 1]  # the other one removed the shards after its merge
+
+    run._local_processes(plan, [], 0, quiet)
+    assert run.tasks.merge(plan, False, False)["documents"] == 20
+
+
 def test_two_different_runs_at_once_never_mix(tmp_path):
     texts = {name: dialogues(800, seed=seed) for name, seed in (("a", 1), ("b", 2))}
     for name, some in texts.items():
