@@ -5,6 +5,7 @@ Here, on the login node: which checkpoint, whether it fits memory and disk, and 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -54,9 +55,12 @@ class NeoxExport:
 
 def is_neox_run(path: str) -> bool:
     """Whether `path` is a run directory of GPT-NeoX."""
-    if not os.path.isfile(os.path.join(path, "plan.json")):
+    try:
+        with open(os.path.join(path, "plan.json"), encoding="utf-8") as file:
+            plan = json.load(file)
+    except (OSError, ValueError):
         return False
-    return checkpoint.read_plan(path).get("recipe") == RECIPE
+    return isinstance(plan, dict) and plan.get("recipe") == RECIPE
 
 
 def plan_export(run_dir: str, out: str, name: str | None = None, precision: str = "auto", tokenizer: str | None = None,
