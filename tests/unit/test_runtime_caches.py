@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from hpctrain.rehearse import standin
 from hpctrain.runtime import caches, hubcache
+from hpctrain.runtime.files import Listing
 from hpctrain.runtime.hubcache import Repo
+from hpctrain.runtime.layouts import LAYOUTS
 from hpctrain.runtime.settings import GuardError
 
 COMMIT = "c" * 40
@@ -198,6 +201,17 @@ def test_a_resume_without_its_reference_does_not_start(case: Case) -> None:
         case.prepare("resume")
 
     assert (folder / "damaged-0123").stat().st_size == 20, "renamed, never deleted"
+
+
+def test_the_rehearsals_stand_in_leaves_what_a_resume_and_a_finished_run_need(case: Case, tmp_path: Path) -> None:
+    standin.write_reference(case.prepare())
+    case.prepare("resume")
+    folder = str(tmp_path / "ckpt")
+    name = standin.write_checkpoint(folder, "open-instruct", 4, {"data": 2})
+    lacking = LAYOUTS["open-instruct"].export_faults(folder, name, Listing())
+    standin.write_export(folder, "open-instruct")
+
+    assert lacking and LAYOUTS["open-instruct"].export_faults(folder, name, Listing()) == []
 
 
 def test_a_folder_is_shown_as_a_repository_beside_all_others(case: Case, tmp_path: Path) -> None:
