@@ -269,10 +269,10 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("wrapper", b"Exited with exit code", rb"srun: error"),
     ("wrapper", b"RayTaskError", None),
     # Behind all that know their failure by its own words.
-    ("refused", b"hpctrain: error: ", rb"^hpctrain: error: (?!no finite)"),
     ("program", b"Error", None),
     ("program", b"Exception", None),
     ("program", b"KeyboardInterrupt", None),
+    ("refused", b"hpctrain: error: ", rb"^hpctrain: error: (?!no finite)"),  # last: any other class says more
 )  # fmt: skip
 
 PATTERNS = tuple(
