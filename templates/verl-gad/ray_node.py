@@ -28,6 +28,7 @@ import time
 
 ANSWER_S = 60  # for one line of the other side's
 POLL_S = 0.2
+TRIES = 3  # to start Ray on a node: it gives itself 30 s (ray/_private/node.py), which a loaded file system can take
 GRACE_S = 5  # between asking processes to end and ending them
 SIGNALLED_GRACE_S = 1.5  # the same after a signal: Slurm kills this process soon after (KillWait)
 LOG_BYTES = 200 * 1000  # kept of each of Ray's own logs when a run fails
@@ -131,6 +132,8 @@ class Node:
         self.environ["RAY_ADDRESS"] = f"{address}:{port}"
         self._gather(listener, time.time() + self.args.timeout)
         self._wait_for_all()
+        for link in self.others.values():
+            _send(link, {"whole": True})
         say("ray: starting the program with RAY_ADDRESS={}".format(self.environ["RAY_ADDRESS"]))
         program = self._start(self.args.program)
         while program.poll() is None:
@@ -156,18 +159,26 @@ class Node:
             raise Ended(1, "the first node ended before Ray was up")
         mine = link.getsockname()[0]
         own_folder(self.tmp)
-        self._start_ray("--address", told["address"], "--node-ip-address", mine, "--block")
-        _send(link, {"joined": self.index})
+        options = ["--address", told["address"], "--node-ip-address", mine, "--block"]
+        self._start_ray(*options)
+        whole, tries = False, 1
         while True:
             self._pause()
             if _readable(link, 0):
                 said = _read_line(link, time.time() + ANSWER_S)
                 if said is None:
                     raise Ended(1, "the first node is gone")
-                return 0  # the first node tells how it ended, and its exit code is the step's
+                if "end" in said:
+                    return 0  # the first node tells how it ended, and its exit code is the step's
+                whole = True
             if self.ray.poll() is not None:
                 self._show_ray()
-                raise Ended(1, f"Ray on {self.name} ended with exit code {self.ray.returncode}")
+                if whole or tries == TRIES:
+                    raise Ended(1, f"Ray on {self.name} ended with exit code {self.ray.returncode}")
+                say(f"ray: it did not start on {self.name} (exit code {self.ray.returncode}); once more")
+                end_descendants(GRACE_S)
+                tries += 1
+                self._start_ray(*options)
 
     def end(self, code):
         """Keep the logs of a failure, tell the others, end every process of this node, remove the job's own folder."""
@@ -188,7 +199,7 @@ class Node:
     def _start_head(self, address):
         """Start the head with a free port; returns it. A port that another process took meanwhile is not the end."""
         own_folder(self.tmp)
-        for attempt in range(3):
+        for attempt in range(TRIES):
             port = free_port(address)
             options = ["--head", "--node-ip-address", address, "--port", str(port), "--temp-dir", self.tmp,
                        "--include-dashboard", "false", "--disable-usage-stats", "--block"]  # fmt: skip
@@ -206,7 +217,9 @@ class Node:
             if self.ray.poll() is None:
                 raise Ended(1, f"Ray did not answer on port {port} within {self.args.timeout:.0f} s")
             self._show_ray()
-            say(f"ray: the head ended with exit code {self.ray.returncode}{'; once more' if attempt < 2 else ''}")
+            say(
+                f"ray: the head ended with exit code {self.ray.returncode}{'; once more' if attempt + 1 < TRIES else ''}"
+            )
         raise Ended(1, "Ray's head does not start")
 
     def _start_ray(self, *options):

@@ -154,6 +154,15 @@ def test_a_signal_ends_every_process_of_every_node_soon(job: Job) -> None:
     assert nodes[0].returncode == 128 + signal.SIGTERM and job.strays() == []
 
 
+@pytest.mark.parametrize("node", ["0", "1"])
+def test_ray_that_starts_on_a_node_only_the_third_time_is_enough(job: Job, node: str) -> None:
+    (head, output), *others = job.run(PROGRAM, RAY_STANDIN_FAIL=f"{node}:2")
+
+    assert (head, [code for code, _ in others]) == (0, [0, 0]), output
+    assert "SEEN 3 6.0 9.0" in output and (output + others[0][1]).count("once more") == 2
+    assert job.strays() == []
+
+
 def test_ray_that_fails_on_a_node_ends_the_job(job: Job) -> None:
     (head, output), *others = job.run(PROGRAM, RAY_STANDIN_FAIL="1")
 

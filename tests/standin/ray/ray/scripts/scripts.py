@@ -28,8 +28,13 @@ def main():
     with open(os.environ["RAY_STANDIN_LOG"], "a") as stream:
         stream.write(json.dumps({"pid": os.getpid(), "rank": os.environ.get("RANK"), **vars(args)}) + "\n")
     me = {"Alive": True, "Resources": {"CPU": float(args.num_cpus), "GPU": float(args.num_gpus)}}
-    if os.environ.get("RAY_STANDIN_FAIL") == os.environ.get("SLURM_NODEID"):
-        sys.exit(5)
+    node, times = (os.environ.get("RAY_STANDIN_FAIL", "") + ":").split(":")[:2]
+    if node == os.environ.get("SLURM_NODEID"):
+        with open(os.environ["RAY_STANDIN_LOG"] + ".fails", "a") as stream:
+            stream.write("x")
+            failed = stream.tell()
+        if failed <= int(times or 99):
+            sys.exit(5)
     if not args.head:
         host, port = args.address.rsplit(":", 1)
         with socket.create_connection((host, int(port)), 10) as link:
