@@ -217,9 +217,9 @@ class Node:
             if self.ray.poll() is None:
                 raise Ended(1, f"Ray did not answer on port {port} within {self.args.timeout:.0f} s")
             self._show_ray()
-            say(
-                f"ray: the head ended with exit code {self.ray.returncode}{'; once more' if attempt + 1 < TRIES else ''}"
-            )
+            end_descendants(GRACE_S)
+            more = "; once more" if attempt + 1 < TRIES else ""
+            say(f"ray: the head ended with exit code {self.ray.returncode}{more}")
         raise Ended(1, "Ray's head does not start")
 
     def _start_ray(self, *options):
