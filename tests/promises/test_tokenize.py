@@ -392,7 +392,7 @@ def test_a_killed_run_goes_on_with_the_shards_it_had(tmp_path):
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             if attempt < 6:
-                process.wait(timeout=0.4 + rng.random() * (0.4 + 0.1 * attempt))
+                process.wait(timeout=0.1 + rng.random() * (0.2 + 0.2 * attempt))
             else:
                 process.wait(timeout=100)
         except subprocess.TimeoutExpired:
