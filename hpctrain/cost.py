@@ -5,7 +5,6 @@ The formulas are the site profile's (`estimate.cost`); a job's bill grows with i
 
 from __future__ import annotations
 
-import datetime
 import os
 import re
 import subprocess
@@ -14,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.errors import UsageError
-from hpctrain.runs import LOG_JOB, RunRecords
+from hpctrain.runs import LOG_JOB, RunRecords, parse_time
 from hpctrain.slurmstate import Answer
 
 _ACCOUNT = "{" + "account" + "}"
@@ -245,16 +244,4 @@ def read_allocation(said: str, pattern: str, account: str, unit: str) -> Allocat
             else None
         )
     except (ValueError, IndexError):
-        return None
-
-
-def parse_time(text: object) -> float | None:
-    """UTC seconds of the records' `2026-11-21T01:52:08Z`, None for anything else."""
-    try:
-        return (
-            datetime.datetime.strptime(str(text), "%Y-%m-%dT%H:%M:%SZ")
-            .replace(tzinfo=datetime.timezone.utc)
-            .timestamp()
-        )
-    except ValueError:
         return None

@@ -5,7 +5,6 @@ One squeue and one sacct call serve any number of runs and links. Whatever could
 
 from __future__ import annotations
 
-import datetime
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain import estimate
-from hpctrain.runs import LOG_JOB, RunRecords, read_run
+from hpctrain.runs import LOG_JOB, RunRecords, parse_time, read_run
 from hpctrain.slurmstate import Answer, JobState, query
 from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.records import utc
@@ -194,7 +193,7 @@ def _link(job_id: str, entry: Mapping[str, Any], job: JobState | None, now_s: fl
     ended = ends[-1] if ends and _same_start(ends[-1], last) else None
     mode = last.get("mode") if isinstance(last.get("mode"), str) else None
     trained = mode in ("scratch", "finetune", "resume")
-    start_s, end_s = _time_s(last.get("time")), _time_s(ended.get("time")) if ended else None
+    start_s, end_s = parse_time(last.get("time")), parse_time(ended.get("time")) if ended else None
     elapsed = end_s - start_s if start_s is not None and end_s is not None else None
     code = _whole(ended.get("exit_code")) if ended else None
     nodes: tuple[str, ...] = _node_names(last.get("nodes"))
@@ -436,17 +435,6 @@ def _preflight_note(record: Mapping[str, Any]) -> str:
     named = "; ".join(f"{node}: {', '.join(map(str, why))}" for node, why in bad.items() if isinstance(why, list))
     after = _AFTER_PREFLIGHT.get(str(record.get("action")), "")
     return f"the preflight of job {record.get('job_id')} found bad nodes ({named}); {after}"
-
-
-def _time_s(text: object) -> float | None:
-    try:
-        return (
-            datetime.datetime.strptime(str(text), "%Y-%m-%dT%H:%M:%SZ")
-            .replace(tzinfo=datetime.timezone.utc)
-            .timestamp()
-        )
-    except ValueError:
-        return None
 
 
 def _whole(value: object) -> int | None:

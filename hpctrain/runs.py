@@ -6,6 +6,7 @@ A run is named by its directory, by its run.yaml, by its name (looked for under 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import re
@@ -256,3 +257,15 @@ def _run_of_job(job_id: str, run_dirs: Iterable[str]) -> str:
         f"no run here submitted job {job_id}", why="looked in ./runs and asked Slurm for its working directory",
         hint="name the run directory, or the log file itself",
     )  # fmt: skip
+
+
+def parse_time(text: object) -> float | None:
+    """UTC seconds of the records' `2026-11-21T01:52:08Z`, None for anything else."""
+    try:
+        return (
+            datetime.datetime.strptime(str(text), "%Y-%m-%dT%H:%M:%SZ")
+            .replace(tzinfo=datetime.timezone.utc)
+            .timestamp()
+        )
+    except ValueError:
+        return None

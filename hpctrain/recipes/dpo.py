@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
 
-from hpctrain import yamltext
 from hpctrain.errors import Problem
 from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
-from hpctrain.recipes.neox.draft import section
+from hpctrain.recipes import trainer_config
 from hpctrain.recipes.sft import signal_name
-from hpctrain.schema import Field
 from hpctrain.spec import absolute
 from hpctrain.train.dpo.config import FIELDS, DpoConfig, parse_config
-from hpctrain.yamlio import Document, Path, merge
+from hpctrain.yamlio import Document
 
 CONFIG = "config_dpo.yaml"
 
@@ -22,7 +19,7 @@ CONFIG = "config_dpo.yaml"
 def resolve(context: Context) -> Resolved:
     """The trainer's config with all that follows from the run; its problems name the line of run.yaml or base_config."""
     spec, options = context.spec, context.options
-    document, problems = _document(context)
+    document, problems = trainer_config.layered(context, "pairs are", "dataset", "dataset_name")
     config, found = parse_config(document, spec.base_dir)
     problems += found
     training = config.training
@@ -64,45 +61,8 @@ def resolve(context: Context) -> Resolved:
 
 
 def config_text(config: DpoConfig, name: str) -> str:
-    """The trainer's config as YAML, every key with its sentence, so that the file explains itself."""
-    lines = yamltext.comment(f"The training of run {name}, read by `python -m hpctrain.train.dpo` on every rank.")
-
-    def add(fields: dict[str, Field], values: dict[str, Any], indent: int) -> None:
-        for key, field in fields.items():
-            if values[key] is None:
-                continue
-            lines.extend(["", *yamltext.comment(field.doc, indent)])
-            if field.kind == "table":
-                lines.append(f"{key}:")
-                add(dict(field.fields or {}), values[key], indent + 2)
-            else:
-                lines.extend(yamltext.block(key, values[key], indent))
-
-    add(FIELDS, config.as_dict(), 0)
-    return "\n".join(lines) + "\n"
-
-
-def _document(context: Context) -> tuple[Document, list[Problem]]:
-    """base_config under the run's config, with `data.train` as the dataset; and what contradicts."""
-    spec, problems = context.spec, []
-    own = section(spec.document, "config")
-    layers = [section(context.recipe.document, "config"), *context.read.get("base_config", ()), own]
-    given: list[str] = list(spec.data.get("train") or [])
-    if given:
-        if own.get("dataset", "dataset_name") is not None:
-            problems.append(Problem("the pairs are named twice", where=spec.where("data", "train"),
-                                    why=f"`dataset.dataset_name` at {own.where('dataset', 'dataset_name')}",
-                                    hint="delete one of them"))  # fmt: skip
-        if len(given) > 1:
-            problems.append(Problem(f"`data.train` has {len(given)} entries", where=spec.where("data", "train", 1),
-                                    hint="name the folder that holds the files"))  # fmt: skip
-        places: dict[Path, Path] = {("dataset",): ("data", "train"), ("dataset", "dataset_name"): ("data", "train", 0)}
-        origins = {
-            inner: spec.document.origins[place] for inner, place in places.items() if place in spec.document.origins
-        }
-        layers.append(Document({"dataset": {"dataset_name": given[0]}}, origins, {}, spec.source))
-    document = merge(layers)
-    return Document(document.data, document.origins, document.key_origins, context.config.name or spec.source), problems
+    """The trainer's config as YAML, every key with its sentence."""
+    return trainer_config.config_text("hpctrain.train.dpo", name, FIELDS, config.as_dict(), lambda key, value: False)
 
 
 def _paths(config: DpoConfig, document: Document) -> tuple[tuple[str, str, str], ...]:

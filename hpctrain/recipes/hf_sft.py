@@ -6,17 +6,14 @@ import json
 import os
 from typing import Any
 
-from hpctrain import yamltext
 from hpctrain.errors import Problem
 from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
-from hpctrain.recipes import hf_estimate
-from hpctrain.recipes.neox.draft import section
+from hpctrain.recipes import hf_estimate, trainer_config
 from hpctrain.recipes.sft import signal_name
-from hpctrain.schema import Field
 from hpctrain.shell import ShellText, node_path
 from hpctrain.spec import absolute
 from hpctrain.train.hf_sft.config import FIELDS, HfSftConfig, parse_config, quantised_name, quantised_problem
-from hpctrain.yamlio import Document, Path, merge
+from hpctrain.yamlio import Document
 
 CONFIG = "config_sft.yaml"
 _STAGE = "{tmp}/{user}-{job}-data"
@@ -25,7 +22,7 @@ _STAGE = "{tmp}/{user}-{job}-data"
 def resolve(context: Context) -> Resolved:
     """The trainer's config with all that follows from the run; its problems name the line of run.yaml or base_config."""
     spec, options = context.spec, context.options
-    document, problems = _document(context)
+    document, problems = trainer_config.layered(context, "data is", "dataset_path")
     config, found = parse_config(document, spec.base_dir)
     problems += found
     problems += _base_problems(config, document, context)
@@ -73,42 +70,12 @@ def resolve(context: Context) -> Resolved:
 
 
 def config_text(config: HfSftConfig, name: str) -> str:
-    """The trainer's config as YAML, every key with its sentence, so that the file explains itself."""
-    lines = yamltext.comment(f"The training of run {name}, read by `python -m hpctrain.train.hf_sft` on every rank.")
+    """The trainer's config as YAML, every key with its sentence."""
 
-    def add(fields: dict[str, Field], values: Any, indent: int) -> None:
-        for key, field in fields.items():
-            if values[key] is None or values[key] == {} or (key.startswith("load_in_") and not values[key]):
-                continue
-            lines.extend(["", *yamltext.comment(field.doc, indent)])
-            if field.kind == "table":
-                lines.append(f"{key}:")
-                add(dict(field.fields or {}), values[key], indent + 2)
-            else:
-                lines.extend(yamltext.block(key, values[key], indent))
+    def left_out(key: str, value: Any) -> bool:
+        return value == {} or (key.startswith("load_in_") and not value)
 
-    add(FIELDS, config.values, 0)
-    return "\n".join(lines) + "\n"
-
-
-def _document(context: Context) -> tuple[Document, list[Problem]]:
-    """base_config under the run's config, with `data.train` as the dataset; and what contradicts."""
-    spec, problems = context.spec, []
-    own = section(spec.document, "config")
-    layers = [section(context.recipe.document, "config"), *context.read.get("base_config", ()), own]
-    given: list[str] = list(spec.data.get("train") or [])
-    if given:
-        if own.get("dataset_path") is not None:
-            problems.append(Problem("the data is named twice", where=spec.where("data", "train"),
-                                    why=f"`dataset_path` at {own.where('dataset_path')}", hint="delete one of them"))  # fmt: skip
-        if len(given) > 1:
-            problems.append(Problem(f"`data.train` has {len(given)} entries", where=spec.where("data", "train", 1),
-                                    hint="name the folder that holds the files"))  # fmt: skip
-        place: Path = ("data", "train", 0)
-        origins = {("dataset_path",): spec.document.origins[place]} if place in spec.document.origins else {}
-        layers.append(Document({"dataset_path": given[0]}, origins, {}, spec.source))
-    document = merge(layers)
-    return Document(document.data, document.origins, document.key_origins, context.config.name or spec.source), problems
+    return trainer_config.config_text("hpctrain.train.hf_sft", name, FIELDS, config.values, left_out)
 
 
 def _base_problems(config: HfSftConfig, document: Document, context: Context) -> list[Problem]:
