@@ -145,10 +145,10 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     if ends and ends[0].failure == "time_limit" and not (named or general or killed or others):
         if rules.hang(attempt, around).verdict == RED:
             return _silent_end(attempt, around)  # the limit only ended what had stopped long before
-    # Ranks without collectives write on after one of them died: then the last error that seemed survived was not.
-    doubtful = (
-        [] if attempt.exit_code == 0 else [event for event in everything if _tells(event)][-1:] if wrapped else []
-    )
+    # Ranks without collectives write on after one of them died, and on a slow node even after srun said so: when the
+    # attempt failed and a launcher named a failed task, the last error that seemed survived was not.
+    launcher_saw = wrapped or (attempt.exit_code and any(event.failure == "wrapper" for event in everything))
+    doubtful = [event for event in everything if _tells(event)][-1:] if launcher_saw and attempt.exit_code != 0 else []
     for chosen in (named, general, killed, others, ends, doubtful, wrapped):
         if chosen:
             return _attributed(chosen[0], attempt)

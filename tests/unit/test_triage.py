@@ -203,6 +203,16 @@ def test_what_training_survived_is_no_cause():
     assert verdicts(diagnosis)["communication"] == GREEN
 
 
+def test_an_error_of_one_rank_is_the_cause_though_another_wrote_steps_until_srun_ended_it():
+    lines = [b"step %d/120 loss=%.4f\n" % (i, 2.5 - 0.01 * i) for i in range(1, 121)]
+    lines.insert(60, b"RuntimeError: HIP out of memory. Tried to allocate 9.00 GiB\n")
+    failed = b"hpctrain: the first task to fail was rank 1 on nid000001, with exit code 1\nhpctrain: finished rc=1\n"
+    for place in (61, 80, 118, 121):
+        said = [*lines[:place], b"srun: error: nid000001: task 1: Exited with exit code 1\n", *lines[place:], failed]
+        event = diagnose(b"".join(said)).cause.event
+        assert (event.failure, event.rank) == ("gpu_oom", 1), place
+
+
 def test_the_rank_gives_the_node_through_the_node_list():
     text = b"hpctrain: job 7, restart 0, 2 nodes: nid[000007,000009]\n" + steps(3) + b"[rank5]: ValueError: x\n"
     event = diagnose(text, tasks_per_node=4).cause.event
