@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -217,3 +218,14 @@ def test_everyday_verbs_import_no_heavy_package(words, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
+
+
+def test_text_made_for_comments_stands_in_comments_only():
+    """The filter `comment` only keeps a value on its line: within quotes, `$(…)` in it would run."""
+    lines = [
+        (path.name, number, line)
+        for path in sorted((PACKAGE.parent / "templates").rglob("*.j2"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(r"\|\s*comment\b", line)
+    ]
+    assert lines and [found for found in lines if not re.search(r"#.*\|\s*comment\b", found[2])] == []
