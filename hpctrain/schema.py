@@ -174,7 +174,11 @@ def _value(document: Document, value: Any, field: Field, path: Path, problems: l
         elif field.maximum is not None and out > field.maximum:
             what = f"is more than {field.maximum:g}"
     if what:
-        problems.append(Problem(f"`{_dotted(path)}: {_short(value)}` {what}", document.where(*path), why, hint))
+        problems.append(
+            Problem(f"`{_dotted(path)}: {_written(document, value, path)}` {what}", document.where(*path), why, hint)
+        )
+        if isinstance(out, (int, float)) and field.default is not None:
+            return field.default  # what follows from a number that cannot be is not worth a second error
     return out
 
 
@@ -198,6 +202,8 @@ def _typed(document: Document, value: Any, field: Field, path: Path, problems: l
         return _map(document, value, field, path, problems)
     if kind in ("time", "memory"):
         try:
+            if value is None:
+                raise ValueError("it is empty")
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
                 raise ValueError(
                     f"`{_short(value)}` is not {'a duration' if kind == 'time' else 'an amount of memory'}"
@@ -218,7 +224,7 @@ def _typed(document: Document, value: Any, field: Field, path: Path, problems: l
         return value
     hint = ""
     if kind in ("text", "path") and isinstance(value, (int, float, bool)):
-        hint = f'quote it: "{value}"'
+        hint = f'quote it: "{_written(document, value, path)}"'
     if kind in ("int", "number") and looks_like_float(value):
         hint = f"YAML reads `{value}` as text; write {_with_dot(value)}"
     elif kind in ("int", "number") and isinstance(value, str) and re.fullmatch(r"[-+]?\d+", value):
@@ -250,7 +256,19 @@ def _map(document: Document, value: Any, field: Field, path: Path, problems: lis
 
 
 def _wrong_type(document: Document, value: Any, path: Path, wanted: str, hint: str = "") -> Problem:
-    return Problem(f"`{_dotted(path)}: {_short(value)}` must be {wanted}", where=document.where(*path), hint=hint)
+    what = (
+        f"`{_dotted(path)}: {_written(document, value, path)}` must be"
+        if value is not None
+        else f"`{_dotted(path)}` is empty, and must be"
+    )
+    return Problem(f"{what} {wanted}", where=document.where(*path), hint=hint)
+
+
+def _written(document: Document, value: Any, path: Path) -> str:
+    """The value as the file has it: `yes` rather than True."""
+    origin = document.origins.get(path)
+    plain = isinstance(value, (bool, int, float)) and origin and origin.written
+    return _short(plain or value)
 
 
 def _with_dot(text: str) -> str:

@@ -20,6 +20,7 @@ MAX_BYTES = 4 * 1024 * 1024
 MAX_VALUES = 200_000
 MAX_DEPTH = 60
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_OCTAL = re.compile(r"[-+]?0[0-7_]+", re.ASCII)
 # YAML 1.1 reads 8e-6 as a string, because its floats need a dot; people who write it mean a number.
 _FLOAT_WITHOUT_DOT = re.compile(r"[-+]?\d+[eE][-+]?\d+\Z", re.ASCII)
 
@@ -31,6 +32,7 @@ class Origin:
     file: str
     line: int = 0
     column: int = 0
+    written: str = field(default="", compare=False)  # a plain scalar as it stands there: `yes`, where the value is True
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
@@ -225,9 +227,13 @@ class _Builder:
 
     def build(self, node: Any, path: Path, depth: int, parents: frozenset[int]) -> Any:
         origin = self._origin(node)
-        self.origins[path] = origin
-        if id(node) in parents or depth > MAX_DEPTH or len(self.origins) > MAX_VALUES:
+        self.origins[path] = (
+            dataclasses.replace(origin, written=node.value) if isinstance(node, yaml.ScalarNode) else origin
+        )
+        if id(node) in parents or depth > MAX_DEPTH:
             raise UsageError("nested too deeply, or an alias that contains itself", where=str(origin))
+        if len(self.origins) > MAX_VALUES:
+            raise UsageError(f"more than {MAX_VALUES} values, aliases counted wherever they stand", where=str(origin))
         parents = parents | {id(node)}
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path, depth, parents)
@@ -278,6 +284,13 @@ class _Builder:
             return node.value  # a date is text here
         if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ":" in node.value:
             return node.value  # YAML 1.1 would read the duration 20:00:00 as the base-60 number 72000
+        if node.tag == "tag:yaml.org,2002:int" and _OCTAL.fullmatch(node.value):
+            plain, octal = int(node.value.replace("_", "")), self._constructor.construct_object(node)
+            if plain != octal:
+                why = f"a leading zero makes it the octal number {octal} in YAML 1.1, and {plain} in YAML 1.2"
+                hint = f"write {plain}, or quote it where text is meant"
+                self.problems.append(Problem(f"`{node.value[:60]}` is ambiguous", str(origin), why, hint))
+            return octal
         try:
             return self._constructor.construct_object(node, deep=True)
         except (yaml.YAMLError, ValueError, OverflowError) as error:

@@ -66,3 +66,19 @@ def test_anchors_and_merge_keys_work():
 def test_bad_set_options_are_refused(text):
     with pytest.raises(UsageError):
         parse_set(["a=1", text])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("007", 7), ("0", 0), ("1_000", 1000), ("0x10", 16), ("'010'", "010"), ("08", "08")]
+)
+def test_a_number_that_all_yaml_reads_alike_is_taken(text, value):
+    assert parse_yaml(f"a: {text}\n", "f").data == {"a": value}
+
+
+def test_a_leading_zero_that_would_change_the_number_is_refused():
+    with pytest.raises(UsageError) as caught:
+        parse_yaml("nodes: 010\nb: -0_20\n", "f")
+    assert [(problem.where, problem.hint) for problem in caught.value.problems] == [
+        ("f:1:8", "write 10, or quote it where text is meant"),
+        ("f:2:4", "write -20, or quote it where text is meant"),
+    ]
