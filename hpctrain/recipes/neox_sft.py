@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
-from hpctrain.recipes.neox import batch, data, export, launch, model, saving
+from hpctrain.recipes.neox import batch, data, export, launch, model, ranges, saving
 from hpctrain.recipes.neox.configs import MAX_TEXT_BYTES, config_text
 from hpctrain.recipes.neox.draft import Draft, make_draft, section
 from hpctrain.recipes.neox.keys import FLAVOR_NAMES
@@ -43,6 +43,7 @@ def resolve(context: Context) -> Resolved:
     model.check_model(draft, shape)
     zero_stage = model.check_precision(draft, shape)
     model.check_optimizer(draft)
+    ranges.check_ranges(draft)
     model.decide_clipping(draft)
     data.decide_data(draft, spec.data, spec.where)
     data.decide_reading(draft)

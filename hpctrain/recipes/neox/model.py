@@ -132,6 +132,14 @@ def check_precision(draft: Draft, shape: Shape) -> int:
         table = draft.values.get(name)
         if isinstance(table, dict) and table.get("enabled") and precision not in ("", own):
             draft.error(f"`{name}: {{enabled: true}}` contradicts `precision: {precision}`", name)
+    tables = [draft.values.get(name) for name in ("fp16", "bf16")]
+    if all(isinstance(table, dict) and table.get("enabled") for table in tables):
+        draft.error(
+            "`fp16` and `bf16` are both enabled",
+            "bf16",
+            why="DeepSpeed stops: it trains in one of them",
+            hint="bf16: {enabled: true} and no fp16 on GPUs that have it",
+        )
     if draft.get("fp16_lm_cross_entropy") and precision != "fp16":
         draft.error("`fp16_lm_cross_entropy` works with `precision: fp16` only", "fp16_lm_cross_entropy")
     if shape.pipeline >= 1 and stage >= 2:

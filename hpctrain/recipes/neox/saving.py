@@ -279,7 +279,7 @@ def decide_saves(draft: Draft, train_iters: int | None, spec: RunSpec) -> Saves:
         and spec.num_links > 1
     ):
         draft.warn(
-            f"`checkpoint_factor: {factor:g}` comes never before the end at {train_iters} iterations",
+            f"`checkpoint_factor: {factor:g}` never comes before the end at {train_iters} iterations",
             "checkpoint_factor",
             why=f"so the {spec.num_links} links of the chain have nothing to hand on: each would start again",
             hint=f"checkpoint_factor: {max(train_iters // 10, 1)}",

@@ -113,3 +113,25 @@ def test_contradictions_in_clipping(neox):
     neox("clip_grad: 0.3\ngradient_clipping: 0.4\n").problem("`clip_grad: 0.3` has no effect beside")
     neox("deepspeed_extra_args: {gradient_clipping: 0.4}\n").problem("contradicts `gradient_clipping: 0.5`")
     neox("gradient_clipping: 0.0\n").problem("no clipping at all", "warning")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("lr_decay_iters: -5", "`lr_decay_iters: -5` is less than 1"),
+        ("log_interval: 0", "`log_interval: 0` is less than 1"),
+        ("warmup: 100", "`warmup: 100` must be 0 to 1"),
+        ("hidden_dropout: 1.0", "`hidden_dropout: 1` must be 0 to 0.99"),
+        ("min_lr: -1.0e-7", "`min_lr: -1e-07` must be at least 0"),
+        ("optimizer: {type: Adam, params: {lr: -8.0e-6}}", "lr: -8e-06` is negative"),
+        ("optimizer: {type: Adam, params: {lr: 8.0e-6, betas: [0.9, 1.0]}}", "betas: [0.9, 1.0]` must be at least 0"),
+        ("optimizer: {type: Adam, params: {lr: 8.0e-6, weight_decay: -0.1}}", "weight_decay: -0.1` is negative"),
+        ("fp16: {enabled: true}\nbf16: {enabled: true}", "are both enabled"),
+    ],
+)
+def test_a_number_that_cannot_be_meant_is_refused(neox, line, said):
+    neox(f"{line}\n").problem(said)
+
+
+def test_a_learning_rate_whose_exponent_lost_its_sign_is_remarked(neox):
+    neox("optimizer: {type: Adam, params: {lr: 8.0e+6}}\n").problem("is far above what language models", "warning")

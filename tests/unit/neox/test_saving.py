@@ -208,7 +208,7 @@ def test_upstream_never_saves_over_its_start(neox):
 
 
 def test_a_chain_that_saves_only_at_the_end_is_warned_about(neox):
-    neox("checkpoint_factor: 2000\n", run={"chain": "{jobs: 3}"}).problem("comes never before the end", "warning")
+    neox("checkpoint_factor: 2000\n", run={"chain": "{jobs: 3}"}).problem("never comes before the end", "warning")
 
 
 def test_a_cadence_that_never_fires_in_the_wall_time_is_refused(neox):
