@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from typing_extensions import TypeGuard
 
 _COUNTS = (
-    "lr_decay_iters", "log_interval", "eval_interval", "make_vocab_size_divisible_by", "checkpoint_num_layers",
+    "lr_decay_iters", "log_interval", "make_vocab_size_divisible_by", "checkpoint_num_layers",
 )  # fmt: skip
 # (lowest, highest) that make sense; both included.
 _FRACTIONS = {
     "warmup": (0.0, 1.0), "rotary_pct": (0.0, 1.0), "lr_decay_fraction": (0.0, 1.0), "attention_dropout": (0.0, 0.99),
     "hidden_dropout": (0.0, 0.99), "min_lr": (0.0, math.inf), "weight_decay": (0.0, math.inf), "eval_iters": (0, math.inf),
-    "num_workers": (0, math.inf), "gradient_clipping": (0.0, math.inf), "clip_grad": (0.0, math.inf),
+    "num_workers": (0, math.inf),
 }  # fmt: skip
 # Above this no language model is trained with Adam; the sign of an exponent is easily lost (8e6 for 8e-6).
 _HIGHEST_RATE = 0.1
@@ -28,7 +28,7 @@ def check_ranges(draft: Draft) -> None:
     for name in _COUNTS:
         value = draft.number(name) if draft.given(name) else None
         if value is not None and value < 1:
-            draft.error(f"`{name}: {value:g}` is less than 1", name)
+            draft.error(f"`{name}: {value:g}` must be at least 1", name)
     for name, (lowest, highest) in _FRACTIONS.items():
         value = draft.get(name) if draft.given(name) and name not in draft.broken else None
         if not _is_number(value) or lowest <= value <= highest:

@@ -118,8 +118,8 @@ def test_contradictions_in_clipping(neox):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("lr_decay_iters: -5", "`lr_decay_iters: -5` is less than 1"),
-        ("log_interval: 0", "`log_interval: 0` is less than 1"),
+        ("lr_decay_iters: -5", "`lr_decay_iters: -5` must be at least 1"),
+        ("log_interval: 0", "`log_interval: 0` must be at least 1"),
         ("warmup: 100", "`warmup: 100` must be 0 to 1"),
         ("hidden_dropout: 1.0", "`hidden_dropout: 1` must be 0 to 0.99"),
         ("min_lr: -1.0e-7", "`min_lr: -1e-07` must be at least 0"),
