@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -27,7 +26,6 @@ from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.shape import ClusterShape
 from hpctrain.sandbox.state import Record
 
-_FULL_KIB = 64
 OTHER_NODES = 1  # of each other kind of node, so that all partitions of the site are there
 
 
@@ -88,7 +86,7 @@ def enough_space(place: Place, num_nodes: int, accounting: bool) -> Iterator[Non
     needed_kib = (
         2048 + 128 * num_nodes + (160 << 10 if accounting else 0)
     )  # measured: 0.8 MiB for 2 nodes, 109 with MariaDB
-    free_kib = _free_kib(place)
+    free_kib = sandbox_state.free_kib(place.base)
     if free_kib < needed_kib:
         raise EnvironmentFault(
             f"only {units.format_size(free_kib << 10)} are free there, and a rehearsal of {num_nodes} nodes writes up to "
@@ -99,20 +97,13 @@ def enough_space(place: Place, num_nodes: int, accounting: bool) -> Iterator[Non
     try:
         yield
     except (EnvironmentFault, OSError) as error:
-        if _free_kib(place) >= _FULL_KIB and getattr(error, "errno", None) != errno.ENOSPC:
+        if isinstance(error, sandbox_state.DiskFull) or not sandbox_state.is_full(place.base, error):
             raise
-        raise EnvironmentFault(
-            "the disk is full", where=str(place.base), why=str(error), hint="another one: --dir"
-        ) from error
-    if _free_kib(place) < _FULL_KIB:
+        raise sandbox_state.DiskFull(place.base, error) from error
+    if sandbox_state.free_kib(place.base) < sandbox_state.FULL_KIB:
         raise EnvironmentFault(
             "the disk became full, so the rehearsal tells nothing", where=str(place.base), hint="another one: --dir"
         )
-
-
-def _free_kib(place: Place) -> int:
-    status = os.statvfs(place.base)
-    return status.f_bavail * status.f_frsize >> 10
 
 
 def clear(place: Place, environ: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,14 @@ _SCRUBBED = (
     "LD_PRELOAD",
     "NSS_WRAPPER",
 )
+
+# Complaints that say nothing of a daemon's end: the unpacked Slurm has no PMIx, and its database is small on purpose.
+_HARMLESS = ("MPI", "mpi/", "plugin name for", "Database settings not recommended")
+_HINTS = (
+    ("Address already in use", "another program took a port of this sandbox meanwhile: run it again"),
+    ("setgroups: Operation not permitted", "Slurm's daemons cannot start in a user namespace of one user (`unshare -r`): leave it"),
+    ("No space left on device", "the disk is full: choose another one with --dir"),
+)  # fmt: skip
 
 
 class Daemons:
@@ -211,8 +220,20 @@ class Daemons:
     def _fault(self, role: str, what: str) -> EnvironmentFault:
         log = Path(self.place.state, "log")
         texts = [path for path in (log / f"{role}.log", log / f"{role}.out") if path.is_file()]
-        lines = [line for path in texts for line in path.read_text(errors="replace").splitlines()[-8:]]
-        telling = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()] or lines
+        lines = [line for path in texts for line in path.read_text(errors="replace").splitlines()[-16:]]
+        why, hint = last_words(lines)
         return EnvironmentFault(
-            f"{role} {what}", where=str(log), why="\n".join(telling[-6:]) or "it said nothing: was it killed?"
+            f"{role} {what}", where=str(log), why=why or "it said nothing: was it killed?", hint=hint
         )
+
+
+def last_words(lines: Sequence[str]) -> tuple[str, str]:
+    """What a daemon's last lines tell of its end, each once and without its time, and what to do about it, "" if unknown.
+
+    Pure. The same line stands in a daemon's log and in its output, there without the time and with its name.
+    """
+    plain = [re.sub(r"^(\[[^]]*\]|[0-9-]+ +[0-9:]+ +[0-9]+|[a-z]+:) +", "", line).strip() for line in lines]
+    plain = [line for line in dict.fromkeys(plain) if line and not any(word in line for word in _HARMLESS)]
+    telling = [line for line in plain if "error" in line.lower() or "fatal" in line.lower()] or plain
+    why = "\n".join(telling[-6:])
+    return why, next((hint for word, hint in _HINTS if word in why), "")

@@ -8,6 +8,7 @@ inherited by the user's jobs, because sbatch and srun hand their environment on.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -131,13 +132,13 @@ def unpack(cache: Path, *, accounting: bool = False, helpers_only: bool = False,
 
     Raises EnvironmentFault where there is no apt or dpkg-deb, no network, a wrong hash, or a full disk.
     """
-    for tool in ("apt-get", "apt-cache", "dpkg-deb"):
-        if not shutil.which(tool):
-            raise EnvironmentFault(
-                f"Slurm is not installed, and `{tool}` is not here to fetch it",
-                why=_NOT_HERE,
-                hint="install Slurm's daemons and munge (slurmctld, slurmd, munged), then run this again",
-            )
+    tools = [f"`{tool}`" for tool in ("apt-get", "apt-cache", "dpkg-deb") if not shutil.which(tool)]
+    if tools:
+        raise EnvironmentFault(
+            f"Slurm is not installed, and {', '.join(tools)} {'are' if len(tools) > 1 else 'is'} not here to fetch it",
+            why=_NOT_HERE,
+            hint="install Slurm's daemons and munge (slurmctld, slurmd, munged), then run this again",
+        )
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -447,4 +448,6 @@ def _run(command: Sequence[str], what: str, *, cwd: Path | None = None, hint: st
     )  # fmt: skip
     if result.returncode:
         tail = "\n".join(line for line in result.stdout.splitlines()[-6:] if line.strip())
-        raise EnvironmentFault(what, why=tail, hint=hint)
+        if os.strerror(errno.ENOSPC) in tail:
+            what, hint = f"{what}: the disk is full", "a cache on another disk: set XDG_CACHE_HOME"
+        raise EnvironmentFault(what, where=str(cwd or ""), why=tail, hint=hint)

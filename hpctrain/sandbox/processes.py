@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -111,6 +112,35 @@ def of_sandbox(state: str, run: str) -> list[Process]:
                 ours.add(child)
                 queue.append(child)
     return [everything[pid] for pid in sorted(ours - _own_family(everything))]
+
+
+def out_of_sight(state: str, run: str) -> str:
+    """Why processes of the sandbox cannot be told or ended from here though some are running, "" when none is hidden.
+
+    In another user namespace their environment and working directory may not be read, in another PID namespace they are
+    not there at all; but the socket of their munged lies in a file system, and answers whoever may open it.
+    """
+    for path in sorted(Path(run).glob("*.pid")):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(path.read_text())
+            if state.encode() in (PROC / str(pid) / "cmdline").read_bytes() and not _may_look(pid):
+                return f"{path.name[:-4]} (process {pid}) runs in another user namespace, and may not be looked at from this one"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(os.path.join(run, "munge.socket"))
+        except OSError:
+            return ""
+    return "its munged answers and is not among the processes here: it runs in another PID namespace"
+
+
+def _may_look(pid: int) -> bool:
+    try:
+        os.readlink(PROC / str(pid) / "cwd")
+    except PermissionError:
+        return False
+    except OSError:
+        return True  # it has just ended
+    return True
 
 
 def of_node(node: str, state: str, run: str) -> list[Process]:

@@ -28,7 +28,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Status:
-    """What a sandbox is now. `phase` is up, half-alive, starting, down or elsewhere (on another machine)."""
+    """What a sandbox is now. `phase` is up, half-alive, starting, down, elsewhere (on another machine) or out of
+    sight (in another namespace of this one)."""
 
     name: str
     state: Path
@@ -90,9 +91,12 @@ def up(
         try:
             _start(wanted, name, directory, run, box, environ, progress)
             return status(name, directory, environ), True
-        except BaseException:
+        except BaseException as error:
+            is_full = state.is_full(directory, error)  # now: what is cleared away makes room
             with _signals_ignored():
                 _clear(directory, run, keep_logs=True)
+            if is_full:
+                raise state.DiskFull(directory, error) from error
             raise
 
 
@@ -215,6 +219,8 @@ def _look(name: str, directory: Path) -> Status:
         return Status(name, directory, "starting", record)
     core = ["munged", "slurmctld", *(("mariadbd", "slurmdbd") if record.shape.accounting else ())]
     alive = all(processes.of_role(role, state=str(directory), run=record.place.run) for role in core)
+    if not alive and processes.out_of_sight(str(directory), record.place.run):
+        return Status(name, directory, "out of sight", record)
     return Status(name, directory, "up" if alive else "half-alive", record)
 
 
@@ -324,6 +330,12 @@ def _clear(directory: Path, run: Path, *, keep_logs: bool) -> None:
                 where=str(directory),
                 why=", ".join(f"{process.name} ({process.pid})" for process in stubborn),
             )
+    hidden = processes.out_of_sight(str(directory), str(run))
+    if hidden:  # deleting the files of a living sandbox would leave it running for ever
+        raise EnvironmentFault(
+            "the sandbox runs and cannot be ended from here", where=str(directory), why=hidden,
+            hint="end it where it was started, outside of this container or `unshare`",
+        )  # fmt: skip
     state.remove(directory, run, keep_logs=keep_logs)
 
 

@@ -438,6 +438,8 @@ def _slurmdbd_conf(place: Place) -> str:
         ("SlurmUser", place.user),
         ("LogFile", f"{place.state}/log/slurmdbd.log"),
         ("PidFile", f"{place.run}/slurmdbd.pid"),
+        # Never written to, but slurmdbd ends at once when it cannot be, and by default it is /tmp (slurmdbd.conf(5)).
+        ("ArchiveDir", f"{place.run}/tmp"),
         ("StorageType", "accounting_storage/mysql"),
         # `localhost` is MariaDB's own socket (MYSQL_UNIX_PORT); it opens no port at all.
         ("StorageHost", "localhost"),

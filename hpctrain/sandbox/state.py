@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -22,12 +23,21 @@ from hpctrain.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.sandbox.shape import ClusterShape, Place, Ports, check_path
 
 RECORD = "sandbox.json"
+FULL_KIB = 64  # a disk with less room is full
 LOCK_WAIT_S = 60  # a node that is brought down or back holds the lock for seconds, several wait in turn
 # sun_path holds 108 bytes; slurmstepd adds /spool/<node>/<node>_<job>.<step> to the run directory.
 _LONGEST_RUN = 56
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
 _PORTS = range(10240, 19968)  # below the ephemeral ports and below the rendezvous ports of jobs (20000 and up)
 _UNIT = 64
+
+
+class DiskFull(EnvironmentFault):
+    """The disk of `folder` has no room left, as `error` shows."""
+
+    def __init__(self, folder: Path, error: BaseException) -> None:
+        first = error.problems[0].what if isinstance(error, EnvironmentFault) else str(error)
+        super().__init__("the disk is full", where=str(folder), why=first, hint="choose another one with --dir")
 
 
 @dataclass(frozen=True)
@@ -193,6 +203,24 @@ def remove(state: Path, run: Path, *, keep_logs: bool) -> None:
             entry.unlink()
     with contextlib.suppress(FileNotFoundError):
         (state / RECORD).unlink()
+
+
+def is_full(folder: Path, error: BaseException) -> bool:
+    """Whether `error` came because the disk of `folder` is full: it says so, or there is hardly any room left.
+
+    A daemon on a full disk ends with words of its own, or without any.
+    """
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if not isinstance(error, (OSError, EnvironmentFault)):
+        return False
+    return free_kib(folder) < FULL_KIB or os.strerror(errno.ENOSPC) in str(error)
+
+
+def free_kib(folder: Path) -> int:
+    """What an ordinary user may still write to the disk of `folder`."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize >> 10
 
 
 def host_identity() -> tuple[str, str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpctrain import errors, units
-from hpctrain.sandbox import packages, shape
+from hpctrain.sandbox import daemons, packages, shape
 from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.standins import singularity
 from hpctrain.site import load_site
@@ -124,3 +125,42 @@ def test_libraries_are_found_and_maintainer_tools_are_not() -> None:
 )
 def test_bind_lists_are_read_as_singularity_reads_them(text: str, binds: list[tuple[str, str, str]]) -> None:
     assert singularity.split_binds(text) == binds
+
+
+@pytest.mark.parametrize(
+    ("lines", "why", "hint"),
+    [
+        ([], "", ""),
+        (["just talk"], "just talk", ""),
+        (
+            [
+                "[2026-11-21T10:30:13.237] error: Error binding slurm stream socket: Address already in use",
+                "slurmd: error: MPI: Cannot create context for mpi/pmix",
+                "slurmd: error: Couldn't load specified plugin name for mpi/pmix_v4: Plugin init() callback failed",
+                "slurmctld: error: Error binding slurm stream socket: Address already in use",
+            ],
+            "error: Error binding slurm stream socket: Address already in use",
+            "another program took a port of this sandbox meanwhile: run it again",
+        ),
+        (["2026-11-21 10:22:37 0 [ERROR] Aborting"], "[ERROR] Aborting", ""),
+        (
+            ["slurmd: fatal: write: No space left on device"],
+            "fatal: write: No space left on device",
+            "the disk is full",
+        ),
+    ],
+)
+def test_a_daemons_last_words_are_told_once_and_with_what_to_do(lines: list[str], why: str, hint: str) -> None:
+    told, advice = daemons.last_words(lines)
+    assert told == why and advice.startswith(hint) and bool(advice) == bool(hint)
+
+
+def test_every_missing_tool_is_named_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(errors.EnvironmentFault, match="`apt-get`, `apt-cache`, `dpkg-deb` are not here"):
+        packages.unpack(tmp_path / "cache", report=lambda text: None)
+
+
+def test_slurmdbd_needs_no_tmp_that_can_be_written() -> None:
+    lumi = shape_from_site(load_site("lumi"), 1, accounting=True)
+    assert settings(shape.config_files(lumi, PLACE)["slurmdbd.conf"])["ArchiveDir"] == "/r/tmp"

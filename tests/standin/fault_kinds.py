@@ -1,0 +1,42 @@
+"""The faults of the campaign: their names, how they are called in the table, and how each one is told."""
+
+from __future__ import annotations
+
+INSIDE = ("kill_rank", "kill_in_save", "kill_all_in_save", "disk_full", "latest_empty", "latest_gone", "latest_garbage",
+          "shard_cut", "shard_gone", "folder_gone")  # fmt: skip
+OUTSIDE = (
+    "kill_shell",
+    "node_down",
+    "node_crash",
+    "kill_slurmd",
+    "requeue",
+    "preempt",
+    "scancel",
+    "time_limit",
+    "slurmctld_down",
+    "twice",
+)
+KINDS = INSIDE + OUTSIDE
+SLOW = {"time_limit": 6, "node_crash": 4, "kill_slurmd": 2, "preempt": 2, "requeue": 2}  # in units of the others
+WORDS = {
+    "kill_rank": "one rank is killed", "kill_in_save": "one rank is killed at a write of a save", "kill_all_in_save": "all ranks are killed in a save",
+    "disk_full": "the disk is full in a save", "latest_empty": "`latest` is truncated to nothing", "latest_gone": "`latest` is removed",
+    "latest_garbage": "`latest` holds garbage", "shard_cut": "a shard of the newest checkpoint is cut short",
+    "shard_gone": "a shard of the newest checkpoint is removed", "folder_gone": "the newest checkpoint is removed by hand",
+    "kill_shell": "the batch shell is killed", "node_down": "the node is set down", "node_crash": "the node loses power",
+    "kill_slurmd": "the node's slurmd is killed", "requeue": "the job is requeued", "preempt": "the job gets SIGTERM and is requeued",
+    "scancel": "the job is cancelled", "time_limit": "the time limit comes", "slurmctld_down": "slurmctld goes down for a while",
+    "twice": "the job script is submitted by hand while a link runs",
+}  # fmt: skip
+
+
+# How each fault is told to someone who has nothing but `hpctrain triage`: a class of failure, or words of the guard's.
+_LOST = ("node", "cut_off", "preemption", "cancelled", "killed", "unknown")
+TOLD: dict[str, tuple[str, ...]] = {
+    "kill_rank": ("killed",), "kill_in_save": ("killed",), "kill_all_in_save": ("killed",), "disk_full": ("disk",),
+    "latest_empty": ("is empty",), "latest_gone": ("is missing",), "latest_garbage": ("names no checkpoint",),
+    "shard_cut": ("not complete",), "shard_gone": ("not complete",), "folder_gone": ("is not there", "named no complete"),
+    "kill_shell": _LOST, "node_down": _LOST, "node_crash": _LOST, "kill_slurmd": (*_LOST, ""),
+    "requeue": ("preemption", "cut_off"), "preempt": ("preemption", "cut_off", "cancelled"), "scancel": ("cancelled", "cut_off"),
+    "time_limit": ("time_limit",), "slurmctld_down": ("",), "twice": ("refused", ""),
+}  # fmt: skip
