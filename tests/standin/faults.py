@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import html
 import json
 import os
 import queue
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -64,16 +66,20 @@ WORDS = {
 }  # fmt: skip
 
 
-# How each fault is told to someone who has nothing but `hpctrain triage`: a class of failure, or words of the guard's.
-_LOST = ("node", "cut_off", "preemption", "cancelled", "killed", "unknown")
-TOLD: dict[str, tuple[str, ...]] = {
-    "kill_rank": ("killed",), "kill_in_save": ("killed",), "kill_all_in_save": ("killed",), "disk_full": ("disk",),
-    "latest_empty": ("is empty",), "latest_gone": ("is missing",), "latest_garbage": ("names no checkpoint",),
-    "shard_cut": ("not complete",), "shard_gone": ("not complete",), "folder_gone": ("is not there", "named no complete"),
-    "kill_shell": _LOST, "node_down": _LOST, "node_crash": _LOST, "kill_slurmd": (*_LOST, ""),
-    "requeue": ("preemption", "cut_off"), "preempt": ("preemption", "cut_off", "cancelled"), "scancel": ("cancelled", "cut_off"),
-    "time_limit": ("time_limit",), "slurmctld_down": ("",), "twice": ("refused", ""),
+# How each fault is told to someone who has nothing but `status`, `triage` and `report`: words of what each of them prints.
+TOLD: dict[str, str] = {
+    "kill_rank": "killed from outside", "kill_in_save": "killed from outside", "kill_all_in_save": "killed from outside",
+    "disk_full": "disk, quota", "latest_empty": "`latest` is empty", "latest_gone": "`latest` is missing", "latest_garbage": "names no checkpoint",
+    "shard_cut": "is not complete", "shard_gone": "is not complete", "folder_gone": "is not there|named no complete",
+    "kill_shell": "job script itself was killed", "node_down": "node failure", "node_crash": "node failure",
+    "kill_slurmd": "slurmd of .* was started again", "requeue": "preempted or requeued", "preempt": "preempted or requeued",
+    "scancel": "cancelled by a person|CANCELLED", "time_limit": "time limit", "slurmctld_down": "controller .* was started again",
+    "twice": "submitted by hand",
 }  # fmt: skip
+# The job runs on and nothing of it knows; only Slurm itself can be asked, which `status` leaves at squeue and sacct.
+NOT_BY_STATUS = ("kill_slurmd", "slurmctld_down")
+PAGE = ("import sys; from hpctrain.report.gather import gather; from hpctrain.report.page import page;"
+        "print(page(gather(sys.argv[1]), '', None))")  # fmt: skip
 
 
 class Cluster:
@@ -386,17 +392,21 @@ class Run:
             wrong.append("a file outside changed")
 
     def untold(self, played) -> list[str]:
-        """The faults that were played and that nobody would learn of from the run directory's logs and records."""
-        done = self.hpctrain("triage", str(self.dir), "--json")
-        try:
-            answer = json.loads(done.stdout)
-        except ValueError:
-            return [f"triage exited {done.returncode}: {done.stderr[-300:]}"]
-        said = [incident["failure"] for incident in answer["incidents"]] + answer["remarks"]
+        """The faults that were played and that nobody would learn of from what each verb says."""
+        said = {
+            "status": self.hpctrain("status", str(self.dir)),
+            "triage": self.hpctrain("triage", str(self.dir)),
+            "report": self.cluster.run(sys.executable, "-c", PAGE, str(self.dir), cwd=self.top),
+        }
+        texts = {}
+        for verb, done in said.items():
+            texts[verb] = html.unescape(done.stdout + done.stderr)
+            (self.top / f"{verb}.txt").write_text(texts[verb])
         return [
-            f"triage does not tell of {kind}: {said}"
+            f"{verb} does not tell of {kind}"
             for kind in played
-            if not any(words in line for words in TOLD[kind] for line in [*said, ""])
+            for verb in texts
+            if not (verb == "status" and kind in NOT_BY_STATUS) and not re.search(TOLD[kind], texts[verb])
         ]
 
     def _judge_order(self, events, result):
@@ -430,12 +440,12 @@ class Run:
         return whole
 
 
-def plan_faults(seed: int, num: int) -> list[list[str]]:
+def plan_faults(seed: int, num: int, of: tuple[str, ...] = KINDS) -> list[list[str]]:
     """`num` faults in groups of one to three, each kind as often as any other; one group is one chain."""
     chance = random.Random(seed)
     kinds: list[str] = []
     while len(kinds) < num:
-        kinds += chance.sample(KINDS, len(KINDS))
+        kinds += chance.sample(of, len(of))
     kinds = kinds[:num]
     groups = []
     while kinds:
@@ -445,7 +455,9 @@ def plan_faults(seed: int, num: int) -> list[list[str]]:
     return groups
 
 
-def campaign(seed: int, num: int, jobs: int, say=print, quick: bool = False) -> list[Result]:
+def campaign(
+    seed: int, num: int, jobs: int, say=print, quick: bool = False, of: tuple[str, ...] = KINDS, keep: bool = False
+) -> list[Result]:
     """Run the faults, `jobs` chains at a time, each on a cluster that the others share; returns a result per chain.
 
     `quick`: no waiting for what takes Slurm long, and the chains whose faults do begin first.
@@ -468,7 +480,7 @@ def campaign(seed: int, num: int, jobs: int, say=print, quick: bool = False) -> 
             nodes.put(node)
         say(f"{number:4d} {result.outcome or 'failed':8} links {result.links} starts {result.starts} lost {result.lost_iterations:2d} "
             f"{result.seconds:5.0f}s {', '.join(kinds)}{'  UNTOLD: ' + '; '.join(result.untold) if result.untold else ''}{'  WRONG: ' + '; '.join(result.wrong) if result.wrong else ''}")  # fmt: skip
-        if not result.wrong:
+        if not (result.wrong or keep):
             shutil.rmtree(folder, ignore_errors=True)
         return result
 
@@ -478,7 +490,7 @@ def campaign(seed: int, num: int, jobs: int, say=print, quick: bool = False) -> 
     pool, ended = ThreadPoolExecutor(jobs), threading.Event()
     threading.Thread(target=cluster.heal, args=(ended,), daemon=True).start()
     try:
-        groups = list(enumerate(plan_faults(seed, num)))
+        groups = list(enumerate(plan_faults(seed, num, of)))
         if quick:
             groups.sort(key=lambda item: sum(SLOW.get(kind, 1) for kind in item[1]), reverse=True)
         results = list(pool.map(one, groups))
@@ -486,7 +498,7 @@ def campaign(seed: int, num: int, jobs: int, say=print, quick: bool = False) -> 
         ended.set()
         pool.shutdown(wait=False, cancel_futures=True)
         cluster.down()
-        if results and not any(result.wrong for result in results):
+        if results and not keep and not any(result.wrong for result in results):
             shutil.rmtree(top, ignore_errors=True)
         else:
             say(f"kept for a look: {top}")
@@ -521,10 +533,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--num", type=int, default=200, help="faults in all")
     parser.add_argument("--jobs", type=int, default=3, help="chains at a time")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="only these faults")
+    parser.add_argument(
+        "--quick", action="store_true", help="a node for each chain, and no waiting for what takes Slurm long"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep every chain's folder for a look")
     parser.add_argument("--table", help="write the table into this file, between its markers")
     args = parser.parse_args()
     try:
-        results = campaign(args.seed, args.num, args.jobs, say=lambda text: print(text, flush=True))
+        results = campaign(args.seed, args.num, args.jobs, lambda text: print(text, flush=True), args.quick,
+                           tuple(args.kinds.split(",")), args.keep)  # fmt: skip
     except KeyboardInterrupt:
         print("interrupted; the sandbox has ended", flush=True)
         os._exit(130)  # chains that still watch a Slurm that is gone
