@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain import estimate
-from hpctrain.runs import LOG_JOB, RunRecords, parse_time, read_run
+from hpctrain.runs import LOG_JOB, RunRecords, by_hand, distinct, parse_time, read_run
 from hpctrain.slurmstate import Answer, JobState, query
 from hpctrain.triage.failures import FAILURES
-from hpctrain.triage.records import utc
+from hpctrain.triage.records import Event, utc
 
 NOT_SUBMITTED, PENDING, RUNNING, DONE, STOPPED, GAVE_UP, FAILED, ENDED, UNKNOWN = (
     "not submitted", "pending", "running", "done", "stopped", "gave up", "failed", "ended", "unknown",
@@ -175,6 +175,9 @@ def _links(run: RunRecords, answer: Answer, now_s: float, tails: Mapping[str, Ma
     for index, link in enumerate(out):
         if link.iteration_to is None and index + 1 < len(out) and out[index + 1].iteration_from is not None:
             out[index] = replace(link, iteration_to=out[index + 1].iteration_from)
+        if jobs[link.job_id].get("cancelled") and not jobs[link.job_id].get("records"):
+            by = next((other for other in reversed(out[:index]) if other.mode in _NOT_NEEDED), None)
+            out[index] = replace(link, reason=f"not needed: link {by.link} {_NOT_NEEDED[by.mode or '']}" if by else "")
         tail = tails.get(link.job_id, {})
         if link.state == "began, no end recorded" and tail.get("end"):
             out[index] = replace(
@@ -183,6 +186,9 @@ def _links(run: RunRecords, answer: Answer, now_s: float, tails: Mapping[str, Ma
         if link.active and tail.get("iteration") is not None:
             out[index] = replace(out[index], iteration_to=tail["iteration"])
     return out
+
+
+_NOT_NEEDED = {"done": "found nothing left to do", "stopped": "stopped, as asked", "gave_up": "gave up"}
 
 
 def _link(job_id: str, entry: Mapping[str, Any], job: JobState | None, now_s: float) -> LinkStatus:
@@ -200,7 +206,7 @@ def _link(job_id: str, entry: Mapping[str, Any], job: JobState | None, now_s: fl
     num_nodes, reason, expected = len(nodes) or None, str((ended or last).get("reason") or ""), None
     # What the guard found before it let the link train: how a damaged checkpoint becomes known.
     found = "; ".join(
-        dict.fromkeys(note for record in begins if trained for note in str(record.get("reason") or "").split("; ")[1:])
+        distinct(note for record in begins if trained for note in str(record.get("reason") or "").split("; ")[1:])
     )
     active = pending = False
     if job is not None:
@@ -237,6 +243,8 @@ def _link(job_id: str, entry: Mapping[str, Any], job: JobState | None, now_s: fl
 
 def _plain_reason(reason: str, code: int | None) -> str:
     """Without what the state or the decision says already."""
+    if reason == "NonZeroExitCode":
+        return "" if code is None else f"exit code {code}"
     return "" if reason in ("None", f"exit code {code}") else reason
 
 
@@ -330,34 +338,46 @@ def _newest_checkpoint(run: RunRecords, unseen: list[str]) -> tuple[str | None, 
 
 def _with_causes(run: RunRecords, links: Sequence[LinkStatus]) -> list[LinkStatus]:
     """Failed links with what the end of their logs says was the cause, in a few words; only the last so many are read."""
+    from hpctrain.triage.cause import causes_of
     from hpctrain.triage.engine import Engine
-    from hpctrain.triage.judge import find_cause
     from hpctrain.triage.rules import Circumstances
 
     logs = {match[1]: path for path in run.logs if (match := LOG_JOB.search(path))}
-    failed = [link for link in links if link.exit_code not in (0, None) or link.state in _FAILED_STATES]
-    wanted = {link.job_id for link in failed if not (link.active or link.pending) and link.job_id in logs}
+    failed = {link.job_id for link in links if link.exit_code not in (0, None) or link.state in _FAILED_STATES}
+    wanted = {link.job_id for link in links if link.job_id in failed or link.restarts} & set(logs)
     wanted = set(sorted(wanted, key=lambda job_id: tuple(map(int, job_id.split("_"))))[-_MOST_CAUSES:])
     out = []
     for link in links:
         if link.job_id in wanted:
             engine = Engine(tasks_per_node=run.tasks_per_node)
             _read_tail(engine, logs[link.job_id], _CAUSE_TAIL)
+            attempts = engine.attempts
             # Whether a job without an end on record still runs, only Slurm knows.
-            around = Circumstances(running=None if link.state == _FAILED_STATES[-1] else False)
-            cause = find_cause(engine.attempts[-1], around) if engine.attempts else None
-            if cause is not None and cause.failure != "unknown":
-                where = (
-                    f" on {cause.node}" if cause.node else f" on rank {cause.rank}" if cause.rank is not None else ""
-                )
-                told = (
-                    link.reason[len("by its log") :].lstrip("; ")
-                    if link.reason.startswith("by its log")
-                    else link.reason
-                )
-                link = replace(link, reason="; ".join(filter(None, [FAILURES[cause.failure].title + where, told])))
+            unknown = link.active or link.pending or link.state == _FAILED_STATES[-1]
+            around = Circumstances(running=None if unknown else False)
+            causes = causes_of(attempts, around, attempts[-1]) if attempts else {}
+            told = [
+                f"before restart {later.restart}: {words}"
+                for attempt, later in zip(attempts, attempts[1:])
+                if (words := _in_words(causes[id(attempt)]))
+            ]
+            if attempts and link.job_id in failed and not unknown or link.state == _FAILED_STATES[-1]:
+                last = _in_words(causes[id(attempts[-1])]) if attempts else ""
+                told = [last, *told]
+            why = link.reason
+            if any(told) and why.startswith("by its log"):
+                why = why[len("by its log") :].lstrip("; ")
+            link = replace(link, reason="; ".join(filter(None, [*told, why])))
         out.append(link)
     return out
+
+
+def _in_words(cause: Event | None) -> str:
+    """What failed and where, for a table; empty where nothing is known."""
+    if cause is None or cause.failure == "unknown":
+        return ""
+    where = f" on {cause.node}" if cause.node else f" on rank {cause.rank}" if cause.rank is not None else ""
+    return FAILURES[cause.failure].title + where
 
 
 def _read_tail(engine: Any, path: str, num_bytes: int) -> None:
@@ -394,10 +414,11 @@ def _tail_of_log(path: str) -> dict[str, Any]:
 
 def _end_of(attempt: Any) -> str | None:
     """How a log's last attempt ended, where it tells: Slurm's word for the reason, or the exit code."""
-    from hpctrain.triage.judge import find_cause
+    from hpctrain.triage.cause import find_cause
     from hpctrain.triage.rules import Circumstances
 
-    words = {"time_limit": "TIMEOUT", "node": "NODE_FAIL", "cancelled": "CANCELLED", "preemption": "PREEMPTED"}
+    words = {"time_limit": "TIMEOUT", "node": "NODE_FAIL", "cancelled": "CANCELLED", "preemption": "PREEMPTED",
+             "script_killed": "FAILED"}  # fmt: skip
     cause = find_cause(attempt, Circumstances())
     if cause is not None and FAILURES[cause.failure].external or cause is not None and cause.failure == "node":
         return words[cause.failure]
@@ -417,6 +438,10 @@ def _notes(run: RunRecords, links: Sequence[LinkStatus]) -> list[str]:
         out.append(
             f"link {listed} was being submitted when that was cut off; `hpctrain chain` finds out whether it is queued"
         )
+    out += [
+        f"job {job_id} is none that `hpctrain chain` queued: job.sbatch was submitted by hand"
+        for job_id in by_hand(run)
+    ]
     out += [_preflight_note(record) for record in run.links if record.get("event") == "preflight" and record.get("bad")]
     if any(link.reason == "DependencyNeverSatisfied" for link in links):
         out.append("a link waits for a dependency that can never be fulfilled: cancel it")

@@ -66,6 +66,28 @@ class RunRecords:
         return sorted(found, key=lambda job_id: tuple(map(int, job_id.split("_"))))
 
 
+def by_hand(run: RunRecords) -> list[str]:
+    """The jobs that ran this run's script though nothing of ours queued them, where a ledger says what was queued."""
+    queued = {str(record.get("job_id")) for record in run.ledger if record.get("event") == "submitted"}
+    ran = dict.fromkeys(str(record.get("job_id")) for record in run.links if record.get("event") == "begin")
+    ran.update(dict.fromkeys(found[1] for path in run.logs if (found := LOG_JOB.search(path))))
+    return [job_id for job_id in ran if job_id not in queued] if queued else []
+
+
+def distinct(notes: Iterable[str]) -> list[str]:
+    """The guard's notes without those that only repeat of a checkpoint what the note about `latest` says of it."""
+    said = list(dict.fromkeys(note for note in notes if note))
+    return [
+        note
+        for note in said
+        if not any(
+            note.replace(" is not", ", which is not", 1).split("; it is now")[0] in other
+            for other in said
+            if other != note
+        )
+    ]
+
+
 def is_run_dir(path: str) -> bool:
     return any(os.path.isfile(os.path.join(path, mark)) for mark in MARKS)
 

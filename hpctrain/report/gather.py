@@ -14,7 +14,7 @@ from typing import Any
 from hpctrain import cost, estimate
 from hpctrain.observe import RunStatus, status_of
 from hpctrain.runs import RunRecords, read_run
-from hpctrain.slurmstate import Answer, query
+from hpctrain.slurmstate import Answer
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.judge import Diagnosis, in_order
 from hpctrain.triage.records import Place, Step, median
@@ -99,8 +99,10 @@ def gather(run_dir: str, ask_slurm: bool = True, now_s: float | None = None) -> 
     """Read a run directory, however much of it there is. Raises EnvironmentFault when it is not there or a log cannot be read."""
     now_s = time.time() if now_s is None else now_s
     run = read_run(run_dir)
-    answer = query(run.job_ids()) if ask_slurm else Answer({}, {}, ("Slurm was not asked",))
-    subject = Subject(list(run.logs), Thresholds(), run, answer)
+    subject = Subject(list(run.logs), Thresholds(), run, Answer({}, {}, ("Slurm was not asked",)))
+    if ask_slurm:
+        subject.ask_slurm()
+    answer = subject.slurm
     points = Points()
     subject.engine.on_step = points.add
     diagnosis = subject.diagnose()

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from hpctrain import __version__
 from hpctrain.report.gather import Report
+from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.records import utc
 from hpctrain.triage.rules import GREEN, RED
 from hpctrain.units import format_duration
@@ -141,7 +142,7 @@ def _attempts(report: Report) -> str:
     rows = []
     for row in report.rows:
         span = f"{row.first_iteration}–{row.last_iteration}" if row.first_iteration is not None else ""
-        ended = ", ".join(filter(None, [row.state, row.cause, row.node]))
+        ended = ", ".join(filter(None, [row.state, FAILURES[row.cause].title if row.cause else "", row.node]))
         billed = f"{row.bill.billed:,.2f}" if row.bill and row.bill.billed is not None else ""
         rows.append((
             "" if row.link is None else str(row.link), row.job_id + (f" restart {row.restart}" if row.restart else ""), row.mode or "", ended,
@@ -167,7 +168,7 @@ def _incidents(report: Report) -> list[str]:
         return []
     rows = [
         (
-            "" if i.attempt.link is None else str(i.attempt.link), i.attempt.job_id or "", i.event.failure, i.event.node or "",
+            "" if i.attempt.link is None else str(i.attempt.link), i.attempt.job_id or "", FAILURES[i.event.failure].title, i.event.node or "",
             "" if i.event.rank is None else str(i.event.rank), "a later start went on" if i.recovered else "not yet", i.event.text,
         )
         for i in report.diagnosis.incidents

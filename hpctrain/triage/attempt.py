@@ -71,6 +71,7 @@ class Attempt:
     guard_notes: list[str] = field(default_factory=list)  # what the guard found and mended before the step
     locked_out: bool = False  # ended at once, because another job works on the same checkpoints
     slurm_state: str | None = None  # how Slurm says that this start ended
+    slurm_signal: int | None = None  # and by which signal its job script was ended
 
     _early_full: bool = False
     early: list[tuple[int, float]] = field(default_factory=list)  # (steps since the first, loss)

@@ -41,12 +41,17 @@ _RANK = re.compile(
     rb"\[(?:rank|default)\s?(\d+)\]|\[Rank (\d+)\]|\brank[ =:](\d+)\b|\btask (\d+)(?::|\b)|^\s*(\d+): ", re.IGNORECASE
 )  # fmt: skip
 _NODE = re.compile(
-    rb"hpctrain: preflight: (\S+) is bad: |srun: error: ([A-Za-z][\w.-]*\d[\w.-]*): |\bON ([A-Za-z][\w.-]*) CANCELLED|[Nn]ode failure on ([\w.-]+)"
+    rb"hpctrain: preflight: (\S+) is bad: |srun: error: ([A-Za-z][\w.-]*\d[\w.-]*): |\bON ([A-Za-z][\w.-]*) (?:CANCELLED|FAILED)|failed on node ([A-Za-z][\w.-]*)|\[([a-z][a-z-]*\d[\w.-]*)\] - Abort|[Nn]ode failure on ([\w.-]+)"
     rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] (?:\S+ )?NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN"
     rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?:slurmstepd-)?(?!rank|task|epoch|step|worker|default|slurmstepd|srun)([a-z][a-z-]*\d[\w.-]*): "
 )
 _ELASTIC_RANK = re.compile(rb"rank +: (\d+)")
 _ELASTIC_HOST = re.compile(rb"host +: ([\w.-]+)")
+# Ray tells where a call or an actor was on a line of its own, before or after the one that tells what failed.
+_RAY_CALL = re.compile(
+    rb"ray::\S+\(\) \(pid=\d+, ip=(\d+\.\d+\.\d+\.\d+)|^\s+ip: \[?(\d+\.\d+\.\d+\.\d+)", re.MULTILINE
+)
+_RAY_ACTOR = re.compile(rb"^\s+ip: \[?(\d+\.\d+\.\d+\.\d+)", re.MULTILINE)
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 _TEXT = 400
 _LONGEST = 4096  # bytes of a step line that may become a template
@@ -221,6 +226,8 @@ class LogReader:
             # torch elastic's report of the first failure names rank and host on the lines above.
             above = hit.context[max(hit.position - 300, 0) : hit.position]
             rank, node = _last_number(_ELASTIC_RANK, above), _last_name(_ELASTIC_HOST, above)
+        if node is None and rank is None:
+            node = _ray_node(hit)
         if node is None and rank is not None and attempt.nodes and self.engine.tasks_per_node:
             index = rank // self.engine.tasks_per_node
             node = attempt.nodes[index] if index < len(attempt.nodes) else None
@@ -285,6 +292,15 @@ def clean(line: bytes) -> str:
     text = _ESCAPES.sub(b"", line[: 4 * _TEXT]).decode("utf-8", "replace").strip()
     text = "".join(char if char.isprintable() else " " for char in text)
     return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
+
+
+def _ray_node(hit: Hit) -> str | None:
+    """The address of the node that Ray names beside a failure; None in a log that is not Ray's."""
+    if b"actor died unexpectedly" in hit.line:
+        after = _RAY_ACTOR.search(hit.context, hit.position, hit.position + 800)
+        return after[1].decode() if after else None
+    before = last_match(_RAY_CALL, hit.context, max(hit.position - 2000, 0), hit.position)
+    return (before[1] or before[2]).decode() if before else None
 
 
 def _rank_and_node(line: bytes) -> tuple[int | None, str | None]:

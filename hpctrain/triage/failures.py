@@ -54,6 +54,7 @@ FAILURES = {
         Failure("time_limit", "time limit", CONTINUE, "the next link goes on from the newest complete checkpoint; save more often than once a link", external=True),
         Failure("preemption", "preempted or requeued", CONTINUE, "Slurm puts it back into the queue; it then resumes", external=True),
         Failure("cancelled", "cancelled by a person", CONTINUE, "resubmit when wanted: the job finds the newest complete checkpoint", external=True),
+        Failure("script_killed", "the job script itself was killed", RETRY, "someone or something on its first node killed the job script, not the program: a person, the kernel's out-of-memory killer, or a clean-up of that node; `sacct -j JOB -o State,ExitCode,MaxRSS`; the next link goes on from the newest complete checkpoint", external=True),
         Failure("gave_up", "the chain gave up", STOP, "links ended without a newer checkpoint: find out why before submitting again"),
         Failure("refused", "the job script refused to start", LOOK, "the line says why; nothing was trained and nothing was changed"),
         Failure("cut_off", "ended from outside without a word", RETRY, "its node, Slurm or a `kill -9` ended the job script: `sacct -j JOB -o State,ExitCode,NodeList` may tell which; the next start goes on from the newest complete checkpoint"),
@@ -74,7 +75,7 @@ def _rx(text: bytes) -> re.Pattern[bytes]:
 _RAISED = _rx(
     rb"^[^A-Za-z]{0,40}(?:\[?(?:rank|default)\s?\d+\]?:?\s*|\([^)]*\)\s*|[\w.-]+:\s?(?=\[?rank)|\d+:\s*){0,3}(?:[a-zA-Z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)(?::|\s*$)"
 )
-_QUOTED = _rx(rb"^\s*(?:raise |except |#|\"|'|>>> )|During handling of|\braise \w[\w.]*\(")
+_QUOTED = _rx(rb"^\s*(?:raise |except |#|\"(?!hipError)|'|>>> )|During handling of|\braise \w[\w.]*\(")
 
 _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("gpu_oom", b"CUDA out of memory", None),
@@ -126,10 +127,12 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("gpu_fault", b"No CUDA GPUs are available", None),
     ("gpu_fault", b"No HIP GPUs are available", None),
     ("gpu_fault", b"all CUDA-capable devices are busy", None),
-    ("gpu_fault", b"device-side assert triggered", None),
+    ("gpu_fault", b"is/are busy or unavailable", None),
     ("gpu_fault", b"GPU Hang", rb"HW Exception|GPU Hang"),
     ("gpu_fault", b"system not yet initialized", rb"802|CUDA"),
-    ("filesystem", b"Input/output error", None),
+    # libfabric says `Input/output error` of a message that was lost.
+    ("filesystem", b"Input/output error", rb"^(?!.*(?:OFI poll|MPIDI_|PTLTE))"),
+    ("filesystem", b"while accessing SQLite database", None),  # MIOpen's cache, where locks do not work
     ("filesystem", b"Stale file handle", None),
     ("filesystem", b"[Errno 5]", None),
     ("filesystem", b"[Errno 116]", None),
@@ -143,6 +146,9 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("node", b"Communication connection failure", None),
     ("node", b"Job/step already completing", rb"[Nn]ode fail"),
     ("node", b"Socket timed out on send/recv operation", rb"srun|slurm"),
+    ("node", b"Job credential expired", None),  # the node's clock is off
+    ("node", b"Invalid job credential", rb"srun|slurm"),
+    ("node", b"because its node has died", None),
     ("node", b"is DOWN", rb"[Nn]ode \S+ is DOWN|Nodes? .*required.*DOWN"),
     ("environment", b"ModuleNotFoundError", None),
     ("environment", b"ImportError: ", None),
@@ -153,6 +159,7 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("environment", b"not compiled with CUDA", None),
     ("environment", b"no kernel image is available", None),
     ("environment", b"error: invalid device function", None),  # built for another GPU architecture
+    ("environment", b"hipErrorNoBinaryForGpu", None),
     ("environment", b"driver on your system is too old", None),
     ("environment", b"forward compatibility was attempted", None),
     ("environment", b"GLIBC_2.", rb"not found"),
@@ -161,6 +168,7 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("environment", b"Invalid handle. Cannot load symbol", None),
     ("gave_up", b": gives up (", rb"hpctrain: link \d+: gives up"),
     ("config", b"train_batch_size is not equal to", None),
+    ("config", b"has to be greater than 0", rb"AssertionError"),
     ("config", b"got an unexpected keyword argument", None),
     ("config", b"unrecognized arguments", None),
     ("config", b"the following arguments are required", None),
@@ -220,6 +228,8 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("preemption", b"DUE TO PREEMPTION", None),
     ("preemption", b"DUE TO JOB REQUEUE", None),
     ("preemption", b"DUE to SIGNAL", rb"preempt"),
+    # slurmstepd says this of a step that still runs when its job script has ended (slurmctld's SIG_FAILURE).
+    ("script_killed", b"(non-zero exit code or other failure mode)", rb"STEP \S+ ON \S+ FAILED"),
     # A cancelled STEP is what --kill-on-bad-exit leaves; only a cancelled JOB was someone's wish.
     ("cancelled", b" CANCELLED AT ", rb"JOB \S+ ON \S+ CANCELLED AT \S+(?! DUE TO)(?:\s*\*|\s*$|\s+by)"),
     ("communication", b"hpctrain: error: ray: ", rb"left (?:while|before)|is gone|does not answer|called within|joined|Ray on \S+(?: first node)? "),
@@ -251,6 +261,8 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("communication", b"Failed to recv, got 0 bytes", None),
     ("communication", b"heartbeat monitor", rb"got stuck|timed out|did not"),
     ("communication", b"OFI poll failed", None),
+    ("communication", b"MPICH ERROR [", None),
+    ("communication", b"Socket Timeout", rb"Error: Socket Timeout"),
     ("communication", b"PtlGetEventQueue", None),
     ("communication", b"MPIDI_", rb"[Ff]atal|[Ee]rror"),
     ("communication", b"gloo/transport", rb"rror|[Ff]ailed|[Tt]imed"),
@@ -260,10 +272,12 @@ _PATTERNS: tuple[tuple[str, bytes, bytes | None], ...] = (
     ("crash", b"exitcode  : -", rb"exitcode  : -(?:4|6|7|8|11)\b"),
     ("crash", b"(exitcode: -", rb"failed \(exitcode: -(?:4|6|7|8|11)\)"),
     ("killed", b"(exitcode: -9)", None),
+    ("cut_off", b"SignalException: ", rb"Process \d+ got signal: 1\s*$"),  # SIGHUP: its terminal was closed
     ("wrapper", b"exitcode  : ", rb"exitcode  : [1-9]"),
     ("killed", b"SIGKILL", rb"[Ss]ignal 9 \(SIGKILL\)|killed by SIGKILL|with signal SIGKILL"),
     ("killed", b"died with <Signals.SIGKILL: 9>", None),
     ("killed", b"actor died unexpectedly", None),
+    ("wrapper", b"SignalException: ", rb"Process \d+ got signal: (?!1\s*$)\d+"),  # torchrun was told to end: by whom, others say
     ("wrapper", b"ChildFailedError", None),
     ("wrapper", b"CalledProcessError", None),
     ("wrapper", b"Exited with exit code", rb"srun: error"),

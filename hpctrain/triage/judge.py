@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hpctrain.runs import distinct
 from hpctrain.triage import rules
 from hpctrain.triage.attempt import Attempt
+from hpctrain.triage.cause import causes_of
 from hpctrain.triage.engine import Engine
 from hpctrain.triage.failures import CONTINUE, EXCLUDE, FAILURES, LOOK, RETRY, STOP, advise, knobs
-from hpctrain.triage.records import Event, Place, median, utc
+from hpctrain.triage.records import Event, median, utc
 from hpctrain.triage.rules import GREEN, NOT_OBSERVED, RED, Circumstances, Verdict
 from hpctrain.triage.thresholds import Thresholds
 
@@ -78,10 +79,7 @@ def judge(engine: Engine, around: Circumstances | None = None, recipe: str | Non
     last = next((attempt for attempt in reversed(attempts) if not attempt.locked_out), attempts[-1])
     trained = [attempt for attempt in attempts if attempt.num_steps]
     subject = last if last.num_steps or not trained else trained[-1]
-    causes = {
-        id(attempt): find_cause(attempt, around if attempt is last else Circumstances(running=False))
-        for attempt in attempts
-    }
+    causes = causes_of(attempts, around, last)
     cause_event = causes[id(last)]
     verdicts = rules.health(subject, trained[0] if trained else subject)
     verdicts.append(rules.hang(last, around))
@@ -96,6 +94,8 @@ def judge(engine: Engine, around: Circumstances | None = None, recipe: str | Non
     ]
     cause = next((incident for incident in reversed(incidents) if incident.attempt is last), None)
     remarks += _found_by_guard(attempts)
+    remarks += _came_after(incidents)
+    remarks += _left_no_word(attempts)
     framework = recipe or subject.framework
     return _answer(verdicts, cause, incidents, attempts, subject, trained, around, framework, remarks)
 
@@ -111,113 +111,44 @@ def in_order(attempts: list[Attempt]) -> list[Attempt]:
     return [attempt for _, attempt in sorted(enumerate(attempts), key=key)]
 
 
-def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
-    """The earliest line that explains why the attempt ended, None when it did not fail or nothing tells.
-
-    Lines after which training went on explain nothing. What comes after Slurm (or a person) ended the job is a
-    consequence. What other ranks say after one failed (NCCL, launchers, kills) yields to any other reason, since output
-    of different ranks is not in the order of time.
-    """
-    if attempt.reached_end and attempt.exit_code in (0, None):
-        return None
-    everything = sorted((event for kept in attempt.events.values() for event in kept), key=lambda event: event.order)
-    events = [event for event in everything if not attempt.survived(event)]
-    ends = [event for event in events if FAILURES[event.failure].external]
-    if ends:
-        events = [event for event in events if event.order <= ends[0].order]
-    symptoms = [event for event in events if FAILURES[event.failure].symptom]
-    roots = [event for event in events if not FAILURES[event.failure].symptom and not FAILURES[event.failure].external]
-    first_symptom = min((event.order for event in symptoms if event.failure == "communication"), default=None)
-    # An abort after a communication failure is how NCCL's watchdog ends the process.
-    roots = [
-        event for event in roots if not (_ABORT.search(event.text) and first_symptom and first_symptom < event.order)
-    ]
-    named = [event for event in roots if event.failure not in ("program", "crash")]
-    general = [event for event in roots if event.failure in ("program", "crash")]
-    if named and general and general[0].order < named[0].order and not _same_rank(general[0], named[0]):
-        return general[0]  # another rank failed before, by an exception of its own
-    killed = [event for event in symptoms if event.failure == "killed" and "exitcode" in event.text]
-    killed.sort(key=lambda event: event.rank is None)
-    wrapped = sorted((event for event in symptoms if event.failure == "wrapper"), key=lambda event: event.rank is None)
-    others = [event for event in symptoms if event.failure != "wrapper"]
-    if others and wrapped and wrapped[0].rank is not None and _LEFT_ALONE.search(others[0].text):
-        others = []  # a rank that was left alone says so; torch names the one that left first
-    if ends and ends[0].failure == "time_limit" and not (named or general or killed or others):
-        if rules.hang(attempt, around).verdict == RED:
-            return _silent_end(attempt, around)  # the limit only ended what had stopped long before
-    # Ranks without collectives write on after one of them died, and on a slow node even after srun said so: when the
-    # attempt failed and a launcher named a failed task, the last error that seemed survived was not.
-    launcher_saw = wrapped or (attempt.exit_code and any(event.failure == "wrapper" for event in everything))
-    doubtful = [event for event in everything if _tells(event)][-1:] if launcher_saw and attempt.exit_code != 0 else []
-    for chosen in (named, general, killed, others, ends, doubtful, wrapped):
-        if chosen:
-            return _attributed(chosen[0], attempt)
-    return _silent_end(attempt, around)
-
-
-def _tells(event: Event) -> bool:
-    """Whether the event names a reason by itself."""
-    failure = FAILURES[event.failure]
-    return not failure.symptom and not failure.external
-
-
-def _attributed(event: Event, attempt: Attempt) -> Event:
-    """With the rank and node that the job script saw fail first, where the line itself names none."""
-    if event.rank is None and event.node is None and attempt.first_failed and not FAILURES[event.failure].external:
-        return dataclasses.replace(event, rank=attempt.first_failed[0], node=attempt.first_failed[1])
-    return event
-
-
-_LEFT_ALONE = re.compile(r"(?:closed|reset) by (?:peer|remote)|remote process exited")
-_ABORT = re.compile(r"terminate called|[Aa]borted|exitcode  : -6\b")
-
-
-def _same_rank(one: Event, other: Event) -> bool:
-    return one.rank == other.rank or one.rank is None or other.rank is None
-
-
-def _silent_end(attempt: Attempt, around: Circumstances) -> Event | None:
-    """What the figures tell when no line does: NaN, a hang, or an exit code."""
-    place = attempt.last_place or Place(attempt.file, attempt.first_line)
-    stuck = rules.hang(attempt, around)
-    if stuck.verdict == RED:
-        return Event("hang", place, stuck.detail, steps_before=attempt.num_steps)
-    told = _BY_SLURM.get(attempt.slurm_state or "")
-    if told and attempt.exit_code != 0:
-        node = attempt.nodes[0] if told == "node" and len(attempt.nodes) == 1 else None
-        return Event(told, place, f"Slurm says {attempt.slurm_state}", node=node, steps_before=attempt.num_steps)
-    if attempt.exit_code == 93:
-        return Event("gave_up", place, "exit code 93", steps_before=attempt.num_steps)
-    if attempt.exit_code not in (0, None):
-        bad = attempt.loss.first_bad or attempt.grad_bad.first_bad
-        name, where = ("nonfinite", bad[0]) if bad else ("unknown", place)
-        return Event(name, where, f"exit code {attempt.exit_code}", steps_before=attempt.num_steps)
-    if around.running is False and attempt.exit_code is None and attempt.mode and attempt.job_id:
-        node = attempt.nodes[0] if len(attempt.nodes) == 1 else None
-        return Event(
-            "cut_off",
-            place,
-            "the log ends here, without the job script's last line",
-            node=node,
-            steps_before=attempt.num_steps,
-        )
-    return None
-
-
-# What Slurm's word for the end of a job means where the log tells nothing.
-_BY_SLURM = {
-    "NODE_FAIL": "node", "BOOT_FAIL": "node", "TIMEOUT": "time_limit", "DEADLINE": "time_limit", "PREEMPTED": "preemption",
-    "REQUEUED": "preemption", "OUT_OF_MEMORY": "host_oom", "CANCELLED": "cancelled",
-}  # fmt: skip
-
-
 def _found_by_guard(attempts: list[Attempt]) -> list[str]:
     """What the guard found in the checkpoint folder and mended, start by start: how a damaged checkpoint becomes known."""
     return [
-        f"before {_start_name(attempt)}: {'; '.join(attempt.guard_notes)}"
+        f"before {_start_name(attempt)}: {'; '.join(distinct(attempt.guard_notes))}"
         for attempt in attempts[-_MOST_INCIDENTS:]
         if attempt.guard_notes
     ]
+
+
+def _came_after(incidents: list[Incident]) -> list[str]:
+    """Who ended a start that had failed already: of two faults in one start only the first is its cause."""
+    out = []
+    for incident in incidents[-_MOST_INCIDENTS:]:
+        later = [
+            event
+            for name, kept in incident.attempt.events.items()
+            if FAILURES[name].external and name != incident.event.failure
+            for event in kept
+            if event.order > incident.event.order and "hpctrain: " not in event.text
+        ]
+        if later and not FAILURES[incident.event.failure].external:
+            first = min(later, key=lambda event: event.order)
+            title = FAILURES[first.failure].title
+            out.append(
+                f"{_start_name(incident.attempt)}, after its failure ({incident.event.failure}): {title} at {first.place}"
+            )
+    return out
+
+
+def _left_no_word(attempts: list[Attempt]) -> list[str]:
+    """Starts of a job that its log knows only by the numbers of the starts after them."""
+    out = []
+    for before, attempt in zip(attempts, attempts[1:]):
+        missing = range(before.restart + 1, attempt.restart) if attempt.job_id == before.job_id else range(0)
+        if missing:
+            which = f"restart {missing[0]}" if len(missing) == 1 else f"restarts {missing[0]} to {missing[-1]}"
+            out.append(f"job {attempt.job_id}: {which} left no word in the log: Slurm ended it before its first line")
+    return out[-_MOST_INCIDENTS:]
 
 
 def _start_name(attempt: Attempt) -> str:
@@ -342,4 +273,4 @@ def _nothing() -> list[Verdict]:
     ]
 
 
-__all__ = ["CONTINUE", "Circumstances", "Diagnosis", "Incident", "find_cause", "in_order", "judge"]
+__all__ = ["CONTINUE", "Circumstances", "Diagnosis", "Incident", "in_order", "judge"]

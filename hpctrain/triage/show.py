@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hpctrain import output
+from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.judge import Diagnosis
 from hpctrain.triage.rules import GREEN, RED
 from hpctrain.triage.target import Subject
@@ -61,7 +62,8 @@ def show(subject: Subject, diagnosis: Diagnosis) -> None:
         if incident is not cause:
             event = incident.event
             fate = "a later attempt went on" if incident.recovered else "no later attempt trained"
-            output.info(f"earlier: {event.failure} at {event.place} ({fate}): {event.text}")
+            title = FAILURES[event.failure].title
+            output.info(f"earlier: {title} at {event.place} ({fate}): {event.text}")
     for remark in diagnosis.remarks:
         output.info(f"note: {remark}")
     for what in subject.unseen:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hpctrain.errors import EnvironmentFault, UsageError
-from hpctrain.runs import RunRecords, find_one, list_logs, read_run
+from hpctrain.runs import RunRecords, by_hand, find_one, list_logs, parse_time, read_run
 from hpctrain.slurmstate import Answer, query
+from hpctrain.triage import slurmevents
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.engine import Engine
 from hpctrain.triage.judge import Diagnosis, in_order, judge
 from hpctrain.triage.read import Follower, follow, read_logs
 from hpctrain.triage.rules import RED, Circumstances
 from hpctrain.triage.thresholds import Thresholds
+from hpctrain.units import expand_nodes
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Subject:
     slurm: Answer = field(default_factory=lambda: Answer({}, {}))
     engine: Engine = field(init=False)
     unreadable: list[str] = field(default_factory=list)
+    happenings: list[slurmevents.Happening] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.engine = Engine(self.thresholds, self.run.tasks_per_node if self.run else None)
@@ -45,12 +49,63 @@ class Subject:
     def judge(self) -> Diagnosis:
         """Judge what was read so far, with what is known now."""
         attempts = in_order(self.engine.attempts)
+        newest = {attempt.job_id: attempt.restart for attempt in attempts}
         for attempt in attempts:
-            self._complete(attempt)
+            self._complete(attempt, attempt.restart == newest[attempt.job_id])
         around = self._circumstances(attempts[-1]) if attempts else Circumstances(running=self._anything_runs())
-        return judge(self.engine, around, self.run.recipe if self.run else None)
+        diagnosis = judge(self.engine, around, self.run.recipe if self.run else None)
+        return dataclasses.replace(diagnosis, remarks=(*diagnosis.remarks, *self._beside_the_logs(attempts)))
 
-    def _complete(self, attempt: Attempt) -> None:
+    def ask_slurm(self) -> None:
+        """Ask squeue, sacct and scontrol of the run's jobs and nodes, each once."""
+        assert self.run is not None
+        self.slurm = query(self.run.job_ids())
+        starts = self._starts()
+        nodes = dict.fromkeys(node for start in starts for node in start.nodes)
+        if starts:
+            self.happenings, unseen = slurmevents.ask(list(nodes))
+            self.slurm = dataclasses.replace(self.slurm, unseen=(*self.slurm.unseen, *unseen))
+
+    def _starts(self) -> list[slurmevents.Start]:
+        """When and where each start of the run's jobs ran, by links.jsonl; its end also by Slurm or by the next start."""
+        assert self.run is not None
+        out: list[slurmevents.Start] = []
+        jobs: list[str] = []
+        for record in self.run.links:
+            time_s, job_id = parse_time(record.get("time")), str(record.get("job_id") or "")
+            if time_s is None or record.get("event") not in ("begin", "end"):
+                continue
+            if out and out[-1].end_s is None:
+                out[-1] = dataclasses.replace(out[-1], end_s=time_s)
+            if record["event"] == "begin" and record.get("mode") in ("scratch", "finetune", "resume"):
+                name = f"link {record.get('link')} (job {job_id})"
+                out.append(slurmevents.Start(name, time_s, None, tuple(_nodes_of(record.get("nodes")))))
+                jobs.append(job_id)
+        if out and out[-1].end_s is None:
+            state = self.slurm.jobs.get(jobs[-1])
+            if state is not None and not state.running:
+                out[-1] = dataclasses.replace(out[-1], end_s=state.end_s or out[-1].start_s)
+        return out
+
+    def _beside_the_logs(self, attempts: Sequence[Attempt]) -> list[str]:
+        """What Slurm and the records tell and no log does."""
+        if self.run is None:
+            return []
+        out = [
+            f"job {job_id} is none that `hpctrain chain` queued: job.sbatch was submitted by hand"
+            for job_id in by_hand(self.run)
+        ]
+        told = {attempt.job_id for attempt in attempts}
+        cancelled = {str(record.get("job_id")) for record in self.run.ledger if record.get("event") == "cancelled"}
+        for job_id, state in self.slurm.jobs.items():
+            silent = job_id not in told and job_id not in cancelled and not (state.running or state.pending)
+            if silent and state.state != "COMPLETED":
+                out.append(f"job {job_id} ended without a log; Slurm says {state.state}")
+        if self.happenings:
+            out += slurmevents.remarks(self.happenings, self._starts(), time.time())
+        return out
+
+    def _complete(self, attempt: Attempt, newest: bool) -> None:
         """Give an attempt what its log does not say: link, mode and exit code from links.jsonl, nodes and exit from Slurm."""
         for record in self.run.links if self.run else ():
             if str(record.get("job_id")) != attempt.job_id or (record.get("restart") or 0) != attempt.restart:
@@ -66,11 +121,19 @@ class Subject:
         state = self.slurm.jobs.get(job_id)
         if state and not attempt.nodes:
             attempt.nodes = list(state.nodes)
-        starts = [*self.slurm.earlier.get(job_id, ()), *([state] if state else ())]
-        # Without sacct only the newest start of a requeued job is known, and it may be a later one.
-        if attempt.restart < len(starts) and (self.slurm.earlier.get(job_id) is not None or attempt.restart == 0):
-            told = starts[attempt.restart]
+        earlier = self.slurm.earlier.get(job_id)
+        starts = [*(earlier or ()), *([state] if state else ())]
+        # Without sacct only the newest start of a requeued job is known.
+        told = (
+            (state if newest else None)
+            if not earlier
+            else starts[attempt.restart]
+            if attempt.restart < len(starts)
+            else None
+        )
+        if told is not None:
             attempt.slurm_state = None if told.running or told.pending else told.state
+            attempt.slurm_signal = told.signal if attempt.slurm_state else None
 
     def _anything_runs(self) -> bool | None:
         if not self.slurm.jobs:
@@ -89,6 +152,13 @@ class Subject:
         return Circumstances(running=False, ended_s=state.end_s if _same_clock(last, state.end_s) else None)
 
 
+def _nodes_of(text: object) -> list[str]:
+    try:
+        return expand_nodes(text) if isinstance(text, str) and text else []
+    except ValueError:
+        return []
+
+
 def _same_clock(attempt: Attempt, end_s: float | None) -> bool:
     """Whether the log's times can be set against Slurm's, which are UTC; logs may be in local time, which only shows at hours' distance."""
     if end_s is None or attempt.last_step_time_s is None:
@@ -105,7 +175,9 @@ def open_target(target: Sequence[str], thresholds: Thresholds | None = None) -> 
         missing = [path for path in target if not os.path.isfile(path)]
         raise UsageError(f"`{missing[0]}` is not a log file", hint="name one run, or log files only")
     run = read_run(find_one(target[0] if target else None))
-    return Subject(list(run.logs), thresholds, run, query(run.job_ids()))
+    subject = Subject(list(run.logs), thresholds, run)
+    subject.ask_slurm()
+    return subject
 
 
 def _run_of_logs(paths: Sequence[str]) -> RunRecords | None:
@@ -134,7 +206,7 @@ def watch(subject: Subject, say: Callable[[str], None], every_s: float = 5.0) ->
     for _ in follow(follower, every_s):
         if run and time.monotonic() - asked > 30:
             subject.run = read_run(run.run_dir)
-            subject.slurm = query(subject.run.job_ids())
+            subject.ask_slurm()
             asked = time.monotonic()
         diagnosis = subject.judge()
         words = f"{diagnosis.verdict}: {diagnosis.summary}"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import sys
 from typing import TYPE_CHECKING
 
 import checkpoints
-from fault_kinds import TOLD
+from fault_kinds import NOT_BY_STATUS, TOLD
 
 if TYPE_CHECKING:
     from fault_run import Result, Run
+
+PAGE = ("import sys; from hpctrain.report.gather import gather; from hpctrain.report.page import page;"
+        "print(page(gather(sys.argv[1]), '', None))")  # fmt: skip
 
 
 def judge(run: Run, result: Result) -> None:
@@ -59,17 +65,21 @@ def judge(run: Run, result: Result) -> None:
 
 
 def untold(run: Run, played) -> list[str]:
-    """The faults that were played and that nobody would learn of from the run directory's logs and records."""
-    done = run.hpctrain("triage", str(run.dir), "--json")
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        return [f"triage exited {done.returncode}: {done.stderr[-300:]}"]
-    said = [incident["failure"] for incident in answer["incidents"]] + answer["remarks"]
+    """The faults that were played and that nobody would learn of from what each verb says."""
+    said = {
+        "status": run.hpctrain("status", str(run.dir)),
+        "triage": run.hpctrain("triage", str(run.dir)),
+        "report": run.cluster.run(sys.executable, "-c", PAGE, str(run.dir), cwd=run.top),
+    }
+    texts = {}
+    for verb, done in said.items():
+        texts[verb] = html.unescape(done.stdout + done.stderr)
+        (run.top / f"{verb}.txt").write_text(texts[verb])
     return [
-        f"triage does not tell of {kind}: {said}"
+        f"{verb} does not tell of {kind}"
         for kind in played
-        if not any(words in line for words in TOLD[kind] for line in [*said, ""])
+        for verb in texts
+        if not (verb == "status" and kind in NOT_BY_STATUS) and not re.search(TOLD[kind], texts[verb])
     ]
 
 

@@ -30,13 +30,15 @@ WORDS = {
 }  # fmt: skip
 
 
-# How each fault is told to someone who has nothing but `hpctrain triage`: a class of failure, or words of the guard's.
-_LOST = ("node", "cut_off", "preemption", "cancelled", "killed", "unknown")
-TOLD: dict[str, tuple[str, ...]] = {
-    "kill_rank": ("killed",), "kill_in_save": ("killed",), "kill_all_in_save": ("killed",), "disk_full": ("disk",),
-    "latest_empty": ("is empty",), "latest_gone": ("is missing",), "latest_garbage": ("names no checkpoint",),
-    "shard_cut": ("not complete",), "shard_gone": ("not complete",), "folder_gone": ("is not there", "named no complete"),
-    "kill_shell": _LOST, "node_down": _LOST, "node_crash": _LOST, "kill_slurmd": (*_LOST, ""),
-    "requeue": ("preemption", "cut_off"), "preempt": ("preemption", "cut_off", "cancelled"), "scancel": ("cancelled", "cut_off"),
-    "time_limit": ("time_limit",), "slurmctld_down": ("",), "twice": ("refused", ""),
+# How each fault is told to someone who has nothing but `status`, `triage` and `report`: words of what each of them prints.
+TOLD: dict[str, str] = {
+    "kill_rank": "killed from outside", "kill_in_save": "killed from outside", "kill_all_in_save": "killed from outside",
+    "disk_full": "disk, quota", "latest_empty": "`latest` is empty", "latest_gone": "`latest` is missing", "latest_garbage": "names no checkpoint",
+    "shard_cut": "is not complete", "shard_gone": "is not complete", "folder_gone": "is not there|named no complete",
+    "kill_shell": "job script itself was killed", "node_down": "node failure", "node_crash": "node failure",
+    "kill_slurmd": "slurmd of .* was started again", "requeue": "preempted or requeued", "preempt": "preempted or requeued",
+    "scancel": "cancelled by a person|CANCELLED", "time_limit": "time limit", "slurmctld_down": "controller .* was started again",
+    "twice": "submitted by hand",
 }  # fmt: skip
+# The job runs on and nothing of it knows; only Slurm itself can be asked, which `status` leaves at squeue and sacct.
+NOT_BY_STATUS = ("kill_slurmd", "slurmctld_down")

@@ -35,7 +35,7 @@ class Result:
     lost_iterations: int = 0
     seconds: float = 0.0
     wrong: list[str] = field(default_factory=list)
-    untold: list[str] = field(default_factory=list)  # faults that triage does not tell of
+    untold: list[str] = field(default_factory=list)  # faults that a verb does not tell of
 
 
 class Run:

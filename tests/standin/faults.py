@@ -25,12 +25,12 @@ from fault_kinds import KINDS, SLOW, WORDS
 from fault_run import Result, Run
 
 
-def plan_faults(seed: int, num: int) -> list[list[str]]:
+def plan_faults(seed: int, num: int, of: tuple[str, ...] = KINDS) -> list[list[str]]:
     """`num` faults in groups of one to three, each kind as often as any other; one group is one chain."""
     chance = random.Random(seed)
     kinds: list[str] = []
     while len(kinds) < num:
-        kinds += chance.sample(KINDS, len(KINDS))
+        kinds += chance.sample(of, len(of))
     kinds = kinds[:num]
     groups = []
     while kinds:
@@ -40,7 +40,9 @@ def plan_faults(seed: int, num: int) -> list[list[str]]:
     return groups
 
 
-def campaign(seed: int, num: int, jobs: int, say=print, quick: bool = False) -> list[Result]:
+def campaign(
+    seed: int, num: int, jobs: int, say=print, quick: bool = False, of: tuple[str, ...] = KINDS, keep: bool = False
+) -> list[Result]:
     """Run the faults, `jobs` chains at a time, each on a cluster that the others share; returns a result per chain.
 
     `quick`: no waiting for what takes Slurm long, and the chains whose faults do begin first.
@@ -63,7 +65,7 @@ def campaign(seed: int, num: int, jobs: int, say=print, quick: bool = False) -> 
             nodes.put(node)
         say(f"{number:4d} {result.outcome or 'failed':8} links {result.links} starts {result.starts} lost {result.lost_iterations:2d} "
             f"{result.seconds:5.0f}s {', '.join(kinds)}{'  UNTOLD: ' + '; '.join(result.untold) if result.untold else ''}{'  WRONG: ' + '; '.join(result.wrong) if result.wrong else ''}")  # fmt: skip
-        if not result.wrong:
+        if not (result.wrong or keep):
             shutil.rmtree(folder, ignore_errors=True)
         return result
 
@@ -73,7 +75,7 @@ def campaign(seed: int, num: int, jobs: int, say=print, quick: bool = False) -> 
     pool, ended = ThreadPoolExecutor(jobs), threading.Event()
     threading.Thread(target=cluster.heal, args=(ended,), daemon=True).start()
     try:
-        groups = list(enumerate(plan_faults(seed, num)))
+        groups = list(enumerate(plan_faults(seed, num, of)))
         if quick:
             groups.sort(key=lambda item: sum(SLOW.get(kind, 1) for kind in item[1]), reverse=True)
         results = list(pool.map(one, groups))
@@ -81,7 +83,7 @@ def campaign(seed: int, num: int, jobs: int, say=print, quick: bool = False) -> 
         ended.set()
         pool.shutdown(wait=False, cancel_futures=True)
         cluster.down()
-        if results and not any(result.wrong for result in results):
+        if results and not keep and not any(result.wrong for result in results):
             shutil.rmtree(top, ignore_errors=True)
         else:
             say(f"kept for a look: {top}")
@@ -116,10 +118,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--num", type=int, default=200, help="faults in all")
     parser.add_argument("--jobs", type=int, default=3, help="chains at a time")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="only these faults")
+    parser.add_argument(
+        "--quick", action="store_true", help="a node for each chain, and no waiting for what takes Slurm long"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep every chain's folder for a look")
     parser.add_argument("--table", help="write the table into this file, between its markers")
     args = parser.parse_args()
     try:
-        results = campaign(args.seed, args.num, args.jobs, say=lambda text: print(text, flush=True))
+        results = campaign(args.seed, args.num, args.jobs, lambda text: print(text, flush=True), args.quick,
+                           tuple(args.kinds.split(",")), args.keep)  # fmt: skip
     except KeyboardInterrupt:
         print("interrupted; the sandbox has ended", flush=True)
         os._exit(130)  # chains that still watch a Slurm that is gone

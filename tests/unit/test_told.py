@@ -18,6 +18,7 @@ from hpctrain.logs import sections
 from hpctrain.report.gather import gather
 from hpctrain.runs import read_run
 from hpctrain.slurmstate import Answer
+from hpctrain.triage import slurmevents
 from hpctrain.triage.target import Subject
 from hpctrain.triage.thresholds import Thresholds
 
@@ -43,9 +44,12 @@ def triage(run_dir):
          [("cancelled", 1, 0), ("time_limit", 2, 0), ("killed", 3, 0), ("node", 4, 0)],
          {1: "cancelled by a person", 2: "time limit", 3: "killed from outside on nid000001"}),
         # The node lost power, then was set down, then the disk was full.
-        ("gone-node-disk", "RED", [("cut_off", 1, 0), ("node", 1, 1), ("disk", 1, 2)], {1: "disk, quota"}),
+        ("gone-node-disk", "RED", [("node", 1, 0), ("node", 1, 1), ("disk", 1, 2)], {1: "disk, quota"}),
+        # The job script of link 1 was killed; the node of link 2 failed, and it was started twice more: once it could not say a word.
+        ("script-killed-node", "GREEN", [("script_killed", 1, 0), ("node", 2, 0)],
+         {1: "the job script itself was killed", 2: "before restart 2: node failure on nid000005"}),
         ("requeued", "GREEN", [("preemption", 1, 0)], {}),
-        ("gone", "GREEN", [("cut_off", 1, 0)], {}),
+        ("gone", "GREEN", [("node", 1, 0)], {}),
     ],
 )  # fmt: skip
 def test_a_recorded_run_is_told_from_its_directory_alone(name, verdict, incidents, why):
@@ -61,6 +65,82 @@ def test_a_recorded_run_is_told_from_its_directory_alone(name, verdict, incident
     assert rows == [(link, restart, failure) for failure, link, restart in incidents]
 
 
+def test_a_start_that_left_no_word_is_said():
+    assert any("job 12936: restart 1 left no word" in remark for remark in triage(DATA / "script-killed-node").remarks)
+
+
+@pytest.mark.parametrize("line", [b"JOB 9208 ON nid000001 CANCELLED AT 2026-11-21T10:17:12 ***\n", b""])
+def test_what_slurm_started_again_was_neither_cancelled_nor_just_cut_off(tmp_path, line):
+    shutil.copytree(DATA / "requeued", tmp_path / "r")
+    log = next((tmp_path / "r" / "logs").iterdir())
+    text = log.read_bytes()
+    second = text.index(b"hpctrain: job 9208, restart 1")
+    kept = [
+        part
+        for part in text[:second].splitlines(True)
+        if b"REQUEUE" not in part and b"rc=" not in part and b"exit code" not in part
+    ]
+    log.write_bytes(b"".join(kept) + (b"slurmstepd-nid000001: error: *** " + line if line else b"") + text[second:])
+    records = [part for part in (tmp_path / "r" / "links.jsonl").read_text().splitlines(True)
+               if not ('"event": "end"' in part and '"restart": 0' in part)]  # fmt: skip
+    (tmp_path / "r" / "links.jsonl").write_text("".join(records))
+    wanted = "preemption" if line else "node"
+    assert [(i.event.failure, i.attempt.restart) for i in triage(tmp_path / "r").incidents] == [(wanted, 0)]
+
+
+def test_a_job_that_was_submitted_by_hand_is_told(tmp_path):
+    shutil.copytree(DATA / "gone", tmp_path / "r")
+    (tmp_path / "r" / "logs" / "ft-9999.out").write_text(
+        "hpctrain: job 9999, restart 0, 1 nodes: n2\nhpctrain: link 9: nothing to do, the run is done (`global_step9` is complete)\n"
+    )
+    words = "job 9999 is none that `hpctrain chain` queued: job.sbatch was submitted by hand"
+    assert words in triage(tmp_path / "r").remarks
+    assert words in observe.observe([str(tmp_path / "r")], ask_slurm=False)[0].notes
+    (tmp_path / "r" / "ledger.jsonl").unlink()  # then nothing tells what was queued
+    assert words not in triage(tmp_path / "r").remarks
+
+
+def test_a_link_that_was_cut_off_in_its_last_save_is_told(tmp_path):
+    """All iterations are in the log, but the job script never came to its end."""
+    shutil.copytree(DATA / "gone", tmp_path / "r")
+    log = tmp_path / "r" / "logs" / "ft-9200.out"
+    text = log.read_text()
+    text = text[: text.rindex("iteration 9/ 9")] + "iteration 9/ 9 | lm_loss: 1.1111 |\n"
+    log.write_text(
+        text + "slurmstepd-n1: error: *** JOB 9200 ON n1 CANCELLED AT 2026-11-21T10:17:12 DUE TO TIME LIMIT ***\n"
+    )
+    records = (tmp_path / "r" / "links.jsonl").read_text().splitlines(True)
+    (tmp_path / "r" / "links.jsonl").write_text("".join(line for line in records if '"event": "end"' not in line))
+    assert triage(tmp_path / "r").incidents[-1].event.failure == "time_limit"
+
+
+CONFIG = "Configuration data as of 2026-11-21T10:20:00\nBOOT_TIME               = 2026-11-21T10:02:00\nSlurmctldPort = 6817\n"
+NODES = (
+    "NodeName=n1 Arch=x86_64 State=IDLE BootTime=2026-11-20T00:00:00 SlurmdStartTime=2026-11-21T10:01:30 LastBusyTime=2026-11-21T10:09:00\n"
+    "NodeName=n2 State=DOWN* BootTime=2026-11-20T00:00:00 SlurmdStartTime=2026-11-20T00:01:00 Reason=Not responding [slurm@2026-11-21T10:05:00]\n"
+    "NodeName=n3 State=MIXED BootTime=2026-11-21T10:03:00 SlurmdStartTime=2026-11-21T10:03:30\n"
+    "junk without a name \0\n"
+)
+
+
+def test_what_slurm_and_the_nodes_went_through_is_told_of_the_starts_it_touched():
+    ten = 1795255200.0  # 2026-11-21T10:00:00Z
+    starts = [slurmevents.Start("link 1 (job 5)", ten, ten + 115, ("n1", "n3")), slurmevents.Start("link 2 (job 6)", ten + 160, None, ("n2", "n3"))]  # fmt: skip
+    found = slurmevents.read_happenings(CONFIG, NODES)
+    assert slurmevents.remarks(found, starts, ten + 1200) == [
+        "2026-11-21T10:02:00Z, right after link 1 (job 5) ran: Slurm's controller (slurmctld) was started again; jobs run on without it",
+        "2026-11-21T10:01:30Z, while link 1 (job 5) ran: the slurmd of n1 was started again; jobs run on without it",
+        "n2 is DOWN* now: Not responding",
+        "2026-11-21T10:03:00Z, while link 2 (job 6) ran: n3 booted",
+    ]
+    assert slurmevents.remarks(found, [slurmevents.Start("link 1", ten + 600, ten + 700, ("n1",))], ten + 1200) == ["n2 is DOWN* now: Not responding"]  # fmt: skip
+    assert (
+        slurmevents.read_happenings("", "")
+        == slurmevents.read_happenings("BOOT_TIME = n/a", "NodeName=x State=IDLE\0")
+        == []
+    )
+
+
 def latest(folder, text):
     (folder / "latest").write_bytes(text)
 
@@ -69,8 +149,8 @@ HURTS = {
     "latest_empty": (lambda ck: latest(ck, b""), "`latest` is empty"),
     "latest_gone": (lambda ck: os.unlink(ck / "latest"), "`latest` is missing"),
     "latest_garbage": (lambda ck: latest(ck, b"\0\xffglobal_step"), "names no checkpoint"),
-    "shard_cut": (lambda ck: os.truncate(ck / "global_step6" / "mp_rank_00_model_states.pt", 90), "`global_step6` is not complete"),
-    "shard_gone": (lambda ck: os.unlink(ck / "global_step6" / "mp_rank_01_model_states.pt"), "`global_step6` is not complete"),
+    "shard_cut": (lambda ck: os.truncate(ck / "global_step6" / "mp_rank_00_model_states.pt", 90), "`global_step6`, which is not complete"),
+    "shard_gone": (lambda ck: os.unlink(ck / "global_step6" / "mp_rank_01_model_states.pt"), "`global_step6`, which is not complete"),
     "folder_gone": (lambda ck: os.rename(ck / "global_step6", ck.parent / "away"), "`latest` names `global_step6`, which is not there"),
 }  # fmt: skip
 
