@@ -51,7 +51,12 @@ def resolve(context: Context) -> Resolved:
         workdir=context.run_dir,
         configs={} if failed else {CONFIG: config_text(config, spec.name)},
         config_for={mode: CONFIG for mode in ("scratch", "finetune", "resume")},
-        guard=Guard(layout="dcp", target=training["max_steps"], tensor_parallel=1),
+        guard=Guard(
+            layout="dcp",
+            target=training["max_steps"],
+            tensor_parallel=1,
+            scratch_from=f"the policy model `{config.policy_name}`" if config.policy_name else "",
+        ),
         cadence=Cadence(training["max_steps"], training["save_steps"], saves_on_signal=True),
         paths=_paths(config, document),
         model=os.path.join(config.mount_dir or context.run_dir, "dpo_model"),

@@ -27,6 +27,7 @@ WARMUP, ADVERSARIAL = "warmup", "adversarial"
 LENGTHS = ("trainer.total_training_steps", "trainer.total_epochs")
 OVERRIDES, RESUME = "overrides.txt", "overrides.resume.txt"
 SCRIPTS = ("ray_node.py", "check_verl.py", "merge_start.py")
+MODELS = ("actor_rollout_ref.model.path", "critic.model.path")
 LAYOUT = LAYOUTS["verl"]
 START_MODEL = "start-model"  # the folder in checkpoint.dir with the start's student and critic as whole models
 # The ranks of one node where a site has no GPUs: then only a rehearsal runs, in the shape of GAD's own scripts.
@@ -98,6 +99,8 @@ def resolve(context: Context) -> Resolved:
         guard=Guard(
             layout=LAYOUT.name, target=target, data_parallel=ranks, start_needs=("actor", "critic", "data.pt"),
             start_as=options["handover"], start_folder=begin.folder, start_checkpoint=begin.checkpoint,
+            start_takes=checks.start_takes(values), start_counts=True,
+            scratch_from=" and ".join(dict.fromkeys(f"the model `{values[key]}`" for key in MODELS)),
         ),
         cadence=Cadence(target - (start or 0) if target else None, values.get("trainer.save_freq")),
         template={

@@ -24,6 +24,7 @@ _COUNTS = (
     TRAIN_BATCH, MINI_BATCH, TENSOR, SAMPLES, SEQUENCE, f"{_ACTOR}.ppo_max_token_len_per_gpu",
     "critic.ppo_max_token_len_per_gpu", "data.max_prompt_length", "data.max_response_length",
 )  # fmt: skip
+LOADS = {"actor": f"{_ACTOR}.checkpoint.load_contents", "critic": "critic.checkpoint.load_contents"}
 FREE_CACHE = f"{_ROLLOUT}.free_cache_engine"
 FORMULA_AT = "docs/recipes/verl-gad.md, Memory"
 _ADJUST = "GAD's scripts use 256 prompts x 8 answers on 8 GPUs"
@@ -135,6 +136,33 @@ class Checker:
                 if lacking:
                     self.error(f"`{key}` without {', '.join(lacking)}: no run can go on from such checkpoints", key,
                                hint="[model, optimizer, extra], with hf_model if you like")  # fmt: skip
+        for key in LOADS.values():
+            lacking = [part for part in ("model", "optimizer", "extra") if part not in _loads(self.values, key)]
+            if "model" in lacking:
+                self.error(f"`{key}` without model: every link begins with the weights of the first", key,
+                           hint="[model, optimizer, extra]")  # fmt: skip
+            elif lacking:
+                self.error(f"`{key}` without {', '.join(lacking)}: not only the start, every link begins without", key,
+                           why="verl reads the key whenever it loads a checkpoint", hint="delete the key", level="warning")  # fmt: skip
+
+
+def start_takes(values: Mapping[str, Any]) -> str:
+    """What verl takes from a checkpoint it starts from, in the guard's words: all that `load_contents` names, for the actor
+    and the critic each, and `data.pt` (verl/trainer/ppo/ray_trainer.py `_load_checkpoint`)."""
+    fresh = [role for role, key in LOADS.items() if "optimizer" not in _loads(values, key)]
+    if len(fresh) == len(LOADS):
+        optimizers = "without its optimizers, with"
+    elif fresh:
+        optimizers = f"without the {fresh[0]}'s optimizer, with the other and"
+    else:
+        optimizers = "with its optimizers and"
+    return f"{optimizers} its place in the data, and counts on from its step"
+
+
+def _loads(values: Mapping[str, Any], key: str) -> list[Any]:
+    """What is loaded: by default what is saved, which is everything."""
+    found = values.get(key)
+    return found if isinstance(found, list) else ["model", "optimizer", "extra"]
 
 
 def check_memory(checker: Checker, context: Context) -> tuple[Decision, ...]:
