@@ -76,10 +76,13 @@ def resolve(context: Context) -> Resolved:
             tensor_parallel=1,
             data_parallel=context.world_size,
             zero_stage=config.zero_stage,
-            scratch_from=_FRESH[config.init].format(config.model),
+            # A config alone has no weights.
+            scratch_from=_FRESH["random" if config.model.endswith(".json") else config.init].format(config.model),
         ),
         cadence=Cadence(config.train_iters, config.checkpoint_factor, saves_on_signal=True),
         paths=tuple(paths),
+        binds=(("folder of the exported model", os.path.dirname(config.export_dir)),) if config.export_dir else (),
+        model=config.export_dir,
         decisions=_decisions(config, context),
         problems=tuple(problems),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -239,3 +240,23 @@ def test_cost_of_a_pipeline_refuses_what_is_about_one_run_and_says_a_stages_mist
     assert code == 2 and not out and "nodes: 0" in err
     code, out, err = cli("cost", "pipelin.yaml")
     assert code == 2 and "there is no file `pipelin.yaml`" in err
+
+
+def test_sft_then_dpo_hands_the_model_on_and_both_run_on_gpus(cli, tmp_path):
+    """The example: 16 GCDs for the SFT, 32 for the DPO; its policy is the model that the SFT leaves, and its own reference."""
+    example = str(Path(__file__).parents[2] / "examples" / "sft-then-dpo" / "pipeline.yaml")
+    for site in ("lumi", "generic-cuda"):
+        sft, dpo = load_pipeline(example, [f"sft.site={site}", f"dpo.site={site}", "dpo.partition=null"]).stages
+        assert sft.plan.errors == dpo.plan.errors == []
+        assert (sft.plan.resolved.model, sft.plan.spec.num_nodes * sft.plan.tasks_per_node) == (
+            "/scratch/project_465001281/models/ft",
+            16,
+        )
+        assert dpo.plan.spec.num_nodes * dpo.plan.tasks_per_node == 32
+        text = dpo.plan.resolved.configs["config_dpo.yaml"]
+        assert "policy_name: /scratch/project_465001281/models/ft" in text and "ref_name: /" not in text
+        assert not any("reference model" in problem.what for problem in dpo.plan.problems)
+    (warned,) = load_pipeline(example, ["dpo.config.ref_name=/models/other"]).stages[1].plan.problems
+    assert "reference model `/models/other` is not the one that stage `sft` hands over" in warned.what
+    with pytest.raises(UsageError, match="config.export_dir"):
+        load_pipeline(example, ["sft.config.export_dir=null"])
