@@ -19,6 +19,7 @@ from hpctrain.rundir import run_files, write_run_dir
 from hpctrain.runs import find_pipeline, find_runs
 from hpctrain.runtime import history
 from hpctrain.runtime.files import read_records, write_atomic
+from hpctrain.runtime.handover import expected
 from hpctrain.runtime.link import decide
 from hpctrain.runtime.settings import Settings, handed_over, parse_settings
 from hpctrain.runtime.survey import Choice, Survey, choose
@@ -99,7 +100,7 @@ def _settings(run_dir: str, plan: Mapping[str, Any]) -> Settings:
     settings = parse_settings(dict(plan["guard"]))
     if settings.source is None or settings.start is not None:
         return settings
-    return settings._replace(start=handed_over(run_dir) or settings.source.checkpoint)
+    return settings._replace(start=handed_over(run_dir) or expected(settings))
 
 
 def is_done(run_dir: str, plan: Mapping[str, Any]) -> bool:
@@ -243,8 +244,11 @@ def _expectations(plan: Mapping[str, Any], settings: Settings, choice: Choice, l
         per_link = per_link // job["save_every"] * job["save_every"]
     out: list[Expectation] = []
     mode = decide(settings, choice, links, 10**9, False).mode
-    counts_on = choice.kind == "made" or settings.counter == "greatest_folder"
+    counts_on = choice.kind == "made" or settings.counter == "greatest_folder" or settings.start_counts
     at: int | None = (choice.number or 0) if counts_on else 0
+    if mode == "scratch" and settings.source and settings.source.hand_over != "model":
+        # Which checkpoint is handed over will be seen when the first link begins; without one it does not start.
+        mode, at = "finetune", None if settings.start_counts else 0
     for link in sorted({*waiting, *new}):
         last = None
         if settings.target is not None and at is not None and per_link:

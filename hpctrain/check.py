@@ -20,6 +20,9 @@ from hpctrain.runtime import hubcache
 from hpctrain.site import Site
 from hpctrain.spec import RunSpec
 
+# Files that are no prefix of a .bin and .idx.
+NOT_INDEXED = (".parquet", ".json", ".jsonl", ".arrow", ".csv")
+
 
 def find_problems(loaded: Loaded) -> list[Problem]:
     """Every problem of the plan and of this machine, errors first. Nothing is written or submitted.
@@ -78,6 +81,9 @@ def _files(plan: Plan, here: bool) -> Iterator[Problem]:
         for index, path in enumerate(paths):
             where = spec.where("data", kind, index)
             if os.path.exists(path) or path in named:
+                continue
+            if path.endswith(NOT_INDEXED):  # named by a recipe that could not be worked out
+                yield missing(f"{kind} data", path, where)
                 continue
             for suffix_ in (".bin", ".idx"):
                 if not os.path.isfile(path + suffix_):

@@ -169,7 +169,8 @@ def spent(run: RunRecords, answer: Answer, now_s: float) -> Spent:
             unseen.append(f"how long job {start.job_id} ran; counted as nothing, at most {job.time_s / 3600:g} h")
         rows.append((start, used_by(job, max(start.elapsed_s or 0.0, 0.0), name)))
     used = _total([bill for _, bill in rows], job, "used")
-    waiting = sum(state.pending for state in answer.jobs.values())
+    mine = set(run.job_ids())  # the answer may tell of other runs' jobs too
+    waiting = sum(state.pending for job_id, state in answer.jobs.items() if job_id in mine)
     left = [max(job.time_s - (start.elapsed_s or 0.0), 0.0) for start, _ in rows if _runs(answer, start)]
     still = used_by(job, waiting * job.time_s + sum(left), f"still, at most ({waiting} pending, {len(left)} running)")
     return Spent(tuple(rows), used, still, tuple(unseen))

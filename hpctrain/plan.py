@@ -81,6 +81,8 @@ class Plan:
         }
         if facts.start_needs:
             out["start_needs"] = list(facts.start_needs)
+        out.update({key: value for key, value in (("start_takes", facts.start_takes), ("start_counts", facts.start_counts),
+                                                  ("scratch_from", facts.scratch_from)) if value})  # fmt: skip
         if facts.start_folder and not handed:
             out["start"], out["start_as"] = None, facts.start_as
             out["from"] = {"stage": "", "run_dir": facts.start_folder, "hand_over": "folder",

@@ -169,6 +169,9 @@ class Guard:
     `start_needs`: names that a start checkpoint must hold, beside what the layout asks for (verl's `critic`).
     `start_as`: symlink, hardlink or copy, how a start comes into the checkpoint folder. `start_folder`: another run's
     checkpoint folder, whose tracker names the start when the first link begins, or which holds `start_checkpoint`.
+    `start_takes`: the words for what the framework takes from a start checkpoint [default: its weights alone];
+    `start_counts`: it goes on at the start's number, and not from 0. `scratch_from`: the words for what a run without a
+    start begins from, such as a model's name [default: nothing].
     """
 
     layout: str = "none"
@@ -185,6 +188,9 @@ class Guard:
     start_as: str = "symlink"
     start_folder: str | None = None
     start_checkpoint: str | None = None
+    start_takes: str = ""
+    start_counts: bool = False
+    scratch_from: str = ""
 
 
 @frozen

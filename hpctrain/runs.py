@@ -178,6 +178,8 @@ def find_runs(target: str | None, base: str = ".") -> list[str]:
         return named[:1]
     if _JOB_ID.match(target):
         return [_run_of_job(target, everything)]
+    if target.endswith((".yaml", ".yml")):
+        raise UsageError(f"there is no file `{target}`", hint="name a run.yaml, a run directory, a run or a job id")
     names = [os.path.basename(path) for path in everything]
     raise UsageError(f"there is no run `{target}` here", hint=nearest(target, names) if names else "name its directory")
 

@@ -143,6 +143,8 @@ def _progress(status: RunStatus) -> str:
 
 def _eta(status: RunStatus) -> str:
     progress = status.progress
+    if status.state == DONE:
+        return "nothing"
     if progress.eta_s is None:
         return "an unknown time"
     links = f", {progress.links_needed} links" if progress.links_needed is not None else ""

@@ -10,7 +10,7 @@ from hpctrain.cli import common
 
 
 @click.command()
-@click.argument("target", default="run.yaml", metavar="[RUN_YAML|RUN]")
+@click.argument("target", default="run.yaml", metavar="[RUN_YAML|PIPELINE_YAML|RUN]")
 @common.set_option
 @click.option("--jobs", type=click.IntRange(1), help="Of a chain of this many jobs instead of the run.yaml's.")
 @click.option("--array", type=click.IntRange(1), help="Also of an array of this many such jobs.")
@@ -19,7 +19,7 @@ from hpctrain.cli import common
 def command(
     target: str, assignments: tuple[str, ...], jobs: int | None, array: int | None, ladder: str | None, as_json: bool
 ) -> None:
-    """Show what a run will cost (a run.yaml), or has cost (a run directory, name or job id).
+    """Show what a run will cost (a run.yaml), or has cost (a run directory, name or job id); of a pipeline both, stage by stage.
 
     Node-hours, GPU-hours as Slurm counts GPUs, and the site's billing units by its profile's formula.
 
@@ -27,23 +27,32 @@ def command(
     hpctrain cost run.yaml --jobs 5
     hpctrain cost run.yaml --ladder 1,2,8
     hpctrain cost runs/ft_latest_7 --json
+    hpctrain cost pipeline.yaml --set warmup.chain.jobs=3
     """
     from hpctrain import cost, cost_view
-    from hpctrain.runs import find_pipeline, find_runs, read_run
+    from hpctrain.pipeline import bills
+    from hpctrain.runs import find_runs, read_run
 
-    if find_pipeline(target):
-        stages = ", ".join(os.path.relpath(path) for path in find_runs(target))
-        raise errors.UsageError(
-            f"`{target}` is a pipeline",
-            hint=f"name one of its stages ({stages}); `hpctrain pipeline --dry-run` costs what is left",
-        )
+    priced = bills.read(target, assignments)
+    if priced is not None:
+        name, stages, left_of = priced
+        if jobs or array or ladder:
+            raise errors.UsageError(
+                f"`{target}` is a pipeline, and --jobs, --array and --ladder are about one run",
+                hint="name the run.yaml of a stage, or set its links: `--set STAGE.chain.jobs=5`",
+            )
+        if as_json:
+            output.data_json(**bills.fields(name, stages, left_of))
+        else:
+            bills.show(stages, left_of)
+        return
     if os.path.isfile(target) and target.endswith((".yaml", ".yml")):
-        planned, bills = cost_view.planned(target, assignments, jobs, array, ladder)
+        planned, found = cost_view.planned(target, assignments, jobs, array, ladder)
         left = cost_view.allocation(planned)
         if as_json:
-            output.data_json(bills=[bill.as_json() for bill in bills], allocation=vars(left) if left else None)
+            output.data_json(bills=[bill.as_json() for bill in found], allocation=vars(left) if left else None)
         else:
-            cost_view.show_bills(bills, left)
+            cost_view.show_bills(found, left)
             output.next_step("hpctrain chain" if planned.spec.num_links > 1 else "hpctrain render")
         return
     from hpctrain.slurmstate import query

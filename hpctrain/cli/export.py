@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from hpctrain import output
 from hpctrain.cli import common
-from hpctrain.errors import UsageError
+from hpctrain.errors import NO, Problem, UsageError
 
 if TYPE_CHECKING:
     from hpctrain.neox_export import NeoxExport
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     "--sbatch", "options", multiple=True, metavar="OPTION", help="GPT-NeoX: for the job, e.g. --partition=largemem."
 )
 @click.option("--wait", is_flag=True, help="GPT-NeoX: until the job has ended.")
+@click.option(
+    "--validate", "test_set", type=click.Path(), help="LoRA update: measure the model on these held-out rows."
+)
+@click.option("--max-perplexity", type=float, help="What --validate asks for [default: 10].")
 @common.dry_run
 @common.as_json
 def command(
@@ -41,18 +46,22 @@ def command(
     checkpoint: str | None,
     options: tuple[str, ...],
     wait: bool,
+    test_set: str | None,
+    max_perplexity: float | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Write a run's newest weights as a Hugging Face directory, tokenizer and chat template included.
 
-    A LoRA update is merged into its full-precision base, and what was written is compared with base + update.
+    A LoRA update is merged into its full-precision base, and what was written is compared with base + update. With --validate
+    its perplexity on held-out rows and some replies are judged as well: the exit code is 1 when it falls short.
     For GPT-NeoX a job runs NeoX's own converter, in the run's container and without GPUs, and makes the directory.
 
     \b
     hpctrain export runs/ft_7 -o models/ft_7
     hpctrain export checkpoints/ft_7/global_step1200 -o models/ft_7_1200 --precision fp32
     hpctrain export checkpoints/phase1a/checkpoint-2000 -o models/phase1a --base models/Llama-3.1-8B-Instruct
+    hpctrain export runs/phase1a -o models/phase1a --validate held_out.jsonl
     hpctrain export runs/neox_7 -o /scratch/project_465000000/models/neox_7 --sbatch=--partition=largemem
     """
     from hpctrain import neox_export
@@ -65,11 +74,15 @@ def command(
         raise UsageError(
             "--checkpoint, --sbatch and --wait are for runs of GPT-NeoX", hint="name the checkpoint itself"
         )
+    if max_perplexity is not None and not test_set:
+        raise UsageError("`--max-perplexity` without `--validate`", hint="name the held-out rows: --validate FILE")
     from hpctrain.train.hf_sft.source import find_checkpoint
 
     found = find_checkpoint(source)
     if found:
-        _of_trl(found, directory, precision, base, dry_run, as_json)
+        _of_trl(found, directory, precision, base, test_set, max_perplexity, dry_run, as_json)
+    elif test_set:
+        raise UsageError("--validate is for runs of hf-sft", where=source, hint="`hpctrain generate` shows replies")
     else:
         _of_sft(source, directory, precision, tokenizer, dry_run, as_json)
 
@@ -91,21 +104,31 @@ def _of_sft(source: str, directory: str, precision: str, tokenizer: str | None, 
         output.next_step(f"hpctrain generate {directory} --prompt '…'")
 
 
-def _of_trl(found: Checkpoint, directory: str, precision: str, base: str | None, dry_run: bool, as_json: bool) -> None:
+def _of_trl(found: Checkpoint, directory: str, precision: str, base: str | None, test_set: str | None, max_perplexity: float | None,
+            dry_run: bool, as_json: bool) -> None:  # fmt: skip
+    from hpctrain.train.hf_sft import validate
     from hpctrain.train.hf_sft.export import describe, export_checkpoint
 
     if dry_run:
         output.info(f"would export {found.path}")
         return
     files, proof = export_checkpoint(found, directory, precision, base, output.info)
+    measured = None
+    if test_set:
+        measured = validate.validate(
+            directory, test_set, max_perplexity=max_perplexity or validate.MAX_PERPLEXITY, say=output.info
+        )
     if as_json:
-        output.data_json(directory=directory, checkpoint=found.path, iteration=found.iteration, files=files,
-                         proof=vars(proof))  # fmt: skip
-        return
-    for line in describe(proof):
-        output.info(line)
-    output.info(f"exported {found.path}: {', '.join(files)}")
-    output.data(directory)
+        output.data_json(directory=directory, checkpoint=found.path, iteration=found.iteration, files=files, proof=vars(proof),
+                         validation={**asdict(measured), "faults": measured.faults} if measured else None)  # fmt: skip
+    else:
+        for line in [*describe(proof), *(validate.describe(measured) if measured else ())]:
+            output.info(line)
+        output.info(f"exported {found.path}: {', '.join(files)}")
+        output.data(directory)
+    if measured and measured.faults:
+        output.problems([Problem(fault, where=directory) for fault in measured.faults])
+        raise click.exceptions.Exit(NO)
 
 
 def _by_job(plan: NeoxExport, wait: bool, dry_run: bool, as_json: bool) -> None:

@@ -52,7 +52,11 @@ def resolve(context: Context) -> Resolved:
         workdir=workdir,
         configs=config,
         config_for={mode: "config.json" for mode in ("scratch", "finetune", "resume")},
-        guard=Guard(layout=options["layout"], target=options["target_iteration"]),
+        guard=Guard(
+            layout=options["layout"],
+            target=options["target_iteration"],
+            start_takes="of which the program takes what it likes",
+        ),
         cadence=Cadence(options["target_iteration"], options["save_every"], saves_on_signal=options["signal"]),
         template={"forward_signal": options["signal"]},
         model=absolute(options["model_dir"], spec.base_dir) if options["model_dir"] else None,

@@ -34,6 +34,14 @@ def resolve(context: Context) -> Resolved:
                 hint="give `dpo_training.max_steps`: epochs x pairs / train_batch_size",
             )
         )
+    handed = spec.handed
+    if handed and handed.model == config.policy_name and config.ref_name not in (None, handed.model):
+        problems.append(
+            Problem(f"the reference model `{config.ref_name}` is not the one that stage `{handed.stage}` hands over",
+                    document.where("ref_name"), level="warning",
+                    why="DPO holds the policy to its reference, which is the model that it starts from unless you mean another",
+                    hint="set: {config.ref_name: null} in pipeline.yaml takes the policy itself")
+        )  # fmt: skip
     if training["fsdp"] and context.world_size == 1:
         problems.append(
             Problem("`fsdp: true` with one process shards nothing", document.where("dpo_training", "fsdp"), level="warning",
@@ -51,7 +59,12 @@ def resolve(context: Context) -> Resolved:
         workdir=context.run_dir,
         configs={} if failed else {CONFIG: config_text(config, spec.name)},
         config_for={mode: CONFIG for mode in ("scratch", "finetune", "resume")},
-        guard=Guard(layout="dcp", target=training["max_steps"], tensor_parallel=1),
+        guard=Guard(
+            layout="dcp",
+            target=training["max_steps"],
+            tensor_parallel=1,
+            scratch_from=f"the policy model `{config.policy_name}`" if config.policy_name else "",
+        ),
         cadence=Cadence(training["max_steps"], training["save_steps"], saves_on_signal=True),
         paths=_paths(config, document),
         model=os.path.join(config.mount_dir or context.run_dir, "dpo_model"),

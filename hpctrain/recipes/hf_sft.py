@@ -59,7 +59,11 @@ def resolve(context: Context) -> Resolved:
         workdir=context.run_dir,
         configs={} if failed else {CONFIG: config_text(config, spec.name)},
         config_for={mode: CONFIG for mode in ("scratch", "finetune", "resume")},
-        guard=Guard(layout="hf-trainer", target=config.max_steps),
+        guard=Guard(
+            layout="hf-trainer",
+            target=config.max_steps,
+            scratch_from=f"the base model `{config.values['model_name']}`" if config.values["model_name"] else "",
+        ),
         cadence=Cadence(config.max_steps, config.save_steps, saves_on_signal=True),
         template={"stage": stage},
         paths=_paths(config, document),

@@ -76,12 +76,24 @@ def resolve(context: Context) -> Resolved:
             tensor_parallel=1,
             data_parallel=context.world_size,
             zero_stage=config.zero_stage,
+            # A config alone has no weights.
+            scratch_from=_FRESH["random" if config.model.endswith(".json") else config.init].format(config.model),
         ),
         cadence=Cadence(config.train_iters, config.checkpoint_factor, saves_on_signal=True),
         paths=tuple(paths),
+        binds=(("folder of the exported model", os.path.dirname(config.export_dir)),) if config.export_dir else (),
+        model=config.export_dir,
         decisions=_decisions(config, context),
         problems=tuple(problems),
     )
+
+
+# `init` in the words of the guard, as `hpctrain.train.loop` decides it.
+_FRESH = {
+    "auto": "the weights of `{}`, random ones where it has none",
+    "pretrained": "the weights of `{}`",
+    "random": "random weights",
+}
 
 
 def config_text(config: SftConfig, name: str) -> str:

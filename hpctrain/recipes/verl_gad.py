@@ -27,6 +27,7 @@ WARMUP, ADVERSARIAL = "warmup", "adversarial"
 LENGTHS = ("trainer.total_training_steps", "trainer.total_epochs")
 OVERRIDES, RESUME = "overrides.txt", "overrides.resume.txt"
 SCRIPTS = ("ray_node.py", "check_verl.py", "merge_start.py")
+MODELS = ("actor_rollout_ref.model.path", "critic.model.path")
 LAYOUT = LAYOUTS["verl"]
 START_MODEL = "start-model"  # the folder in checkpoint.dir with the start's student and critic as whole models
 # The ranks of one node where a site has no GPUs: then only a rehearsal runs, in the shape of GAD's own scripts.
@@ -69,6 +70,7 @@ def resolve(context: Context) -> Resolved:
     memory: tuple[Decision, ...] = ()
     if checker.counts_are_numbers():
         checker.batches()
+        checker.micro_batches()
         checker.parallelism()
         checker.token_budgets()
         checker.saving()
@@ -78,7 +80,7 @@ def resolve(context: Context) -> Resolved:
     problems += found
     start = begin.step
     target, steps = _target(values, options["records"])
-    problems += _length_problems(spec, where, target, start, own)
+    problems += _length_problems(context, values, where, target, start, own)
     branch = options["branch"] or BRANCHES[stage]
     verl = absolute(options["verl"], spec.base_dir)
     configs, found = _configs(values, where, spec.name, validates="trainer.val_before_train" in own)
@@ -98,6 +100,8 @@ def resolve(context: Context) -> Resolved:
         guard=Guard(
             layout=LAYOUT.name, target=target, data_parallel=ranks, start_needs=("actor", "critic", "data.pt"),
             start_as=options["handover"], start_folder=begin.folder, start_checkpoint=begin.checkpoint,
+            start_takes=checks.start_takes(values), start_counts=True,
+            scratch_from=" and ".join(dict.fromkeys(f"the model `{values[key]}`" for key in MODELS)),
         ),
         cadence=Cadence(target - (start or 0) if target else None, values.get("trainer.save_freq")),
         template={
@@ -235,7 +239,8 @@ def _place_problems(spec: RunSpec, stage: str) -> list[Problem]:
         for index, path in enumerate(spec.data.get(kind, ())):
             if not path.endswith(".parquet"):
                 problems.append(Problem(f"`{path}` does not look like a parquet file", spec.where("data", kind, index),
-                                        why="verl reads parquet only", hint="name the file itself", level="warning"))  # fmt: skip
+                                        why="verl reads parquet only",
+                                        hint="name a .parquet whose columns are `content`, the messages, and `teacher_response`", level="warning"))  # fmt: skip
     return problems
 
 
@@ -305,9 +310,21 @@ def _target(values: Mapping[str, Any], records: int | None) -> tuple[int | None,
 
 
 def _length_problems(
-    spec: RunSpec, where: Where, target: int | None, start: int | None, own: Mapping[str, Any]
+    context: Context,
+    values: Mapping[str, Any],
+    where: Where,
+    target: int | None,
+    start: int | None,
+    own: Mapping[str, Any],
 ) -> list[Problem]:
+    spec, records, batch = context.spec, context.options["records"], values.get(checks.TRAIN_BATCH)
     at = where(LENGTHS[0]) if LENGTHS[0] in own else where(LENGTHS[1])
+    if not isinstance(values.get(LENGTHS[1]), int) or not isinstance(batch, int):
+        return []  # said already, and nothing follows from it
+    if records and records < batch:
+        return [Problem(f"{records} rows of training data are less than one batch of {batch}", spec.where("recipe_options", "records"),
+                        why="verl leaves out the last short batch, so there is no step to make",
+                        hint=f"more data, or a smaller `config.{checks.TRAIN_BATCH}`")]  # fmt: skip
     if target is None and spec.num_links > 1:
         return [Problem(f"a chain of {spec.num_links} jobs must know when the run is done, and `total_epochs` does not tell",
                         where("trainer.total_epochs"), hint="give `recipe_options: {records: …}`, the rows of the training data")]  # fmt: skip

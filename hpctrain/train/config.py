@@ -68,6 +68,9 @@ class SftConfig:
     checkpoint_factor: int = _key(100, "iterations between checkpoints", least=1)
     keep_last_n_checkpoints: int | None = _key(None, "how many of this run's checkpoints to keep; absent keeps all",
                                                least=2)  # fmt: skip
+    export_dir: str | None = _key(
+        None, "Hugging Face directory that the finished run leaves, which a pipeline hands on"
+    )
     stop_signal: str = _key("USR1", "the signal that means: save and exit 0 at the next step")
     log_interval: int = _key(10, "iterations between log lines", least=1)
     max_skipped_in_a_row: int = _key(10, "stop after so many steps in a row without a finite gradient", least=1)
@@ -116,7 +119,7 @@ def parse_config(document: yamlio.Document, base_dir: str) -> tuple[SftConfig, l
         except ValueError as error:
             what = f"`{key}: {_show(value)}` {error}"
             problems.append(Problem(what, document.where(key), why=f"{key}: {fields[key].metadata['doc']}"))
-    for key in ("model", "tokenizer"):
+    for key in ("model", "tokenizer", "export_dir"):
         if values.get(key):
             values[key] = os.path.join(base_dir, os.path.expanduser(values[key]))
     if "train_data_paths" in values:

@@ -106,6 +106,16 @@ class Stepper:
         self.skipped += skipped
         return total, norm, skipped
 
+    def weights(self, rank: int) -> dict[str, torch.Tensor]:
+        """All weights by name on the CPU, on rank 0; empty on the others. All ranks call it: ZeRO 3 gathers them one by one."""
+        out: dict[str, torch.Tensor] = {}
+        for name, value in self.engine.module.state_dict(keep_vars=True).items():
+            sharded = hasattr(value, "ds_id")
+            with deepspeed.zero.GatheredParameters([value]) if sharded else contextlib.nullcontext():
+                if rank == 0:
+                    out[name] = value.detach().cpu().clone()
+        return out
+
     def _clip(self) -> torch.Tensor:
         limit = self.clip or math.inf
         return torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), limit)

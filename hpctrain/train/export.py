@@ -9,16 +9,35 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from hpctrain.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
 from hpctrain.tokenize.spm import load_model
-from hpctrain.train.checkpoint import META, describe_mismatch, read_weights
+from hpctrain.train.checkpoint import (
+    META,
+    Progress,
+    describe_mismatch,
+    read_meta,
+    read_weights,
+    remove_own,
+    set_aside,
+    sync,
+)
 from hpctrain.train.files import open_to_readers
 from hpctrain.train.source import Chat, Source
 
+_TOKENIZER_FILES = (
+    "token",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+    "generation_config",
+)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -29,27 +48,87 @@ def export(source: Source, directory: str, precision: str = "auto", tokenizer: s
     weights do not fit its config, EnvironmentFault when it cannot be written.
     """
     check_target(source, directory)
-    target = os.path.abspath(directory)
-    parent = os.path.dirname(target)
+
+    def fill(staged: str) -> None:
+        about = {"from": os.path.basename(source.path), "iteration": source.iteration, "precision": source.precision}
+        _write_model(load_hf_model(source, precision), source.chat, tokenizer or source.tokenizer, about, staged)
+
     try:
-        os.makedirs(parent, exist_ok=True)
-        staged = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=parent)
+        return publish_model(directory, fill)
     except OSError as error:
         raise EnvironmentFault(f"cannot write `{directory}`: {error.strerror}") from error
+
+
+def publish_model(directory: str, fill: Callable[[str], None], run_id: str = "") -> list[str]:
+    """Let what `fill` writes into the folder it is given appear at `directory`, whole or not at all; returns the file names.
+
+    What the run `run_id` wrote there before (its id is in hpctrain.json) is replaced, anything else of that name set aside.
+    Raises OSError.
+    """
+    target = os.path.abspath(directory)
+    parent = os.path.dirname(target)
+    os.makedirs(parent, exist_ok=True)
+    staged = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=parent)
     try:
         os.chmod(staged, 0o755)
-        _fill(source, staged, precision, tokenizer or source.tokenizer)
+        fill(staged)
         open_to_readers(staged)
         names = sorted(os.listdir(staged))
         for name in names:
-            _sync(os.path.join(staged, name))
-        _sync(staged)
+            sync(os.path.join(staged, name))
+        sync(staged)
+        ours = bool(run_id) and read_meta(target).get("run_id") == run_id and not os.path.islink(target)
+        aside = set_aside(target)
         os.rename(staged, target)
-        _sync(parent)
+        sync(parent)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+    if ours and aside:
+        remove_own(aside)
     return names
+
+
+def is_export(directory: str, progress: Progress) -> bool:
+    """Whether the model in `directory` is that of this very state of the run."""
+    about = read_meta(directory)
+    return (about.get("run_id"), about.get("iteration")) == (progress.run_id, progress.iteration)
+
+
+def export_trained(directory: str, weights: dict[str, Any], progress: Progress) -> None:
+    """Write the model that is being trained as a Hugging Face directory, with the tokenizer of its run; see `publish_model`.
+
+    `weights` are all of them, by name, on the CPU. Raises EnvironmentFault when it cannot be written.
+    """
+    import torch
+    import transformers
+
+    from hpctrain.train.model import read_model_config
+
+    def fill(staged: str) -> None:
+        model = transformers.AutoModelForCausalLM.from_config(read_model_config(config["model"]))
+        model.load_state_dict({name: weights[name] for name in model.state_dict()})
+        model = model.to(getattr(torch, DTYPES[progress.precision])).eval()
+        model.config.use_cache = True
+        if not config["tokenizer"] and os.path.isdir(config["model"]):
+            copy_tokenizer(config["model"], staged)
+        about = {"from": f"global_step{progress.iteration}", "iteration": progress.iteration,
+                 "precision": progress.precision, "run_id": progress.run_id}  # fmt: skip
+        _write_model(model, Chat.from_config(config), config["tokenizer"], about, staged)
+
+    config = progress.config
+    try:
+        publish_model(directory, fill, progress.run_id)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write `{directory}`: {error.strerror}") from error
+
+
+def copy_tokenizer(model: str, directory: str) -> None:
+    """Copy the files of a model directory that belong to its tokenizer."""
+    for name in sorted(os.listdir(model)):
+        path = os.path.join(model, name)
+        if name.startswith(_TOKENIZER_FILES) and os.path.isfile(path):
+            shutil.copyfile(path, os.path.join(directory, name))
 
 
 def check_target(source: Source, directory: str) -> None:
@@ -116,9 +195,9 @@ def _load_hf_model(source: Source, precision: str) -> Any:
     return model.to(dtype).eval()
 
 
-def _fill(source: Source, directory: str, precision: str, tokenizer: str | None) -> None:
-    model = load_hf_model(source, precision)
-    chat, config = source.chat, model.config
+def _write_model(model: Any, chat: Chat, tokenizer: str | None, about: dict[str, Any], directory: str) -> None:
+    """Weights, configs, the tokenizer of a SentencePiece model, and hpctrain.json with `about`, into an empty folder."""
+    config = model.config
     ends = [token for token in (chat.assistant, chat.eod) if token is not None]
     if tokenizer:
         from hpctrain.train.hf_tokenizer import end_of_document, save_tokenizer
@@ -141,15 +220,5 @@ def _fill(source: Source, directory: str, precision: str, tokenizer: str | None)
     generation.bos_token_id = None
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, ends[-1] if ends else None, None
     model.save_pretrained(directory, safe_serialization=True)
-    about = {"from": os.path.basename(source.path), "iteration": source.iteration, "precision": source.precision,
-             "chat": asdict(chat)}  # fmt: skip
     with open(os.path.join(directory, META), "w", encoding="utf-8") as file:
-        json.dump(about, file, indent=1)
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        json.dump({**about, "chat": asdict(chat)}, file, indent=1)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hpctrain import errors
-from hpctrain.train import checkpoint, engine
+from hpctrain.train import checkpoint, engine, export, ranks
 from hpctrain.train.config import Batch, SftConfig, learning_rate
 from hpctrain.train.data import DataError, PackedRows, describe_too_long, step_samples
 from hpctrain.train.launch import Launch, StopRequest
@@ -62,6 +62,7 @@ class Trainer:
         """
         first = self.progress.iteration + 1
         if first > self.train_iters:
+            self._export()
             self.say(f"nothing to train: iteration {self.progress.iteration} of {self.train_iters} is done")
             return errors.DONE
         if self.launch.rank == 0:
@@ -99,6 +100,9 @@ class Trainer:
             if given_up:
                 self.say(f"error: no finite gradient for {in_a_row} steps in a row; nothing is saved, exit 1")
                 return errors.NO
+            if last:
+                # Before the checkpoint that says the run is done: once that exists, no later link would export.
+                interval.exclude(self._export())
             if last or iteration % self.config.checkpoint_factor == 0:
                 interval.exclude(self._save())
                 saved = iteration
@@ -216,6 +220,17 @@ class Trainer:
             ):
                 self.say(f"deleted {old} (keep_last_n_checkpoints {self.config.keep_last_n_checkpoints})")
         return took_s
+
+    def _export(self) -> float:
+        """The model in `export_dir`, if there is to be one and this very state is not there; returns the seconds it took."""
+        target, start_s = self.config.export_dir, time.monotonic()
+        if target is None:
+            return 0.0
+        if not ranks.on_first(self.launch.rank, lambda: export.is_export(target, self.progress)):
+            weights = self.stepper.weights(self.launch.rank)
+            ranks.on_first(self.launch.rank, lambda: export.export_trained(target, weights, self.progress))
+            self.say(f"wrote {target}")
+        return time.monotonic() - start_s
 
     def _report(self, interval: _Interval, lr: float, norm: float) -> None:
         steps, tokens, seconds, loss = interval.close()

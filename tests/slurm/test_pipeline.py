@@ -99,6 +99,13 @@ def test_two_stages_with_a_kill_in_each_run_to_the_end_of_the_second(sandbox, tm
         run["state"] for run in status["runs"]
     } == {"done"}
     assert [(s["stage"], s["state"]) for s in status["pipeline"]["stages"]] == [("warmup", "done"), ("main", "done")]
+    cost = json.loads(two.ok("cost", "two-s", "--json").stdout)
+    took = [sum(start["elapsed_s"] for start in stage["spent"]["starts"]) for stage in cost["stages"]]
+    assert [len(stage["spent"]["starts"]) >= 2 for stage in cost["stages"]] == [True, True]
+    assert cost["still"]["gpu_hours"] == 0
+    # One GCD, for as long as the jobs ran; LUMI bills half a GPU-hour for it.
+    assert cost["used"]["gpu_hours"] == pytest.approx(sum(took) / 3600)
+    assert cost["used"]["billed"] == {"GPU-hour": pytest.approx(sum(took) / 7200)}
     pages = two.ok("report", "two-s").stdout.split("\n")
     assert Path(pages[0]).read_text().count("<a href=") >= 2 and "main" in Path(pages[0]).read_text()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -226,3 +227,28 @@ def test_only_whole_checkpoints_are_exported_or_gone_on_from(tmp_path: Path) -> 
         find_checkpoint(str(folder / "checkpoint-12"))
     (tmp_path / "plan.json").write_text(json.dumps({"guard": {"layout": "deepspeed", "checkpoint_dir": str(folder)}}))
     assert find_checkpoint(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(("text", "ids", "whole", "fault"), [
+    ("Paris is the capital.", [5, 6, 7], True, ""),
+    ("Rīga ir Latvijas galvaspilsēta 🙂\n\t- jā", [5, 6, 7], True, ""),
+    ("cut in a char\ufffd\ufffd", [5, 6, 7], False, ""),
+    ("", [1], True, "empty"), (" \n", [4, 1], True, "empty"),
+    ("\ufffd\ufffd a\ufffd b", [5, 6], True, "garbled"), ("ok\x00\x01\x02\x03", [5], True, "garbled"),
+    ("the the the", [9, 8] * 20, False, "goes round in a circle"),
+    ("ha ha ha", [9, 8] * 4, True, ""),
+])  # fmt: skip
+def test_a_reply_that_is_no_answer_is_told_from_one_in_words(text, ids, whole, fault):
+    from hpctrain.train.hf_sft.validate import fault_of
+
+    assert fault_of(text, ids, whole) == fault
+
+
+def test_the_faults_of_a_validation():
+    from hpctrain.train.hf_sft.validate import Reply, Validation, perplexity
+
+    good = Validation("m", "t", 3, 30, 4.2, 6.0, 10.0, (Reply("q", "a", ""),))
+    assert good.faults == []
+    bad = dataclasses.replace(good, perplexity=float("nan"), replies=(Reply("q", "", "empty"), Reply("q", "a", "")))
+    assert len(bad.faults) == 3 and "1 of 2 replies are no answers: empty" in bad.faults[2]
+    assert perplexity(0.0) == 1 and perplexity(1e9) == float("inf") and perplexity(float("nan")) != perplexity(0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -186,3 +187,76 @@ def test_status_finds_a_pipeline_by_name_folder_and_file(pipeline, tmp_path, mon
         ("b", "not submitted", "a", None),
     ]
     prepare(pipeline(TWO))  # a second time: the same files, no complaint
+
+
+def test_cost_is_told_stage_by_stage_and_summed_in_each_unit_before_and_after(pipeline, cli, tmp_path, monkeypatch):
+    """small-g bills 0.5 GPU-hours an hour and GCD, and 2 nodes of whole standard-g 4 a node; a CPU stage has a unit of its own."""
+    from hpctrain.pipeline.queue import prepare
+
+    stages = "a: {run: a.yaml, jobs: 3}\nb: {run: b.yaml, from: a, set: {partition: standard-g, nodes: 2, gpus_per_node: 8, time: 2h}}\nc: {run: b.yaml, set: {name: c, checkpoint.dir: /scratch/c, partition: standard, gpus_per_node: 0, time: 1h}}"  # fmt: skip
+    planned = pipeline(stages)
+    assert planned.errors == []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    code, out, err = cli("cost", "pipeline.yaml", "--json")
+    assert code == 0, err
+    before = json.loads(out)
+    assert [(s["stage"], s["num_links"], s["spent"]) for s in before["stages"]] == [("a", 3, None), ("b", 1, None), ("c", 1, None)]  # fmt: skip
+    a, b, c = (stage["at_most"] for stage in before["stages"])
+    assert (a["time_s"], a["gpu_hours"], a["billed"], a["unit"]) == (900, pytest.approx(0.25), pytest.approx(0.125), "GPU-hour")  # fmt: skip
+    assert (b["gpu_hours"], b["billed"], c["gpu_hours"], c["unit"]) == (32, 16, 0, "core-hour")
+    total = before["at_most"]
+    assert total["gpu_hours"] == pytest.approx(32.25)
+    assert total["billed"] == {"GPU-hour": pytest.approx(16.125), "core-hour": c["billed"]} and c["billed"] > 0
+    assert not (tmp_path / "runs").exists()
+
+    prepare(planned)
+    records = [{"event": "begin", "link": 1, "job_id": "7", "restart": 0, "mode": "scratch", "time": "2026-11-20T20:00:00Z"},
+               {"event": "end", "link": 1, "job_id": "7", "restart": 0, "mode": "scratch", "exit_code": 0, "time": "2026-11-20T20:30:00Z"}]  # fmt: skip
+    links = tmp_path / "runs" / "p" / "b" / "links.jsonl"
+    links.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for target in ("pipeline.yaml", "runs/p", "p"):
+        code, out, err = cli("cost", target, "--json")
+        after = json.loads(out)
+        assert code == 0 and after["at_most"] == total, err
+        assert after["stages"][1]["spent"]["starts"][0]["elapsed_s"] == 1800
+        assert (after["used"]["gpu_hours"], after["used"]["billed"]) == (8, {"GPU-hour": 4, "core-hour": 0})
+    code, out, err = cli("cost", "p")
+    rows = {line.split("\t")[0]: line.split("\t") for line in out.splitlines()}
+    assert rows["of"][3:9] == ["GPU-hours", "billed", "used GPU-hours", "used billed", "still GPU-hours", "still billed"]  # fmt: skip
+    assert rows["b"][3:7] == ["32.00", "16.00 GPU-hours", "8.00", "4.00 GPU-hours"] and list(rows)[-1] == "the pipeline"
+    assert rows["the pipeline"][6] == "4.00 GPU-hours + 0.00 core-hours"
+
+
+def test_cost_of_a_pipeline_refuses_what_is_about_one_run_and_says_a_stages_mistakes(
+    pipeline, cli, tmp_path, monkeypatch
+):
+    pipeline(TWO)
+    monkeypatch.chdir(tmp_path)
+    for more in (("--jobs", "3"), ("--array", "2"), ("--ladder", "1,2")):
+        code, out, err = cli("cost", "pipeline.yaml", *more)
+        assert code == 2 and not out and "is a pipeline" in err and "chain.jobs" in err
+    code, out, err = cli("cost", "pipeline.yaml", "--set", "b.nodes=0")
+    assert code == 2 and not out and "nodes: 0" in err
+    code, out, err = cli("cost", "pipelin.yaml")
+    assert code == 2 and "there is no file `pipelin.yaml`" in err
+
+
+def test_sft_then_dpo_hands_the_model_on_and_both_run_on_gpus(cli, tmp_path):
+    """The example: 16 GCDs for the SFT, 32 for the DPO; its policy is the model that the SFT leaves, and its own reference."""
+    example = str(Path(__file__).parents[2] / "examples" / "sft-then-dpo" / "pipeline.yaml")
+    for site in ("lumi", "generic-cuda"):
+        sft, dpo = load_pipeline(example, [f"sft.site={site}", f"dpo.site={site}", "dpo.partition=null"]).stages
+        assert sft.plan.errors == dpo.plan.errors == []
+        assert (sft.plan.resolved.model, sft.plan.spec.num_nodes * sft.plan.tasks_per_node) == (
+            "/scratch/project_465001281/models/ft",
+            16,
+        )
+        assert dpo.plan.spec.num_nodes * dpo.plan.tasks_per_node == 32
+        text = dpo.plan.resolved.configs["config_dpo.yaml"]
+        assert "policy_name: /scratch/project_465001281/models/ft" in text and "ref_name: /" not in text
+        assert not any("reference model" in problem.what for problem in dpo.plan.problems)
+    (warned,) = load_pipeline(example, ["dpo.config.ref_name=/models/other"]).stages[1].plan.problems
+    assert "reference model `/models/other` is not the one that stage `sft` hands over" in warned.what
+    with pytest.raises(UsageError, match="config.export_dir"):
+        load_pipeline(example, ["sft.config.export_dir=null"])

@@ -78,6 +78,7 @@ def resolve(context: Context) -> Resolved:
             data_parallel=draft.world_size,
             zero_stage={"none": 0, "zero2": 2, "zero3": 3}[sharding],
             exported=True,
+            scratch_from=f"the model `{model.folder or model.name}`",
         ),
         cadence=Cadence(steps, every, saves_on_signal=False),
         template={

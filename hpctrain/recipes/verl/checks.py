@@ -24,9 +24,13 @@ _COUNTS = (
     TRAIN_BATCH, MINI_BATCH, TENSOR, SAMPLES, SEQUENCE, f"{_ACTOR}.ppo_max_token_len_per_gpu",
     "critic.ppo_max_token_len_per_gpu", "data.max_prompt_length", "data.max_response_length",
 )  # fmt: skip
+LOADS = {"actor": f"{_ACTOR}.checkpoint.load_contents", "critic": "critic.checkpoint.load_contents"}
 FREE_CACHE = f"{_ROLLOUT}.free_cache_engine"
 FORMULA_AT = "docs/recipes/verl-gad.md, Memory"
-_ADJUST = "GAD's scripts use 256 prompts x 8 answers on 8 GPUs"
+_DYNAMIC = f"{_ACTOR}.use_dynamic_bsz"
+# What verl cuts batches into where it does not do so by tokens: (key without its ending, whether it must divide the mini-batch).
+_MICRO = ((f"{_ACTOR}.ppo_micro_batch_size", True), ("critic.ppo_micro_batch_size", True),
+          (f"{_ROLLOUT}.log_prob_micro_batch_size", False), ("actor_rollout_ref.ref.log_prob_micro_batch_size", False))  # fmt: skip
 
 
 class Checker:
@@ -65,11 +69,11 @@ class Checker:
         if train * samples % self.ranks:
             self.error(
                 f"{train} prompts x {samples} answers = {train * samples} are no multiple of {self.ranks} GPUs", TRAIN_BATCH,
-                why="verl deals them out evenly and stops otherwise", hint=_next_multiple(train, samples, self.ranks),
+                why="verl deals them out evenly and stops otherwise", hint=_next_multiple(train, samples, self.ranks, TRAIN_BATCH),
             )  # fmt: skip
         if mini > train:
-            self.error(f"`ppo_mini_batch_size: {mini}` is more than `train_batch_size: {train}`", MINI_BATCH,
-                       hint=f"set it to {train} or a divisor of that")  # fmt: skip
+            self.error(f"`ppo_mini_batch_size: {mini}` is more than `train_batch_size: {train}`", MINI_BATCH, why=self._preset(MINI_BATCH),
+                       hint=f"set `config.{MINI_BATCH}` to {train} or a divisor of that")  # fmt: skip
         elif train % mini:
             self.error(f"`ppo_mini_batch_size: {mini}` does not divide `train_batch_size: {train}`", MINI_BATCH,
                        why="the last mini-batch of every step would be smaller, and its gradients too large",
@@ -77,11 +81,36 @@ class Checker:
         if mini * samples % data_parallel:
             self.error(
                 f"a mini-batch of {mini} prompts x {samples} answers is no multiple of {data_parallel} ranks", MINI_BATCH,
-                why="verl divides it by the ranks and drops the rest (workers/fsdp_workers.py)", hint=_ADJUST,
+                why="verl divides it by the ranks and drops the rest (workers/fsdp_workers.py)",
+                hint=_next_multiple(mini, samples, data_parallel, MINI_BATCH),
             )  # fmt: skip
         if samples < 2 and self.values.get("algorithm.adv_estimator") == "grpo":
             self.error(f"`rollout.n: {samples}` with `adv_estimator: grpo` gives every answer an advantage of 0", SAMPLES,
                        why="GRPO compares the answers to one prompt with each other", hint="use 8, as GAD's scripts do")  # fmt: skip
+
+    def micro_batches(self) -> None:
+        """Without `use_dynamic_bsz` verl needs four more sizes, and says so when Ray holds the GPUs already
+        (utils/config.py `validate_config`, workers/config/actor.py, workers/fsdp_workers.py)."""
+        if self.values.get(_DYNAMIC) is not False:
+            return
+        mini = self.values[MINI_BATCH] * self.values[SAMPLES] // max(self.ranks // self.values[SEQUENCE], 1)
+        for key, divides in _MICRO:
+            each, all_of = self.values.get(f"{key}_per_gpu"), self.values.get(key)
+            if each is None and all_of is None:
+                self.error(f"`use_dynamic_bsz: false` without `{key}_per_gpu`", _DYNAMIC,
+                           why="verl then has nothing to cut batches by, and stops", hint=f"config: {{{key}_per_gpu: 4}}")  # fmt: skip
+            elif each is not None and all_of is not None:
+                self.error(f"`{key}` and `{key}_per_gpu` are both set, and verl takes one", f"{key}_per_gpu", hint=f"delete `{key}`")  # fmt: skip
+            elif each is not None and (isinstance(each, bool) or not isinstance(each, int) or each < 1):
+                self.error(f"`{key}_per_gpu: {each}` is not a whole number above 0", f"{key}_per_gpu")
+            elif each is not None and divides and mini % each:
+                self.error(f"`{key}_per_gpu: {each}` does not divide the {mini} answers that a GPU has of a mini-batch", f"{key}_per_gpu",
+                           why="verl asserts it when the models are loaded (workers/fsdp_workers.py)", hint=_divisors(mini, min(mini, 64)))  # fmt: skip
+
+    def _preset(self, key: str) -> str:
+        """Says that a value is the size's, where run.yaml does not set the key itself."""
+        of_size = self.where(key) == self.where("recipe_options.size")
+        return f"{self.values[key]} comes with `recipe_options.size`" if of_size else ""
 
     def parallelism(self) -> None:
         """The rollout's tensor parallelism against GPUs and heads; sequence parallelism against heads."""
@@ -135,6 +164,33 @@ class Checker:
                 if lacking:
                     self.error(f"`{key}` without {', '.join(lacking)}: no run can go on from such checkpoints", key,
                                hint="[model, optimizer, extra], with hf_model if you like")  # fmt: skip
+        for key in LOADS.values():
+            lacking = [part for part in ("model", "optimizer", "extra") if part not in _loads(self.values, key)]
+            if "model" in lacking:
+                self.error(f"`{key}` without model: every link begins with the weights of the first", key,
+                           hint="[model, optimizer, extra]")  # fmt: skip
+            elif lacking:
+                self.error(f"`{key}` without {', '.join(lacking)}: not only the start, every link begins without", key,
+                           why="verl reads the key whenever it loads a checkpoint", hint="delete the key", level="warning")  # fmt: skip
+
+
+def start_takes(values: Mapping[str, Any]) -> str:
+    """What verl takes from a checkpoint it starts from, in the guard's words: all that `load_contents` names, for the actor
+    and the critic each, and `data.pt` (verl/trainer/ppo/ray_trainer.py `_load_checkpoint`)."""
+    fresh = [role for role, key in LOADS.items() if "optimizer" not in _loads(values, key)]
+    if len(fresh) == len(LOADS):
+        optimizers = "without its optimizers, with"
+    elif fresh:
+        optimizers = f"without the {fresh[0]}'s optimizer, with the other and"
+    else:
+        optimizers = "with its optimizers and"
+    return f"{optimizers} its place in the data, and counts on from its step"
+
+
+def _loads(values: Mapping[str, Any], key: str) -> list[Any]:
+    """What is loaded: by default what is saved, which is everything."""
+    found = values.get(key)
+    return found if isinstance(found, list) else ["model", "optimizer", "extra"]
 
 
 def check_memory(checker: Checker, context: Context) -> tuple[Decision, ...]:
@@ -185,10 +241,10 @@ def check_model_name(path: str, where: str) -> list[Problem]:
     return []
 
 
-def _next_multiple(train: int, samples: int, ranks: int) -> str:
-    up = next(count for count in range(train, train + ranks + 1) if count * samples % ranks == 0)
-    down = next((count for count in range(train, 0, -1) if count * samples % ranks == 0), None)
-    return f"`data.train_batch_size: {down}` or {up}" if down else f"`data.train_batch_size: {up}`"
+def _next_multiple(prompts: int, samples: int, ranks: int, key: str) -> str:
+    up = next(count for count in range(prompts, prompts + ranks + 1) if count * samples % ranks == 0)
+    down = next((count for count in range(prompts, 0, -1) if count * samples % ranks == 0), None)
+    return f"`config.{key}`: {down} or {up}" if down else f"`config.{key}`: {up}"
 
 
 def _divisors(number: int, limit: int) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from typing import Any
 
 import torch
@@ -13,9 +11,7 @@ import transformers
 
 from hpctrain.train import checkpoint as whole
 from hpctrain.train.dpo.model import parameters_on_meta
-from hpctrain.train.files import open_to_readers
-
-_COPIED = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "generation_config")
+from hpctrain.train.export import copy_tokenizer, publish_model
 
 
 def write_model(
@@ -25,11 +21,8 @@ def write_model(
 
     What this run wrote there before is replaced; anything else of that name is set aside. Raises OSError.
     """
-    parent = os.path.dirname(target)
-    os.makedirs(parent, exist_ok=True)
-    staged = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=parent)
-    try:
-        os.chmod(staged, 0o755)
+
+    def fill(staged: str) -> None:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         plain = transformers.AutoModelForCausalLM._model_mapping[type(model_config)]
         with parameters_on_meta():
@@ -42,25 +35,11 @@ def write_model(
             *model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)),
         ]
         model.save_pretrained(staged, state_dict={name: weights[name].to(dtype).contiguous() for name in own})
-        for name in sorted(os.listdir(policy)):
-            path = os.path.join(policy, name)
-            if name.startswith(_COPIED) and os.path.isfile(path):
-                shutil.copyfile(path, os.path.join(staged, name))
+        copy_tokenizer(policy, staged)
         with open(os.path.join(staged, whole.META), "w", encoding="utf-8") as file:
             json.dump(about, file, indent=1)
-        open_to_readers(staged)
-        for name in os.listdir(staged):
-            whole.sync(os.path.join(staged, name))
-        whole.sync(staged)
-        ours = whole.read_meta(target).get("run_id") == about["run_id"] and not os.path.islink(target)
-        aside = whole.set_aside(target)
-        os.rename(staged, target)
-        whole.sync(parent)
-        if ours and aside:
-            whole.remove_own(aside)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
+
+    publish_model(target, fill, about["run_id"])
 
 
 def copy_logs(run_dir: str, mount_dir: str) -> None:

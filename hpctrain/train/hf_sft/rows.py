@@ -46,6 +46,25 @@ class Encoder:
         # The first label is never predicted, so it alone trains nothing.
         return (ids, labels) if any(label != IGNORED for label in labels[1:]) else None
 
+    def prompt(self, row: dict[str, Any]) -> list[int] | None:
+        """The tokens before a row's last reply, None where there is no telling. Raises ValueError as `encode` does."""
+        messages, prompt, labels = row.get("messages") or row.get("conversations"), row.get("prompt"), row.get("labels")
+        if messages is not None:
+            dialogue = _messages(messages, "messages")
+            if len(dialogue) < 2 or dialogue[-1]["role"] != "assistant":
+                return None
+            head = self._render(dialogue[:-1], add_generation_prompt=True)
+        elif isinstance(prompt, list):
+            head = self._render(_messages(prompt, "prompt"), add_generation_prompt=True)
+        elif isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        elif labels is not None:
+            begin = next((at for at, label in enumerate(labels) if label != IGNORED), 0)
+            return list(row["input_ids"][:begin]) or None
+        else:
+            return None
+        return list(self.tokenizer(head, add_special_tokens=False)["input_ids"])
+
     def _text(self, text: Any) -> Tokens:
         if not isinstance(text, str) or not text:
             raise ValueError("`text` is not text, or empty")

@@ -2,7 +2,7 @@
 
     python scenarios.py ORDERS.json
 
-An order is `[what, arguments]`: `train` (an environment, and perhaps a signal after some log lines), `export`, `trl_rows`.
+An order is `[what, arguments]`: `train` (an environment, and perhaps a signal after some log lines), `export`, `validate`, `trl_rows`.
 Writes ORDERS.json.out: for each `{"code": …, "said": …, "problems": […], "answer": …}`.
 """
 
@@ -26,7 +26,7 @@ import transformers  # noqa: E402
 import trl  # noqa: E402
 
 from hpctrain import errors  # noqa: E402
-from hpctrain.train.hf_sft import export, rows  # noqa: E402
+from hpctrain.train.hf_sft import export, rows, validate  # noqa: E402
 from hpctrain.train.hf_sft.__main__ import start  # noqa: E402
 from hpctrain.train.hf_sft.config import load_config  # noqa: E402
 from hpctrain.train.hf_sft.source import find_checkpoint, newest_complete  # noqa: E402
@@ -61,6 +61,16 @@ def export_(source: str, directory: str, **options: Any) -> dict[str, Any]:
     return {"names": names, **vars(proof)}
 
 
+def validate_(model: str, test_set: str, **options: Any) -> dict[str, Any]:
+    found = validate.validate(model, test_set, **options)
+    return {
+        **vars(found),
+        "replies": [vars(reply) for reply in found.replies],
+        "faults": found.faults,
+        "said": validate.describe(found),
+    }
+
+
 def trl_rows(base: str, cases: list[dict[str, Any]]) -> list[Any]:
     """For each case TRL's own tokens and labels, and ours."""
     answers = []
@@ -84,7 +94,7 @@ def run(what: str, arguments: dict[str, Any], path: str) -> None:
     """In the child: one order, its answer to `path`."""
     answer: dict[str, Any] = {"code": 70, "problems": [], "answer": None}
     try:
-        found = {"train": train, "export": export_, "trl_rows": trl_rows}[what](**arguments)
+        found = {"train": train, "export": export_, "trl_rows": trl_rows, "validate": validate_}[what](**arguments)
         answer.update(code=found if what == "train" else 0, answer=found)
     except errors.HpctrainError as error:
         answer.update(code=error.exit_code, problems=[str(problem) for problem in error.problems])

@@ -187,6 +187,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         directory=str(path / "out" / "other"),
         base=str(path / "other"),
     )
+    for name, model in (("validated", "out/fp32"), ("validated base", "base"), ("validated packed", "packed")):
+        more = {"base": str(path / "base"), "rows": 30} if name == "validated" else {}
+        bench.order(name, "validate", model=str(path / model), test_set=str(path / "pairs.jsonl"), **more)
+    bench.order("validated on bad rows", "validate", model=str(path / "base"), test_set=str(path / "bad.jsonl"))
     bench.order("trl rows", "trl_rows", base=str(path / "other"), cases=list(CASES.values()))
     bench.carry_out()
     return bench
@@ -288,6 +292,29 @@ def test_a_wrong_merge_leaves_nothing_behind(name: str, folder: str, words: list
 
     assert answer["code"] in (1, 2) and all(word in said for word in words), answer
     assert not any(folder in path.name for path in (bench.path / "out").iterdir())
+
+
+def test_a_merged_model_is_measured_on_held_out_rows_beside_its_base(bench: Bench) -> None:
+    """By our own arithmetic: perplexity is e to the mean loss of the tokens that TRL would train, `pairs.jsonl`'s completions."""
+    merged, base = bench["validated"]["answer"], bench["validated base"]["answer"]
+    assert (merged["rows"], base["rows"]) == (30, 40) and 0 < merged["tokens"] < base["tokens"]
+    # An untrained model of 384 tokens knows nothing: about 384. Trained on these very rows it is better, and far from 10.
+    assert 300 < base["perplexity"] < 500 and 300 < merged["base_perplexity"] < 500
+    assert 10 < merged["perplexity"] < merged["base_perplexity"] - 10
+    assert "less than 10 is wanted" in merged["faults"][0] and not any(
+        "its base" in fault for fault in merged["faults"]
+    )
+    assert len(merged["replies"]) == 8 and all(reply["prompt"] for reply in merged["replies"])
+    assert merged["said"][0].startswith("perplexity ") and "its base's is" in merged["said"][0]
+
+
+def test_what_cannot_be_measured_is_refused_with_its_place(bench: Bench) -> None:
+    assert bench["validated packed"]["code"] == 2 and "quantised" in bench["validated packed"]["problems"][0]
+    bad = bench["validated on bad rows"]
+    assert bad["code"] == 2 and [problem.split(": ")[1].rsplit("/")[-1] for problem in bad["problems"]] == [
+        "bad.jsonl:2",
+        "bad.jsonl:3",
+    ]
 
 
 @pytest.mark.parametrize("case", CASES)

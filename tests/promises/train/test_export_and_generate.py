@@ -64,12 +64,16 @@ def trained(bench: Bench, models: dict[str, Path]) -> Bench:
         "train_iters": 120, "checkpoint_factor": 200, "log_interval": 60, "train_batch_size": 1, "precision": "bf16",
     }  # fmt: skip
     short = {**keys, "train_iters": 3}
+    (bench.path / "left" / "stage3").mkdir(parents=True)
+    (bench.path / "left" / "stage3" / "notes.txt").write_text("somebody's")
     orders = [
         bench.order("learned", zero_stage=2, **keys),
-        bench.order("stage3", zero_stage=3, **short),
-        bench.order("neox", **{**short, "model": "wide-neox.json", "precision": "fp32"}),
+        bench.order("stage3", zero_stage=3, export_dir="left/stage3", **short),
+        bench.order("neox", export_dir="left/neox", **{**short, "model": "wide-neox.json", "precision": "fp32"}),
     ]
-    assert bench.train_many(orders, 1) == [(0, [])] * 3
+    again = bench.order("neox-again", "resume", bench.path / "neox" / "global_step3", export_dir="left/again",
+                        **{**short, "model": "wide-neox.json", "precision": "fp32"})  # fmt: skip
+    assert bench.train_many([*orders, again, again], 1) == [(0, [])] * 5
     run = bench.path / "learned.run"
     (run / "plan.json").write_text(
         json.dumps({"guard": {"checkpoint_dir": str(bench.path / "learned")}, "job": {}, "cost": {}})
@@ -121,6 +125,36 @@ def test_the_exported_model_has_the_logits_of_the_checkpoint(
     assert sum(parameter.numel() for parameter in loaded.parameters()) == sum(
         value.numel() for value in weights.values()
     )
+
+
+@pytest.mark.parametrize("name", ["stage3", "neox"])
+def test_the_model_that_a_finished_run_leaves_is_what_export_makes_of_its_last_checkpoint(
+    trained: Bench, exported: dict[str, Path], name: str
+) -> None:
+    """ZeRO 3 gathers it from all ranks, in the precision that is trained."""
+    left, files = trained.path / "left" / name, sorted(path.name for path in exported[name].iterdir())
+    assert sorted(path.name for path in left.iterdir()) == files
+    for file in (file for file in files if file not in ("hpctrain.json", "model.safetensors")):
+        assert (left / file).read_bytes() == (exported[name] / file).read_bytes(), file
+    assert tensors(left) == tensors(exported[name])
+    about = json.loads((left / "hpctrain.json").read_text())
+    assert (about["from"], about["iteration"]) == ("global_step3", 3)
+
+
+def test_a_run_whose_model_is_gone_writes_it_again_and_no_run_writes_over_what_is_not_its_own(trained: Bench) -> None:
+    left = trained.path / "left"
+    assert tensors(left / "again") == tensors(left / "neox")
+    # Twice: the second time this very state is there already.
+    assert not list(left.glob("set_aside_again*"))
+    assert (left / "set_aside_stage3" / "notes.txt").read_text() == "somebody's"
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    from safetensors.torch import load_file
+
+    return {
+        name: value.float().numpy().tobytes() for name, value in load_file(str(folder / "model.safetensors")).items()
+    }
 
 
 def test_the_exported_tokenizer_gives_the_training_ids_and_the_dialogue_frame(

@@ -136,7 +136,7 @@ def test_checkpoints_removed_by_hand_mean_bootstrap_with_a_start_and_never_rando
     run.link(2)
     shutil.rmtree(run.ckpt)
     assert run.begin(3)["decision"] == "gave_up"
-    assert "random weights" in run.records()[-1]["reason"]
+    assert "to begin again from scratch" in run.records()[-1]["reason"]
 
 
 def test_nothing_of_the_start_ever_changes(quick):

@@ -154,6 +154,11 @@ OPTION, CONFIG = "recipe_options/", "config/"
         (WARMUP, {CONFIG + "data": {"train_batch_size": 100}, "nodes": 3}, "train_batch_size: 100", "800 are no multiple of 24 GPUs"),
         (WARMUP, {CONFIG + "data": {"train_batch_size": 128}}, "size: 3B", "is more than `train_batch_size: 128`"),
         (WARMUP, {CONFIG + "actor_rollout_ref": {"actor": {"ppo_mini_batch_size": 96}}}, "ppo_mini_batch_size: 96", "does not divide"),
+        (WARMUP, {CONFIG + "actor_rollout_ref": {"actor": {"use_dynamic_bsz": False}}}, "use_dynamic_bsz: false", "without `critic.ppo_micro_batch_size_per_gpu`"),
+        (WARMUP, {CONFIG + "actor_rollout_ref": {"actor": {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": 3}}}, "size_per_gpu: 3", "does not divide the 256 answers"),
+        (WARMUP, {CONFIG + "actor_rollout_ref": {"actor": {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": 4, "ppo_micro_batch_size": 8}}}, "size_per_gpu: 4", "verl takes one"),
+        (WARMUP, {CONFIG + "actor_rollout_ref": {"actor": {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": "all"}}}, "size_per_gpu: all", "is not a whole number above 0"),
+        (WARMUP, {OPTION + "records": 100}, "records: 100", "less than one batch of 256"),
         (WARMUP, {CONFIG + "actor_rollout_ref": {"rollout": {"n": 1}}}, "n: 1", "an advantage of 0"),
         (WARMUP, {CONFIG + "actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 3}}}, "size: 3", "does not divide the GPUs"),
         (WARMUP, {OPTION + "size": "7B", CONFIG + "actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 8}}}, "parallel_size: 8", "28 heads"),
@@ -334,3 +339,29 @@ def test_a_rehearsal_finds_the_start_in_the_warmups_folder(tmp_path: Path, step:
     assert settings.start and settings.start.endswith(f"chai-3b-warmup/global_step_{step or 2204}")
     scenario = play.make_scenario(plan, play.Request())
     assert (scenario["offset"], scenario["target"]) == (step or 2204, 4408)
+
+
+def test_what_follows_from_a_mistake_is_not_said_as_well(tmp_path: Path) -> None:
+    """A length that is no number says nothing of the chain; an unknown stage nothing of .bin and .idx files."""
+    from hpctrain.check import find_problems
+
+    (problem,) = plan_of(tmp_path, **{"config/trainer": {"total_epochs": "two"}, "chain": {"jobs": 3}}).errors
+    assert "`trainer.total_epochs: two` is not a whole number" in problem.what
+    plan_of(
+        tmp_path,
+        **{"recipe_options/stage": "warm", "site": "lumi", "partition": "small-g", "account": "project_465000001"},
+    )
+    found = find_problems(load_plan(str(tmp_path / "run.yaml")))
+    assert "did you mean `warmup`" in next(problem.hint for problem in found if problem.level == "error")
+    assert any("/data/t.parquet` is not there" in problem.what for problem in found)
+    assert not any(".bin" in f"{problem.what} {problem.hint}" for problem in found)
+
+
+def test_without_dynamic_batches_the_four_sizes_that_verl_asks_for_are_enough(tmp_path: Path) -> None:
+    each = {"log_prob_micro_batch_size_per_gpu": 16}
+    actor = {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": 4}
+    config = {
+        "actor_rollout_ref": {"actor": actor, "rollout": each, "ref": each},
+        "critic": {"ppo_micro_batch_size_per_gpu": 8},
+    }
+    assert plan_of(tmp_path, config=config).errors == []
