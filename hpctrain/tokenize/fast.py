@@ -12,6 +12,7 @@ merge holds separates texts as if each were encoded alone: NUL, since spans that
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# gigatoken 0.10 never forgets a word (its issue #36), so the encoder is made anew when the process has grown by this much.
-CACHE_BYTES = 192 << 20
+# gigatoken 0.10 never forgets a word (its issue #36), so the encoder is made anew when the process has grown by this much
+# since the first one was made: the cache of a large input is no larger than that of a small one.
+CACHE_BYTES = 96 << 20
 CHECK_EVERY = 500
 CHECK_BYTES = 200_000
 _SPACE = "▁"
@@ -77,11 +79,12 @@ class FastEncoder:
         defined = [model.pieces[index].replace(_SPACE, " ").encode() for index in model.ids_of_type(USER_DEFINED)]
         self._defined = re.compile(b"|".join(map(re.escape, defined))) if defined else None
         self._normalize = make_normalizer(model, self._sp)
-        self._renew()
+        self._encode: Callable[[bytes], NDArray[np.uint32]] = self._new()
         self.name = f"gigatoken {_version()}"
         self.fallbacks = 0
         self._countdown = CHECK_EVERY
         checked = self._self_check([*_some(samples), *fuzz(model, seed)])
+        self._limit = _resident_bytes() + CACHE_BYTES
         self.notes: tuple[str, ...] = (f"self-check: {checked} spans equal to sentencepiece",)
 
     def encode(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -177,10 +180,17 @@ class FastEncoder:
         self.fallbacks = 0
         return len(spans)
 
+    def _new(self) -> Callable[[bytes], NDArray[np.uint32]]:
+        encode: Callable[[bytes], NDArray[np.uint32]] = self._from_json(self._json).backend.encode
+        return encode
+
     def _renew(self) -> None:
-        self._encode: Callable[[bytes], NDArray[np.uint32]] = lambda text: text  # type: ignore[assignment,return-value]
-        self._encode = self._from_json(self._json).backend.encode
-        self._limit = _resident_bytes() + CACHE_BYTES
+        """A new encoder with an empty cache, in the place of the old one: `_limit` stays what it was at the start."""
+        del self._encode
+        give_back_memory()
+        self._encode = self._new()
+        # Should the process still be as large (by what others in it hold), it must not come to this at every call.
+        self._limit = max(self._limit, _resident_bytes() + CACHE_BYTES // 4)
 
 
 def tokenizer_json(model: SpmModel) -> bytes:
@@ -300,6 +310,14 @@ def _resident_bytes() -> int:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def give_back_memory() -> None:
+    """What was freed goes back to the system; glibc would keep much of it (malloc_trim(3)). Nothing happens elsewhere."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
 
 def _version() -> str:

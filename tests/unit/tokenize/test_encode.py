@@ -132,6 +132,23 @@ def test_the_cache_is_dropped_when_it_has_grown(monkeypatch):
     assert one._encode != before and one._limit > 0
 
 
+def test_a_cache_that_never_forgets_does_not_grow_with_the_input(monkeypatch):
+    """Ten times the cache's budget of words that never come again: the process stays within the budget (and one block)."""
+    monkeypatch.setattr(fast, "CACHE_BYTES", 24 << 20)
+    one = fast.FastEncoder(load_model(model_path("bpe_identity")), [])
+    start, rng, peaks, renewed = fast._resident_bytes(), random.Random(1), [], 0
+    for _ in range(24):
+        spans = [" ".join(f"{rng.getrandbits(40):x}" for _ in range(1000)) for _ in range(50)]
+        before = one._encode
+        one._encode_all(spans)
+        one.encode(["some text"])
+        renewed += one._encode != before
+        peaks.append(fast._resident_bytes() - start)
+
+    assert renewed >= 2
+    assert max(peaks[12:]) <= max(peaks[:12]) + (8 << 20), peaks
+
+
 def change(data, pieces=(), score=None):
     """The model file with some pieces' types or scores changed, by the protobuf classes that come with sentencepiece."""
     from sentencepiece import sentencepiece_model_pb2
