@@ -19,7 +19,7 @@ from hpctrain.rehearse.records import Attempt
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS
-from hpctrain.sandbox import nodeview
+from hpctrain.sandbox import nodeview, state
 from hpctrain.tokenize import sources
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -244,12 +244,12 @@ def test_too_small_a_disk_is_said_before_anything_is_built(tmp_path, monkeypatch
     place = stages.Place(tmp_path, "m")
     with stages.enough_space(place, 2, False):
         pass
-    monkeypatch.setattr(stages, "_free_kib", lambda place: 1000)
+    monkeypatch.setattr(state, "free_kib", lambda folder: 1000)
     with pytest.raises(EnvironmentFault, match="are free there") as caught, stages.enough_space(place, 2, True):
         raise AssertionError
     assert "--no-accounting" in caught.value.problems[0].hint
     left = iter([10**6, 0])
-    monkeypatch.setattr(stages, "_free_kib", lambda place: next(left))
+    monkeypatch.setattr(state, "free_kib", lambda folder: next(left))
     with pytest.raises(EnvironmentFault, match="the disk is full") as caught, stages.enough_space(place, 2, False):
         raise EnvironmentFault("slurmd was not started")
     assert "slurmd was not started" in caught.value.problems[0].why
