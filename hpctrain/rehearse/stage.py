@@ -221,8 +221,18 @@ class Login:
         text = self.slurm("scontrol", "show", "job", "-o", job_id).stdout
         return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
 
-    def fail_node(self, name: str, action: str) -> None:
-        sandbox.fault(name, action, self.place.mark, self.place.state, self._own)
+    def lose_node(self, name: str) -> None:
+        """The node loses power, and the controller learns of it at once.
+
+        Not set down alone: its tasks would take seconds to end, and a job that is requeued onto it meanwhile is refused
+        ("already running, do not launch second copy") and held.
+        """
+        for action in ("crash", "down"):
+            sandbox.fault(name, action, self.place.mark, self.place.state, self._own)
+
+    def return_node(self, name: str) -> None:
+        for action in ("restart-slurmd", "resume"):
+            sandbox.fault(name, action, self.place.mark, self.place.state, self._own)
 
     def _run(
         self, argv: Sequence[str], environ: Mapping[str, str], timeout_s: float

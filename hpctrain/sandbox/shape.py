@@ -301,7 +301,8 @@ def _slurm_conf(shape: ClusterShape, place: Place) -> str:
         ("AuthType", "auth/munge"),
         # A requeued job waits until its old credential has expired, two minutes by default (slurm.conf(5), AuthInfo); but
         # the launch of a step must reach its last node before, and that takes a while where one machine plays hundreds.
-        ("AuthInfo", f"socket={run}/munge.socket,cred_expire={10 if shape.num_nodes <= 64 else 300}"),
+        # Rehearsals (lean) do not wait: they move the job's StartTime.
+        ("AuthInfo", f"socket={run}/munge.socket,cred_expire={300 if shape.lean or shape.num_nodes > 64 else 10}"),
         ("StateSaveLocation", f"{state}/ctld"),
         ("SlurmdSpoolDir", f"{run}/spool/%n"),
         ("SlurmctldPidFile", f"{run}/slurmctld.pid"),
