@@ -18,6 +18,7 @@ from hpctrain.load import Loaded, load_plan
 from hpctrain.plan import Plan
 from hpctrain.render import plan_json
 from hpctrain.rundir import run_files, write_run_dir
+from hpctrain.runs import list_logs
 from hpctrain.triage.judge import Diagnosis
 from hpctrain.triage.rules import GREEN, RED
 
@@ -47,14 +48,35 @@ class Result:
     why: str
 
 
+_MOST_TIMES = 1000
+
+
 def plan_rungs(path: str, assignments: Sequence[str], numbers: Sequence[int], steps: int, time: str) -> list[Rung]:
-    """Every rung, planned; raises UsageError with the problems of all of them when one cannot be."""
+    """Every rung, planned; raises UsageError with the problems of all of them when one cannot be.
+
+    Each ladder has folders of its own: one that climbed before left checkpoints, from which a rung would only go on.
+    """
     full = load_plan(path, assignments).plan
+    for again in range(1, _MOST_TIMES):
+        rungs = _plan_once(path, assignments, full, numbers, steps, time, again)
+        if not any(_climbed(rung) for rung in rungs):
+            break
+    return rungs
+
+
+def _climbed(rung: Rung) -> bool:
+    """Whether a job of an earlier ladder wrote in the rung's folders."""
+    folder = rung.changes.get("checkpoint.dir")
+    return bool(list_logs(rung.run_dir)) or bool(folder and os.path.isdir(folder) and os.listdir(folder))
+
+
+def _plan_once(path: str, assignments: Sequence[str], full: Plan, numbers: Sequence[int], steps: int, time: str,
+               again: int) -> list[Rung]:  # fmt: skip
     rungs: list[Rung] = []
     problems: list[Problem] = []
     for number in numbers:
         try:
-            changes = changes_for(full, number, steps, time)
+            changes = changes_for(full, number, steps, time, again)
             words = [*assignments, *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
             loaded = load_plan(path, words)
         except UsageError as error:
@@ -67,8 +89,8 @@ def plan_rungs(path: str, assignments: Sequence[str], numbers: Sequence[int], st
     return rungs
 
 
-def changes_for(full: Plan, num_gpus: int, steps: int, time: str) -> dict[str, Any]:
-    """What a rung changes in the run: shape, name, output, steps, batch and the recipe's toggles.
+def changes_for(full: Plan, num_gpus: int, steps: int, time: str, again: int = 1) -> dict[str, Any]:
+    """What a rung changes in the run: shape, name, output, steps, batch and the recipe's toggles; `again` counts ladders.
 
     Raises UsageError when the global batch cannot be kept with whole accumulation steps.
     """
@@ -79,7 +101,7 @@ def changes_for(full: Plan, num_gpus: int, steps: int, time: str) -> dict[str, A
             f"recipe `{full.recipe.name}` does not say which key holds the number of steps, so a rung cannot be short",
             why=f"no `ladder: {{steps: …}}` in {full.recipe.document.name}",
         )
-    tag = f"ladder-{num_gpus}gpu"
+    tag = f"ladder-{num_gpus}gpu" + (f"-{again}" if again > 1 else "")
     changes: dict[str, Any] = {
         "name": f"{full.spec.name}-{tag}", "nodes": nodes, "gpus_per_node": per_node, "time": time, "chain.jobs": 1,
     }  # fmt: skip

@@ -38,6 +38,8 @@ def command(
 ) -> None:
     """Try a run on 1, 2 and 8 GPUs before the whole of it: few steps, the same global batch, the next rung only on GREEN.
 
+    Each rung has a run directory and a checkpoint folder of its own, and each further ladder new ones.
+
     \b
     hpctrain ladder --dry-run
     hpctrain ladder run.yaml --rungs 1,8,64 --steps 200
@@ -111,4 +113,4 @@ def _bill(bill: object) -> str:
     from hpctrain.cost import Bill
 
     assert bill is None or isinstance(bill, Bill)
-    return f"{bill.billed:,.1f} {bill.unit}s" if bill and bill.billed is not None else ""
+    return f"{bill.billed:,.{1 if bill.billed >= 10 else 2}f} {bill.unit}s" if bill and bill.billed is not None else ""

@@ -94,3 +94,15 @@ def test_the_questions_of_the_guides_are_answered_by_the_rules():
         engine.log("x").feed("".join(text).encode())
         found = checks(judge(engine))
         assert {key: found[key] for key in wanted} == wanted
+
+
+def test_a_ladder_after_one_that_climbed_has_folders_of_its_own(example):
+    first = plan_rungs(example, [], [8, 16], 150, "00:30:00")
+    assert plan_rungs(example, [], [8, 16], 150, "00:30:00")[0].run_dir == first[0].run_dir  # rendered only
+    (Path(first[1].run_dir) / "logs").mkdir(parents=True)
+    (Path(first[1].run_dir) / "logs" / "x-17.out").write_text("hpctrain: job 17, restart 0, 1 nodes: n1\n")
+    second = plan_rungs(example, [], [8, 16], 150, "00:30:00")
+    assert [Path(rung.run_dir).name[-2:] for rung in second] == ["-2", "-2"]
+    for before, after in zip(first, second):
+        assert before.run_dir != after.run_dir
+        assert after.changes["checkpoint.dir"] == before.changes["checkpoint.dir"] + "-2"
