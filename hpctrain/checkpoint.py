@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.runtime.bootstrap import Bootstrap, StartProblem, do_bootstrap, plan_bootstrap, write_tracker
-from hpctrain.runtime.files import free_name, sync_folder
+from hpctrain.runtime.files import Listing, free_name, sync_folder
 from hpctrain.runtime.layout import Expected, Verdict
 from hpctrain.runtime.layouts import LAYOUTS
 from hpctrain.runtime.lock import Lock, state_of, this_holder
@@ -120,17 +119,24 @@ def list_checkpoints(settings: Settings, verify: bool = True) -> tuple[list[Row]
     return rows, asides, survey
 
 
-def verify_folders(paths: Sequence[str], layout: str | None, expected: Expected) -> list[tuple[str, Verdict]]:
-    """The verdict on each checkpoint folder. Raises UsageError for one whose layout cannot be told from its name."""
-    from hpctrain.runtime.files import Listing
+def verify(target: str, layout: str | None, expected: Expected) -> list[tuple[str, Verdict]]:
+    """The verdict on one checkpoint, or on each of a run's or of a folder's. Raises UsageError for an unknown layout."""
+    path = os.path.normpath(target)
+    a_run = os.path.isfile(path) or os.path.isfile(os.path.join(path, "plan.json"))
+    if not a_run and not os.path.isdir(path):
+        raise EnvironmentFault(f"there is no folder `{path}`")
+    if a_run or _holds_checkpoints(path, layout):
+        rows, _, survey = list_checkpoints(settings_of(target, layout, expected=expected))
+        return [(survey.path(row.name), survey.verdict(row.name)) for row in rows]
+    return [(path, LAYOUTS[layout or layout_of_name(path)].verdict(path, Listing(), expected))]
 
-    out = []
-    for path in paths:
-        path = os.path.normpath(path)
-        if not os.path.isdir(path):
-            raise EnvironmentFault(f"there is no folder `{path}`")
-        out.append((path, LAYOUTS[layout or layout_of_name(path)].verdict(path, Listing(), expected)))
-    return out
+
+def _holds_checkpoints(path: str, layout: str | None) -> bool:
+    """Whether a folder is one of checkpoints rather than a checkpoint itself."""
+    kinds = [LAYOUTS[layout]] if layout else list(LAYOUTS.values())
+    if any(kind.number(os.path.basename(os.path.abspath(path))) is not None for kind in kinds):
+        return False
+    return any(kind.number(name) is not None for kind in kinds for name in os.listdir(path))
 
 
 def layout_of_name(path: str) -> str:
@@ -146,11 +152,12 @@ def layout_of_name(path: str) -> str:
     return fitting[0]
 
 
-def bootstrap(settings: Settings, dry_run: bool = False) -> Bootstrap:
+def bootstrap(settings: Settings, dry_run: bool = False, ranks: Expected | None = None) -> Bootstrap:
     """Bring the start checkpoint into the folder: a relative link and the tracker, after the start was verified.
 
-    Does nothing when that was done before. Raises UsageError when the start cannot be used, Refused when the folder holds
-    checkpoints of a later training already. Writes nothing with `dry_run`.
+    Does nothing when that was done before. Raises UsageError when the start cannot be used or was not saved by exactly
+    `ranks`, where they are given; Refused when the folder holds checkpoints of a later training already. Writes nothing
+    with `dry_run`.
     """
     if not settings.start:
         raise UsageError(
@@ -168,6 +175,10 @@ def bootstrap(settings: Settings, dry_run: bool = False) -> Bootstrap:
         )
     try:
         plan = plan_bootstrap(settings, survey)
+        if ranks and any(number is not None for number in ranks):
+            other = survey.layout.verdict(settings.start, Listing(), ranks).mismatches
+            if other:
+                raise StartProblem(f"the start checkpoint `{settings.start}` {'; '.join(other)}")
     except StartProblem as problem:
         raise UsageError(str(problem), hint="give another `checkpoint.start`, or finish copying it") from problem
     if not dry_run:

@@ -70,7 +70,7 @@ def list_(target: str, layout: str | None, names_only: bool, as_json: bool) -> N
 
 
 @command.command()
-@click.argument("targets", nargs=-1, type=click.Path(), metavar="[RUN|CHECKPOINT]...")
+@click.argument("targets", nargs=-1, type=click.Path(), metavar="[RUN|FOLDER|CHECKPOINT]...")
 @_layout
 @_ranks
 @common.as_json
@@ -81,15 +81,12 @@ def verify(targets: tuple[str, ...], layout: str | None, as_json: bool, **ranks:
     hpctrain checkpoint verify                            the checkpoints of ./run.yaml
     hpctrain checkpoint verify base/global_step423858 --tp 8
     """
-    expected = Expected(**ranks)
-    found = []
-    for target in targets or ("run.yaml",):
-        if os.path.isfile(target) or os.path.isfile(os.path.join(target, "plan.json")):
-            rows, _, survey = checkpoint.list_checkpoints(checkpoint.settings_of(target, layout))
-            found += [(survey.path(row.name), survey.verdict(row.name)) for row in rows]
-        else:
-            found += checkpoint.verify_folders([target], layout, expected)
-    bad = [path for path, verdict in found if verdict.faults]
+    found = [
+        pair for target in targets or ("run.yaml",) for pair in checkpoint.verify(target, layout, Expected(**ranks))
+    ]
+    # Ranks asked for here must be there; those of a run's plan may differ, where the optimizer's state can be laid out anew.
+    asked = any(number is not None for number in ranks.values())
+    bad = [path for path, verdict in found if verdict.faults or (asked and verdict.mismatches)]
     if as_json:
         output.data_json(checkpoints=[
             {"path": path, "complete": not verdict.faults, "faults": list(verdict.faults), "mismatches": list(verdict.mismatches),
@@ -123,7 +120,7 @@ def bootstrap(target: str, layout: str | None, start: str | None, dry_run: bool,
     hpctrain checkpoint bootstrap /scratch/me/ckpt --start /scratch/me/base/_global_step423858 --layout deepspeed
     """
     settings = checkpoint.settings_of(target, layout, start, Expected(**ranks))
-    plan = checkpoint.bootstrap(settings, dry_run)
+    plan = checkpoint.bootstrap(settings, dry_run, Expected(**ranks))
     for note in plan.notes:
         output.info(note)
     output.info(f"the start is complete: {plan.num_files} files, {format_size(plan.num_bytes)}")

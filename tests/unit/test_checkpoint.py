@@ -102,6 +102,26 @@ def test_list_says_which_is_complete_which_is_named_and_which_comes_next(cli, tm
     ] == [None] * 3
 
 
+def test_ranks_that_a_checkpoint_must_have_and_has_not_are_no_success(cli, tmp_path):
+    good = checkpoints.save(str(tmp_path / "ck"), 10, 2, 2)
+    for ranks in (("--tp", 4), ("--tp", 2, "--dp", 4), ("--tp", 2, "--pp", 2), ("--tp", 1, "--pp", 1), ("--zero", 3)):
+        code, said = cli("verify", good, *ranks)
+        assert code == 1 and "the plan has" in said, ranks
+        assert cli("bootstrap", tmp_path / "new", "--start", good, *ranks)[0] == 2, ranks
+        assert not (tmp_path / "new").exists()
+    assert cli("verify", good, "--tp", 2, "--pp", 0, "--dp", 2)[0] == 0
+
+
+def test_verify_of_a_folder_of_checkpoints_looks_at_each(cli, tmp_path):
+    for step in (10, 20):
+        checkpoints.save(str(tmp_path / "ck"), step, 1, 2)
+    assert cli("verify", tmp_path / "ck")[1].count("complete") == 2
+    os.remove(tmp_path / "ck/global_step20/mp_rank_00_model_states.pt")
+    code, said = cli("verify", tmp_path / "ck", "--layout", "deepspeed")
+    assert code == 1 and "global_step10: complete" in said and "global_step20: incomplete" in said
+    assert cli("verify", tmp_path)[0] == 2
+
+
 def test_verify_exits_1_when_one_is_not_complete(cli, tmp_path):
     good = checkpoints.save(str(tmp_path), 10, 2, 2)
     assert cli("verify", good)[0] == 0
