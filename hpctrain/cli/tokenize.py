@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ from hpctrain import errors, output
 from hpctrain.cli import common
 from hpctrain.tokenize.control import DEFAULT_EOD
 from hpctrain.tokenize.markers import ALLOWABLE
+from hpctrain.tokenize.sources import MAX_LINE_MIB
 
 
 def _time(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -19,6 +21,12 @@ def _time(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
         return parse_time_s(value) if value is not None else None
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def _choice(name: str, values: str, help: str) -> common.Decorator:
+    """An option that takes one of a few words; the first is the default."""
+    words = values.split()
+    return click.option(name, type=click.Choice(words), default=words[0], show_default=True, help=help)
 
 
 _help_allow = "Accept what is an error otherwise: " + "; ".join(f"{kind} ({what})" for kind, what in ALLOWABLE.items())
@@ -32,20 +40,12 @@ _help_allow = "Accept what is an error otherwise: " + "; ".join(f"{kind} ({what}
 )
 @click.option("--tasks", default=1, show_default=True, help="Array tasks, or local processes; the result is the same.")
 @click.option("--local", is_flag=True, help="Run on this machine, not in Slurm.")
-@click.option(
+@_choice(
     "--engine",
-    type=click.Choice(["auto", "array", "local", "mpi"]),
-    default="auto",
-    show_default=True,
-    help="How tasks run: a Slurm array where there is Slurm, else local; mpi inside srun or mpirun.",
+    "auto array local mpi",
+    "How tasks run: a Slurm array where there is Slurm, else local; mpi inside srun or mpirun.",
 )
-@click.option(
-    "--encoder",
-    type=click.Choice(["auto", "fast", "sentencepiece"]),
-    default="auto",
-    show_default=True,
-    help="auto takes the fast one where it proves itself exact for the model.",
-)
+@_choice("--encoder", "auto fast sentencepiece", "auto takes the fast one where it proves itself exact for the model.")
 @click.option(
     "--control-token",
     "control_tokens",
@@ -60,29 +60,21 @@ _help_allow = "Accept what is an error otherwise: " + "; ".join(f"{kind} ({what}
 @click.option("--text-key", default="text", show_default=True, help="The key of the marked-up text.")
 @click.option("--messages-key", default="messages", show_default=True, help="The key of chat messages.")
 @click.option("--response-key", default="", help="A key holding the last reply of a chat (GAD: teacher_response).")
-@click.option(
+@_choice(
     "--system",
-    type=click.Choice(["error", "prepend"]),
-    default="error",
-    show_default=True,
-    help="Chat system messages without a control token of their own: refuse, or put before the user's message.",
+    "error prepend",
+    "Chat system messages without a control token of their own: refuse, or put before the user's message.",
 )
 @click.option("--allow", multiple=True, type=click.Choice(list(ALLOWABLE)), metavar="KIND", help=_help_allow + ".")
-@click.option(
-    "--on-error",
-    type=click.Choice(["fail", "skip"]),
-    default="fail",
-    show_default=True,
-    help="Bad records: stop, or write them to P.rejects.jsonl.",
-)
+@_choice("--on-error", "fail skip", "Bad records: stop, or write them to P.rejects.jsonl.")
 @click.option("--max-errors", default=0, show_default=True, help="How many records may be skipped.")
 @click.option(
-    "--scan",
-    type=click.Choice(["sample", "full", "none"]),
-    default="sample",
+    "--max-line-mib",
+    default=MAX_LINE_MIB,
     show_default=True,
-    help="How much of the data is checked before tasks start.",
+    help="Longer lines are refused; a task holds several in memory.",
 )
+@_choice("--scan", "sample full none", "How much of the data is checked before tasks start.")
 @click.option("--site", help="The site profile: its CPU partition, limits and container.")
 @click.option("--partition", help="The partition [default: the site's CPU partition].")
 @click.option("--account", help="The Slurm account.")
@@ -134,33 +126,14 @@ def _parse(options: dict[str, Any]) -> tuple[Any, Any]:
     from hpctrain.tokenize.prepare import Request
     from hpctrain.tokenize.records import RecordForm
 
-    form = RecordForm(options["text_key"], options["messages_key"], options["response_key"], options["system"])
-    request = Request(
-        inputs=options["inputs"],
-        tokenizer=options["tokenizer"],
-        output_prefix=options["output_prefix"],
-        tasks=options["tasks"],
-        control_tokens=options["control_tokens"],
-        append_eod=options["append_eod"],
-        eod_piece=options["eod_piece"],
-        allow_user_defined=options["allow_user_defined"],
-        options=Options(form, options["allow"], options["on_error"], options["max_errors"], options["encoder"]),
-        force=options["force"],
-    )
-    how = How(
-        engine="local" if options["local"] else options["engine"],
-        processes=options["processes"],
-        site=options["site"],
-        partition=options["partition"],
-        account=options["account"],
-        container=options["container"],
-        time_s=options["time_s"],
-        wait=not options["no_wait"],
-        dry_run=options["dry_run"],
-        keep_shards=options["keep_shards"],
-        scan=options["scan"],
-    )
-    return request, how
+    def named(kind: Any, **more: Any) -> Any:
+        """A `kind` from the options that are named as its fields."""
+        names = {field.name for field in dataclasses.fields(kind)} & options.keys()
+        return kind(**{name: options[name] for name in names}, **more)
+
+    request = named(Request, options=named(Options, form=named(RecordForm)))
+    options.update(engine="local" if options["local"] else options["engine"], wait=not options["no_wait"])
+    return request, named(How)
 
 
 def _rehearse(request: Any, how: Any, as_json: bool) -> None:

@@ -18,8 +18,8 @@ from hpctrain.errors import EnvironmentFault, HpctrainError, Problem, Refused, U
 from hpctrain.tokenize import files
 from hpctrain.tokenize.indexed_dataset import chunks, dtype_for, open_dataset, paths, verify, write_index
 from hpctrain.tokenize.plan import FORMAT, Plan
-from hpctrain.tokenize.sources import SegmentReader, same_stat
-from hpctrain.tokenize.worker import finished, shard_files
+from hpctrain.tokenize.sources import same_stat
+from hpctrain.tokenize.worker import finished, segment_sha256, shard_files
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -325,8 +325,6 @@ def _complete(dataset: str, manifest: dict[str, Any]) -> bool:
 
 def _same_content(plan: Plan, manifest: dict[str, Any]) -> bool:
     """Whether inputs that were written again since still have the bytes that were tokenized."""
-    import hashlib
-
     from hpctrain.tokenize.sources import Segment
 
     for shard in manifest["shards"]:
@@ -334,12 +332,7 @@ def _same_content(plan: Plan, manifest: dict[str, Any]) -> bool:
             index = next((i for i, source in enumerate(manifest["inputs"]) if source["path"] == segment["path"]), None)
             if index is None or not same_stat(plan.inputs[index]):
                 return False
-            digest = hashlib.sha256()
-            for _ in SegmentReader(
-                plan.inputs[index], Segment(index, segment["begin"], segment["end"]), digest
-            ).blocks():
-                pass
-            if digest.hexdigest() != segment["sha256"]:
+            if segment_sha256(plan, Segment(index, segment["begin"], segment["end"])) != segment["sha256"]:
                 return False
     return True
 

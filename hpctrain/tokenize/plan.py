@@ -8,26 +8,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from hpctrain.tokenize.control import Control, ControlToken
 from hpctrain.tokenize.records import RecordForm
-from hpctrain.tokenize.sources import Input, Segment
+from hpctrain.tokenize.sources import MAX_LINE_MIB, Input, Segment
 
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the bytes of the result, besides inputs and model. `encoder` decides only the speed."""
+    """What decides the bytes of the result, besides inputs and model.
+
+    `encoder` decides only the speed, and `max_line_mib` only which lines are refused.
+    """
 
     form: RecordForm = RecordForm()
     allow: tuple[str, ...] = ()
     on_error: str = "fail"
     max_errors: int = 0
     encoder: str = "auto"
+    max_line_mib: int = MAX_LINE_MIB
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,13 @@ class Plan:
     @cached_property
     def content_key(self) -> str:
         """Names the result: other inputs, options or model have another. Paths, times and the number of shards do not matter."""
+        options = {**asdict(self.options), "encoder": ""}
+        del options["max_line_mib"]
         facts = {
             "format": FORMAT,
             "model": self.model_sha256,
             "control": asdict(self.control),
-            "options": asdict(replace(self.options, encoder="")),
+            "options": options,
             "inputs": [[source.kind, source.size, source.units, source.fingerprint] for source in self.inputs],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -115,7 +121,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for key in ("control", "options"):
         for name, value in new[key].items():
             was = old.get(key, {}).get(name)
-            if was != value and name not in ("encoder", "forgeable"):
+            if was != value and name not in ("encoder", "max_line_mib", "forgeable"):
                 out.append(f"{name.replace('_', ' ')} changed: {_short(was)}, now {_short(value)}")
     return out
 

@@ -169,6 +169,8 @@ def _option_problems(request: Request) -> list[Problem]:
         problems.append(Problem(f"`{request.tasks}` tasks", where="--tasks", hint="at least 1"))
     if request.options.max_errors and request.options.on_error != "skip":
         problems.append(Problem("--max-errors needs --on-error skip", where="--max-errors"))
+    if request.options.max_line_mib < 1:
+        problems.append(Problem(f"`{request.options.max_line_mib}` MiB", where="--max-line-mib", hint="at least 1"))
     name = os.path.basename(request.output_prefix)
     if not name or name in (".", ".."):
         problems.append(Problem(f"`{request.output_prefix}` names no file", where="--output-prefix"))

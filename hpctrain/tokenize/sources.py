@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol
 from hpctrain.errors import EnvironmentFault, Problem, UsageError, missing_package
 
 BLOCK_BYTES = 2 << 20
-MAX_LINE_BYTES = 64 << 20
+MAX_LINE_MIB = 64
 SUFFIXES = {".jsonl": "lines", ".json": "lines", ".ndjson": "lines", ".gz": "gz", ".zst": "zst", ".parquet": "parquet"}
 _FINGERPRINT_BYTES = 1 << 16
 
@@ -137,31 +137,38 @@ class SegmentReader:
     """Blocks of one segment. After the last one, `first` and `last` are the units where it really began and ended.
 
     The ends of consecutive segments meet exactly (`last` of one is `first` of the next): the merge checks it.
-    Raises EnvironmentFault for a broken compressed file, UsageError for a line longer than MAX_LINE_BYTES.
+    Raises UsageError for a broken compressed file or a line of more than `max_line_mib`, EnvironmentFault where the disk fails.
     """
 
-    def __init__(self, source: Input, segment: Segment, digest: _Hash):
+    def __init__(self, source: Input, segment: Segment, digest: _Hash, max_line_mib: int = MAX_LINE_MIB):
         self._source, self._segment, self._digest = source, segment, digest
+        self._max_line = max_line_mib << 20
         self.first, self.last = segment.begin, segment.end
         self._done = 0
 
     def blocks(self) -> Iterator[Block]:
-        if self._source.kind == "lines":
-            with open(self._source.path, "rb") as file:
-                yield from self._lines(file, self._segment.begin, self._segment.end)
-        elif self._source.kind == "parquet":
-            yield from self._rows()
-        else:
-            yield from self._whole_file()
+        try:
+            if self._source.kind == "lines":
+                with open(self._source.path, "rb") as file:
+                    yield from self._lines(file, self._segment.begin, self._segment.end)
+            elif self._source.kind == "parquet":
+                yield from self._rows()
+            else:
+                yield from self._whole_file()
+        except OSError as error:
+            text = f"the input cannot be read: {error.strerror or error}"
+            raise EnvironmentFault(text, where=self._source.path) from None
 
     def _lines(self, file: _Readable, begin: int, end: int | None) -> Iterator[Block]:
         if begin > 0:
             # A line belongs to the range in which it starts, so look at the byte before: it may end the previous line.
             file.seek(begin - 1)
-            begin += _skip_line(file, self._source.path) - 1
+            begin += self._skip_line(file, begin) - 1
         self.first, offset, rest = begin, begin, b""
         while end is None or offset < end:
-            data = file.read(BLOCK_BYTES if end is None else min(BLOCK_BYTES, max(end - offset - len(rest), 1 << 16)))
+            size = BLOCK_BYTES if end is None else min(BLOCK_BYTES, max(end - offset - len(rest), 1 << 16))
+            # Of a long line ever more at once, as `rest + data` copies it each time; never more than may be in a line.
+            data = file.read(min(max(size, len(rest)), self._max_line + 1 - len(rest)))
             if not data:
                 if rest:
                     self._digest.update(rest)
@@ -174,12 +181,8 @@ class SegmentReader:
                 # Lines that start at or after `end` belong to the next range.
                 cut = data.find(b"\n", end - offset - 1) + 1
             if not cut:
-                if len(data) > MAX_LINE_BYTES:
-                    raise UsageError(
-                        f"a line of more than {MAX_LINE_BYTES >> 20} MiB",
-                        where=f"{self._source.path}: byte {offset}",
-                        hint="is this JSONL, one record a line?",
-                    )
+                if len(data) > self._max_line:
+                    raise self._too_long(offset)
                 rest = data
                 continue
             rest = data[cut:]
@@ -192,23 +195,40 @@ class SegmentReader:
             self._done = offset
         self.last = offset if end is not None else self._segment.end
 
+    def _skip_line(self, file: _Readable, begin: int) -> int:
+        length = len(file.readline(self._max_line))
+        if length >= self._max_line:
+            raise self._too_long(begin)
+        return length
+
+    def _too_long(self, offset: int) -> UsageError:
+        return UsageError(
+            f"a line of more than {self._max_line >> 20} MiB",
+            where=f"{self._source.path}: byte {offset}",
+            why="a task holds several times its longest line in memory; the limit is --max-line-mib",
+            hint="is this JSONL, one record a line? then raise --max-line-mib",
+        )
+
     def _whole_file(self) -> Iterator[Block]:
         import gzip
         import zlib
 
-        errors: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)
+        broken: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
         try:
             if self._source.kind == "gz":
                 with gzip.open(self._source.path, "rb") as file:
                     yield from self._lines(file, 0, None)
             else:
                 zstandard = _zstandard()
-                errors = (*errors, zstandard.ZstdError)
+                broken = (*broken, zstandard.ZstdError)
                 with open(self._source.path, "rb") as raw:
                     yield from self._lines(_ZstdFile(raw, zstandard), 0, None)
-        except errors as error:
-            text = f"broken {self._source.kind} file, after {self._done} bytes of text: {error}"
-            raise EnvironmentFault(text, where=self._source.path, hint="make or copy the file again") from None
+        except broken as error:
+            raise UsageError(
+                f"broken {self._source.kind} file: {error}",
+                where=f"{self._source.path}: byte {self._done} of its text",
+                hint="make or copy the file again",
+            ) from None
         self.first, self.last = self._segment.begin, self._segment.end
 
     def _rows(self) -> Iterator[Block]:
@@ -274,13 +294,6 @@ class _ZstdFile:
 
     def readline(self, limit: int, /) -> bytes:
         raise OSError("not seekable")
-
-
-def _skip_line(file: _Readable, path: str) -> int:
-    length = len(file.readline(MAX_LINE_BYTES))
-    if length >= MAX_LINE_BYTES:
-        raise UsageError(f"a line of more than {MAX_LINE_BYTES >> 20} MiB", where=path)
-    return length
 
 
 def _zstandard() -> Any:

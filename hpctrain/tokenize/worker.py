@@ -76,7 +76,7 @@ def finished(plan: Plan, shard: Shard) -> dict[str, Any] | None:
         return None
     for segment, described in zip(shard.segments, manifest["segments"]):
         source = plan.inputs[segment.input]
-        if described["mtime_ns"] != source.mtime_ns and described["sha256"] != _segment_sha256(source, segment):
+        if described["mtime_ns"] != source.mtime_ns and described["sha256"] != segment_sha256(plan, segment):
             return None
     return manifest
 
@@ -139,7 +139,7 @@ class _Work:
         self.loads, self.lenient = json_reader()
         self.extractor.suspicious = self.lenient
         self.encoder: Encoder | None = None
-        self.writes = False
+        self.writes = self.unreadable = False
         self.forged = _ForgeryCheck(model, plan.control.forgeable)
         self.forbidden = never_from_text(model, plan.control.forgeable)
         self.unknown_id = unknown_id(model)
@@ -152,7 +152,7 @@ class _Work:
             self.bin_hash = hashlib.sha256()
             self.writes = True
             segments = [self._segment(segment, encoder) for segment in self.shard.segments]
-            if self.total.problems and self.plan.options.on_error == "fail":
+            if self.total.problems and (self.plan.options.on_error == "fail" or self.unreadable):
                 raise UsageError(self.total.problems)
             if self.total.rejected > self.plan.options.max_errors and self.plan.options.on_error == "skip":
                 raise _too_many(self.total.rejected, self.plan.options.max_errors, self.total.problems)
@@ -196,13 +196,13 @@ class _Work:
         digest = hashlib.sha256()
         if not same_stat(source):
             raise _changed(source)
-        reader = SegmentReader(source, segment, digest)
+        reader = _reader(self.plan, segment, digest)
         lines = since_first = 0
-        for block in reader.blocks():
+        for block in self._blocks(reader):
             layout, spans, counts = self.read(block, source, lines)
             lines += len(block.records)
             self.total.num_bytes += block.num_bytes
-            if self.total.problems and self.plan.options.on_error == "fail":
+            if self.total.problems and (self.plan.options.on_error == "fail" or self.unreadable):
                 # Nothing will be written any more: look for more problems only, but not for long.
                 since_first += block.num_bytes
                 if len(self.total.problems) >= SHOWN_PROBLEMS or since_first > 256 << 20:
@@ -226,6 +226,14 @@ class _Work:
             "last": reader.last,
             "sha256": digest.hexdigest(),
         }
+
+    def _blocks(self, reader: SegmentReader) -> Iterator[Block]:
+        """The segment's blocks; one that cannot be read to its end is a problem among the others, and none of it is kept."""
+        try:
+            yield from reader.blocks()
+        except UsageError as error:
+            self.total.problems += error.problems
+            self.unreadable = True
 
     def read(self, block: Block, source: Input, lines: int) -> tuple[list[int], list[str], list[int]]:
         """Control ids and `SPAN`s of a block's documents, its spans, and how many entries of the first each document has."""
@@ -389,11 +397,16 @@ def _changed(source: Input) -> HpctrainError:
     )
 
 
-def _segment_sha256(source: Input, segment: Segment) -> str:
+def segment_sha256(plan: Plan, segment: Segment) -> str:
+    """The hash of a segment's lines as they are now."""
     digest = hashlib.sha256()
-    for _ in SegmentReader(source, segment, digest).blocks():
+    for _ in _reader(plan, segment, digest).blocks():
         pass
     return digest.hexdigest()
+
+
+def _reader(plan: Plan, segment: Segment, digest: Any) -> SegmentReader:
+    return SegmentReader(plan.inputs[segment.input], segment, digest, plan.options.max_line_mib)
 
 
 def _itemsize(plan: Plan) -> int:
@@ -409,7 +422,7 @@ def check_segment(plan: Plan, segment: Segment, limit_bytes: int | None) -> list
     work = _Work(plan, Shard(0, (segment,)), load_model(plan.model_path), lambda num_bytes, documents: None)
     source = plan.inputs[segment.input]
     lines = seen = 0
-    for block in SegmentReader(source, segment, hashlib.sha256()).blocks():
+    for block in work._blocks(_reader(plan, segment, hashlib.sha256())):
         work.read(block, source, lines)
         lines += len(block.records)
         seen += block.num_bytes

@@ -14,9 +14,9 @@ from hpctrain.tokenize.plan import cut
 from hpctrain.tokenize.sources import Segment, SegmentReader, describe
 
 
-def read(path, segment):
+def read(path, segment, **limits):
     source = describe(str(path))
-    reader = SegmentReader(source, segment, hashlib.sha256())
+    reader = SegmentReader(source, segment, hashlib.sha256(), **limits)
     lines = []
     for block in reader.blocks():
         at = block.offset
@@ -70,7 +70,7 @@ def test_compressed_files_read_the_same_and_damage_is_an_error(tmp_path):
         assert read(path, Segment(0, 0, size)) == (lines, 0, size)
         for damaged in (path.read_bytes()[:-5], path.read_bytes()[: size // 2], path.read_bytes()[:-9] + b"x" * 9):
             path.write_bytes(damaged)
-            with pytest.raises(EnvironmentFault, match="broken"):
+            with pytest.raises(UsageError, match="broken"):
                 read(path, Segment(0, 0, len(damaged)))
 
 
@@ -89,13 +89,12 @@ def test_parquet_row_groups(tmp_path):
         describe(str(path))
 
 
-def test_an_endless_line_is_an_error_and_not_an_endless_buffer(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1 << 20)
+def test_an_endless_line_is_an_error_and_not_an_endless_buffer(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"x" * (4 << 20))
     for begin in (0, 5):
         with pytest.raises(UsageError, match="a line of more than 1 MiB"):
-            read(path, Segment(0, begin, 4 << 20))
+            read(path, Segment(0, begin, 4 << 20), max_line_mib=1)
 
 
 def test_all_bad_inputs_are_named_at_once(tmp_path):
