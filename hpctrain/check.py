@@ -76,6 +76,7 @@ def _files(plan: Plan, here: bool) -> Iterator[Problem]:
             )
     if spec.after_each and not os.path.isfile(spec.after_each):
         yield missing("script of `chain.after_each`", spec.after_each, spec.where("chain", "after_each"))
+    told: set[str] = set()
     named = {path for _, path, _ in plan.resolved.paths}  # the recipe reads these as they are
     for kind, paths in spec.data.items():
         for index, path in enumerate(paths):
@@ -87,6 +88,7 @@ def _files(plan: Plan, here: bool) -> Iterator[Problem]:
                 continue
             for suffix_ in (".bin", ".idx"):
                 if not os.path.isfile(path + suffix_):
+                    told.add(path + suffix_)
                     yield missing(
                         f"{kind} data file",
                         path + suffix_,
@@ -94,7 +96,7 @@ def _files(plan: Plan, here: bool) -> Iterator[Problem]:
                         "`hpctrain tokenize` makes such a pair; name it without .bin",
                     )
     for what, path, where in plan.resolved.paths:
-        if not os.path.exists(path) and not _yet_to_be_made(spec, path):
+        if not os.path.exists(path) and not _yet_to_be_made(spec, path) and path not in told:
             yield missing(what, path, where)
     for repo in plan.resolved.hub:
         for path in hubcache.missing(repo.home, hubcache.Repo(repo.kind, repo.repo_id, repo.revision)):

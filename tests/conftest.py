@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # what several tests share
 sys.path.insert(0, str(TESTS / "standin"))  # stand-ins for what hpctrain works with; jobs of tests use them too
 
 
@@ -38,6 +39,19 @@ def hpctrain():
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def line_of_error():
+    """The line of run.yaml at which the one error of a plan with these words in it points; nothing is rendered beside it."""
+
+    def find(run_yaml, plan, words):
+        (problem,) = [problem for problem in plan.errors if words in problem.what]
+        assert plan.resolved.configs == {}
+        number = int(problem.where.removeprefix(str(run_yaml)).split(":")[1])
+        return run_yaml.read_text().splitlines()[number - 1]
+
+    return find
 
 
 @pytest.fixture

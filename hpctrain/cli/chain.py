@@ -20,7 +20,7 @@ from hpctrain.cli import common
 @click.option("--exclude-bad", is_flag=True, help="Keep new and waiting links off nodes named in two failures.")
 @common.out_dir
 @common.set_option
-@click.option("--force", is_flag=True, help="Replace what an earlier render wrote.")
+@common.force
 @common.dry_run
 @common.yes
 @common.as_json

@@ -29,6 +29,7 @@ out_dir = click.option(
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 dry_run = click.option("--dry-run", is_flag=True, help="Do everything but the one effect.")
+force = click.option("--force", is_flag=True, help="Replace what an earlier render wrote.")
 yes = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 
 

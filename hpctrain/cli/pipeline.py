@@ -24,7 +24,7 @@ from hpctrain.cli import common
 @click.option(
     "--set", "assignments", multiple=True, metavar="STAGE.KEY=VALUE", help="Override a value of a stage's run."
 )
-@click.option("--force", is_flag=True, help="Replace what an earlier render wrote.")
+@common.force
 @common.dry_run
 @common.yes
 @common.as_json

@@ -12,7 +12,7 @@ from hpctrain.cli import common
 @common.run_yaml
 @common.out_dir
 @common.set_option
-@click.option("--force", is_flag=True, help="Replace what an earlier render wrote.")
+@common.force
 @common.dry_run
 def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], force: bool, dry_run: bool) -> None:
     """Write the run directory; stdout is the path of job.sbatch and nothing else.

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
+from hpctrain.recipes.datafiles import indexed_problems
 from hpctrain.recipes.neox import batch, data, export, launch, model, ranges, saving
 from hpctrain.recipes.neox.configs import MAX_TEXT_BYTES, config_text
 from hpctrain.recipes.neox.draft import Draft, make_draft, section
@@ -46,6 +47,7 @@ def resolve(context: Context) -> Resolved:
     ranges.check_ranges(draft)
     model.decide_clipping(draft)
     data.decide_data(draft, spec.data, spec.where)
+    draft.problems += indexed_problems(spec)
     data.decide_reading(draft)
     data.decide_packing(draft)
     data.decide_loss_mask(draft)

@@ -10,6 +10,7 @@ from typing import Any
 from hpctrain import yamltext
 from hpctrain.errors import Problem, UsageError
 from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
+from hpctrain.recipes.datafiles import indexed_problems
 from hpctrain.spec import absolute
 from hpctrain.train.config import SftConfig, parse_config, resolve_batch
 from hpctrain.yamlio import Document
@@ -34,6 +35,7 @@ def resolve(context: Context) -> Resolved:
     document = _with_paths(context)
     config, found = parse_config(document, spec.base_dir)
     problems += [problem for problem in found if not problem.what.endswith("is missing")]
+    problems += indexed_problems(spec)
     if not spec.data.get("train"):
         problems.append(Problem("no training data", where=spec.where("data"),
                                 hint="data: {train: [/path/to/sft_text_document]}, a prefix without .bin"))  # fmt: skip

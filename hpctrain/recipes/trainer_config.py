@@ -8,6 +8,7 @@ from typing import Any, Callable
 from hpctrain import yamltext
 from hpctrain.errors import Problem
 from hpctrain.recipe import Context
+from hpctrain.recipes.datafiles import row_problems
 from hpctrain.recipes.neox.draft import section
 from hpctrain.schema import Field
 from hpctrain.yamlio import Document, Path, merge
@@ -26,6 +27,7 @@ def layered(context: Context, what: str, *key: str) -> tuple[Document, list[Prob
         if len(given) > 1:
             problems.append(Problem(f"`data.train` has {len(given)} entries", where=spec.where("data", "train", 1),
                                     hint="name the folder that holds the files"))  # fmt: skip
+        problems += row_problems(given[0], spec.where("data", "train", 0))
         places: dict[Path, Path] = {key[:depth]: ("data", "train") for depth in range(1, len(key))}
         places[key] = ("data", "train", 0)
         origins = {

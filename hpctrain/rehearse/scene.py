@@ -183,14 +183,17 @@ def _wanted(plan: Plan) -> list[tuple[str, str]]:
     """(what, path) of every file and folder that the job reads."""
     spec = plan.spec
     found = [("container image", spec.container)] if spec.container else []
+    named = {path for _, path, _ in plan.resolved.paths}  # the recipe reads these as they are, and has names for them
     for kind, prefixes in spec.data.items():
         for prefix in prefixes:
+            if prefix in named:
+                continue
             ends = ("",) if os.path.splitext(prefix)[1] else (".bin", ".idx")
             found += [(f"{kind} data", prefix + end) for end in ends]
     found += [(what, path) for what, path, _ in plan.resolved.paths]
     if spec.after_each:
         found.append((SIDE, spec.after_each))
-    return found
+    return list({path: (what, path) for what, path in reversed(found)}.values())[::-1]
 
 
 def _kind(path: str, others: Sequence[str]) -> str:

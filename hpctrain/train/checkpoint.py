@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.train.files import sync
 
 META = "hpctrain.json"
 _TAG = re.compile(r"global_step(\d+)\Z", re.ASCII)
@@ -278,14 +279,6 @@ def _write_synced(path: str, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_name(wanted: str) -> str:

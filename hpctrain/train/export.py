@@ -23,9 +23,8 @@ from hpctrain.train.checkpoint import (
     read_weights,
     remove_own,
     set_aside,
-    sync,
 )
-from hpctrain.train.files import open_to_readers
+from hpctrain.train.files import open_to_readers, sync
 from hpctrain.train.source import Chat, Source
 
 _TOKENIZER_FILES = (

@@ -36,3 +36,12 @@ def open_to_readers(folder: str) -> None:
     for entry in os.scandir(folder):
         if entry.is_file(follow_symlinks=False):
             os.chmod(entry.path, 0o644)
+
+
+def sync(path: str) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

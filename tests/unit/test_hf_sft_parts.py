@@ -17,7 +17,8 @@ from hpctrain.errors import EnvironmentFault, UsageError
 from hpctrain.train.hf_sft import base, stage
 from hpctrain.train.hf_sft.config import parse_config
 from hpctrain.train.hf_sft.rows import Encoder
-from hpctrain.train.hf_sft.source import find_checkpoint, newest_complete
+from hpctrain.train.hf_sft.source import find_checkpoint
+from hpctrain.train.program import newest_complete
 from hpctrain.yamlio import parse_yaml
 
 CONTENT = bytes(range(256)) * 40
@@ -214,7 +215,7 @@ def checkpoint(folder: Path, number: int, whole: bool = True) -> Path:
 
 def test_only_whole_checkpoints_are_exported_or_gone_on_from(tmp_path: Path) -> None:
     folder = tmp_path / "ckpt"
-    assert newest_complete(str(folder)) is None and find_checkpoint(str(tmp_path)) is None
+    assert newest_complete("hf-trainer", str(folder)) is None and find_checkpoint(str(tmp_path)) is None
     for number, whole in ((9, True), (10, True), (12, False)):
         checkpoint(folder, number, whole)
     (folder / "checkpoint-nonsense").mkdir()

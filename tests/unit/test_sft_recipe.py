@@ -63,12 +63,6 @@ def test_the_signal_of_the_run_is_the_one_the_trainer_stops_on(tmp_path: Path) -
     ],
 )
 def test_mistakes_point_at_their_line_of_run_yaml(
-    tmp_path: Path, changes: dict[str, Any], line: str, words: str
+    tmp_path: Path, line_of_error: Any, changes: dict[str, Any], line: str, words: str
 ) -> None:
-    plan = plan_of(tmp_path, **changes)
-    (problem,) = [problem for problem in plan.errors if words in problem.what]
-    lines = (tmp_path / "run.yaml").read_text().splitlines()
-
-    assert plan.resolved.configs == {}
-    number = int(problem.where.removeprefix(str(tmp_path / "run.yaml")).split(":")[1])
-    assert line in lines[number - 1]
+    assert line in line_of_error(tmp_path / "run.yaml", plan_of(tmp_path, **changes), words)

@@ -9,7 +9,7 @@ import os
 import re
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain import yamlio
@@ -153,6 +153,14 @@ def parse_config(document: yamlio.Document, base_dir: str) -> tuple[DpoConfig, l
         read_numbers(document.data or {}, FIELDS), document.origins, document.key_origins, document.name
     )
     values, problems = check(document, FIELDS)
+    nested = {
+        f"unknown key `{key}`": f"{table}.{key}"
+        for table in ("dpo_training", "dataset")
+        for key in FIELDS[table].fields or {}
+    }
+    problems = [
+        replace(found, hint=f"it is `{nested[found.what]}`") if found.what in nested else found for found in problems
+    ]
     dataset = values.get("dataset") or {key: field.default for key, field in _DATASET.items()}
     training = values.get("dpo_training") or {key: field.default for key, field in _TRAINING.items()}
     dataset["dataset_name"] = absolute_source(dataset.get("dataset_name") or "", base_dir)

@@ -6,43 +6,16 @@ checkpoint folder is `checkpoints` there, and a run goes on from its newest comp
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
 
-from hpctrain import errors, output
+from hpctrain import errors
 from hpctrain.train.hf_sft.config import HfSftConfig, load_config
-from hpctrain.train.hf_sft.source import newest_complete
+from hpctrain.train.hf_sft.source import LAYOUT
 from hpctrain.train.launch import Launch, StopRequest
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the environment or --config says; returns an exit code of `hpctrain.errors`."""
-    parser = argparse.ArgumentParser(prog="python -m hpctrain.train.hf_sft", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--config", help="the YAML config, outside of a rendered job")
-    given = parser.parse_args(arguments).config
-    try:
-        path = given or os.environ.get("HPCTRAIN_CONFIG") or ""
-        if not path:
-            raise errors.UsageError(
-                "no config is given", hint="python -m hpctrain.train.hf_sft --config config_sft.yaml"
-            )
-        config = load_config(path)
-        environment = standalone(given, os.environ, os.getcwd()) if given else os.environ
-        launch = Launch.from_environment(environment)
-        stop = StopRequest()
-        # Before the slow imports: the signal may come during them. SIGTERM is what `scancel` sends first.
-        for number in {config.stop_signal_number, int(signal.SIGTERM)}:
-            stop.listen(number)
-        return start(config, launch, stop)
-    except errors.HpctrainError as error:
-        if os.environ.get("RANK", "0") == "0":
-            output.problems(error.problems)
-        return error.exit_code
+from hpctrain.train.program import Program, main
 
 
 def start(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
@@ -79,20 +52,6 @@ def start(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
         ranks.finish()
 
 
-def standalone(path: str, environ: Mapping[str, str], folder: str) -> dict[str, str]:
-    """The environment of a rendered job for a run that nobody rendered: it resumes where there is something to resume."""
-    directory = os.path.join(folder, "checkpoints")
-    found = newest_complete(directory)
-    return {
-        **environ,
-        "HPCTRAIN_MODE": "resume" if found else "scratch",
-        "HPCTRAIN_CONFIG": os.path.abspath(path),
-        "HPCTRAIN_CHECKPOINT_DIR": directory,
-        "HPCTRAIN_CHECKPOINT": found or "",
-        "HPCTRAIN_RUN_DIR": folder,
-    }
-
-
 def _has_gpu_and_unsloth(launch: Launch) -> bool:
     import importlib.util
 
@@ -102,5 +61,12 @@ def _has_gpu_and_unsloth(launch: Launch) -> bool:
     return there and torch.cuda.is_available() and launch.num_ranks == 1
 
 
+PROGRAM = Program(
+    module="hpctrain.train.hf_sft", doc=__doc__, example="config_sft.yaml", layout=LAYOUT.name, load=load_config, train=start,
+    # SIGTERM is what `scancel` sends first.
+    signals=lambda config: {config.stop_signal_number, int(signal.SIGTERM)},
+    checkpoints=lambda config, folder: os.path.join(folder, "checkpoints"),
+)  # fmt: skip
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(PROGRAM))

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,14 +18,13 @@ from typing import Any
 
 from hpctrain.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
 from hpctrain.train.checkpoint import META
-from hpctrain.train.files import open_to_readers
+from hpctrain.train.export import DTYPES, publish_model
 from hpctrain.train.hf_sft import base as bases
 from hpctrain.train.hf_sft.config import quantised_name
 from hpctrain.train.hf_sft.prepare import tokenizer_files
 from hpctrain.train.hf_sft.source import Checkpoint
 from hpctrain.units import format_size
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp32"}
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Largest share of the logits' own size by which they may differ: what rounding the weights once to the format does,
@@ -73,15 +71,10 @@ def export_checkpoint(
         bases.check_adapter(checkpoint.path, folder)
     stored = {_STORED[dtype] for dtype in weights.dtypes} if weights else {"bf16"}
     chosen = (stored.pop() if len(stored) == 1 else "fp32") if precision == "auto" else precision
-    parent = os.path.dirname(target)
-    try:
-        os.makedirs(parent, exist_ok=True)
-        _check_space(parent, (weights.parameters if weights else 0) * _BYTES[chosen])
-        staged = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=parent)
-    except OSError as error:
-        raise EnvironmentFault(f"cannot write `{directory}`: {error.strerror}") from error
-    try:
-        os.chmod(staged, 0o755)
+    proofs: list[Proof] = []
+
+    def fill(staged: str) -> None:
+        _check_space(os.path.dirname(target), (weights.parameters if weights else 0) * _BYTES[chosen])
         # Whatever the libraries have to say, stdout is for data.
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -90,18 +83,12 @@ def export_checkpoint(
                  "chat": {}, "base": folder, "proof": asdict(proof)}  # fmt: skip
         with open(os.path.join(staged, META), "w", encoding="utf-8") as file:
             json.dump(about, file, indent=1)
-        open_to_readers(staged)
-        names = sorted(os.listdir(staged))
-        for name in [*names, "."]:
-            _sync(os.path.join(staged, name))
-        os.rename(staged, target)
-        _sync(parent)
-    except BaseException as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, HpctrainError):
-            raise EnvironmentFault(f"cannot write `{directory}`: {error.strerror or error}") from error
-        raise
-    return names, proof
+        proofs.append(proof)
+
+    try:
+        return publish_model(target, fill), proofs[0]
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write `{directory}`: {error.strerror or error}") from error
 
 
 def describe(proof: Proof) -> list[str]:
@@ -256,11 +243,3 @@ def _tokens(checkpoint: Checkpoint, vocabulary: int) -> Any:
                 if max(ids) < vocabulary:
                     tokens[number, : len(ids)] = torch.tensor(ids)
     return tokens
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

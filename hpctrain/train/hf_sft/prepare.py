@@ -20,6 +20,7 @@ from typing import Any
 from hpctrain.errors import EnvironmentFault, Problem, UsageError, missing_package
 from hpctrain.train.dpo.pairs import load_tokenizer
 from hpctrain.train.dpo.records import data_rows, find_files
+from hpctrain.train.files import sync
 from hpctrain.train.hf_sft.config import HfSftConfig
 from hpctrain.train.hf_sft.rows import Encoder, marking_template
 
@@ -145,11 +146,11 @@ def _make(config: HfSftConfig, files: list[str], target: str) -> Prepared:
         with open(os.path.join(staged, MANIFEST), "w", encoding="utf-8") as file:
             json.dump(about, file, indent=1)
         for name in (DATA, MANIFEST, "."):
-            _sync(os.path.join(staged, name))
+            sync(os.path.join(staged, name))
         if os.path.lexists(target):  # what `read` found damaged; nobody else makes this name
             os.rename(target, tempfile.mkdtemp(prefix="aside-prepared-", dir=parent) + "/damaged")
         os.rename(staged, target)
-        _sync(parent)
+        sync(parent)
     except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
         if isinstance(error, OSError):
@@ -201,14 +202,6 @@ def _batches(encoder: Encoder, files: list[str], counts: dict[str, int]) -> Iter
         raise UsageError(problems + ([Problem(f"{bad - MAX_SHOWN} more bad rows")] if bad > MAX_SHOWN else []))
     if batch:
         yield batch
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def tokenizer_files(folder: str) -> list[str]:

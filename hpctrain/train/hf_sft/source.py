@@ -10,6 +10,7 @@ from hpctrain.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS
+from hpctrain.train.program import newest_complete
 
 LAYOUT = LAYOUTS["hf-trainer"]
 
@@ -20,19 +21,6 @@ class Checkpoint:
 
     path: str
     iteration: int
-
-
-def newest_complete(directory: str) -> str | None:
-    """The checkpoint of a folder with the greatest number that is whole."""
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    for name in sorted((name for name in names if LAYOUT.number(name) is not None), key=LAYOUT.order, reverse=True):
-        path = os.path.join(directory, name)
-        try:
-            if not _faults(path):
-                return path
-        except OSError:
-            continue
-    return None
 
 
 def find_checkpoint(path: str) -> Checkpoint | None:
@@ -66,7 +54,7 @@ def find_checkpoint(path: str) -> Checkpoint | None:
 
 
 def _newest(directory: str) -> Checkpoint:
-    found = newest_complete(directory)
+    found = newest_complete(LAYOUT.name, directory)
     if found is None:
         raise UsageError(f"there is no whole checkpoint in `{directory}` yet",
                          hint=f"`hpctrain checkpoint list {directory} --layout hf-trainer` shows what is there")  # fmt: skip

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from start_ranks import start_ranks
 
 from . import tiny
 
@@ -66,30 +63,11 @@ class Bench:
             "HPCTRAIN_RUN_DIR": str(self.path / f"{name}.run"),
         }
 
-    def start(
-        self, argv: Sequence[str], env: dict[str, str], num_ranks: int = 1, cwd: Path | None = None
-    ) -> list[subprocess.Popen[str]]:
-        """One process per rank."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        common = {
-            **os.environ, **env, "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo",
-        }  # fmt: skip
-        return [
-            subprocess.Popen(
-                [sys.executable, *argv], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, cwd=cwd,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-            for rank in range(num_ranks)
-        ]  # fmt: skip
-
     def train_many(self, orders: Sequence[dict[str, str]], num_ranks: int) -> list[Answer]:
         """Many trainings in the same processes."""
         file = self.path / f"orders-{num_ranks}-{len(list(self.path.glob('orders-*')))}.json"
         file.write_text(json.dumps(orders))
-        processes = self.start([str(HERE / "scenarios.py"), str(file)], {}, num_ranks)
+        processes = start_ranks([str(HERE / "scenarios.py"), str(file)], {}, num_ranks)
         try:
             texts = [process.communicate(timeout=300) for process in processes]
         finally:

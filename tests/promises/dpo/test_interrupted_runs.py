@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from start_ranks import start_ranks
+
 from .conftest import Bench
 
 ARGV = ["-m", "hpctrain.train.dpo", "--config"]
@@ -31,7 +33,7 @@ def test_signalled_killed_and_run_again_alone_as_config_dpo_yaml_says(
         where.mkdir()
     # One process per line of the run: the first is asked to stop, the second killed, the third left to end.
     path = bench.config("alone", training, mount_dir=str(folder / "out"))
-    (process,) = bench.start([*ARGV, str(path)], {}, cwd=folder)
+    (process,) = start_ranks([*ARGV, str(path)], {}, cwd=folder)
     wait_for(folder / "metrics.jsonl", 2, process)
     process.send_signal(signal.SIGUSR1)
     said, errors = process.communicate(timeout=120)
@@ -40,13 +42,13 @@ def test_signalled_killed_and_run_again_alone_as_config_dpo_yaml_says(
     (kept,) = (folder / "out" / "checkpoints").glob("step-*")
     assert (folder / "out" / "checkpoints" / "latest").read_text() == kept.name
 
-    (process,) = bench.start([*ARGV, str(path)], {}, cwd=folder)
+    (process,) = start_ranks([*ARGV, str(path)], {}, cwd=folder)
     wait_for(folder / "metrics.jsonl", int(kept.name[5:]) + 2, process)
     process.kill()
     process.communicate()
 
-    last = bench.start([*ARGV, str(path)], {}, cwd=folder)
-    whole = bench.start([*ARGV, str(bench.config("straight", training, mount_dir=str(straight)))], {}, cwd=straight)
+    last = start_ranks([*ARGV, str(path)], {}, cwd=folder)
+    whole = start_ranks([*ARGV, str(bench.config("straight", training, mount_dir=str(straight)))], {}, cwd=straight)
     for process in (*last, *whole):
         said, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
@@ -59,7 +61,7 @@ def test_signalled_killed_and_run_again_alone_as_config_dpo_yaml_says(
 
     # Once done it stays done: nothing is trained or written again.
     before = {file: file.stat().st_mtime_ns for file in (folder / "out" / "dpo_model").iterdir()}
-    (process,) = bench.start([*ARGV, str(path)], {}, cwd=folder)
+    (process,) = start_ranks([*ARGV, str(path)], {}, cwd=folder)
     said, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and "nothing to train" in said, errors
     assert {file: file.stat().st_mtime_ns for file in (folder / "out" / "dpo_model").iterdir()} == before
@@ -89,7 +91,7 @@ def test_what_is_wrong_with_a_run_is_said_and_never_a_traceback(bench: Bench) ->
         ([*ARGV, str(bench.path / "absent.yaml")], ["absent.yaml"]),
         (ARGV[:2], ["no config is given"]),
     ):
-        (process,) = bench.start(argv, {}, cwd=bench.path)
+        (process,) = start_ranks(argv, {}, cwd=bench.path)
         said, errors = process.communicate(timeout=60)
         assert process.returncode in (2, 3) and all(word in errors for word in words), (said, errors)
         assert "Traceback" not in errors

@@ -29,13 +29,14 @@ from hpctrain import errors  # noqa: E402
 from hpctrain.train.hf_sft import export, rows, validate  # noqa: E402
 from hpctrain.train.hf_sft.__main__ import start  # noqa: E402
 from hpctrain.train.hf_sft.config import load_config  # noqa: E402
-from hpctrain.train.hf_sft.source import find_checkpoint, newest_complete  # noqa: E402
+from hpctrain.train.hf_sft.source import find_checkpoint  # noqa: E402
 from hpctrain.train.launch import Launch, StopRequest  # noqa: E402
+from hpctrain.train.program import newest_complete  # noqa: E402
 
 
 def train(environment: dict[str, str], **_: Any) -> int:
     if environment["HPCTRAIN_CHECKPOINT"].endswith("NEWEST"):
-        newest = newest_complete(environment["HPCTRAIN_CHECKPOINT_DIR"])
+        newest = newest_complete("hf-trainer", environment["HPCTRAIN_CHECKPOINT_DIR"])
         environment = {**environment, "HPCTRAIN_CHECKPOINT": newest or "none"}
     os.environ.update(environment)
     stop = StopRequest()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from start_ranks import start_ranks
 
 HERE = Path(__file__).parent
 LLAMA = {
@@ -76,26 +73,9 @@ class Bench:
             "HPCTRAIN_RUN_DIR": str(self.path / f"{name}.run"),
         }
 
-    def start(self, argv: Sequence[str], order: dict[str, str], num_ranks: int = 1) -> list[subprocess.Popen[str]]:
-        """One process per rank."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        common = {
-            **os.environ, **order, "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo",
-        }  # fmt: skip
-        return [
-            subprocess.Popen(
-                [sys.executable, *argv], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-            for rank in range(num_ranks)
-        ]  # fmt: skip
-
     def train(self, order: dict[str, str], num_ranks: int = 1) -> list[tuple[int, str, str]]:
         """`python -m hpctrain.train.sft` on so many ranks: each rank's exit code, stdout, stderr."""
-        processes = self.start(["-m", "hpctrain.train.sft"], order, num_ranks)
+        processes = start_ranks(["-m", "hpctrain.train.sft"], order, num_ranks)
         texts = [process.communicate(timeout=600) for process in processes]
         return [(process.returncode, *text) for process, text in zip(processes, texts)]
 
@@ -103,7 +83,7 @@ class Bench:
         """Many trainings in the same processes: the exit code, the same on every rank, and all ranks' problems for each."""
         file = self.path / f"orders-{num_ranks}-{len(list(self.path.glob('orders-*')))}.json"
         file.write_text(json.dumps(orders))
-        processes = self.start([str(HERE / "scenarios.py"), str(file)], {}, num_ranks)
+        processes = start_ranks([str(HERE / "scenarios.py"), str(file)], {}, num_ranks)
         texts = [process.communicate(timeout=900) for process in processes]
         assert [process.returncode for process in processes] == [0] * num_ranks, texts
         by_rank = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(num_ranks)]

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from start_ranks import start_ranks
+
 from .conftest import Bench
 
 # recipes.md §5: how logs of GPT-NeoX are read.
@@ -34,7 +36,7 @@ def wait_for(path: Path, process: subprocess.Popen[str], limit_s: float = 300) -
 def test_killed_in_the_middle_and_resumed_is_the_uninterrupted_run(
     bench: Bench, same_tensors: Callable[[Path, Path], list[str]]
 ) -> None:
-    process = bench.start(["-m", "hpctrain.train.sft"], bench.order("killed", **LONG))[0]
+    process = start_ranks(["-m", "hpctrain.train.sft"], bench.order("killed", **LONG))[0]
     wait_for(bench.path / "killed" / "global_step20", process)
     process.kill()
     process.communicate()
@@ -62,7 +64,7 @@ def test_killed_in_the_middle_and_resumed_is_the_uninterrupted_run(
 
 def test_the_stop_signal_to_one_rank_saves_on_all_and_exits_0(bench: Bench) -> None:
     order = bench.order("signalled", **{**LONG, "checkpoint_factor": 3900})
-    processes = bench.start(["-m", "hpctrain.train.sft"], order, num_ranks=2)
+    processes = start_ranks(["-m", "hpctrain.train.sft"], order, num_ranks=2)
     wait_for(bench.path / "signalled.run" / "metrics.jsonl", processes[0])
     processes[1].send_signal(signal.SIGUSR1)
     texts = [process.communicate(timeout=300) for process in processes]
@@ -79,7 +81,7 @@ def test_the_stop_signal_to_one_rank_saves_on_all_and_exits_0(bench: Bench) -> N
 
 
 def test_a_signal_before_training_starts_is_not_lost_and_the_stop_file_ends_the_run_after_a_save(bench: Bench) -> None:
-    early = bench.start(["-m", "hpctrain.train.sft"], bench.order("early", **LONG))[0]
+    early = start_ranks(["-m", "hpctrain.train.sft"], bench.order("early", **LONG))[0]
     # The handler is set once the config is read, seconds before torch is there.
     while "SigCgt" not in (status := Path(f"/proc/{early.pid}/status").read_text()) or not (
         int(status.split("SigCgt:")[1].split()[0], 16) >> (signal.SIGUSR1 - 1) & 1
@@ -89,7 +91,7 @@ def test_a_signal_before_training_starts_is_not_lost_and_the_stop_file_ends_the_
     run = bench.path / "stop-file.run"
     run.mkdir()
     (run / "STOP").touch()
-    late = bench.start(["-m", "hpctrain.train.sft"], bench.order("stop-file", **LONG))[0]
+    late = start_ranks(["-m", "hpctrain.train.sft"], bench.order("stop-file", **LONG))[0]
     early_out, late_out = (process.communicate(timeout=300) for process in (early, late))
 
     assert early.returncode == 0 and "stopped by signal USR1: nothing new to save" in early_out[0]
