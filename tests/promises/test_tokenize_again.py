@@ -172,9 +172,10 @@ def test_an_interrupted_run_says_so_and_can_go_on(tmp_path):
     process = subprocess.Popen(
         argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    time.sleep(1.2)
+    while process.poll() is None and not list(tmp_path.glob("out.tokenize/*-[0-9]*.json")):
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode in (130, 0), stderr
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode in (130, 0, -signal.SIGINT), stderr  # the last: it came while Python was leaving
     assert cli(*argv[4:]).returncode == 0
     assert pair(tmp_path) == oracle(texts * 2, model_path("unigram"))
