@@ -23,7 +23,7 @@ from hpctrain.cli import common
 @click.option(
     "--faults",
     metavar="F,F,…",
-    help="What goes wrong in the 1st, 2nd, … start of the step: timeout, node_fail, kill_mid_save, none.",
+    help="What goes wrong in the 1st, 2nd, … start of the step: timeout, node_fail, kill_mid_save, none; of a pipeline, of one stage: STAGE:F,F.",
 )
 @click.option(
     "--account-exists",
@@ -68,12 +68,13 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     """Run the very job against a real Slurm shaped like its site, on this machine, before a GPU-hour is spent.
 
     Every task is started; the training program is replaced by a stand-in that saves in the recipe's layout, in compressed
-    time. Exits 0 when all is right, 1 when something would have gone wrong at the site. Of a pipeline each stage is played
-    by itself, as if the one before it were done. `hpctrain tokenize --rehearse` plays the array of a tokenization.
+    time. Exits 0 when all is right, 1 when something would have gone wrong at the site. Of a pipeline all stages are queued with
+    their dependencies, and hand on what they made. `hpctrain tokenize --rehearse` plays the array of a tokenization.
 
     \b
     hpctrain rehearse --nodes 4
     hpctrain rehearse my-run/run.yaml --faults timeout,node_fail --picture chain.svg
+    hpctrain rehearse pipeline.yaml --faults warmup:node_fail
     hpctrain rehearse --nodes 1024 --limits-only
     hpctrain rehearse --job runs/my-run/job.sbatch --no-check
     """
@@ -81,37 +82,37 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     from hpctrain.rehearse import report
 
     wishes = report.Wishes(**options)
-    played = []
-    for loaded, request in report.prepare(run_yaml, assignments, out_dir, wishes):
-        outcome = _play(loaded, request)
-        found = report.bars_of(loaded.plan, outcome)
-        if wishes.picture:
-            write_new(wishes.picture, report.picture(loaded.plan, found))
-        if not as_json:
-            for line in report.lines(loaded.plan, outcome, found):
-                output.data(line)
-        output.problems(outcome.problems)
-        for line in report.notes(loaded.plan, outcome):
-            output.info(line)
-        played.append((outcome.ok, report.as_json(loaded.plan, outcome, found)))
-    ok = all(good for good, _ in played)
-    is_pipeline = len(played) > 1
+    wanted = report.prepare(run_yaml, assignments, out_dir, wishes)
+    outcomes = _play(wanted)
+    found = report.all_bars(wanted, outcomes)
+    if wishes.picture:
+        write_new(wishes.picture, report.picture(wanted, found))
     if as_json:
-        answers = [answer for _, answer in played]
-        output.data_json(**({"ok": ok, "stages": answers} if is_pipeline else answers[0]))
+        output.data_json(**report.as_json(wanted, outcomes, found))
+    else:
+        for line in report.lines(wanted, outcomes, found):
+            output.data(line)
+    for outcome in outcomes:
+        output.problems(outcome.problems)
+    for plan, outcome in zip(wanted.plans, outcomes):
+        for line in report.notes(plan, outcome):
+            output.info(line)
+    ok = all(outcome.ok for outcome in outcomes)
     name = "" if run_yaml == "run.yaml" else " " + shlex.quote(run_yaml)
-    output.next_step(f"hpctrain {('pipeline' if is_pipeline else 'chain') if ok else 'rehearse'}{name}")
+    output.next_step(f"hpctrain {('pipeline' if wanted.pipeline else 'chain') if ok else 'rehearse'}{name}")
     if not ok:
         raise click.exceptions.Exit(errors.NO)
 
 
-def _play(loaded: Any, request: Any) -> Any:
+def _play(wanted: Any) -> Any:
     import os
 
-    from hpctrain.rehearse.play import rehearse
+    from hpctrain.rehearse.play import rehearse, rehearse_pipeline
 
     meter = output.Stages()
     try:
-        return rehearse(loaded, request, os.environ, meter.update)
+        if wanted.pipeline:
+            return rehearse_pipeline(wanted.pipeline, wanted.requests, os.environ, meter.update)
+        return [rehearse(wanted.loaded, wanted.requests[""], os.environ, meter.update)]
     finally:
         meter.close()

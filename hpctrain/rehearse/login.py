@@ -1,22 +1,28 @@
-"""Queues a rehearsed chain from inside the sandbox's login view: python -m hpctrain.rehearse.login RUN_DIR JOBS [SCRIPT].
+"""Queues what is rehearsed from inside the sandbox's login view.
 
-SCRIPT is the one of `chain.after_each`. Prints one JSON object: the job ids by link, those of the side jobs, and what Slurm said
-where it refused.
+    python -m hpctrain.rehearse.login run RUN_DIR JOBS [SCRIPT]     SCRIPT is the one of `chain.after_each`
+    python -m hpctrain.rehearse.login pipeline ORDER                ORDER is a pickled Pipeline
+
+Prints a list with one JSON object a run: the job ids by link, those of the side jobs, and what Slurm said where it refused.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import sys
+from typing import Any
 
 from hpctrain import sidejobs, submit
 from hpctrain.checkpoint import read_plan
 from hpctrain.errors import HpctrainError
+from hpctrain.pipeline import queue
 from hpctrain.submit import MAIN, SIDE, Submission
 
 
-def main(run_dir: str, num_jobs: int, after_each: str = "") -> int:
+def run(run_dir: str, num_jobs: int, after_each: str = "") -> list[dict[str, Any]]:
+    """Queue the links of a run, each after the one before it."""
     script = os.path.join(run_dir, "job.sbatch")
     refused = ""
     try:
@@ -30,14 +36,42 @@ def main(run_dir: str, num_jobs: int, after_each: str = "") -> int:
             submit.submit_all(run_dir, wanted)
     except HpctrainError as error:
         refused = "\n".join(problem.what for problem in error.problems)
+    return [_answer(run_dir, refused)]
+
+
+def pipeline(order: str) -> list[dict[str, Any]]:
+    """Queue every stage as `hpctrain pipeline` does. What Slurm refused is told of the stage that it belongs to."""
+    with open(order, "rb") as stream:
+        wanted = pickle.loads(stream.read())  # our own file, in a folder of mode 0700
+    refused = ""
+    queue.write_index(wanted)
+    planned = queue.plan_queue(wanted)
+    try:
+        queue.submit_queue(wanted, planned)
+    except HpctrainError as error:
+        refused = "\n".join(problem.what for problem in error.problems)
+    answers = []
+    for stage in planned:
+        answer = _answer(stage.planned.run_dir, "")
+        if refused and len(answer["jobs"]) < len(stage.new):
+            answer["refused"], refused = refused, ""
+        answers.append(answer)
+    return answers
+
+
+def _answer(run_dir: str, refused: str) -> dict[str, Any]:
     ids = submit.read_ledger(run_dir).submitted()
-    answer = {
-        name: {str(link): job_id for (link, kind), job_id in ids.items() if kind == wanted_kind}
-        for name, wanted_kind in (("jobs", MAIN), ("side", SIDE))
-    }
-    print(json.dumps({**answer, "refused": refused}))
+    jobs, side = (
+        {str(link): job_id for (link, kind), job_id in ids.items() if kind == wanted} for wanted in (MAIN, SIDE)
+    )
+    return {"jobs": jobs, "side": side, "refused": refused}
+
+
+def main(words: list[str]) -> int:
+    answers = pipeline(words[1]) if words[0] == "pipeline" else run(words[1], int(words[2]), *words[3:4])
+    print(json.dumps(answers))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:4]))
+    sys.exit(main(sys.argv[1:]))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, Problem
+from hpctrain.errors import Problem
 from hpctrain.load import Loaded
+from hpctrain.pipeline.stages import Pipeline
 from hpctrain.plan import Plan
 from hpctrain.rehearse import checks, scene, stage
-from hpctrain.rehearse.records import Attempt, Pipe, Slots, expected_tasks
+from hpctrain.rehearse.queued import Queued, queue, queue_pipeline
+from hpctrain.rehearse.records import Attempt, Pipe, Slots
 from hpctrain.rehearse.scene import Scene, start_step
-from hpctrain.rehearse.watch import Refusal, Watch, refusal_problem
+from hpctrain.rehearse.watch import Refusal, Watch, refusal_problem, watch_all
 from hpctrain.rundir import run_files
 from hpctrain.runtime.files import read_records
 from hpctrain.sandbox.from_site import node_shape
@@ -31,7 +32,6 @@ class Request:
     """What to rehearse. `accounts` exist in the sandbox; `job_script` replaces the rendered one; `speed` 0 chooses it.
 
     `limits_only`: submit and see what is refused; nothing is started, so any number of nodes takes seconds.
-    `earlier`: the stage of a pipeline that hands something over; it is made to look as if it were done.
     """
 
     num_jobs: int = 1
@@ -43,12 +43,12 @@ class Request:
     limits_only: bool = False
     keep: bool = False
     directory: str = ""
-    earlier: Loaded | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rehearsal told. `attempts` in the order of their start, `links` and `states` as Slurm and the guard have them."""
+    """What a rehearsal told of one run. `attempts` in the order of their start, `links` and `states` as Slurm and the guard
+    have them. `stage` is its name in a pipeline, "" for a run alone."""
 
     problems: tuple[Problem, ...]
     scene: Scene
@@ -63,79 +63,144 @@ class Outcome:
     seconds: Mapping[str, float]
     script_sha256: str
     kept: str
+    stage: str = ""
 
     @property
     def ok(self) -> bool:
         return not any(problem.level == "error" for problem in self.problems)
 
 
+@dataclass(frozen=True)
+class Part:
+    """One run of a rehearsal: alone, or a stage of a pipeline."""
+
+    stage: str
+    loaded: Loaded
+    request: Request
+    scene: Scene
+    files: Mapping[str, bytes]
+    scenario: Mapping[str, Any]
+
+    @property
+    def plan(self) -> Plan:
+        return self.loaded.plan
+
+    @property
+    def needed(self) -> list[str]:
+        """What every task must see."""
+        handed = self.plan.spec.handed
+        model = [handed.model] if handed and handed.model else []
+        return [
+            item.path for item in self.scene.made if item.kind != "secrets" and item.path != self.plan.spec.container
+        ] + model
+
+
 def rehearse(
     loaded: Loaded, request: Request, environ: Mapping[str, str], progress: Callable[[str, int, int], None]
 ) -> Outcome:
-    """Play it and take everything down again. Raises EnvironmentFault where this machine cannot, Refused when it may not."""
-    plan = loaded.plan
-    files = dict(run_files(plan, loaded.inputs))
-    if request.job_script is not None:
-        files["job.sbatch"] = request.job_script
+    """Play one run and take everything down again. Raises EnvironmentFault where this machine cannot, Refused when it may not."""
+    parts = _parts([("", loaded, request)], loaded.plan.run_dir, environ)
+    (outcome,) = _play(parts, loaded.plan.run_dir, None, environ, progress)
+    return outcome
+
+
+def rehearse_pipeline(pipeline: Pipeline, requests: Mapping[str, Request], environ: Mapping[str, str],
+                      progress: Callable[[str, int, int], None]) -> list[Outcome]:  # fmt: skip
+    """The same with all stages of a pipeline: all their links are queued at once, each stage behind the one it is from, and
+    its first link gets what that one's jobs made. `requests` are by stage and differ in nothing but their faults."""
+    wanted = [(planned.stage.name, planned.loaded, requests[planned.stage.name]) for planned in pipeline.stages]
+    return _play(_parts(wanted, pipeline.folder, environ), pipeline.folder, pipeline, environ, progress)
+
+
+def _parts(wanted: Sequence[tuple[str, Loaded, Request]], folder: str, environ: Mapping[str, str]) -> list[Part]:
     user = environ.get("USER") or environ.get("LOGNAME") or "user"
-    before_it = request.earlier
-    shown = scene.plan_scene(plan, user, earlier=before_it.plan if before_it else None)
-    scenario = make_scenario(plan, request)
+    scenes = scene.plan_scenes([loaded.plan for _, loaded, _ in wanted], folder, user)
+    parts = []
+    for (stage_name, loaded, request), shown in zip(wanted, scenes):
+        files = dict(run_files(loaded.plan, loaded.inputs))
+        if request.job_script is not None:
+            files["job.sbatch"] = request.job_script
+        parts.append(Part(stage_name, loaded, request, shown, files, make_scenario(loaded.plan, request)))
+    return parts
+
+
+def _play(parts: Sequence[Part], folder: str, pipeline: Pipeline | None, environ: Mapping[str, str],
+          progress: Callable[[str, int, int], None]) -> list[Outcome]:  # fmt: skip
+    plans, request, shown = [part.plan for part in parts], parts[0].request, parts[0].scene
     clock, seconds = time.monotonic(), {}
     with (
-        stage.place_of(plan.run_dir, request.directory, environ, request.keep) as place,
-        stage.enough_space(place, plan.spec.num_nodes, request.accounting),
+        stage.place_of(folder, request.directory, environ, request.keep) as place,
+        stage.enough_space(place, max(plan.spec.num_nodes for plan in plans), request.accounting),
     ):
-        earlier = (before_it.plan, run_files(before_it.plan, before_it.inputs)) if before_it else None
-        secret = scene.build(shown, str(place.files), plan, files, earlier)
+        secret = ""
+        stage.make_pipes(place)
+        for number, part in enumerate(parts):
+            secret = scene.build(part.scene, str(place.files), part.plan, part.files, secret)
+            stage.install(place, number, part.plan, part.scenario, part.needed)
         before = listing(str(place.files))
-        needed = [item.path for item in shown.made if item.kind != "secrets" and item.path != plan.spec.container]
-        stage.install(place, plan, scenario, needed)
         mounts = [(str(place.files / source), target) for source, target in shown.mounts]
-        accounts = request.accounts or ((plan.spec.account,) if plan.spec.account else ())
-        shape = stage.shape_of(plan, mounts, request.accounting, accounts, not request.limits_only)
-        jobs: dict[int, str] = {}
-        side: dict[int, str] = {}
-        pipe = Pipe(str(place.shims), lambda attempt: _ready(place, attempt))
-        slots = Slots(str(place.shims))
+        accounts = request.accounts or tuple(dict.fromkeys(plan.spec.account for plan in plans if plan.spec.account))
+        shape = stage.shape_of(plans, mounts, request.accounting, accounts, not request.limits_only)
+        queued = [Queued() for _ in parts]
+        pipe, slots = Pipe(str(place.shims), _ready), Slots(str(place.shims))
         try:
             record = stage.start(place, shape, environ, progress)
-            stage.connect(place, plan)
+            stage.connect(place, plans)
             seconds["sandbox"] = time.monotonic() - clock
             login = stage.Login(record, place, shown.home, environ)
-            jobs, side, refused = queue(login, plan, request.num_jobs)
-            watch = Watch(login, pipe, plan, scenario, jobs, side, slots, progress)
-            watch.until_done(only_cancel=bool(refused) or request.limits_only)
+            queued = queue_pipeline(login, pipeline) if pipeline else [queue(login, plans[0], request.num_jobs)]
+            watches = [
+                Watch(login, part.plan, part.scenario, found.jobs, found.side, progress)
+                for part, found in zip(parts, queued)
+            ]
+            watch_all(watches, login, pipe, slots, any(found.refused for found in queued) or request.limits_only)
             seconds["jobs"] = time.monotonic() - clock - seconds["sandbox"]
         finally:
             pipe.close()
             slots.close()
-            stage.sweep(plan, [*jobs.values(), *side.values()])
+            for plan, found in zip(plans, queued):
+                stage.sweep(plan, [*found.jobs.values(), *found.side.values()])
         looked = time.monotonic()
-        run_dir = shown.real_path(str(place.files), plan.run_dir) or ""
-        sha256 = _sha256(os.path.join(run_dir, "job.sbatch"))
-        links = tuple(read_records(os.path.join(run_dir, "links.jsonl")))
-        attempts = tuple(sorted(pipe.attempts.values(), key=lambda attempt: attempt.begun))
-        is_known = any("unseen" in task for attempt in attempts for task in attempt.tasks)
-        problems = [
-            *_refused(refused, shape, plan, files["job.sbatch"]),
-            *watch.problems,
-            *_steps(plan, attempts, [target for _, target in shown.mounts]),
-            *(
-                []
-                if refused or watch.problems or request.limits_only
-                else _ends(plan, request, watch, attempts, links, run_dir, is_known)
-            ),
-            *_side(side, watch.states(), run_dir),
-            *_written(before, listing(str(place.files)), shown, plan),
-            *_secret(secret, run_dir),
-        ]
+        written = _written(before, listing(str(place.files)), shown, plans, folder)
+        was_stopped = any(found.refused for found in queued) or any(watch.problems for watch in watches)
+        outcomes: list[Outcome] = []
+        for part, found, watch in zip(parts, queued, watches):
+            has_ended = not was_stopped and all(outcome.ok for outcome in outcomes)
+            outcomes.append(_outcome(part, found, watch, place, pipe, accounts, secret, written, has_ended))
+            written = []
         seconds["checks"] = time.monotonic() - looked
     seconds["all"] = time.monotonic() - clock
-    return Outcome(
-        tuple(dict.fromkeys(problems)), shown, attempts, links, jobs, side, watch.states(), watch.waited_s, scenario, refused,
-        seconds, sha256, str(place.base) if request.keep else "",
-    )  # fmt: skip
+    kept = str(place.base) if request.keep else ""
+    return [replace(outcome, seconds=seconds, kept=kept) for outcome in outcomes]
+
+
+def _outcome(part: Part, found: Queued, watch: Watch, place: stage.Place, pipe: Pipe, accounts: Sequence[str], secret: str,
+             written: Sequence[Problem], has_ended: bool) -> Outcome:  # fmt: skip
+    """What is to be told of one run. Where it was not left to its own end (not `has_ended`) that end tells nothing."""
+    plan, shown = part.plan, part.scene
+    run_dir = shown.real_path(str(place.files), plan.run_dir) or ""
+    links = tuple(read_records(os.path.join(run_dir, "links.jsonl")))
+    own = {*found.jobs.values(), *found.side.values()}
+    attempts = tuple(sorted((a for a in pipe.attempts.values() if a.job_id in own), key=lambda attempt: attempt.begun))
+    is_known = any("unseen" in task for attempt in attempts for task in attempt.tasks)
+    problems = [
+        *_refused(found.refused, accounts, plan, part.files["job.sbatch"]),
+        *watch.problems,
+        *_steps(plan, attempts, [target for _, target in shown.mounts]),
+        *(
+            _ends(plan, part.request, watch, attempts, links, run_dir, is_known)
+            if has_ended and not part.request.limits_only
+            else []
+        ),
+        *_side(found.side, watch.states(), run_dir),
+        *written,
+        *_secret(secret, run_dir),
+    ]
+    if part.stage:
+        problems = [replace(problem, what=f"stage `{part.stage}`: {problem.what}") for problem in problems]
+    sha256 = _sha256(os.path.join(run_dir, "job.sbatch"))
+    return Outcome(tuple(dict.fromkeys(problems)), shown, attempts, links, found.jobs, found.side, watch.states(), watch.waited_s,
+                   part.scenario, found.refused, {}, sha256, "", part.stage)  # fmt: skip
 
 
 def make_scenario(plan: Plan, request: Request) -> dict[str, Any]:
@@ -173,21 +238,8 @@ def make_scenario(plan: Plan, request: Request) -> dict[str, Any]:
         "lead_s": plan.signal["lead_s"],
         "saves_on_signal": bool(cadence.saves_on_signal and plan.signal["forward"]),
         "python": plan.resolved.argv[0],
+        "model": plan.resolved.model,
     }
-
-
-def queue(login: stage.Login, plan: Plan, num_jobs: int) -> tuple[dict[int, str], dict[int, str], str]:
-    """Submit the links from the login node, as `hpctrain chain` does: their jobs, their side jobs, Slurm's words where it refused."""
-    after_each = [plan.spec.after_each] if plan.spec.after_each else []
-    done = login.seeing(sys.executable, "-m", "hpctrain.rehearse.login", plan.run_dir, str(num_jobs), *after_each)
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError) as error:
-        raise EnvironmentFault(
-            "the jobs could not be submitted", why=(done.stderr or done.stdout).strip()[-2000:]
-        ) from error
-    jobs, side = ({int(link): str(job_id) for link, job_id in answer[name].items()} for name in ("jobs", "side"))
-    return jobs, side, str(answer["refused"])
 
 
 def listing(root: str) -> dict[str, tuple[int, int]]:
@@ -218,12 +270,12 @@ def _sha256(path: str) -> str:
         return hashlib.sha256(stream.read()).hexdigest()
 
 
-def _ready(place: stage.Place, attempt: Attempt) -> None:
-    (place.shims / f"ready.{attempt.job_id}.{attempt.restart}").touch()
+def _ready(attempt: Attempt) -> None:
+    Path(attempt.tasks[0]["folder"], f"ready.{attempt.job_id}.{attempt.restart}").touch()
 
 
-def _refused(words: str, shape: Any, plan: Plan, script: bytes) -> list[Problem]:
-    return [refusal_problem(Refusal(words, plan, shape.accounts, script.decode("utf-8", "replace")))] if words else []
+def _refused(words: str, accounts: Sequence[str], plan: Plan, script: bytes) -> list[Problem]:
+    return [refusal_problem(Refusal(words, plan, accounts, script.decode("utf-8", "replace")))] if words else []
 
 
 def _steps(plan: Plan, attempts: Sequence[Attempt], file_systems: Sequence[str]) -> list[Problem]:
@@ -249,6 +301,7 @@ def _ends(
     found: list[Problem] = []
     states = watch.states()
     started = [attempt for attempt in attempts if attempt.ready]
+    gave_up = {str(record.get("job_id")): record.get("reason") for record in links if record.get("mode") == "gave_up"}
     played = {attempt.job_id: fault for attempt, fault in zip(started, request.faults)}
     for number, left in enumerate(request.faults[len(started) :], start=len(started) + 1):
         if left and not found:
@@ -262,6 +315,14 @@ def _ends(
     for link, job_id in watch.jobs.items():
         state = states.get(job_id, "")
         fault = played.get(job_id)
+        if job_id in gave_up:
+            found.append(
+                Problem(
+                    f"link {link} gives up: {gave_up[job_id]}",
+                    why=f"so job {job_id} trains nothing, and ends the links after it",
+                )
+            )
+            continue
         natural = state == "TIMEOUT" and any(a.job_id == job_id and a.last("limit") for a in attempts)
         explained = (
             natural or (fault == "kill_mid_save" and state == "FAILED") or (fault == "timeout" and state == "TIMEOUT")
@@ -320,12 +381,19 @@ def tail(folder: str, job_id: str, num_lines: int = 8) -> str:
     return "\n".join(line[:300] for line in [*first, *lines[-num_lines:]])
 
 
-def _written(before: Mapping[str, Any], after: Mapping[str, Any], shown: Scene, plan: Plan) -> list[Problem]:
-    """Files that the job made or changed outside the checkpoint folder, the run directory and its home."""
+def _written(before: Mapping[str, Any], after: Mapping[str, Any], shown: Scene, plans: Sequence[Plan],
+             folder: str) -> list[Problem]:  # fmt: skip
+    """Files that the jobs made or changed outside the checkpoint folders, the run directories (in `folder`) and their models."""
     targets = dict(shown.mounts)
-    allowed = [
-        path for path in (plan.spec.checkpoint_dir, plan.run_dir, *(path for _, path in plan.resolved.binds)) if path
-    ]
+    allowed = [folder]
+    for plan in plans:
+        known = (
+            plan.spec.checkpoint_dir,
+            plan.run_dir,
+            plan.resolved.model,
+            *(path for _, path in plan.resolved.binds),
+        )
+        allowed += [path for path in known if path]
     wrong = []
     for name, facts in after.items():
         if before.get(name) == facts:
@@ -350,4 +418,4 @@ def _secret(secret: str, run_dir: str) -> list[Problem]:
                     hint="print no environment in the job") for name in sorted(found)]  # fmt: skip
 
 
-__all__ = ["FAULTS", "Outcome", "Request", "expected_tasks", "rehearse"]
+__all__ = ["FAULTS", "Outcome", "Request", "rehearse", "rehearse_pipeline"]

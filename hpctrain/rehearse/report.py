@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, HpctrainError, Problem, Refused, UsageError
+from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.load import Loaded, load_plan
+from hpctrain.pipeline.spec import is_pipeline
+from hpctrain.pipeline.stages import Pipeline, load_pipeline
 from hpctrain.plan import Plan
 from hpctrain.rehearse import timeline
 from hpctrain.rehearse.play import FAULTS, Outcome, Request
 from hpctrain.rehearse.timeline import Bar
 from hpctrain.units import format_time
-from hpctrain.yamlio import load_yaml
 
 
 @dataclass(frozen=True)
@@ -35,45 +36,64 @@ class Wishes:
     picture: str | None = None
 
 
-def prepare(
-    run_yaml: str, assignments: Sequence[str], out_dir: str | None, wishes: Wishes
-) -> list[tuple[Loaded, Request]]:
-    """The plan and the request of a run, or of each stage of a pipeline, in order.
+@dataclass(frozen=True)
+class Wanted:
+    """What to rehearse: one run, or with `pipeline` its stages in order; `requests` by stage, "" for a run alone."""
 
-    Raises UsageError for an invalid run (unless `no_check` and it can be rendered) or option.
-    """
+    plans: tuple[Plan, ...]
+    requests: Mapping[str, Request]
+    loaded: Loaded | None = None
+    pipeline: Pipeline | None = None
+    sources: tuple[str | None, ...] = (None,)
+
+
+def prepare(run_yaml: str, assignments: Sequence[str], out_dir: str | None, wishes: Wishes) -> Wanted:
+    """The plans and the requests. Raises UsageError for an invalid run (unless `no_check` and it can be rendered) or option."""
     if wishes.picture and os.path.lexists(wishes.picture):
         raise Refused(
             "is there already, and is left as it is", where=wishes.picture, hint="name another file with --picture"
         )
-    if not _is_pipeline(run_yaml):
-        loaded = load_plan(run_yaml, [*assignments, *([f"nodes={wishes.nodes}"] if wishes.nodes else [])], out_dir)
-        return [(loaded, _request(loaded, wishes))]
-    if wishes.nodes or wishes.job_script or wishes.keep or wishes.picture:
-        raise UsageError("--nodes, --job, --keep and --picture are for one run, and this is a pipeline", where=run_yaml,
-                         hint="for a stage: --set STAGE.nodes=4")  # fmt: skip
-    from hpctrain.pipeline.stages import load_pipeline
+    if is_pipeline(run_yaml):
+        return _prepare_pipeline(run_yaml, assignments, out_dir, wishes)
+    loaded = load_plan(run_yaml, [*assignments, *([f"nodes={wishes.nodes}"] if wishes.nodes else [])], out_dir)
+    return Wanted((loaded.plan,), {"": _request(loaded.plan, wishes, _faults(wishes.faults))}, loaded)
 
+
+def _prepare_pipeline(run_yaml: str, assignments: Sequence[str], out_dir: str | None, wishes: Wishes) -> Wanted:
+    if wishes.job_script:
+        raise UsageError("--job is for one run, and this is a pipeline", where=run_yaml)
     pipeline = load_pipeline(run_yaml, assignments, out_dir)
-    stages = {planned.stage.name: planned.loaded for planned in pipeline.stages}
-    return [
-        (
-            planned.loaded,
-            _request(planned.loaded, wishes, stages[planned.stage.source] if planned.stage.source else None),
-        )
-        for planned in pipeline.stages
-    ]
+    names = [planned.stage.name for planned in pipeline.stages]
+    stage, chosen = _faults_of_stage(wishes.faults, names)
+    more = [f"{name}.nodes={wishes.nodes}" for name in names if wishes.nodes]
+    for planned in pipeline.stages:
+        name, given = planned.stage.name, planned.plan.spec.num_links
+        jobs = wishes.jobs or (max(given, len(chosen) + 1) if name == stage else given)
+        more += [f"{name}.chain.jobs={jobs}"] if jobs != given else []
+    if more:
+        pipeline = load_pipeline(run_yaml, [*assignments, *more], out_dir)
+    plans = tuple(planned.plan for planned in pipeline.stages)
+    sites = {plan.site.name for plan in plans}
+    if len(sites) > 1:
+        raise UsageError(f"the stages are for {len(sites)} sites ({', '.join(sorted(sites))}), and one Slurm plays one of them",
+                         where=run_yaml, hint="rehearse each stage's run.yaml by itself")  # fmt: skip
+    requests = {name: _request(plan, replace(wishes, jobs=plan.spec.num_links), chosen if name == stage else ())
+                for name, plan in zip(names, plans)}  # fmt: skip
+    return Wanted(plans, requests, None, pipeline, tuple(planned.stage.source for planned in pipeline.stages))
 
 
-def _is_pipeline(path: str) -> bool:
-    try:
-        return isinstance(load_yaml(path).get("stages"), dict)
-    except HpctrainError:
-        return False  # said when it is read as a run
+def _faults_of_stage(text: str | None, names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """The stage whose links meet the faults, and those, from `STAGE:F,F`."""
+    if not text:
+        return "", ()
+    stage, colon, words = text.partition(":")
+    if not colon or stage not in names:
+        raise UsageError(f"`--faults {text}` does not say which stage they hit", hint=f"--faults {names[0]}:{text.partition(':')[2] or text}",
+                         why=f"the stages are {', '.join(names)}")  # fmt: skip
+    return stage, _faults(words)
 
 
-def _request(loaded: Loaded, wishes: Wishes, earlier: Loaded | None = None) -> Request:
-    plan, chosen = loaded.plan, _faults(wishes.faults)
+def _request(plan: Plan, wishes: Wishes, chosen: tuple[str, ...]) -> Request:
     if plan.errors and not (
         wishes.no_check and plan.resolved.argv and (plan.resolved.configs or not plan.resolved.config_for)
     ):
@@ -83,7 +103,7 @@ def _request(loaded: Loaded, wishes: Wishes, earlier: Loaded | None = None) -> R
     request = Request(
         num_jobs=wishes.jobs or with_faults, faults=chosen, accounts=tuple(wishes.accounts), accounting=wishes.accounting,
         job_script=script, speed=wishes.speed or 0.0, keep=wishes.keep, directory=wishes.directory,
-        limits_only=wishes.limits_only, earlier=earlier,
+        limits_only=wishes.limits_only,
     )  # fmt: skip
     if len(chosen) > request.num_jobs:
         raise UsageError(f"{len(chosen)} faults need at least as many links, and `--jobs` is {request.num_jobs}")
@@ -98,16 +118,53 @@ def bars_of(plan: Plan, outcome: Outcome) -> list[Bar]:
     return timeline.bars(plan, outcome.attempts, outcome.links, outcome.states, outcome.waited_s, outcome.scenario)
 
 
-def picture(plan: Plan, found: Sequence[Bar]) -> str:
-    title = f"{plan.spec.name}: {plan.spec.num_nodes} nodes of {plan.site.name}, rehearsed"
-    return timeline.svg(found, title)
+def all_bars(wanted: Wanted, outcomes: Sequence[Outcome]) -> list[list[Bar]]:
+    """The bars of each run, those of a pipeline's stages on one clock."""
+    found = [bars_of(plan, outcome) for plan, outcome in zip(wanted.plans, outcomes)]
+    if not wanted.pipeline:
+        return found
+    together = timeline.of_stages(list(zip([outcome.stage for outcome in outcomes], wanted.sources, found)))
+    return [[bar for bar in together if bar.stage == outcome.stage] for outcome in outcomes]
 
 
-def lines(plan: Plan, outcome: Outcome, found: Sequence[Bar]) -> list[str]:
-    """What goes to standard output: the shape, what the tasks saw, and the timeline."""
-    spec = plan.spec
+def picture(wanted: Wanted, found: Sequence[Sequence[Bar]]) -> str:
+    plan = wanted.plans[0]
+    what = f"{plan.spec.name}: {plan.spec.num_nodes} nodes"
+    if wanted.pipeline:
+        what = f"{wanted.pipeline.spec.name}: {len(wanted.plans)} stages"
+    return timeline.svg([bar for own in found for bar in own], f"{what} of {plan.site.name}, rehearsed")
+
+
+def lines(wanted: Wanted, outcomes: Sequence[Outcome], found: Sequence[Sequence[Bar]]) -> list[str]:
+    """What goes to standard output: the shapes, what the tasks saw, and one timeline."""
+    out = [line for plan, outcome in zip(wanted.plans, outcomes) for line in _seen(plan, outcome)]
+    bars = [bar for own in found for bar in own]
+    out += timeline.text(bars)
+    out += [
+        f"after link {link}: side job {job_id}, {outcome.states.get(job_id, 'unknown').lower()}"
+        for outcome in outcomes
+        for link, job_id in outcome.side.items()
+    ]
+    if bars:
+        hours, lost = sum(bar.gpu_hours for bar in bars), sum(bar.lost for bar in bars)
+        out.append(
+            f"{hours:,.1f} GPU-hours in {format_time(round(max(bar.end_s for bar in bars)))}, {lost} iterations lost"
+        )
+    bad = [problem for outcome in outcomes for problem in outcome.problems if problem.level == "error"]
+    num_jobs = sum(len(outcome.jobs) for outcome in outcomes)
+    good = (
+        "all right"
+        if any(outcome.attempts for outcome in outcomes)
+        else f"Slurm takes {'the job' if num_jobs == 1 else f'all {num_jobs} jobs'}"
+    )
+    return [*out, f"{len(bad)} thing{'s' * (len(bad) > 1)} would go wrong" if bad else good]
+
+
+def _seen(plan: Plan, outcome: Outcome) -> list[str]:
+    """The shape of one run, and each start of its step as the tasks saw it."""
+    spec, head = plan.spec, f"stage {outcome.stage}: " if outcome.stage else ""
     out = [
-        f"{spec.num_nodes} nodes x {plan.tasks_per_node} tasks on {plan.partition.name or 'the default partition'} of {plan.site.name}"
+        f"{head}{spec.num_nodes} nodes x {plan.tasks_per_node} tasks on {plan.partition.name or 'the default partition'} of {plan.site.name}"
     ]
     for attempt in outcome.attempts:
         if attempt.tasks:
@@ -116,23 +173,6 @@ def lines(plan: Plan, outcome: Outcome, found: Sequence[Bar]) -> list[str]:
             word = f"job {attempt.job_id}" + (f" restart {attempt.restart}" if attempt.restart else "")
             out.append(f"{word}: {len(attempt.tasks)} ranks on {len(nodes)} nodes, rendezvous "
                        f"{first.get('MASTER_ADDR', '(none)')}:{first.get('MASTER_PORT', '(none)')}")  # fmt: skip
-    out += timeline.text(found)
-    out += [
-        f"after link {link}: side job {job_id}, {outcome.states.get(job_id, 'unknown').lower()}"
-        for link, job_id in outcome.side.items()
-    ]
-    if found:
-        hours, lost = sum(bar.gpu_hours for bar in found), sum(bar.lost for bar in found)
-        out.append(
-            f"{hours:,.1f} GPU-hours in {format_time(round(sum(bar.took_s for bar in found)))}, {lost} iterations lost"
-        )
-    bad = [problem for problem in outcome.problems if problem.level == "error"]
-    good = (
-        "all right"
-        if outcome.attempts
-        else f"Slurm takes {'the job' if len(outcome.jobs) == 1 else f'all {len(outcome.jobs)} jobs'}"
-    )
-    out.append(f"{len(bad)} thing{'s' * (len(bad) > 1)} would go wrong" if bad else good)
     return out
 
 
@@ -154,8 +194,22 @@ def notes(plan: Plan, outcome: Outcome) -> list[str]:
     return out
 
 
-def as_json(plan: Plan, outcome: Outcome, found: Sequence[Bar]) -> dict[str, Any]:
-    """The whole answer as plain data."""
+def as_json(wanted: Wanted, outcomes: Sequence[Outcome], found: Sequence[Sequence[Bar]]) -> dict[str, Any]:
+    """The whole answer as plain data: of a run, or `stages` with one each."""
+    answers = [_as_json(plan, outcome, own) for plan, outcome, own in zip(wanted.plans, outcomes, found)]
+    if not wanted.pipeline:
+        return answers[0]
+    return {
+        "ok": all(outcome.ok for outcome in outcomes),
+        "pipeline": wanted.pipeline.spec.name,
+        "gpu_hours": sum(answer["gpu_hours"] for answer in answers),
+        "site_s": max((bar.end_s for own in found for bar in own), default=0.0),
+        "stages": [{"stage": outcome.stage, "from": source, **answer}
+                   for outcome, source, answer in zip(outcomes, wanted.sources, answers)],
+    }  # fmt: skip
+
+
+def _as_json(plan: Plan, outcome: Outcome, found: Sequence[Bar]) -> dict[str, Any]:
     return {
         "ok": outcome.ok,
         "run": plan.spec.name,
@@ -175,7 +229,11 @@ def as_json(plan: Plan, outcome: Outcome, found: Sequence[Bar]) -> dict[str, Any
         "speed": outcome.scenario["speed"],
         "made_up": [{"what": item.what, "path": item.path} for item in outcome.scene.made],
         "missing": [{"what": what, "path": path} for what, path in outcome.scene.missing],
-        "ranks": [dict(sorted(task.items())) for attempt in outcome.attempts for task in attempt.tasks],
+        "ranks": [
+            {name: value for name, value in sorted(task.items()) if name != "folder"}
+            for attempt in outcome.attempts
+            for task in attempt.tasks
+        ],
         "job_script_sha256": outcome.script_sha256,
         "seconds": dict(outcome.seconds),
     }

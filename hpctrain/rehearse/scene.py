@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets as random
 from collections.abc import Mapping, Sequence
@@ -15,13 +14,6 @@ from hpctrain.rehearse import standin
 from hpctrain.runtime.survey import start_number
 
 SIDE = "script of `chain.after_each`"
-# Whole, and empty: a safetensors file begins with the length of its header.
-_MODEL = {
-    "config.json": b"{}\n",
-    "tokenizer_config.json": b"{}\n",
-    "tokenizer.json": b"{}\n",
-    "model.safetensors": b"\x02" + bytes(7) + b"{}",
-}
 CANARY = "HPCTRAIN_REHEARSAL_SECRET"
 
 
@@ -59,14 +51,27 @@ def _writable(path: str) -> bool:
     return os.access(path, os.W_OK | os.X_OK)
 
 
-def plan_scene(plan: Plan, user: str, exists: Any = os.path.exists, writable: Any = _writable,
-               earlier: Plan | None = None) -> Scene:  # fmt: skip
-    """Decide what the job must be shown. `exists` and `writable` tell of this machine; nothing else is looked at.
+def plan_scene(plan: Plan, user: str, exists: Any = os.path.exists, writable: Any = _writable) -> Scene:
+    """Decide what the job must be shown. `exists` and `writable` tell of this machine; nothing else is looked at."""
+    (only,) = plan_scenes([plan], plan.run_dir, user, exists, writable)
+    return only
 
-    `earlier`: the stage of a pipeline that hands something over to this one.
-    """
-    spec, values = plan.spec, plan.site.values
+
+def plan_scenes(plans: Sequence[Plan], folder: str, user: str, exists: Any = os.path.exists,
+                writable: Any = _writable) -> list[Scene]:  # fmt: skip
+    """The same for runs that hand something on to each other: all have the same mounts. `folder` holds their run directories."""
     targets: list[str] = []
+    found = [_look(plan, user, exists, writable, targets) for plan in plans]
+    # The run directories last, by themselves: they are the one place that is always somebody's own folder.
+    targets = [*targets, *([] if folder in targets else [folder])]
+    mounts = tuple((f"{index:02d}-{_plain(target)}", target) for index, target in enumerate(sorted(targets)))
+    return [Scene(mounts, made, home, missing) for made, home, missing in found]
+
+
+def _look(plan: Plan, user: str, exists: Any, writable: Any, targets: list[str],
+          ) -> tuple[tuple[Made, ...], str, tuple[tuple[str, str], ...]]:  # fmt: skip
+    """What is made up for one run, its home, and what is missing; `targets` gets the paths to be imitated."""
+    spec, values = plan.spec, plan.site.values
 
     def covered(path: str) -> bool:
         return any(_inside(path, target) for target in targets)
@@ -92,18 +97,20 @@ def plan_scene(plan: Plan, user: str, exists: Any = os.path.exists, writable: An
                 show(source)
     if spec.checkpoint_dir:
         show(spec.checkpoint_dir)
-    if earlier:
-        for path in (earlier.run_dir, earlier.spec.checkpoint_dir):
-            if path:
-                show(path)
+    if plan.resolved.model and not covered(plan.resolved.model):
+        show(os.path.dirname(plan.resolved.model))
     made: list[Made] = []
     missing: list[tuple[str, str]] = []
 
+    handed = spec.handed.model if spec.handed else None
+
     def make(what: str, path: str, kind: str) -> None:
+        if handed and _inside(path, handed):
+            return  # the stage before makes it
         if not covered(path):
             if exists(path):
                 return
-            parent = path if kind in ("folder", "checkpoint", "model") else os.path.dirname(path)
+            parent = path if kind in ("folder", "checkpoint") else os.path.dirname(path)
             if exists(parent):
                 missing.append((what, path))
                 return
@@ -113,10 +120,8 @@ def plan_scene(plan: Plan, user: str, exists: Any = os.path.exists, writable: An
     for what, path in _wanted(plan):
         make(what, path, _kind(path, [other for _, other in _wanted(plan)]))
     for path in plan.resolved.placeholders:
-        if covered(path):  # else what is below it is really here
+        if covered(path) and not (handed and _inside(path, handed)):  # else what is below it is really here
             made.append(Made("placeholder", path, "file"))
-    if spec.handed and spec.handed.model:
-        make(f"model of stage `{spec.handed.stage}`", spec.handed.model, "model")
     if spec.checkpoint_start and not spec.handed:
         kind = "checkpoint" if plan.resolved.guard.layout != "none" else "folder"
         make("start checkpoint", spec.checkpoint_start, kind)
@@ -124,25 +129,16 @@ def plan_scene(plan: Plan, user: str, exists: Any = os.path.exists, writable: An
         path = spec.secrets
         path = f"{home}/{path[2:]}" if path.startswith("~/") else os.path.normpath(os.path.join(spec.base_dir, path))
         make("secrets file", path, "secrets")
-    # The run directory last, by itself: it is the one place that is always somebody's own folder.
-    targets = [*targets, *([] if plan.run_dir in targets else [plan.run_dir])]
-    mounts = tuple((f"{index:02d}-{_plain(target)}", target) for index, target in enumerate(sorted(targets)))
-    return Scene(mounts, tuple(dict.fromkeys(made)), home, tuple(missing))
+    return tuple(dict.fromkeys(made)), home, tuple(missing)
 
 
-def build(scene: Scene, root: str, plan: Plan, files: Mapping[str, bytes],
-          earlier: tuple[Plan, Mapping[str, bytes]] | None = None) -> str:  # fmt: skip
-    """Make everything below `root` and return the value of the made-up secret. Raises EnvironmentFault.
-
-    `earlier`: the stage before it and the files of its run directory; it is made to look as if it had reached its target.
-    """
-    secret = random.token_hex(16)
+def build(scene: Scene, root: str, plan: Plan, files: Mapping[str, bytes], secret: str = "") -> str:
+    """Make everything below `root` and return the value of the made-up secret (`secret`, if given). Raises EnvironmentFault."""
+    secret = secret or random.token_hex(16)
     try:
         for source, _ in scene.mounts:
             os.makedirs(os.path.join(root, source), exist_ok=True)
         _write(scene.real_path(root, scene.home) or root, None)
-        if earlier:  # first: a model is younger than the checkpoint it was made from
-            _earlier(scene, root, *earlier)
         for item in scene.made:
             real = scene.real_path(root, item.path)
             assert real is not None
@@ -150,9 +146,6 @@ def build(scene: Scene, root: str, plan: Plan, files: Mapping[str, bytes],
                 _checkpoint(real, plan, in_folder=item.path == plan.resolved.guard.start_folder)
             elif item.kind == "folder":
                 os.makedirs(real, exist_ok=True)
-            elif item.kind == "model":
-                for name, content in _MODEL.items():
-                    _write(os.path.join(real, name), content)
             elif item.kind == "secrets":
                 _write(real, f"{CANARY}={secret}\n".encode())
                 os.chmod(real, 0o600)
@@ -199,19 +192,6 @@ def _wanted(plan: Plan) -> list[tuple[str, str]]:
 def _kind(path: str, others: Sequence[str]) -> str:
     holds_others = any(other != path and _inside(other, path) for other in others)
     return "folder" if holds_others or not os.path.splitext(path)[1] else "file"
-
-
-def _earlier(scene: Scene, root: str, plan: Plan, files: Mapping[str, bytes]) -> None:
-    run_dir = scene.real_path(root, plan.run_dir)
-    assert run_dir is not None
-    end = {"event": "end", "link": 1, "job_id": "1", "restart": 0, "mode": "scratch", "exit_code": 0}
-    for name, content in {**files, "links.jsonl": json.dumps(end).encode() + b"\n"}.items():
-        _write(os.path.join(run_dir, name), content)
-    guard, folder = plan.resolved.guard, plan.spec.checkpoint_dir
-    if folder and guard.layout != "none":
-        real = scene.real_path(root, folder)
-        assert real is not None
-        standin.write_checkpoint(real, guard.layout, guard.target or 1, ranks_of(plan))
 
 
 def _content(item: Made) -> bytes:

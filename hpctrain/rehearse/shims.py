@@ -80,7 +80,7 @@ def script(
         *(f'[ -e {shlex.quote(path)} ] || unseen="${{unseen:-}}:"{shlex.quote(path)}' for path in needed),
         '[ -z "${HPCTRAIN_CONFIG:-}" ] || [ -r "$HPCTRAIN_CONFIG" ] || unseen="${unseen:-}:$HPCTRAIN_CONFIG"',
         '[ -z "${HPCTRAIN_CHECKPOINT_DIR:-}" ] || [ -w "$HPCTRAIN_CHECKPOINT_DIR" ] || unseen="${unseen:-}:$HPCTRAIN_CHECKPOINT_DIR"',
-        "record=event=task",
+        f'record="event=task{FIELD}folder=$dir"',
         *(f'record="$record${{{name}+{FIELD}{name}=${name}}}"' for name in TOLD),
         'record="$record${unseen:+' + FIELD + 'unseen=${unseen#:}}"',
         f'[ "${{#record}}" -le {MOST_BYTES} ] || record="${{record%%{FIELD}PWD=*}}"',
@@ -107,17 +107,36 @@ def wait_for_slot(folder: str) -> str:
     return f'case "${{SLURM_STEP_ID:-}}" in [0-9]*) [ ! -p {slots} ] || read -r _ <{slots} ;; esac\n'
 
 
-def bash(program: str, instead: str) -> str:
-    """A `bash` that hands the job's tasks another program: the first word that is `program` becomes `instead`.
+def dispatch(name: str, folders: Mapping[str, str], real: str) -> str:
+    """Of several runs' stand-ins called `name` the one of the job's own run: `folders` are by run directory.
+
+    Every job script exports HPCTRAIN_RUN_DIR in its first lines. Where no run fits, it is the program `real`.
+    """
+    cases = [
+        f'  {shlex.quote(run_dir)}) exec {shlex.quote(f"{folder}/bin/{name}")} "$@" ;;'
+        for run_dir, folder in folders.items()
+    ]
+    return "\n".join(
+        ["#!/bin/sh", 'case "${HPCTRAIN_RUN_DIR:-}" in', *cases, "esac", f'exec {shlex.quote(real)} "$@"', ""]
+    )
+
+
+def bash(instead: Mapping[str, str]) -> str:
+    """A `bash` that hands the job's tasks another program: the first word that is a key of `instead` becomes its value.
 
     The script that srun gives it, and everything else, is run by the real bash unchanged.
     """
+    cases = "\n".join(
+        f"      {shlex.quote(word)}) word={shlex.quote(other)} done=1 ;;" for word, other in instead.items()
+    )
     return f"""#!/bin/sh
 if [ "${{1:-}}" = -c ] && [ "${{3:-}}" = task ]; then
   done=
   for word do
     shift
-    if [ -z "$done" ] && [ "$word" = {shlex.quote(program)} ]; then word={shlex.quote(instead)} done=1; fi
+    [ "$done" ] || case $word in
+{cases}
+    esac
     set -- "$@" "$word"
   done
 fi

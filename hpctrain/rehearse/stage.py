@@ -48,6 +48,10 @@ class Place:
     def shims(self) -> Path:
         return self.base / "standin"
 
+    def shims_of(self, number: int) -> Path:
+        """The stand-in of one of the runs; the pipes for records and slots are all runs' own."""
+        return self.shims / f"{number:02d}"
+
 
 @contextlib.contextmanager
 def place_of(run_dir: str, given: str, environ: Mapping[str, str], keep: bool) -> Iterator[Place]:
@@ -122,26 +126,39 @@ def _strangers(base: Path) -> None:
         )
 
 
-def shape_of(plan: Plan, mounts: Sequence[tuple[str, str]], accounting: bool, accounts: Sequence[str],
+def shape_of(plans: Sequence[Plan], mounts: Sequence[tuple[str, str]], accounting: bool, accounts: Sequence[str],
              runs_nodes: bool = True) -> ClusterShape:  # fmt: skip
-    """A sandbox shaped like the run's site with as many nodes as the run."""
-    kinds = {part.node_type.name for part in plan.site.partitions.values()} or {plan.node_type.name}
+    """A sandbox shaped like the runs' site with as many nodes as the largest of them."""
+    site = plans[0].site
+    kinds = {part.node_type.name for part in site.partitions.values()} or {plan.node_type.name for plan in plans}
     counts = {kind: OTHER_NODES for kind in kinds}
-    counts[plan.node_type.name] = plan.spec.num_nodes
+    for plan in plans:
+        counts[plan.node_type.name] = max(counts.get(plan.node_type.name, 0), plan.spec.num_nodes)
+    partitions = dict.fromkeys(plan.partition.name for plan in plans if plan.partition.name)
     return shape_from_site(
-        plan.site, counts, accounting=accounting, accounts=accounts, mounts=mounts, kill_wait_s=5, slurmd_timeout_s=120,
-        partitions=[plan.partition.name] if plan.partition.name else [], lean=True,
-        runs_nodes=runs_nodes,
+        site, counts, accounting=accounting, accounts=accounts, mounts=mounts, kill_wait_s=5, slurmd_timeout_s=120,
+        partitions=list(partitions), lean=True, runs_nodes=runs_nodes,
     )  # fmt: skip
 
 
-def install(place: Place, plan: Plan, scenario: Mapping[str, Any], needed: Sequence[str]) -> None:
-    """Write the stand-ins, their pipes and their orders, before the sandbox starts."""
-    folder = place.shims
+def make_pipes(place: Place) -> None:
+    """The pipes in which all tasks tell what they saw, and wait for their turn."""
+    try:
+        place.shims.mkdir()
+        for name in ("records", "slots"):
+            os.mkfifo(place.shims / name, 0o600)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot build the rehearsal: {error.strerror}", where=str(place.shims)) from error
+
+
+def install(place: Place, number: int, plan: Plan, scenario: Mapping[str, Any], needed: Sequence[str]) -> None:
+    """Write the stand-ins of one run, their pipes and their orders, before the sandbox starts."""
+    folder = place.shims_of(number)
     try:
         (folder / "bin").mkdir(parents=True)
-        for name in ("records", "hold", "slots"):
-            os.mkfifo(folder / name, 0o600)
+        os.mkfifo(folder / "hold", 0o600)
+        for name in ("records", "slots"):
+            (folder / name).symlink_to(Path("..", name))
         (folder / "scenario.json").write_text(json.dumps(scenario))
         shutil.copyfile(standin.__file__, folder / "standin.py")
         python = os.path.realpath(sys.executable)
@@ -157,33 +174,47 @@ def install(place: Place, plan: Plan, scenario: Mapping[str, Any], needed: Seque
             text = shims.script(
                 str(folder), own, needed, {name: real}, python, saves_on, plan.recipe.values["rehearse"].get("skip", ())
             )
-            path = folder / "bin" / name
-            path.write_text(text)
-            path.chmod(0o700)
+            _executable(folder / "bin" / name, text)
     except OSError as error:
         raise EnvironmentFault(f"cannot build the rehearsal: {error.strerror}", where=str(folder)) from error
 
 
-def connect(place: Place, plan: Plan) -> None:
+def connect(place: Place, plans: Sequence[Plan]) -> None:
     """Let the sandbox's jobs find the stand-ins: inside the container where there is one, else on the nodes.
 
     Of thousands of tasks that all start at once, Slurm itself would get no time: each waits for a slot before its program.
     """
     prolog = place.state / "etc" / "task_prolog"
     sandbox_state.write_text(prolog, prolog.read_text() + shims.wait_for_slot(str(place.shims)), 0o700)
-    names = sorted(os.listdir(place.shims / "bin"))
-    program = plan.resolved.argv[0]
-    if plan.container:
+    programs = place.shims_of(0) / "bin"
+    if len(plans) > 1:
+        programs = place.shims / "bin"
+        _write_dispatch(place, plans, programs)
+    if any(plan.container for plan in plans):
         config = place.state / "etc" / "container.conf"
-        extra = f"image_dirs\t{place.shims}\nimage_path\t{place.shims / 'bin'}\n"
+        extra = f"image_dirs\t{place.shims}\nimage_path\t{programs}\n"
         sandbox_state.write_text(config, extra + config.read_text())
-    else:
-        for name in names:
-            sandbox_state.write_text(place.state / "bin" / name, (place.shims / "bin" / name).read_text(), 0o700)
-    if "/" in program:
-        # Named by its path, it is not looked for on PATH: srun's own bash is, and hands over another word in its place.
-        target = str(place.shims / "bin" / os.path.basename(program))
-        sandbox_state.write_text(place.state / "bin" / "bash", shims.bash(program, target), 0o700)
+    if not all(plan.container for plan in plans):
+        for name in sorted(os.listdir(programs)):
+            sandbox_state.write_text(place.state / "bin" / name, (programs / name).read_text(), 0o700)
+    # Named by its path, it is not looked for on PATH: srun's own bash is, and hands over another word in its place.
+    by_path = {plan.resolved.argv[0]: str(programs / os.path.basename(plan.resolved.argv[0]))
+               for plan in plans if "/" in plan.resolved.argv[0]}  # fmt: skip
+    if by_path:
+        sandbox_state.write_text(place.state / "bin" / "bash", shims.bash(by_path), 0o700)
+
+
+def _write_dispatch(place: Place, plans: Sequence[Plan], programs: Path) -> None:
+    programs.mkdir()
+    folders = {plan.run_dir: place.shims_of(number) for number, plan in enumerate(plans)}
+    for name in {name for folder in folders.values() for name in os.listdir(folder / "bin")}:
+        own = {run_dir: str(folder) for run_dir, folder in folders.items() if (folder / "bin" / name).exists()}
+        _executable(programs / name, shims.dispatch(name, own, shutil.which(name) or os.path.realpath(sys.executable)))
+
+
+def _executable(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o700)
 
 
 class Login:

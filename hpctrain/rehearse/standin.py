@@ -21,6 +21,10 @@ from typing import Any, NoReturn
 
 # A comment for shell, Python and YAML alike: such files are sourced and read.
 CONTENT = b"# a placeholder written by hpctrain rehearse: there is nothing in it\n"
+# A safetensors file begins with the length of its header.
+MODEL = {
+    "config.json": b"{}\n", "tokenizer_config.json": b"{}\n", "tokenizer.json": b"{}\n", "model.safetensors": b"\x02" + bytes(7) + b"{}",
+}  # fmt: skip
 FIELD, END = "\x1f", "\x1e"
 
 
@@ -61,9 +65,23 @@ def write_reference(environ: Mapping[str, str]) -> None:
 
 def write_export(folder: str, layout: str) -> None:
     """The model that a framework exports at its end, where its layout has one, the tokenizer last."""
-    for name in ("config.json", "pytorch_model.bin", "tokenizer_config.json") if layout == "open-instruct" else ():
+    for name in (
+        ("config.json", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json")
+        if layout == "open-instruct"
+        else ()
+    ):
         with open(os.path.join(folder, name), "wb") as stream:
             stream.write(CONTENT)
+
+
+def write_model(folder: str) -> None:
+    """The model that the run leaves for who comes after it, whole and empty; one that is there already is left alone."""
+    if os.path.exists(os.path.join(folder, "config.json")):
+        return
+    os.makedirs(folder, exist_ok=True)
+    for name, content in MODEL.items():
+        with open(os.path.join(folder, name), "wb") as stream:
+            stream.write(content)
 
 
 def _link(source: str, target: str) -> bool:
@@ -221,6 +239,8 @@ class Walk:
             self._save(number, every, begin)
         if self.environ.get("HPCTRAIN_CHECKPOINT_DIR"):
             write_export(self.environ["HPCTRAIN_CHECKPOINT_DIR"], plan["layout"])
+        if plan.get("model"):
+            write_model(plan["model"])
         self.tell("end", number=number)
         return 0
 

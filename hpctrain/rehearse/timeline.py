@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import Any
 
@@ -36,6 +36,15 @@ class Bar:
     took_s: float
     gpu_hours: float
     waited_s: float
+    stage: str = ""
+
+    @property
+    def end_s(self) -> float:
+        return self.start_s + self.took_s
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage + ' ' if self.stage else ''}link {self.link}"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,7 +66,7 @@ def bars(
     for record in begins:
         key = str(record.get("job_id")), int(record.get("restart") or 0)
         attempt, mode = by_key.get(key), str(record.get("mode"))
-        begin = int(record.get("iteration") or 0) if mode == "resume" or scenario["counts_on"] else 0
+        begin = int(record.get("iteration") or 0) if mode in ("resume", "done") or scenario["counts_on"] else 0
         if attempt is None or attempt.last("start") is None:
             outcome = mode if mode in ("done", "stopped", "gave_up") else states.get(key[0], "did not start").lower()
             found.append(Bar(int(record["link"]), *key, mode, outcome, begin, begin, begin, 0, str(record.get("checkpoint") or ""),
@@ -92,6 +101,17 @@ def bars(
     return found
 
 
+def of_stages(found: Sequence[tuple[str, str | None, Sequence[Bar]]]) -> list[Bar]:
+    """The bars of all stages of a pipeline on one clock. `found`: (stage, the one it is from, its bars), in order."""
+    ends: dict[str | None, float] = {}
+    out = []
+    for stage, source, own in found:
+        shifted = [replace(bar, stage=stage, start_s=bar.start_s + ends.get(source, 0.0)) for bar in own]
+        ends[stage] = max((bar.end_s for bar in shifted), default=ends.get(source, 0.0))
+        out += shifted
+    return out
+
+
 def outcome_of(attempt: Attempt, state: str) -> str:
     """In a word, how one start ended."""
     for event, word in (("end", "done"), ("strike", "node failed"), ("kill", "killed in a save"), ("left", "saved and left"),
@@ -103,22 +123,23 @@ def outcome_of(attempt: Attempt, state: str) -> str:
 
 def text(found: Sequence[Bar]) -> list[str]:
     """One line per bar: where in the run's time it ran, `=` what it kept and `x` what it lost."""
-    total = max((bar.start_s + bar.took_s for bar in found), default=0.0)
+    total = max((bar.end_s for bar in found), default=0.0)
     lines = []
+    width = max([9, *(len(bar.label) + 3 for bar in found if bar.stage)])
     for bar in found:
         left, kept, lost = (round(WIDTH * part / total) if total else 0 for part in _parts(bar))
         if bar.took_s and not kept + lost:
             kept = 1
         picture = " " * left + "=" * kept + "x" * lost
-        label = f"link {bar.link}" + (f".{bar.restart}" if bar.restart else "")
-        lines.append(f"{label:9}|{picture[:WIDTH]:{WIDTH}}| {bar.mode}, {bar.first} -> {bar.kept}, {bar.outcome}")
+        label = bar.label + (f".{bar.restart}" if bar.restart else "")
+        lines.append(f"{label:{width}}|{picture[:WIDTH]:{WIDTH}}| {bar.mode}, {bar.first} -> {bar.kept}, {bar.outcome}")
     return lines
 
 
 def svg(found: Sequence[Bar], title: str) -> str:
     """The same as a picture that needs nothing but a browser."""
-    total = max((bar.start_s + bar.took_s for bar in found), default=0.0) or 1.0
-    width, left, row = 960, 120, 30
+    total = max((bar.end_s for bar in found), default=0.0) or 1.0
+    width, left, row = 960, 120 + 8 * max((len(bar.stage) for bar in found), default=0), 30
     height = 70 + row * len(found)
     scale = (width - left - 20) / total
     out = [
@@ -129,7 +150,7 @@ def svg(found: Sequence[Bar], title: str) -> str:
     for index, bar in enumerate(found):
         top = 34 + row * index
         before, kept, lost = (part * scale for part in _parts(bar))
-        name = f"link {bar.link}" + (f", restart {bar.restart}" if bar.restart else "")
+        name = bar.label + (f", restart {bar.restart}" if bar.restart else "")
         told = f"{bar.mode}, {bar.first} to {bar.kept}, {bar.lost} lost, {bar.outcome}"
         out.append(f'<text x="10" y="{top + 16}">{escape(name)}</text>')
         out.append(f'<rect x="{left + before:.1f}" y="{top}" width="{max(kept, 1):.1f}" height="22" fill="{_COLOUR.get(bar.mode, _COLOUR["other"])}">'

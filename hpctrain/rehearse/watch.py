@@ -41,72 +41,89 @@ class Refusal:
     script: str
 
 
-class Watch:
-    """Everything about the jobs between their submission and their end. `problems` holds what kept them from running."""
+def watch_all(watches: Sequence[Watch], login: Login, pipe: Pipe, slots: Slots, only_cancel: bool = False) -> None:
+    """Until no job of any run is left, or all were cancelled because something went wrong (or `only_cancel` says so)."""
+    jobs = [job_id for watch in watches for job_id in watch.all_jobs]
+    if not jobs:
+        return
+    if only_cancel:
+        login.slurm("scancel", *jobs)
+    pause_s = 0.2 if max(watch.plan.spec.num_nodes for watch in watches) <= 16 else 1.0
+    answered = time.monotonic()
+    while True:
+        found = login.queue()
+        now = time.monotonic()
+        answered = now if found else answered
+        if now - answered > 120:
+            raise EnvironmentFault("the sandbox's controller does not answer any more", where=str(login.place.state / "log"),
+                                   hint="is the disk full, or the memory?")  # fmt: skip
+        live = [job_id for watch in watches for job_id in watch.look(found, now)]
+        if not live:
+            return
+        with pipe.lock:
+            attempts = list(pipe.attempts.values())
+        slots.give(sum(len(attempt.tasks) for attempt in attempts))
+        for watch in watches:
+            watch.act([attempt for attempt in attempts if attempt.job_id in watch.all_jobs], found, now)
+        if any(watch.problems for watch in watches):
+            login.slurm("scancel", *live)
+        time.sleep(pause_s)
 
-    def __init__(self, login: Login, pipe: Pipe, plan: Plan, scenario: Mapping[str, Any], jobs: Mapping[int, str],
-                 side: Mapping[int, str], slots: Slots, progress: Callable[[str, int, int], None]) -> None:  # fmt: skip
-        self.login, self.pipe, self.plan, self.scenario, self.jobs = login, pipe, plan, scenario, dict(jobs)
+
+class Watch:
+    """Everything about one run's jobs between their submission and their end. `problems` holds what kept them from running."""
+
+    def __init__(self, login: Login, plan: Plan, scenario: Mapping[str, Any], jobs: Mapping[int, str], side: Mapping[int, str],
+                 progress: Callable[[str, int, int], None]) -> None:  # fmt: skip
+        self.login, self.plan, self.scenario, self.jobs = login, plan, scenario, dict(jobs)
         self.problems: list[Problem] = []
         self.waited_s: dict[str, float] = {}
         self._progress = progress
+        self._submitted = time.monotonic()
         self._states: dict[str, str] = {}
         self._played: set[tuple[str, int]] = set()
         self._down: list[tuple[str, str]] = []
         self._stuck: dict[str, float] = {}
         self._running: dict[str, float] = {}
         self._hurried: dict[str, float] = {}
-        self._answered = time.monotonic()
-        self._slots, self._side = slots, set(side.values())
+        self._side = set(side.values())
         num_tasks = plan.spec.num_nodes * plan.tasks_per_node
         self._start_limit_s = 120 + 0.3 * num_tasks
+        self._patience_s = 15 + 0.5 * plan.spec.num_nodes
+
+    @property
+    def all_jobs(self) -> list[str]:
+        return [*self.jobs.values(), *self._side]
 
     def states(self) -> dict[str, str]:
         """{job id: its last state}."""
         return dict(self._states)
 
-    def until_done(self, only_cancel: bool = False) -> None:
-        """Until no job is left, or the rest was cancelled because something went wrong (or `only_cancel` says so)."""
-        if not self.jobs:
-            return
-        if only_cancel:
-            self.login.slurm("scancel", *self.jobs.values(), *self._side)
-        pause_s = 0.2 if self.plan.spec.num_nodes <= 16 else 1.0
-        submitted = time.monotonic()
-        while True:
-            found = self.login.queue()
-            now = time.monotonic()
-            self._answered = now if found else self._answered
-            if now - self._answered > 120:
-                raise EnvironmentFault("the sandbox's controller does not answer any more", where=str(self.login.place.state / "log"),
-                                       hint="is the disk full, or the memory?")  # fmt: skip
-            live = []
-            for job_id in [*self.jobs.values(), *self._side]:
-                state, reason = found.get(job_id, (self._states.get(job_id, "PENDING"), ""))
-                self._states[job_id] = state
-                if state == "PENDING":
-                    self._waits(job_id, reason, now)
-                    self._start_now(job_id, reason, now)
-                    self._running.pop(job_id, None)
-                elif state == "RUNNING":
-                    self._stuck.pop(job_id, None)
-                    self._running.setdefault(job_id, now)
-                    self.waited_s.setdefault(job_id, now - submitted)
-                if state in LIVE:
-                    live.append(job_id)
-            if not live:
-                return
-            with self.pipe.lock:
-                attempts = list(self.pipe.attempts.values())
-            self._slots.give(sum(len(attempt.tasks) for attempt in attempts))
-            for attempt in attempts:
-                self._play(attempt, now)
-            self._silence(attempts, now)
-            self._bring_back(found)
-            self._tell(attempts)
-            if self.problems:
-                self.login.slurm("scancel", *live)
-            time.sleep(pause_s)
+    def look(self, found: Mapping[str, tuple[str, str]], now: float) -> list[str]:
+        """Take note of the jobs' states; those that are not over."""
+        live = []
+        for job_id in self.all_jobs:
+            state, reason = found.get(job_id, (self._states.get(job_id, "PENDING"), ""))
+            self._states[job_id] = state
+            if state == "PENDING":
+                self._waits(job_id, reason, now)
+                self._start_now(job_id, reason, now)
+                self._running.pop(job_id, None)
+            elif state == "RUNNING":
+                self._stuck.pop(job_id, None)
+                self._running.setdefault(job_id, now)
+                self.waited_s.setdefault(job_id, now - self._submitted)
+            if state in LIVE:
+                live.append(job_id)
+        return live
+
+    def act(self, attempts: Sequence[Attempt], found: Mapping[str, tuple[str, str]], now: float) -> None:
+        """Play the faults whose moment has come, and bring back what they took."""
+        for attempt in attempts:
+            self._play(attempt, now)
+        self._silence(attempts, now)
+        self._bring_back(found)
+        self._tell(attempts)
 
     def _waits(self, job_id: str, reason: str, now: float) -> None:
         """A job that waits for what will never come is an error; Slurm's reason is its message."""
@@ -114,7 +131,7 @@ class Watch:
             self._stuck.pop(job_id, None)
             return
         since = self._stuck.setdefault(job_id, now)
-        if now - since > 15:
+        if now - since > self._patience_s:
             self.problems.append(
                 Problem(f"job {job_id} would wait for ever: {reason}", why="Slurm accepted it and gives this reason for not starting it",
                         hint="`man squeue`, JOB REASON CODES, tells what it means"))  # fmt: skip
@@ -183,8 +200,8 @@ class Watch:
         newest = max(attempts, key=lambda attempt: attempt.begun, default=None)
         if newest is None:
             return
-        if newest.last("end") or newest.last("left"):
-            release(str(self.login.place.shims))
+        if newest.tasks and (newest.last("end") or newest.last("left")):
+            release(newest.tasks[0]["folder"])
         total = self.plan.spec.num_nodes * self.plan.tasks_per_node
         if not newest.ready:
             self._progress("starting tasks", len(newest.tasks), total)

@@ -193,16 +193,38 @@ def test_a_tokenize_array_is_played_on_the_head_of_its_data(run):
     assert answer["states"] == {"COMPLETED": 3} and not list(run.top.glob("out*"))
 
 
-def test_the_stages_of_a_pipeline_are_played_each_from_what_the_one_before_leaves(run):
-    done = run.hpctrain("rehearse", str(EXAMPLES.parent / "verl-gad" / "pipeline.yaml"), "--json", "--no-accounting",
-                        "--speed", "100000", "--dir", str(run.base), "-o", str(run.top / "runs"))  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    bars = [stage["timeline"][0] for stage in json.loads(done.stdout)["stages"]]
-    assert [(bar["mode"], bar["first"], bar["kept"]) for bar in bars] == [
-        ("scratch", 0, 2204),
-        ("finetune", 2204, 4408),
-    ]
+def pipeline(run, *words: str, code: int = 0) -> dict:
+    path = EXAMPLES.parent / "lumi-neox-stages" / "pipeline.yaml"
+    done = run.hpctrain("rehearse", str(path), "--json", "--no-accounting", "--nodes", "1", "--speed", "100000", "--dir", str(run.base),
+                        "-o", str(run.top / "runs"), *words)  # fmt: skip
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr
     assert not run.base.exists() and not (run.top / "runs").exists()
+    return json.loads(done.stdout)
+
+
+def test_a_pipelines_stages_wait_for_each_other_and_hand_on_what_they_made(run):
+    picture = run.top / "stages.svg"
+    answer = pipeline(run, "--faults", "translate:kill_mid_save", "--picture", str(picture))
+    assert [(stage["stage"], stage["from"], stage["problems"]) for stage in answer["stages"]] == [
+        ("translate", None, []), ("instruct", "translate", []),
+    ]  # fmt: skip
+    first, second = ([bar for bar in stage["timeline"] if bar["took_s"]] for stage in answer["stages"])
+    assert [(bar["mode"], bar["outcome"]) for bar in first] == [("finetune", "killed in a save"), ("resume", "done")]
+    # The second stage begins at the very checkpoint that the first one's jobs made, and after it.
+    assert [(bar["mode"], bar["first"], bar["kept"]) for bar in second] == [
+        ("finetune", first[-1]["kept"], first[-1]["kept"] + 400)
+    ]
+    assert (
+        second[0]["start_s"] == first[-1]["start_s"] + first[-1]["took_s"] and "instruct link 1" in picture.read_text()
+    )
+    assert all(len(stage["ranks"]) == 8 * len(own) for stage, own in zip(answer["stages"], (first, second)))
+
+
+def test_a_stage_that_does_not_reach_its_target_is_told_by_the_one_that_waits_for_it(run):
+    answer = pipeline(run, "--set", "translate.estimate.step_time_s=300", "--set", "translate.chain.jobs=1", code=1)
+    (told,) = [p["what"] for stage in answer["stages"] for p in stage["problems"] if p["level"] == "error"]
+    assert told.startswith("stage `instruct`: link 1 gives up: stage `translate` is at 424058 and its target is 425195")
+    assert answer["stages"][1]["ranks"] == []
 
 
 def test_ctrl_c_leaves_nothing(run):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.errors import EnvironmentFault, Problem
+from hpctrain.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.load import load_plan
-from hpctrain.rehearse import checks, play, records, scene, shims, standin, timeline, tokens
+from hpctrain.rehearse import checks, play, records, report, scene, shims, standin, timeline, tokens
 from hpctrain.rehearse.records import Attempt
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
@@ -268,7 +268,7 @@ def test_the_four_arguments_of_neox_are_printed(stage, tmp_path):
 
 
 def test_another_bash_hands_over_only_the_program(tmp_path):
-    (tmp_path / "bash").write_text(shims.bash("/opt/a b/train", "/bin/echo"))
+    (tmp_path / "bash").write_text(shims.bash({"/opt/x/train": "/bin/false", "/opt/a b/train": "/bin/echo"}))
     (tmp_path / "bash").chmod(0o755)
 
     def run(*words):
@@ -342,3 +342,37 @@ def test_the_timeline_says_what_was_kept_and_lost():
     import xml.dom.minidom
 
     assert len(xml.dom.minidom.parseString(timeline.svg(bars, "<a & b>")).getElementsByTagName("rect")) == 5
+
+
+def test_of_several_stand_ins_the_one_of_the_jobs_own_run_is_started(tmp_path):
+    folders = {}
+    for name in ("a", "b's $(touch canary)"):
+        folder = tmp_path / "stand ins" / name
+        (folder / "bin").mkdir(parents=True)
+        (folder / "bin" / "train").write_text(f'#!/bin/sh\necho "{name[0]}" "$@"\n')
+        (folder / "bin" / "train").chmod(0o755)
+        folders[f"/runs/{name}"] = str(folder)
+    script = tmp_path / "train"
+    script.write_text(shims.dispatch("train", folders, "/bin/echo"))
+    script.chmod(0o755)
+    for run_dir, told in (("/runs/a", "a x y"), ("/runs/b's $(touch canary)", "b x y"), ("/runs/a/b", "x y")):
+        environ = {"PATH": os.environ["PATH"], "HPCTRAIN_RUN_DIR": run_dir}
+        done = subprocess.run(
+            [str(script), "x", "y"], env=environ, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == told + "\n"
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("timeout", "--faults a:timeout"),
+        ("c:timeout", "--faults a:timeout"),
+        ("a:nonsense", "one of timeout, node_fail, kill_mid_save, or none"),
+    ],
+)
+def test_faults_of_a_pipeline_name_their_stage(text, told):
+    with pytest.raises(UsageError, match=told):
+        report._faults_of_stage(text, ["a", "b"])
+    assert report._faults_of_stage("b:timeout,none", ["a", "b"]) == ("b", ("timeout", ""))
