@@ -18,7 +18,7 @@ from hpctrain.tokenize.prepare import Prepared, Request, prepare, scan, write_pl
 if TYPE_CHECKING:
     from hpctrain.site import Site
 
-SMALL_BYTES = 256 << 20  # read in seconds by the worker itself, so no scan before
+SMALL_BYTES = 1 << 30  # read in a minute by the workers themselves, so no scan before
 
 
 @dataclass(frozen=True)

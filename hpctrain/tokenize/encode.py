@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# The search for unigram models takes a second to compile, and saves about one in 40 MB.
+WORTH_COMPILING = 40 << 20
+
+
 class Encoder(Protocol):
     """What `worker` needs. `name` goes into the manifest; `notes` say why it was chosen."""
 
@@ -61,23 +65,25 @@ class SentencePieceEncoder:
         return flat.astype(np.int32, copy=False), lengths
 
 
-def choose_encoder(model: SpmModel, wanted: str, samples: Sequence[str]) -> Encoder:
+def choose_encoder(model: SpmModel, wanted: str, samples: Sequence[str], num_bytes: int | None = None) -> Encoder:
     """The encoder for `model`: `wanted` is `auto`, `fast` or `sentencepiece`; `samples` are spans for the self-check.
 
-    `auto` takes the fast one where it is installed and exact, and says in `notes` why not otherwise. Raises EnvironmentFault
-    when `fast` is demanded and cannot be had.
+    `auto` takes the fast one where it is installed, exact, and worth its start for `num_bytes` of data (None: much), and says
+    in `notes` why not otherwise. Raises EnvironmentFault when `fast` is demanded and cannot be had.
     """
     if wanted == "sentencepiece":
         return SentencePieceEncoder(model, ("sentencepiece was asked for",))
+    if wanted == "auto" and model.model_type == "unigram" and num_bytes is not None and num_bytes < WORTH_COMPILING:
+        return SentencePieceEncoder(model, ("not the fast encoder: it pays for more data than this",))
     from hpctrain.tokenize import fast
 
     why_not = fast.unsuited(model)
     if not why_not:
         try:
             return fast.FastEncoder(model, samples)
-        except ImportError:
+        except ImportError as error:
             if wanted == "fast":
-                raise missing_package("gigatoken", "fast") from None
+                raise missing_package(error.name or "gigatoken", "fast") from None
             why_not = "the extra `fast` is not installed"
         except EncoderDisagrees as error:
             why_not = str(error)

@@ -1,10 +1,11 @@
-"""The fast encoder: gigatoken, given only the pieces that text can become, for models where it equals SentencePiece.
+"""The fast encoder, given only the pieces that text can become, for models where it equals SentencePiece: gigatoken for BPE, the
+search of `unigram.py` for unigram models.
 
 Three defences keep it exact. `unsuited` refuses models whose structure it does not follow. A self-check at start compares ids
 on spans of the data and on a fuzz set made from the model's own pieces. Later every 500th span is compared again. Spans that
 spell a user-defined piece go to SentencePiece one by one, and so does any span that comes back with a control id.
 
-Why it can be equal: SentencePiece's BPE merges the adjacent pair whose concatenation has the best score, leftmost first
+Why gigatoken can be equal: SentencePiece's BPE merges the adjacent pair whose concatenation has the best score, leftmost first
 (bpe_model.cc, SampleEncode). Ranked merges do the same when every character of a piece is a piece itself and no two pieces
 share a score. Control, unknown and byte pieces take no part in merges, so `<|user|>` in text stays text. A character that no
 merge holds separates texts as if each were encoded alone: NUL, since spans that hold one go to SentencePiece.
@@ -12,13 +13,14 @@ merge holds separates texts as if each were encoded alone: NUL, since spans that
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hpctrain.tokenize import memory
 from hpctrain.tokenize.encode import EncoderDisagrees, never_from_text, processor, unknown_id
 from hpctrain.tokenize.normalize import make_normalizer
 from hpctrain.tokenize.spm import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SpmModel
@@ -26,6 +28,9 @@ from hpctrain.tokenize.spm import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, S
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+# NUL-separated texts to ids, with the separator's id for each NUL.
+Engine = Callable[[bytes], "NDArray[Any]"]
 
 # gigatoken 0.10 never forgets a word (its issue #36), so the encoder is made anew when the process has grown by this much
 # since the first one was made: the cache of a large input is no larger than that of a small one.
@@ -38,10 +43,30 @@ _SPACE_UTF8 = _SPACE.encode()
 
 def unsuited(model: SpmModel) -> str:
     """Why the fast encoder cannot be exact for `model`, or nothing."""
-    if model.model_type != "bpe":
+    if model.model_type not in ("bpe", "unigram"):
         return f"the model is {model.model_type}, and no faster encoder gives the same ids"
     if model.suffix_whitespace or not model.escape_whitespaces:
         return "the model treats whitespace in an unusual way"
+    return _unsuited_unigram(model) if model.model_type == "unigram" else _unsuited_bpe(model)
+
+
+def _unsuited_unigram(model: SpmModel) -> str:
+    normal = model.ids_of_type(NORMAL)
+    if not normal or not all(math.isfinite(score) for score in model.scores):
+        return "a score is no number"
+    if any(char in model.pieces[index] for index in normal for char in ("\0", " ")):
+        return "a piece holds a NUL or a space"
+    if model.byte_fallback and model.types.count(BYTE) != 256:
+        return "the model lacks byte pieces"
+    if model.byte_fallback and not any(model.pieces[index] == _SPACE for index in normal):
+        return "the space is no piece"
+    # Earlier ones add some scores in float64, which rounds otherwise.
+    if _release("sentencepiece") < (0, 2, 3):
+        return "sentencepiece before 0.2.3 rounds in another way"
+    return ""
+
+
+def _unsuited_bpe(model: SpmModel) -> str:
     if UNUSED in model.types:
         return "the model has unused pieces"
     normal = [index for index, kind in enumerate(model.types) if kind == NORMAL]
@@ -61,17 +86,31 @@ def unsuited(model: SpmModel) -> str:
 
 
 class FastEncoder:
-    """gigatoken for one model. Raises ImportError when not installed, EncoderDisagrees when the self-check fails."""
+    """The fast engine for one model. Raises ImportError when not installed, EncoderDisagrees when the self-check fails."""
 
     def __init__(self, model: SpmModel, samples: Sequence[str], *, seed: int = 1):
-        import gigatoken
         import numpy as np
 
-        self._json = tokenizer_json(model)
-        self._from_json: Callable[[bytes], Any] = gigatoken.Tokenizer.from_json
-        self._sp = processor(model)
-        self._forbidden = np.concatenate([never_from_text(model), np.zeros(257, dtype=bool)])
+        memory.keep()
         self._separator = _separator_id(model)
+        give_up = self._separator + 1  # an engine's word for a span that it leaves to SentencePiece
+        self._forbidden = np.concatenate([never_from_text(model), np.zeros(258, dtype=bool)])
+        self._forbidden[give_up] = True
+        # What makes the engine anew, with an empty cache; nothing, where there is no cache.
+        self._anew: Callable[[], Engine] | None = None
+        if model.model_type == "unigram":
+            from hpctrain.tokenize.unigram import Viterbi
+
+            self._encode: Engine = Viterbi(model, self._separator, give_up).encode
+            self.name = f"compiled search, numba {_version('numba')}"
+        else:
+            import gigatoken
+
+            data = tokenizer_json(model)
+            self._anew = lambda: gigatoken.Tokenizer.from_json(data).backend.encode
+            self._encode = self._anew()
+            self.name = f"gigatoken {_version('gigatoken')}"
+        self._sp = processor(model)
         self._between = b"\0 " if model.add_dummy_prefix else b"\0"
         self._unknown = unknown_id(model)
         self._vocab_size = model.vocab_size
@@ -79,18 +118,16 @@ class FastEncoder:
         defined = [model.pieces[index].replace(_SPACE, " ").encode() for index in model.ids_of_type(USER_DEFINED)]
         self._defined = re.compile(b"|".join(map(re.escape, defined))) if defined else None
         self._normalize = make_normalizer(model, self._sp)
-        self._encode: Callable[[bytes], NDArray[np.uint32]] = self._new()
-        self.name = f"gigatoken {_version()}"
         self.fallbacks = 0
         self._countdown = CHECK_EVERY
         checked = self._self_check([*_some(samples), *fuzz(model, seed)])
-        self._limit = _resident_bytes() + CACHE_BYTES
+        self._limit = memory.resident_bytes() + CACHE_BYTES
         self.notes: tuple[str, ...] = (f"self-check: {checked} spans equal to sentencepiece",)
 
     def encode(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """As `Encoder.encode`. Raises EncoderDisagrees when a spot check fails."""
-        if _resident_bytes() > self._limit:
-            self._renew()
+        if self._anew and memory.resident_bytes() > self._limit:
+            self._renew(self._anew)
         ids, lengths = self._encode_all(spans)
         chosen = range(self._countdown, len(spans), CHECK_EVERY)
         self._countdown += len(chosen) * CHECK_EVERY - len(spans)
@@ -180,17 +217,13 @@ class FastEncoder:
         self.fallbacks = 0
         return len(spans)
 
-    def _new(self) -> Callable[[bytes], NDArray[np.uint32]]:
-        encode: Callable[[bytes], NDArray[np.uint32]] = self._from_json(self._json).backend.encode
-        return encode
-
-    def _renew(self) -> None:
-        """A new encoder with an empty cache, in the place of the old one: `_limit` stays what it was at the start."""
+    def _renew(self, anew: Callable[[], Engine]) -> None:
+        """A new engine with an empty cache, in the place of the old one: `_limit` stays what it was at the start."""
         del self._encode
-        give_back_memory()
-        self._encode = self._new()
+        memory.give_back()
+        self._encode = anew()
         # Should the process still be as large (by what others in it hold), it must not come to this at every call.
-        self._limit = max(self._limit, _resident_bytes() + CACHE_BYTES // 4)
+        self._limit = max(self._limit, memory.resident_bytes() + CACHE_BYTES // 4)
 
 
 def tokenizer_json(model: SpmModel) -> bytes:
@@ -302,25 +335,13 @@ def _some(samples: Sequence[str]) -> Iterator[str]:
         yield span
 
 
-def _resident_bytes() -> int:
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
-    except OSError:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def give_back_memory() -> None:
-    """What was freed goes back to the system; glibc would keep much of it (malloc_trim(3)). Nothing happens elsewhere."""
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
-
-
-def _version() -> str:
+def _version(package: str) -> str:
     from importlib.metadata import version
 
-    return version("gigatoken")
+    return version(package)
+
+
+def _release(package: str) -> tuple[int, ...]:
+    from packaging.version import Version
+
+    return Version(_version(package)).release

@@ -182,7 +182,7 @@ def _local_processes(plan: Plan, todo: Sequence[int], count: int, watch: Watch) 
                 jobs.append(executor.submit(tasks.ShardTask(path, todo[index::count])))
         shown = 0.0
         while not all(job.done() for job in jobs):
-            time.sleep(0.1)
+            time.sleep(0.03)
             if time.monotonic() - shown > 1:
                 watch(*tasks.progress(plan))
                 shown = time.monotonic()

@@ -299,7 +299,10 @@ class _Work:
         key = (self.model.sha256, wanted)
         if key not in _encoders:
             _encoders.clear()
-            _encoders[key] = choose_encoder(self.model, wanted, samples)
+            inputs = self.plan.inputs
+            parts = [(inputs[segment.input], segment.end - segment.begin) for segment in self.shard.segments]
+            num_bytes = sum(source.weight * units // max(1, source.units) for source, units in parts)
+            _encoders[key] = choose_encoder(self.model, wanted, samples, num_bytes)
         return _encoders[key]
 
     def _write(self, layout: list[int], spans: list[str], counts: list[int]) -> None:

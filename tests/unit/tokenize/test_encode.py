@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hpctrain.tokenize.encode import EncoderDisagrees, choose_encoder, processor
 from hpctrain.tokenize.spm import CONTROL as CONTROL_TYPE
 from hpctrain.tokenize.spm import load_model, parse_model
 
-FAST = [kind for kind in KINDS if kind.startswith("bpe")]
+FAST = list(KINDS)
 ENCODERS = {}
 
 
@@ -40,14 +41,24 @@ def check(one, spans):
 
 @pytest.mark.parametrize("kind", FAST)
 def test_the_fast_encoder_is_chosen_where_it_is_exact(kind):
-    assert encoder(kind).name.startswith("gigatoken"), encoder(kind).notes
+    name = "compiled search, numba" if kind.startswith("unigram") else "gigatoken"
+    assert encoder(kind).name.startswith(name), encoder(kind).notes
 
 
-@pytest.mark.parametrize("kind", ["unigram", "unigram_identity"])
-def test_unigram_models_stay_with_sentencepiece(kind):
-    assert encoder(kind).name.startswith("sentencepiece")
+def test_models_of_other_types_stay_with_sentencepiece():
+    model = load_model(model_path("unigram"))
+    other = replace(model, model_type="word")
+    assert choose_encoder(other, "auto", []).name.startswith("sentencepiece")
     with pytest.raises(EnvironmentFault, match="not exact"):
-        choose_encoder(load_model(model_path(kind)), "fast", [])
+        choose_encoder(other, "fast", [])
+
+
+def test_little_data_is_not_worth_compiling_for():
+    model = load_model(model_path("unigram"))
+    assert choose_encoder(model, "auto", [], 1 << 20).name.startswith("sentencepiece")
+    assert choose_encoder(model, "auto", [], 1 << 30).name.startswith("compiled")
+    assert choose_encoder(model, "fast", [], 1 << 20).name.startswith("compiled")
+    assert choose_encoder(load_model(model_path("bpe_identity")), "auto", [], 1 << 20).name.startswith("gigatoken")
 
 
 @pytest.mark.parametrize("kind", FAST)
@@ -137,18 +148,18 @@ def test_the_cache_is_dropped_when_it_has_grown(monkeypatch):
 
 GROWTH = """
 import json, random, sys
-from hpctrain.tokenize import fast
+from hpctrain.tokenize import fast, memory
 from hpctrain.tokenize.spm import load_model
 fast.CACHE_BYTES = 24 << 20
 one = fast.FastEncoder(load_model(sys.argv[1]), [])
-start, rng, peaks, renewed = fast._resident_bytes(), random.Random(1), [], 0
+start, rng, peaks, renewed = memory.resident_bytes(), random.Random(1), [], 0
 for _ in range(48):
     spans = [" ".join(f"{rng.getrandbits(40):x}" for _ in range(1000)) for _ in range(50)]
     before = one._encode
     one._encode_all(spans)
     one.encode(["some text"])
     renewed += one._encode != before
-    peaks.append(fast._resident_bytes() - start)
+    peaks.append(memory.resident_bytes() - start)
 print(json.dumps([renewed, peaks]))
 """
 
@@ -212,7 +223,9 @@ def test_files_that_are_no_model_are_refused(tmp_path, data):
 
 
 def test_sentencepiece_encoder_takes_empty_and_many():
-    one = encoder("unigram")
+    model = load_model(model_path("unigram"))
+    one = choose_encoder(model, "sentencepiece", [])
+    one.model = model
     ids, lengths = one.encode([])
     assert len(ids) == len(lengths) == 0
     check(one, ["\u200b", "a"] * 600)
