@@ -117,6 +117,9 @@ def observe(
 def status_of(run: RunRecords, answer: Answer, now_s: float, read_logs: bool = True) -> RunStatus:
     """The status of one run from its records and Slurm's answer. Reads the tail of its newest log and its checkpoint folder."""
     tail = _tail_of_log(run.logs[-1]) if read_logs and run.logs else {}
+    if read_logs and len(run.logs) > 1 and not tail.get("step_time_s"):
+        # A link that has just begun has not told yet; the one before it is the same program on as many nodes.
+        tail = {**tail, "step_time_s": _tail_of_log(run.logs[-2]).get("step_time_s")}
     tails = {tail["job_id"]: tail} if tail.get("job_id") else {}
     if read_logs:
         unrecorded = _without_end(run, answer)

@@ -34,7 +34,7 @@ def command(
     hpctrain report ft_latest_7 -o /tmp/ft.html --png /tmp/ft.png --csv /tmp/ft
     """
     from hpctrain.report.gather import gather
-    from hpctrain.report.tables import export
+    from hpctrain.report.tables import export, need_parquet
     from hpctrain.report.write import write_report
     from hpctrain.runs import find_pipeline, find_runs
 
@@ -46,6 +46,8 @@ def command(
             )
         _pipeline(folder, out or os.path.join(folder, "report.html"), no_slurm, force)
         return
+    if parquet_dir:
+        need_parquet()
     run_dir = find_runs(target)[0]
     report = gather(run_dir, not no_slurm)
     paths = write_report(report, out or os.path.join(run_dir, "report.html"), png_path, force)

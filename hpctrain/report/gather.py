@@ -22,7 +22,7 @@ from hpctrain.triage.target import Subject
 from hpctrain.triage.thresholds import Thresholds
 
 MOST_POINTS = 20_000
-_SAVE_TIME_S = 120.0  # where no run.yaml tells how long a save takes
+_SAVE_TIME_S = 120.0  # where no log tells how long a save takes
 
 
 @dataclass
@@ -205,8 +205,10 @@ def cadence_of(run: RunRecords, attempts: Sequence[Attempt]) -> dict[str, Any]:
     if not isinstance(nodes, int) or nodes < 1:
         return {"interval_s": interval, "best_s": None, "save_every": every}
     mttf = estimate.mean_time_to_failure_s(nodes)
-    best = estimate.young_daly_s(_SAVE_TIME_S, mttf)
+    measured = [value for attempt in attempts for value in attempt.save_times.values]
+    save_s = max(median(measured), 0.1) if measured else _SAVE_TIME_S
+    best = estimate.young_daly_s(save_s, mttf)
     return {
-        "save_every": every, "interval_s": interval, "best_s": best, "mttf_s": mttf, "save_time_s": _SAVE_TIME_S,
+        "save_every": every, "interval_s": interval, "best_s": best, "mttf_s": mttf, "save_time_s": save_s, "save_measured": bool(measured),
         "best_iterations": max(round(best / step_s), 1) if step_s else None,
     }  # fmt: skip

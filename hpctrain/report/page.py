@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 from urllib.parse import quote
 
 from hpctrain import __version__
+from hpctrain.report import figures
 from hpctrain.report.gather import Report
 from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.records import utc
@@ -42,7 +44,7 @@ def page(report: Report, curves_svg: str, timeline_svg: str | None) -> str:
         f"<h1>{escape(run.name)}</h1>",
         f'<p class="sub">{escape(facts)}<br>state: {escape(report.status.state)}; made {utc(report.made_s)}, all times in UTC</p>',
         _verdict(report), _tiles(report),
-        "<h2>Training</h2>", f'<div class="card">{curves_svg}</div>',
+        "<h2>Training</h2>", f'<div class="card">{curves_svg}{_caption(report)}</div>',
         "<h2>When it ran</h2>",
         f'<div class="card">{timeline_svg or "<p>no start of a job with a known duration</p>"}</div>',
         "<h2>Links</h2>", f'<div class="card">{_attempts(report)}</div>',
@@ -100,8 +102,30 @@ def _verdict(report: Report) -> str:
             )
         )
         lines.append(f"<p>cause: <code>{escape(str(event.place))}</code>{escape(' (' + who + ')') if who else ''}</p>")
+    before = [incident for incident in diagnosis.incidents if incident is not diagnosis.cause]
+    if before:
+        counted = Counter(FAILURES[incident.event.failure].title for incident in before)
+        names = ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in counted.items())
+        went_on = "a later start went on" if all(incident.recovered for incident in before) else "see Failures"
+        lines.append(f"<p>before that: {escape(names)}; {went_on}</p>")
     lines.append(f"<p>next: <b>{escape(diagnosis.action)}</b>: {escape(diagnosis.advice)}</p></div>")
     return "".join(lines)
+
+
+def _caption(report: Report) -> str:
+    notes = []
+    if len([row for row in report.rows if row.first_iteration is not None]) > 1:
+        notes.append("Each colour is one start of a job; a dashed line is where one begins.")
+    if any(row.lost_iterations for row in report.rows):
+        notes.append("Shaded: iterations that a later start did again, or that no checkpoint holds.")
+    if absent := figures.missing(report):
+        notes.append(f"Not in the logs: {', '.join(absent)}.")
+    return f'<p class="sub">{escape(" ".join(notes))}</p>' if notes else ""
+
+
+def _amount(value: float) -> str:
+    """Hours or units with as many figures as tell something."""
+    return "0" if value == 0 else f"{value:.2g}" if value < 0.1 else f"{value:,.{2 if value < 10 else 1}f}"
 
 
 def _tiles(report: Report) -> str:
@@ -116,11 +140,11 @@ def _tiles(report: Report) -> str:
     if spent is not None:
         used = spent.used
         if used.gpu_hours:
-            tiles.append((f"{used.gpu_hours:,.1f}", "GPU-hours, as Slurm counts GPUs"))
+            tiles.append((_amount(used.gpu_hours), "GPU-hours, as Slurm counts GPUs"))
         else:
-            tiles.append((f"{used.node_hours:,.1f}", "node-hours"))
+            tiles.append((_amount(used.node_hours), "node-hours"))
         if used.billed is not None:
-            tiles.append((f"{used.billed:,.1f}", f"{used.unit}s billed"))
+            tiles.append((_amount(used.billed), f"{used.unit}s billed"))
     if report.efficiency is not None:
         tiles.append((f"{100 * report.efficiency:.0f}%", "efficiency: productive of allocated time"))
     lost = sum(row.lost_iterations for row in report.rows)
@@ -135,6 +159,9 @@ def _tiles(report: Report) -> str:
     return f'<div class="tiles">{cells}</div>'
 
 
+_NO_STEP = {"done": "nothing left to do", "stopped": "stopped, as asked", "gave_up": "the chain gave up"}
+
+
 def _attempts(report: Report) -> str:
     if not report.rows:
         return "<p>no job has started</p>"
@@ -142,12 +169,21 @@ def _attempts(report: Report) -> str:
     rows = []
     for row in report.rows:
         span = f"{row.first_iteration}–{row.last_iteration}" if row.first_iteration is not None else ""
-        ended = ", ".join(filter(None, [row.state, FAILURES[row.cause].title if row.cause else "", row.node]))
-        billed = f"{row.bill.billed:,.2f}" if row.bill and row.bill.billed is not None else ""
+        ended = ", ".join(
+            filter(
+                None,
+                [
+                    row.state or _NO_STEP.get(row.mode or "", ""),
+                    FAILURES[row.cause].title if row.cause else "",
+                    row.node,
+                ],
+            )
+        )
+        billed = _amount(row.bill.billed) if row.bill and row.bill.billed is not None else ""
         rows.append((
             "" if row.link is None else str(row.link), row.job_id + (f" restart {row.restart}" if row.restart else ""), row.mode or "", ended,
             utc(row.start_s) or "", "" if row.elapsed_s is None else format_duration(row.elapsed_s), span,
-            str(row.lost_iterations) if row.lost_iterations else "", f"{row.bill.gpu_hours:,.2f}" if row.bill else "", billed,
+            str(row.lost_iterations) if row.lost_iterations else "", _amount(row.bill.gpu_hours) if row.bill else "", billed,
         ))  # fmt: skip
     return _table(head, rows, numeric={5, 6, 7, 8, 9})
 
@@ -182,10 +218,13 @@ def _cadence(report: Report) -> str:
     interval, best = cadence.get("interval_s"), cadence.get("best_s")
     if best is None:
         return "<p>plan.json does not tell the number of nodes</p>"
+    saves = f"saves of {cadence['save_time_s']:.2g} s" + (
+        "" if cadence.get("save_measured") else " (assumed: the logs do not tell)"
+    )
     basis = (
         f"the interval that loses least is {format_duration(best)} "
         + (f"(about {cadence['best_iterations']:,} iterations) " if cadence.get("best_iterations") else "")
-        + f"for saves of {cadence['save_time_s']:g} s and {format_duration(cadence['mttf_s'])} between node failures (Young–Daly)"
+        + f"for {saves} and a node failure every {format_duration(cadence['mttf_s'])} on these nodes (Young–Daly)"
     )
     if interval is None:
         return f"<p>How often this run saves is not known; {escape(basis)}.</p>"
@@ -195,9 +234,11 @@ def _cadence(report: Report) -> str:
         if 0.5 <= ratio <= 2
         else "rarer than that: more is lost per failure"
         if ratio > 2
-        else "more often than needed"
+        else "more often than failures ask for, which costs only the time of the saves"
     )
-    return f"<p>A checkpoint every {cadence['save_every']:,} iterations, {escape(format_duration(interval))}: {judgement}; {escape(basis)}.</p>"
+    saved = cadence["save_time_s"] / (interval + cadence["save_time_s"])
+    share = f" Saving takes {100 * saved:.2g}% of the time." if cadence.get("save_measured") else ""
+    return f"<p>A checkpoint every {cadence['save_every']:,} iterations, {escape(format_duration(interval))}: {judgement}; {escape(basis)}.{share}</p>"
 
 
 def _unseen(report: Report) -> list[str]:

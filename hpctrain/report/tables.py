@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import tempfile
 from typing import Any
@@ -40,11 +41,39 @@ def frames(report: Report) -> dict[str, Any]:
         for row in report.rows
     ]  # fmt: skip
     rules = [verdict.as_json() for verdict in report.diagnosis.verdicts]
-    return {
+    made = {
         "steps": pd.DataFrame(steps, columns=list(steps[0]) if steps else ["iteration", "loss"]),
         "attempts": pd.DataFrame(attempts, columns=list(attempts[0]) if attempts else ["link", "job_id"]),
         "rules": pd.DataFrame(rules),
     }
+    return {name: _typed(frame) for name, frame in made.items()}
+
+
+_WHOLE = {
+    "restart",
+    "link",
+    "iteration",
+    "skipped",
+    "nan",
+    "first_iteration",
+    "last_iteration",
+    "kept_iterations",
+    "lost_iterations",
+    "line",
+}
+_REAL = {"loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "samples_per_s", "elapsed_s", "productive_s", "lost_s", "node_hours", "gpu_hours", "billed"}  # fmt: skip
+
+
+def _typed(frame: Any) -> Any:
+    """The same types whatever a run tells: files of several runs can then be read as one."""
+    types = {name: "Int64" if name in _WHOLE else "float64" if name in _REAL else "string" for name in frame.columns}
+    return frame.astype(types)
+
+
+def need_parquet() -> None:
+    """Raises EnvironmentFault when no Parquet can be written here, before anything else is."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise missing_package("pyarrow", "parquet")
 
 
 def export(report: Report, folder: str, kind: str) -> list[str]:
@@ -71,9 +100,7 @@ def export(report: Report, folder: str, kind: str) -> list[str]:
                 raise
             paths.append(path)
     except ImportError as error:
-        raise EnvironmentFault(
-            "Parquet needs the Python package `pyarrow`", hint="pip install pyarrow, or use --csv"
-        ) from error
+        raise missing_package("pyarrow", "parquet") from error
     except OSError as error:
         raise EnvironmentFault(f"cannot write `{folder}`: {error.strerror}") from error
     return paths

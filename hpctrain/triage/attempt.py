@@ -85,6 +85,7 @@ class Attempt:
     rates: Window = field(default_factory=lambda: Window(20, max))
     rate_unit: str = ""
     step_times: Window = field(default_factory=lambda: Window(50, min))
+    save_times: Window = field(default_factory=lambda: Window(50, min))
     skipped: int = 0
     skipped_first: Place | None = None
     nan_iterations: int = 0

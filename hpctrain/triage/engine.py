@@ -21,6 +21,7 @@ _STARTING = re.compile(rb"hpctrain: starting: (\w+), link (\d+)")
 _FINISHED = re.compile(rb"hpctrain: finished rc=(\d+)")
 _FIRST_FAILED = re.compile(rb"hpctrain: the first task to fail was rank (\d+) on ([\w.-]+)")
 _DONE = re.compile(rb"hpctrain: ((?:done|stopped by)[^\n]*|link \d+: (?:nothing to do|stops, as asked)[^\n]*)")
+_SAVED = re.compile(rb"hpctrain: saved .* in (\d+(?:\.\d+)?) s\b")
 _LOCKED_OUT = b"two at once would corrupt its checkpoints"
 # What the guard says before the step beside its decision: checkpoints found wanting, moved, or named anew.
 _GUARD_NOTE = re.compile(
@@ -279,6 +280,8 @@ class LogReader:
             attempt.exit_code = int(finished[1])
         elif first:
             attempt.first_failed = int(first[1]), first[2].decode("ascii", "replace")
+        elif saved := _SAVED.search(line):
+            attempt.save_times.add(float(saved[1]))
         elif _LOCKED_OUT in line:
             attempt.locked_out = True
         elif attempt.mode is None and len(attempt.guard_notes) < _MOST_NOTES and (note := _GUARD_NOTE.search(line)):

@@ -308,6 +308,7 @@ BENIGN = _rx(
 
 KNOBS = {
     "neox": {"micro_batch": "`train_micro_batch_size_per_gpu`", "sequence": "`seq_length`", "lr": "`optimizer.params.lr`"},
+    "sft": {"micro_batch": "`train_micro_batch_size_per_gpu`", "sequence": "`seq_length`", "lr": "`lr`"},
     "open-instruct": {"micro_batch": "`per_device_train_batch_size`", "sequence": "`max_seq_length`", "lr": "`learning_rate`"},
     "hf": {"micro_batch": "`per_device_train_batch_size`", "sequence": "`max_length`", "lr": "`learning_rate`"},
     "verl": {"micro_batch": "`actor_rollout_ref.actor.ppo_max_token_len_per_gpu`", "sequence": "`data.max_response_length`", "lr": "`actor_rollout_ref.actor.optim.lr`"},
@@ -327,7 +328,7 @@ def advise(failure: Failure, framework: str | None, node: str | None) -> str:
 def knobs(framework: str | None) -> dict[str, str]:
     """The names of the settings that advice speaks of, as `framework` (or a recipe) spells them."""
     name = (framework or "").lower()
-    for start, key in (("neox", "neox"), ("megatron", "neox"), ("sft", "neox"), ("open", "open-instruct"), ("verl", "verl"),
+    for start, key in (("neox", "neox"), ("megatron", "neox"), ("sft", "sft"), ("open", "open-instruct"), ("verl", "verl"),
                        ("gad", "verl"), ("hf", "hf"), ("trl", "hf"), ("unsloth", "hf"), ("em", "em-dpo"), ("dpo", "em-dpo")):  # fmt: skip
         if name.startswith(start):
             return KNOBS[key]

@@ -145,3 +145,40 @@ def test_the_command_line(hpctrain, run_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == str(run_dir / "report.html")
     assert hpctrain("report", tmp_path / "none").returncode == 2
+
+
+def test_exported_types_do_not_depend_on_what_a_run_tells(run_dir, tmp_path):
+    """So that the files of several runs can be read as one: a figure that no line tells is an empty number."""
+    import pyarrow.parquet as parquet
+
+    report = gather(str(run_dir), ask_slurm=False, now_s=1795250000.0)
+    paths = {path.rsplit("/", 1)[-1]: path for path in export(report, str(tmp_path / "out"), "parquet")}
+    types = {field.name: str(field.type) for field in parquet.read_table(paths["steps.parquet"]).schema}
+    assert (types["iteration"], types["loss"], types["tokens_per_s"], types["link"]) == (
+        "int64",
+        "double",
+        "double",
+        "int64",
+    )
+    assert parquet.read_table(paths["attempts.parquet"]).column("first_iteration").to_pylist() == [1, 101]
+
+
+def test_only_what_the_logs_tell_is_drawn_and_starts_at_one_place_share_a_label(run_dir):
+    from hpctrain.report import figures
+
+    for log in (run_dir / "logs").iterdir():
+        log.write_text(re.sub(r" learning rate: [^|]*\|| grad norm: [^|]*\|", "", log.read_text()))
+    (run_dir / "logs" / "a-12.out").write_text(
+        (run_dir / "logs" / "a-12.out").read_text().replace("iteration      101/", "iteration        2/")
+    )
+    report = gather(str(run_dir), ask_slurm=False, now_s=1795250000.0)
+    drawn = figures.curves(report)
+    try:
+        assert [axis.get_ylabel() for axis in drawn.axes] == ["loss", "samples/s"]
+        assert [text.get_text() for text in drawn.axes[0].texts] == ["links 1, 2"]
+    finally:
+        figures.close(drawn)
+    assert figures.missing(report) == ["learning rate", "gradient norm"]
+    page = write_report(report, str(run_dir / "report.html"))[0]
+    with open(page, encoding="utf-8") as file:
+        assert "Not in the logs: learning rate, gradient norm." in file.read()
