@@ -87,10 +87,12 @@ def test_the_job_ends_with_the_exit_code_of_the_first_task_to_fail_and_names_it(
 
 
 def test_the_step_gets_its_signal_and_its_own_exit_code_survives_the_trap(run, idle, tmp_path):
-    program = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *a: sys.exit(5)); open('up', 'a'); time.sleep(100)"
+    program = (
+        "import os, signal, time; signal.signal(signal.SIGUSR1, lambda *a: os._exit(5));"
+        "open('up-' + os.environ['RANK'], 'w'); time.sleep(100)"
+    )
     job, log = run(["python3", "-c", program], signal="true", wait=False)
-    until(lambda: (tmp_path / "up").exists())
-    time.sleep(1)
+    until(lambda: len(list(tmp_path.glob("up-*"))) == 16)
     idle.ok("scancel", "--batch", "--signal=USR1", job)
 
     assert finished(idle, job) == "FAILED 5:0", log.read_text()
