@@ -72,7 +72,7 @@ _help_allow = "Accept what is an error otherwise: " + "; ".join(f"{kind} ({what}
     "--max-line-mib",
     default=MAX_LINE_MIB,
     show_default=True,
-    help="Longer lines are refused; a task holds several in memory.",
+    help="Longer lines are refused; a task's memory is up to 30 times as much.",
 )
 @_choice("--scan", "sample full none", "How much of the data is checked before tasks start.")
 @click.option("--site", help="The site profile: its CPU partition, limits and container.")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hpctrain.site import Site
 
 MEM_GIB = 2
+LINE_COPIES = 30  # in memory, of the longest line: its text, SentencePiece's work on it, its ids (27 measured)
 _SAFE_PATH = re.compile(r"[A-Za-z0-9_./+=@:,-]+")
 
 Say = Callable[[str], None]
@@ -40,6 +41,11 @@ class Cluster:
     python: str | None
     shape: ArrayShape
     extra: tuple[tuple[str, str], ...] = ()
+
+
+def mem_gib(plan: Plan) -> int:
+    """The memory a task asks for: enough for the longest line that the plan accepts."""
+    return max(MEM_GIB, -(-plan.options.max_line_mib * LINE_COPIES // 1024))
 
 
 def pending(plan: Plan) -> list[int]:
@@ -98,7 +104,7 @@ def submit(plan: Plan, plan_path: str, cluster: Cluster, force: bool, keep_shard
         "slurm_nodes": 1,
         "slurm_ntasks_per_node": 1,
         "slurm_cpus_per_task": 1,
-        "slurm_mem": f"{MEM_GIB}G",
+        "slurm_mem": f"{mem_gib(plan)}G",
         "slurm_array_parallelism": cluster.shape.parallel,
         "slurm_setup": [f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}"],
         "slurm_stderr_to_stdout": True,

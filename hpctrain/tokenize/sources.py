@@ -205,7 +205,7 @@ class SegmentReader:
         return UsageError(
             f"a line of more than {self._max_line >> 20} MiB",
             where=f"{self._source.path}: byte {offset}",
-            why="a task holds several times its longest line in memory; the limit is --max-line-mib",
+            why="a task needs up to 30 times its longest line in memory; the limit is --max-line-mib",
             hint="is this JSONL, one record a line? then raise --max-line-mib",
         )
 

@@ -1,12 +1,14 @@
 """The indexed dataset byte for byte, read back by independent readers; masks, packing, limits."""
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenize_help import model_path
+from tokenize_help import dialogues, model_path, write_jsonl
+from tokenize_runs import PLAIN, request
 
 from hpctrain.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.site import load_site
@@ -16,6 +18,8 @@ from hpctrain.tokenize.limits import ArrayLimits, limits_of, shape_array
 from hpctrain.tokenize.loss_mask import MaskRules
 from hpctrain.tokenize.merge import merge_datasets, publish
 from hpctrain.tokenize.pack import pack, schedule
+from hpctrain.tokenize.prepare import prepare
+from hpctrain.tokenize.run import mem_gib
 from hpctrain.tokenize.spm import load_model
 
 DOCUMENTS = [[7, 300, 7, 9], [1], [65000, 2, 3]]
@@ -221,3 +225,10 @@ def test_arrays_never_exceed_any_limit(tasks, shards, queued, counts):
     assert 1 <= shape.num_tasks <= min(tasks, shards, 1001) and shape.time_s <= limits.max_time_s
     if counts:
         assert shape.num_tasks + queued + 1 <= 220 and shape.parallel <= 200
+
+
+def test_a_task_asks_for_the_memory_of_the_longest_line_it_may_meet(tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", dialogues(2))
+    asked = {limit: request(tmp_path, data, options=replace(PLAIN, max_line_mib=limit)) for limit in (1, 64, 1024)}
+
+    assert {limit: mem_gib(prepare(one).plan) for limit, one in asked.items()} == {1: 2, 64: 2, 1024: 30}
