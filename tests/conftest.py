@@ -9,6 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples each time, and no limits on wall time: a test that fails on a busy machine only, or one time in a hundred,
+# says nothing about the change under test. HYPOTHESIS_SEARCH=1 looks for new examples.
+settings.register_profile(
+    "steady",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=not os.environ.get("HYPOTHESIS_SEARCH"),
+)
+settings.load_profile("steady")
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))  # what several tests share

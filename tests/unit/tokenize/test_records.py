@@ -108,7 +108,8 @@ def test_the_last_of_two_equal_keys_counts():
     assert parse(b'{"text": "a", "text": "b", "n": NaN}')[0]["text"] == "b"
 
 
-@given(st.text(st.characters(exclude_categories=[]), max_size=20))
+# Hypothesis also tries the strings that it finds in our code, so that a marker itself may come up.
+@given(st.text(st.characters(exclude_categories=[]), max_size=20).filter(lambda text: U not in text and A not in text))
 def test_every_string_is_taken_verbatim_or_refused(text):
     record, fault = parse(json.dumps({"text": f"{U}x{text}{U}"}).encode())
     kind, _, spans = add(record) if not fault else (fault.kind, [], [])
