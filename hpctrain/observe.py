@@ -182,9 +182,12 @@ def _links(run: RunRecords, answer: Answer, now_s: float, tails: Mapping[str, Ma
             by = next((other for other in reversed(out[:index]) if other.mode in _NOT_NEEDED), None)
             out[index] = replace(link, reason=f"not needed: link {by.link} {_NOT_NEEDED[by.mode or '']}" if by else "")
         tail = tails.get(link.job_id, {})
-        if link.state == "began, no end recorded" and tail.get("end"):
+        if link.state in ("began, no end recorded", "unknown") and tail.get("end"):
             out[index] = replace(
-                out[index], state=tail["end"], reason="; ".join(filter(None, ["by its log", out[index].reason]))
+                out[index],
+                state=tail["end"],
+                exit_code=tail.get("exit_code"),
+                reason="; ".join(filter(None, ["by its log", out[index].reason])),
             )
         if link.active and tail.get("iteration") is not None:
             out[index] = replace(out[index], iteration_to=tail["iteration"])
@@ -404,12 +407,14 @@ def _tail_of_log(path: str) -> dict[str, Any]:
     _read_tail(engine, path, _TAIL)
     trained = [attempt for attempt in engine.attempts if attempt.num_steps and attempt.last]
     if not trained:
-        return {}
+        newest = engine.attempts[-1] if engine.attempts else None
+        return {"job_id": newest.job_id, "end": _end_of(newest), "exit_code": newest.exit_code} if newest else {}
     last = trained[-1]
     assert last.last is not None
     times = last.step_times.last()
     return {
         "end": _end_of(engine.attempts[-1]) if engine.attempts[-1].job_id == last.job_id else None,
+        "exit_code": engine.attempts[-1].exit_code if engine.attempts[-1].job_id == last.job_id else None,
         "job_id": last.job_id, "iteration": last.last.iteration, "total": last.total,
         "step_time_s": median(times) if times else None,
     }  # fmt: skip
