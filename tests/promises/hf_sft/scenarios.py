@@ -2,7 +2,7 @@
 
     python scenarios.py ORDERS.json
 
-An order is `[what, arguments]`: `train` (an environment, and perhaps a signal after some log lines), `export`, `validate`, `trl_rows`.
+An order is `[what, arguments]`: `train` (an environment, and perhaps a signal after some log lines), `export`, `validate`, `command` (of hpctrain), `trl_rows`.
 Writes ORDERS.json.out: for each `{"code": …, "said": …, "problems": […], "answer": …}`.
 """
 
@@ -72,6 +72,16 @@ def validate_(model: str, test_set: str, **options: Any) -> dict[str, Any]:
     }
 
 
+def command(argv: list[str]) -> int:
+    from hpctrain import cli
+
+    try:
+        cli.main(argv)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
 def trl_rows(base: str, cases: list[dict[str, Any]]) -> list[Any]:
     """For each case TRL's own tokens and labels, and ours."""
     answers = []
@@ -95,8 +105,10 @@ def run(what: str, arguments: dict[str, Any], path: str) -> None:
     """In the child: one order, its answer to `path`."""
     answer: dict[str, Any] = {"code": 70, "problems": [], "answer": None}
     try:
-        found = {"train": train, "export": export_, "trl_rows": trl_rows, "validate": validate_}[what](**arguments)
-        answer.update(code=found if what == "train" else 0, answer=found)
+        found = {"train": train, "export": export_, "trl_rows": trl_rows, "validate": validate_, "command": command}[
+            what
+        ](**arguments)
+        answer.update(code=found if what in ("train", "command") else 0, answer=found)
     except errors.HpctrainError as error:
         answer.update(code=error.exit_code, problems=[str(problem) for problem in error.problems])
     except BaseException:

@@ -191,6 +191,17 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         more = {"base": str(path / "base"), "rows": 30} if name == "validated" else {}
         bench.order(name, "validate", model=str(path / model), test_set=str(path / "pairs.jsonl"), **more)
     bench.order("validated on bad rows", "validate", model=str(path / "base"), test_set=str(path / "bad.jsonl"))
+    for bound in (10, 1000):
+        argv = [
+            "export",
+            str(path / "straight" / "ckpt"),
+            "-o",
+            str(path / "out" / f"below {bound}"),
+            "--max-perplexity",
+            str(bound),
+        ]
+        bench.order(f"below {bound}", "command", argv=[*argv, "--validate", str(path / "pairs.jsonl")])
+    bench.order("no rows", "command", argv=[*argv[:3], str(path / "out" / "no rows"), *argv[4:]])
     bench.order("trl rows", "trl_rows", base=str(path / "other"), cases=list(CASES.values()))
     bench.carry_out()
     return bench
@@ -306,6 +317,17 @@ def test_a_merged_model_is_measured_on_held_out_rows_beside_its_base(bench: Benc
     )
     assert len(merged["replies"]) == 8 and all(reply["prompt"] for reply in merged["replies"])
     assert merged["said"][0].startswith("perplexity ") and "its base's is" in merged["said"][0]
+
+
+def test_export_measures_what_it_wrote_keeps_it_and_says_so_by_its_exit_code(bench: Bench) -> None:
+    for bound in (10, 1000):
+        answer = bench[f"below {bound}"]
+        said = answer["said"]
+        assert "perplexity " in said and ("less than 10 is wanted" in said) == (bound == 10), answer
+        # Its replies may be no answers either.
+        assert answer["code"] == (1 if "error: " in said else 0) and (bound == 1000 or answer["code"] == 1)
+        assert (bench.path / "out" / f"below {bound}" / "model.safetensors").is_file()
+    assert bench["no rows"]["code"] == 2 and "without `--validate`" in bench["no rows"]["said"]
 
 
 def test_what_cannot_be_measured_is_refused_with_its_place(bench: Bench) -> None:
