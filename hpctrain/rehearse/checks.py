@@ -26,6 +26,7 @@ class Expected:
     workdir: str
     reserved: tuple[int, ...]
     file_systems: tuple[str, ...] = ()  # the site's, each as it would be bound into a container
+    exports: tuple[str, ...] = ()  # what the plan's own job script exports to every task
 
     @property
     def num_tasks(self) -> int:
@@ -37,7 +38,13 @@ def find_problems(tasks: Sequence[Task], expected: Expected) -> list[Problem]:
     unseen = list(_unseen(tasks, expected))
     if unseen and len(tasks) < expected.num_tasks:
         return unseen  # the first task to fail ended the others before they could tell anything
-    problems = [*_ranks(tasks, expected), *_rendezvous(tasks), *_gpus(tasks, expected), *_masks(tasks, expected)]
+    problems = [
+        *_exports(tasks, expected),
+        *_ranks(tasks, expected),
+        *_rendezvous(tasks),
+        *_gpus(tasks, expected),
+        *_masks(tasks, expected),
+    ]
     return unseen + problems
 
 
@@ -78,6 +85,26 @@ def visible_gpus(task: Task, vendor: str) -> tuple[str, ...] | None:
         picks = [item for item in second.split(",") if item]
         found = tuple(found[int(item)] for item in picks if item.isdigit() and int(item) < len(found))
     return found
+
+
+def _exports(tasks: Sequence[Task], expected: Expected) -> Iterable[Problem]:
+    for name in expected.exports:
+        count = sum(name not in task for task in tasks)
+        if count:
+            yield Problem(f"{count} of {len(tasks)} tasks have no {name}", why="the planned job script exports it to every task",
+                          hint="is its name misspelt in the script?")  # fmt: skip
+
+
+def exported(script: str) -> tuple[str, ...]:
+    """Those of the variables that place a task which the script exports."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    words = {
+        word.partition("=")[0]
+        for line in script.splitlines()
+        if line.lstrip().startswith("export ")
+        for word in line.split()
+    }
+    return tuple(name for name in names if name in words)
 
 
 def _ranks(tasks: Sequence[Task], expected: Expected) -> Iterable[Problem]:

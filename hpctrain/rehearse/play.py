@@ -80,6 +80,7 @@ class Part:
     scene: Scene
     files: Mapping[str, bytes]
     scenario: Mapping[str, Any]
+    exports: tuple[str, ...]
 
     @property
     def plan(self) -> Plan:
@@ -118,9 +119,10 @@ def _parts(wanted: Sequence[tuple[str, Loaded, Request]], folder: str, environ: 
     parts = []
     for (stage_name, loaded, request), shown in zip(wanted, scenes):
         files = dict(run_files(loaded.plan, loaded.inputs))
+        exports = checks.exported(files["job.sbatch"].decode("utf-8", "replace"))
         if request.job_script is not None:
             files["job.sbatch"] = request.job_script
-        parts.append(Part(stage_name, loaded, request, shown, files, make_scenario(loaded.plan, request)))
+        parts.append(Part(stage_name, loaded, request, shown, files, make_scenario(loaded.plan, request), exports))
     return parts
 
 
@@ -186,7 +188,7 @@ def _outcome(part: Part, found: Queued, watch: Watch, place: stage.Place, pipe: 
     problems = [
         *_refused(found.refused, accounts, plan, part.files["job.sbatch"]),
         *watch.problems,
-        *_steps(plan, attempts, [target for _, target in shown.mounts]),
+        *_steps(plan, attempts, [target for _, target in shown.mounts], part.exports),
         *(
             _ends(plan, part.request, watch, attempts, links, run_dir, is_known)
             if has_ended and not part.request.limits_only
@@ -278,9 +280,12 @@ def _refused(words: str, accounts: Sequence[str], plan: Plan, script: bytes) -> 
     return [refusal_problem(Refusal(words, plan, accounts, script.decode("utf-8", "replace")))] if words else []
 
 
-def _steps(plan: Plan, attempts: Sequence[Attempt], file_systems: Sequence[str]) -> list[Problem]:
+def _steps(
+    plan: Plan, attempts: Sequence[Attempt], file_systems: Sequence[str], exports: tuple[str, ...]
+) -> list[Problem]:
     """What the tasks of every start saw; the same problem of several starts is one."""
-    expected = expectation(plan, file_systems)
+    launches_itself = plan.resolved.template.get("launch") == "deepy"  # its own srun takes the place of the exports
+    expected = replace(expectation(plan, file_systems), exports=() if launches_itself else exports)
     found: list[Problem] = []
     for attempt in attempts:
         if attempt.tasks:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -98,7 +100,7 @@ def _request(plan: Plan, wishes: Wishes, chosen: tuple[str, ...]) -> Request:
         wishes.no_check and plan.resolved.argv and (plan.resolved.configs or not plan.resolved.config_for)
     ):
         raise UsageError(plan.problems)
-    script = _read(wishes.job_script) if wishes.job_script else None
+    script = _own_script(wishes.job_script, plan) if wishes.job_script else None
     with_faults = max(plan.spec.num_links, len(chosen) + 1) if chosen else 1
     request = Request(
         num_jobs=wishes.jobs or with_faults, faults=chosen, accounts=tuple(wishes.accounts), accounting=wishes.accounting,
@@ -249,6 +251,19 @@ def _faults(text: str | None) -> tuple[str, ...]:
     if problems:
         raise UsageError(problems)
     return tuple("" if word == "none" else word for word in words)
+
+
+def _own_script(path: str, plan: Plan) -> bytes:
+    """The script; one that was rendered for another run directory would read and write there, outside of the rehearsal."""
+    content = _read(path)
+    found = re.search(r"(?m)^export HPCTRAIN_RUN_DIR=(.+)$", content.decode("utf-8", "replace"))
+    words = shlex.split(found[1]) if found else [plan.run_dir]
+    if words[:1] != [plan.run_dir]:
+        raise UsageError(
+            f"this job script is of the run directory `{words[0]}`", where=path, why=f"the rehearsal plays `{plan.run_dir}`",
+            hint=f"-o {shlex.quote(words[0])}",
+        )  # fmt: skip
+    return content
 
 
 def _read(path: str) -> bytes:

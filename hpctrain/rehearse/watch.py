@@ -214,18 +214,28 @@ class Watch:
 def refusal_problem(refusal: Refusal) -> Problem:
     """Slurm's own message with what is known about its cause."""
     words, plan = refusal.words, refusal.plan
-    part, node = plan.partition, plan.node_type
+    part, node, site = plan.partition, plan.node_type, plan.site
+    gives = f"{node.usable_cores} cores, {node.memory_gib:g} GiB and {node.gpus} GPUs"
+    size = _asked(refusal.script, "ntasks-per-node", "cpus-per-task", "mem", "gpus-per-node")
+    known = ", ".join(site.partitions) or "any"
+    only_here = "the sandbox has none of the site's own"
     hints = (
         ("Invalid account", f"accounts there: {', '.join(refusal.accounts) or 'none'}", "set `account:` to one of yours"),
-        ("Requested time limit is invalid", f"partition `{part.name}` allows {format_time(part.max_time_s) if part.max_time_s else 'any time'}",
-         "ask for less `time:` and queue a chain"),
+        ("Requested time limit is invalid",
+         f"partition `{part.name}` allows {format_time(part.max_time_s) if part.max_time_s else 'any time'}, and job.sbatch asks for {_asked(refusal.script, 'time')}",
+         "between a minute and that; for a longer run queue a chain"),
         ("MaxSubmitJobPerUser", f"partition `{part.name}` takes {part.max_submitted} submitted jobs a user", "queue fewer links, or another partition"),
         ("AssocMaxSubmitJobLimit", "no account, an exhausted one, or too many jobs in the queue", "set `account:`"),
-        ("node configuration is not available",
-         f"a `{node.name}` node gives jobs {node.usable_cores} cores, {node.memory_gib:g} GiB and {node.gpus} GPUs, "
-         f"and job.sbatch asks for {_asked(refusal.script, 'ntasks-per-node', 'cpus-per-task', 'mem', 'gpus-per-node')}", f"at most {node.usable_cores} cores a node"),
+        ("node configuration is not available", f"a `{node.name}` node gives jobs {gives}, and job.sbatch asks for {size}", f"at most {gives} a node"),
         ("CPU count per node", f"a `{node.name}` node gives jobs {node.usable_cores} cores", f"at most {node.usable_cores} cores a node"),
         ("Node count specification", f"partition `{part.name}` allows {part.max_nodes or 'any number of'} nodes", "ask for fewer `nodes:`"),
+        ("Invalid partition name", f"partitions of `{site.name}`: {known}", "set `partition:` to one of them, or leave it out"),
+        ("Invalid job array", f"the highest index is {site.values['slurm']['max_array_size'] - 1} (MaxArraySize)", "submit several smaller arrays"),
+        ("Invalid qos", f"the profile of `{site.name}` names no such QOS", "look at `sacctmgr show qos` there; leave it out, or add it to the profile"),
+        ("reservation is invalid", only_here, "rehearse without it: --set sbatch.reservation=null"),
+        ("Invalid node name", "the sandbox's nodes have other names than the site's", "rehearse without them: --set sbatch.exclude=null, or nodelist"),
+        ("Invalid feature", f"the sandbox's nodes have only the name of their kind as a feature ({', '.join(site.node_types)})",
+         "rehearse without it: --set sbatch.constraint=null"),
     )  # fmt: skip
     for mark, why, hint in hints:
         if mark in words:

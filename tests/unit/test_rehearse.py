@@ -14,7 +14,7 @@ import pytest
 
 from hpctrain.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.load import load_plan
-from hpctrain.rehearse import checks, play, records, report, scene, shims, standin, timeline, tokens
+from hpctrain.rehearse import checks, play, records, report, scene, shims, standin, timeline, tokens, watch
 from hpctrain.rehearse.records import Attempt
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
@@ -376,3 +376,54 @@ def test_faults_of_a_pipeline_name_their_stage(text, told):
     with pytest.raises(UsageError, match=told):
         report._faults_of_stage(text, ["a", "b"])
     assert report._faults_of_stage("b:timeout,none", ["a", "b"]) == ("b", ("timeout", ""))
+
+
+def test_a_script_of_another_run_directory_is_not_played(tmp_path):
+    plan = example(out=str(tmp_path / "a b"))
+    script = tmp_path / "edited.sbatch"
+    for text, fits in (
+        (f"export HPCTRAIN_RUN_DIR='{tmp_path}/a b'", True),
+        ("echo mine", True),
+        (f"export HPCTRAIN_RUN_DIR={tmp_path}/other", False),
+    ):
+        script.write_text(f"#!/bin/bash\n{text}\n")
+        if fits:
+            assert report._own_script(str(script), plan) == script.read_bytes()
+        else:
+            with pytest.raises(UsageError, match="of the run directory .*other") as caught:
+                report._own_script(str(script), plan)
+            assert caught.value.problems[0].hint == f"-o {tmp_path}/other"
+
+
+def test_a_variable_that_the_planned_script_exports_is_missed(expected):
+    import dataclasses
+
+    names = checks.exported(
+        '#!/bin/bash\n  export MASTER_ADDR WORLD_SIZE\nexport RANK="$SLURM_PROCID" LOCAL_RANK=0\nMASTER_PORT=1\n'
+    )
+    assert names == ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+    told = found(
+        dataclasses.replace(expected, exports=names), lambda task: {k: v for k, v in task.items() if k != "RANK"}
+    )
+    assert "16 of 16 tasks have no RANK" in told and "no LOCAL_RANK" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("Invalid account or account/partition combination specified", "accounts there: project_1"),
+        ("Requested time limit is invalid", "allows 2-00:00:00, and job.sbatch asks for --time=0"),
+        ("Memory specification can not be satisfied; Requested node configuration is not available", "at most 56 cores, 480 GiB and 8 GPUs"),
+        ("Invalid partition name specified", "standard-g, small-g, dev-g"),
+        ("Invalid job array specification", "the highest index is 1000"),
+        ("Invalid qos specification", "names no such QOS"),
+        ("Requested reservation is invalid", "--set sbatch.reservation=null"),
+        ("Invalid node name specified", "--set sbatch.exclude=null"),
+        ("Invalid feature specification", "--set sbatch.constraint=null"),
+        ("something new", "something new"),
+    ],
+)  # fmt: skip
+def test_what_slurm_refuses_is_told_with_its_cause_and_what_to_do(words, told):
+    refusal = watch.Refusal(words, example(), ["project_1"], "#SBATCH --time=0\n#SBATCH --mem=600G\n")
+    problem = watch.refusal_problem(refusal)
+    assert problem.what == words and told in str(problem)
