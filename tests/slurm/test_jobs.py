@@ -114,6 +114,18 @@ def test_a_requeue_appends_to_the_log_and_runs_the_same_link_again(run, idle, tm
     assert [(line["link"], line["restart"]) for line in begins][:2] == [(1, 0), (1, 1)]
 
 
+def test_a_lost_node_is_no_success_though_srun_says_so(run, idle, tmp_path):
+    saves_and_leaves = 'trap "exit 0" TERM; echo up >> "starts-$RANK"; sleep 100 & wait'
+    job, log = run(["bash", "-c", saves_and_leaves], wait=False)
+    until(lambda: len(list(tmp_path.glob("starts-*"))) == 16)
+    idle.ok("scontrol", "update", "nodename=nid000002", "state=down", "reason=test")
+    links = tmp_path / "runs/job/links.jsonl"
+    until(lambda: '"end"' in links.read_text(), 90)
+    idle.ok("scancel", job)
+    (end,) = [json.loads(line) for line in links.read_text().splitlines() if '"end"' in line]
+    assert end["exit_code"] not in (0, None), log.read_text()
+
+
 def test_secrets_reach_the_tasks_and_nothing_else(run, idle, tmp_path):
     secret = tmp_path / "secrets.env"
     secret.write_text("WANDB_API_KEY=open-sesame\n")
