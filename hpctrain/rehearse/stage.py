@@ -20,7 +20,7 @@ from hpctrain import units
 from hpctrain.errors import EnvironmentFault, Refused
 from hpctrain.plan import Plan
 from hpctrain.rehearse import shims, standin
-from hpctrain.sandbox import sandbox
+from hpctrain.sandbox import processes, sandbox
 from hpctrain.sandbox import state as sandbox_state
 from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.shape import ClusterShape
@@ -252,18 +252,23 @@ class Login:
         text = self.slurm("scontrol", "show", "job", "-o", job_id).stdout
         return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
 
-    def lose_node(self, name: str) -> None:
-        """The node loses power, and the controller learns of it at once.
+    def fail_node(self, name: str) -> None:
+        """The administrator sets it down: its job is killed and requeued.
 
-        Not set down alone: its tasks would take seconds to end, and a job that is requeued onto it meanwhile is refused
-        ("already running, do not launch second copy") and held.
+        Not its processes all at once, as when it loses power: the other nodes of a large step would wait for it for a
+        minute and then be drained themselves ("Kill task failed").
         """
-        for action in ("crash", "down"):
-            sandbox.fault(name, action, self.place.mark, self.place.state, self._own)
+        sandbox.fault(name, "down", self.place.mark, self.place.state, self._own)
 
-    def return_node(self, name: str) -> None:
-        for action in ("restart-slurmd", "resume"):
-            sandbox.fault(name, action, self.place.mark, self.place.state, self._own)
+    def return_node(self, name: str) -> bool:
+        """Bring it back, once nothing of its last job runs on it any more; whether it is back.
+
+        Before that slurmd refuses a job that is requeued onto it ("already running, do not launch second copy").
+        """
+        if processes.steps_of_node(name, str(self.place.state), self.record.place.run):
+            return False
+        sandbox.fault(name, "resume", self.place.mark, self.place.state, self._own)
+        return True
 
     def _run(
         self, argv: Sequence[str], environ: Mapping[str, str], timeout_s: float

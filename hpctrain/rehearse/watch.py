@@ -172,7 +172,7 @@ class Watch:
         elif attempt.last("strike"):
             self._played.add(key)
             nodes = expand_nodes(attempt.tasks[-1].get("SLURMD_NODENAME", ""))
-            self.login.lose_node(nodes[0])
+            self.login.fail_node(nodes[0])
             self._down.append((nodes[0], attempt.job_id))
 
     def _silence(self, attempts: Sequence[Attempt], now: float) -> None:
@@ -192,9 +192,8 @@ class Watch:
     def _bring_back(self, found: Mapping[str, tuple[str, str]]) -> None:
         """A failed node returns once its job has left it: the sandbox has no spare ones."""
         for node, job_id in list(self._down):
-            if found.get(job_id, ("",))[0] not in ("RUNNING", "COMPLETING"):
+            if found.get(job_id, ("",))[0] not in ("RUNNING", "COMPLETING") and self.login.return_node(node):
                 self._down.remove((node, job_id))
-                self.login.return_node(node)
 
     def _tell(self, attempts: Sequence[Attempt]) -> None:
         newest = max(attempts, key=lambda attempt: attempt.begun, default=None)

@@ -161,6 +161,18 @@ def of_node(node: str, state: str, run: str) -> list[Process]:
     return list(found.values())
 
 
+def steps_of_node(node: str, state: str, run: str) -> list[Process]:
+    """What runs on a simulated node beside its slurmd: the slurmstepds, which leave slurmd's family at once, and their tasks."""
+    slurmd = of_role(f"slurmd-{node}", state=state, run=run)
+    found = of_node(node, state, run)
+    if slurmd is None:
+        return found
+    # Above slurmd there is the bubblewrap of its view, if it has one; below it what it has just started.
+    return [
+        process for process in found if slurmd.pid not in (process.pid, process.parent) and process.pid != slurmd.parent
+    ]
+
+
 def kill(processes: Iterable[Process]) -> None:
     """SIGKILL at once, as a node that loses power."""
     left = [process for process in processes if _signal(process, signal.SIGKILL)]
