@@ -14,6 +14,7 @@ import jinja2
 from jinja2 import nodes
 
 from hpctrain import __version__
+from hpctrain.compiled import template_cache
 from hpctrain.errors import Problem, UsageError
 from hpctrain.plan import Plan
 from hpctrain.resources import layer_dirs, shipped_dir
@@ -120,6 +121,7 @@ def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
         comment_end_string="##}",
         autoescape=False,
         auto_reload=True,
+        bytecode_cache=template_cache(os.environ),
         optimized=False,  # folding constants takes longer than it saves for a template that is rendered once
     )
     environment.filters.update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 PROJECT_DIR = ".hpctrain"
@@ -22,6 +23,14 @@ def no_user_config() -> bool:
 def user_dir() -> str:
     """The folder of the user's own defaults, profiles and templates."""
     return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "hpctrain")
+
+
+def cache_home(environ: Mapping[str, str]) -> str:
+    """Where hpctrain keeps what can be made again: `$XDG_CACHE_HOME/hpctrain`, else `~/.cache/hpctrain`."""
+    base = environ.get("XDG_CACHE_HOME", "")
+    if not base.startswith("/"):  # the XDG specification: a relative path is to be ignored
+        base = os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "hpctrain")
 
 
 def project_dir(base_dir: str = "") -> str:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpctrain.errors import EnvironmentFault
+from hpctrain.resources import cache_home
 
 # What has to be unpacked; the shared libraries these need are found from their Depends fields.
 SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge")
@@ -87,14 +88,6 @@ class Toolbox:
         return all(name in self.programs for name in ACCOUNTING_PROGRAMS)
 
 
-def cache_home(environ: Mapping[str, str]) -> Path:
-    """Where unpacked packages live: `$XDG_CACHE_HOME/hpctrain`, else `~/.cache/hpctrain`."""
-    base = environ.get("XDG_CACHE_HOME", "")
-    if not base.startswith("/"):  # the XDG specification: a relative path is to be ignored
-        base = os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".cache")
-    return Path(base) / "hpctrain"
-
-
 def find(
     environ: Mapping[str, str], *, source: str = "auto", accounting: bool = False, report: Report = lambda text: None
 ) -> Toolbox:
@@ -114,7 +107,7 @@ def find(
                 f"this machine's Slurm is not complete: no {', '.join(missing)}",
                 hint="apt-get install slurm-wlm munge, or let hpctrain unpack it: --slurm unpacked",
             )
-    cache = cache_home(environ)
+    cache = Path(cache_home(environ))
     box_or_none = _newest_unpacked(cache, accounting)
     return box_or_none if box_or_none is not None else unpack(cache, accounting=accounting, report=report)
 
@@ -183,7 +176,7 @@ def _with_helpers(box: Toolbox, environ: Mapping[str, str], report: Report) -> T
     """
     if "bwrap" in box.programs and box.nss_wrapper:
         return box
-    cache = cache_home(environ)
+    cache = Path(cache_home(environ))
     helpers = None
     for path in _candidates(cache, "sandbox-helpers-*"):
         helpers = helpers or _unpacked(path, needed=("bwrap",))

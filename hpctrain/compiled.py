@@ -1,0 +1,46 @@
+"""Compiled templates kept in the user's cache, as Python keeps its modules: half of what `render` computes otherwise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import jinja2
+from jinja2.bccache import Bucket
+
+from hpctrain import __version__
+from hpctrain.resources import cache_home
+
+
+def template_cache(environ: Mapping[str, str]) -> jinja2.BytecodeCache | None:
+    """The cache of compiled templates, or None where there is no safe place for one.
+
+    It is never needed: a damaged, foreign or unwritable one is passed over in silence. A template is compiled anew when
+    its text, hpctrain's version, Jinja's format or Python's version differs (jinja2.bccache compares the last two).
+    """
+    home = cache_home(environ)
+    folder = os.path.join(home, f"templates-{__version__}")
+    try:
+        if not os.path.isdir(folder):
+            os.stat(os.path.dirname(home))  # a home without any cache stays as it is
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        status = os.stat(folder)
+    except OSError:
+        return None
+    # What is loaded from here is run.
+    safe = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    return _Cache(folder, "%s.cache") if safe else None
+
+
+class _Cache(jinja2.FileSystemBytecodeCache):
+    def load_bytecode(self, bucket: Bucket) -> None:
+        try:
+            super().load_bytecode(bucket)
+        except Exception:  # whatever unpickling says of a damaged file
+            bucket.reset()
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        try:
+            super().dump_bytecode(bucket)
+        except OSError:  # full, over quota, read-only: it will be compiled again next time
+            pass
