@@ -290,7 +290,6 @@ def _write_files(record: Record, box: Toolbox, no_views: str) -> None:
         hosts=str(directory / "etc" / "hosts") if wanted.num_nodes <= nodeview.NSS_WRAPPER_NODES else "",
     )
     state.write_text(directory / "etc" / "task_prolog", prolog, 0o700)
-    state.write_text(directory / "etc" / "epilog", standins.epilog(wanted.node_dirs), 0o700)
     state.write_text(directory / "etc" / "slurmstepd", standins.stepd_script(box), 0o700)
     scripts = standins.client_scripts(box, f"{place.state}/etc/slurm.conf")
     scripts["module"] = scripts["ml"] = standins.module_script(f"{place.state}/log/modules.log")

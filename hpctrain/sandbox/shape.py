@@ -117,7 +117,6 @@ class ClusterShape:
     one_thread_per_core: bool = False  # jobs that say nothing get --hint=nomultithread, as on LUMI
     account_required: bool = False  # with accounting: a job without --account is refused
     mounts: tuple[tuple[str, str], ...] = ()  # (directory of this machine, the site's path it stands at)
-    node_dirs: tuple[str, ...] = ()  # what every job makes on its nodes, with {user} and {job}; gone with the job
     host_suffixes: tuple[str, ...] = ()  # node names also resolve with these added (JSC's `i`)
     runs_nodes: bool = (
         True  # False: only the controller, which knows all nodes, accepts and refuses jobs, and starts none
@@ -320,7 +319,6 @@ def _slurm_conf(shape: ClusterShape, place: Place) -> str:
         ("SlurmdParameters", "config_overrides"),
         ("MpiDefault", "none"),
         ("TaskProlog", f"{state}/etc/task_prolog"),
-        *([("EpilogSlurmctld", f"{state}/etc/epilog")] if shape.node_dirs else []),
         ("TreeWidth", 65533),
         ("MessageTimeout", 99 if shape.lean else 60),
         ("SlurmdTimeout", shape.slurmd_timeout_s),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 
@@ -83,24 +82,6 @@ def task_prolog(bin_dir: str, variables: Mapping[str, str], *, nss_wrapper: str,
             _NSS,
         ]
     return "\n".join(lines) + "\n"
-
-
-def epilog(node_dirs: Sequence[str]) -> str:
-    """Removes what a job made on its nodes, which are all this machine: an administrator's epilog does so at a site.
-
-    slurmctld runs it once at the end of every job, with SLURM_JOB_ID, _UID and _USER (slurm.conf(5), EpilogSlurmctld).
-    A job that was submitted without USER has used its number instead.
-    """
-    lines = ["#!/bin/sh", 'for user in "$SLURM_JOB_USER" "$SLURM_JOB_UID"; do']
-    lines += [f"  rm -rf -- {_in_shell(pattern)}" for pattern in node_dirs]
-    return "\n".join([*lines, "done"]) + "\n"
-
-
-def _in_shell(pattern: str) -> str:
-    words = {"{user}": '"${user:?}"', "{job}": '"${SLURM_JOB_ID:?}"'}
-    return "".join(
-        words.get(piece) or (piece and shlex.quote(piece)) for piece in re.split(r"(\{user\}|\{job\})", pattern)
-    )
 
 
 # libnss_wrapper's table holds some 100 names and addresses. The address of nid000007 is 127.77.0.7 (shape.hosts).
