@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -105,10 +106,10 @@ def up(
     finally:
         meter.close()
     output.info(f"{'started' if started else 'already running'}: {sandbox.describe(wanted)}")
+    _tell_dead(found, _which(name, directory))
     if as_json:
         output.data_json(**_as_json(found), started=started)
-    option = (f" --name {name}" if name != "default" else "") + (f" --dir {directory}" if directory else "")
-    output.next_step(f"hpctrain sandbox shell{option}")
+    output.next_step(f"hpctrain sandbox shell{_which(name, directory)}")
 
 
 @command.command()
@@ -151,8 +152,9 @@ def status(name: str, directory: str, as_json: bool) -> None:
                 ("SLURM_CONF", found.slurm_conf),
             ]
         output.table(rows)
+    _tell_dead(found, _which(name, directory))
     if found.phase != "up":
-        output.next_step("hpctrain sandbox up" if found.phase == "down" else f"hpctrain sandbox down --name {name}")
+        output.next_step(f"hpctrain sandbox {'up' if found.phase == 'down' else 'down'}{_which(name, directory)}")
         sys.exit(errors.NO)
 
 
@@ -233,6 +235,20 @@ def _mounts(words: Sequence[str]) -> list[tuple[str, str]]:
     return [(os.path.abspath(os.path.expanduser(pair[0])), os.path.normpath(pair[1])) for pair in pairs]
 
 
+def _tell_dead(found: sandbox.Status, option: str) -> None:
+    """Nodes whose daemon is gone take no jobs, whatever sinfo still says of them."""
+    if found.nodes_without_slurmd:
+        nodes = units.compress_nodes(list(found.nodes_without_slurmd))
+        hint = f"hpctrain sandbox fault '{nodes}' --restart-slurmd{option}"
+        output.problems([errors.Problem(f"no slurmd runs for {nodes}", hint=hint, level="warning")])
+
+
+def _which(name: str, directory: str) -> str:
+    """The options that name this sandbox, for a command to type next."""
+    named = f" --name {shlex.quote(name)}" if name != "default" else ""
+    return named + (f" --dir {shlex.quote(directory)}" if directory else "")
+
+
 def _node_summary(found: sandbox.Status) -> str:
     counts: dict[str, int] = {}
     for node_state in (found.nodes or {}).values():
@@ -258,4 +274,5 @@ def _as_json(found: sandbox.Status) -> dict[str, Any]:
         "accounts": list(record.shape.accounts) if record else [],
         "jobs": found.num_jobs,
         "processes": found.num_processes,
+        "nodes_without_slurmd": list(found.nodes_without_slurmd),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from hpctrain.errors import Problem, UsageError
 from hpctrain.sandbox.shape import ClusterShape, NodeGroup, NodeShape, PartitionShape
@@ -85,10 +85,18 @@ def shape_from_site(
         one_thread_per_core=slurm["hint"] == "nomultithread",
         account_required=site.values["account"]["required"],
         mounts=tuple(mounts),
+        node_dirs=_node_dirs(site, {group.type_name for group in groups}),
         host_suffixes=(suffix,) if suffix else (),
         lean=lean,
         runs_nodes=runs_nodes,
     )
+
+
+def _node_dirs(site: Site, node_types: Set[str]) -> tuple[str, ...]:
+    """The folders that a job of this site makes on its nodes for itself alone."""
+    patterns = [fields["path"] for fields in site.values["node_dirs"].values() if "{job}" in fields["path"]]
+    places = [site.node_types[name].tmp_path for name in sorted(node_types)]
+    return tuple(dict.fromkeys(pattern.replace("{tmp}", tmp) for tmp in places for pattern in patterns))
 
 
 def node_shape(kind: NodeType) -> NodeShape:

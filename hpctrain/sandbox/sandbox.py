@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hpctrain import units
 from hpctrain.errors import EnvironmentFault, Refused, UsageError
-from hpctrain.sandbox import nodeview, packages, processes, shape, state
+from hpctrain.sandbox import leftovers, nodeview, packages, processes, shape, state
 from hpctrain.sandbox.daemons import Daemons
 from hpctrain.sandbox.packages import Toolbox
 from hpctrain.sandbox.shape import ClusterShape, Place
@@ -38,6 +38,7 @@ class Status:
     nodes: Mapping[str, str] | None = None
     num_jobs: int = 0
     num_processes: int = 0
+    nodes_without_slurmd: tuple[str, ...] = ()  # Slurm itself notices a dead slurmd only after SlurmdTimeout
 
     @property
     def slurm_conf(self) -> str:
@@ -125,7 +126,9 @@ def status(name: str, directory: Path, environ: Mapping[str, str]) -> Status:
     daemons = Daemons(found.record.shape, found.record.place, _toolbox(found.record, environ), environ)
     jobs = daemons.run("squeue", "-h", "-o", "%A", timeout_s=20).stdout.split()
     count = len(processes.of_sandbox(str(directory), found.record.place.run))
-    return Status(name, directory, found.phase, found.record, daemons.node_states(), len(jobs), count)
+    names = found.record.shape.node_names if found.record.shape.runs_nodes else []
+    silent = tuple(node for node in names if not daemons.is_running(f"slurmd-{node}"))
+    return Status(name, directory, found.phase, found.record, daemons.node_states(), len(jobs), count, silent)
 
 
 def fault(names: str, action: str, name: str, directory: Path, environ: Mapping[str, str]) -> list[str]:
@@ -336,6 +339,7 @@ def _clear(directory: Path, run: Path, *, keep_logs: bool) -> None:
             "the sandbox runs and cannot be ended from here", where=str(directory), why=hidden,
             hint="end it where it was started, outside of this container or `unshare`",
         )  # fmt: skip
+    leftovers.remove_node_dirs(directory)
     state.remove(directory, run, keep_logs=keep_logs)
 
 

@@ -117,6 +117,7 @@ class ClusterShape:
     one_thread_per_core: bool = False  # jobs that say nothing get --hint=nomultithread, as on LUMI
     account_required: bool = False  # with accounting: a job without --account is refused
     mounts: tuple[tuple[str, str], ...] = ()  # (directory of this machine, the site's path it stands at)
+    node_dirs: tuple[str, ...] = ()  # what every job makes on its nodes for itself, with {user} and {job}
     host_suffixes: tuple[str, ...] = ()  # node names also resolve with these added (JSC's `i`)
     runs_nodes: bool = (
         True  # False: only the controller, which knows all nodes, accepts and refuses jobs, and starts none

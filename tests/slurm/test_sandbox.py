@@ -222,6 +222,8 @@ def test_a_node_fault_requeues_the_job_under_the_same_id(tmp_path: Path, action:
         box.wait_for(lambda: "PENDING" in box.ok("squeue", "-h", "-j", job, "-o", "%T"), 90)
         box.wait_for(lambda: box.ok("scontrol", "show", "job", job).split("Restarts=")[1].split()[0] == "1")
         assert box.ok("sinfo", "-h", "-n", node, "-o", "%t").strip().startswith("down")
+        told = subprocess.run([*argv[:4], "status", *argv[7:]], capture_output=True, text=True, check=True)
+        assert (f"warning: no slurmd runs for {node}" in told.stderr) is (action == "--crash")
         restore = ["--restart-slurmd"] if action == "--crash" else []
         for step in [*restore, "--resume"] if action == "--down" else restore:
             subprocess.run([*argv[:6], step, *argv[7:]], check=True, capture_output=True)
@@ -236,12 +238,18 @@ def test_down_ends_jobs_that_ignore_signals_and_spares_everybody_else(tmp_path: 
         bystander = subprocess.Popen(["sleep", "300"], env=dict(box.environ), cwd=box.directory)
         script = tmp_path / "job.sh"
         script.write_text(
-            f"#!/bin/bash\ntrap '' TERM HUP INT\n(setsid sleep 299 &)\ntouch {tmp_path}/up\nsleep 298\nsleep 297\n"
+            f"#!/bin/bash\ntrap '' TERM HUP INT\n(setsid sleep 299 &)\nmkdir -p /tmp/{os.geteuid()}-$SLURM_JOB_ID-miopen/x\n"
+            f"touch {tmp_path}/up\nsleep 298\nsleep 297\n"
         )
-        box.ok("sbatch", "-t", "5", "-o", "/dev/null", str(script))
+        job = box.ok("sbatch", "--parsable", "-t", "5", "-o", "/dev/null", str(script)).strip()
         box.wait_for(lambda: (tmp_path / "up").exists())
+        own, foreign = (Path(f"/tmp/{os.geteuid()}-{number}-miopen") for number in (job, f"{job}0000"))
+        assert own.is_dir()
+        foreign.mkdir(exist_ok=True)
         sandboxes.down("stubborn", box.directory, os.environ)
         assert not left_over(box.directory)
+        assert not own.exists()
+        foreign.rmdir()
         assert bystander.poll() is None
         bystander.kill()
         bystander.wait()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpctrain import errors, units
-from hpctrain.sandbox import daemons, packages, shape
+from hpctrain.sandbox import daemons, leftovers, packages, shape
 from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.standins import singularity
 from hpctrain.site import load_site
@@ -47,6 +49,14 @@ def test_a_lumi_shape_has_lumis_partitions_limits_and_nodes() -> None:
         shape.accounting_commands(lumi, "me")
     )
     assert "127.77.0.192 nid000192" in files["hosts"].splitlines()
+
+
+def test_only_folders_of_jobs_that_the_controller_names_are_left_overs() -> None:
+    lumi = shape_from_site(load_site("lumi"), 1)
+    assert "/tmp/{user}-{job}-miopen" in lumi.node_dirs
+    folders = leftovers.node_dirs(lumi.node_dirs, {"7", "12"})
+    assert f"/tmp/{os.geteuid()}-7-miopen" in folders and f"/tmp/{os.geteuid()}-12-triton" in folders
+    assert all(re.search(r"-(7|12)-", folder) for folder in folders)
 
 
 @pytest.mark.parametrize("site", ["lumi", "generic-cuda", "local"])
