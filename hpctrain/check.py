@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 
 from hpctrain import slurm
+from hpctrain.compiled import template_cache
 from hpctrain.errors import EnvironmentFault, Problem
 from hpctrain.load import Loaded
 from hpctrain.plan import Plan
@@ -178,7 +179,7 @@ def _ask_slurm(loaded: Loaded, here: bool) -> Iterator[Problem]:
         yield Problem("there is no Slurm here, so its own opinion was not asked", level="note")
         return
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch", encoding="utf-8") as script:
-        script.write(render_job(loaded.plan, loaded.inputs))
+        script.write(render_job(loaded.plan, loaded.inputs, template_cache(os.environ)))
         script.flush()
         try:
             accepted, words = slurm.test_only(script.name)

@@ -10,6 +10,7 @@ from hpctrain.errors import HpctrainError, Problem, UsageError
 from hpctrain.frozen import frozen
 from hpctrain.plan import Plan, make_plan
 from hpctrain.recipe import Recipe, load_recipe
+from hpctrain.schema import text_problem
 from hpctrain.site import Site, layer_name, load_site
 from hpctrain.spec import Handed, RunSpec, absolute, read_layers, spec_from_layers
 from hpctrain.yamlio import Document, load_yaml, merge
@@ -55,13 +56,27 @@ def load_plan(path: str, assignments: Sequence[str] = (), out_dir: str | None = 
     documents, option_problems = _read_options(spec, recipe, inputs)
     problems += option_problems
     run_dir = os.path.abspath(out_dir) if out_dir else os.path.join(base_dir, "runs", spec.name)
-    if any(ord(char) < 32 or ord(char) == 127 or char == "\\" for char in run_dir):
-        raise UsageError(
-            f"the run directory {run_dir!r} has a backslash or a control character in its path, "
-            "which Slurm's file name patterns cannot carry",
-            hint="name another one with -o",
-        )
+    _check_folders(run_dir, base_dir)
     return Loaded(make_plan(spec, site, recipe, run_dir, documents, problems), inputs)
+
+
+def _check_folders(run_dir: str, base_dir: str) -> None:
+    """Refuse folders whose paths no job script can carry; paths in run.yaml are taken from the folder it lies in."""
+    problems = []
+    if "\\" in run_dir:
+        what = (
+            f"the run directory {run_dir!r} has a backslash in its path, which Slurm's file name patterns cannot carry"
+        )
+        problems.append(Problem(what, hint="name another one with -o"))
+    for what, folder, hint in (("the run directory", run_dir, "name another one with -o"),
+                               ("the folder of run.yaml", base_dir, "put it into a folder with a plain name")):  # fmt: skip
+        found = text_problem(folder)
+        if found and not problems:
+            problems.append(
+                Problem(f"{what} {folder!r} cannot be written into a job script: its path {found}", hint=hint)
+            )
+    if problems:
+        raise UsageError(problems)
 
 
 def _text(document: Document, key: str) -> str:

@@ -5,6 +5,8 @@ Colour follows `--color`, then a non-empty NO_COLOR, then CLICOLOR_FORCE, then w
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 import time
@@ -17,6 +19,21 @@ JSON_SCHEMA_VERSION = 1
 _CODES = {"red": "31", "yellow": "33", "green": "32", "blue": "34", "cyan": "36", "bold": "1", "dim": "2"}
 _LEVEL_COLOUR = {"error": "red", "warning": "yellow", "note": "blue"}
 _choice = "auto"
+
+
+def make_printable() -> None:
+    """Let stdout carry any text: a path's undecodable bytes as they are, what the locale's encoding lacks as an escape."""
+    codecs.register_error("hpctrain", _as_bytes_or_escapes)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="hpctrain")
+
+
+def _as_bytes_or_escapes(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    char = error.object[error.start]
+    if "\udc80" <= char <= "\udcff":
+        return bytes([ord(char) - 0xDC00]), error.start + 1
+    return char.encode("ascii", "backslashreplace").decode("ascii"), error.start + 1
 
 
 def set_color(choice: str) -> None:
@@ -50,7 +67,13 @@ def data_json(**fields: Any) -> None:
     """The whole answer as one JSON object with `schema_version` first, to stdout."""
     import json  # not for `--help`
 
-    sys.stdout.write(json.dumps({"schema_version": JSON_SCHEMA_VERSION, **fields}, indent=2, ensure_ascii=False) + "\n")
+    answer = {"schema_version": JSON_SCHEMA_VERSION, **fields}
+    text = json.dumps(answer, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # half a surrogate pair, or letters that the locale lacks: JSON has escapes of its own
+        text = json.dumps(answer, indent=2)
+    sys.stdout.write(text + "\n")
 
 
 def info(text: str) -> None:

@@ -14,7 +14,6 @@ import jinja2
 from jinja2 import nodes
 
 from hpctrain import __version__
-from hpctrain.compiled import template_cache
 from hpctrain.errors import Problem, UsageError
 from hpctrain.plan import Plan
 from hpctrain.resources import layer_dirs, shipped_dir
@@ -27,28 +26,34 @@ _EXPORT = "export.sbatch"  # where the recipe has such a template and its `resol
 _EXTENDS = re.compile(r"""\{%-?\s*extends\s+["']([^"']+)["']""")
 
 
-def render(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, str]:
+def render(plan: Plan, inputs: Mapping[str, bytes], compiled: jinja2.BytecodeCache | None = None) -> dict[str, str]:
     """The files of the run directory by name, without `runtime/`. `inputs`: name -> bytes of what the plan was made from.
+
+    `compiled` keeps what compiling the templates gives; the files are the same with and without it.
 
     Raises UsageError when a template is not valid or a value cannot be carried.
     """
     files = dict(plan.resolved.configs)
     files.update(plan.resolved.files)
-    files[_JOB] = render_job(plan, inputs)
+    files[_JOB] = render_job(plan, inputs, compiled)
     exporting = plan.resolved.template.get("export")
     if exporting and not exporting["refused"]:
-        files[_EXPORT] = _render_script(plan, inputs, f"{plan.recipe.name}/{_EXPORT}.j2")
+        files[_EXPORT] = _render_script(plan, inputs, f"{plan.recipe.name}/{_EXPORT}.j2", compiled)
     files["plan.json"] = _json(plan_json(plan, inputs))
     return files
 
 
-def render_job(plan: Plan, inputs: Mapping[str, bytes]) -> str:
+def render_job(plan: Plan, inputs: Mapping[str, bytes], compiled: jinja2.BytecodeCache | None = None) -> str:
     """The text of job.sbatch."""
-    return _render_script(plan, inputs, template_name(make_environment(plan.spec.base_dir), plan.recipe.name))
+    name = template_name(make_environment(plan.spec.base_dir), plan.recipe.name)
+    return _render_script(plan, inputs, name, compiled)
 
 
-def _render_script(plan: Plan, inputs: Mapping[str, bytes], name: str) -> str:
+def _render_script(
+    plan: Plan, inputs: Mapping[str, bytes], name: str, compiled: jinja2.BytecodeCache | None = None
+) -> str:
     environment = make_environment(plan.spec.base_dir)
+    environment.bytecode_cache = compiled
     used: list[str] = []
     values = plan.site.values
     spec = plan.spec
@@ -121,7 +126,6 @@ def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
         comment_end_string="##}",
         autoescape=False,
         auto_reload=True,
-        bytecode_cache=template_cache(os.environ),
         optimized=False,  # folding constants takes longer than it saves for a template that is rendered once
     )
     environment.filters.update(

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 
+from hpctrain.compiled import template_cache
 from hpctrain.errors import EnvironmentFault, Problem, Refused
 from hpctrain.newfile import umask
 from hpctrain.plan import Plan
@@ -23,7 +24,7 @@ STAGED = ".render-new"
 
 def run_files(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
     """Every file of the plan's run directory by relative path, `runtime/` included."""
-    files = {name: text.encode("utf-8") for name, text in render(plan, inputs).items()}
+    files = {name: text.encode("utf-8") for name, text in render(plan, inputs, template_cache(os.environ)).items()}
     files["run.yaml"] = inputs["run.yaml"]
     files["site.yaml"] = inputs["site.yaml"]
     runtime = os.path.join(os.path.dirname(os.path.abspath(__file__)), "runtime")
@@ -71,7 +72,7 @@ def write_run_dir(run_dir: str, files: Mapping[str, bytes], force: bool = False)
 def _create(run_dir: str, files: Mapping[str, bytes]) -> None:
     parent = os.path.dirname(run_dir)
     os.makedirs(parent, exist_ok=True)
-    staged = tempfile.mkdtemp(prefix=f".{os.path.basename(run_dir)}.", dir=parent)
+    staged = tempfile.mkdtemp(prefix=f".{os.path.basename(run_dir)[:60]}.", dir=parent)
     try:
         os.chmod(staged, 0o777 & ~umask())
         _write_all(staged, files)

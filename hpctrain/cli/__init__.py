@@ -125,6 +125,7 @@ def main(args: list[str] | None = None) -> None:
     gc.set_threshold(200_000, 20, 20)
     argv = sys.argv[1:] if args is None else args
     debug = "--debug" in argv
+    output.make_printable()
     try:
         code = group.main(args=argv, prog_name="hpctrain", standalone_mode=False)
         sys.stdout.flush()

@@ -67,7 +67,7 @@ def publish_model(directory: str, fill: Callable[[str], None], run_id: str = "")
     target = os.path.abspath(directory)
     parent = os.path.dirname(target)
     os.makedirs(parent, exist_ok=True)
-    staged = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=parent)
+    staged = tempfile.mkdtemp(prefix=f".{os.path.basename(target)[:60]}.", dir=parent)
     try:
         os.chmod(staged, 0o755)
         fill(staged)

@@ -19,7 +19,7 @@ LAYERS = [
     # -- pure: what a run is, and what it becomes
     "sbatch_options", "site", "spec", "recipe", "train.config", "train.dpo.config", "train.hf_sft.config", "estimate", "launchers", "recipes", "planning", "plan", "render", "load",
     # -- effects: files, Slurm, this machine
-    "output", "newfile", "rundir", "slurm", "scontrol", "slurmstate", "runs", "check", "checkpoint", "badnodes", "sidejobs", "submit",
+    "output", "newfile", "compiled", "rundir", "slurm", "scontrol", "slurmstate", "runs", "check", "checkpoint", "badnodes", "sidejobs", "submit",
     "chain", "triage", "observe", "logs", "status_view", "cost", "cost_view", "report", "doctor", "preflight", "ladder", "pipeline", "tokenize", "sandbox", "rehearse", "train",
     # -- what single verbs need
     "init", "site_report", "site_draft", "recipe_report", "templates", "json_schemas", "interactive", "upload", "neox_export",

@@ -124,7 +124,7 @@ def _make(config: HfSftConfig, files: list[str], target: str) -> Prepared:
         raise missing_package("pyarrow", "hf") from error
     encoder = _encoder(config)
     parent = os.path.dirname(target)
-    staged = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=parent)
+    staged = tempfile.mkdtemp(prefix=f".{os.path.basename(target)[:60]}.", dir=parent)
     try:
         os.chmod(staged, 0o755)
         path = os.path.join(staged, DATA)
