@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 
 from hpctrain import slurm
 from hpctrain.compiled import template_cache
-from hpctrain.errors import EnvironmentFault, Problem
+from hpctrain.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.load import Loaded
 from hpctrain.plan import Plan
 from hpctrain.recipe import HubRepo
-from hpctrain.render import render_job
+from hpctrain.render import render
 from hpctrain.runtime import hubcache
 from hpctrain.site import Site
 from hpctrain.spec import RunSpec
@@ -40,7 +40,12 @@ def find_problems(loaded: Loaded) -> list[Problem]:
         *shell_problems(os.environ),
     ]
     if not plan.errors:
-        found += _ask_slurm(loaded, here)
+        try:
+            job = render(plan, loaded.inputs, template_cache(os.environ))["job.sbatch"]
+        except UsageError as error:  # a template of the user's own
+            found += error.problems
+        else:
+            found += _ask_slurm(plan, job, here)
     order = {"error": 0, "warning": 1, "note": 2}
     return sorted(dict.fromkeys(found), key=lambda problem: order[problem.level])
 
@@ -174,12 +179,12 @@ def shell_problems(environment: Mapping[str, str]) -> Iterator[Problem]:
         )  # fmt: skip
 
 
-def _ask_slurm(loaded: Loaded, here: bool) -> Iterator[Problem]:
+def _ask_slurm(plan: Plan, job: str, here: bool) -> Iterator[Problem]:
     if not slurm.have("sbatch"):
         yield Problem("there is no Slurm here, so its own opinion was not asked", level="note")
         return
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch", encoding="utf-8") as script:
-        script.write(render_job(loaded.plan, loaded.inputs, template_cache(os.environ)))
+        script.write(job)
         script.flush()
         try:
             accepted, words = slurm.test_only(script.name)
@@ -188,10 +193,10 @@ def _ask_slurm(loaded: Loaded, here: bool) -> Iterator[Problem]:
             return
     if accepted:
         yield Problem(f"Slurm would take it: {words.splitlines()[-1] if words else 'yes'}", level="note")
-    elif here or slurm.cluster_name() == loaded.plan.site.values["match"]["cluster_name"]:
+    elif here or slurm.cluster_name() == plan.site.values["match"]["cluster_name"]:
         yield Problem(f"Slurm would refuse it: {words}", hint="`scontrol show partition` shows the limits")
     else:
-        yield Problem(f"the Slurm here is not {loaded.plan.site.name}'s, and would refuse it: {words}", level="note")
+        yield Problem(f"the Slurm here is not {plan.site.name}'s, and would refuse it: {words}", level="note")
 
 
 def _download_hint(repo: HubRepo) -> str:

@@ -23,6 +23,7 @@ from hpctrain.site import layer_name
 QUOTING_FILTERS = frozenset({"q", "qjoin", "sbatch", "comment", "raw_shell"})
 _JOB = "job.sbatch"
 _EXPORT = "export.sbatch"  # where the recipe has such a template and its `resolve` says how
+_OVERRIDE = " (an override)"
 _EXTENDS = re.compile(r"""\{%-?\s*extends\s+["']([^"']+)["']""")
 
 
@@ -35,7 +36,8 @@ def render(plan: Plan, inputs: Mapping[str, bytes], compiled: jinja2.BytecodeCac
     """
     files = dict(plan.resolved.configs)
     files.update(plan.resolved.files)
-    files[_JOB] = render_job(plan, inputs, compiled)
+    job = template_name(make_environment(plan.spec.base_dir), plan.recipe.name)
+    files[_JOB] = _render_script(plan, inputs, job, compiled)
     exporting = plan.resolved.template.get("export")
     if exporting and not exporting["refused"]:
         files[_EXPORT] = _render_script(plan, inputs, f"{plan.recipe.name}/{_EXPORT}.j2", compiled)
@@ -43,15 +45,7 @@ def render(plan: Plan, inputs: Mapping[str, bytes], compiled: jinja2.BytecodeCac
     return files
 
 
-def render_job(plan: Plan, inputs: Mapping[str, bytes], compiled: jinja2.BytecodeCache | None = None) -> str:
-    """The text of job.sbatch."""
-    name = template_name(make_environment(plan.spec.base_dir), plan.recipe.name)
-    return _render_script(plan, inputs, name, compiled)
-
-
-def _render_script(
-    plan: Plan, inputs: Mapping[str, bytes], name: str, compiled: jinja2.BytecodeCache | None = None
-) -> str:
+def _render_script(plan: Plan, inputs: Mapping[str, bytes], name: str, compiled: jinja2.BytecodeCache | None) -> str:
     environment = make_environment(plan.spec.base_dir)
     environment.bytecode_cache = compiled
     used: list[str] = []
@@ -59,9 +53,8 @@ def _render_script(
     spec = plan.spec
     needs_cpus = not any(option.option == "cpu-bind" for option in plan.srun_options)
     try:
-        template = environment.get_template(name)
         used += _chain(environment, name)
-        return template.render(
+        text = environment.get_template(name).render(
             plan=plan,
             run_dir=plan.run_dir,
             version=__version__,
@@ -91,8 +84,33 @@ def _render_script(
         raise UsageError(
             f"template: {error.message}", where=f"{error.filename or error.name}:{error.lineno}"
         ) from error
+    except jinja2.TemplateNotFound as error:
+        raise UsageError(f"template `{name}`: there is no template `{error}`", where=_place(error)) from error
     except jinja2.TemplateError as error:
-        raise UsageError(f"template `{name}`: {error}") from error
+        raise UsageError(f"template `{name}`: {error}", where=_place(error)) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"template `{name}`, or one that it extends, is not UTF-8 text: {error}") from error
+    except RecursionError as error:
+        hint = f'an override extends the shipped one as "!builtin/{name}"'
+        raise UsageError(f"template `{name}` extends or includes itself", where=_place(error), hint=hint) from error
+    except Exception as error:
+        if not any(used_one.endswith(_OVERRIDE) for used_one in used):
+            raise  # a shipped template that fails is a bug of ours
+        raise UsageError(f"template `{name}`: {type(error).__name__}: {error}", where=_place(error)) from error
+    if not text.startswith("#!"):
+        hint = f'an override extends the shipped one: {{% extends "!builtin/{name}" %}}'
+        raise UsageError(f"template `{name}` gives no script: the first line is not `#!`", hint=hint)
+    return text
+
+
+def _place(error: BaseException) -> str:
+    """`file:line` of the template where rendering failed; Jinja puts the templates' own lines into the traceback."""
+    place, trace = "", error.__traceback__
+    while trace:
+        file = trace.tb_frame.f_code.co_filename
+        place = f"{file}:{trace.tb_lineno}" if file.endswith(".j2") else place
+        trace = trace.tb_next
+    return place
 
 
 def make_environment(base_dir: str = "") -> jinja2.Environment:
@@ -142,6 +160,8 @@ def template_name(environment: jinja2.Environment, recipe: str) -> str:
         environment.loader.get_source(environment, own)
     except jinja2.TemplateNotFound:
         return f"base/{_JOB}.j2"
+    except UnicodeDecodeError:
+        pass  # it is there; reading it to render says what is wrong
     return own
 
 
@@ -231,7 +251,7 @@ def _chain(environment: jinja2.Environment, name: str) -> list[str]:
         assert environment.loader
         source, file, _ = environment.loader.get_source(environment, name)
         own = file and not file.startswith(shipped_dir("templates") + os.sep)
-        found[name] = f"{name} (an override)" if own else name.replace("!builtin/", "")
+        found[name] = name + _OVERRIDE if own else name.replace("!builtin/", "")
         extends = _EXTENDS.search(source)
         name = extends[1] if extends else ""
     return list(found.values())

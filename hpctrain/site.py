@@ -328,7 +328,8 @@ def site_from_document(document: Document, files: tuple[str, ...] = ()) -> Site:
 
 def _layers(name_or_path: str, base_dir: str, project: str, where: str, chain: tuple[str, ...]) -> list[Document]:
     path = _find(name_or_path, base_dir, project, where)
-    if path in chain:
+    file = os.path.realpath(path)
+    if file in chain:
         raise UsageError(f"profile `{name_or_path}` extends itself", where=where)
     document = load_yaml(path, name=_display(path))
     if document.data is None:
@@ -341,7 +342,7 @@ def _layers(name_or_path: str, base_dir: str, project: str, where: str, chain: t
         parent_path = os.path.join(shipped_dir("site_profiles"), parent, "profile.yaml")
         below = [load_yaml(parent_path, name=_display(parent_path))] if parent_path != path else []
     else:
-        below = _layers(parent, os.path.dirname(path), project, document.where("extends"), (*chain, path))
+        below = _layers(parent, os.path.dirname(path), project, document.where("extends"), (*chain, file))
     return [*below, document]
 
 

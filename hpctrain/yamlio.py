@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ Path = tuple[Any, ...]  # keys and list indices from the root, e.g. ("checkpoint
 
 _ABSENT: Any = object()  # no layer below has anything there, so no origin either
 MAX_BYTES = 4 * 1024 * 1024
-MAX_VALUES = 200_000
+MAX_VALUES = 50_000
 MAX_DEPTH = 60
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _OCTAL = re.compile(r"[-+]?0[0-7_]+", re.ASCII)
@@ -81,6 +82,9 @@ def load_yaml(path: str | os.PathLike[str], name: str = "") -> Document:
     """
     name = name or str(path)
     try:
+        # Not opened before it is looked at: opening a FIFO waits for a writer.
+        if not (stat.S_ISREG(os.stat(path).st_mode) or os.path.isdir(path)):
+            raise UsageError("not a plain file", where=name, hint="write it to a file, which is kept with the run")
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
@@ -244,10 +248,18 @@ class _Builder:
     def _mapping(self, node: Any, path: Path, depth: int, parents: frozenset[int]) -> dict[Any, Any]:
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
             # `<<: *anchor`: let PyYAML flatten it; keys written here win over merged ones.
-            own = {key.value for key, _ in node.value}
-            self._constructor.flatten_mapping(node)
-            merged = [pair for index, pair in enumerate(node.value) if not self._overridden(node.value, index, own)]
-            node.value = merged
+            own = {key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
+            try:
+                self._constructor.flatten_mapping(node)
+            except yaml.constructor.ConstructorError as error:
+                mark = error.problem_mark or node.start_mark
+                origin = Origin(self.name, mark.line + 1, mark.column + 1)
+                self.problems.append(Problem(f"`<<` cannot merge this: {error.problem}", where=str(origin)))
+                return {}
+            except RecursionError:
+                self.problems.append(Problem("`<<` merges a mapping into itself", where=str(self._origin(node))))
+                return {}
+            node.value = _without_overridden(node.value, own)
         out: dict[Any, Any] = {}
         for key_node, value_node in node.value:
             key = self._scalar(key_node, self._origin(key_node)) if isinstance(key_node, yaml.ScalarNode) else None
@@ -268,11 +280,6 @@ class _Builder:
             self.key_origins[path + (key,)] = self._origin(key_node)
             out[key] = self.build(value_node, (*path, key), depth + 1, parents)
         return out
-
-    @staticmethod
-    def _overridden(pairs: list[Any], index: int, own: set[Any]) -> bool:
-        key = pairs[index][0].value
-        return any(later[0].value == key for later in pairs[index + 1 :]) and key in own
 
     def _scalar(self, node: Any, origin: Origin) -> Any:
         if not node.tag.startswith("tag:yaml.org,2002:"):
@@ -299,3 +306,15 @@ class _Builder:
 
     def _origin(self, node: Any) -> Origin:
         return Origin(self.name, node.start_mark.line + 1, node.start_mark.column + 1)
+
+
+def _without_overridden(pairs: list[Any], own: set[str]) -> list[Any]:
+    """Merged pairs stand first: those whose key the mapping itself has, and so has again later, go."""
+    kept, later = [], set()
+    for key, value in reversed(pairs):
+        text = key.value if isinstance(key, yaml.ScalarNode) else None
+        if text not in later or text not in own:
+            kept.append((key, value))
+        if text is not None:
+            later.add(text)
+    return kept[::-1]

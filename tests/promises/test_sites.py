@@ -203,3 +203,13 @@ def test_unreadable_files_are_exit_3(project, cli):
     assert cli("site", "new", "drafted", "--from-scontrol", project)[0] == 3
     assert cli("site", "new", "../evil", "--from-scontrol", DATA / "dgx-like.oneline.txt")[0] == 2
     assert os.listdir(project) == []
+
+
+@pytest.mark.parametrize("loop", [["./a.yaml"], ["./b.yaml", "./a.yaml"], ["sub/../a.yaml"]])
+def test_profiles_that_extend_each_other_are_one_clear_error(project, cli, loop):
+    (project / "sub").mkdir()
+    for name, parent in zip("ab", loop):
+        (project / f"{name}.yaml").write_text(f"name: {name}\nextends: {parent}\n")
+    code, _, err = cli("site", "check", "./a.yaml")
+
+    assert code == 2 and "extends itself" in err and err.count("error:") == 1

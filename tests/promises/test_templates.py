@@ -108,6 +108,12 @@ def test_an_unquoted_value_is_refused_with_its_file_and_line(project, cli):
         "{% include '/etc/passwd' %}",
         "{{ x|nofilter }}",
         "{{",
+        "{{ (1/0)|q }}",
+        "{{ [].pop()|q }}",
+        "{{ ''|sbatch }}",
+        "{{ '%d'|format('x')|q }}",
+        "{% macro m() %}{{ m()|raw_shell }}{% endmacro %}{{ m()|raw_shell }}",
+        "{% include 'command/job.sbatch.j2' %}",
     ],
 )
 def test_a_broken_template_is_an_error_of_the_users_and_never_a_bug(project, cli, text):
@@ -118,6 +124,26 @@ def test_a_broken_template_is_an_error_of_the_users_and_never_a_bug(project, cli
 
     assert code == 2 and "template" in err, err
     assert cli("template", "list")[0] in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b'{% extends "command/job.sbatch.j2" %}', "extends or includes itself"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"", "the first line is not `#!`"),
+        (b"echo hi\n", "the first line is not `#!`"),
+        (b'{% extends "nosuch" %}', "there is no template `nosuch`"),
+    ],
+)
+def test_an_override_that_gives_no_script_is_refused_and_nothing_is_written(project, cli, text, words):
+    path = project / ".hpctrain/templates/command" / JOB
+    path.parent.mkdir(parents=True)
+    path.write_bytes(text)
+    for verb, expected in (("render", 2), ("check", 1)):
+        code, _, err = cli(verb)
+        assert code == expected and words in err, err
+    assert not (project / "runs").exists()
 
 
 def test_an_override_that_is_there_is_left_as_it_is(project, cli):

@@ -1,7 +1,9 @@
+import os
+
 import pytest
 
 from hpctrain.errors import UsageError
-from hpctrain.yamlio import looks_like_float, merge, parse_set, parse_yaml
+from hpctrain.yamlio import load_yaml, looks_like_float, merge, parse_set, parse_yaml
 
 
 def test_every_value_knows_its_line_and_column():
@@ -82,3 +84,24 @@ def test_a_leading_zero_that_would_change_the_number_is_refused():
         ("f:1:8", "write 10, or quote it where text is meant"),
         ("f:2:4", "write -20, or quote it where text is meant"),
     ]
+
+
+@pytest.mark.parametrize(
+    "text", ["a: {<<: 3}", "a: {<<: [x]}", "a: &m\n  <<: *m\n  [x]: 1", "a: {<<: {b: 1}, [x]: 2}", "a: {<<: , b: 1}"]
+)
+def test_a_merge_key_that_merges_nothing_is_one_clear_error(text):
+    with pytest.raises(UsageError) as caught:
+        parse_yaml(text, "run.yaml")
+
+    assert all(problem.where.startswith("run.yaml:") for problem in caught.value.problems)
+
+
+def test_what_a_mapping_has_itself_wins_over_what_it_merges():
+    text = "x: &x {a: 1, b: 2}\ny: {<<: [*x, {b: 5, c: 6}], b: 3}\n"
+    assert parse_yaml(text, "f").data["y"] == {"a": 1, "b": 3, "c": 6}
+
+
+def test_a_fifo_is_refused_without_waiting_for_a_writer(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError, match="not a plain file"):
+        load_yaml(tmp_path / "fifo")
