@@ -11,6 +11,8 @@ from hpctrain.errors import Problem, printable
 from hpctrain.yamlio import Document, Path, looks_like_float
 
 MAX_TEXT = 10_000
+MAX_PATH_BYTES = 4095  # PATH_MAX of Linux (include/uapi/linux/limits.h), without its final NUL
+MAX_NUMBER = 2**63  # more is counted by nobody, Slurm and torch least of all
 _JSON_TYPES = {
     "text": "string",
     "path": "string",
@@ -162,14 +164,20 @@ def _value(document: Document, value: Any, field: Field, path: Path, problems: l
     what, why, hint = "", "", ""
     if isinstance(out, str):
         bad = text_problem(out, field.multiline)
+        if not bad and field.kind == "path" and len(out.encode()) > MAX_PATH_BYTES:
+            bad = f"is longer than {MAX_PATH_BYTES} bytes, the longest path there is"
         if bad:
             problems.append(Problem(f"`{_dotted(path)}` {bad}", where=document.where(*path)))
+            return printable(out)[:100]  # what is found with it further on is worth telling; the text itself is not
         elif field.choices and out not in field.choices:
             what, hint = "is not one of them", nearest(out, field.choices)
         elif field.pattern and not re.fullmatch(field.pattern, out, re.ASCII):
             what, why = f"is not {field.shape}", f"allowed: {field.pattern}"
     elif isinstance(out, (int, float)) and not isinstance(out, bool):
-        if field.minimum is not None and out < field.minimum:
+        if field.kind in ("int", "number") and not abs(out) < MAX_NUMBER:  # nor a NaN, which is less than nothing
+            what = "is not a number that one can count with"
+            out = field.default if field.default is not None else field.minimum or 0
+        elif field.minimum is not None and out < field.minimum:
             what = f"is less than {field.minimum:g}"
         elif field.maximum is not None and out > field.maximum:
             what = f"is more than {field.maximum:g}"

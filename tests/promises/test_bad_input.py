@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hpctrain.check import find_problems
 from hpctrain.errors import HpctrainError, UsageError
 from hpctrain.load import load_plan
+from hpctrain.recipe import load_recipe
 from hpctrain.rundir import run_files, write_run_dir
+from hpctrain.yamlio import walk
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile import HOSTILE  # noqa: E402
@@ -157,6 +161,67 @@ def test_random_specs_never_raise_anything_but_our_errors(tmp_path, changes):
         return  # the test could not write the file
     if not loaded.plan.errors:
         run_files(loaded.plan, loaded.inputs)
+
+
+EXAMPLES = sorted(path.parent for path in (Path(__file__).parents[2] / "examples").glob("*/run.yaml"))
+ODD = [None, "", 0, -1, 1.5, 10**30, 10**400, float("inf"), float("nan"), 1e308, True, [], {}, [None], [[]], {"a": None}, {"": 1}, "x" * 10_001,
+       "/" + "x" * 5000, "$(touch canary)", "a\nb", "{tmp}", "%j", "-x", "../..", "'", '"', "\\", "\u2028", "1:30", "0x10", "none", "1e-5", ["a", 1]]  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_random_changes_of_any_example_never_raise_anything_but_our_errors(tmp_path, data):
+    example = data.draw(st.sampled_from(EXAMPLES))
+    run = yaml.safe_load((example / "run.yaml").read_text())
+    options = list(load_recipe(run["recipe"], "", "").values["options"])
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from([path for path, _ in walk(run) if path]))
+        node = run
+        for key in path[:-1]:
+            node = node[key]
+        value = copy.deepcopy(data.draw(st.sampled_from(ODD)))
+        if data.draw(st.integers(0, 3)):
+            node[path[-1]] = value
+        elif isinstance(run.setdefault("recipe_options", {}), dict):
+            run["recipe_options"][data.draw(st.sampled_from(options))] = value
+    folder = tmp_path / example.name
+    if not folder.is_dir():
+        shutil.copytree(example, folder)
+    (folder / "run.yaml").write_text(yaml.safe_dump(run, allow_unicode=True), encoding="utf-8")
+    try:
+        loaded = load_plan(str(folder / "run.yaml"))
+        find_problems(loaded)
+        if not loaded.plan.errors:
+            run_files(loaded.plan, loaded.inputs)
+    except HpctrainError:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("example", "path", "value", "words"),
+    [
+        ("hf-sft", ("config", "lora"), 3, "`lora: 3` must be a mapping"),
+        ("hf-sft", ("config", "disk_gib"), float("nan"), "is not a number that one can count with"),
+        ("hf-sft", ("config", "num_train_epochs"), float("inf"), "is not a number that one can count with"),
+        ("lumi-sft", ("data", "train"), ["/" + "x" * 5000], "is longer than 4095 bytes"),
+        ("lumi-sft", ("data", "train"), ["\u2028"], "contains the control character"),
+        ("lumi-sft", ("nodes",), 10**400, "is not a number that one can count with"),
+    ],
+)
+def test_what_cannot_be_carried_or_counted_is_one_error(tmp_path, example, path, value, words):
+    run = yaml.safe_load((next(each for each in EXAMPLES if each.name == example) / "run.yaml").read_text())
+    node = run
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run, allow_unicode=True), encoding="utf-8")
+    try:
+        errors = load_plan(str(tmp_path / "run.yaml")).plan.errors
+    except UsageError as error:
+        errors = error.problems
+    assert len(errors) == 1, errors
+    (problem,) = errors
+    assert words in problem.what and problem.where.startswith(str(tmp_path / "run.yaml:"))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

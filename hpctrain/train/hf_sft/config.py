@@ -199,6 +199,6 @@ def _contradictions(config: HfSftConfig, document: yamlio.Document) -> list[Prob
     if config.max_steps and config.warmup_steps > config.max_steps:
         found.append(Problem(f"`warmup_steps: {config.warmup_steps}` is above `max_steps: {config.max_steps}`",
                              where=document.where("warmup_steps")))  # fmt: skip
-    if config.lora is not None and not config.lora["target_modules"]:
+    if config.lora is not None and not config.lora.get("target_modules", True):
         found.append(Problem("`lora.target_modules` is empty: nothing would be trained", where=document.where("lora")))
     return found
