@@ -1,14 +1,15 @@
 """The fast encoder, given only the pieces that text can become, for models where it equals SentencePiece: gigatoken for BPE, the
-search of `unigram.py` for unigram models.
+merges of `bpe.py` where its pieces go across spaces, the search of `unigram.py` for unigram models.
 
 Three defences keep it exact. `unsuited` refuses models whose structure it does not follow. A self-check at start compares ids
-on spans of the data and on a fuzz set made from the model's own pieces. Later every 500th span is compared again. Spans that
-spell a user-defined piece go to SentencePiece one by one, and so does any span that comes back with a control id.
+on spans of the data and on a fuzz set made from the model's own pieces. Later every 500th span is compared again. Any span that
+comes back with a control id goes to SentencePiece, and with unigram models those that spell a user-defined piece.
 
-Why gigatoken can be equal: SentencePiece's BPE merges the adjacent pair whose concatenation has the best score, leftmost first
+Why the merges can be equal: SentencePiece's BPE merges the adjacent pair whose concatenation has the best score, leftmost first
 (bpe_model.cc, SampleEncode). Ranked merges do the same when every character of a piece is a piece itself and no two pieces
 share a score. Control, unknown and byte pieces take no part in merges, so `<|user|>` in text stays text. A character that no
-merge holds separates texts as if each were encoded alone: NUL, since spans that hold one go to SentencePiece.
+merge holds separates texts as if each were encoded alone: NUL, since spans that hold one go to SentencePiece. User-defined
+pieces separate texts too: the longest one that begins at a character is one symbol that merges with none (`freeze` there).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.tokenize import memory
@@ -45,9 +46,19 @@ def unsuited(model: SpmModel) -> str:
     """Why the fast encoder cannot be exact for `model`, or nothing."""
     if model.model_type not in ("bpe", "unigram"):
         return f"the model is {model.model_type}, and no faster encoder gives the same ids"
-    if model.suffix_whitespace or not model.escape_whitespaces:
+    if not model.escape_whitespaces or (model.suffix_whitespace and model.model_type == "unigram"):
         return "the model treats whitespace in an unusual way"
     return _unsuited_unigram(model) if model.model_type == "unigram" else _unsuited_bpe(model)
+
+
+def compiles(model: SpmModel) -> bool:
+    """Whether the fast encoder for `model` is compiled when it starts, which takes seconds."""
+    return model.model_type == "unigram" or crosses_spaces(model)
+
+
+def crosses_spaces(model: SpmModel) -> bool:
+    """Whether a piece goes on after a word's end, so that words cannot be looked up one by one."""
+    return any(_SPACE in model.pieces[index].lstrip(_SPACE) for index in model.ids_of_type(NORMAL))
 
 
 def _unsuited_unigram(model: SpmModel) -> str:
@@ -103,6 +114,11 @@ class FastEncoder:
 
             self._encode: Engine = Viterbi(model, self._separator, give_up).encode
             self.name = f"compiled search, numba {_version('numba')}"
+        elif crosses_spaces(model):
+            from hpctrain.tokenize.bpe import Merges
+
+            self._encode = Merges(model, self._separator, give_up).encode
+            self.name = f"compiled merges, numba {_version('numba')}"
         else:
             import gigatoken
 
@@ -111,12 +127,22 @@ class FastEncoder:
             self._encode = self._anew()
             self.name = f"gigatoken {_version('gigatoken')}"
         self._sp = processor(model)
-        self._between = b"\0 " if model.add_dummy_prefix else b"\0"
+        self._before, self._after = b"\0", b""
+        if model.add_dummy_prefix and model.suffix_whitespace:
+            self._after = b" "
+        elif model.add_dummy_prefix:
+            self._before = b"\0 "
         self._unknown = unknown_id(model)
         self._vocab_size = model.vocab_size
         self._byte_fallback = model.byte_fallback
-        defined = [model.pieces[index].replace(_SPACE, " ").encode() for index in model.ids_of_type(USER_DEFINED)]
-        self._defined = re.compile(b"|".join(map(re.escape, defined))) if defined else None
+        # Normalized text has no plain space, so a piece with one never comes out of it.
+        self._defined_ids = {
+            model.pieces[index].replace(_SPACE, " ").encode(): index
+            for index in model.ids_of_type(USER_DEFINED)
+            if " " not in model.pieces[index]
+        }
+        self._defined = re.compile(any_of(self._defined_ids)) if self._defined_ids else None
+        self._splits = model.model_type == "bpe"
         self._normalize = make_normalizer(model, self._sp)
         self.fallbacks = 0
         self._countdown = CHECK_EVERY
@@ -142,14 +168,17 @@ class FastEncoder:
             return np.zeros(0, np.int32), np.zeros(0, np.int64)
         odd = {index for index, span in enumerate(spans) if "\0" in span}
         text = self._normalize(["" if "\0" in span else span for span in spans] if odd else spans)
-        if self._defined or text[:1] in (b"", b"\0") or text[-1:] == b"\0" or b"\0\0" in text:
+        find = self._defined.search if self._defined and not self._splits else None
+        if find or text[:1] in (b"", b"\0") or text[-1:] == b"\0" or b"\0\0" in text:
             # Where nothing is left of a span, SentencePiece may still give a lone dummy prefix. A normalizer may turn other
             # text into a user-defined piece, and the dummy prefix may be the start of one.
-            find = self._defined.search if self._defined else lambda text: False
             parts = text.split(b"\0")
-            odd.update(i for i, part in enumerate(parts) if not part or find(b" " + part.replace(_SPACE_UTF8, b" ")))
-        flat = self._encode((b"\0" + text).replace(b"\0", self._between))
-        begins = np.flatnonzero(flat == self._separator)
+            odd.update(
+                i for i, part in enumerate(parts) if not part or (find and find(b" " + part.replace(_SPACE_UTF8, b" ")))
+            )
+        flat, begins = self._between_defined(
+            self._before + text.replace(b"\0", self._after + self._before) + self._after
+        )
         if len(begins) != len(spans) or begins[0]:
             raise EncoderDisagrees("it lost the border between two spans")
         lengths = np.diff(begins, append=len(flat)) - 1
@@ -161,6 +190,26 @@ class FastEncoder:
             flat, lengths = self._unknowns(flat, lengths)
         ids = flat.astype(np.int32, copy=False)
         return self._with(ids, lengths, spans, sorted(odd)) if odd else (ids, lengths)
+
+    def _between_defined(self, text: bytes) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """(ids, where the separators of spans are in them) of NUL-separated texts; user-defined pieces are cut out first."""
+        import numpy as np
+
+        if self._defined and self._splits:
+            text = text.replace(_SPACE_UTF8, b" ")
+            found = self._defined.findall(text)
+            if found:
+                data = np.frombuffer(self._defined.sub(b"\xff", text), np.uint8)  # a byte that UTF-8 never has
+                is_defined = data[(data == 0) | (data == 0xFF)] == 0xFF
+                flat = self._encode(data.tobytes().replace(b"\xff", b"\0"))
+                begins = np.flatnonzero(flat == self._separator)
+                if len(begins) != len(is_defined):
+                    raise EncoderDisagrees("it lost the border between two spans")
+                flat = flat.copy()
+                flat[begins[is_defined]] = [self._defined_ids[piece] for piece in found]
+                return flat, begins[~is_defined]
+        flat = self._encode(text)
+        return flat, np.flatnonzero(flat == self._separator)
 
     def _with(
         self, flat: NDArray[np.int32], lengths: NDArray[np.int64], spans: Sequence[str], odd: Sequence[int]
@@ -276,6 +325,21 @@ def tokenizer_json(model: SpmModel) -> bytes:
     except ImportError:
         return json.dumps(data, ensure_ascii=False).encode()
     return orjson.dumps(data)
+
+
+def any_of(words: Iterable[bytes]) -> bytes:
+    """A pattern that matches the longest of `words` at a place; as fast for a hundred of them as for one."""
+    following: dict[int, list[bytes]] = {}
+    is_end = False
+    for word in words:
+        if word:
+            following.setdefault(word[0], []).append(word[1:])
+        else:
+            is_end = True
+    branches = [re.escape(bytes([first])) + any_of(rest) for first, rest in sorted(following.items())]
+    if not branches:
+        return b""
+    return b"(?:" + b"|".join(branches) + b")" + (b"?" if is_end else b"")
 
 
 def _separator_id(model: SpmModel) -> int:

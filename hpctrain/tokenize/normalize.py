@@ -22,10 +22,11 @@ def make_normalizer(model: SpmModel, sp: Any) -> Callable[[Sequence[str]], bytes
 
     One string for thousands of texts, as then most steps are one call for all of them.
     """
-    skip = 1 if model.add_dummy_prefix else 0
+    dummy = 1 if model.add_dummy_prefix else 0
+    text_only = slice(0, -dummy or None) if model.suffix_whitespace else slice(dummy, None)
 
     def reference(texts: Sequence[str]) -> list[bytes]:
-        return [text[skip:].replace(_SPACE, " ").encode() for text in sp.normalize(list(texts))]
+        return [text[text_only].replace(_SPACE, " ").encode() for text in sp.normalize(list(texts))]
 
     if not (model.charsmap or model.remove_extra_whitespaces):
         return lambda texts: "\0".join(texts).encode()
@@ -84,7 +85,7 @@ def careful_characters(charsmap: bytes) -> set[int]:
     """
     alone, second, spaces = _rules(charsmap) if charsmap else (set(), set(), set())
     usual = set(map(ord, _SPACES))
-    return (alone | usual | {0, ord(_SPACE)}) - (spaces & usual) - {ord(" ")} | second
+    return (alone | usual | {0, ord(_SPACE)}) - (spaces & (usual | {ord(" ")})) | second
 
 
 def _rules(charsmap: bytes) -> tuple[set[int], set[int], set[int]]:

@@ -2,6 +2,8 @@
 
 import functools
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +20,23 @@ KINDS = ["bpe_nmt_nfkc", "unigram_identity", "bpe_user_defined"]
 def escaped(joined):
     """What sp.normalize gives: a dummy prefix, escaped spaces."""
     return ["▁" + text.replace(" ", "▁") if text else "" for text in joined.decode().split("\0")]
+
+
+def custom_charsmap(rules):
+    """The rules as the trainer compiles them."""
+    import sentencepiece
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = (
+            " ".join(f"{ord(c):X}" for c in a) + "\t" + " ".join(f"{ord(c):X}" for c in b) for a, b in rules.items()
+        )
+        Path(folder, "rules.tsv").write_text("\n".join(rows) + "\n")
+        Path(folder, "text").write_text("some words and letters\n" * 50)
+        sentencepiece.SentencePieceTrainer.train(
+            input=f"{folder}/text", model_prefix=f"{folder}/m", model_type="char", minloglevel=2, vocab_size=20,
+            hard_vocab_limit=False, normalization_rule_tsv=f"{folder}/rules.tsv",
+        )  # fmt: skip
+        return load_model(f"{folder}/m.model").charsmap
 
 
 @functools.cache
@@ -69,4 +88,6 @@ def test_what_needs_care_is_what_the_rules_of_nmt_nfkc_touch():
 
     assert {ord(char) for char in "\x01ﬁ２\u0301\u200b▁\0"} <= careful
     assert not {ord(char) for char in " \n\tabcàéüāžшЯ狐"} & careful
+    # A rule of its own for the space, to `_`, as no usual model has: nothing is short any more.
+    assert ord(" ") in careful_characters(custom_charsmap({" ": "_"}))
     assert careful_characters(b"") == set(map(ord, "\n\t\r\u00a0\0▁"))
