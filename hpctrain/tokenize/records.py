@@ -117,7 +117,10 @@ class Extractor:
             role, content = message.get("role"), message.get("content")
             if not isinstance(role, str) or not isinstance(content, str):
                 wrong = "role" if not isinstance(role, str) else "content"
-                return Fault("text", f"`{where}.{wrong}` is {_kind(message.get(wrong))}, not a string")
+                hint = ""
+                if isinstance(content, list):
+                    hint = "parts of a message become one string before this, and only text has tokens"
+                return Fault("text", f"`{where}.{wrong}` is {_kind(message.get(wrong))}, not a string", 0, hint)
             if self.suspicious and _has_surrogate(content):
                 return _surrogate(content)
             control_id = self._roles.get(role)

@@ -18,6 +18,8 @@ BLOCK_BYTES = 2 << 20
 MAX_LINE_MIB = 64
 SUFFIXES = {".jsonl": "lines", ".json": "lines", ".ndjson": "lines", ".gz": "gz", ".zst": "zst", ".parquet": "parquet"}
 _FINGERPRINT_BYTES = 1 << 16
+_NO_FILE = "not a regular file: an input is read in parts, by several tasks, and again when it is checked"
+_MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"PAR1": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,12 @@ def expand(paths: Sequence[str]) -> list[str]:
                 problems.append(
                     Problem("no input files in this folder", where=path, hint=f"known: {' '.join(SUFFIXES)}")
                 )
-            files.extend(os.path.join(path, name) for name in inside)
+            for file in (os.path.join(path, name) for name in inside):
+                if os.path.exists(file) and not os.path.isfile(file):
+                    problems.append(Problem(_NO_FILE, where=file))
+                files.append(file)
+        elif os.path.exists(path) and not os.path.isfile(path):
+            problems.append(Problem(_NO_FILE, where=path, hint="write it to a file first"))
         elif not os.path.isfile(path):
             hint = f"did you mean {glob.escape(path)}.jsonl?" if os.path.isfile(path + ".jsonl") else ""
             problems.append(Problem("there is no such file", where=path, hint=hint))
@@ -108,18 +115,26 @@ def expand(paths: Sequence[str]) -> list[str]:
 
 
 def describe(path: str) -> Input:
-    """The Input at `path`, as it is now. Raises EnvironmentFault when it cannot be read."""
+    """The Input at `path`, as it is now. Raises EnvironmentFault when it cannot be read, UsageError when its name lies."""
     kind = SUFFIXES[os.path.splitext(path)[1]]
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
             stat = os.fstat(file.fileno())
             digest.update(str(stat.st_size).encode())
-            digest.update(file.read(_FINGERPRINT_BYTES))
+            head = file.read(_FINGERPRINT_BYTES)
+            digest.update(head)
             file.seek(max(0, stat.st_size - _FINGERPRINT_BYTES))
             digest.update(file.read(_FINGERPRINT_BYTES))
     except OSError as error:
         raise EnvironmentFault(f"the input cannot be read: {error.strerror}", where=path) from None
+    really = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), kind)
+    if really != kind:
+        raise UsageError(
+            f"this is a {really} file, but its name ends in `{os.path.splitext(path)[1]}`",
+            where=path,
+            hint=f"rename it so that it ends in .{really}",
+        )
     units = _parquet(path).num_row_groups if kind == "parquet" else stat.st_size
     return Input(os.path.abspath(path), kind, stat.st_size, stat.st_mtime_ns, units, digest.hexdigest())
 
@@ -137,11 +152,19 @@ class SegmentReader:
     """Blocks of one segment. After the last one, `first` and `last` are the units where it really began and ended.
 
     The ends of consecutive segments meet exactly (`last` of one is `first` of the next): the merge checks it.
+    Of parquet only `columns` are read (None: all), as others may be large, or of kinds that Python has not.
     Raises UsageError for a broken compressed file or a line of more than `max_line_mib`, EnvironmentFault where the disk fails.
     """
 
-    def __init__(self, source: Input, segment: Segment, digest: _Hash, max_line_mib: int = MAX_LINE_MIB):
-        self._source, self._segment, self._digest = source, segment, digest
+    def __init__(
+        self,
+        source: Input,
+        segment: Segment,
+        digest: _Hash,
+        max_line_mib: int = MAX_LINE_MIB,
+        columns: Sequence[str] | None = None,
+    ):
+        self._source, self._segment, self._digest, self._columns = source, segment, digest, columns
         self._max_line = max_line_mib << 20
         self.first, self.last = segment.begin, segment.end
         self._done = 0
@@ -234,15 +257,15 @@ class SegmentReader:
     def _rows(self) -> Iterator[Block]:
         file = _parquet(self._source.path)
         metadata = file.metadata
+        columns = None if self._columns is None else [name for name in self._columns if name in file.schema_arrow.names]
         row = sum(metadata.row_group(index).num_rows for index in range(self._segment.begin))
         for group in range(self._segment.begin, self._segment.end):
             num_bytes = metadata.row_group(group).total_byte_size
             self._digest.update(f"{group}:{metadata.row_group(group).num_rows}:{num_bytes}\n".encode())
             per_row = num_bytes // max(1, metadata.row_group(group).num_rows)
-            for batch in file.iter_batches(
-                batch_size=max(1, min(1024, BLOCK_BYTES // max(1, per_row))), row_groups=[group]
-            ):
-                records = batch.to_pylist()
+            size = max(1, min(1024, BLOCK_BYTES // max(1, per_row)))
+            for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=columns):
+                records = batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows
                 yield Block(records, row, per_row * len(records))
                 row += len(records)
 
@@ -269,12 +292,13 @@ class _ZstdFile:
         self._frame = self._new()
         self._started = False
         self._rest = b""
+        self._bite = 64
 
     def read(self, size: int) -> bytes:
         parts, have = [], 0
         while have < size:
-            # Small bites: a few bytes of zstd can hold megabytes of text.
-            data = self._rest or self._raw.read(4096)
+            # Small bites: four bytes of zstd can hold 128 KiB of text.
+            data = self._rest or self._raw.read(self._bite)
             self._rest = b""
             if not data:
                 if self._started and not self._frame.eof:
@@ -285,6 +309,10 @@ class _ZstdFile:
             self._started = True
             parts.append(self._frame.decompress(data))
             have += len(parts[-1])
+            if len(parts[-1]) > 1 << 20:
+                self._bite = max(64, self._bite // 8)
+            elif len(parts[-1]) < 1 << 18:
+                self._bite = min(4096, self._bite * 2)
             if self._frame.eof:
                 self._rest = self._frame.unused_data
         return b"".join(parts)
@@ -311,6 +339,7 @@ def _parquet(path: str) -> Any:
     except ImportError:
         raise missing_package("pyarrow", "parquet") from None
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        # Without a buffer, a whole column of a row group is read at once.
+        return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise EnvironmentFault(f"not a parquet file: {error}", where=path) from None

@@ -56,6 +56,8 @@ class SpmModel:
 
 def load_model(path: str) -> SpmModel:
     """The model at `path`. Raises EnvironmentFault when unreadable, UsageError when it is not a SentencePiece model."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise EnvironmentFault("the tokenizer model is not a regular file", where=path)
     try:
         with open(path, "rb") as file:
             stat = os.fstat(file.fileno())

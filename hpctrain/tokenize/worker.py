@@ -409,7 +409,9 @@ def segment_sha256(plan: Plan, segment: Segment) -> str:
 
 
 def _reader(plan: Plan, segment: Segment, digest: Any) -> SegmentReader:
-    return SegmentReader(plan.inputs[segment.input], segment, digest, plan.options.max_line_mib)
+    form = plan.options.form
+    columns = [name for name in (form.text_key, form.messages_key, form.response_key) if name]
+    return SegmentReader(plan.inputs[segment.input], segment, digest, plan.options.max_line_mib, columns)
 
 
 def _itemsize(plan: Plan) -> int:

@@ -89,6 +89,51 @@ def test_parquet_row_groups(tmp_path):
         describe(str(path))
 
 
+def test_other_columns_of_parquet_are_not_looked_at(tmp_path):
+    """Some hold what Python has no value for, and some are larger than all text."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    far = pyarrow.array([2**62, 1], pyarrow.timestamp("us", tz="Europe/Nowhere"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "when": far}), path)
+
+    assert read(path, Segment(0, 0, 1), columns=["text", "messages"])[0] == [{"text": "a"}, {"text": "b"}]
+    assert read(path, Segment(0, 0, 1), columns=["messages"])[0] == [{}, {}]
+
+
+def test_a_few_bytes_of_zstd_do_not_become_all_their_text_at_once(tmp_path):
+    import zstandard
+
+    line = b"x" * 999 + b"\n"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(line * 64_000, 19))
+    assert path.stat().st_size < 1 << 14
+    reader = SegmentReader(describe(str(path)), Segment(0, 0, path.stat().st_size), hashlib.sha256())
+    sizes = [block.num_bytes for block in reader.blocks()]
+
+    assert sum(sizes) == 64_000_000
+    assert max(sizes) < 16 << 20
+
+
+def test_names_that_lie_are_errors(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(gzip.compress(b"{}\n"))
+    with pytest.raises(UsageError, match="this is a gz file, but its name ends in `.jsonl`"):
+        describe(str(path))
+
+
+def test_what_can_be_read_only_once_is_an_error_and_no_endless_wait(tmp_path):
+    from hpctrain.tokenize.spm import load_model
+
+    os.mkfifo(tmp_path / "a.jsonl")
+    for path in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(UsageError, match="not a regular file"):
+            sources.expand([str(path)])
+    with pytest.raises(EnvironmentFault, match="not a regular file"):
+        load_model(str(tmp_path / "a.jsonl"))
+
+
 def test_an_endless_line_is_an_error_and_not_an_endless_buffer(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"x" * (4 << 20))
