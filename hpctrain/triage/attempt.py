@@ -87,6 +87,7 @@ class Attempt:
     step_times: Window = field(default_factory=lambda: Window(50, min))
     save_times: Window = field(default_factory=lambda: Window(50, min))
     skipped: int = 0
+    skipped_at_minimum: int = 0  # while the loss scale could not be lowered any more
     skipped_first: Place | None = None
     nan_iterations: int = 0
     nan_first: Place | None = None
@@ -120,7 +121,7 @@ class Attempt:
         if step.framework == "deepspeed" and self.framework not in (None, "deepspeed"):
             self._count_skipped(step, place)  # the framework's own line tells the rest
             return step
-        if step.framework == "any" and self.framework not in (None, "any"):
+        if step.framework == "any" and self.framework not in (None, "any", "deepspeed"):
             return step
         self.framework = step.framework
         self.num_steps += 1
@@ -212,6 +213,14 @@ class Attempt:
             return False
         step_s = median(self.step_times.last()) if self.step_times.values else None
         return step_s is None or after * step_s >= _SURVIVED_S or after >= _SURVIVED_STEPS
+
+    @property
+    def iterations_seen(self) -> int:
+        """From the first step line's iteration to the last one's; 0 where they tell none."""
+        first, last = self.first, self.last
+        if first is None or last is None or first.iteration is None or last.iteration is None:
+            return 0
+        return max(last.iteration - first.iteration + 1, 0)
 
     @property
     def reached_end(self) -> bool:

@@ -62,6 +62,8 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     roots = [
         event for event in roots if not (_ABORT.search(event.text) and any(_before(other, event) for other in broken))
     ]
+    asides = [event for event in roots if event.weak]
+    roots = [event for event in roots if not event.weak]
     named = [event for event in roots if event.failure not in ("program", "crash")]
     general = [event for event in roots if event.failure in ("program", "crash")]
     if named and general and general[0].order < named[0].order and not _same_rank(general[0], named[0]):
@@ -83,9 +85,9 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     doubtful = [event for event in everything if _tells(event)][-1:] if launcher_saw and attempt.exit_code != 0 else []
     if wrapped and _never_ended(attempt, around) and all(_BY_SIGNAL.search(event.text) for event in wrapped):
         wrapped = []  # nobody was there any more to say who ended the tasks
-    for chosen in (named, general, killed, others, ends, doubtful, wrapped):
+    for chosen in (named, general, killed, others, ends, asides, doubtful, wrapped):
         if chosen:
-            return _attributed(chosen[0], attempt)
+            return _attributed(_with_rank(chosen[0], everything), attempt)
     return _silent_end(attempt, around)
 
 
@@ -120,6 +122,25 @@ def _tells(event: Event) -> bool:
     return not failure.symptom and not failure.external
 
 
+def _with_rank(event: Event, everything: list[Event]) -> Event:
+    """With the rank (and node) that the next line about the same failure names, where this one names none."""
+    if event.rank is not None or FAILURES[event.failure].external:
+        return event
+    for other in everything:
+        near = other.place.file == event.place.file and 0 < other.place.number - event.place.number <= _NEAR
+        if (
+            near
+            and other.failure == event.failure
+            and other.rank is not None
+            and other.node in (None, event.node or other.node)
+        ):
+            return dataclasses.replace(event, rank=other.rank, node=event.node or other.node)
+    return event
+
+
+_NEAR = 20  # lines
+
+
 def _attributed(event: Event, attempt: Attempt) -> Event:
     """With the rank and node that the job script saw fail first, where the line itself names none."""
     if event.rank is None and event.node is None and attempt.first_failed and not FAILURES[event.failure].external:
@@ -128,7 +149,7 @@ def _attributed(event: Event, attempt: Attempt) -> Event:
 
 
 _LEFT_ALONE = re.compile(r"(?:closed|reset) by (?:peer|remote)|remote process exited")
-_ABORT = re.compile(r"terminate called|[Aa]borted|exitcode *: -6\b")
+_ABORT = re.compile(r"terminate called|[Aa]borted|\b(?:exitcode|code|status)[ :=]+(?:-6|134)\b")
 
 
 def _same_rank(one: Event, other: Event) -> bool:

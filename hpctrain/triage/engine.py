@@ -6,9 +6,10 @@ import datetime
 import re
 from collections.abc import Callable, Iterable
 
+from hpctrain.triage import exceptions
 from hpctrain.triage.attempt import Attempt
-from hpctrain.triage.failures import BENIGN, PATTERNS, PRECEDENCE, Pattern
 from hpctrain.triage.formats import STEP_ANCHORS, Parser, tqdm_before
+from hpctrain.triage.patterns import BENIGN, PATTERNS, PRECEDENCE, Pattern
 from hpctrain.triage.records import Event, Place, Step, last_match
 from hpctrain.triage.scan import UNIFORM, Hit, LineScanner, Matcher
 from hpctrain.triage.thresholds import Thresholds
@@ -43,8 +44,8 @@ _RANK = re.compile(
 )  # fmt: skip
 _NODE = re.compile(
     rb"hpctrain: preflight: (\S+) is bad: |srun: error: ([A-Za-z][\w.-]*\d[\w.-]*): |\bON ([A-Za-z][\w.-]*) (?:CANCELLED|FAILED)|failed on node ([A-Za-z][\w.-]*)|\[([a-z][a-z-]*\d[\w.-]*)\] - Abort|[Nn]ode failure on ([\w.-]+)"
-    rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] (?:\S+ )?NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN"
-    rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?:slurmstepd-)?(?!rank|task|epoch|step|worker|default|slurmstepd|srun)([a-z][a-z-]*\d[\w.-]*): "
+    rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] (?:\S+ )?NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN|\(IP: (\d+\.\d+\.\d+\.\d+)"
+    rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?:slurmstepd-)?(?!rank|task|epoch|step|worker|default|slurmstepd|srun)([a-z][a-z-]*\d[a-z\d.-]*): "
 )
 _ELASTIC_RANK = re.compile(rb"rank +: (\d+)")
 _ELASTIC_HOST = re.compile(rb"host +: ([\w.-]+)")
@@ -54,7 +55,9 @@ _RAY_CALL = re.compile(
 )
 _RAY_ACTOR = re.compile(rb"^\s+ip: \[?(\d+\.\d+\.\d+\.\d+)", re.MULTILINE)
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+_SCALE = re.compile(rb"Attempted loss scale: ([\d.]+), reducing to ([\d.]+)")
 _TEXT = 400
+_MOST_TOLD = 256  # lines of which it is remembered what they told; the ends of open tracebacks among them
 _LONGEST = 4096  # bytes of a step line that may become a template
 _DENSE = 1000  # step lines of an attempt that are all read before healthy ones are sampled
 
@@ -67,7 +70,7 @@ class _Anchors:
         entries += [(pattern.anchor, "failure", pattern) for pattern in PATTERNS]
         entries += [(b"hpctrain: ", "ours", None), (b"'train_runtime':", "hf_done", None)]
         entries += [(phrase, "quiet", phrase) for phrase in _QUIET]
-        entries += [(b"OVERFLOW! ", "overflow", None)]
+        entries += [(b"OVERFLOW! ", "overflow", None), (exceptions.HEADER, "traceback", None)]
         by_anchor: dict[bytes, list[tuple[str, object]]] = {}
         for anchor, kind, what in entries:
             by_anchor.setdefault(anchor, []).append((kind, what))
@@ -114,10 +117,11 @@ class LogReader:
         self.engine, self.name = engine, name
         self.modified_s: float | None = None
         self._meanings = anchors.meanings
-        self._scanner = LineScanner(anchors.matcher)
+        self._scanner = LineScanner(anchors.matcher, exceptions.is_open)
         self._attempt: Attempt | None = None
-        self._event: Event | None = None  # of the last line that told a failure
-        self._event_offset = -1
+        self._told: dict[
+            int, tuple[Event, bool]
+        ] = {}  # by a line's offset: what it told, and whether its own words did
 
     @property
     def num_bytes(self) -> int:
@@ -154,6 +158,8 @@ class LogReader:
                         break
                 elif kind == "failure":
                     self._failure(hit, what)
+                elif kind == "traceback":
+                    self._traceback(hit)
                 else:
                     self._note(hit, kind, what)
         if last_step is not None and self._attempt is not None and now_s is None:
@@ -208,13 +214,36 @@ class LogReader:
     def _failure(self, hit: Hit, pattern: object) -> None:
         assert isinstance(pattern, Pattern)
         line = hit.line if b"\x1b" not in hit.line else _ESCAPES.sub(b"", hit.line)
-        if hit.offset == self._event_offset and self._event is not None:
-            if PRECEDENCE[self._event.failure] <= PRECEDENCE[pattern.failure]:
-                return
+        known, by_words = self._told.get(hit.offset, (None, False))
+        if known is not None and by_words and PRECEDENCE[known.failure] <= PRECEDENCE[pattern.failure]:
+            return
         if pattern.confirm and not pattern.confirm.search(line):
             return
         if BENIGN.search(line) or (pattern.unless and pattern.unless.search(line)):
             return
+        failure, strong = pattern.failure, True
+        if failure == "program":
+            failure, strong = exceptions.classify(line)
+            if known is not None and (not strong or PRECEDENCE[known.failure] <= PRECEDENCE[failure]):
+                return
+        self._tell(hit, hit.offset, hit.number, line, failure, strong, pattern.weak)
+
+    def _traceback(self, hit: Hit) -> None:
+        """The exception at the end of the traceback that begins here."""
+        found = exceptions.last_line(hit.context, hit.position)
+        if found is None or exceptions.is_ignored(hit.context, hit.position):
+            return
+        start, end = found
+        line = _ESCAPES.sub(b"", hit.context[start:end].rstrip(b"\r"))
+        failure, strong = exceptions.classify(line, hit.context[hit.position : start])
+        offset = hit.offset + start - hit.start
+        if offset not in self._told and not BENIGN.search(line):
+            self._tell(hit, offset, hit.number + hit.context.count(b"\n", hit.position, start), line, failure, strong)
+
+    def _tell(
+        self, hit: Hit, offset: int, number: int, line: bytes, failure: str, by_words: bool, weak: bool = False
+    ) -> None:
+        """Keep that the line at `offset` tells a failure, in place of what it was thought to tell before."""
         attempt = self._current(hit)
         time_s = _time_in(line)
         if time_s is None:
@@ -233,13 +262,16 @@ class LogReader:
             index = rank // self.engine.tasks_per_node
             node = attempt.nodes[index] if index < len(attempt.nodes) else None
         self.engine.order += 1
-        event = Event(pattern.failure, Place(self.name, hit.number), clean(line), rank, node, time_s, attempt.num_steps,
-                      self.engine.order)  # fmt: skip
-        if hit.offset == self._event_offset and self._event is not None:
-            attempt.replace_event(self._event, event)
+        event = Event(failure, Place(self.name, number), clean(line), rank, node, time_s, attempt.num_steps,
+                      self.engine.order, weak)  # fmt: skip
+        known = self._told.get(offset)
+        if known is not None:
+            attempt.replace_event(known[0], event)
         else:
             attempt.add_event(event)
-        self._event, self._event_offset = event, hit.offset
+        if len(self._told) >= _MOST_TOLD:
+            del self._told[next(iter(self._told))]
+        self._told[offset] = event, by_words
 
     def _note(self, hit: Hit, kind: str, what: object) -> None:
         if kind == "ours":
@@ -252,7 +284,11 @@ class LogReader:
         elif kind == "overflow":
             attempt = self._current(hit)
             attempt.counts_skipped = True
-            if attempt.num_steps >= self.engine.thresholds.skipped_grace and b"Skipping step" in hit.line:
+            scale = _SCALE.search(hit.line)
+            if scale and scale[1] == scale[2]:
+                attempt.skipped_at_minimum += 1
+                attempt.skipped_first = attempt.skipped_first or Place(self.name, hit.number)
+            elif attempt.num_steps >= self.engine.thresholds.skipped_grace and b"Skipping step" in hit.line:
                 attempt.skipped += 1
                 attempt.skipped_first = attempt.skipped_first or Place(self.name, hit.number)
 

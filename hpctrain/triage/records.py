@@ -45,7 +45,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Event:
-    """A line that names a failure. `time_s` is UTC seconds since 1970 where a time of the line is known."""
+    """A line that names a failure. `time_s` is UTC seconds since 1970 where a time of the line is known.
+
+    `weak`: said by a shell or a helper program in passing; any exception outranks it.
+    """
 
     failure: str
     place: Place
@@ -55,6 +58,7 @@ class Event:
     time_s: float | None = None
     steps_before: int = 0
     order: int = 0
+    weak: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return {

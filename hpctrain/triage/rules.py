@@ -161,8 +161,20 @@ def _loss_trend(first: Attempt, t: Thresholds) -> Verdict:
     return Verdict("loss_trend", GREEN, f"the loss fell by {_percent(drop)} in {t.loss_steps} steps{note}", place)
 
 
+_FEW = 5  # losses in a row that are no accident
+
+
 def _loss_rise(attempt: Attempt, t: Thresholds) -> Verdict:
-    losses = attempt.losses
+    losses, first = attempt.losses, attempt.first
+    if first and first.loss is not None and first.loss > 0 and losses.seen >= 2 * _FEW:
+        now = min(losses.values[-_FEW:])
+        if now > 1.5 * t.loss_rise * first.loss and now - first.loss > 1:
+            return Verdict(
+                "loss_rise",
+                RED,
+                f"recent loss {now:.4g}, the first was {first.loss:.4g}: it diverges",
+                attempt.last_place,
+            )
     if losses.best is None or losses.seen < 2 * losses.size:
         return Verdict("loss_rise", NOT_OBSERVED, f"fewer than {2 * losses.size} step lines with a loss")
     now, best = median(losses.last()), losses.best
@@ -221,8 +233,17 @@ def _row(series: Series, in_a_row: int) -> str:
 def _skipped(attempt: Attempt) -> Verdict:
     if not attempt.counts_skipped:
         return Verdict("skipped_steps", NOT_OBSERVED, "no line counts skipped iterations")
+    grace = attempt.thresholds.skipped_grace
+    if attempt.skipped_at_minimum:
+        detail = f"{attempt.skipped_at_minimum} iterations without an update at the lowest loss scale"
+        return Verdict("skipped_steps", RED, detail, attempt.skipped_first)
+    later = (attempt.iterations_seen or attempt.num_steps) - grace
+    if attempt.skipped and attempt.skipped <= attempt.thresholds.skipped_share * later:
+        detail = (
+            f"{attempt.skipped} of {later} iterations without an update, as fp16's loss scale now and then asks for"
+        )
+        return Verdict("skipped_steps", GREEN, detail, attempt.skipped_first)
     if attempt.skipped:
-        grace = attempt.thresholds.skipped_grace
         return Verdict(
             "skipped_steps",
             RED,

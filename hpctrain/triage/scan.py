@@ -7,7 +7,7 @@ it starts, a four-byte gram at an even address; so numpy looks up every second p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from hpctrain.triage.uniform import Template, uniform_end
@@ -121,12 +121,13 @@ class Matcher:
 class LineScanner:
     """Feeds a log in pieces of any size and gives the lines with an anchor. State: one piece and one unfinished line.
 
-    With a `template`, of a stretch of healthy step lines only the last is given, as a hit with the anchor UNIFORM; then
+    `until` tells where, at the end of a text of whole lines, something begins that needs its next lines to be judged (-1:
+    nothing); those are kept back. With a `template`, of a stretch of healthy step lines only the last is given, as a hit with the anchor UNIFORM; then
     `uniform_steps` tells how many it stands for.
     """
 
-    def __init__(self, matcher: Matcher):
-        self._matcher = matcher
+    def __init__(self, matcher: Matcher, until: Callable[[bytes], int] | None = None):
+        self._matcher, self._until = matcher, until
         self._carry = b""
         self._lines_before = 0  # line feeds before `_carry`
         self._bytes_before = 0  # bytes before `_carry`
@@ -149,6 +150,8 @@ class LineScanner:
         end = max(text.rfind(b"\n"), text.rfind(b"\r")) + 1
         if len(text) - end > MAX_LINE:
             end = len(text)  # no line end in sight: judge what there is, rather than keep it
+        elif self._until is not None and (begin := self._until(text[:end])) >= 0:
+            end = begin  # what belongs together is judged together
         self._carry = text[end:]
         return self._hits(text[:end] if end < len(text) else text)
 

@@ -22,6 +22,7 @@ class Thresholds:
     grad_norm_max: float = 1000.0  # beyond, several times in a row or at the end: RED
     in_a_row: int = 3
     skipped_grace: int = 25  # iterations in which fp16 loss scaling may search its scale
+    skipped_share: float = 0.01  # and of the later ones: its scale grows until one in a thousand or so is skipped
     throughput_drop: float = 0.5  # RED when the last window runs below this fraction of the best one
     hang_factor: float = 10.0  # no step line for max(hang_factor x median step, hang_min_s)
     hang_min_s: float = 900.0

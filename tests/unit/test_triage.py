@@ -74,9 +74,19 @@ def test_every_labelled_log_is_there_and_names_its_source():
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), name=st.sampled_from(["verl-oom.log", "neox-nccl-timeout.out", "hf4-loss-zero.log"]))
+@given(
+    seed=st.integers(0, 10**6),
+    name=st.sampled_from(
+        [
+            "triage/verl-oom.log",
+            "triage/neox-nccl-timeout.out",
+            "triage/hf4-loss-zero.log",
+            "triage-held-out/vllm-driver-gpus.log",
+        ]
+    ),
+)
 def test_any_split_of_a_log_gives_the_same_events(seed, name):
-    text = (DATA / name).read_bytes()
+    text = (DATA.parent / name).read_bytes()
     rnd = random.Random(seed)
     engine = Engine()
     reader = engine.log("x")
@@ -347,6 +357,108 @@ def test_an_error_before_quick_lines_of_other_ranks_is_still_the_cause_when_the_
 )  # fmt: skip
 def test_a_single_line_of_a_public_report_is_recognised(failure, line):
     assert diagnose(line.encode() + b"\n").cause.event.failure == failure
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        ("killed", "[launch.py:434:sigkill_handler] ['python', 'x.py'] exits with return code = -9"),
+        ("crash", "[launch.py:434:sigkill_handler] ['python', 'x.py'] exits with return code = -11"),
+        ("crash", "srun: error: n1: task 3: Exited with exit code 139"),
+        ("crash", "prterun noticed that process rank 4 with PID 61 on node n7 exited on signal 11 (Segmentation fault)."),
+        ("crash", "subprocess.CalledProcessError: Command '['x']' died with <Signals.SIGBUS: 7>."),
+        ("wrapper", "srun: error: n1: task 3: Exited with exit code 2"),
+        ("disk", "OSError: [Errno 28] nobody translated this"),
+        ("filesystem", "mylib.SaveFailedError: cannot write (os error 30)"),
+        ("filesystem", "OSError: [Errno 121] whatever"),
+        ("host_oom", "OSError: [Errno 12] whatever"),
+        ("communication", "OSError: [Errno 113] whatever"),
+        ("missing_file", "httpx.ConnectError: [Errno 101] Network is unreachable at https://huggingface.co/x"),
+        ("environment", "RuntimeError: CUDA error: the provided PTX was compiled with an unsupported toolchain."),
+        ("gpu_fault", "RuntimeError: HIP error: the operation cannot be performed in the present state"),
+        ("gpu_oom", "n1:1:2 [0] alloc.h:191 NCCL WARN Cuda failure 2 'out of memory'"),
+        ("config", "omegaconf.errors.MissingMandatoryValue: Missing mandatory value: trainer.nnodes"),
+        ("config", "yaml.scanner.ScannerError: mapping values are not allowed here"),
+        ("checkpoint", "_pickle.UnpicklingError: pickle data was truncated"),
+        ("node", "ray.exceptions.NodeDiedError: Task failed because the node it was running on is dead"),
+        ("program", "(Worker pid=12, ip=10.0.0.1) KeyError: 'input_ids'"),
+        ("program", "ERROR 02-09 02:31:11 engine.py:389] ValueError: anything"),
+        ("program", "2026-10-31 03:11:02,475 - Tuner - INFO - [rank7]: AssertionError"),
+    ],
+)  # fmt: skip
+def test_families_are_told_whole_whatever_the_member(failure, line):
+    """Exit codes, signals, errno, the devices' errors and the classes of exceptions: no member needs a line of its own."""
+    assert diagnose(line.encode() + b"\n").cause.event.failure == failure
+
+
+@pytest.mark.parametrize(
+    ("line", "rank"),
+    [
+        ("{0}pyarrow.lib.ArrowInvalid: JSON parse error", None),
+        ("{0}queue.Empty", None),
+        ("[rank3]: {0}mylib.GaveUp: no more data", 3),
+        ("(Worker pid=7) {0}zlib.error: Error -3 while decompressing", None),
+    ],
+)
+def test_the_last_line_of_a_traceback_is_the_cause_whatever_its_class(line, rank):
+    prefix = line[: line.index("{0}")]
+    text = "".join(
+        f"{prefix}{row}\n"
+        for row in ("Traceback (most recent call last):", '  File "t.py", line 3, in main', "    step(batch)")
+    )
+    noise = "[2026-01-01 00:00:00] [INFO] of another process\n"
+    event = diagnose((text + noise + line.format("") + "\n").encode()).cause.event
+    assert (event.failure, event.rank, event.place.number) == ("program", rank, 5)
+
+
+def test_where_an_exception_came_through_tells_what_it_is_about():
+    text = 'Traceback (most recent call last):\n  File "c.py", line 3, in {}\n    assert ok\nAssertionError: 4 != 8\n'
+    for function, failure in (("load_checkpoint", "checkpoint"), ("validate_args", "config"), ("forward", "program")):
+        assert diagnose(text.format(function).encode()).cause.event.failure == failure
+    assert (
+        diagnose(text.format("load_checkpoint").replace("4 != 8", "HIP out of memory").encode()).cause.event.failure
+        == "gpu_oom"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "WARNING 02-09 02:31:11 engine.py:389] ValueError: not tried again\n",
+        'Exception ignored in: <function A.__del__ at 0x7f>\nTraceback (most recent call last):\n  File "a.py", line 1, in x\nqueue.Empty\n',
+        "subprocess returned with exit code 0, return code = 0\n",
+        "sample: He said that there was a ValueError: yes\n",
+    ],
+)
+def test_what_ended_nothing_is_no_cause(text):
+    assert diagnose(text.encode()).cause is None
+
+
+def test_what_a_shell_says_in_passing_yields_to_any_exception():
+    aside = b"df: /root/.triton/autotune: No such file or directory\n"
+    assert diagnose(aside + b"srun: error: n1: task 0: Exited with exit code 1\n").cause.event.failure == "missing_file"
+    assert diagnose(aside + b"ValueError: x\n").cause.event.failure == "program"
+
+
+def test_a_loss_scale_that_now_and_then_skips_is_healthy_and_one_at_its_minimum_is_not():
+    line = "[2026-04-28 06:52:00,878] [INFO] [logging.py:96:log_dist] [Rank 0] step={}, skipped={}, lr=[1e-06], mom=[0.9]\nstep {} loss: 2.5\n"
+    assert (
+        verdicts(diagnose("".join(line.format(10 * i, i // 40, 10 * i) for i in range(1, 100)).encode()))[
+            "skipped_steps"
+        ]
+        == GREEN
+    )
+    assert (
+        verdicts(diagnose("".join(line.format(10 * i, i, 10 * i) for i in range(1, 100)).encode()))["skipped_steps"]
+        == RED
+    )
+    stuck = b"[deepspeed] OVERFLOW! Rank 0 Skipping step. Attempted loss scale: 1, reducing to 1\n"
+    assert verdicts(diagnose(stuck))["skipped_steps"] == RED
+
+
+def test_a_short_run_whose_loss_multiplies_is_red():
+    assert verdicts(diagnose(steps(12, loss=lambda i: 2.3 if i == 1 else 11.0)))["loss_rise"] == RED
+    assert verdicts(diagnose(steps(12, loss=lambda i: 0.2 if i == 1 else 0.7)))["loss_rise"] == NOT_OBSERVED
 
 
 HEALTHY = {

@@ -1,0 +1,144 @@
+"""What an exception tells by its class, its errno and the functions it came through, where its words name no failure.
+
+A program that nobody here has seen still raises exceptions with names from a handful of libraries, system calls that fail
+with errno(3), and tracebacks that tell whether it was reading its configuration or loading a checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+
+MOST = 64 * 1024  # bytes of a traceback that are waited for
+HEADER = b"Traceback (most recent call last)"
+
+# A rank, a logger, Ray or a service in front of an exception: all end in one of `] ) : > |` or ` - `. A warning is handled.
+_NAME = rb"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Invalid|Fault)(?:_\w+)?(?:\([\w.]+\))?"
+RAISED = re.compile(rb"^(?![^\n]{0,60}\bWARN)(?:[^\n]{0,160}?(?:[\])>|]|: | - ))?\s*(" + _NAME + rb")(?::|\s*$)")
+# What may end a traceback: any class, by its module or with a capital first letter, alone or before a colon.
+_LAST = re.compile(rb"((?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*|[A-Z][a-z]*[A-Za-z_]*[a-z]\w*)(?:\([\w.]+\))?(?::(?:\s|$)|\s*$)")
+_NO_CLASS = re.compile(rb"(?:Killed|Aborted|Terminated|Traceback|Epoch|Step|Loss|Error|Warning|Exception)\b(?!\w)")
+# Python itself says that what follows was not raised, or that the program was over.
+_IGNORED = re.compile(
+    rb"Exception ignored |--- Logging error ---|Error in atexit|Error in sys\.excepthook|_run_finalizers"
+)
+_DIGITS = bytes.maketrans(b"0123456789", b"0" * 10)
+
+# errno(3), by its number: `[Errno 28]`, `(os error 28)`, `Os { code: 28`, `errno: 98`.
+_ERRNO = re.compile(rb"\[Errno (\d+)\]|\(os error (\d+)\)|\bOs \{ code: (\d+)|\berrno[:=]? ?(\d+)")
+_ERRNOS = {
+    1: "missing_file", 2: "missing_file", 13: "missing_file", 20: "missing_file", 21: "missing_file", 36: "missing_file", 40: "missing_file",
+    12: "host_oom", 27: "disk", 28: "disk", 122: "disk",
+    5: "filesystem", 6: "filesystem", 16: "filesystem", 19: "filesystem", 26: "filesystem", 30: "filesystem", 37: "filesystem", 71: "filesystem",
+    95: "filesystem", 107: "filesystem", 108: "filesystem", 116: "filesystem", 117: "filesystem", 121: "filesystem",
+    8: "environment", 32: "communication", 98: "communication", 99: "communication", 100: "communication", 101: "communication", 103: "communication",
+    104: "communication", 110: "communication", 111: "communication", 112: "communication", 113: "communication",
+}  # fmt: skip
+# A server on the internet, told by an address or a library that only speaks to such.
+_INTERNET = re.compile(
+    rb"https?://|HTTPS?Connection|huggingface|on the Hub|github\.com|wandb|modelscope|\bcurl: |getaddrinfo|proxy",
+    re.IGNORECASE,
+)
+_OFFLINE = re.compile(
+    rb"^(?:MaxRetry|NewConnection|NameResolution|ConnectTimeout|ReadTimeout|Proxy|SSL|SSLCertVerification|URL|HTTP|HfHubHTTP|Offline\w*|LocalEntryNotFound"
+    rb"|RepositoryNotFound|RevisionNotFound|EntryNotFound|GatedRepo|DatasetNotFound|DataFilesNotFound)(?:Error)?$|^OfflineModeIsEnabled$|^gaierror$"
+)
+_CLASSES = tuple(
+    (failure, re.compile(pattern))
+    for failure, pattern in (
+        ("wrapper", rb"^(?:ChildFailed|CalledProcess|SubprocessFailure|ProcessRaised|ProcessExited|Launch|RayTask)(?:Error|Exception)$|^(?:SystemExit|SignalException)$"),
+        ("gpu_oom", rb"^(?:OutOfMemory|ResourceExhausted)Error$"),
+        ("host_oom", rb"^_?(?:Array)?MemoryError$"),
+        ("environment", rb"^(?:ModuleNotFound|Import|PackageNotFound|DistributionNotFound|VersionConflict|PackageVersion|Compilation|Ninja)(?:Error)?$|^(?:DistributionNotFound|VersionConflict)$"),
+        ("missing_file", rb"^(?:FileNotFound|NotADirectory|IsADirectory|Permission|RepositoryNotFound|EntryNotFound|RevisionNotFound|LocalEntryNotFound|GatedRepo|DatasetNotFound|DataFilesNotFound)Error$|^OfflineModeIsEnabled$"),
+        ("communication", rb"^(?:Dist\w*|Rendezvous\w*|Nccl|NCCL|Connection(?:Refused|Reset|Aborted|Closed)?|BrokenPipe|Timeout|GetTimeout|Socket|Rpc|RPC|Ray(?:System|Channel\w*)|ObjectLost|OwnerDied|Gloo|IncompleteRead|RemoteDisconnected)(?:Error|Exception)?$|^(?:timeout|EOFError_\w*)$"),
+        ("killed", rb"^(?:ActorDied|RayActor|WorkerCrashed|ActorUnavailable|BrokenProcessPool|TerminatedWorker)(?:Error)?$"),
+        ("node", rb"^NodeDiedError$"),
+        ("checkpoint", rb"^(?:Checkpoint\w*|Unpickling|CorruptCheckpoint|BadZipFile|ZeRORuntime|Deserialization)(?:Error|Exception)?$"),
+        ("config", rb"^(?:Config\w*|MissingMandatory\w*|OverrideParse|MissingConfig|Interpolation\w*|Validation|Argument|ArgumentType|Scanner|Parser|Constructor|Composer|Duplicate\w*Key\w*|YAML|TOMLDecode|Usage|BadParameter|HFValidation|InvalidArgument|DeepSpeedConfig|OmegaConfBase)(?:Error|Exception)?$|^MissingMandatoryValue$"),
+        ("gpu_fault", rb"^NVMLError\w*$"),
+        ("nonfinite", rb"^(?:FloatingPoint|NaN\w*|NonFinite\w*|Diverged\w*)(?:Error|Exception)$"),
+    )
+)  # fmt: skip
+# Functions whose exceptions are about what they work on, whatever class they have. The innermost that says something counts.
+_PLACES = (
+    ("checkpoint", re.compile(rb"\bin \w*(?:load|restore|resume)\w*(?:checkpoint|ckpt|state_dict|optimizer)\w*|\bin \w*(?:checkpoint|ckpt)\w*_?(?:load|restore|resume)\w*|torch/serialization\.py\", line \d+, in _?load\b|in create_default_local_load_plan|/dist_checkpointing/\S+\", line \d+, in load|checkpoint/state_dict_loader")),
+    ("config", re.compile(rb"\bin \w*(?:validate|check|parse|sanity)_?\w*(?:args|config|arguments|options)\w*|\bin __post_init__|\bin (?:_do_sanity_check|_batch_assertion|_configure_train_batch_size|from_ymls|parse_args_into_dataclasses|_parse_known_args)|argparse\.py\"|/omegaconf/|/hydra/_internal/config|/pydantic/")),
+)  # fmt: skip
+
+
+def classify(line: bytes, frames: bytes = b"") -> tuple[str, bool]:
+    """(failure class, whether the line itself tells it) of an exception's line; `program` when nothing is more special.
+
+    `frames`: the traceback above it. A class that only the frames tell yields to any that the line's words tell.
+    """
+    found = RAISED.match(line)
+    name = found[1] if found else b""
+    if not name:
+        last = _LAST.match(line)
+        name = last[1] if last else b""
+    short = name.partition(b"(")[0].rpartition(b".")[2]
+    if _OFFLINE.match(short) or (b"onnect" in line and _INTERNET.search(line)):
+        return "missing_file", True
+    if short == b"OutOfMemoryError" and b"ray." in name:
+        return "host_oom", True
+    errno = _ERRNO.search(line)
+    if errno and (failure := _ERRNOS.get(int(next(filter(None, errno.groups()))))):
+        return ("missing_file" if failure == "communication" and _INTERNET.search(line) else failure), True
+    for failure, pattern in _CLASSES:
+        if pattern.match(short):
+            return failure, True
+    frames = frames[-MOST:]
+    last_place = max(((_last_start(pattern, frames), failure) for failure, pattern in _PLACES), default=(-1, ""))
+    return (last_place[1], False) if last_place[0] >= 0 else ("program", False)
+
+
+def _last_start(pattern: re.Pattern[bytes], text: bytes) -> int:
+    start = -1
+    for found in pattern.finditer(text):
+        start = found.start()
+    return start
+
+
+def is_open(text: bytes) -> int:
+    """Where an unfinished traceback at the end of `text` (whole lines) begins, -1 when there is none."""
+    low = max(len(text) - MOST, 0)
+    position = text.rfind(HEADER, low)
+    if position < 0 or last_line(text, position) is not None:
+        return -1
+    # With several ranks writing at once the first that is unfinished counts.
+    while True:
+        before = text.rfind(HEADER, low, position)
+        if before < 0 or last_line(text, before) is not None:
+            return text.rfind(b"\n", 0, position) + 1
+        position = before
+
+
+def last_line(text: bytes, position: int) -> tuple[int, int] | None:
+    """(start, end) of the line that names the exception of the traceback whose header is at `position`; None: not there yet.
+
+    Lines of other ranks in between are passed over: those do not begin as the header's line does, but for its digits.
+    """
+    start = text.rfind(b"\n", max(position - 400, 0), position) + 1
+    start = max(start, text.rfind(b"\r", start, position) + 1)
+    prefix = text[start:position]
+    like = prefix.translate(_DIGITS)
+    at = text.find(b"\n", position) + 1
+    limit = min(len(text), position + MOST)
+    while 0 < at < limit:
+        end = text.find(b"\n", at)
+        if end < 0:
+            return None
+        line = text[at:end]
+        if line[: len(prefix)].translate(_DIGITS) == like:
+            body = line[len(prefix) : len(prefix) + 400]
+            if _LAST.match(body) and not _NO_CLASS.match(body):
+                return at, end
+        at = end + 1
+    return None
+
+
+def is_ignored(text: bytes, position: int) -> bool:
+    """Whether Python says, on the line above the header, that this exception ended nothing."""
+    start = text.rfind(b"\n", max(position - 400, 0), position)
+    above = text.rfind(b"\n", max(start - 400, 0), max(start, 0))
+    return bool(_IGNORED.search(text, max(above, 0), position))
