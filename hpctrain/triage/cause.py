@@ -71,6 +71,7 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     killed = [event for event in symptoms if event.failure == "killed" and "exitcode" in event.text]
     killed.sort(key=lambda event: event.rank is None)
     wrapped = sorted((event for event in symptoms if event.failure == "wrapper"), key=lambda event: event.rank is None)
+    wrapped = [event for event in wrapped if not event.weak] or (wrapped if not attempt.num_steps else [])
     others = [event for event in symptoms if event.failure != "wrapper"]
     if ends and ends[0].failure == "script_killed":
         others = []  # its tasks were killed after it
@@ -85,6 +86,9 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     doubtful = [event for event in everything if _tells(event)][-1:] if launcher_saw and attempt.exit_code != 0 else []
     if wrapped and _never_ended(attempt, around) and all(_BY_SIGNAL.search(event.text) for event in wrapped):
         wrapped = []  # nobody was there any more to say who ended the tasks
+    # A severity, or a shell's complaint, explains only a start that never trained or that a launcher saw fail.
+    told = [event for event in asides if event.failure != "program"] or asides
+    asides = told if launcher_saw or not attempt.num_steps else []
     for chosen in (named, general, killed, others, ends, asides, doubtful, wrapped):
         if chosen:
             return _attributed(_with_rank(chosen[0], everything), attempt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import re
 from collections.abc import Callable, Iterable
@@ -57,6 +58,7 @@ _RAY_ACTOR = re.compile(rb"^\s+ip: \[?(\d+\.\d+\.\d+\.\d+)", re.MULTILINE)
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 _SCALE = re.compile(rb"Attempted loss scale: ([\d.]+), reducing to ([\d.]+)")
 _TEXT = 400
+_NEAR_LINES = 10
 _MOST_TOLD = 256  # lines of which it is remembered what they told; the ends of open tracebacks among them
 _LONGEST = 4096  # bytes of a step line that may become a template
 _DENSE = 1000  # step lines of an attempt that are all read before healthy ones are sampled
@@ -70,7 +72,11 @@ class _Anchors:
         entries += [(pattern.anchor, "failure", pattern) for pattern in PATTERNS]
         entries += [(b"hpctrain: ", "ours", None), (b"'train_runtime':", "hf_done", None)]
         entries += [(phrase, "quiet", phrase) for phrase in _QUIET]
-        entries += [(b"OVERFLOW! ", "overflow", None), (exceptions.HEADER, "traceback", None)]
+        entries += [
+            (b"Local host: ", "host", None),
+            (b"OVERFLOW! ", "overflow", None),
+            (exceptions.HEADER, "traceback", None),
+        ]
         by_anchor: dict[bytes, list[tuple[str, object]]] = {}
         for anchor, kind, what in entries:
             by_anchor.setdefault(anchor, []).append((kind, what))
@@ -119,6 +125,7 @@ class LogReader:
         self._meanings = anchors.meanings
         self._scanner = LineScanner(anchors.matcher, exceptions.is_open)
         self._attempt: Attempt | None = None
+        self._tail = b""
         self._told: dict[
             int, tuple[Event, bool]
         ] = {}  # by a line's offset: what it told, and whether its own words did
@@ -136,8 +143,15 @@ class LogReader:
         """Whether more than one byte in a hundred is NUL: not a log, or one that a crash tore."""
         return self._scanner.num_nul * 100 > self._scanner.num_bytes
 
+    @property
+    def last_words(self) -> str:
+        """The last line that is not blank."""
+        lines = [line for line in re.split(rb"[\r\n]", self._tail) if line.strip()]
+        return clean(lines[-1]) if lines else ""
+
     def feed(self, piece: bytes, now_s: float | None = None) -> None:
         """Read on. `now_s`: when this was written, in follow mode; None for what was there before."""
+        self._tail = (self._tail + piece[-2 * _TEXT :])[-2 * _TEXT :]
         self._take(self._scanner.feed(piece), now_s)
 
     def close(self) -> None:
@@ -278,6 +292,8 @@ class LogReader:
             self._our_line(hit)
         elif kind == "hf_done":
             self._current(hit).finished = "the trainer printed its summary"
+        elif kind == "host":
+            self._name_host(hit)
         elif kind == "quiet":
             assert isinstance(what, bytes)
             self._current(hit).quiet_phase = what.decode().strip()
@@ -292,6 +308,17 @@ class LogReader:
                 attempt.skipped += 1
                 attempt.skipped_first = attempt.skipped_first or Place(self.name, hit.number)
 
+    def _name_host(self, hit: Hit) -> None:
+        """Open MPI tells where it was a few lines below what failed."""
+        host = re.search(rb"Local host: +([A-Za-z][\w.-]*)", hit.line)
+        if not host or not self._told:
+            return
+        offset, (event, by_words) = list(self._told.items())[-1]
+        if event.node is None and 0 < hit.number - event.place.number <= _NEAR_LINES:
+            named = dataclasses.replace(event, node=host[1].decode())
+            self._current(hit).replace_event(event, named)
+            self._told[offset] = named, by_words
+
     def _our_line(self, hit: Hit) -> None:
         line = hit.line
         job = _JOB.search(line)
@@ -304,6 +331,7 @@ class LogReader:
                                     nodes=nodes, first_line=hit.number)  # fmt: skip
             self.engine.attempts.append(self._attempt)
             self._scanner.template = None  # the first steps of every start are all read
+            self._told.clear()
             return
         attempt = self._current(hit)
         time_s = _time_in(line)

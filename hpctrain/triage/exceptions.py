@@ -12,11 +12,11 @@ MOST = 64 * 1024  # bytes of a traceback that are waited for
 HEADER = b"Traceback (most recent call last)"
 
 # A rank, a logger, Ray or a service in front of an exception: all end in one of `] ) : > |` or ` - `. A warning is handled.
-_NAME = rb"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Invalid|Fault)(?:_\w+)?(?:\([\w.]+\))?"
+_NAME = rb"(?:[A-Za-z_]\w*\.)*(?:[A-Z]\w*(?:Error|Exit|Interrupt|Invalid|Fault)|(?:[A-Z]\w*)?Exception)(?:_\w+)?(?:\([\w.]+\))?"
 RAISED = re.compile(rb"^(?![^\n]{0,60}\bWARN)(?:[^\n]{0,160}?(?:[\])>|]|: | - ))?\s*(" + _NAME + rb")(?::|\s*$)")
 # What may end a traceback: any class, by its module or with a capital first letter, alone or before a colon.
 _LAST = re.compile(rb"((?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*|[A-Z][a-z]*[A-Za-z_]*[a-z]\w*)(?:\([\w.]+\))?(?::(?:\s|$)|\s*$)")
-_NO_CLASS = re.compile(rb"(?:Killed|Aborted|Terminated|Traceback|Epoch|Step|Loss|Error|Warning|Exception)\b(?!\w)")
+_NO_CLASS = re.compile(rb"(?:Killed|Aborted|Terminated|Traceback|Epoch|Step|Loss|Warning|Error)\b(?!\w)")
 # Python itself says that what follows was not raised, or that the program was over.
 _IGNORED = re.compile(
     rb"Exception ignored |--- Logging error ---|Error in atexit|Error in sys\.excepthook|_run_finalizers"
@@ -42,6 +42,7 @@ _OFFLINE = re.compile(
     rb"^(?:MaxRetry|NewConnection|NameResolution|ConnectTimeout|ReadTimeout|Proxy|SSL|SSLCertVerification|URL|HTTP|HfHubHTTP|Offline\w*|LocalEntryNotFound"
     rb"|RepositoryNotFound|RevisionNotFound|EntryNotFound|GatedRepo|DatasetNotFound|DataFilesNotFound)(?:Error)?$|^OfflineModeIsEnabled$|^gaierror$"
 )
+_TIMED_OUT = re.compile(rb"[Tt]imed[ -]?out|[Tt]ime-?out (?:of|after|expired|reached|exceeded)")
 _CLASSES = tuple(
     (failure, re.compile(pattern))
     for failure, pattern in (
@@ -87,6 +88,8 @@ def classify(line: bytes, frames: bytes = b"") -> tuple[str, bool]:
     for failure, pattern in _CLASSES:
         if pattern.match(short):
             return failure, True
+    if _TIMED_OUT.search(line):
+        return "communication", False
     frames = frames[-MOST:]
     last_place = max(((_last_start(pattern, frames), failure) for failure, pattern in _PLACES), default=(-1, ""))
     return (last_place[1], False) if last_place[0] >= 0 else ("program", False)

@@ -36,11 +36,17 @@ _VERL_STEP = re.compile(rb"\bstep:(\d+) - ")
 _VERL_PAIR = re.compile(rb"([\w@./()-]+):(?:np\.float\d+\()?(%s)\)?(?= - |\s*$)" % _N)
 _EM = re.compile(rb"train stats after (\d+) examples: ")
 _DEEPSPEED = re.compile(rb"\bstep=(\d+), skipped=(\d+), lr=\[?(%s)?" % _N)
-_ANY_LOSS = re.compile(rb"(?<![\w/])(?:train[_ ]|lm[_ ])?loss['\"]?\s*[:= ]\s*['\"]?(%s)(?![\w.])" % _N, re.IGNORECASE)
-_ANY_STEP = re.compile(
-    rb"(?<![\w/])(?:step|iter|iteration)s?['\"]?\s*[:= #]\s*(\d+)\s*(?:(?:/|of)\s*(\d+))?", re.IGNORECASE
+_ANY_LOSS = re.compile(
+    rb"(?<![\w/])(?:(?:train|losses)/)?(?:(?:train|training|lm|total|step|batch|avg|average|mean)[_ ])?c?loss['\"]?\s*[:= ]\s*['\"]?(%s)(?![\w.])"
+    % _N,
+    re.IGNORECASE,
 )
-_ANY_PLACE = re.compile(rb"\[(\d+)/(\d+)\]")  # `Epoch: [0][415/1736]`, as torchvision's and OpenMMLab's loops print it
+_ANY_STEP = re.compile(
+    rb"(?<![\w/])(?:step|iter|iteration)s?['\"]?\s*[:= #]\s*(\d+)(?![\d%]|\.\d)\s*(?:(?:/|of)\s*(\d+))?", re.IGNORECASE
+)
+_ANY_PLACE = re.compile(
+    rb"\[ *(\d+)/(\d+)\]"
+)  # `Epoch: [0][415/1736]`, as torchvision's and OpenMMLab's loops print it
 _ANY_NORM = re.compile(rb"(?<![\w/])grad(?:ient)?[_ ]?norm['\"]?\s*[:= ]\s*['\"]?(%s)" % _N, re.IGNORECASE)
 _ANY_LR = re.compile(rb"(?<![\w/])(?:lr|learning[_ ]rate)['\"]?\s*[:= ]\s*\[?['\"]?(%s)" % _N, re.IGNORECASE)
 _NOT_TRAINING = re.compile(rb"(?<![\w/])(?:eval|valid|validation|test|val|dev)[_ /]", re.IGNORECASE)
@@ -139,7 +145,7 @@ def deepspeed(line: bytes) -> Step | None:
 def anything(line: bytes) -> Step | None:
     """`step 10 loss 2.3` in the spellings people use; needs both a step and a loss."""
     loss = _ANY_LOSS.search(line)
-    step = _ANY_STEP.search(line) or _ANY_PLACE.search(line)
+    step = _ANY_STEP.search(line) or _ANY_PLACE.search(line) or _TQDM.search(line)
     if not loss or not step or _NOT_TRAINING.search(line):
         return None
     norm, lr = _ANY_NORM.search(line), _ANY_LR.search(line)
@@ -161,6 +167,7 @@ STEP_ANCHORS: tuple[tuple[bytes, Parser], ...] = (
     (b" loss ", anything),
     (b"loss: ", anything),
     (b"loss=", anything),
+    (b"loss : ", anything),
     (b"Loss: ", anything),
     (b"Loss=", anything),
     (b"Loss ", anything),

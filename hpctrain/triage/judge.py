@@ -72,7 +72,11 @@ def judge(engine: Engine, around: Circumstances | None = None, recipe: str | Non
     remarks = _remarks(engine)
     if not attempts:
         empty = not any(reader.num_bytes for reader in engine.logs.values())
-        what = "there is no log, or it is empty" if empty else "nothing in the logs is about training"
+        what = (
+            "there is no log, or it is empty"
+            if empty
+            else f"nothing in the logs is about training{_last_words(engine)}"
+        )
         return Diagnosis(NOT_OBSERVED, what, "wait" if around.running else LOOK,
                          "see `hpctrain status`: is the job pending?", verdicts=tuple(_nothing()), remarks=tuple(remarks))  # fmt: skip
     # A job that was kept out by a lock says nothing about the run that holds it.
@@ -83,7 +87,9 @@ def judge(engine: Engine, around: Circumstances | None = None, recipe: str | Non
     cause_event = causes[id(last)]
     verdicts = rules.health(subject, trained[0] if trained else subject)
     verdicts.append(rules.hang(last, around))
-    verdicts += rules.failure_rules(last, cause_event, last.survived)
+    verdicts += rules.failure_rules(
+        last, cause_event, lambda event: last.survived(event) or (event.weak and last.num_steps > 0)
+    )
     verdicts.append(rules.ending(last, around, cause_event))
     verdicts += _start(last)
     incidents = [
@@ -98,6 +104,11 @@ def judge(engine: Engine, around: Circumstances | None = None, recipe: str | Non
     remarks += _left_no_word(attempts)
     framework = recipe or subject.framework
     return _answer(verdicts, cause, incidents, attempts, subject, trained, around, framework, remarks)
+
+
+def _last_words(engine: Engine) -> str:
+    words = [reader.last_words for reader in engine.logs.values() if reader.last_words]
+    return f"; the last line: {words[-1]}" if words else ""
 
 
 def in_order(attempts: list[Attempt]) -> list[Attempt]:

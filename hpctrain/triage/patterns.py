@@ -38,6 +38,10 @@ _CODE = (
 _DEVICE = rb"(?:(?:CUDA|HIP) error(?: \d+)?: |Cuda failure (?:\d+ )?')"
 _NOT_HARDWARE = rb"(?![^\n]*(?:ut of memory|kernel image|device function|device-side assert|invalid argument|invalid configuration|PTX|toolchain|insufficient|driver version|ordinal))"
 
+_SEVERE = (
+    rb"^(?![^\n]*[Ii]gnoring)(?:[^\n]{0,120}?[\s\[(|:-])?(?:(?:ERROR|FATAL|CRITICAL)\b|(?:fatal )?error: |fatal: )"
+)
+
 # (failure, anchor, what the line must match, whether it is weak)
 _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("gpu_oom", b"CUDA out of memory", None),
@@ -76,6 +80,7 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("host_oom", b"OOMKilled", None),
     ("host_oom", b"OUT_OF_MEMORY", rb"[Ss]tate|JobState|sacct|slurm"),
     ("host_oom", b"memory usage threshold", None),
+    ("host_oom", b"memory limit", rb"(?i)exceed"),
     ("disk", b"DataLoader worker (pid", rb"Bus error"),
     ("disk", b"o space left", rb"[Nn]o space left"),
     ("disk", b"uota exceeded", None),
@@ -157,6 +162,7 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("environment", b"CUDA_ERROR_", rb"CUDA_ERROR_(?:NO_BINARY|INVALID_PTX|UNSUPPORTED|SYSTEM_DRIVER)"),
     ("environment", b"_STATUS_", rb"_STATUS_(?:ARCH_MISMATCH|VERSION_MISMATCH)"),
     ("environment", b"symbol lookup error", None),
+    ("environment", b"support", rb"(?i)error[^\n]*(?:only supports?|only supported on|not supported (?:on|by) (?:this|your|the current)|requires?) [^\n]*\b(?:GPUs?|device|hardware|architecture|compute capability|sm_?\d\d|gfx\d)"),
     ("environment", b"xec format error", None),
     ("environment", b"No module named ", None),
     ("environment", b"binary incompatibility", None),
@@ -185,6 +191,9 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("config", b"class input value", rb"AnnealingLR"),
     ("config", b"divisible by", rb"(?:Error|assert|Exception)"),
     ("config", b": error: ", rb": error: (?:argument |ambiguous option|invalid )|invalid choice"),
+    ("config", b"d option", rb"(?:unrecogni[sz]ed|invalid) option"),
+    ("config", b"n option", rb"unknown option"),
+    ("config", b"such option", None),
     ("config", b"validation error", rb"\d validation errors? for "),
     ("config", b"andatory value", None),
     ("config", b"is not in struct", None),
@@ -240,6 +249,9 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("nonfinite", b"not finite", rb"(?i)(?:loss|grad\w*(?: norm)?) (?:is|are|became) (?:not |non-?)finite|non-?finite (?:loss|grad)"),
     ("nonfinite", b"non-finite", rb"(?i)(?:loss|grad\w*(?: norm)?) (?:is|are|became) (?:not |non-?)finite|non-?finite (?:loss|grad)"),
     ("nonfinite", b"onfinite", rb"(?i)(?:loss|grad\w*(?: norm)?) (?:is|are|became) (?:not |non-?)finite|non-?finite (?:loss|grad)"),
+    ("nonfinite", b" is nan", rb"(?i)\b(?:loss|grad)"),
+    ("nonfinite", b" is NaN", rb"(?i)\b(?:loss|grad)"),
+    ("nonfinite", b" is inf", rb"(?i)\b(?:loss|grad)\w*(?: norm)? is inf(?:inite)?\b"),
     ("nonfinite", b"Minimum loss scale reached", None),
     ("nonfinite", b"Current loss scale already at minimum", None),
     ("nonfinite", b"contains either `inf`, `nan`", None),
@@ -342,6 +354,8 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("wrapper", b"Exited with exit code", rb"srun: error"),
     ("wrapper", b" code", rb"^(?=[^\n]*(?:srun|launch\.py|exits |api\.py|mpirun|prterun))" + _CODE + rb"-?[1-9]"),
     ("wrapper", b"root cause above", None),
+    ("wrapper", b"launch failed", rb"srun|slurm"),
+    ("wrapper", b" code", rb"^(?=[^\n]*exited)" + _CODE + rb"-?[1-9]", True),
     ("wrapper", b"RayTaskError", None),
     # Behind all that know their failure by its own words.
     ("program", b"ssertion ", rb"Assertion [`'\"(][^\n]*failed|Assertion failed"),
@@ -350,6 +364,12 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("program", b"Error", None),
     ("program", b"Exception", None),
     ("program", b"KeyboardInterrupt", None),
+    # A severity is all that some say. Nothing but the silence of a run that never trained makes that a cause.
+    ("program", b"ERROR", _SEVERE, True),
+    ("program", b"FATAL", _SEVERE, True),
+    ("program", b"CRITICAL", _SEVERE, True),
+    ("program", b"error: ", _SEVERE, True),
+    ("program", b"fatal: ", _SEVERE, True),
     ("refused", b"hpctrain: error: ", rb"^hpctrain: error: (?!no finite)"),  # last: any other class says more
 )  # fmt: skip
 
@@ -367,6 +387,6 @@ PATTERNS = tuple(
 PRECEDENCE = {name: rank for rank, name in enumerate(dict.fromkeys(failure for failure, *_ in _PATTERNS))}
 # `Bypassing SIGTERM` is what accelerate says while others die; a warning of Python names a category, not a failure.
 BENIGN = _rx(
-    rb"Bypassing SIGTERM|thrown while requesting|(?:Future|Deprecation|User|Runtime|Resource)Warning|Exception ignored in|warnings\.warn"
+    rb"Bypassing SIGTERM|NCCL INFO|libfabric:\S*<(?:warn|info)>|thrown while requesting|(?:Future|Deprecation|User|Runtime|Resource)Warning|Exception ignored in|warnings\.warn"
     rb"|\[W\w*[ \d:.-]*\s?\w*\.(?:cpp|py|cc):?\d*\] .*(?:retry|Retrying)|will retry|[Rr]etrying"
 )

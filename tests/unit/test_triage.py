@@ -434,6 +434,51 @@ def test_what_ended_nothing_is_no_cause(text):
     assert diagnose(text.encode()).cause is None
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "2026-06-10 13:18:20,846 ERROR scripts.py:447 -- it did not work",
+        "fatal error: newosproc",
+        "srun: error: something that no version of Slurm has said yet",
+        "pdsh@n0: n1: ssh exited with exit code 1",
+    ],
+)
+def test_a_severity_explains_only_a_start_that_never_trained(line):
+    assert diagnose(line.encode() + b"\n").verdict == RED
+    for text in (steps(30) + line.encode() + b"\n", line.encode() + b"\n" + steps(30)):
+        diagnosis = diagnose(text)
+        assert (diagnosis.verdict, diagnosis.cause) == (GREEN, None)
+    failed = diagnose(steps(30) + line.encode() + b"\nsrun: error: n1: task 0: Exited with exit code 1\n")
+    assert failed.cause.event.failure in ("program", "wrapper")
+
+
+def test_a_log_in_which_nothing_is_known_shows_its_last_line():
+    assert diagnose(b"loading\nwaiting for something\n\n").summary.endswith("the last line: waiting for something")
+
+
+def test_the_host_that_open_mpi_names_below_is_the_node():
+    text = b"Open MPI failed an OFI Libfabric library call (fi_domain).  This is highly\nunusual\n\n  Local host: crusher051\n"
+    assert diagnose(text).cause.event.node == "crusher051"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b"Training Epoch: 0 Training Iteration: 1787  average_loss : 2.354  step_loss : 3.146", (1787, 2.354)),
+        (
+            b"[losses/total_loss: 1.64 | losses/value_loss: 7.62]:  16%|#  | 1024/6400 [1:14:23<1:13:02,  1.23it/s]",
+            (1024, 1.64),
+        ),
+        (b"Steps:   0%|  | 12/500000 [12:44<14459:40:43, 104.11s/it, loss=0.36, lr=5e-6]", (12, 0.36)),
+        (b"[17:11:05.85] Epoch: [0]  [   30/13000]  eta: 2:17:53  closs: 1.5078 (1.6011)", (30, 1.5078)),
+        (b"step 3 eval/total_loss: 1.5", None),
+    ],
+)
+def test_a_loop_of_ones_own_is_read_in_the_spellings_people_use(line, expected):
+    step = formats.anything(line)
+    assert (step and (step.iteration, step.loss)) == expected
+
+
 def test_what_a_shell_says_in_passing_yields_to_any_exception():
     aside = b"df: /root/.triton/autotune: No such file or directory\n"
     assert diagnose(aside + b"srun: error: n1: task 0: Exited with exit code 1\n").cause.event.failure == "missing_file"

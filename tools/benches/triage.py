@@ -35,6 +35,13 @@ FIRST_SIGHT = {
         "verdict": "40/51",
         "false_red_of_healthy": 1,
     },
+    4: {
+        "logs": 40,
+        "cause": (0.846, 0.710),
+        "red_rules": (0.982, 0.844),
+        "verdict": "32/40",
+        "false_red_of_healthy": 0,
+    },
 }
 sys.path.insert(0, str(TOP))
 
