@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.records import Event, Place, Step, Window, median
 from hpctrain.triage.thresholds import Thresholds
 
@@ -93,6 +94,7 @@ class Attempt:
     nan_first: Place | None = None
     counts_skipped: bool = False
     _last_skipped: int = 0
+    _began_anew: int = 0  # how many step lines there were when the iterations last went back
 
     events: dict[str, list[Event]] = field(default_factory=dict)
     event_counts: dict[str, int] = field(default_factory=dict)
@@ -127,6 +129,8 @@ class Attempt:
         self.num_steps += 1
         self.quiet_phase = None
         self.first = self.first or step
+        if self.last and (step.iteration or 0) < (self.last.iteration or 0):
+            self._began_anew = self.num_steps
         self.last, self.last_place = step, place
         self.total = step.total or self.total
         self._add_loss(step, place)
@@ -211,6 +215,10 @@ class Attempt:
         after = self.num_steps - event.steps_before
         if after < 3:
             return False
+        by_slurm = FAILURES[event.failure].external and not event.text.startswith("hpctrain: ")
+        if by_slurm and after < _SURVIVED_STEPS:
+            # Slurm has ended it: unless a start began anew, that are the last lines of its tasks, which came a little later.
+            return self._began_anew > event.steps_before
         step_s = median(self.step_times.last()) if self.step_times.values else None
         return step_s is None or after * step_s >= _SURVIVED_S or after >= _SURVIVED_STEPS
 

@@ -43,6 +43,10 @@ _OFFLINE = re.compile(
     rb"|RepositoryNotFound|RevisionNotFound|EntryNotFound|GatedRepo|DatasetNotFound|DataFilesNotFound)(?:Error)?$|^OfflineModeIsEnabled$|^gaierror$"
 )
 _TIMED_OUT = re.compile(rb"[Tt]imed[ -]?out|[Tt]ime-?out (?:of|after|expired|reached|exceeded)")
+_NOT_THERE = re.compile(
+    rb"(?i)(?:can't|cannot|could not|unable to) (?:load|find|open)|not found|no file|have a file|not a (?:local|valid)"
+)
+_FRAME = re.compile(rb'File "([^"\n]+)", line \d+, in (\S+)')
 _CLASSES = tuple(
     (failure, re.compile(pattern))
     for failure, pattern in (
@@ -90,9 +94,24 @@ def classify(line: bytes, frames: bytes = b"") -> tuple[str, bool]:
             return failure, True
     if _TIMED_OUT.search(line):
         return "communication", False
+    if short in (b"OSError", b"EnvironmentError") and _NOT_THERE.search(line):
+        return "missing_file", True
     frames = frames[-MOST:]
+    if _importing(frames):
+        return "environment", False
     last_place = max(((_last_start(pattern, frames), failure) for failure, pattern in _PLACES), default=(-1, ""))
     return (last_place[1], False) if last_place[0] >= 0 else ("program", False)
+
+
+def _importing(frames: bytes) -> bool:
+    """Whether a package's own top level was running: it raised while it was imported."""
+    found = _FRAME.findall(frames)
+    if not found:
+        return False
+    of_packages = [b"-packages/" in path for path, _ in found]
+    last_at_top = of_packages[-1] and found[-1][1] == b"<module>"
+    within = any(package and name == b"<module>" for package, (_, name) in zip(of_packages, found))
+    return last_at_top or (within and b"runpy" not in frames)
 
 
 def _last_start(pattern: re.Pattern[bytes], text: bytes) -> int:

@@ -42,7 +42,8 @@ _ANY_LOSS = re.compile(
     re.IGNORECASE,
 )
 _ANY_STEP = re.compile(
-    rb"(?<![\w/])(?:step|iter|iteration)s?['\"]?\s*[:= #]\s*(\d+)(?![\d%]|\.\d)\s*(?:(?:/|of)\s*(\d+))?", re.IGNORECASE
+    rb"(?<![\w/])(?:num_|global_|train_)?(?:step|iter|iteration|update)s?['\"]?\s*[:= #]\s*(\d+)(?![\d%]|\.\d)\s*(?:(?:/|of)\s*(\d+))?",
+    re.IGNORECASE,
 )
 _ANY_PLACE = re.compile(
     rb"\[ *(\d+)/(\d+)\]"

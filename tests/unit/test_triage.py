@@ -479,6 +479,33 @@ def test_a_loop_of_ones_own_is_read_in_the_spellings_people_use(line, expected):
     assert (step and (step.iteration, step.loss)) == expected
 
 
+def test_what_slurm_ended_is_over_though_its_tasks_wrote_on_a_little():
+    ended = b"slurmstepd: error: *** STEP 5.0 ON n7 CANCELLED AT 2026-01-10T15:27:25 DUE TO TIME LIMIT ***\n"
+    assert diagnose(steps(30) + ended + steps(5, first=31)).cause.event.failure == "time_limit"
+    assert diagnose(steps(30) + ended + steps(5, first=20)).cause is None  # it began anew from an earlier checkpoint
+
+
+def test_an_exception_while_a_package_is_imported_is_about_the_environment():
+    frame = '  File "{}", line 3, in {}\n    x\n'
+    package, own = "/opt/venv/lib/python3.11/site-packages/bnb/__init__.py", "/work/train.py"
+    start = "Traceback (most recent call last):\n"
+    end = "RuntimeError: something is wrong\n"
+    importing = (
+        start + frame.format(own, "<module>") + frame.format(package, "<module>") + frame.format(package, "setup") + end
+    )
+    assert diagnose(importing.encode()).cause.event.failure == "environment"
+    calling = start + frame.format(own, "<module>") + frame.format(package, "train") + end
+    assert diagnose(calling.encode()).cause.event.failure == "program"
+    as_module = (
+        start
+        + frame.format("<frozen runpy>", "_run_module_as_main")
+        + frame.format(package, "<module>")
+        + frame.format(own, "main")
+        + end
+    )
+    assert diagnose(as_module.encode()).cause.event.failure == "program"
+
+
 def test_what_a_shell_says_in_passing_yields_to_any_exception():
     aside = b"df: /root/.triton/autotune: No such file or directory\n"
     assert diagnose(aside + b"srun: error: n1: task 0: Exited with exit code 1\n").cause.event.failure == "missing_file"
