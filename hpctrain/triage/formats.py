@@ -36,21 +36,22 @@ _VERL_STEP = re.compile(rb"\bstep:(\d+) - ")
 _VERL_PAIR = re.compile(rb"([\w@./()-]+):(?:np\.float\d+\()?(%s)\)?(?= - |\s*$)" % _N)
 _EM = re.compile(rb"train stats after (\d+) examples: ")
 _DEEPSPEED = re.compile(rb"\bstep=(\d+), skipped=(\d+), lr=\[?(%s)?" % _N)
-_ANY_LOSS = re.compile(
-    rb"(?<![\w/])(?:(?:train|losses)/)?(?:(?:train|training|lm|total|step|batch|avg|average|mean)[_ ])?c?loss['\"]?\s*[:= ]\s*['\"]?(%s)(?![\w.])"
-    % _N,
+_ANY_LOSS = re.compile(rb"[lL]oss['\"]?\s*[:= ]\s*['\"]?(%s)(?![\w.])" % _N)
+_BEFORE_LOSS = re.compile(
+    rb"(?:^|[^\w/])(?:(?:train|losses)/)?(?:(?:train|training|lm|total|step|batch|avg|average|mean)[_ ])?c?$",
     re.IGNORECASE,
 )
+# Each begins with the letters that it may begin with: a search then skips all others at the speed of C.
 _ANY_STEP = re.compile(
-    rb"(?<![\w/])(?:num_|global_|train_)?(?:step|iter|iteration|update)s?['\"]?\s*[:= #]\s*(\d+)(?![\d%]|\.\d)\s*(?:(?:/|of)\s*(\d+))?",
-    re.IGNORECASE,
+    rb"[sSiIuUnNgGtT](?<![\w/].)(?i:(?:(?<=n)um_|(?<=g)lobal_|(?<=t)rain_)(?:step|iter|iteration|update)|(?<=s)tep|(?<=i)ter(?:ation)?|(?<=u)pdate)[sS]?"
+    rb"['\"]?\s*[:= #]\s*(\d+)(?![\d%]|\.\d)\s*(?:(?:/|of)\s*(\d+))?"
 )
 _ANY_PLACE = re.compile(
     rb"\[ *(\d+)/(\d+)\]"
 )  # `Epoch: [0][415/1736]`, as torchvision's and OpenMMLab's loops print it
-_ANY_NORM = re.compile(rb"(?<![\w/])grad(?:ient)?[_ ]?norm['\"]?\s*[:= ]\s*['\"]?(%s)" % _N, re.IGNORECASE)
-_ANY_LR = re.compile(rb"(?<![\w/])(?:lr|learning[_ ]rate)['\"]?\s*[:= ]\s*\[?['\"]?(%s)" % _N, re.IGNORECASE)
-_NOT_TRAINING = re.compile(rb"(?<![\w/])(?:eval|valid|validation|test|val|dev)[_ /]", re.IGNORECASE)
+_ANY_NORM = re.compile(rb"[gG](?<![\w/].)(?i:rad(?:ient)?[_ ]?norm)['\"]?\s*[:= ]\s*['\"]?(%s)" % _N)
+_ANY_LR = re.compile(rb"[lL](?<![\w/].)(?i:r|earning[_ ]rate)['\"]?\s*[:= ]\s*\[?['\"]?(%s)" % _N)
+_NOT_TRAINING = re.compile(rb"[eEvVtTdD](?<![\w/].)(?i:(?<=e)val|(?<=v)al(?:id(?:ation)?)?|(?<=t)est|(?<=d)ev)[_ /]")
 
 # Anchors after which a line may be a step line, and the parser of each.
 Parser = Callable[[bytes], "Step | None"]
@@ -145,7 +146,14 @@ def deepspeed(line: bytes) -> Step | None:
 
 def anything(line: bytes) -> Step | None:
     """`step 10 loss 2.3` in the spellings people use; needs both a step and a loss."""
-    loss = _ANY_LOSS.search(line)
+    loss = next(
+        (
+            found
+            for found in _ANY_LOSS.finditer(line)
+            if _BEFORE_LOSS.search(line[max(found.start() - 24, 0) : found.start()])
+        ),
+        None,
+    )
     step = _ANY_STEP.search(line) or _ANY_PLACE.search(line) or _TQDM.search(line)
     if not loss or not step or _NOT_TRAINING.search(line):
         return None

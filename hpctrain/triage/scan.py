@@ -2,7 +2,8 @@
 
 Every pattern that triage knows contains a literal anchor of at least five bytes. An anchor of that length covers, wherever
 it starts, a four-byte gram at an even address; so numpy looks up every second position's gram in a small hash table
-(the idea of Wu and Manber, "A fast algorithm for multi-pattern searching", 1994), and Python sees only the hits.
+(the idea of Wu and Manber, "A fast algorithm for multi-pattern searching", 1994), compares the words beside it with what
+its anchors ask of them, and Python sees only what is left.
 """
 
 from __future__ import annotations
@@ -59,6 +60,24 @@ class Matcher:
                 gram = int.from_bytes(anchor[offset : offset + 4], "little")
                 self._grams.setdefault(gram, []).append((index, offset))
         self._multiplier, self._table, self._exact = self._build()
+        self._beside = [self._words_beside(step) for step in (1, -1)]
+
+    def _words_beside(self, step: int) -> tuple[int, Any, Any]:
+        """(step, mask, value) per slot: what all anchors of a gram ask of the four bytes after (step 1) or before (-1) it."""
+        masks, values = (self._np.zeros(2**_SLOTS_BITS, dtype=self._np.uint32) for _ in range(2))
+        for gram, places in self._grams.items():
+            mask, value = 2**32 - 1, None
+            for index, offset in places:
+                anchor = self.anchors[index]
+                word = anchor[offset + 4 : offset + 8] if step > 0 else anchor[max(offset - 4, 0) : offset]
+                free = 8 * (4 - len(word))
+                asked = (2**32 - 1) >> free if step > 0 else (2**32 - 1) << free & (2**32 - 1)
+                number = int.from_bytes(word, "little") << (0 if step > 0 else free)
+                mask &= asked if value is None else asked & ~(value ^ number)
+                value = number if value is None else value
+            slot = (gram * int(self._multiplier) & (2**32 - 1)) >> (32 - _SLOTS_BITS)
+            masks[slot], values[slot] = mask, (value or 0) & mask
+        return step, masks, values
 
     def _build(self) -> tuple[Any, Any, Any]:
         """A multiplier under which no two grams share a slot, the slots in use, and the gram of each slot."""
@@ -87,6 +106,11 @@ class Matcher:
             slots = (grams * self._multiplier) >> shift
             places = np.flatnonzero(self._table.take(slots))
             places = places[self._exact[slots[places]] == grams[places]] if len(places) else places
+            for step, masks, values in self._beside if len(places) else ():
+                slot, beside = slots[places], places + step
+                words = grams.take(beside, mode="clip")
+                fits = (words & masks[slot]) == values[slot]
+                places = places[fits | (beside < 0) | (beside >= count)]
             if len(places) > _MANY:
                 found += self._verify_many(text, places * 4 + start, grams[places])
                 continue
@@ -122,7 +146,8 @@ class LineScanner:
     """Feeds a log in pieces of any size and gives the lines with an anchor. State: one piece and one unfinished line.
 
     `until` tells where, at the end of a text of whole lines, something begins that needs its next lines to be judged (-1:
-    nothing); those are kept back. With a `template`, of a stretch of healthy step lines only the last is given, as a hit with the anchor UNIFORM; then
+    nothing); those are kept back. With a `template`, of a stretch of healthy step lines only the last is given, as a hit
+    with the anchor UNIFORM; then
     `uniform_steps` tells how many it stands for.
     """
 
