@@ -8,14 +8,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from hpctrain.runs import RunRecords, list_logs
 from hpctrain.triage.engine import clean
 from hpctrain.triage.judge import Incident
+from hpctrain.triage.records import Event
 
 _CONTEXT_BEFORE, _CONTEXT_AFTER = 25, 5
 _RANK = re.compile(rb"\[(?:rank|default)\s?(\d+)\]|\[Rank (\d+)\]|^\s*(\d+): ")
 _MOST_BACK = 8 << 20  # bytes looked back for the last lines
+_NEAR = 1 << 18  # bytes shown around a failure at most, above it
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def failing_lines(incident: Incident, before: int = _CONTEXT_BEFORE, after: int 
     kept: deque[tuple[int, str]] = deque(maxlen=before + 1)
     tail: list[tuple[int, str]] = []
     with open(event.place.file, "rb") as file:
-        for number, line in enumerate(_lines(file), 1):
+        for number, line in enumerate(_lines(file), _go_near(file, event)):
             if number > event.place.number + 20 * after or len(tail) >= after:
                 break
             if event.rank is not None and number != event.place.number:
@@ -48,6 +51,32 @@ def failing_lines(incident: Incident, before: int = _CONTEXT_BEFORE, after: int 
     ]))  # fmt: skip
     lines = [f"{'>' if number == event.place.number else ' '} {number}: {text}" for number, text in [*kept, *tail]]
     return Section(f"first failure ({event.failure}): {event.place}{', ' + where if where else ''}", lines)
+
+
+def _go_near(file: BinaryIO, event: Event) -> int:
+    """Put `file` to the start of a line some way above the event's; returns that line's number. Never reads it line by line."""
+    target = event.offset
+    lines_before = event.place.number - 1
+    if target is None or target > os.fstat(file.fileno()).st_size:
+        target, lines_before = _line_start(file, event.place.number)
+    low = max(target - _NEAR, 0)
+    file.seek(low)
+    above = file.read(target - low)
+    cut = above.find(b"\n") + 1 if low else 0
+    file.seek(low + cut)
+    return lines_before + 1 - above.count(b"\n", cut)
+
+
+def _line_start(file: BinaryIO, number: int) -> tuple[int, int]:
+    """(offset, lines before) of a place at most one block above line `number`."""
+    file.seek(0)
+    offset = lines = 0
+    while block := file.read(1 << 20):
+        more = block.count(b"\n")
+        if lines + more >= number - 1:
+            break
+        offset, lines = offset + len(block), lines + more
+    return offset, lines
 
 
 def _lines(file: object) -> Iterator[bytes]:

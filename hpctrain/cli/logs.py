@@ -25,11 +25,12 @@ def command(target: str | None, follow: bool, lines: int, link: int | None) -> N
     from hpctrain.logs import failing_lines, follow_run, sections
     from hpctrain.observe import observe
     from hpctrain.runs import find_one, read_run
+    from hpctrain.triage.show import diagnose
     from hpctrain.triage.target import open_target
 
     run = read_run(find_one(target))
     subject = open_target([run.run_dir])
-    diagnosis = subject.diagnose() if run.logs else None
+    diagnosis = diagnose(subject) if run.logs else None
     if diagnosis and diagnosis.cause and link in (None, diagnosis.cause.attempt.link):
         first = failing_lines(diagnosis.cause)
         output.info(output.paint(first.heading, "red"))

@@ -22,12 +22,12 @@ def command(target: tuple[str, ...], follow: bool, thresholds: tuple[str, ...], 
     hpctrain triage slurm-1234567.out --threshold loss_drop=0.05
     hpctrain triage -f 1234567
     """
-    from hpctrain.triage.show import as_fields, show
+    from hpctrain.triage.show import as_fields, diagnose, show
     from hpctrain.triage.target import open_target, watch
     from hpctrain.triage.thresholds import parse_thresholds
 
     subject = open_target(target, parse_thresholds(thresholds))
-    diagnosis = watch(subject, output.info) if follow else subject.diagnose()
+    diagnosis = watch(subject, output.info) if follow else diagnose(subject)
     if as_json:
         output.data_json(**as_fields(subject, diagnosis))
     else:

@@ -277,7 +277,7 @@ class LogReader:
             node = attempt.nodes[index] if index < len(attempt.nodes) else None
         self.engine.order += 1
         event = Event(failure, Place(self.name, number), clean(line), rank, node, time_s, attempt.num_steps,
-                      self.engine.order, weak)  # fmt: skip
+                      self.engine.order, weak, offset)  # fmt: skip
         known = self._told.get(offset)
         if known is not None:
             attempt.replace_event(known[0], event)

@@ -47,7 +47,7 @@ class Place:
 class Event:
     """A line that names a failure. `time_s` is UTC seconds since 1970 where a time of the line is known.
 
-    `weak`: said by a shell or a helper program in passing; any exception outranks it.
+    `offset` is the line's first byte in the file, where it is known. `weak`: said by a shell or a helper program in passing; any exception outranks it.
     """
 
     failure: str
@@ -59,6 +59,7 @@ class Event:
     steps_before: int = 0
     order: int = 0
     weak: bool = False
+    offset: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -27,6 +27,22 @@ def as_fields(subject: Subject, diagnosis: Diagnosis) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def diagnose(subject: Subject) -> Diagnosis:
+    """Read and judge, with a line of progress (and the first failure so far) where reading takes long."""
+    lines: list[output.Progress] = []
+
+    def on_progress(done: int, total: int, first: str) -> None:
+        if not lines:
+            lines.append(output.Progress("reading logs", total / 1e6, "MB", every_s=5.0))
+        lines[0].update(done / 1e6, first)
+
+    try:
+        return subject.diagnose(on_progress)
+    finally:
+        for line in lines:
+            line.close()
+
+
 def show(subject: Subject, diagnosis: Diagnosis) -> None:
     """The answer as text: verdict, cause, advice to stdout; the rules as a table; remarks to stderr."""
     verdict = output.paint(diagnosis.verdict, _COLOUR.get(diagnosis.verdict, "yellow"))

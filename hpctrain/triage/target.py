@@ -36,10 +36,29 @@ class Subject:
     def __post_init__(self) -> None:
         self.engine = Engine(self.thresholds, self.run.tasks_per_node if self.run else None)
 
-    def diagnose(self) -> Diagnosis:
-        """Read all logs to their ends and judge."""
-        read_logs(self.engine, self.paths, unreadable=self.unreadable if self.run else None)
+    def diagnose(self, on_progress: Callable[[int, int, str], None] | None = None) -> Diagnosis:
+        """Read all logs to their ends and judge. `on_progress` is told (bytes read, of how many, the failure seen first)."""
+        total, done = sum(map(_size, self.paths)), 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            if on_progress:
+                on_progress(done, max(total, done), self._first_failure())
+
+        read_logs(self.engine, self.paths, on_bytes, unreadable=self.unreadable if self.run else None)
         return self.judge()
+
+    def _first_failure(self) -> str:
+        """The first failure of the start that is being read, as far as its log was read."""
+        last = self.engine.attempts[-1] if self.engine.attempts else None
+        events = [kept[0] for kept in last.events.values() if kept] if last else []
+        events = [event for event in events if not event.weak and last and not last.survived(event)]
+        if not events:
+            return ""
+        first = min(events, key=lambda event: event.order)
+        who = f", rank {first.rank}" if first.rank is not None else f", node {first.node}" if first.node else ""
+        return f"{first.failure} at {os.path.basename(first.place.file)}:{first.place.number}{who}"
 
     @property
     def unseen(self) -> list[str]:
@@ -150,6 +169,13 @@ class Subject:
             silent = max(time.time() - modified, 0.0) if modified is not None else None
             return Circumstances(running=True, silent_s=silent)
         return Circumstances(running=False, ended_s=state.end_s if _same_clock(last, state.end_s) else None)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 def _nodes_of(text: object) -> list[str]:
