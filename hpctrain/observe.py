@@ -127,7 +127,7 @@ def status_of(run: RunRecords, answer: Answer, now_s: float, read_logs: bool = T
     links = tuple(_links(run, answer, now_s, tails))
     if read_logs:
         links = tuple(_with_causes(run, links))
-    unseen = [*run.unseen, *answer.unseen]
+    unseen = [*run.unseen, *answer.unseen, *answer.forgotten(run.job_ids(), run.ended_jobs())]
     checkpoint, number = _newest_checkpoint(run, unseen) if read_logs else (None, None)
     progress = _progress(run, links, tail, checkpoint, number)
     if not run.ledger and not run.links and not run.logs:

@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,11 @@ class RunRecords:
     def recipe(self) -> str | None:
         value = self.plan.get("recipe")
         return value if isinstance(value, str) else None
+
+    def ended_jobs(self) -> set[str]:
+        """The jobs whose end, or whose cancelling, the run directory itself records."""
+        records = (*self.ledger, *self.links)
+        return {str(record.get("job_id")) for record in records if record.get("event") in ("end", "cancelled")}
 
     def job_ids(self) -> list[str]:
         """Every job id that the ledger, the links or the logs name, oldest first."""
@@ -107,23 +113,77 @@ def read_run(run_dir: str) -> RunRecords:
             unseen.append("plan.json is not an object")
     except (OSError, ValueError) as error:
         unseen.append(f"plan.json: {getattr(error, 'strerror', None) or 'not JSON'}")
+    version = plan.get("schema_version", 1)
+    if version != 1:
+        newer = (
+            ": a newer hpctrain wrote it, and may see more in it" if isinstance(version, int) and version > 1 else ""
+        )
+        unseen.append(f"plan.json has schema_version {version!r}, and 1 is known here{newer}")
     records = {}
     for name in ("ledger.jsonl", "links.jsonl"):
+        path = os.path.join(run_dir, name)
         try:
-            records[name] = tuple(
-                record for record in read_records(os.path.join(run_dir, name)) if isinstance(record, dict)
-            )
+            records[name] = tuple(map(_usable, read_records(path)))
+            torn = _num_lines(path) - len(records[name])
+            if torn > 0:
+                unseen.append(f"{name}: {torn} torn or foreign {'line' if torn == 1 else 'lines'}, left out")
         except (OSError, ValueError) as error:
             records[name] = ()
             unseen.append(f"{name}: {error}")
         if not records[name] and not os.path.exists(os.path.join(run_dir, name)):
             unseen.append(f"{name} is not there")
+    unseen += _moved(run_dir)
     planned = plan.get("run")
     return RunRecords(
         os.path.abspath(run_dir), planned if isinstance(planned, str) else os.path.basename(os.path.abspath(run_dir)), plan,
         records["ledger.jsonl"], records["links.jsonl"], tuple(list_logs(run_dir)),
         os.path.lexists(os.path.join(run_dir, "STOP")), tuple(unseen),
     )  # fmt: skip
+
+
+# What each field of a record is, whoever wrote it; job ids are also written as numbers.
+_FIELDS: Mapping[str, type] = {
+    "event": str, "link": int, "job_id": str, "depends_on": str, "restart": int, "mode": str, "checkpoint": str, "iteration": int,
+    "exit_code": int, "nodes": str, "reason": str, "time": str,
+}  # fmt: skip
+
+
+def _usable(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with None for every known field that is of another type."""
+    out = dict(record)
+    for name, kind in _FIELDS.items():
+        value = out.get(name)
+        if kind is str and isinstance(value, int) and not isinstance(value, bool):
+            out[name] = str(value)
+        elif value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            out[name] = None
+    return out
+
+
+def _num_lines(path: str) -> int:
+    try:
+        with open(path, "rb") as file:
+            return sum(1 for line in file if line.strip())
+    except FileNotFoundError:
+        return 0
+
+
+_RENDERED_FOR = re.compile(r"^export HPCTRAIN_RUN_DIR=(.+)$", re.MULTILINE)
+
+
+def _moved(run_dir: str) -> list[str]:
+    """Where the run directory's own job script works, when that is another folder than this one."""
+    try:
+        with open(os.path.join(run_dir, "job.sbatch"), encoding="utf-8", errors="replace") as file:
+            found = _RENDERED_FOR.search(file.read(1 << 16))
+        words = shlex.split(found[1]) if found else []
+    except (OSError, ValueError):
+        return []
+    if len(words) != 1 or os.path.realpath(words[0]) == os.path.realpath(run_dir):
+        return []
+    return [
+        f"this folder was moved or copied: its job.sbatch works in {words[0]}, and what jobs do there is not seen here"
+    ]
 
 
 def list_logs(run_dir: str) -> list[str]:

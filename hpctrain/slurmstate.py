@@ -6,7 +6,7 @@ The parsers are pure and take whatever Slurm prints; what they do not understand
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hpctrain import slurm
@@ -71,6 +71,18 @@ class Answer:
     jobs: dict[str, JobState]
     earlier: dict[str, list[JobState]]
     unseen: tuple[str, ...] = ()
+    complete: bool = False  # squeue and sacct both answered
+
+    def forgotten(self, job_ids: Iterable[str], ended: Iterable[str] = ()) -> list[str]:
+        """What to say of jobs that neither squeue nor sacct knows; not of those whose end is recorded elsewhere (`ended`)."""
+        known = {*self.jobs, *ended}
+        lost = [job_id for job_id in job_ids if job_id not in known] if self.complete else []
+        if not lost:
+            return []
+        which = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        return [
+            f"Slurm knows nothing (any more) of job{'s' if len(lost) > 1 else ''} {which}: how they ended is not seen"
+        ]
 
 
 def query(job_ids: Sequence[str]) -> Answer:
@@ -79,7 +91,7 @@ def query(job_ids: Sequence[str]) -> Answer:
     earlier: dict[str, list[JobState]] = {}
     if not job_ids:
         return Answer(jobs, earlier)
-    unseen = []
+    unseen: list[str] = []
     listed = ",".join(job_ids)
     try:
         for job in parse_squeue(
@@ -100,7 +112,7 @@ def query(job_ids: Sequence[str]) -> Answer:
             earlier[job_id] = records[:-1]
     except EnvironmentFault as error:
         unseen.append(f"sacct: {error.problems[0].what}")
-    return Answer(jobs, earlier, tuple(unseen))
+    return Answer(jobs, earlier, tuple(unseen), not unseen)
 
 
 def _ask(argv: list[str]) -> str:

@@ -40,6 +40,8 @@ def command(target: str | None, follow: bool, lines: int, link: int | None) -> N
         output.info(output.paint(f"==> {section.heading}", "bold"))
         for line in section.lines:
             output.data(line)
+    for what in subject.unseen:
+        output.info(f"could not see: {what}")
     if not run.logs:
         output.info(f"{run.name} has no log yet")
     if follow:

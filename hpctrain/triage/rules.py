@@ -328,6 +328,9 @@ def failure_rules(attempt: Attempt, cause: Event | None, recovered: Callable[[Ev
         events = sorted(
             (event for name in names for event in attempt.events.get(name, ())), key=lambda event: event.order
         )
+        # What was only said in passing counts where it is all there is.
+        aside = [event for event in events if event.weak and not (cause and event.order == cause.order)]
+        events = [event for event in events if event not in aside]
         fatal = [event for event in events if not recovered(event)]
         if cause is not None and any(event.order == cause.order for event in events):
             out.append(Verdict(rule, RED, title, cause.place, cause.text))
@@ -337,7 +340,7 @@ def failure_rules(attempt: Attempt, cause: Event | None, recovered: Callable[[Ev
         elif fatal and not attempt.reached_end:
             out.append(Verdict(rule, RED, title, fatal[0].place, fatal[0].text))
         elif events:
-            count = sum(attempt.event_counts.get(name, 0) for name in names)
+            count = max(sum(attempt.event_counts.get(name, 0) for name in names) - len(aside), len(events))
             out.append(
                 Verdict(rule, GREEN, f"{count} such lines, and training went on", events[0].place, events[0].text)
             )

@@ -63,7 +63,8 @@ class Subject:
     @property
     def unseen(self) -> list[str]:
         """What could not be asked or read."""
-        return [*(self.run.unseen if self.run else ()), *self.slurm.unseen, *self.unreadable]
+        forgotten = self.slurm.forgotten(self.run.job_ids(), self.run.ended_jobs()) if self.run else []
+        return [*(self.run.unseen if self.run else ()), *self.slurm.unseen, *forgotten, *self.unreadable]
 
     def judge(self) -> Diagnosis:
         """Judge what was read so far, with what is known now."""

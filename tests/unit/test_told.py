@@ -231,3 +231,74 @@ def test_a_log_that_cannot_be_read_is_said_and_the_others_are_judged(tmp_path):
     assert subject.unseen[-1] == f"{tmp_path / 'gone.out'}: No such file or directory"
     with pytest.raises(EnvironmentFault):
         Subject([str(tmp_path / "gone.out")], Thresholds()).diagnose()
+
+
+def everything_of(run_dir):
+    """What status, triage and report together say of a run directory, and what they could not see."""
+    status = observe.observe([str(run_dir)], ask_slurm=False)[0]
+    json.dumps(status.as_json())
+    assert status.state
+    assert triage(run_dir).verdict == "GREEN"
+    report = gather(str(run_dir), ask_slurm=False)
+    assert report.diagnosis.verdict == "GREEN"
+    assert set(status.unseen) <= set(report.unseen)
+    return status, " ".join(status.unseen)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    shutil.copytree(DATA / "requeued", tmp_path / "requeued")
+    return tmp_path / "requeued"
+
+
+def test_a_plan_of_a_newer_version_is_read_as_far_as_it_is_known(whole):
+    plan = json.loads((whole / "plan.json").read_text(encoding="utf-8"))
+    plan.update(schema_version=7, job="of another kind", guard=[1], shape={"new": True})
+    (whole / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    assert "plan.json has schema_version 7, and 1 is known here: a newer hpctrain wrote it" in everything_of(whole)[1]
+
+
+def test_a_torn_last_record_is_left_out_and_said(whole):
+    before = everything_of(whole)[0].links
+    for name in ("links.jsonl", "ledger.jsonl"):
+        with (whole / name).open("ab") as file:
+            file.write(b'{"event": "end", "link": 1, "job_i')
+    status, unseen = everything_of(whole)
+    assert "links.jsonl: 1 torn or foreign line, left out" in unseen and "ledger.jsonl: 1 torn" in unseen
+    assert status.links == before
+
+
+def test_records_of_other_types_are_no_reason_to_fail(whole):
+    strange = {
+        "event": "begin", "link": "one", "job_id": 77, "restart": "zero", "mode": 7, "checkpoint": 3, "iteration": float("nan"),
+        "exit_code": "x", "nodes": [1], "reason": {}, "time": 5,
+    }  # fmt: skip
+    with (whole / "links.jsonl").open("a", encoding="utf-8") as file:
+        for name in strange:
+            file.write(json.dumps({"event": "end", "link": 1, "job_id": "77", name: strange[name]}) + "\n")
+        file.write(json.dumps(strange) + "\n")
+    plan = json.loads((whole / "plan.json").read_text(encoding="utf-8"))
+    plan.update(run=5, recipe={}, cost={"gpu_hours": float("nan")})
+    (whole / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    everything_of(whole)
+
+
+def test_a_run_directory_that_was_moved_says_where_its_jobs_work_and_one_behind_a_link_does_not(whole, tmp_path):
+    script = whole / "job.sbatch"
+    script.write_text(
+        f"#!/bin/bash\nexport HPCTRAIN_RUN_DIR='{tmp_path}/it'\"'\"'s $(touch canary)'\n", encoding="utf-8"
+    )
+    assert f"was moved or copied: its job.sbatch works in {tmp_path}/it's $(touch canary)" in everything_of(whole)[1]
+    script.write_text(f"#!/bin/bash\nexport HPCTRAIN_RUN_DIR='{whole}'\n", encoding="utf-8")
+    (tmp_path / "linked").symlink_to(whole)
+    assert "moved" not in everything_of(tmp_path / "linked")[1]
+
+
+def test_jobs_that_slurm_has_forgotten_are_named():
+    answer = Answer({}, {}, (), complete=True)
+    assert answer.forgotten(["1", "2", "3"], {"2"}) == [
+        "Slurm knows nothing (any more) of jobs 1, 3: how they ended is not seen"
+    ]
+    assert answer.forgotten(["2"], {"2"}) == []
+    assert "and 195 more" in answer.forgotten([str(i) for i in range(200)])[0]
+    assert Answer({}, {}, ("sacct: there is no `sacct` here",)).forgotten(["1"]) == []
