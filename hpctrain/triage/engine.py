@@ -44,7 +44,7 @@ _RANK = re.compile(
     rb"\[(?:rank|default)\s?(\d+)\]|\[Rank (\d+)\]|\brank[ =:](\d+)\b|\btask (\d+)(?::|\b)|^\s*(\d+): ", re.IGNORECASE
 )  # fmt: skip
 _NODE = re.compile(
-    rb"hpctrain: preflight: (\S+) is bad: |srun: error: ([A-Za-z][\w.-]*\d[\w.-]*): |\bON ([A-Za-z][\w.-]*) (?:CANCELLED|FAILED)|failed on node ([A-Za-z][\w.-]*)|\[([a-z][a-z-]*\d[\w.-]*)\] - Abort|[Nn]ode failure on ([\w.-]+)"
+    rb"hpctrain: preflight: (\S+) is bad: |srun: error: ([A-Za-z][\w.-]*\d[\w.-]*): |\bON ([A-Za-z][\w.-]*) (?:CANCELLED|FAILED)|fail(?:ed|ure) on node ([A-Za-z][\w.-]*)|\[([a-z][a-z-]*\d[\w.-]*)\] - Abort|[Nn]ode failure on ([\w.-]+)"
     rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] (?:\S+ )?NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN|(?:\(IP|IP address|and address): \[?(\d+\.\d+\.\d+\.\d+)"
     rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?:slurmstepd-)?(?!rank|task|epoch|step|worker|default|slurmstepd|srun)([a-z][a-z-]*\d[a-z\d.-]*): "
 )

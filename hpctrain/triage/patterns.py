@@ -154,6 +154,8 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("node", b"not responding", rb"[Nn]ode|slurmd"),
     ("node", b"unexpectedly rebooted", None),
     ("node", b"is DOWN", rb"[Nn]ode \S+ is DOWN|Nodes? .*required.*DOWN"),
+    ("node", b"rolog fail", rb"error[^\n]* on node "),  # what a site checks before a job may start
+    ("node", b"rolog fail", rb"error", True),  # the lines below it tell on which
     ("environment", b"ModuleNotFoundError", None),
     ("environment", b"ImportError: ", None),
     ("environment", b"undefined symbol", None),
@@ -167,6 +169,7 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("environment", b"xec format error", None),
     ("environment", b"No module named ", None),
     ("environment", b"binary incompatibility", None),
+    ("environment", b" building extension ", rb"Error building extension"),  # PyTorch's compiler at the first use
     ("environment", b"compiled using NumPy 1.x", None),
     ("environment", b"FATAL: ", rb"(?i)^(?!.*(?:doesn't exist|does not exist|not found|no such file|could not open)).*(?:container|image|singularity|apptainer)"),
     ("environment", b"pyxis: ", rb"(?i)fail|error"),

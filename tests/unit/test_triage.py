@@ -381,6 +381,9 @@ def test_a_single_line_of_a_public_report_is_recognised(failure, line):
         ("config", "yaml.scanner.ScannerError: mapping values are not allowed here"),
         ("checkpoint", "_pickle.UnpicklingError: pickle data was truncated"),
         ("node", "ray.exceptions.NodeDiedError: Task failed because the node it was running on is dead"),
+        ("node", "salloc: error: Prolog failure on node node003, aborting job 1234"),
+        ("node", "slurmstepd: error: Prolog failed, status 256"),
+        ("environment", "RuntimeError: Error building extension 'fused_adam': [1/3] /usr/bin/nvcc"),
         ("program", "(Worker pid=12, ip=10.0.0.1) KeyError: 'input_ids'"),
         ("program", "ERROR 02-09 02:31:11 engine.py:389] ValueError: anything"),
         ("program", "2026-10-31 03:11:02,475 - Tuner - INFO - [rank7]: AssertionError"),
@@ -454,6 +457,18 @@ def test_a_severity_explains_only_a_start_that_never_trained(line):
 
 def test_a_log_in_which_nothing_is_known_shows_its_last_line():
     assert diagnose(b"loading\nwaiting for something\n\n").summary.endswith("the last line: waiting for something")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "salloc: error: Prolog failure on node c01, aborting job 12\n",
+        "slurmstepd: error: Prolog failed, status 256\nsrun: error: Task launch for StepId=12.0 failed on node c01: Job prolog failed\n",
+    ],
+)
+def test_the_node_whose_prolog_failed_is_named(text):
+    event = diagnose(text.encode()).cause.event
+    assert (event.failure, event.node) == ("node", "c01")
 
 
 def test_the_host_that_open_mpi_names_below_is_the_node():
