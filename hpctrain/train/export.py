@@ -176,14 +176,14 @@ def _load_hf_model(source: Source, precision: str) -> Any:
         import transformers
     except ImportError as error:
         raise missing_package(str(error.name), "train") from error
-    from hpctrain.train.model import read_model_config
+    from hpctrain.train.model import read_model_config, read_pretrained
 
     transformers.utils.logging.disable_progress_bar()  # a checkpoint is read and written in files, few of them
     dtype = getattr(torch, DTYPES[source.precision if precision == "auto" else precision])
     config = read_model_config(source.path)
     config.use_cache = True
     if source.exported:
-        return transformers.AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True).to(dtype).eval()
+        return read_pretrained(source.path, dtype).eval()
     state = read_weights(source.path)
     model = transformers.AutoModelForCausalLM.from_config(config)
     want, have = ({name: tuple(value.shape) for name, value in t.items()} for t in (model.state_dict(), state))

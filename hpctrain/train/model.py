@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from hpctrain.errors import UsageError
+from hpctrain.errors import Problem, UsageError
 from hpctrain.train.config import SftConfig
 from hpctrain.train.data import MicroBatch
 
@@ -46,7 +46,7 @@ class SftForward:
 def read_model_config(path: str, families: tuple[str, ...] = FAMILIES) -> Any:
     """The `transformers` config of a directory or a JSON file.
 
-    Raises UsageError when it is not one, or of none of `families`, those that are known to be trained right.
+    Raises UsageError when it is not one, of none of `families`, those that are known to be trained right, or quantised.
     """
     file = os.path.join(path, "config.json") if os.path.isdir(path) else path
     try:
@@ -57,10 +57,18 @@ def read_model_config(path: str, families: tuple[str, ...] = FAMILIES) -> Any:
     family = values.get("model_type") if isinstance(values, dict) else None
     if family not in families:
         raise UsageError(f"`model_type: {family}` is none of {', '.join(families)}", where=file)
+    if values.get("quantization_config"):
+        raise UsageError("the model is quantised, and its weights cannot be trained", where=file,
+                         hint="name the full-precision model")  # fmt: skip
     try:
-        return transformers.AutoConfig.for_model(**values)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"not a valid {family} config: {error}", where=file) from error
+        found = transformers.AutoConfig.for_model(**values)
+    except Exception as error:  # transformers 5 has exceptions of its own for a value of the wrong type
+        raise UsageError(f"not a valid {family} config: {' '.join(str(error).split())}", where=file) from error
+    heads, groups = found.num_attention_heads, getattr(found, "num_key_value_heads", None)
+    if groups and heads % groups:
+        what = f"`num_key_value_heads: {groups}` does not divide `num_attention_heads: {heads}`"
+        raise UsageError(f"not a valid {family} config: {what}", where=file)
+    return found
 
 
 def has_weights(path: str) -> bool:
@@ -68,6 +76,44 @@ def has_weights(path: str) -> bool:
     return any(
         glob.glob(os.path.join(glob.escape(path), pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")
     )
+
+
+def longest_document(model_config: Any) -> int | None:
+    """The tokens of a document whose positions a model knows; None where its config does not say.
+
+    Linear and dynamic scaling stretch `max_position_embeddings`, the others have it in there already (transformers'
+    modeling_rope_utils).
+    """
+    limit = getattr(model_config, "max_position_embeddings", None)
+    scaling = getattr(model_config, "rope_parameters", None) or getattr(model_config, "rope_scaling", None) or {}
+    stretched = scaling.get("rope_type", scaling.get("type")) in ("linear", "dynamic")
+    return int(limit * float(scaling.get("factor") or 1.0)) if limit and stretched else limit
+
+
+def read_pretrained(folder: str, dtype: torch.dtype, **how: Any) -> Any:
+    """The plain `transformers` model of a directory, from files only, with all its weights from there.
+
+    Of a class of our own transformers 5 would not rename the tensors of older files (it goes by the class's name), and
+    what it does not find it draws at random and only prints. Raises UsageError with what is missing or does not fit.
+    """
+    how["dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"] = dtype
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **how
+        )
+    except Exception as error:  # a SafetensorError is a plain Exception
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"the model does not load: {first}", where=folder, hint="copy or download it again") from error
+    missing = sorted(info["missing_keys"])
+    shapes = sorted(str(name[0]) for name in info["mismatched_keys"])
+    found = [
+        Problem(f"the weights do not fit config.json: {len(names)} tensors {what}, such as {', '.join(names[:3])}",
+                where=folder, hint="the files are not all there, or of another model")
+        for names, what in ((missing, "are missing"), (shapes, "have another shape")) if names
+    ]  # fmt: skip
+    if found:
+        raise UsageError(found)
+    return model
 
 
 def build_model(config: SftConfig, model_config: Any, weights_from: str | None, seed: int) -> Any:
@@ -80,10 +126,8 @@ def build_model(config: SftConfig, model_config: Any, weights_from: str | None, 
     if weights_from is None:
         model = trained_class(model_config)
     else:
-        dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-        model = trained_class.from_pretrained(
-            weights_from, config=model_config, local_files_only=True, **{dtype: torch.float32}
-        )
+        model = read_pretrained(weights_from, torch.float32, config=model_config)
+        model.__class__ = trained_class
     model = model.float()
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

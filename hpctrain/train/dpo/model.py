@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hpctrain.errors import UsageError
 from hpctrain.train.dpo.batches import Rows
+from hpctrain.train import model as whole
 from hpctrain.train.model import has_weights, read_model_config
 
 # Their logits are `lm_head(last hidden state)` and nothing more, which the tests compare for each.
@@ -71,9 +72,6 @@ def dpo_model_config(folder: str, attention: str) -> Any:
     Raises UsageError for a family whose logits are not known to be right, and for a quantised model.
     """
     found = read_model_config(folder, FAMILIES)
-    if getattr(found, "quantization_config", None):
-        raise UsageError("the model is quantised, and its weights cannot be trained", where=folder,
-                         hint="name the full-precision model")  # fmt: skip
     for name in list(vars(found)):
         if name.endswith(("dropout", "_pdrop")) and isinstance(getattr(found, name), float):
             setattr(found, name, 0.0)
@@ -92,13 +90,9 @@ def read_pretrained(folder: str, model_config: Any) -> Any:
     """The model in fp32 on the CPU with the weights of a Hugging Face directory. Raises UsageError without weights."""
     if not has_weights(folder):
         raise UsageError("the model has no weights", where=folder, hint="DPO starts from a trained model")
-    dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    return (
-        model_class(model_config)
-        .from_pretrained(folder, config=model_config, local_files_only=True, **{dtype: torch.float32})
-        .float()
-        .train()
-    )
+    model = whole.read_pretrained(folder, torch.float32, config=model_config)
+    model.__class__ = model_class(model_config)
+    return model.float().train()
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from hpctrain.train import ranks
 from hpctrain.train.dpo.config import DpoConfig
 from hpctrain.train.dpo.model import model_class, parameters_on_meta
 from hpctrain.train.model import parameter_groups
@@ -60,7 +61,9 @@ def place(model_config: Any, config: DpoConfig, device: torch.device, read: Weig
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     if read is not None:
-        put_weights(model, read() if rank == 0 else {})
+        weights: dict[str, torch.Tensor] = {}
+        ranks.on_first(rank, lambda: weights.update(read()))  # what is wrong with them ends all ranks
+        put_weights(model, weights)
     return model
 
 

@@ -27,6 +27,7 @@ from hpctrain.train.hf_sft import base, prepare, stage
 from hpctrain.train.hf_sft.config import HfSftConfig
 from hpctrain.train.launch import Launch, StopRequest
 from hpctrain.train.logs import append_whole_lines
+from hpctrain.train.model import read_pretrained
 
 IGNORED = -100
 
@@ -114,15 +115,7 @@ def weight_dtype(config: HfSftConfig) -> torch.dtype:
 
 def load_base(folder: str, dtype: torch.dtype, attention: str | None = None) -> Any:
     """The plain transformers model of a directory, from files only. Raises UsageError when it does not load."""
-    how: dict[str, Any] = {"local_files_only": True}
-    how["dtype" if _at_least("4.56") else "torch_dtype"] = dtype
-    if attention:
-        how["attn_implementation"] = attention
-    try:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[:1]
-        raise UsageError(f"the model does not load: {''.join(first)}", where=folder) from error
+    return read_pretrained(folder, dtype, **({"attn_implementation": attention} if attention else {}))
 
 
 def _staged(data: prepare.Prepared, launch: Launch, say: Callable[[str], None]) -> str:
@@ -379,9 +372,3 @@ def _sync_tree(folder: str) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-
-
-def _at_least(version: str) -> bool:
-    from packaging.version import Version
-
-    return Version(transformers.__version__) >= Version(version)
