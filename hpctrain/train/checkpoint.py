@@ -15,7 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -38,6 +39,12 @@ class Progress:
     precision: str
     data_fingerprint: str
     config: dict[str, Any]
+    data_content: str = ""  # empty in checkpoints of earlier versions
+    train_batch_size: int = 0  # 0 in those
+
+
+class CannotSave(EnvironmentFault):
+    """A rank could not write its part; the others may not know why."""
 
 
 def save(
@@ -74,27 +81,57 @@ def publish(
     """Write the checkpoint `tag` on all ranks together and name it in `latest`; returns its path.
 
     `write` puts this rank's files into the folder it is given and syncs them. A crash at any point leaves the checkpoints
-    and `latest` of before. A directory or link that already has the name is set aside, never written into. Raises OSError
-    when the disk refuses.
+    and `latest` of before. A directory or link that already has the name is set aside, never written into. Raises
+    CannotSave on the rank whose disk refuses.
     """
     partial, final = os.path.join(directory, "partial_" + tag), os.path.join(directory, tag)
-    if rank == 0:
-        os.makedirs(directory, exist_ok=True)
-        remove_own(partial)
-    barrier()
-    write(partial)
-    if rank == 0:
-        for name, content in extra_files.items():
-            _write_synced(os.path.join(partial, name), content)
-    barrier()  # every rank's files are on disk
-    if rank == 0:
-        sync(partial)
-        set_aside(final)
-        os.rename(partial, final)
-        sync(directory)
-        write_latest(directory, tag)
-    barrier()
+    try:
+        if rank == 0:
+            os.makedirs(directory, exist_ok=True)
+            remove_own(partial)
+        barrier()
+        write(partial)
+        if rank == 0:
+            for name, content in extra_files.items():
+                _write_synced(os.path.join(partial, name), content)
+        barrier()  # every rank's files are on disk
+        if rank == 0:
+            sync(partial)
+            set_aside(final)
+            os.rename(partial, final)
+            sync(directory)
+            write_latest(directory, tag)
+        barrier()
+    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError for a full disk
+        if rank == 0:
+            with contextlib.suppress(OSError):
+                remove_own(partial)  # what nobody will read must not fill the disk
+        raise CannotSave(f"rank {rank} cannot save `{tag}`: {describe_failure(error)}", where=directory,
+                         why="`latest` names what it named before",
+                         hint="free space or mend the folder; the next link goes on from there") from error  # fmt: skip
     return final
+
+
+def describe_failure(error: BaseException) -> str:
+    """What the system said, where it said something: torch tells of a full disk only how far it came."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_writable(folder: str) -> None:
+    """Make `folder` and write in it, now and not after hours of training. Raises EnvironmentFault where that fails."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write here: {error.strerror}", where=folder) from error
 
 
 def set_aside(path: str) -> str | None:
@@ -143,8 +180,8 @@ def read_progress(checkpoint: str) -> Progress | None:
     """What hpctrain.json of a checkpoint says, or None when it was not made by this trainer."""
     values = read_meta(checkpoint)
     try:
-        return Progress(**{item.name: values[item.name] for item in fields(Progress)})
-    except (KeyError, TypeError):
+        return Progress(**{item.name: values[item.name] for item in fields(Progress) if item.name in values})
+    except TypeError:
         return None
 
 
@@ -158,8 +195,11 @@ def read_meta(checkpoint: str) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def check_resume(checkpoint: str, now: Progress) -> Progress:
-    """The progress of `checkpoint` if this run can go on from it exactly; else everything that stands against it."""
+def check_resume(checkpoint: str, now: Progress, model: Mapping[str, Any] | None = None) -> Progress:
+    """The progress of `checkpoint` if this run can go on from it exactly; else everything that stands against it.
+
+    `model` is the config of the model that is to go on.
+    """
     then = read_progress(checkpoint)
     if then is None:
         raise UsageError(
@@ -190,9 +230,34 @@ def check_resume(checkpoint: str, now: Progress) -> Progress:
                 hint="put the old data back, or start from it in mode finetune",
             )
         )
+    elif then.data_content and now.data_content not in ("", then.data_content):
+        problems.append(Problem("cannot resume: the data has other tokens than the run was trained on", where=checkpoint,
+                                why="each document is as long as before, and what the .bin files hold is not the same",
+                                hint="put the old data back, or start from it in mode finetune"))  # fmt: skip
+    other = changed_model(checkpoint, model or {})
+    if other:
+        problems.append(Problem(f"cannot resume: `model` is another one: {', '.join(other)}", where=checkpoint,
+                                why="its config.json says what was trained",
+                                hint="put the old config back, or begin a new run in another checkpoint folder"))  # fmt: skip
     if problems:
         raise Refused(problems)
     return then
+
+
+def changed_model(checkpoint: str, now: Mapping[str, Any]) -> list[str]:
+    """What differs between a model's config and the one that a checkpoint holds, as `key old -> new`.
+
+    Keys that only one of them has are of another release of transformers; some tell nothing of what is computed.
+    """
+    try:
+        with open(os.path.join(checkpoint, "config.json"), encoding="utf-8") as file:
+            then = json.load(file)
+    except (OSError, ValueError):
+        return []
+    plain = json.loads(json.dumps(dict(now), default=str))
+    about = re.compile(r"_.*|.*_token_id|architectures|dtype|torch_dtype|transformers_version|use_cache")
+    return [f"{key} {then[key]} -> {plain[key]}" for key in sorted(plain)
+            if key in then and then[key] != plain[key] and not about.fullmatch(key)]  # fmt: skip
 
 
 def changed_keys(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from hpctrain.train._packing import pack_best_fit
 from hpctrain.train.config import SftConfig
 
 Ints = npt.NDArray[np.int64]
+_PIECE, _PIECES = 64 * 1024, 256  # bytes, and how many of a large file stand for all of it
 
 
 class DataError(UsageError):
@@ -67,6 +68,7 @@ class PackedRows:
         if not len(fits):
             raise UsageError(_nothing_fits(config, sizes))
         self.num_tokens = int(sizes[fits].sum())
+        self.longest = int(sizes[fits].max())
         order = np.random.default_rng([config.seed, 0]).permutation(fits)
         if config.pack_impl == "unpacked":
             self._documents, self._row_bounds = order, np.arange(len(order) + 1)
@@ -111,7 +113,8 @@ class PackedRows:
             end = int(lengths.sum())
             tokens[index, :end] = np.concatenate(pieces)
             positions[index, :end] = np.arange(end) - np.repeat(starts, lengths)
-            positions[index, end:] = np.arange(shape[1] - end)
+            # No further than documents reach: positions beyond would change the angles of rotary scaling that adapts.
+            positions[index, end:] = np.arange(shape[1] - end) % self.longest
             document[index, :end] = np.repeat(np.arange(1, len(pieces) + 1), lengths)
             trained[index, :end] = trained_tokens(tokens[index, :end], self.rules, starts)
             # Nothing before it belongs to the same document, so there is nothing to predict it from.
@@ -133,9 +136,36 @@ class PackedRows:
             hint="tokenize the data with the model's own tokenizer",
         )
 
-    def unclosed(self, limit: int = 2000) -> list[int]:
-        """Documents, among the first `limit`, that leave a pair or an alternating token open."""
-        return [number for number in self._documents[:limit] if find_unclosed(self._read(number), self.rules)]
+    def look_through(self, limit: int = 2000) -> tuple[list[int], list[int]]:
+        """Among the first `limit` documents in training order: those that leave a pair or an alternating token open, and
+        those of which no token is trained. Raises UsageError when nothing at all is trained in them."""
+        looked = self._documents[:limit]
+        unclosed, silent = [], []
+        for number in looked:
+            tokens = self._read(number)
+            if find_unclosed(tokens, self.rules):
+                unclosed.append(int(number))
+            if not trained_tokens(tokens, self.rules)[1:].any():
+                silent.append(int(number))
+        if len(silent) == len(looked):
+            raise UsageError(
+                "no token of the data is trained",
+                where=", ".join(part.prefix for part in self._parts),
+                why=f"{len(looked):,} documents hold nothing that the `loss_mask_*` rules leave, such as a reply",
+                hint="`hpctrain data inspect` shows which tokens are trained",
+            )
+        return unclosed, silent
+
+    def content(self) -> str:
+        """A hash of what the .bin files hold: of all of a small one, of 256 pieces of 64 KiB of a large one."""
+        digest = hashlib.sha256()
+        for part in self._parts:
+            tokens, piece = part.tokens, _PIECE // part.tokens.dtype.itemsize
+            count = min(-(-len(tokens) // piece), _PIECES)
+            digest.update(f"{len(tokens)} ".encode())
+            for start in np.linspace(0, max(0, len(tokens) - piece), count).astype(np.int64).tolist():
+                digest.update(tokens[start : start + piece].tobytes())
+        return digest.hexdigest()
 
     def _row_of(self, sample: int) -> int:
         epoch, position = divmod(sample, len(self))

@@ -194,6 +194,16 @@ def _load_hf_model(source: Source, precision: str) -> Any:
     return model.to(dtype).eval()
 
 
+def check_vocabulary(pieces: int, embeddings: int, tokenizer: str) -> None:
+    """Raises UsageError when the tokenizer can give a token that the model has no embedding for."""
+    if pieces > embeddings:
+        raise UsageError(
+            f"the tokenizer has {pieces} pieces and the model {embeddings} embeddings",
+            where=tokenizer,
+            hint="name the tokenizer that the data was made with",
+        )
+
+
 def _write_model(model: Any, chat: Chat, tokenizer: str | None, about: dict[str, Any], directory: str) -> None:
     """Weights, configs, the tokenizer of a SentencePiece model, and hpctrain.json with `about`, into an empty folder."""
     config = model.config
@@ -202,12 +212,7 @@ def _write_model(model: Any, chat: Chat, tokenizer: str | None, about: dict[str,
         from hpctrain.train.hf_tokenizer import end_of_document, save_tokenizer
 
         spm = load_model(tokenizer)
-        if spm.vocab_size > config.vocab_size:
-            raise UsageError(
-                f"the tokenizer has {spm.vocab_size} pieces and the model {config.vocab_size} embeddings",
-                where=tokenizer,
-                hint="name the tokenizer that the data was made with",
-            )
+        check_vocabulary(spm.vocab_size, config.vocab_size, tokenizer)
         save_tokenizer(spm, chat, directory, int(config.max_position_embeddings))
         eod = end_of_document(spm, chat)
         ends += [eod] if eod is not None and eod not in ends else []

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import time
 import uuid
 from typing import Any
@@ -13,12 +14,20 @@ from typing import Any
 import torch
 
 from hpctrain import errors
+from hpctrain.tokenize.spm import load_model
 from hpctrain.train import checkpoint, engine, export, ranks
 from hpctrain.train.config import Batch, SftConfig, learning_rate
 from hpctrain.train.data import DataError, PackedRows, describe_too_long, step_samples
 from hpctrain.train.launch import Launch, StopRequest
 from hpctrain.train.logs import Metrics, MetricsLog
-from hpctrain.train.model import build_model, choose_attention, has_weights, read_model_config, to_tensors
+from hpctrain.train.model import (
+    build_model,
+    choose_attention,
+    has_weights,
+    longest_document,
+    read_model_config,
+    to_tensors,
+)
 
 
 class Trainer:
@@ -43,8 +52,14 @@ class Trainer:
             precision=config.precision,
             data_fingerprint=self.rows.fingerprint,
             config=dataclasses.asdict(config),
+            data_content=ranks.on_first(launch.rank, self.rows.content),
+            train_batch_size=batch.train_batch_size,
         )
-        resumed = checkpoint.check_resume(launch.checkpoint, self.progress) if launch.mode == "resume" else None
+        self._check_fit()
+        model_values = self.model_config.to_dict()
+        resumed = (
+            checkpoint.check_resume(launch.checkpoint, self.progress, model_values) if launch.mode == "resume" else None
+        )
         model = self._model()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.vocab_size = int(self.model_config.vocab_size)
@@ -65,8 +80,10 @@ class Trainer:
             self._export()
             self.say(f"nothing to train: iteration {self.progress.iteration} of {self.train_iters} is done")
             return errors.DONE
+        export_to = [os.path.dirname(self.config.export_dir)] if self.config.export_dir else []
+        ranks.on_first(self.launch.rank, lambda: list(map(
+            checkpoint.check_writable, [self.launch.checkpoint_dir, self.launch.run_dir, *export_to])))  # fmt: skip
         if self.launch.rank == 0:
-            os.makedirs(self.launch.run_dir, exist_ok=True)
             self.log = MetricsLog(self.launch.run_dir, self.launch.link, self.config.wandb_project,
                                   dataclasses.asdict(self.config))  # fmt: skip
         interval = _Interval(self.device)
@@ -94,7 +111,7 @@ class Trainer:
             )
             in_a_row = in_a_row + 1 if skipped else 0
             last = iteration == self.train_iters
-            given_up = in_a_row >= self.config.max_skipped_in_a_row
+            given_up = in_a_row >= self.config.max_skipped_in_a_row or (last and in_a_row == iteration)
             if iteration % self.config.log_interval == 0 or iteration == first or last or given_up:
                 self._report(interval, lr, norm)
             if given_up:
@@ -141,9 +158,26 @@ class Trainer:
             self.origin = f"the weights of {start}; optimizer and iteration start fresh"
         return model
 
+    def _check_fit(self) -> None:
+        """Raises UsageError on all ranks when data or tokenizer do not belong to the model."""
+        limit = longest_document(self.model_config)
+        if limit and self.rows.longest - 1 > limit:
+            raise errors.UsageError(
+                f"the longest document has {self.rows.longest} tokens, and the model knows {limit} positions",
+                where=self.launch.config, why="`max_position_embeddings` of the model's config.json",
+                hint=f"set `seq_length` to at most {limit}; longer documents are then named and left out")  # fmt: skip
+        if self.config.tokenizer:
+            pieces = ranks.on_first(self.launch.rank, lambda: load_model(str(self.config.tokenizer)).vocab_size)
+            export.check_vocabulary(pieces, int(self.model_config.vocab_size), self.config.tokenizer)
+
     def _resume(self, then: checkpoint.Progress) -> None:
         directory, tag = os.path.split(self.launch.checkpoint)
-        path, client = self.stepper.engine.load_checkpoint(directory, tag=tag)
+        try:
+            path, client = self.stepper.engine.load_checkpoint(directory, tag=tag)
+        except (OSError, RuntimeError, ValueError, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+            what = f"cannot load the checkpoint: {checkpoint.describe_failure(error)}"
+            raise errors.EnvironmentFault(what, where=self.launch.checkpoint,
+                                          hint="`hpctrain checkpoint verify` looks at its files") from error  # fmt: skip
         if path is None or client.get("hpctrain", {}).get("iteration") != then.iteration:
             raise errors.EnvironmentFault("DeepSpeed could not load the checkpoint", where=self.launch.checkpoint)
         self.progress = dataclasses.replace(
@@ -152,6 +186,10 @@ class Trainer:
         self.origin = f"{self.launch.checkpoint}, whole, at iteration {then.iteration}"
         for change in checkpoint.changed_keys(then.config, self.progress.config):
             self.say(f"note: changed since the checkpoint: {change}")
+        batch = self.batch.train_batch_size
+        if then.train_batch_size and then.train_batch_size != batch and not self.config.train_batch_size:
+            ranks_now = f"with {then.num_ranks} ranks, and is {batch} with {self.batch.ranks}"
+            self.say(f"warning: the batch was {then.train_batch_size} {ranks_now}; `train_batch_size` would keep it")
 
     def _say_setup(self) -> None:
         rows, batch = self.rows, self.batch
@@ -171,10 +209,10 @@ class Trainer:
         too_long = describe_too_long(rows)
         if too_long:
             self.say(f"warning: {too_long}")
-        unclosed = rows.unclosed() if self.launch.rank == 0 else []
-        if unclosed:
-            names = ", ".join(map(rows.name, unclosed[:5]))
-            self.say(f"warning: {len(unclosed)} documents leave a loss_mask token open, such as {names}")
+        unclosed, silent = ranks.on_first(self.launch.rank, rows.look_through)
+        for found, what in ((unclosed, "leave a loss_mask token open"), (silent, "hold no token that is trained")):
+            if found:
+                self.say(f"warning: {len(found)} documents {what}, such as {', '.join(map(rows.name, found[:5]))}")
 
     def _prepare(self, stopping: bool) -> tuple[list[dict[str, Any]], int, bool]:
         """This rank's arguments for the next step, the trained tokens of the whole batch, and whether to stop instead.

@@ -16,6 +16,7 @@ from hpctrain import errors, output
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS
+from hpctrain.train.checkpoint import CannotSave
 from hpctrain.train.launch import Launch, StopRequest
 
 
@@ -56,9 +57,12 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
             stop.listen(number)  # before the slow imports: the signal may come during them
         return program.train(config, launch, stop)
     except errors.HpctrainError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, CannotSave):
             output.problems(error.problems)
         return error.exit_code
+    except OSError as error:
+        output.problems([errors.Problem(error.strerror or str(error), where=str(error.filename or ""))])
+        return errors.ENVIRONMENT
 
 
 def standalone(layout: str, directory: str, config: str, environ: Mapping[str, str], folder: str) -> dict[str, str]:

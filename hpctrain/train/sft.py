@@ -13,6 +13,7 @@ import sys
 import warnings
 
 from hpctrain import errors, output
+from hpctrain.train.checkpoint import CannotSave
 from hpctrain.train.config import SftConfig, load_config, resolve_batch
 from hpctrain.train.data import DataError
 from hpctrain.train.launch import Launch, StopRequest
@@ -30,6 +31,9 @@ def main() -> int:
         if _speaks(error):
             output.problems(error.problems)
         return error.exit_code
+    except OSError as error:
+        output.problems([errors.Problem(error.strerror or str(error), where=str(error.filename or ""))])
+        return errors.ENVIRONMENT
 
 
 def train(config: SftConfig, launch: Launch, stop: StopRequest) -> int:
@@ -57,7 +61,7 @@ def train(config: SftConfig, launch: Launch, stop: StopRequest) -> int:
 
 def _speaks(error: errors.HpctrainError) -> bool:
     """Whether this rank should print an error: rank 0 what all ranks meet, one rank a node what may be the node's own."""
-    if isinstance(error, DataError):
+    if isinstance(error, (DataError, CannotSave)):
         return True
     if isinstance(error, errors.EnvironmentFault):
         return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -107,9 +107,41 @@ def test_no_document_that_fits_is_an_error_that_names_the_shortest(prefix: str) 
 def test_unclosed_documents_and_foreign_tokens_are_named(tmp_path: Path) -> None:
     data = rows(write(tmp_path / "d", [[7, 20, 7, 8, 8, 2], [7, 20, 8, 300, 8, 2]]), loss_mask_pairs=(7, 7))
 
-    assert [data.name(number) for number in data.unclosed()] == [f"{tmp_path}/d#1"]
+    assert [data.name(number) for number in data.look_through()[0]] == [f"{tmp_path}/d#1"]
     with pytest.raises(DataError, match="token 300 in .*d#1 is outside"):
         data.check_tokens(data.micro_batch([0]), [0], vocab_size=300)
+
+
+def test_documents_without_a_reply_are_named_and_data_without_any_is_refused(tmp_path: Path) -> None:
+    rules = {"loss_mask_pairs": (7, 7), "loss_mask_alternating_individual": (8,)}
+    some = rows(write(tmp_path / "some", [[7, 20, 7], [7, 20, 7, 8, 30, 8], [5]]), **rules)
+    none = rows(write(tmp_path / "none", [[7, 20, 7], [7, 20, 20, 7], [5]]), **rules)
+
+    unclosed, silent = some.look_through()
+    assert unclosed == [] and sorted(map(some.name, silent)) == [f"{tmp_path}/some#0", f"{tmp_path}/some#2"]
+    with pytest.raises(errors.UsageError, match="no token of the data is trained"):
+        none.look_through()
+
+
+def test_other_tokens_in_documents_of_the_same_lengths_are_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [[7, *range(20, 20 + size), 7] for size in range(3, 60)]
+    one = rows(write(tmp_path / "one", documents))
+    same = rows(write(tmp_path / "same", documents))
+    last = rows(write(tmp_path / "last", [*documents[:-1], [*documents[-1][:-1], 8]]))
+
+    assert one.fingerprint == same.fingerprint == last.fingerprint
+    assert one.content() == same.content() != last.content()
+    monkeypatch.setattr("hpctrain.train.data._PIECE", 64)
+    monkeypatch.setattr("hpctrain.train.data._PIECES", 7)
+    assert one.content() == same.content() != last.content()  # the end is looked at whatever the size
+
+
+def test_padding_has_no_position_that_no_document_has(tmp_path: Path) -> None:
+    data = rows(write(tmp_path / "d", [[7, 20, 7, 8, 30]]), seq_length=40)
+
+    assert data.micro_batch([0]).position_ids.max() == 4
 
 
 @pytest.mark.parametrize("cut", [".bin", ".idx", "magic"])

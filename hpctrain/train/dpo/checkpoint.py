@@ -53,7 +53,11 @@ def save(
 
     def write(partial: str) -> None:
         weights, state = state_dicts.get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": state}, storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+        writer = dcp.FileSystemWriter(partial, sync_files=True)
+        try:
+            dcp.save({"model": weights, "optimizer": state}, storage_writer=writer)
+        except CheckpointException as error:  # raised on all ranks, with what each of them met; no Exception
+            raise RuntimeError("no rank failed") from next((found for found, _ in error.failures.values()), None)
 
     files = {
         whole.META: json.dumps(asdict(progress), indent=1).encode(),

@@ -55,6 +55,7 @@ class DpoTrainer:
         self.start = launch.checkpoint if launch.mode == "finetune" else config.policy_name
         self.attention = choose_attention(self.values["attention"])
         self.model_config = dpo_model_config(config.policy_name, self.attention)
+        ranks.on_first(launch.rank, lambda: whole.check_writable(launch.checkpoint_dir))
         path = ranks.on_first(launch.rank, lambda: make_pairs(config, launch.checkpoint_dir, self.say))
         self.pairs = load_pairs(path, config)
         self._check_fit()
@@ -104,8 +105,8 @@ class DpoTrainer:
             self._export()
             self.say(f"nothing to train: iteration {self.progress.iteration} of {self.num_steps} is done")
             return errors.DONE
+        ranks.on_first(self.launch.rank, lambda: whole.check_writable(self.launch.run_dir))
         if self.launch.rank == 0:
-            os.makedirs(self.launch.run_dir, exist_ok=True)
             self.log = MetricsLog(
                 self.launch.run_dir, self.launch.link, self.config.wandb_project, self.config.as_dict()
             )

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hpctrain.errors import UsageError
-from hpctrain.train.dpo.batches import Rows
 from hpctrain.train import model as whole
+from hpctrain.train.dpo.batches import Rows
 from hpctrain.train.model import has_weights, read_model_config
 
 # Their logits are `lm_head(last hidden state)` and nothing more, which the tests compare for each.

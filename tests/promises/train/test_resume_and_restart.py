@@ -44,6 +44,9 @@ def by_two(bench: Bench) -> Answers:
     orders = {f"z{stage}": bench.order(f"z{stage}", zero_stage=stage, precision="bf16", **QUIET) for stage in range(4)}
     orders["neox-2r"] = bench.order("neox-2r", model="neox.json", **QUIET)
     orders["calm-2r"] = bench.order("calm-2r", model="calm.json", train_iters=6, zero_stage=2)
+    (bench.path / "blocked").mkdir()
+    (bench.path / "blocked" / "partial_global_step2").write_text("in the way")
+    orders["blocked"] = bench.order("blocked", **QUIET)
     orders["strange"] = bench.order("strange", train_data_paths=["strange"], train_iters=40)
     orders.update(straight_and_resumed(bench, 2))
     return dict(zip(orders, bench.train_many(list(orders.values()), 2)))
@@ -69,6 +72,24 @@ def by_one(bench: Bench, by_two: Answers) -> Answers:
     names["resume-data"] = b.order(
         "resume-data", "resume", step["z0"], zero_stage=0, train_data_paths=["other"], **more
     )
+    same_lengths = dialogues()
+    same_lengths[3][2] += 1
+    write_indexed(b.path / "edited", same_lengths)
+    names["resume-edited"] = b.order(
+        "resume-edited", "resume", step["z0"], zero_stage=0, train_data_paths=["edited"], **more
+    )
+    llama = json.loads((b.path / "llama.json").read_text())
+    (b.path / "eps.json").write_text(json.dumps({**llama, "rms_norm_eps": 1e-3}))
+    (b.path / "nan.json").write_text(json.dumps({**llama, "rms_norm_eps": float("nan")}))
+    (b.path / "short.json").write_text(json.dumps({**llama, "max_position_embeddings": 16}))
+    names["resume-eps"] = b.order("resume-eps", "resume", step["z0"], zero_stage=0, model="eps.json", **more)
+    names["no-finite-step"] = b.order("no-finite-step", model="nan.json", **QUIET)
+    names["short"] = b.order("short", model="short.json", **QUIET)
+    torn = b.path / "torn" / "global_step2"
+    shutil.copytree(step["z0"], torn)
+    states = torn / "mp_rank_00_model_states.pt"
+    states.write_bytes(states.read_bytes()[:-2000])
+    names["torn"] = b.order("torn", "resume", torn, zero_stage=0, **more)
     names["done"] = b.order("done", "resume", step["z0"], zero_stage=0, precision="bf16", **QUIET)
     names["calm-1r"] = b.order(
         "calm-1r", model="calm.json", train_iters=6, zero_stage=0, train_micro_batch_size_per_gpu=4
@@ -173,6 +194,30 @@ def test_resume_names_everything_that_stands_against_it(by_one: Answers) -> None
     assert code == 4 and "the data is not what the run was trained on" in found[0]
 
 
+def test_an_edited_document_or_another_model_is_no_resume(by_one: Answers) -> None:
+    code, found = by_one["resume-edited"]
+    assert code == 4 and "the data has other tokens" in found[0]
+
+    code, found = by_one["resume-eps"]
+    assert code == 4 and "`model` is another one: rms_norm_eps 1e-06 -> 0.001" in found[0]
+
+
+def test_a_save_that_fails_and_a_torn_checkpoint_are_told_and_nothing_of_them_is_left(
+    bench: Bench, by_one: Answers, by_two: Answers
+) -> None:
+    code, found = by_two["blocked"]
+    assert code == 3 and len(found) == 2 and all("cannot save `global_step2`: " in text for text in found)
+    assert [path.name for path in (bench.path / "blocked").iterdir()] == ["partial_global_step2"]
+
+    code, found = by_one["torn"]
+    assert code == 3 and "cannot load the checkpoint: PytorchStreamReader failed" in found[0]
+
+
+def test_documents_longer_than_the_model_s_positions_are_refused(by_one: Answers) -> None:
+    code, found = by_one["short"]
+    assert code == 2 and "the model knows 16 positions" in found[0]
+
+
 def test_a_finished_run_trains_and_writes_nothing(bench: Bench, by_one: Answers) -> None:
     assert by_one["done"] == (0, [])
     assert not (bench.path / "done").exists() and not (bench.path / "done.run").exists()
@@ -184,6 +229,11 @@ def test_one_rank_and_two_ranks_learn_the_same(bench: Bench, by_one: Answers) ->
 
     assert one == pytest.approx(two, rel=1e-5)
     assert np.ptp(one) > 0.01
+
+
+def test_a_run_without_one_finite_step_is_not_done(bench: Bench, by_one: Answers) -> None:
+    assert by_one["no-finite-step"][0] == 1
+    assert not list(bench.path.glob("no-finite-step/global_step*"))
 
 
 @pytest.mark.parametrize("name", ["nan", "nan-z0", "nan-z0-bf16", "nan-z3"])
