@@ -95,7 +95,7 @@ def handed_over(stage: Stage, earlier: Plan) -> Handed:
         if not earlier.resolved.model:
             raise UsageError(
                 f"stage `{source}` leaves no model: recipe `{earlier.recipe.name}` names none", where=stage.where,
-                hint="hand over its checkpoint, or say where the model is to be: config.export_dir (recipe `sft`), "
+                hint="hand over its checkpoint, or say where the model is to be: config.export_dir (recipes `sft` and `hf-sft`), "
                 "recipe_options.model_dir (recipe `command`)",
             )  # fmt: skip
         return Handed(source, earlier.run_dir, "model", stage.way, None, folder, earlier.resolved.model)

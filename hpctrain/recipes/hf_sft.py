@@ -67,7 +67,8 @@ def resolve(context: Context) -> Resolved:
         cadence=Cadence(config.max_steps, config.save_steps, saves_on_signal=True),
         template={"stage": stage},
         paths=_paths(config, document),
-        binds=(("stage folder", options["stage"]),) if str(options["stage"]).startswith("/") else (),
+        binds=_binds(config, str(options["stage"])),
+        model=config.export_dir,
         decisions=(*_decisions(config, document, context), decided, *estimated),
         problems=tuple(problems),
     )
@@ -144,6 +145,14 @@ def _stage(context: Context) -> tuple[ShellText | None, Decision, list[Problem]]
         return None, Decision("data.stage", wish, "", where), [problem]  # fmt: skip
     pattern = wish.rstrip("/") + "/{user}-{job}-data"
     return node_path(pattern, tmp), Decision("data.stage", pattern, "as the run says; checked by hash", where), []
+
+
+def _binds(config: HfSftConfig, stage: str) -> tuple[tuple[str, str], ...]:
+    """Folders that a container must see beside those that every run has."""
+    found = [("stage folder", stage)] if stage.startswith("/") else []
+    if config.export_dir:
+        found.append(("folder of the exported model", os.path.dirname(config.export_dir)))
+    return tuple(found)
 
 
 def _paths(config: HfSftConfig, document: Document) -> tuple[tuple[str, str, str], ...]:

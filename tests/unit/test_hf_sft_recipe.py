@@ -210,3 +210,24 @@ def test_a_rung_of_the_ladder_is_a_valid_run(tmp_path: Path) -> None:
 
     assert [rung.loaded.plan.resolved.guard.target for rung in rungs] == [100, 100, 100]
     assert [decided(rung.loaded.plan)["batch.train_batch_size"] for rung in rungs] == [64, 64, 64]
+
+
+def test_as_a_stage_it_takes_the_model_of_the_one_before_and_leaves_its_own(tmp_path: Path) -> None:
+    from hpctrain.pipeline.stages import load_pipeline
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN, "chain": {"jobs": 1}}))
+    stages = {
+        "domain": {"run": "run.yaml", "set": {"name": "domain", "checkpoint.dir": "one", "config.export_dir": "models/domain"}},
+        "task": {"run": "run.yaml", "from": "domain", "hand_over": "model", "set": {"name": "task", "checkpoint.dir": "two"}},
+    }  # fmt: skip
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump({"name": "p", "stages": stages}))
+
+    first, second = load_pipeline(str(tmp_path / "pipeline.yaml")).stages
+
+    left = str(tmp_path / "models" / "domain")
+    assert first.plan.errors == second.plan.errors == []
+    assert first.plan.resolved.model == left and f"export_dir: {left}\n" in first.plan.resolved.configs[
+        "config_sft.yaml"
+    ].replace("'", "").replace('"', "")
+    config, _ = parse_config(parse_yaml(second.plan.resolved.configs["config_sft.yaml"], "c"), "/")
+    assert config.model_name == left and second.plan.resolved.model is None

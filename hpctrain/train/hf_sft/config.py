@@ -55,6 +55,7 @@ FIELDS: dict[str, Field] = {
     "data_sha256": Field("text", "the data file must have this checksum", pattern="[0-9a-f]{64}", shape="64 hexadecimal digits"),
     "dataset_rows": Field("int", "how many rows the data has, so that the steps are known beforehand; checked at the start", minimum=1),
     "disk_gib": Field("number", "free space that the checkpoint folder must have at the start (default: what two checkpoints take)", minimum=0),
+    "export_dir": Field("path", "Hugging Face directory that the finished run leaves, the update merged and compared; what a pipeline hands on"),
     "seed": Field("int", "of the data order and of the update's first weights", default=3407, minimum=0, maximum=2**31 - 1),
     "stop_signal": Field("text", "the signal that means: save and exit 0 at the next step", default="USR1", pattern="(SIG)?[A-Z0-9]+", shape="the name of a signal"),
     "distributed_timeout_s": Field("int", "how long a rank waits for the others", default=7200, minimum=30),
@@ -162,7 +163,8 @@ def parse_config(document: yamlio.Document, base_dir: str) -> tuple[HfSftConfig,
     values = {key: values.get(key, field.default) for key, field in FIELDS.items()}
     for key in ("model_name", "dataset_path"):
         values[key] = absolute_source(values[key] or "", base_dir)
-    values["start"] = os.path.normpath(os.path.join(base_dir, values["start"])) if values["start"] else None
+    for key in ("start", "export_dir"):
+        values[key] = os.path.normpath(os.path.join(base_dir, values[key])) if values[key] else None
     values["trainer"] = values["trainer"] or {}
     config = HfSftConfig(values)
     bad = {problem.where for problem in problems}

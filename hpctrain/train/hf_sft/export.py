@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hpctrain.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
-from hpctrain.train.checkpoint import META
+from hpctrain.train.checkpoint import META, read_meta
 from hpctrain.train.export import DTYPES, publish_model
 from hpctrain.train.hf_sft import base as bases
 from hpctrain.train.hf_sft.config import quantised_name
@@ -64,6 +66,11 @@ def export_checkpoint(
     target = os.path.abspath(directory)
     if os.path.lexists(target):
         raise Refused(f"`{directory}` exists", hint="name a directory that does not")
+    return _publish(checkpoint, target, precision, base, say)
+
+
+def _publish(checkpoint: Checkpoint, target: str, precision: str, base: str | None, say: Callable[[str], None],
+             device: str = "", run_id: str = "") -> tuple[list[str], Proof]:  # fmt: skip
     adapter = bases.read_json(os.path.join(checkpoint.path, "adapter_config.json"))
     folder = _base_folder(checkpoint, adapter, base)
     weights = bases.check_base(folder)
@@ -78,17 +85,47 @@ def export_checkpoint(
         # Whatever the libraries have to say, stdout is for data.
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            proof = _write(checkpoint, adapter, folder, staged, chosen, say)
-        about = {"from": os.path.basename(checkpoint.path), "iteration": checkpoint.iteration, "precision": chosen,
-                 "chat": {}, "base": folder, "proof": asdict(proof)}  # fmt: skip
+            proof = _write(checkpoint, adapter, folder, staged, chosen, say, device)
+        about = {"from": f"checkpoint-{checkpoint.iteration}", "iteration": checkpoint.iteration, "precision": chosen,
+                 "chat": {}, "base": folder, "run_id": run_id, "proof": asdict(proof)}  # fmt: skip
         with open(os.path.join(staged, META), "w", encoding="utf-8") as file:
             json.dump(about, file, indent=1)
         proofs.append(proof)
 
     try:
-        return publish_model(target, fill), proofs[0]
+        return publish_model(target, fill, run_id), proofs[0]
     except OSError as error:
-        raise EnvironmentFault(f"cannot write `{directory}`: {error.strerror or error}") from error
+        raise EnvironmentFault(f"cannot write `{target}`: {error.strerror or error}") from error
+
+
+def export_finished(
+    model: Any, tokenizer: Any, folder: str, target: str, step: int, checkpoint_dir: str, say: Callable[[str], None]
+) -> None:  # fmt: skip
+    """Leave the trained model of a run at `target` as a plain one, proved as `export_checkpoint` proves it.
+
+    On the CPU: a GPU that trains has no room for a second base. What this run left there before is replaced, anything
+    else set aside. Raises as `export_checkpoint`, but for an existing `target`.
+    """
+    os.makedirs(checkpoint_dir, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=checkpoint_dir) as given:
+        model.save_pretrained(given, safe_serialization=True)
+        tokenizer.save_pretrained(given)
+        found = Checkpoint(given, step)
+        proof = _publish(found, target, "auto", folder, say, device="cpu", run_id=run_id(checkpoint_dir))[1]
+    for line in describe(proof):
+        say(line)
+    say(f"wrote {target}")
+
+
+def is_finished(target: str, step: int, checkpoint_dir: str) -> bool:
+    """Whether `export_finished` left the model of this step of this run there."""
+    about = read_meta(target)
+    return (about.get("run_id"), about.get("iteration")) == (run_id(checkpoint_dir), step)
+
+
+def run_id(checkpoint_dir: str) -> str:
+    """What tells a run's models from others': its checkpoint folder, since the Trainer gives it no name."""
+    return hashlib.sha256(os.path.realpath(checkpoint_dir).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def describe(proof: Proof) -> list[str]:
@@ -129,7 +166,7 @@ def _check_space(folder: str, need: int) -> None:
 
 
 def _write(
-    checkpoint: Checkpoint, adapter: dict[str, Any], folder: str, staged: str, precision: str, say: Callable[[str], None]
+    checkpoint: Checkpoint, adapter: dict[str, Any], folder: str, staged: str, precision: str, say: Callable[[str], None], place: str
 ) -> Proof:  # fmt: skip
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     try:
@@ -143,7 +180,7 @@ def _write(
     from hpctrain.train.hf_sft.trainer import load_base
 
     transformers.utils.logging.disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(place or ("cuda" if torch.cuda.is_available() else "cpu"))
     say(f"base {folder}")
     model = load_base(folder, torch.float32).to(device).eval()
     tokens = _tokens(checkpoint, model.config.vocab_size)
@@ -153,7 +190,7 @@ def _write(
         model = peft.PeftModel.from_pretrained(model, checkpoint.path).to(device).eval()
     expected = _logits(model, tokens)
     if adapter:
-        say(f"merging the update of {os.path.basename(checkpoint.path)} in fp32")
+        say(f"merging the update of checkpoint-{checkpoint.iteration} in fp32")
         try:
             model = model.merge_and_unload(safe_merge=True)
         except ValueError as error:  # safe_merge: NaN in the result

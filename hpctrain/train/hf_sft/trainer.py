@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,14 +22,16 @@ import transformers
 from hpctrain.errors import HpctrainError, Problem, UsageError, missing_package
 from hpctrain.schema import nearest
 from hpctrain.train import ranks
+from hpctrain.train.checkpoint import check_writable
 from hpctrain.train.dpo.pairs import load_tokenizer
-from hpctrain.train.hf_sft import base, prepare, stage
+from hpctrain.train.hf_sft import base, export, prepare, stage
 from hpctrain.train.hf_sft.config import HfSftConfig
 from hpctrain.train.launch import Launch, StopRequest
 from hpctrain.train.logs import append_whole_lines
 from hpctrain.train.model import read_pretrained
 
 IGNORED = -100
+Answer = TypeVar("Answer")
 
 
 def train(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
@@ -57,9 +59,15 @@ def train(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
         if launch.checkpoint:
             base.check_adapter(launch.checkpoint, folder)
         say(base.check_space(config, weights, launch.checkpoint_dir))
+        for place in (
+            launch.checkpoint_dir,
+            launch.run_dir,
+            *([os.path.dirname(config.export_dir)] if config.export_dir else []),
+        ):
+            check_writable(place)
         return prepare.prepare(config, launch.checkpoint_dir, say)
 
-    data = ranks.on_first(launch.rank, begin) if launch.num_ranks > 1 else begin()
+    data = _together(launch, begin)
     path = _staged(data, launch, say)
     rows = prepare.load_rows(path)
     tokenizer = load_tokenizer(config.model_name)
@@ -69,7 +77,13 @@ def train(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
     model = _load(config, launch, engine, say if rank0 else lambda text: None)
     trainer = _trainer(config, launch, device, model, tokenizer, rows)
     log = Log(launch, stop, trainer.args, rows_per_step=config.train_batch_size(launch.num_ranks))
-    trainer.add_callback(_callback(log))
+
+    def leave_model() -> None:
+        target = str(config.export_dir)
+        _together(launch, lambda: export.export_finished(
+            trainer.model, tokenizer, folder, target, trainer.state.global_step, launch.checkpoint_dir, say))  # fmt: skip
+
+    trainer.add_callback(_callback(log, leave_model if config.export_dir else None))
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     if rank0:
         trained, total = count_parameters(model)
@@ -82,10 +96,19 @@ def train(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
     if launch.num_ranks > 1:
         ranks.barrier()
     step = trainer.state.global_step
+    if config.export_dir and step >= trainer.state.max_steps:
+        at = (config.export_dir, step, launch.checkpoint_dir)
+        if not _together(launch, lambda: export.is_finished(*at)):
+            leave_model()  # a link that found everything trained
     if rank0:
         what = f"stopped by signal {log.signal_name(config)}: saved" if log.stopped else "done: saved"
         say(f"{what} at step {step} of {trainer.state.max_steps}, checkpoint-{step}")
     return 0
+
+
+def _together(launch: Launch, work: Callable[[], Answer]) -> Answer:
+    """What `work` answers on rank 0, on all ranks; a single rank has no group that could tell."""
+    return ranks.on_first(launch.rank, work) if launch.num_ranks > 1 else work()
 
 
 def choose_engine(config: HfSftConfig, launch: Launch, device: torch.device) -> str:
@@ -338,14 +361,18 @@ class Log:
         self._file.flush()
 
 
-def _callback(log: Log) -> Any:
+def _callback(log: Log, leave_model: Callable[[], None] | None) -> Any:
     class Callback(transformers.TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             log.begin(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> Any:
             stop = log.asked_to_stop()
-            if stop or state.global_step >= state.max_steps:
+            last = state.global_step >= state.max_steps
+            if last and leave_model:
+                # Before the checkpoint that says the run is done: once that exists, no later link would export.
+                leave_model()
+            if stop or last:
                 # The last step's checkpoint is what the next link, or `hpctrain export`, goes on from.
                 control.should_save = True
             if stop:

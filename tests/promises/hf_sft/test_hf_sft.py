@@ -130,11 +130,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     tiny.write_rows(path / "bad.jsonl", [rows[0], {"prompt": "x"}, {"question": "y"}, rows[1]])
     stage = path / "node disk" / "mine"
 
-    bench.train("straight")
+    bench.train("straight", config={"export_dir": "./left/straight"})
     # Asked to leave after two log lines; killed after two more; then left to end, from the newest whole checkpoint.
     bench.train("chain", signal=("USR1", 2))
     bench.train("chain", "resume", "chain/ckpt/NEWEST", link="2", signal=("KILL", 2))
     bench.train("chain", "resume", "chain/ckpt/NEWEST", link="3", stage=str(stage))
+    bench.train("chain", "resume", "chain/ckpt/NEWEST", link="4", config={"export_dir": "./left/late"})
     bench.train("whole", config={"lora": None, "max_steps": 2, "learning_rate": 1e-3})
     bench.train(
         "onward",
@@ -284,6 +285,19 @@ def test_a_merged_model_is_base_and_update_in_logits_and_size(precision: str, by
         at = "model.layers.1.mlp.up_proj"
         change = 8 / 4 * update[f"base_model.model.{at}.lora_B.weight"] @ update[f"base_model.model.{at}.lora_A.weight"]
         assert abs(merged[f"{at}.weight"] - base[f"{at}.weight"] - change).max() < 1e-6 < abs(change).max()
+
+
+def test_a_finished_run_leaves_its_merged_model_whenever_it_is_asked_to(bench: Bench) -> None:
+    said = bench["straight"]["said"]
+    assert said.index("left/straight") < said.index("saved checkpoint-12")  # once that is there, no link trains again
+    assert "wrote" in bench["chain4"]["said"] and bench["chain4"]["code"] == 0, bench["chain4"]["said"]
+
+    merged = load_file(str(bench.path / "out/fp32/model.safetensors"))
+    for name in ("straight", "late"):
+        left = load_file(str(bench.path / "left" / name / "model.safetensors"))
+        assert left.keys() == merged.keys() and all((left[key] == merged[key]).all() for key in merged)
+        assert (bench.path / "left" / name / "tokenizer.json").is_file()
+    assert not list(bench.path.glob("*/ckpt/.export-*"))
 
 
 def test_all_trained_weights_are_exported_as_they_are(bench: Bench) -> None:
