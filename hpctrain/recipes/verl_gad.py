@@ -73,6 +73,7 @@ def resolve(context: Context) -> Resolved:
         checker.micro_batches()
         checker.parallelism()
         checker.token_budgets()
+        checker.context_length(*_positions(context, shape, values))
         checker.saving()
         memory = checks.check_memory(checker, context)
     problems += checker.problems
@@ -257,6 +258,22 @@ def _shape(context: Context, preset: ModelShape) -> tuple[ModelShape, list[Probl
         else:
             shape[key] = value
     return ModelShape(**shape), problems
+
+
+def _positions(context: Context, shape: ModelShape, values: Mapping[str, Any]) -> tuple[int, str]:
+    """The longest sequence that the student knows, and where that is said: the run, the student's own config, or its size."""
+    spec, given = context.spec, context.options["model_shape"] or {}
+    if "positions" in given:
+        return shape.positions, f"`model_shape.positions` at {spec.where('recipe_options', 'model_shape', 'positions')}"
+    student = str(values[MODELS[0]])
+    own = checks.known_positions(student) if os.path.isabs(student) else None
+    if own is not None:
+        return own, f"`max_position_embeddings` of {student}/config.json"
+    size = context.options["size"]
+    return (
+        shape.positions,
+        f"as Qwen's model of size {size} has it; `recipe_options.model_shape: {{positions: …}}` says another",
+    )
 
 
 @frozen

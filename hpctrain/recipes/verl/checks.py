@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +27,12 @@ _COUNTS = (
     "critic.ppo_max_token_len_per_gpu", "data.max_prompt_length", "data.max_response_length",
 )  # fmt: skip
 LOADS = {"actor": f"{_ACTOR}.checkpoint.load_contents", "critic": "critic.checkpoint.load_contents"}
+_PROMPT, _RESPONSE = "data.max_prompt_length", "data.max_response_length"
+_MAX_LEN, _BATCHED, _CHUNKED = (
+    f"{_ROLLOUT}.max_model_len",
+    f"{_ROLLOUT}.max_num_batched_tokens",
+    f"{_ROLLOUT}.enable_chunked_prefill",
+)
 FREE_CACHE = f"{_ROLLOUT}.free_cache_engine"
 FORMULA_AT = "docs/recipes/verl-gad.md, Memory"
 _DYNAMIC = f"{_ACTOR}.use_dynamic_bsz"
@@ -140,6 +148,30 @@ class Checker:
                            why=f"max_prompt_length + max_response_length = {longest}; verl stops at the first that long",
                            hint=f"at least {-(-longest // sequence)}")  # fmt: skip
 
+    def context_length(self, positions: int, limit: str) -> None:
+        """Prompt and answer must fit into what the student knows, and into what vLLM is told (verl
+        workers/rollout/vllm_rollout: an assertion once the GPUs are held). `limit` says where `positions` is set."""
+        longest = self.values["data.max_prompt_length"] + self.values["data.max_response_length"]
+        said = f"max_prompt_length {self.values['data.max_prompt_length']} + max_response_length {self.values['data.max_response_length']}"
+        at = next(filter(lambda key: not self._preset(key), (_RESPONSE, _PROMPT)), _RESPONSE)
+        if longest > positions:
+            self.error(f"{said} = {longest}, and the model knows {positions} positions", at, why=limit,
+                       hint=f"at most {positions} together; verl stops when it loads the model")  # fmt: skip
+        told = self.values.get(_MAX_LEN)
+        if isinstance(told, int) and not isinstance(told, bool):
+            if told < longest:
+                self.error(f"`rollout.max_model_len: {told}` is less than {said} = {longest}", _MAX_LEN,
+                           why="vLLM would refuse the longest prompts", hint="delete it: verl then takes the sum")  # fmt: skip
+            elif told > positions:
+                self.error(f"`rollout.max_model_len: {told}` is more than the {positions} positions that the model knows", _MAX_LEN,
+                           why=limit, hint=f"at most {positions}, or delete it")  # fmt: skip
+        batched = self.values.get(_BATCHED, 8192)
+        if self.values.get(_CHUNKED) is not False and isinstance(batched, int) and batched < longest:
+            self.error(f"`rollout.max_num_batched_tokens: {batched}` is less than {said} = {longest}",
+                       _BATCHED if _BATCHED in self.values else at, level="warning",
+                       why=("" if _BATCHED in self.values else "8192 is verl's default; ") + "verl up to 0.5 refuses that with chunked prefill",
+                       hint=f"config.{_BATCHED}: {longest}")  # fmt: skip
+
     def saving(self) -> None:
         """Checkpoints that come, stay, and are whole."""
         keep = [
@@ -231,6 +263,17 @@ def check_memory(checker: Checker, context: Context) -> tuple[Decision, ...]:
         checker.error(f"what is offloaded needs {least.host:.0f} GiB of each node's memory, and it has {memory_gib:g}",
                       f"{_ACTOR}.fsdp_config.param_offload", hint="take more nodes, or offload less")  # fmt: skip
     return (decision,)
+
+
+def known_positions(model: str) -> int | None:
+    """`max_position_embeddings` of a model that lies here, stretched by its rope scaling as verl stretches it; else None."""
+    try:
+        with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
+            found = json.load(file)
+        scaling = found.get("rope_scaling") or {}
+        return int(found["max_position_embeddings"] * float(scaling.get("factor") or 1.0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def check_model_name(path: str, where: str) -> list[Problem]:

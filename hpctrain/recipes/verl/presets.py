@@ -17,7 +17,8 @@ BRANCHES = {"warmup": "warmup", "adversarial": "gad"}
 
 @frozen
 class ModelShape:
-    """What the arithmetic needs of a model: numbers of parameters, layers, heads; widths of a token and of the vocabulary."""
+    """What the arithmetic needs of a model: numbers of parameters, layers, heads; widths of a token and of the vocabulary;
+    `positions`: the longest sequence it knows (`max_position_embeddings`)."""
 
     parameters: float
     layers: int
@@ -25,6 +26,7 @@ class ModelShape:
     heads: int
     kv_heads: int
     vocab: int
+    positions: int
 
 
 @frozen
@@ -41,13 +43,13 @@ class Size:
 
 
 SIZES: dict[str, Size] = {
-    "3B": Size(ModelShape(3.09e9, 36, 2048, 16, 2, 151936), 2, 12288, 256, 600, 256, 0.7),
-    "7B": Size(ModelShape(7.62e9, 28, 3584, 28, 4, 152064), 2, 12288, 256, 600, 256, 0.7),
-    "14B": Size(ModelShape(14.77e9, 48, 5120, 40, 8, 152064), 4, 8192, 128, 300, 128, 0.8),
-    "235B": Size(ModelShape(235.1e9, 94, 4096, 64, 4, 151936), 8, 4096, 64, 150, 64, 0.9),
+    "3B": Size(ModelShape(3.09e9, 36, 2048, 16, 2, 151936, 32768), 2, 12288, 256, 600, 256, 0.7),
+    "7B": Size(ModelShape(7.62e9, 28, 3584, 28, 4, 152064, 32768), 2, 12288, 256, 600, 256, 0.7),
+    "14B": Size(ModelShape(14.77e9, 48, 5120, 40, 8, 152064, 32768), 4, 8192, 128, 300, 128, 0.8),
+    "235B": Size(ModelShape(235.1e9, 94, 4096, 64, 4, 151936, 40960), 8, 4096, 64, 150, 64, 0.9),
 }
 # Rows that each parameter of a run may replace (`recipe_options.model_shape`).
-SHAPE_KEYS = ("parameters", "layers", "hidden", "heads", "kv_heads", "vocab")
+SHAPE_KEYS = ("parameters", "layers", "hidden", "heads", "kv_heads", "vocab", "positions")
 
 
 def overrides_of(stage: str, size: Size) -> dict[str, Any]:

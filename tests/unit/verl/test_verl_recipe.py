@@ -146,6 +146,8 @@ def test_wandb_is_used_where_it_can_be(tmp_path: Path) -> None:
 
 
 OPTION, CONFIG = "recipe_options/", "config/"
+# Budgets that a long sequence fits into.
+BUDGETS = {f"config/{key}.ppo_max_token_len_per_gpu": 65536 for key in ("actor_rollout_ref.actor", "critic")}
 
 
 @pytest.mark.parametrize(
@@ -163,6 +165,10 @@ OPTION, CONFIG = "recipe_options/", "config/"
         (WARMUP, {CONFIG + "actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 3}}}, "size: 3", "does not divide the GPUs"),
         (WARMUP, {OPTION + "size": "7B", CONFIG + "actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 8}}}, "parallel_size: 8", "28 heads"),
         (WARMUP, {CONFIG + "critic": {"ppo_max_token_len_per_gpu": 2048}}, "token_len_per_gpu: 2048", "less than the longest sequence"),
+        (WARMUP, {CONFIG + "data": {"max_prompt_length": 40000}, OPTION + "model_shape": {"positions": 40000}, **BUDGETS}, "prompt_length: 40000", "the model knows 40000 positions"),
+        (WARMUP, {CONFIG + "data": {"max_response_length": 31000}, **BUDGETS}, "response_length: 31000", "= 33048, and the model knows 32768 positions"),
+        (WARMUP, {CONFIG + "actor_rollout_ref": {"rollout": {"max_model_len": 3583}}}, "model_len: 3583", "is less than max_prompt_length 2048"),
+        (WARMUP, {CONFIG + "actor_rollout_ref": {"rollout": {"max_model_len": 65536}}}, "model_len: 65536", "more than the 32768 positions"),
         (WARMUP, {CONFIG + "trainer": {"max_actor_ckpt_to_keep": 3}}, "max_actor_ckpt_to_keep: 3", "halves of checkpoints"),
         (WARMUP, {CONFIG + "trainer": {"max_actor_ckpt_to_keep": 1, "max_critic_ckpt_to_keep": 1}}, "actor_ckpt_to_keep: 1", "only complete checkpoint"),
         (WARMUP, {CONFIG + "trainer": {"del_local_ckpt_after_load": True}}, "after_load: true", "may delete"),
@@ -197,6 +203,27 @@ def test_what_cannot_work_is_refused_at_its_line(
     assert plan.resolved.configs == {}
     number = int(problems[0].where.removeprefix(str(tmp_path / "run.yaml")).split(":")[1])
     assert line in lines[number - 1], lines[number - 1]
+
+
+def test_the_students_own_config_says_how_long_it_can_read_and_is_named(tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+
+    def said(config: dict[str, Any], **option: Any) -> list[str]:
+        (tmp_path / "student" / "config.json").write_text(json.dumps(config))
+        changes = {"recipe_options/model": str(tmp_path / "student"), "config/data": {"max_response_length": 6144}}
+        plan = plan_of(tmp_path, **{**changes, **{f"recipe_options/{key}": value for key, value in option.items()}})
+        return [f"{problem.what} ({problem.why})" for problem in plan.errors if "positions" in problem.what]
+
+    (problem,) = said({"max_position_embeddings": 4096})
+    assert problem == (
+        "max_prompt_length 2048 + max_response_length 6144 = 8192, and the model knows 4096 positions"
+        f" (`max_position_embeddings` of {tmp_path}/student/config.json)"
+    )
+    assert said({"max_position_embeddings": 8192}) == []
+    assert said({"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}) == []
+    assert said({"max_position_embeddings": 4096}, model_shape={"positions": 8192}) == []
+    assert said({"max_position_embeddings": "many"}) == []  # then as the size has it
+    assert "8192, and the model knows 8191 positions" in said({}, model_shape={"positions": 8191})[0]
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
