@@ -14,11 +14,11 @@ from hpctrain.cli import common
     "-p", "--prompt", "prompts", multiple=True, required=True, help="What the user says; several give several replies."
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest reply.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=click.FloatRange(0, 1000), default=0.0, show_default=True, help="0 is greedy.")
 @click.option(
     "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus sampling."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the sampling.")
 @click.option("--tokenizer", type=click.Path(), help="SentencePiece model [default: the one in the checkpoint].")
 @common.as_json
 def command(

@@ -134,7 +134,7 @@ def check_target(source: Source, directory: str) -> None:
     """Raises UsageError when the source is an exported directory, Refused when `directory` exists."""
     if source.exported:
         raise UsageError("this is a Hugging Face directory already", where=source.path)
-    if os.path.lexists(directory):
+    if os.path.lexists(os.path.abspath(directory)):  # an empty name means the current directory
         raise Refused(f"`{directory}` exists", hint="name a directory that does not")
 
 

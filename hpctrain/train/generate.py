@@ -60,9 +60,15 @@ def answer(
 
     room = int(model.config.max_position_embeddings)
     eod = end_of_document(model_file, source.chat)
+    # A model may have more embeddings than the tokenizer has pieces; no text stands for those.
+    nameless = list(range(model_file.vocab_size, int(model.config.vocab_size))) or None
     stops = {token: name for token, name in ((eod, "eod"), (source.chat.assistant, "assistant")) if token is not None}
     out = []
     for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"the prompt {prompt[:40]!a} is not UTF-8") from None
         start = prompt_ids(encoder.encode(prompt), source.chat)
         if not prompt.strip() or len(start) >= room:
             what = "is empty" if not prompt.strip() else f"has {len(start)} tokens, and the model sees {room}"
@@ -79,6 +85,7 @@ def answer(
                 max_new_tokens=min(max_tokens, room - len(start)),
                 eos_token_id=sorted(stops) or None,
                 pad_token_id=0,
+                suppress_tokens=nameless,
                 **sampling,
             )
         reply = whole[0, len(start) :].tolist()

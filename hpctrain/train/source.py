@@ -59,7 +59,7 @@ def find_source(path: str) -> Source:
     if os.path.isfile(latest):
         with open(latest, encoding="utf-8", errors="replace") as file:
             name = file.read().strip()
-        if not name or not os.path.isdir(os.path.join(path, name)):
+        if name in ("", ".", "..") or "/" in name or not os.path.isdir(os.path.join(path, name)):
             raise UsageError(f"`latest` names `{name}`, which is not there", where=path,
                              hint="`hpctrain checkpoint list` shows what is; name a checkpoint itself")  # fmt: skip
         return find_source(os.path.join(path, name))

@@ -73,7 +73,10 @@ def trained(bench: Bench, models: dict[str, Path]) -> Bench:
     ]
     again = bench.order("neox-again", "resume", bench.path / "neox" / "global_step3", export_dir="left/again",
                         **{**short, "model": "wide-neox.json", "precision": "fp32"})  # fmt: skip
-    assert bench.train_many([*orders, again, again], 1) == [(0, [])] * 5
+    narrow = bench.order("narrow", **{**short, "model": "llama.json"})  # 256 embeddings, 380 pieces
+    answers = bench.train_many([*orders, again, again, narrow], 1)
+    assert answers[:5] == [(0, [])] * 5
+    assert answers[5][0] == 2 and "the tokenizer has 380 pieces" in answers[5][1][0]
     run = bench.path / "learned.run"
     (run / "plan.json").write_text(
         json.dumps({"guard": {"checkpoint_dir": str(bench.path / "learned")}, "job": {}, "cost": {}})
@@ -222,6 +225,14 @@ def test_generate_answers_what_was_learned_and_stops_at_the_closing_token(
     assert answer["replies"][0]["prompt_ids"] == [7, *sp.encode(PAIRS[0][0]), 7, 8]
 
     plain = hpctrain("generate", exported["learned"], "-p", PAIRS[2][0])
+    hot = hpctrain(
+        "generate", exported["learned"], "-p", PAIRS[2][0], "--temperature", "999", "--max-tokens", "90", "--json"
+    )
+    assert hot.returncode == 0, hot.stderr
+    # The model has 384 embeddings and the tokenizer 380 pieces.
+    assert max(json.loads(hot.stdout)["replies"][0]["ids"]) < 380
+    torn = hpctrain("generate", exported["learned"], "-p", "a\udce4b")
+    assert torn.returncode == 2 and "is not UTF-8" in torn.stderr
     assert plain.stdout == PAIRS[2][1] + "\n"
 
 
@@ -232,5 +243,12 @@ def test_what_cannot_be_exported_says_why_and_writes_nothing(trained: Bench, exp
     twice = hpctrain("export", exported["learned"], "-o", trained.path / "x")
 
     assert [done.returncode for done in (again, nothing, absent, twice)] == [4, 2, 3, 2]
+    (trained.path / "odd").mkdir()
+    (trained.path / "odd" / "latest").write_text(".")
+    itself = hpctrain("generate", trained.path / "odd", "-p", "x")
+    assert itself.returncode == 2 and "`latest` names `.`" in itself.stderr
+    here = subprocess.run([sys.executable, "-m", "hpctrain", "export", trained.path / "learned", "-o", ""],
+                          capture_output=True, text=True, timeout=120, cwd=trained.path / "left")  # fmt: skip
+    assert here.returncode == 4 and (trained.path / "left" / "stage3").is_dir()
     assert "exists" in again.stderr and "NeoX's own converter" in nothing.stderr
     assert not (trained.path / "x").exists() and not list(trained.path.glob(".x*"))
