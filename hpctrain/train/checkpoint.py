@@ -254,10 +254,15 @@ def changed_model(checkpoint: str, now: Mapping[str, Any]) -> list[str]:
             then = json.load(file)
     except (OSError, ValueError):
         return []
-    plain = json.loads(json.dumps(dict(now), default=str))
+    return model_differences(then, now)
+
+
+def model_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two configs of models and decides what is computed; see `changed_model`."""
+    old, new = (json.loads(json.dumps(dict(values), default=str)) for values in (then, now))
     about = re.compile(r"_.*|.*_token_id|architectures|dtype|torch_dtype|transformers_version|use_cache")
-    return [f"{key} {then[key]} -> {plain[key]}" for key in sorted(plain)
-            if key in then and then[key] != plain[key] and not about.fullmatch(key)]  # fmt: skip
+    return [f"{key} {old[key]} -> {new[key]}" for key in sorted(new)
+            if key in old and old[key] != new[key] and not about.fullmatch(key)]  # fmt: skip
 
 
 def changed_keys(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -322,7 +327,7 @@ def describe_mismatch(where: str, want: dict[str, Any], have: dict[str, Any]) ->
         found.append(f"{len(missing)} tensors are missing, such as {', '.join(missing[:3])}")
     if shapes:
         found.append(f"{len(shapes)} tensors have another shape, such as {'; '.join(shapes[:3])}")
-    return [Problem(f"the weights do not fit `model`: {what}", where=where) for what in found]
+    return [Problem(f"the weights do not fit the model: {what}", where=where) for what in found]
 
 
 def remove_own(path: str) -> None:

@@ -9,6 +9,7 @@ Weights and optimizer are cut into new shards when the number of ranks changes.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -57,7 +58,7 @@ def save(
         try:
             dcp.save({"model": weights, "optimizer": state}, storage_writer=writer)
         except CheckpointException as error:  # raised on all ranks, with what each of them met; no Exception
-            raise RuntimeError("no rank failed") from next((found for found, _ in error.failures.values()), None)
+            raise RuntimeError(str(_first_failure(error))) from _first_failure(error)
 
     files = {
         whole.META: json.dumps(asdict(progress), indent=1).encode(),
@@ -69,9 +70,10 @@ def save(
 def load(model: Any, optimizer: Any | None, path: str) -> None:
     """Put a checkpoint's weights, and with an `optimizer` its state, into place on all ranks.
 
-    Raises EnvironmentFault when it cannot be read or does not fit.
+    Raises UsageError when it is of another model, EnvironmentFault when it cannot be read.
     """
     try:
+        _check_shapes(model, path)
         if optimizer is None:
             state: dict[str, Any] = {"model": state_dicts.get_model_state_dict(model)}
             dcp.load(state, storage_reader=dcp.FileSystemReader(path))
@@ -83,9 +85,41 @@ def load(model: Any, optimizer: Any | None, path: str) -> None:
         state_dicts.set_state_dict(
             model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
-    except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
-        first = str(error).strip().splitlines()[:3]
-        raise EnvironmentFault(f"cannot load the checkpoint: {' '.join(first)}", where=path) from error
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        pickle.UnpicklingError,
+        CheckpointException,
+    ) as error:
+        cause = _first_failure(error)
+        raise EnvironmentFault(f"cannot load the checkpoint: {whole.describe_failure(cause)}", where=path,
+                               hint="`hpctrain checkpoint verify` looks at its files") from cause  # fmt: skip
+
+
+def _check_shapes(model: Any, path: str) -> None:
+    """Raises UsageError when a checkpoint is of another model: of a tensor of another shape DCP reads what overlaps, and
+    leaves the rest as it was, without a word."""
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    have = {
+        name.removeprefix("model."): tuple(about.size) for name, about in stored.items()
+        if name.startswith("model.") and hasattr(about, "size")
+    }  # fmt: skip
+    want = {name: tuple(value.shape) for name, value in state_dicts.get_model_state_dict(model).items()}
+    problems = whole.describe_mismatch(path, want, have)
+    if problems:
+        raise UsageError(problems)
+
+
+def _first_failure(error: BaseException) -> BaseException:
+    """What a rank met, where DCP collected it from all of them."""
+    return (
+        next((found for found, _ in error.failures.values()), error)
+        if isinstance(error, CheckpointException)
+        else error
+    )
 
 
 def read_progress(path: str) -> Progress:

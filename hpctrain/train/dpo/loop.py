@@ -55,6 +55,7 @@ class DpoTrainer:
         self.start = launch.checkpoint if launch.mode == "finetune" else config.policy_name
         self.attention = choose_attention(self.values["attention"])
         self.model_config = dpo_model_config(config.policy_name, self.attention)
+        self._check_start()
         ranks.on_first(launch.rank, lambda: whole.check_writable(launch.checkpoint_dir))
         path = ranks.on_first(launch.rank, lambda: make_pairs(config, launch.checkpoint_dir, self.say))
         self.pairs = load_pairs(path, config)
@@ -126,7 +127,7 @@ class DpoTrainer:
             skipped = self._step(step, gathered)
             in_a_row = in_a_row + 1 if skipped else 0
             last = step == self.num_steps
-            given_up = in_a_row >= self.values["max_skipped_in_a_row"]
+            given_up = in_a_row >= self.values["max_skipped_in_a_row"] or (last and in_a_row == step)
             saving = last or step % self.values["save_steps"] == 0
             if step % self.values["log_steps"] == 0 or step == first or saving or given_up:
                 self._report(gathered)
@@ -274,6 +275,20 @@ class DpoTrainer:
             raise errors.UsageError(f"`share_prompt: always` does not work with attention {self.attention}"
                                     " or a model that has windows of its own", hint="use auto")  # fmt: skip
         return able and wanted != "never" and (wanted == "always" or self.pairs.saved_by_sharing > WORTH_SHARING)
+
+    def _check_start(self) -> None:
+        """Raises UsageError when what the run starts from is another model than the policy.
+
+        The reference has the start's config and the policy its own: they would not be the same function of the weights.
+        """
+        start = self.launch.checkpoint
+        if start and self._is_model(start):
+            then = dpo_model_config(start, self.attention).to_dict()
+            other = whole.model_differences(then, self.model_config.to_dict())
+            if other:
+                raise errors.UsageError(f"the start is another model than `policy_name`: {', '.join(other)}", where=start,
+                                        why=f"the other is {self.config.policy_name}",
+                                        hint="set `policy_name` to the model that the start was made from")  # fmt: skip
 
     def _check_fit(self) -> None:
         limit = getattr(self.model_config, "max_position_embeddings", None)

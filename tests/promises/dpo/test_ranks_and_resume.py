@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from . import tiny
 from .conftest import Answer, Bench
 
 # name -> (keys of dpo_training, other keys); batch_size is that of one rank, and halved with two.
@@ -164,6 +166,23 @@ def test_checkpoints_are_complete_by_the_guards_rule(bench: Bench, ran: dict[str
         assert layout.verdict(str(bench.path / "fp32-2" / name), Listing(), Expected()).faults == ()
 
 
+def test_a_tensor_of_another_shape_is_not_filled_by_half(bench: Bench, ran: dict[str, Answer]) -> None:
+    """DCP reads what overlaps and says nothing."""
+    import torch
+
+    from hpctrain.errors import UsageError
+    from hpctrain.train.dpo import checkpoint, model
+
+    tiny.write_model(bench.path / "wider", hidden_size=48, head_dim=12)
+    config = model.dpo_model_config(str(bench.path / "wider"), "sdpa")
+    wider = model.model_class(config)(config)
+    before = {name: value.clone() for name, value in wider.state_dict().items()}
+
+    with pytest.raises(UsageError, match="tensors have another shape, such as lm_head.weight"):
+        checkpoint.load(wider, None, str(bench.path / "fp32-1" / "step-3"))
+    assert all(torch.equal(value, before[name]) for name, value in wider.state_dict().items())
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_what_no_longer_fits_is_refused_on_all_ranks(bench: Bench, ran: dict[str, Answer], num_ranks: int) -> None:
     start = bench.path / "fp32-1" / "step-3"
@@ -181,9 +200,20 @@ def test_what_no_longer_fits_is_refused_on_all_ranks(bench: Bench, ran: dict[str
     orders = [
         bench.order(f"r{n}-{num_ranks}", "resume", start, **common, **change) for n, (change, _) in enumerate(changes)
     ]
+    # A larger model, whose config would then be saved with weights of the smaller one; and a torn file.
+    wide = bench.path / f"wide-{num_ranks}"
+    tiny.write_model(wide, hidden_size=48, head_dim=12)
+    changes.append(({"policy_name": str(wide)}, "hidden_size 32 -> 48"))
+    orders.append(bench.order(f"wide-order-{num_ranks}", "finetune", start, **common, **changes[-1][0]))
+    torn = bench.path / f"torn-{num_ranks}" / "step-3"
+    shutil.copytree(start, torn)
+    (shard,) = torn.glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:2000])
+    changes.append(({"training": {"batch_size": 4 // num_ranks}}, "cannot load the checkpoint"))
+    orders.append(bench.order(f"torn-order-{num_ranks}", "resume", torn, **common, **changes[-1][0]))
 
     answers = bench.train_many(orders, num_ranks)
 
     for answer, (change, words) in zip(answers, changes):
-        assert answer.code in (2, 4) and any(words in problem for problem in answer.problems), (change, answer)
+        assert answer.code in (2, 3, 4) and any(words in problem for problem in answer.problems), (change, answer)
     assert not list((bench.path / f"refused-{num_ranks}").glob("step-*"))

@@ -170,7 +170,7 @@ def test_finetune_of_the_other_family_and_of_a_model_that_does_not_fit(
 ) -> None:
     assert by_one["finetune-neox"] == (0, [])
     code, found = by_one["finetune-wrong"]
-    assert code == 2 and "do not fit `model`" in found[0]
+    assert code == 2 and "do not fit the model" in found[0]
 
 
 def test_resume_with_another_number_of_ranks_works_without_zero_and_is_refused_with_it(
