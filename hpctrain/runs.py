@@ -300,11 +300,12 @@ def _beside(run_yaml: str) -> list[str]:
         return [folder]
     from hpctrain.yamlio import load_yaml
 
-    name = load_yaml(run_yaml).get("name")
+    document = load_yaml(run_yaml)
+    name, verb = document.get("name"), "pipeline" if document.get("stages") else "render"
     path = os.path.join(folder, "runs", str(name))
     if not os.path.isdir(path):
         raise UsageError(
-            f"`{run_yaml}` has no run directory yet", why=f"looked for {path}", hint="`hpctrain render` makes it"
+            f"`{run_yaml}` has no run directory yet", why=f"looked for {path}", hint=f"`hpctrain {verb}` makes it"
         )
     return [path]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -169,13 +170,15 @@ def _value(document: Document, value: Any, field: Field, path: Path, problems: l
         if bad:
             problems.append(Problem(f"`{_dotted(path)}` {bad}", where=document.where(*path)))
             return printable(out)[:100]  # what is found with it further on is worth telling; the text itself is not
+        if not out and field.required:
+            what = "is empty"
         elif field.choices and out not in field.choices:
             what, hint = "is not one of them", nearest(out, field.choices)
         elif field.pattern and not re.fullmatch(field.pattern, out, re.ASCII):
             what, why = f"is not {field.shape}", f"allowed: {field.pattern}"
     elif isinstance(out, (int, float)) and not isinstance(out, bool):
         if field.kind in ("int", "number") and not abs(out) < MAX_NUMBER:  # nor a NaN, which is less than nothing
-            what = "is not a number that one can count with"
+            what = "is too large a number" if isinstance(out, int) else "is no finite number"
             out = field.default if field.default is not None else field.minimum or 0
         elif field.minimum is not None and out < field.minimum:
             what = f"is less than {field.minimum:g}"

@@ -92,8 +92,9 @@ def read_pipeline(path: str, base_dir: str, assignments: Sequence[str] = ()) -> 
     problems += _unknown_sources(document, out)
     ordered, circle = _in_order(out)
     if circle:
-        problems.append(Problem(f"stages {', '.join(f'`{name}`' for name in circle)} wait for each other",
-                                where=document.where("stages", circle[0], "from")))  # fmt: skip
+        named = ", ".join(f"`{name}`" for name in circle)
+        what = f"stages {named} wait for each other" if circle[1:] else f"stage {named} waits for itself"
+        problems.append(Problem(what, where=document.where("stages", circle[0], "from")))  # fmt: skip
     if problems:
         raise UsageError(problems)
     return PipelineSpec(values["name"], tuple(ordered), path, document.raw)
@@ -136,6 +137,8 @@ def _overlay(document: Document, name: str, fields: Mapping[str, Any]) -> tuple[
 
 def _contradictions(document: Document, name: str, fields: Mapping[str, Any]) -> Iterator[Problem]:
     given = document.get("stages", name, default={})
+    if not isinstance(given, dict):
+        return  # said already
     for key in ("hand_over", "as", "into"):
         if key in given and not fields.get("from"):
             yield Problem(f"`{key}` without `from`: no stage hands anything to `{name}`", where=document.where("stages", name, key),

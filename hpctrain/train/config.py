@@ -83,6 +83,12 @@ class SftConfig:
         return int(signal.Signals["SIG" + self.stop_signal.removeprefix("SIG")])
 
 
+def is_stop_signal(name: str) -> bool:
+    """Whether it is the name of a signal that can ask a process to stop: no process hears KILL and STOP."""
+    bare = name.removeprefix("SIG")
+    return "SIG" + bare in signal.Signals.__members__ and bare not in ("KILL", "STOP")
+
+
 def load_config(path: str) -> SftConfig:
     """The config of a YAML file.
 
@@ -208,8 +214,8 @@ def _convert(value: Any, item: Any) -> Any:
             raise ValueError("is not text")
         if "choices" in rules and value not in rules["choices"]:
             raise ValueError(f"is none of {', '.join(rules['choices'])}")
-        if item.name == "stop_signal" and "SIG" + value.removeprefix("SIG") not in signal.Signals.__members__:
-            raise ValueError("is not the name of a signal, such as USR1")
+        if item.name == "stop_signal" and not is_stop_signal(value):
+            raise ValueError("is not the name of a signal that a process can hear, such as USR1")
         return value
     if kind.startswith("float") and yamlio.looks_like_float(value):
         value = float(value)  # YAML 1.1 reads 8e-6 as text

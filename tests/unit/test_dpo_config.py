@@ -80,3 +80,19 @@ def test_a_folder_of_the_same_form_as_a_hub_id_wins(folder: Path) -> None:
     assert find_source("Intel/orca_dpo_pairs", str(folder), "datasets") == str(folder / "Intel/orca_dpo_pairs")
     assert find_source("Intel/none", str(folder), "datasets") is None
     assert find_source("../../etc/none", str(folder), "datasets") is None
+
+
+@pytest.mark.parametrize("old,new,words", [
+    ("learning_rate: 5e-7", "learning_rate: .nan", "`dpo_training.learning_rate: .nan` is no finite number"),
+    ("beta: 0.1", "beta: .inf", "is no finite number"),
+    ("fsdp: true", "stop_signal: KILL", "not the name of a signal that a process can hear"),
+    ("dataset_name: Intel/orca_dpo_pairs", "dataset_name: ''", "`dataset.dataset_name: ` is empty"),
+    ("policy_name: ./policy", "policy_name: ''", "`policy_name: ` is empty"),
+])  # fmt: skip
+def test_values_of_the_right_type_that_mean_nothing_are_refused(folder: Path, old: str, new: str, words: str) -> None:
+    (folder / "c.yaml").write_text(SEED.replace(old, new))
+
+    with pytest.raises(UsageError) as caught:
+        load_config(str(folder / "c.yaml"))
+    (problem,) = caught.value.problems
+    assert words in problem.what and problem.where.startswith(str(folder / "c.yaml:"))

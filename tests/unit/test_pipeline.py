@@ -107,7 +107,10 @@ def test_a_model_is_put_where_the_recipe_or_the_stage_says(pipeline):
 @pytest.mark.parametrize(("stages", "wrong", "more"), [
     ("a: {run: a.yaml, from: aa}\naab: {run: b.yaml}", "there is no stage `aa`", {}),
     ("a: {run: a.yaml, from: b}\nb: {run: b.yaml, from: a}", "stages `a`, `b` wait for each other", {}),
-    ("a: {run: a.yaml, from: a}", "stages `a` wait for each other", {}),
+    ("a: {run: a.yaml, from: a}", "stage `a` waits for itself", {}),
+    ("a: 3", "`stages.a: 3` must be a mapping", {}),
+    ("a:", "`stages.a` is empty, and must be a mapping", {}),
+    ("a: [run, a.yaml]\nb: {run: b.yaml, from: a}", "must be a mapping", {}),
     ("a: {run: a.yaml, as: copy}", "`as` without `from`", {}),
     ("a: {run: a.yaml}\nb: {run: b.yaml, from: a, hand_over: model, as: copy}", "`as` is about checkpoints", {"options_a": MODEL}),
     ("a: {run: a.yaml}\nb: {run: b.yaml, from: a, into: [env.X]}", "`into` is about models", {}),

@@ -16,7 +16,7 @@ from hpctrain import yamlio
 from hpctrain.errors import Problem, UsageError
 from hpctrain.resources import hub_cache_dir
 from hpctrain.schema import Field, check
-from hpctrain.train.config import SftConfig
+from hpctrain.train.config import SftConfig, is_stop_signal
 
 _DATASET = {
     "dataset_name": Field("text", "preference pairs: a .jsonl, .json, .parquet or .arrow file, a folder of them, or ORG/NAME in the offline hub cache", required=True),
@@ -233,9 +233,9 @@ def _contradictions(config: DpoConfig, document: yamlio.Document) -> list[Proble
     if values["share_prompt"] == "always" and values["attention"] == "flash_attention_2":
         add("share_prompt", "`share_prompt: always` needs a mask that flash_attention_2 cannot take",
             "delete one of them")  # fmt: skip
-    name = values["stop_signal"].removeprefix("SIG")
-    if "SIG" + name not in signal.Signals.__members__:
-        add("stop_signal", f"`stop_signal: {values['stop_signal']}` is not the name of a signal", "such as USR1")
+    if not is_stop_signal(values["stop_signal"]):
+        add("stop_signal", f"`stop_signal: {values['stop_signal']}` is not the name of a signal that a process can hear",
+            "such as USR1")  # fmt: skip
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from hpctrain import yamlio
 from hpctrain.errors import Problem, UsageError
 from hpctrain.schema import Field, check
+from hpctrain.train.config import is_stop_signal
 from hpctrain.train.dpo.config import absolute_source, find_source, read_numbers
 
 ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -195,8 +196,8 @@ def _contradictions(config: HfSftConfig, document: yamlio.Document) -> list[Prob
         elif key in FIELDS:
             found.append(Problem(f"`trainer.{key}` has a key of its own", where=document.where("trainer", key),
                                  hint=f"set `{key}`"))  # fmt: skip
-    if "SIG" + config.values["stop_signal"].removeprefix("SIG") not in signal.Signals.__members__:
-        found.append(Problem(f"`stop_signal: {config.values['stop_signal']}` is no signal",
+    if not is_stop_signal(config.values["stop_signal"]):
+        found.append(Problem(f"`stop_signal: {config.values['stop_signal']}` is no signal that a process can hear",
                              where=document.where("stop_signal"), hint="USR1, USR2 or TERM"))  # fmt: skip
     if config.max_steps and config.warmup_steps > config.max_steps:
         found.append(Problem(f"`warmup_steps: {config.warmup_steps}` is above `max_steps: {config.max_steps}`",
