@@ -95,8 +95,7 @@ def command(
                          links=[{"link": e.link, "job_id": e.job_id if dry_run else ids.get((e.link, "link")), "expected": e.mode,
                                  "first": e.first, "last": e.last} for e in found.links],
                          bad_nodes=[{"name": node.name, "failures": list(node.failures)} for node in found.bad_nodes])  # fmt: skip
-    again = shlex.join(["hpctrain", "chain", *([] if run_yaml == "run.yaml" else [run_yaml])])
-    output.next_step(again if dry_run else f"hpctrain status {shlex.quote(os.path.relpath(run_dir))}")
+    output.next_step(common.typed("chain") if dry_run else f"hpctrain status {shlex.quote(os.path.relpath(run_dir))}")
 
 
 def _number(jobs: str | None) -> int | None:

@@ -42,8 +42,8 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
         output.problems(found)
         output.info(f"{len(bad)} errors, {len(found) - len(bad)} other remarks" if found else "no problems")
         if not bad and stages:
-            output.next_step("hpctrain pipeline" + (f" {run_yaml}" if run_yaml != "pipeline.yaml" else ""))
+            output.next_step(common.typed("pipeline"))
         elif not bad:
-            output.next_step(f"hpctrain render {run_yaml}" if run_yaml != "run.yaml" else "hpctrain render")
+            output.next_step(common.typed("render"))
     if bad:
         raise click.exceptions.Exit(errors.USAGE if invalid else errors.NO)

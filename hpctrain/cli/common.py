@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,29 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 dry_run = click.option("--dry-run", is_flag=True, help="Do everything but the one effect.")
 force = click.option("--force", is_flag=True, help="Replace what an earlier render wrote.")
 yes = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+
+
+def typed(verb: str, *wanted: str) -> str:
+    """`hpctrain VERB` with the arguments and options that were typed for this one, shell-quoted.
+
+    Only those named in `wanted`; without it all but --dry-run and --json, which asked for less than the command does.
+    """
+    context = click.get_current_context()
+    words = ["hpctrain", verb]
+    for param in context.command.params:
+        name = str(param.name)
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if not given or (name not in wanted if wanted else name in ("dry_run", "as_json")):
+            continue
+        value = context.params[name]
+        values = value if isinstance(value, tuple) else (value,)
+        if isinstance(param, click.Argument):
+            words += map(str, values)
+        elif isinstance(param, click.Option) and param.is_flag:
+            words.append(param.opts[-1])
+        else:
+            words += [word for each in values for word in (param.opts[-1], str(each))]
+    return shlex.join(words)
 
 
 def ask(question: str) -> None:

@@ -65,7 +65,7 @@ def command(
                 [(r.num_gpus, _bill(r.bill), " ".join(f"{key}={value}" for key, value in r.changes.items()), r.run_dir) for r in rungs],
                 ("GPUs", "at most", "changes", "directory"),
             )  # fmt: skip
-            output.next_step(f"hpctrain ladder {run_yaml} --rungs {rungs_text}")
+            output.next_step(common.typed("ladder"))
         return
     results = climb(rungs, output.info, force)
     if as_json:

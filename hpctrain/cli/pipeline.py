@@ -82,5 +82,4 @@ def command(
         )  # fmt: skip
     output.info(f"{sum(len(stage.new) for stage in found)} new links: at most {hours:.1f} {unit}")
     where = shlex.quote(os.path.relpath(pipeline.folder))
-    again = shlex.join(["hpctrain", "pipeline", *([] if pipeline_yaml == "pipeline.yaml" else [pipeline_yaml])])
-    output.next_step(again if dry_run else f"hpctrain status {where}")
+    output.next_step(common.typed("pipeline") if dry_run else f"hpctrain status {where}")

@@ -45,7 +45,8 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     if plan.errors:
         raise click.exceptions.Exit(errors.USAGE)
     if not as_json:
-        output.next_step("hpctrain check && hpctrain render")
+        run = ("run_yaml", "assignments", "out_dir")
+        output.next_step(f"{common.typed('check', *run)} && {common.typed('render', *run)}")
 
 
 def _short(value: object) -> str:

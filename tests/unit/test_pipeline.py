@@ -263,3 +263,29 @@ def test_sft_then_dpo_hands_the_model_on_and_both_run_on_gpus(cli, tmp_path):
     assert "reference model `/models/other` is not the one that stage `sft` hands over" in warned.what
     with pytest.raises(UsageError, match="config.export_dir"):
         load_pipeline(example, ["sft.config.export_dir=null"])
+
+
+def test_the_next_command_is_what_was_typed_without_dry_run(pipeline, cli, tmp_path, monkeypatch):
+    pipeline(TWO)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+
+    def following(*typed):
+        code, _, err = cli(*typed)
+        assert code == 0, err
+        return err.splitlines()[-1]
+
+    assert following("pipeline", "--dry-run") == "next: hpctrain pipeline"
+    assert (
+        following("pipeline", "pipeline.yaml", "--stage", "a", "--set", "a.env.X='b c'", "-o", "out dir", "--dry-run")
+        == "next: hpctrain pipeline pipeline.yaml --stage a --out 'out dir' --set 'a.env.X='\"'\"'b c'\"'\"''"
+    )
+    assert (
+        following("chain", "a.yaml", "--jobs", "3", "--set", "nodes=1", "--dry-run", "-y")
+        == "next: hpctrain chain a.yaml --jobs 3 --set nodes=1 --yes"
+    )
+    assert (
+        following("plan", "a.yaml", "--set", "nodes=1")
+        == "next: hpctrain check a.yaml --set nodes=1 && hpctrain render a.yaml --set nodes=1"
+    )
+    assert following("check", "a.yaml", "--set", "nodes=1") == "next: hpctrain render a.yaml --set nodes=1"
