@@ -158,6 +158,8 @@ ONE_GPU = {"nodes": 1, "gpus_per_node": 1}
         ({}, {"checkpointing_steps": "Epoch"}, {}, "checkpointing_steps: Epoch", "saves nothing"),
         ({}, {"sequence_parallel_size": 3}, {}, "sequence_parallel_size: 3", "does not divide 8"),
         ({"commit": "main"}, {}, {}, "commit: main", "is no git commit"),
+        ({"extra_arguments": ["--mine", "--push_to_hub=true"]}, {}, {}, "- --mine", "has `--push_to_hub`, which the program knows"),
+        ({"extra_arguments": ["--output-dir", "/x"]}, {}, {}, "- --output-dir", "has `--output_dir`"),
         ({"entrypoint": "open_instruct/dpo.py"}, {}, DPO_CHANGES, "entrypoint", "started by torchrun"),
         ({"entrypoint": "../finetune.py"}, {}, {}, "entrypoint", "no Python file below"),
         ({"model": "a/b/c"}, {}, {}, "model: a/b/c", "no name on the Hugging Face hub"),
@@ -179,6 +181,26 @@ def test_mistakes_point_at_their_line_of_run_yaml(
     assert plan.resolved.files == {}
     number = problem.where.removeprefix(str(tmp_path / "run.yaml")).split(":")[1:2]
     assert not line or line in lines[int(number[0]) - 1]
+
+
+@pytest.mark.parametrize("content,said", [
+    ({"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}, None),
+    ({"zero_optimization": {"stage": 2}}, "has ZeRO stage 2, and the run is planned with zero3"),
+    ({}, "has ZeRO stage 0"),
+    ({"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}}, "has an `optimizer`"),
+    ({"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 99}, "has `gradient_accumulation_steps: 99`"),
+    ([], "has ZeRO stage 0"),
+    ("{", "is not JSON"),
+])  # fmt: skip
+def test_a_deepspeed_file_of_ones_own_must_fit_the_run(tmp_path: Path, content: Any, said: str | None) -> None:
+    (tmp_path / "ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    plan = plan_of(tmp_path, {"deepspeed_config": str(tmp_path / "ds.json")})
+
+    assert [what for what in whats(plan) if "deepspeed_config" in what] == [
+        what for what in whats(plan) if said and said in what
+    ]
+    assert bool(whats(plan)) == bool(said)
+    assert whats(plan_of(tmp_path, {"deepspeed_config": "/at/the/site.json"})) == []
 
 
 def test_the_8_bit_optimizer_is_fine_on_one_gpu_with_the_switch_that_upstream_asks_for(tmp_path: Path) -> None:

@@ -101,6 +101,42 @@ def deepspeed_text(draft: Draft, sharding: str) -> str | None:
     return json.dumps(config, indent=2) + "\n"
 
 
+def check_deepspeed_file(draft: Draft, sharding: str) -> None:
+    """The user's own DeepSpeed configuration, where it can be read from here: what accelerate or DeepSpeed refuses, or what
+    contradicts the run (accelerate src/accelerate/utils/dataclasses.py, accelerator.py `_prepare_deepspeed`)."""
+    path, where = draft.path_option("deepspeed_config"), draft.option_where("deepspeed_config")
+    if not path:
+        return
+    if sharding == "none":
+        draft.error("`deepspeed_config` without DeepSpeed has no effect", where, level="warning",
+                    hint="delete it, or recipe_options: {deepspeed: zero3}")  # fmt: skip
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except OSError:
+        return  # it may be at the site only
+    except ValueError as error:
+        draft.error(f"`deepspeed_config: {path}` is not JSON: {error}", where)
+        return
+    zero = found.get("zero_optimization") if isinstance(found, dict) else None
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if stage != _ZERO[sharding]:
+        draft.error(f"`deepspeed_config` has ZeRO stage {stage}, and the run is planned with {sharding}", where,
+                    why=f"zero_optimization.stage in {path}; the checkpoints of the two have other files",
+                    hint=f"stage {_ZERO[sharding]} there, or another `recipe_options.deepspeed`")  # fmt: skip
+    for name in ("optimizer", "scheduler"):
+        if isinstance(found, dict) and name in found:
+            draft.error(f"`deepspeed_config` has an `{name}`, and open-instruct makes its own", where,
+                        why=f"accelerate refuses two ({path})", hint="delete it there")  # fmt: skip
+    micro, gas = draft.count("per_device_train_batch_size"), draft.count("gradient_accumulation_steps")
+    for name, wanted in (("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", gas)):
+        given = found.get(name, "auto") if isinstance(found, dict) else "auto"
+        if given != "auto" and wanted and given != wanted:
+            draft.error(f"`deepspeed_config` has `{name}: {given}`, and the run {wanted}", where, why=f"in {path}",
+                        hint='"auto" takes the run\'s')  # fmt: skip
+
+
 def _clipping(draft: Draft) -> float:
     name = draft.names.clip
     given = as_number(draft.values.get(name))

@@ -27,6 +27,7 @@ def resolve(context: Context) -> Resolved:
     folder = draft.path_option("dir") or "/"
     _check_program(draft)
     _check_arguments(draft)
+    _check_extra(draft)
     training.check_settings(draft)
     if not spec.checkpoint_dir:
         draft.error(
@@ -41,6 +42,7 @@ def resolve(context: Context) -> Resolved:
     training.decide_batch(draft)
     target, steps, every = training.decide_cadence(draft)
     deepspeed = launch.deepspeed_text(draft, sharding)
+    launch.check_deepspeed_file(draft, sharding)
     hf_home, cache_dir = draft.path_option("hf_home"), _cache_dir(draft)
     if options["offline"] and not hf_home:
         draft.error("`offline: true` needs to know where models and data sets are", draft.option_where("hf_home"),
@@ -141,6 +143,16 @@ def _check_arguments(draft: Draft) -> None:
         draft.error(
             f"{os.path.basename(draft.program)} has no argument `{name}`", draft.document.where_key(name), why, hint
         )
+
+
+def _check_extra(draft: Draft) -> None:
+    """Arguments beside `config:` that `config:` has: the program takes the last of two, and no check has seen it."""
+    for word in draft.options["extra_arguments"] or ():
+        name = str(word).partition("=")[0].removeprefix("--").replace("-", "_")
+        if str(word).startswith("--") and name in {*draft.arguments, "dataset_local_cache_dir", "local_cache_dir"}:
+            draft.error(f"`extra_arguments` has `--{name}`, which the program knows", draft.option_where("extra_arguments"),
+                        why="the last of two wins, and the checks would not see it",
+                        hint=f"config: {{{name}: …}}")  # fmt: skip
 
 
 def _decide_program(draft: Draft, folder: str) -> None:
