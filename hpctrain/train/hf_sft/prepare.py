@@ -35,7 +35,8 @@ _ROWS_AT_ONCE = 1000
 class Prepared:
     """Prepared data: `path` of its arrow file, whose content has `sha256` and `num_bytes`.
 
-    `source_rows` were read; `dropped` had no token to train on; `trained_tokens` count towards the loss.
+    `source_rows` were read; `dropped` had no token to train on; `trained_tokens` count towards the loss. `longest` row in
+    tokens and `largest_token` are 0 in what earlier versions prepared.
     """
 
     path: str
@@ -47,6 +48,8 @@ class Prepared:
     truncated: int
     source_rows: int
     dropped: int
+    longest: int = 0
+    largest_token: int = 0
 
 
 def prepare(config: HfSftConfig, folder: str, say: Callable[[str], None]) -> Prepared:
@@ -128,7 +131,15 @@ def _make(config: HfSftConfig, files: list[str], target: str) -> Prepared:
     try:
         os.chmod(staged, 0o755)
         path = os.path.join(staged, DATA)
-        counts = {"source_rows": 0, "dropped": 0, "tokens": 0, "trained_tokens": 0, "truncated": 0}
+        counts = {
+            "source_rows": 0,
+            "dropped": 0,
+            "tokens": 0,
+            "trained_tokens": 0,
+            "truncated": 0,
+            "longest": 0,
+            "largest_token": 0,
+        }
         schema = pyarrow.schema(
             [("input_ids", pyarrow.list_(pyarrow.int32())), ("labels", pyarrow.list_(pyarrow.int32()))]
         )
@@ -190,6 +201,8 @@ def _batches(encoder: Encoder, files: list[str], counts: dict[str, int]) -> Iter
                     counts["dropped"] += 1
                     continue
                 counts["tokens"] += len(found[0])
+                counts["longest"] = max(counts["longest"], len(found[0]))
+                counts["largest_token"] = max(counts["largest_token"], max(found[0], default=0))
                 counts["truncated"] += len(found[0]) == encoder.max_length
                 counts["trained_tokens"] += sum(label >= 0 for label in found[1][1:])
                 batch.append(found)

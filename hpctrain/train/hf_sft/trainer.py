@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ from hpctrain.train.hf_sft import base, export, prepare, stage
 from hpctrain.train.hf_sft.config import HfSftConfig
 from hpctrain.train.launch import Launch, StopRequest
 from hpctrain.train.logs import append_whole_lines
-from hpctrain.train.model import read_pretrained
+from hpctrain.train.model import longest_document, read_pretrained
 
 IGNORED = -100
 Answer = TypeVar("Answer")
@@ -65,7 +66,9 @@ def train(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
             *([os.path.dirname(config.export_dir)] if config.export_dir else []),
         ):
             check_writable(place)
-        return prepare.prepare(config, launch.checkpoint_dir, say)
+        data = prepare.prepare(config, launch.checkpoint_dir, say)
+        check_fit(data, folder)
+        return data
 
     data = _together(launch, begin)
     path = _staged(data, launch, say)
@@ -104,6 +107,25 @@ def train(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
         what = f"stopped by signal {log.signal_name(config)}: saved" if log.stopped else "done: saved"
         say(f"{what} at step {step} of {trainer.state.max_steps}, checkpoint-{step}")
     return 0
+
+
+def check_fit(data: prepare.Prepared, folder: str) -> None:
+    """Raises UsageError for rows that the base cannot read: longer than its positions, or with tokens that it does not have.
+
+    On a GPU the second is an assertion of some kernel, and the first is nothing at all.
+    """
+    known = base.read_json(os.path.join(folder, "config.json"))
+    problems = []
+    limit = longest_document(SimpleNamespace(**known))
+    if limit and data.longest > limit:
+        problems.append(Problem(f"the longest row has {data.longest} tokens, and the base knows {limit} positions", where=folder,
+                                why="`max_position_embeddings` of its config.json", hint=f"set `max_length` to at most {limit}"))  # fmt: skip
+    vocabulary = known.get("vocab_size")
+    if isinstance(vocabulary, int) and data.largest_token >= vocabulary:
+        problems.append(Problem(f"the rows hold token {data.largest_token}, and the base has {vocabulary} embeddings", where=folder,
+                                hint="name the base that the tokenizer, or the tokenized data, belongs to"))  # fmt: skip
+    if problems:
+        raise UsageError(problems)
 
 
 def _together(launch: Launch, work: Callable[[], Answer]) -> Answer:

@@ -128,6 +128,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in tiny.text_rows(40)]
     tiny.write_rows(path / "pairs.jsonl", rows)
     tiny.write_rows(path / "bad.jsonl", [rows[0], {"prompt": "x"}, {"question": "y"}, rows[1]])
+    tiny.write_model(path / "short", max_position_embeddings=12)
+    tiny.write_rows(path / "foreign.jsonl", [{"input_ids": [5, 6, 384], "labels": [5, 6, 384]}])
     stage = path / "node disk" / "mine"
 
     bench.train("straight", config={"export_dir": "./left/straight"})
@@ -151,7 +153,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         "innocent": {"model_name": "./innocent"}, "packed": {"model_name": "./packed"}, "an update": {"model_name": "./straight/ckpt/checkpoint-12"},
         "other rows": {"dataset_rows": 41}, "bad rows": {"dataset_path": "./bad.jsonl", "dataset_rows": None},
         "another file": {"data_sha256": "0" * 64}, "no space": {"disk_gib": 1e9}, "strange argument": {"trainer": {"warmup_step": 3}},
-        "no such layer": {"lora": {"target_modules": ["q_projj"]}},
+        "no such layer": {"lora": {"target_modules": ["q_projj"]}}, "short": {"model_name": "./short"},
+        "foreign tokens": {"dataset_path": "./foreign.jsonl", "dataset_rows": None},
     }.items():  # fmt: skip
         bench.train(name, config=config)
     bench.train("other start", "finetune", "foreign/checkpoint-3", config={"start": "./foreign/checkpoint-3"})
@@ -251,6 +254,8 @@ def test_all_weights_can_be_trained_and_an_update_be_trained_on(bench: Bench) ->
     ("another file", 2, ["not the data that the run names"]),
     ("no space", 3, ["too little space", "`disk_gib`"]),
     ("strange argument", 2, ["no argument `warmup_step`", "did you mean `warmup_steps`?"]),
+    ("short", 2, ["the longest row has ", "the base knows 12 positions"]),
+    ("foreign tokens", 2, ["the rows hold token 384, and the base has 384 embeddings"]),
     ("no such layer", 2, ["no linear layer `q_projj`", "did you mean `q_proj`?"]),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused_before_anything_is(
