@@ -119,7 +119,11 @@ def describe_failure(error: BaseException) -> str:
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
         seen = seen.__cause__ or seen.__context__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "inline_container" in first or "PytorchStreamWriter" in first:
+        # torch's writer counts what the disk took, and forgets why it did not take the rest.
+        return f"No space left on device, or a quota is used up: a file came out too short (torch: {first})"
+    return first
 
 
 def check_writable(folder: str) -> None:

@@ -111,6 +111,9 @@ def test_a_full_disk_is_told_in_the_system_s_words_and_its_rest_does_not_stay(tm
     with pytest.raises(checkpoint.CannotSave, match="rank 0 cannot save `global_step20`: No space left on device"):
         save(Full(), str(tmp_path), progress(20), {}, lambda: None, 0)
 
+    bare = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 143936 vs 143824")
+    assert checkpoint.describe_failure(bare).startswith("No space left on device, or a quota")
+    assert checkpoint.describe_failure(ValueError()) == "ValueError"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step10", "latest"]
     assert (tmp_path / "latest").read_text() == "global_step10"
 
