@@ -23,6 +23,7 @@ def summary(dataset: Dataset) -> dict[str, float]:
     if not len(dataset):
         return {"count": 0, "tokens": 0}
     described = pandas.Series(dataset.sizes).describe(percentiles=list(PERCENTILES))
+    described = described.dropna()  # a single document has no standard deviation, and JSON no NaN
     return {"tokens": float(dataset.num_tokens), **{str(name): float(value) for name, value in described.items()}}
 
 

@@ -7,6 +7,7 @@ document index (0..n, as one document is one sequence).
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -71,19 +72,25 @@ def open_dataset(prefix: str) -> Dataset:
             idx_size = os.fstat(file.fileno()).st_size
         bin_size = os.stat(bin_path).st_size
     except OSError as error:
-        hint = "give the prefix without .bin" if error.errno == 2 else ""
+        hint = _missing_hint(prefix) if error.errno == errno.ENOENT else ""
         raise EnvironmentFault(f"cannot be read: {error.strerror}", where=str(error.filename), hint=hint) from None
-    if len(header) < HEADER_BYTES or header[:9] != MAGIC:
+    if len(header) < HEADER_BYTES:
+        raise UsageError(f"{len(header)} bytes are too few for an .idx: truncated or never written", where=idx_path)
+    if header[:9] != MAGIC:
         raise UsageError("not an .idx of an indexed dataset (its first bytes are wrong)", where=idx_path)
     version, code, num_sizes, num_docs = struct.unpack("<QBQQ", header[9:])
     if version != 1 or code not in DTYPES:
-        raise UsageError(f"version {version}, dtype code {code}: not known", where=idx_path)
+        wrong = f"version {version} of the format" if version != 1 else f"dtype code {code}"
+        raise UsageError(f"{wrong} is not known", where=idx_path, hint="Megatron and GPT-NeoX write version 1")
+    if DTYPES[code].startswith("float"):
+        raise UsageError(f"its tokens are {DTYPES[code]}: ids are whole numbers", where=idx_path)
     want = HEADER_BYTES + 12 * num_sizes + 8 * num_docs
     if idx_size != want:
         raise UsageError(f"{idx_size} bytes, but its header says {want}: truncated or damaged", where=idx_path)
     dtype = np.dtype(DTYPES[code]).newbyteorder("<")
     if bin_size % dtype.itemsize:
-        raise UsageError(f"{bin_size} bytes are no whole number of {dtype.name} tokens", where=bin_path)
+        hint = "is the copy complete, and does the .idx belong to this .bin?"
+        raise UsageError(f"{bin_size} bytes are no whole number of {dtype.name} tokens", where=bin_path, hint=hint)
     at = HEADER_BYTES
 
     def mapped(path: str, kind: Any, count: int, offset: int) -> NDArray[Any]:
@@ -95,6 +102,18 @@ def open_dataset(prefix: str) -> Dataset:
     doc_idx = mapped(idx_path, "<i8", num_docs, at + 12 * num_sizes)
     tokens = mapped(bin_path, dtype, bin_size // dtype.itemsize, 0)
     return Dataset(paths(prefix)[0][:-4], DTYPES[code], sizes, pointers, doc_idx, tokens)
+
+
+def _missing_hint(prefix: str) -> str:
+    """What to do when a file of a dataset is not there."""
+    bin_path, idx_path = paths(prefix)
+    if os.path.exists(paths(prefix + "_text_document")[1]):
+        return f"did you mean {prefix}_text_document?"
+    if os.path.exists(bin_path):
+        return "its .bin is there: the index comes last, so what made them was stopped; run that again"
+    if os.path.exists(idx_path):
+        return "its .idx is there: was only that copied?"
+    return "give the path without .bin or .idx"
 
 
 def write_index(file: IO[bytes], dtype: str, sizes: Iterator[NDArray[Any]], num_sequences: int) -> int:

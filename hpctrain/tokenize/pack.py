@@ -56,7 +56,9 @@ def pack(sizes: NDArray[Any], seq_length: int, bins: int = 16, seed: int = 1234,
     order = np.arange(len(sizes), dtype=np.int32)
     lengths = np.asarray(sizes).astype(np.int64)
     fits = lengths <= capacity
-    if not len(sizes) or not fits.any():
+    if not len(sizes):
+        raise UsageError("the dataset is empty: there is nothing to pack")
+    if not fits.any():
         raise UsageError(
             f"no document fits into {capacity} tokens",
             why="k_bin_packed would skip all of them and never end",

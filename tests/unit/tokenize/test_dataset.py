@@ -12,6 +12,7 @@ from tokenize_runs import PLAIN, request
 
 from hpctrain.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.site import load_site
+from hpctrain.tokenize.count import summary
 from hpctrain.tokenize.indexed_dataset import open_dataset, verify
 from hpctrain.tokenize.inspect import default_rules, documents, printable
 from hpctrain.tokenize.limits import ArrayLimits, limits_of, shape_array
@@ -77,7 +78,9 @@ def test_an_empty_dataset_is_whole(tmp_path):
         (lambda b, i: (b, b"X" + i[1:]), "first bytes are wrong"),
         (lambda b, i: (b, i[:17] + b"\x63" + i[18:]), "dtype code 99"),
         (lambda b, i: (b[:-1], i), "no whole number"),
-        (lambda b, i: (b, i[:5]), "first bytes are wrong"),
+        (lambda b, i: (b, i[:5]), "5 bytes are too few"),
+        (lambda b, i: (b, i[:9] + b"\x02" + i[10:]), "version 2 of the format"),
+        (lambda b, i: (b, i[:17] + b"\x06" + i[18:]), "float32: ids are whole numbers"),
     ],
 )
 def test_damaged_files_are_refused_with_their_name(tmp_path, damage, words):
@@ -87,6 +90,23 @@ def test_damaged_files_are_refused_with_their_name(tmp_path, damage, words):
     (tmp_path / "d.idx").write_bytes(i)
     with pytest.raises(UsageError, match=words):
         open_dataset(str(tmp_path / "d"))
+
+
+def test_what_is_missing_says_what_is_there(tmp_path):
+    write(tmp_path / "a_text_document", DOCUMENTS)
+    (tmp_path / "b.bin").write_bytes(b"")
+    write(tmp_path / "c", DOCUMENTS)
+    (tmp_path / "c.bin").unlink()
+    for name, hint in (("a", "did you mean .*a_text_document"), ("b", "its .bin is there"), ("c", "only that copied")):
+        with pytest.raises(EnvironmentFault, match=hint):
+            open_dataset(str(tmp_path / name))
+
+
+def test_summaries_of_next_to_nothing(tmp_path):
+    one = summary(write(tmp_path / "one", DOCUMENTS[:1]))
+    assert one["count"] == 1 and not any(number != number for number in one.values())
+    with pytest.raises(UsageError, match="the dataset is empty"):
+        pack(np.zeros(0, np.int32), 8)
 
 
 def test_verify_finds_what_opening_cannot(tmp_path):
