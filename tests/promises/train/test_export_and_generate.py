@@ -214,6 +214,10 @@ def test_converted_ids_equal_sentencepiece(models: dict[str, Path], kind: str) -
 def test_generate_answers_what_was_learned_and_stops_at_the_closing_token(
     trained: Bench, exported: dict[str, Path], models: dict[str, Path]
 ) -> None:
+    from hpctrain.errors import UsageError
+    from hpctrain.train.generate import answer as answer_from
+    from hpctrain.train.source import find_source
+
     prompts = [word for en, _ in PAIRS for word in ("-p", en)]
     done = hpctrain("generate", trained.path / "learned.run", *prompts, "--json")
     assert done.returncode == 0, done.stderr
@@ -225,14 +229,10 @@ def test_generate_answers_what_was_learned_and_stops_at_the_closing_token(
     assert answer["replies"][0]["prompt_ids"] == [7, *sp.encode(PAIRS[0][0]), 7, 8]
 
     plain = hpctrain("generate", exported["learned"], "-p", PAIRS[2][0])
-    hot = hpctrain(
-        "generate", exported["learned"], "-p", PAIRS[2][0], "--temperature", "999", "--max-tokens", "90", "--json"
-    )
-    assert hot.returncode == 0, hot.stderr
-    # The model has 384 embeddings and the tokenizer 380 pieces.
-    assert max(json.loads(hot.stdout)["replies"][0]["ids"]) < 380
-    torn = hpctrain("generate", exported["learned"], "-p", "a\udce4b")
-    assert torn.returncode == 2 and "is not UTF-8" in torn.stderr
+    (hot,) = answer_from(find_source(str(exported["learned"])), [PAIRS[2][0]], temperature=999.0, max_tokens=90)
+    assert max(hot.ids) < 380  # the model has 384 embeddings and the tokenizer 380 pieces
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        answer_from(find_source(str(exported["learned"])), ["a\udce4b"])
     assert plain.stdout == PAIRS[2][1] + "\n"
 
 
