@@ -25,7 +25,7 @@ from hpctrain.triage.scan import LineScanner, Matcher
 from hpctrain.triage.thresholds import Thresholds, parse_thresholds
 
 DATA = Path(__file__).parents[1] / "data" / "triage"
-# Written after the rules, from other people's reports; tools/benches/triage.py says how many were right at first sight.
+# Written after the rules, from other people's reports; docs/triage.md says how many were right at first sight.
 HELD_OUT = DATA.with_name("triage-held-out")
 LABELS = {
     folder / name: label

@@ -21,35 +21,9 @@ from pathlib import Path
 
 TOP = Path(__file__).resolve().parents[2]
 DATA = TOP / "tests" / "data" / "triage"
-HELD_OUT = TOP / "tests" / "data" / "triage-held-out"  # written after the rules, from other people's reports
-# What the rules said of the held-out logs at first sight, before they were mended by them: cause precision and recall 0.913,
-# RED rules 0.962 and 0.944, verdict right in 36 of 40 (the first 40). A second round of 22, chosen for what the rules might
-# not know (Ray over several nodes, torchrun told to end, MPICH and MIOpen on LUMI, clocks that are off): cause precision
-# 0.400 and recall 0.381, RED rules 0.750 and 0.750, verdict right in 21 of 22. Each label's `source` names the report that
-# its log was written after, and `round` (where it is not 1 or 2) the round; of those, before anything was mended by them:
-FIRST_SIGHT = {
-    3: {
-        "logs": 51,
-        "cause": (0.812, 0.634),
-        "red_rules": (0.939, 0.721),
-        "verdict": "40/51",
-        "false_red_of_healthy": 1,
-    },
-    4: {
-        "logs": 40,
-        "cause": (0.846, 0.710),
-        "red_rules": (0.982, 0.844),
-        "verdict": "32/40",
-        "false_red_of_healthy": 0,
-    },
-    5: {
-        "logs": 29,
-        "cause": (0.727, 0.696),
-        "red_rules": (0.929, 0.886),
-        "verdict": "27/29",
-        "false_red_of_healthy": 0,
-    },
-}
+HELD_OUT = (
+    TOP / "tests" / "data" / "triage-held-out"
+)  # written after the rules, from other people's reports: docs/triage.md
 sys.path.insert(0, str(TOP))
 
 from hpctrain.triage.engine import Engine  # noqa: E402
@@ -223,7 +197,6 @@ def main() -> None:
     parser.add_argument("--accuracy-only", action="store_true")
     options = parser.parse_args()
     result = {folder.name: accuracy(not options.json, folder) for folder in (DATA, HELD_OUT)}
-    result["first_sight"] = FIRST_SIGHT
     if not options.accuracy_only:
         result["speed"] = speed(options.mb)
     print(json.dumps(result, indent=2))
