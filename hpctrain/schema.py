@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from hpctrain.yamlio import Document, Path, looks_like_float
 
 MAX_TEXT = 10_000
 MAX_PATH_BYTES = 4095  # PATH_MAX of Linux (include/uapi/linux/limits.h), without its final NUL
-MAX_NUMBER = 2**63  # more is counted by nobody, Slurm and torch least of all
+MAX_INTEGER = 2**63  # more is counted by nobody, Slurm and torch least of all
 _JSON_TYPES = {
     "text": "string",
     "path": "string",
@@ -92,6 +93,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean `{near[0]}`?" + (f" ({listing})" if listing else "")
     return listing
+
+
+def countable(value: int | float) -> bool:
+    """Whether one can calculate with a number: neither NaN nor infinite, and no integer of more than 64 bits."""
+    return abs(value) < MAX_INTEGER if isinstance(value, int) else math.isfinite(value)
 
 
 def text_problem(value: str, multiline: bool = False) -> str:
@@ -176,7 +182,7 @@ def _value(document: Document, value: Any, field: Field, path: Path, problems: l
         elif field.pattern and not re.fullmatch(field.pattern, out, re.ASCII):
             what, why = f"is not {field.shape}", f"allowed: {field.pattern}"
     elif isinstance(out, (int, float)) and not isinstance(out, bool):
-        if field.kind in ("int", "number") and not abs(out) < MAX_NUMBER:  # nor a NaN, which is less than nothing
+        if field.kind in ("int", "number") and not countable(out):
             what = "is too large a number" if isinstance(out, int) else "is no finite number"
             out = field.default if field.default is not None else field.minimum or 0
         elif field.minimum is not None and out < field.minimum:

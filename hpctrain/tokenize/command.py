@@ -11,7 +11,7 @@ from hpctrain import slurm
 from hpctrain.errors import Problem, UsageError
 from hpctrain.tokenize import run
 from hpctrain.tokenize.limits import ArrayShape, limits_of, shape_array
-from hpctrain.tokenize.merge import clean_up
+from hpctrain.tokenize.merge import clean_up, remove_leftovers
 from hpctrain.tokenize.plan import Plan
 from hpctrain.tokenize.prepare import Prepared, Request, prepare, scan, write_plan
 
@@ -65,8 +65,10 @@ def tokenize(
         tell(note)
     plan, notes = prepared.plan, prepared.notes
     if prepared.finished is not None:
-        if not how.dry_run and not how.keep_shards and os.path.isdir(plan.work_dir):
-            clean_up(plan)
+        if not how.dry_run:
+            remove_leftovers(plan)
+            if not how.keep_shards and os.path.isdir(plan.work_dir):
+                clean_up(plan)
         return Outcome("unchanged", plan, engine, notes, prepared.done, prepared.finished)
     cluster = None
     if engine == "array":

@@ -24,7 +24,7 @@ class Temp:
         self.path = path
         host = socket.gethostname().split(".")[0]
         # The name tells who writes it, so that leftovers of the dead can be told from files being written.
-        prefix = f"{os.path.basename(path)}{_TEMP}{host}-{os.getpid()}-"
+        prefix = f"{os.path.basename(path)}{_TEMP}{host}-{os.getpid()}.{_start_ticks(os.getpid())}-"
         handle, self.temp_path = tempfile.mkstemp(prefix=prefix, dir=os.path.dirname(path) or ".")
         os.chmod(self.temp_path, 0o666 & ~_umask())
         self.file: IO[bytes] = os.fdopen(handle, "w+b", buffering=1 << 20)
@@ -164,6 +164,13 @@ def lock(path: str) -> Iterator[None]:
         os.close(handle)
 
 
+def sweep(*paths: str) -> None:
+    """Remove what dead writers of these files left beside them: a merge that was killed may have left as much as the dataset."""
+    for path in paths:
+        for left in leftovers(os.path.dirname(path) or ".", os.path.basename(path)):
+            remove(left)
+
+
 def leftovers(folder: str, start: str, max_age_s: float = 86400.0) -> list[str]:
     """Temporary files in `folder` beginning with `start` whose writer is dead (on this host) or that are old."""
     found = []
@@ -173,12 +180,26 @@ def leftovers(folder: str, start: str, max_age_s: float = 86400.0) -> list[str]:
         if not mark or not base.startswith(start):
             continue
         path = os.path.join(folder, name)
-        pid = writer[len(host) + 1 :].split("-")[0] if writer.startswith(host + "-") else ""
+        pid, _, ticks = (
+            writer[len(host) + 1 :].split("-")[0].partition(".") if writer.startswith(host + "-") else ("", "", "")
+        )
         with contextlib.suppress(OSError):
             age_s = time.time() - os.lstat(path).st_mtime
-            if age_s > max_age_s or (pid.isdigit() and not os.path.exists(f"/proc/{pid}")):
+            if age_s > max_age_s or (pid.isdigit() and _start_ticks(int(pid)) != ticks):
                 found.append(path)
     return found
+
+
+def _start_ticks(pid: int) -> str:
+    """When a process of this host began, in clock ticks after boot (proc(5), field 22 of stat); empty when there is none.
+
+    A number that died may be given to another process; the moment it began tells the two apart.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[19].decode()
+    except (OSError, IndexError):
+        return ""
 
 
 def _umask() -> int:

@@ -34,6 +34,7 @@ def merge_shards(plan: Plan, force: bool = False) -> dict[str, Any]:
     up, UsageError when more records were bad than allowed, Refused when another dataset is there and not `force`.
     """
     with files.lock(os.path.join(plan.work_dir, "lock")):
+        remove_leftovers(plan)
         done = up_to_date(plan)
         if done:
             return done
@@ -127,6 +128,7 @@ def publish(
     bin_path, idx_path = paths(dataset)
     if not force and os.path.lexists(idx_path):
         raise _refused(idx_path)
+    files.sweep(dataset + ".")
     with files.temporaries(bin_path, idx_path, dataset + ".json") as (bin_temp, idx_temp, json_temp):
         for path in bins:
             append(path, bin_temp.file.fileno())
@@ -220,6 +222,11 @@ def append(path: str, target: int) -> None:
                 left -= num_bytes
         if left:
             raise EnvironmentFault("the file became shorter while it was copied", where=path)
+
+
+def remove_leftovers(plan: Plan) -> None:
+    """Remove what merges of this dataset that were killed have left beside it."""
+    files.sweep(plan.dataset + ".", plan.prefix + ".rejects.")
 
 
 def clean_up(plan: Plan) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from hpctrain import yamlio
 from hpctrain.errors import Problem, UsageError
-from hpctrain.schema import MAX_NUMBER
+from hpctrain.schema import countable
 
 
 def _key(default: Any, doc: str, **rules: Any) -> Any:
@@ -219,7 +219,7 @@ def _convert(value: Any, item: Any) -> Any:
         return value
     if kind.startswith("float") and yamlio.looks_like_float(value):
         value = float(value)  # YAML 1.1 reads 8e-6 as text
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_NUMBER:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not countable(value):
         raise ValueError("is not a number")
     if kind.startswith("int") and not isinstance(value, int):
         raise ValueError("is not a whole number")

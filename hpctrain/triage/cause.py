@@ -83,13 +83,14 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     # Ranks without collectives write on after one of them died, and on a slow node even after srun said so: when the
     # attempt failed and a launcher named a failed task, the last error that seemed survived was not.
     launcher_saw = wrapped or (attempt.exit_code and any(event.failure == "wrapper" for event in everything))
-    doubtful = [event for event in everything if _tells(event)][-1:] if launcher_saw and attempt.exit_code != 0 else []
+    doubtful = [event for event in everything if _tells(event) and not event.weak][-1:]
+    doubtful = doubtful if launcher_saw and attempt.exit_code != 0 else []
     if wrapped and _never_ended(attempt, around) and all(_BY_SIGNAL.search(event.text) for event in wrapped):
         wrapped = []  # nobody was there any more to say who ended the tasks
     # A severity, or a shell's complaint, explains only a start that never trained or that a launcher saw fail.
     told = [event for event in asides if event.failure != "program"] or asides
     asides = told if launcher_saw or not attempt.num_steps else []
-    for chosen in (named, general, killed, others, ends, asides, doubtful, wrapped):
+    for chosen in (named, general, killed, others, ends, doubtful, asides, wrapped):
         if chosen:
             return _attributed(_with_rank(chosen[0], everything), attempt)
     return _silent_end(attempt, around)

@@ -204,8 +204,12 @@ def test_an_error_of_one_rank_is_the_cause_though_another_wrote_steps_until_srun
     failed = b"hpctrain: the first task to fail was rank 1 on nid000001, with exit code 1\nhpctrain: finished rc=1\n"
     for place in (61, 80, 118, 121):
         said = [*lines[:place], b"srun: error: nid000001: task 1: Exited with exit code 1\n", *lines[place:], failed]
-        event = diagnose(b"".join(said)).cause.event
-        assert (event.failure, event.rank) == ("gpu_oom", 1), place
+        ended = (
+            b"slurmstepd-nid000001: error: *** STEP 7.0 ON nid000001 CANCELLED AT 2026-11-21T15:19:13 ***\nTerminated\n"
+        )
+        for text in (said, [*said[: place + 3], ended, *said[place + 3 :]]):
+            event = diagnose(b"".join(text)).cause.event
+            assert (event.failure, event.rank) == ("gpu_oom", 1), place
 
 
 def test_the_rank_gives_the_node_through_the_node_list():
