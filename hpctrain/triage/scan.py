@@ -197,8 +197,9 @@ class LineScanner:
                 assert self.template
                 self.uniform_steps = count
                 position = text.rfind(self.template.key, start, end)
-                yield self._hit(UNIFORM, text, position, self._lines_before + text.count(b"\n", start, position) + 1)
-                self._lines_before += text.count(b"\n", start, end)
+                self._lines_before += text.count(b"\n", start, position)
+                yield self._hit(UNIFORM, text, position, self._lines_before + 1)
+                self._lines_before += text.count(b"\n", position, end)
             else:
                 end = len(text)
                 if self.template and end - start > _RETRY:
