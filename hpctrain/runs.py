@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpctrain.errors import EnvironmentFault, UsageError
-from hpctrain.runtime.files import read_records
+from hpctrain.runtime.files import read_lines
 from hpctrain.schema import nearest
 
 _JOB_ID = re.compile(r"\d+(?:_\d+)?\Z")
@@ -123,9 +123,9 @@ def read_run(run_dir: str) -> RunRecords:
     for name in ("ledger.jsonl", "links.jsonl"):
         path = os.path.join(run_dir, name)
         try:
-            records[name] = tuple(map(_usable, read_records(path)))
-            torn = _num_lines(path) - len(records[name])
-            if torn > 0:
+            found, torn = read_lines(path)
+            records[name] = tuple(map(_usable, found))
+            if torn:
                 unseen.append(f"{name}: {torn} torn or foreign {'line' if torn == 1 else 'lines'}, left out")
         except (OSError, ValueError) as error:
             records[name] = ()
@@ -158,14 +158,6 @@ def _usable(record: Mapping[str, Any]) -> dict[str, Any]:
         elif value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             out[name] = None
     return out
-
-
-def _num_lines(path: str) -> int:
-    try:
-        with open(path, "rb") as file:
-            return sum(1 for line in file if line.strip())
-    except FileNotFoundError:
-        return 0
 
 
 _RENDERED_FOR = re.compile(r"^export HPCTRAIN_RUN_DIR=(.+)$", re.MULTILINE)

@@ -51,7 +51,7 @@ def typed(verb: str, *wanted: str) -> str:
         if isinstance(param, click.Argument):
             words += map(str, values)
         elif isinstance(param, click.Option) and param.is_flag:
-            words.append(param.opts[-1])
+            words.append((param.opts if value else param.secondary_opts)[-1])
         else:
             words += [word for each in values for word in (param.opts[-1], str(each))]
     return shlex.join(words)

@@ -239,7 +239,7 @@ def _tell_dead(found: sandbox.Status, option: str) -> None:
     """Nodes whose daemon is gone take no jobs, whatever sinfo still says of them."""
     if found.nodes_without_slurmd:
         nodes = units.compress_nodes(list(found.nodes_without_slurmd))
-        hint = f"hpctrain sandbox fault '{nodes}' --restart-slurmd{option}"
+        hint = f"hpctrain sandbox fault {shlex.quote(nodes)} --restart-slurmd{option}"
         output.problems([errors.Problem(f"no slurmd runs for {nodes}", hint=hint, level="warning")])
 
 

@@ -109,8 +109,8 @@ def _hash_table(pieces: list[bytes]) -> tuple[NDArray[Any], ...]:
     return keys, numbers, arena, begins, powers
 
 
-def _slot_(hashed: Any, mask: Any) -> Any:
-    """Where in a table of `mask` + 1 places a hash belongs."""
+def _slot(hashed: Any, mask: Any) -> Any:
+    """Where in a table of `mask` + 1 places hashes belong; `_find_` says the same of one hash, in what numba knows."""
     return ((hashed ^ (hashed >> np.uint64(29))) * np.uint64(_MIX) >> np.uint64(32)).astype(np.int64) & mask
 
 
@@ -165,23 +165,8 @@ def _pop_(keys, sizes, count):  # type: ignore[no-untyped-def]
 
 
 def _join_(  # type: ignore[no-untyped-def]
-    data,
-    begin,
-    end,
-    keys,
-    numbers,
-    arena,
-    begins,
-    powers,
-    starts,
-    lengths,
-    before,
-    after,
-    found,
-    hashes,
-    heap,
-    heap_sizes,
-):
+    data, begin, end, keys, numbers, arena, begins, powers, starts, lengths, before, after, found, hashes, heap, heap_sizes,
+):  # fmt: skip
     """Merge the characters of `data[begin:end]`; the symbols are those of `starts` that `after` links from 0 on, up to -1.
 
     `found` is the number of each symbol's piece, or -1.
@@ -307,23 +292,8 @@ def _encode_(  # type: ignore[no-untyped-def]
                 at += 1
             continue
         _join(
-            data,
-            begin,
-            at,
-            keys,
-            numbers,
-            arena,
-            begins,
-            powers,
-            starts,
-            lengths,
-            before,
-            after,
-            found,
-            hashes,
-            heap,
-            heap_sizes,
-        )
+            data, begin, at, keys, numbers, arena, begins, powers, starts, lengths, before, after, found, hashes, heap, heap_sizes,
+        )  # fmt: skip
         old, symbol = used, 0
         while symbol >= 0:
             if found[symbol] >= 0:
@@ -346,7 +316,6 @@ def _encode_(  # type: ignore[no-untyped-def]
     return used
 
 
-_slot: Any = _slot_
 _inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 _find: Any = _inner(_find_)
 _push: Any = _inner(_push_)

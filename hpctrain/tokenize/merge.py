@@ -128,7 +128,6 @@ def publish(
     bin_path, idx_path = paths(dataset)
     if not force and os.path.lexists(idx_path):
         raise _refused(idx_path)
-    files.sweep(dataset + ".")
     with files.temporaries(bin_path, idx_path, dataset + ".json") as (bin_temp, idx_temp, json_temp):
         for path in bins:
             append(path, bin_temp.file.fileno())
@@ -198,6 +197,7 @@ def merge_datasets(prefixes: Sequence[str], output: str, force: bool = False) ->
         "version": __version__,
     }
     sizes = (part for dataset in opened for part in chunks(dataset.sizes))
+    files.sweep(target + ".")
     publish(target, kinds[0], [paths(dataset.prefix)[0] for dataset in opened], sizes, documents, manifest, force)
     return {"output": target, **manifest}
 
