@@ -61,7 +61,8 @@ def examine_run(plan: Plan, python_path: str | None, requirements: Sequence[str]
         findings.append(Finding("python", "starts", NOT_SEEN, said, "run this at the site"))
         findings += python.contradictions(pins)
     else:
-        findings += python.judge_python(facts, said, wanted["python"] or "", pins, _vendor(plan))
+        vendor = plan.node_type.gpu_vendor if plan.gpus_per_node else None
+        findings += python.judge_python(facts, said, wanted["python"] or "", pins, vendor)
     findings += places.disks(_folders(plan))
     findings += places.caches(os.environ)
     findings += [_of_problem("secrets", problem) for problem in secret_problems(plan)]
@@ -85,7 +86,7 @@ def examine_here(site: str | None, python_path: str | None, requirements: Sequen
         pins += python.read_requirements(path)[0]
     facts, said = python.probe([python_path or sys.executable], pins)
     findings = [
-        *python.judge_python(facts, said, "", pins, ""),
+        *python.judge_python(facts, said, "", pins, None),
         *places.disks({"home": "~", "here": "."}),
         *places.caches(os.environ),
         *_shell(),
@@ -107,13 +108,6 @@ def _of_problem(area: str, problem: Any) -> Finding:
 
 def _container_missing(plan: Plan) -> bool:
     return bool(plan.spec.container) and not os.path.exists(plan.spec.container or "")
-
-
-def _vendor(plan: Plan) -> str:
-    kind = (plan.node_type.gpu_type or "").lower()
-    if not plan.node_type.gpus:
-        return ""
-    return "amd" if kind.startswith(("mi", "amd")) else "nvidia" if kind else ""
 
 
 def _folders(plan: Plan) -> dict[str, str]:

@@ -38,8 +38,10 @@ for name in WANTED["imports"]:
         if name == "torch":
             facts["cuda"] = loaded.version.cuda
             facts["hip"] = getattr(loaded.version, "hip", None)
+            facts["xpu"] = getattr(loaded.version, "xpu", None)
             facts["cxx11abi"] = bool(loaded._C._GLIBCXX_USE_CXX11_ABI)
-            facts["gpus"] = loaded.cuda.device_count() if loaded.cuda.is_available() else 0
+            devices = loaded.xpu if facts["xpu"] else loaded.cuda
+            facts["gpus"] = devices.device_count() if devices.is_available() else 0
         if name == "numpy":
             facts["version"] = loaded.__version__
     except BaseException as error:  # also SystemExit of a package that gives up

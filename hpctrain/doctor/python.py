@@ -19,6 +19,9 @@ from hpctrain.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding
 
 # Compiled against each other, so that only an import tells whether they fit.
 REALLY_IMPORTED = ("numpy", "torch", "flash-attn", "deepspeed", "bitsandbytes", "xformers", "mpi4py")
+# Maker of GPUs -> the attribute of torch.version that a build for them sets; what people call that.
+_PLATFORMS = {"nvidia": "cuda", "amd": "hip", "intel": "xpu"}
+_PLATFORM_NAMES = {"cuda": "CUDA", "hip": "ROCm", "xpu": "XPU"}
 _LOCAL_TORCH = re.compile(r"torch(\d+\.\d+)", re.IGNORECASE)
 _LOCAL_ABI = re.compile(r"cxx11abi(true|false)", re.IGNORECASE)
 _LOCAL_CUDA = re.compile(r"cu(\d{2,3})", re.IGNORECASE)
@@ -56,9 +59,17 @@ def probe(python: Sequence[str], pins: Sequence[Pin], timeout_s: float = 300) ->
 
 
 def judge_python(
-    facts: Mapping[str, Any] | None, said: str, wanted: str, pins: Sequence[Pin], gpu_vendor: str
+    facts: Mapping[str, Any] | None,
+    said: str,
+    wanted: str,
+    pins: Sequence[Pin],
+    gpu_vendor: str | None,
 ) -> Iterator[Finding]:
-    """Everything about the probed Python. `gpu_vendor`: `amd`, `nvidia` or empty for CPU nodes."""
+    """Everything about the probed Python.
+
+    `gpu_vendor` is the maker of the GPUs that the job gets, as the site profile names it (a key of
+    _PLATFORMS), empty where the profile does not, None for a job without GPUs.
+    """
     if facts is None:
         yield Finding(
             "python",
@@ -172,7 +183,11 @@ def _packages(installed: Mapping[str, Any], pins: Sequence[Pin]) -> Iterator[Fin
 
 
 def _imports(
-    installed: Mapping[str, Any], imports: Mapping[str, Any], pins: Sequence[Pin], said: str, gpu_vendor: str
+    installed: Mapping[str, Any],
+    imports: Mapping[str, Any],
+    pins: Sequence[Pin],
+    said: str,
+    gpu_vendor: str | None,
 ) -> Iterator[Finding]:
     needed = {canonicalize_name(pin.package) for pin in pins if pin.required}
     for name, facts in imports.items():
@@ -203,18 +218,21 @@ def _imports(
         yield from pairing(str(installed.get("flash-attn") or ""), str(installed.get("torch") or ""), torch)
 
 
-def _build(torch: Mapping[str, Any], gpu_vendor: str) -> Finding:
-    build = f"ROCm {torch['hip']}" if torch.get("hip") else f"CUDA {torch['cuda']}" if torch.get("cuda") else "CPU only"
-    wanted = {"amd": "hip", "nvidia": "cuda"}.get(gpu_vendor)
-    if wanted and not torch.get(wanted):
+def _build(torch: Mapping[str, Any], gpu_vendor: str | None) -> Finding:
+    """Whether torch was built for the GPUs that the job gets."""
+    name, version = next(((name, torch[name]) for name in _PLATFORMS.values() if torch.get(name)), ("", None))
+    build = f"{_PLATFORM_NAMES[name]} {version}" if name else "CPU only"
+    fits = name == _PLATFORMS[gpu_vendor] if gpu_vendor else bool(name)
+    if gpu_vendor is not None and not fits:
+        whose = f"the site's GPUs are {gpu_vendor.upper()}'s" if gpu_vendor else "the job gets GPUs"
         return Finding(
             "imports",
             "torch build",
             PROBLEM,
-            f"torch is built for {build}, and the site's GPUs are {gpu_vendor.upper()}'s",
+            f"torch is built for {build}, and {whose}",
             "install torch from the matching wheel index, or use the site's container",
         )
-    gpus = f", sees {torch.get('gpus')} GPUs here" if build != "CPU only" else ""
+    gpus = f", sees {torch.get('gpus')} GPUs here" if name else ""
     return Finding("imports", "torch build", OK, f"torch is built for {build}{gpus}")
 
 

@@ -49,7 +49,7 @@ def fake_site(tmp_path):
     return make
 
 
-TORCH = "class version: cuda='12.4'; hip=None\nclass _C: _GLIBCXX_USE_CXX11_ABI=False\nclass cuda:\n  is_available=staticmethod(lambda: False)\nprint('noise on stdout')\n"
+TORCH = "class version: cuda='12.4'; hip=None\nclass _C: _GLIBCXX_USE_CXX11_ABI=False\nclass cuda:\n  is_available=staticmethod(lambda: False)\nxpu = cuda\nprint('noise on stdout')\n"
 
 
 def test_a_package_that_is_installed_and_does_not_import_is_found(fake_site):
@@ -68,6 +68,59 @@ def test_a_package_that_is_installed_and_does_not_import_is_found(fake_site):
     assert got["imports", "flash-attn"] == WARNING
     assert got["imports", "torch build"] == PROBLEM  # CUDA on AMD GPUs
     assert "another torch" in next(f.hint for f in found if f.name == "flash-attn" and f.area == "imports")
+
+
+BUILDS = {
+    "CPU only": "cuda=None; hip=None",
+    "CUDA": "cuda='12.4'; hip=None",
+    "ROCm": "cuda=None; hip='6.2.41133'",
+    "XPU": "cuda=None; hip=None; xpu='20250101'",
+}
+SITE = """\
+name: mysite
+title: a machine
+docs_url: https://example.org
+maintainers: [us]
+verified: {{date: "2026-01-01", by: us, evidence: none}}
+slurm: {{gpu_request: gres}}
+node_types: {{n: {{sockets: 1, cores: 8, threads_per_core: 1, memory_gib: 64, {gpus}}}}}
+default_node_type: n
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "fits", "named"),
+    [
+        ("gpus: 4, gpu_vendor: nvidia", {"CUDA"}, "NVIDIA"),
+        ("gpus: 4, gpu_vendor: amd, gpu_type: instinct", {"ROCm"}, "AMD"),
+        ("gpus: 4, gpu_vendor: intel, gpu_type: max1550", {"XPU"}, "INTEL"),
+        ("gpus: 4, gpu_vendor: nvidia, gpu_type: mi300", {"CUDA"}, "NVIDIA"),
+        # Of an unknown maker: any GPU build may be right, none at all cannot be.
+        ("gpus: 4, gpu_type: mi300", {"CUDA", "ROCm", "XPU"}, "GPUs"),
+        ("gpus: 0", set(BUILDS), ""),
+    ],
+)
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_profile_says_whose_gpus_torch_must_be_built_for(gpus, fits, named, build, tmp_path, fake_site, cli):
+    (python,) = fake_site(torch__2_7_0=TORCH.replace("cuda='12.4'; hip=None", BUILDS[build]))
+    (tmp_path / "site.yaml").write_text(SITE.format(gpus=gpus))
+    (tmp_path / "run.yaml").write_text(
+        "name: x\nsite: ./site.yaml\nrecipe: command\ntime: 10m\nrecipe_options: {argv: ['true']}\n"
+    )
+    code, out, err = cli("doctor", tmp_path / "run.yaml", "--python", python, "--json")
+    (found,) = [item for item in json.loads(out)["findings"] if item["name"] == "torch build"]
+
+    assert found["result"] == (OK if build in fits else PROBLEM), found
+    assert build in found["what"] and (build in fits or named in found["what"])
+    assert build in fits or code == 1
+
+
+def test_a_shipped_site_without_a_gpu_type_refuses_a_torch_that_sees_no_gpus(tmp_path, fake_site, cli):
+    (python,) = fake_site(torch__2_7_0=TORCH.replace("cuda='12.4'; hip=None", BUILDS["CPU only"]))
+    assert cli("init", tmp_path, "--site", "generic-cuda", "--recipe", "hf-sft")[0] == 0
+    code, out, _ = cli("doctor", tmp_path / "run.yaml", "--python", python)
+
+    assert code == 1 and "torch is built for CPU only, and the site's GPUs are NVIDIA's" in out
 
 
 def test_flash_attn_for_another_torch_is_named_by_its_wheels_own_version(fake_site):
