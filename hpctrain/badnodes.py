@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.units import compress_nodes, expand_nodes
+from hpctrain.base.units import compress_nodes, expand_nodes
 
 MIN_FAILURES = 2
 _TAIL_BYTES = 4 * 1024 * 1024

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain import badnodes, checkpoint, estimate, sidejobs, slurm
+from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.checkpoint import read_plan
-from hpctrain.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.load import Loaded
 from hpctrain.rundir import run_files, write_run_dir
 from hpctrain.runs import find_pipeline, find_runs

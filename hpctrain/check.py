@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 
 from hpctrain import slurm
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.compiled import template_cache
-from hpctrain.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.load import Loaded
 from hpctrain.plan import Plan
 from hpctrain.recipe import HubRepo

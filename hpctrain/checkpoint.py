@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.runtime.bootstrap import Bootstrap, StartProblem, do_bootstrap, plan_bootstrap, write_tracker
 from hpctrain.runtime.files import Listing, free_name, sync_folder
 from hpctrain.runtime.layout import Expected, Verdict

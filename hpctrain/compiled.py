@@ -9,7 +9,7 @@ import jinja2
 from jinja2.bccache import Bucket
 
 from hpctrain import __version__
-from hpctrain.resources import cache_home
+from hpctrain.base.paths import cache_home
 
 
 def template_cache(environ: Mapping[str, str]) -> jinja2.BytecodeCache | None:

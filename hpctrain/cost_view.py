@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hpctrain import cost, output
+from hpctrain import cost
+from hpctrain.base import terminal
+from hpctrain.base.errors import UsageError
+from hpctrain.base.units import format_duration
 from hpctrain.cost import Allocation, Bill, Spent
-from hpctrain.errors import UsageError
 from hpctrain.load import load_plan
 from hpctrain.plan import Plan
 from hpctrain.render import plan_json
 from hpctrain.triage.records import utc
-from hpctrain.units import format_duration
 
 
 def planned(
@@ -85,16 +86,16 @@ def allocation(plan: Plan) -> Allocation | None:
 
 def show_bills(bills: Sequence[Bill], left: Allocation | None) -> None:
     """Bills as a table; what is left of the allocation after the largest of them to stderr."""
-    output.table(
+    terminal.table(
         [(bill.what, format_duration(bill.time_s), *_hours(bill), bill.note) for bill in bills],
         ("of", "time", "node-hours", "GPU-hours", "billed", "note"),
     )  # fmt: skip
     if left is not None:
-        output.info(f"left of {left.account}: {left.left:,.0f} of {left.granted:,.0f} {left.unit}s")
+        terminal.info(f"left of {left.account}: {left.left:,.0f} of {left.granted:,.0f} {left.unit}s")
         most = max((bill.billed or 0.0 for bill in bills), default=0.0)
         if most > left.left:
-            output.info(
-                f"{output.paint('warning', 'yellow')}: this may need {most:,.0f} {left.unit}s, more than is left"
+            terminal.info(
+                f"{terminal.paint('warning', 'yellow')}: this may need {most:,.0f} {left.unit}s, more than is left"
             )
 
 
@@ -125,9 +126,9 @@ def show_spent(result: Spent) -> None:
     ]
     for bill in (result.used, result.still):
         rows.append((bill.what, "", "", "", format_duration(bill.time_s), *_hours(bill)))
-    output.table(rows, ("of", "job", "restart", "state", "time", "node-hours", "GPU-hours", "billed"))
+    terminal.table(rows, ("of", "job", "restart", "state", "time", "node-hours", "GPU-hours", "billed"))
     for what in result.unseen:
-        output.info(f"could not see: {what}")
+        terminal.info(f"could not see: {what}")
 
 
 def _hours(bill: Bill) -> tuple[str, str, str]:

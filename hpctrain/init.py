@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.errors import HpctrainError, Problem, UsageError
+from hpctrain.base.errors import HpctrainError, Problem, UsageError
+from hpctrain.base.units import format_time
 from hpctrain.recipe import Recipe, load_recipe
 from hpctrain.schema import Field, check
 from hpctrain.site import NAME, Site, load_site
 from hpctrain.spec import FIELDS
-from hpctrain.units import format_time
 from hpctrain.yamlio import Document
 from hpctrain.yamltext import block, comment
 

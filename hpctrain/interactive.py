@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain import launchers
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
+from hpctrain.base.shell import node_path, quote, quote_all
+from hpctrain.base.units import format_mem_gib, format_time, parse_time_s
 from hpctrain.sbatch_options import option_text
 from hpctrain.schema import check, nearest
-from hpctrain.shell import node_path, quote, quote_all
 from hpctrain.site import NodeType, Partition, Site, load_site
 from hpctrain.spec import FIELDS, RunSpec, read_layers, spec_from_layers, user_layers
-from hpctrain.units import format_mem_gib, format_time, parse_time_s
 from hpctrain.yamlio import Document, merge
 
 _DEFAULT_TIME_S = 45 * 60

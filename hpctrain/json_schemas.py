@@ -11,9 +11,9 @@ import os
 from typing import Any
 
 from hpctrain import site, spec
+from hpctrain.base.paths import shipped_dir
 from hpctrain.pipeline import spec as pipeline
 from hpctrain.recipe import list_recipes, load_recipe
-from hpctrain.resources import shipped_dir
 from hpctrain.schema import json_schema
 
 KINDS = ("run", "pipeline", "site")

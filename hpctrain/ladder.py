@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain import cost, slurm
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.cost_view import shape_of_rung
-from hpctrain.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.load import Loaded, load_plan
 from hpctrain.plan import Plan
 from hpctrain.render import plan_json

@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hpctrain.errors import HpctrainError, Problem, UsageError
-from hpctrain.frozen import frozen
+from hpctrain.base.errors import HpctrainError, Problem, UsageError
+from hpctrain.base.frozen import frozen
+from hpctrain.base.text import text_problem
 from hpctrain.plan import Plan, make_plan
 from hpctrain.recipe import Recipe, load_recipe
-from hpctrain.schema import text_problem
 from hpctrain.site import Site, layer_name, load_site
 from hpctrain.spec import Handed, RunSpec, absolute, read_layers, spec_from_layers
 from hpctrain.yamlio import Document, load_yaml, merge

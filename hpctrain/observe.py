@@ -475,7 +475,7 @@ def _whole(value: object) -> int | None:
 
 
 def _node_names(value: object) -> tuple[str, ...]:
-    from hpctrain.units import expand_nodes
+    from hpctrain.base.units import expand_nodes
 
     if isinstance(value, list):
         return tuple(map(str, value))

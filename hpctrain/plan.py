@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpctrain import estimate
-from hpctrain.errors import Problem
-from hpctrain.frozen import frozen
+from hpctrain.base.errors import Problem
+from hpctrain.base.frozen import frozen
 from hpctrain.planning.job import (
     Directive,
     decide_container,

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpctrain.errors import Problem, UsageError
-from hpctrain.frozen import frozen
-from hpctrain.resources import layer_dirs
+from hpctrain.base.errors import Problem, UsageError
+from hpctrain.base.frozen import frozen
+from hpctrain.base.paths import layer_dirs
 from hpctrain.schema import Field, check, nearest
 from hpctrain.site import ENV_NAME, NAME, NodeType, Site
 from hpctrain.spec import RunSpec

@@ -14,10 +14,10 @@ import jinja2
 from jinja2 import nodes
 
 from hpctrain import __version__
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
+from hpctrain.base.paths import layer_dirs, shipped_dir
+from hpctrain.base.shell import ShellText, comment, node_path, quote, quote_all, sbatch_value
 from hpctrain.plan import Plan
-from hpctrain.resources import layer_dirs, shipped_dir
-from hpctrain.shell import ShellText, comment, node_path, quote, quote_all, sbatch_value
 from hpctrain.site import layer_name
 
 QUOTING_FILTERS = frozenset({"q", "qjoin", "sbatch", "comment", "raw_shell"})

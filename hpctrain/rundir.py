@@ -11,9 +11,9 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 
+from hpctrain.base.errors import EnvironmentFault, Problem, Refused
+from hpctrain.base.files import umask
 from hpctrain.compiled import template_cache
-from hpctrain.errors import EnvironmentFault, Problem, Refused
-from hpctrain.newfile import umask
 from hpctrain.plan import Plan
 from hpctrain.render import render
 from hpctrain.runtime.files import sync_folder

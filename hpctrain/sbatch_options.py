@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hpctrain.errors import Problem
+from hpctrain.base.errors import Problem
 from hpctrain.schema import nearest
 
 # Options that replace a value of the plan.

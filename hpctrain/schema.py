@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hpctrain import units
-from hpctrain.errors import Problem, printable
+from hpctrain.base import units
+from hpctrain.base.errors import Problem, printable
+from hpctrain.base.text import text_problem
 from hpctrain.yamlio import Document, Path, looks_like_float
 
-MAX_TEXT = 10_000
 MAX_PATH_BYTES = 4095  # PATH_MAX of Linux (include/uapi/linux/limits.h), without its final NUL
 MAX_INTEGER = 2**63  # more is counted by nobody, Slurm and torch least of all
 _JSON_TYPES = {
@@ -98,21 +98,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def countable(value: int | float) -> bool:
     """Whether one can calculate with a number: neither NaN nor infinite, and no integer of more than 64 bits."""
     return abs(value) < MAX_INTEGER if isinstance(value, int) else math.isfinite(value)
-
-
-def text_problem(value: str, multiline: bool = False) -> str:
-    """Why a text cannot be carried safely, or an empty string: control characters, lone surrogates, length."""
-    if len(value) > MAX_TEXT:
-        return f"is longer than {MAX_TEXT} characters"
-    if value.isascii() and value.isprintable():
-        return ""
-    allowed = "\n\t" if multiline else ""
-    for char in value:
-        if (ord(char) < 32 or ord(char) == 127 or char in "\u0085\u2028\u2029") and char not in allowed:
-            return f"contains the control character {char!r}"
-        if 0xD800 <= ord(char) <= 0xDFFF:
-            return f"contains half of a surrogate pair ({char!r}), which is not text"
-    return ""
 
 
 def json_schema(fields: Mapping[str, Field], title: str, description: str = "") -> dict[str, Any]:

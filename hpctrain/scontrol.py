@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from hpctrain.units import expand_nodes, parse_mem_gib, parse_time_s
+from hpctrain.base.units import expand_nodes, parse_mem_gib, parse_time_s
 
 # These hold free text, spaces and `=` included, and stand on a line of their own: never read keys out of them.
 _FREE_TEXT = re.compile(r"\s*(?:OS|Reason|Comment|AdminComment|Extra|JobDefaults|ResumeAfterTime)=")

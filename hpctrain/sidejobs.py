@@ -7,9 +7,9 @@ import re
 import shlex
 from dataclasses import dataclass
 
-from hpctrain.errors import EnvironmentFault, UsageError
+from hpctrain.base.errors import EnvironmentFault, UsageError
+from hpctrain.base.shell import output_pattern, quote
 from hpctrain.runtime.files import make_folder, write_atomic
-from hpctrain.shell import output_pattern, quote
 
 _DIRECTIVE = re.compile(r"^#SBATCH(?:\s.*)?$")
 

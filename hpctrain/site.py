@@ -9,9 +9,9 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hpctrain.errors import Problem, UsageError
-from hpctrain.frozen import frozen
-from hpctrain.resources import layer_dirs, shipped_dir
+from hpctrain.base.errors import Problem, UsageError
+from hpctrain.base.frozen import frozen
+from hpctrain.base.paths import layer_dirs, shipped_dir
 from hpctrain.schema import Field, check, nearest
 from hpctrain.yamlio import Document, load_yaml, merge
 

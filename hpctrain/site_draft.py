@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import IO
 
 from hpctrain import slurm
-from hpctrain.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.base.units import format_time
 from hpctrain.scontrol import Facts, NodeShape, PartitionFacts, read_facts
 from hpctrain.site import NAME, PARTITION_NAME, site_from_document
-from hpctrain.units import format_time
 from hpctrain.yamlio import parse_yaml
 from hpctrain.yamltext import block, comment, scalar
 

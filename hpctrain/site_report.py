@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain import spec
-from hpctrain.errors import HpctrainError, Problem
+from hpctrain.base.errors import HpctrainError, Problem
 from hpctrain.sbatch_options import check_options
 from hpctrain.schema import Field, check
 from hpctrain.site import FIELDS, Site, list_sites, load_site

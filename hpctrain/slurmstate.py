@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hpctrain import slurm
-from hpctrain.errors import EnvironmentFault
-from hpctrain.units import expand_nodes
+from hpctrain.base.errors import EnvironmentFault
+from hpctrain.base.units import expand_nodes
 
 # man squeue, JOB STATE CODES: what can still change by itself.
 PENDING_STATES = frozenset(

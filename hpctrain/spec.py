@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, Problem, UsageError
-from hpctrain.frozen import frozen
-from hpctrain.resources import no_user_config, user_dir
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.base.frozen import frozen
+from hpctrain.base.paths import no_user_config, user_dir
 from hpctrain.sbatch_options import check_options
 from hpctrain.schema import Field, check
 from hpctrain.site import ENV_NAME, NAME

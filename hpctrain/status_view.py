@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
+from hpctrain.base.units import compress_nodes, format_duration
 from hpctrain.observe import (
     DONE,
     ENDED,
@@ -22,7 +23,6 @@ from hpctrain.observe import (
 from hpctrain.runs import read_pipeline_index
 from hpctrain.runtime.settings import handed_over
 from hpctrain.triage.records import utc
-from hpctrain.units import compress_nodes, format_duration
 
 _COLOUR = {RUNNING: "cyan", PENDING: "yellow", DONE: "green", FAILED: "red", GAVE_UP: "red"}
 
@@ -68,14 +68,14 @@ def show_pipeline(pipeline: Mapping[str, Any], statuses: Sequence[RunStatus]) ->
             stage["stage"], stage["state"], f"{got} of {stage['from']}" if stage["from"] else "", _jobs(status) if status else "",
             _progress(status) if status else "", _eta(status) if status else "", stage["run_dir"],
         ))  # fmt: skip
-    output.data(f"pipeline {pipeline['name']}")
-    output.table(table, ("stage", "state", "gets", "links", "iteration", "still needs", "directory"))
+    terminal.data(f"pipeline {pipeline['name']}")
+    terminal.table(table, ("stage", "state", "gets", "links", "iteration", "still needs", "directory"))
     for status in statuses:
         if status.state in (FAILED, GAVE_UP):
             why = status.links[-1].reason if status.links else ""
-            output.info(f"{status.run.name}: {status.state}{': ' + why if why else ''}")
+            terminal.info(f"{status.run.name}: {status.state}{': ' + why if why else ''}")
     for what in dict.fromkeys(what for status in statuses for what in status.unseen):
-        output.info(f"could not see: {what}")
+        terminal.info(f"could not see: {what}")
 
 
 def show(statuses: Sequence[RunStatus], now_s: float) -> None:
@@ -83,30 +83,30 @@ def show(statuses: Sequence[RunStatus], now_s: float) -> None:
     if len(statuses) == 1:
         _one(statuses[0], now_s)
     else:
-        output.table(
+        terminal.table(
             [(s.run.name, s.state, _jobs(s), _progress(s), _eta(s), s.run.run_dir) for s in statuses],
             ("run", "state", "links", "iteration", "still needs", "directory"),
         )  # fmt: skip
     for what in dict.fromkeys(what for status in statuses for what in status.unseen):
-        output.info(f"could not see: {what}")
+        terminal.info(f"could not see: {what}")
 
 
 def _one(status: RunStatus, now_s: float) -> None:
-    state = output.paint(status.state, _COLOUR[status.state]) if status.state in _COLOUR else status.state
-    output.data(f"{status.run.name}: {state}, iteration {_progress(status)}, still needs {_eta(status)}")
+    state = terminal.paint(status.state, _COLOUR[status.state]) if status.state in _COLOUR else status.state
+    terminal.data(f"{status.run.name}: {state}, iteration {_progress(status)}, still needs {_eta(status)}")
     progress = status.progress
     if progress.checkpoint:
-        output.data(f"newest complete checkpoint: {progress.checkpoint}")
+        terminal.data(f"newest complete checkpoint: {progress.checkpoint}")
     if status.links:
-        output.data("")
-        output.table([_row(link, now_s) for link in status.links],
+        terminal.data("")
+        terminal.table([_row(link, now_s) for link in status.links],
                      ("link", "job", "state", "mode", "iterations", "checkpoint", "elapsed", "nodes", "why / when"))  # fmt: skip
     for note in status.notes:
-        output.info(f"note: {note}")
+        terminal.info(f"note: {note}")
     if status.state in (FAILED, GAVE_UP):
-        output.next_step(f"hpctrain triage {status.run.run_dir}")
+        terminal.next_step(f"hpctrain triage {status.run.run_dir}")
     elif status.state == RUNNING:
-        output.next_step(f"hpctrain logs -f {status.run.run_dir}")
+        terminal.next_step(f"hpctrain logs -f {status.run.run_dir}")
 
 
 def _row(link: LinkStatus, now_s: float) -> tuple[object, ...]:

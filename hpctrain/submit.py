@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import output, slurm
-from hpctrain.errors import EnvironmentFault, Refused
+from hpctrain import slurm
+from hpctrain.base import terminal
+from hpctrain.base.errors import EnvironmentFault, Refused
 from hpctrain.runtime.files import append_record, read_records
 from hpctrain.runtime.link import now
 
@@ -88,7 +89,7 @@ def only_one(run_dir: str) -> Iterator[None]:
                 raise Refused(
                     f"another hpctrain is submitting jobs of `{run_dir}` now", hint="wait for it to end"
                 ) from error
-            output.info("note: this file system has no locks; do not run two `hpctrain chain` for one run at once")
+            terminal.info("note: this file system has no locks; do not run two `hpctrain chain` for one run at once")
         yield
 
 
@@ -143,7 +144,7 @@ def _recover(run_dir: str, ledger: Ledger) -> dict[tuple[int, str], str]:
         if job_id is None and key[1] == MAIN and begun.get(key[0]) not in (None, "", *known):
             job_id = begun[key[0]]
         if job_id:
-            output.info(f"link {key[0]} was submitted before as job {job_id}, though its record was cut off")
+            terminal.info(f"link {key[0]} was submitted before as job {job_id}, though its record was cut off")
             _append(
                 os.path.join(run_dir, "ledger.jsonl"), {**record, "event": "submitted", "job_id": job_id, "time": now()}
             )

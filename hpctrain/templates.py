@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import jinja2
 from jinja2 import nodes
 
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
+from hpctrain.base.paths import layer_dirs
 from hpctrain.render import make_environment
-from hpctrain.resources import layer_dirs
 from hpctrain.schema import nearest
 
 JOB = "job.sbatch.j2"

@@ -14,10 +14,10 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hpctrain import units
-from hpctrain.errors import EnvironmentFault, HpctrainError, Problem, Refused, UsageError
-from hpctrain.schema import text_problem
-from hpctrain.shell import quote_all
+from hpctrain.base import units
+from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, Refused, UsageError
+from hpctrain.base.shell import quote_all
+from hpctrain.base.text import text_problem
 from hpctrain.site import HOST, Site, load_site
 from hpctrain.spec import RunSpec, absolute, read_layers, spec_from_layers, user_layers
 from hpctrain.yamlio import merge

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hpctrain.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 
 Path = tuple[Any, ...]  # keys and list indices from the root, e.g. ("checkpoint", "dir")
 

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from hpctrain.schema import text_problem
+from hpctrain.base.text import text_problem
 from hpctrain.yamlio import parse_yaml
 
 _WIDTH = 118

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hpctrain import __version__, errors, output
+from hpctrain import __version__
+from hpctrain.base import errors, terminal
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -115,22 +116,22 @@ def group(ctx: click.Context, debug: bool, color: str) -> None:
     hpctrain init my-run --recipe neox-sft --site lumi
     sbatch "$(hpctrain render my-run/run.yaml)"
     """
-    output.set_color(color)
+    terminal.set_color(color)
     ctx.color = None if color == "auto" else color == "always"
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit with a code of `hpctrain.errors`; never shows a traceback without `--debug`."""
+    """Run the command line and exit with a code of `hpctrain.base.errors`; never shows a traceback without `--debug`."""
     # Starting up makes many objects that stay; looking for garbage among them again and again is a tenth of `render`.
     gc.set_threshold(200_000, 20, 20)
     argv = sys.argv[1:] if args is None else args
     debug = "--debug" in argv
-    output.make_printable()
+    terminal.make_printable()
     try:
         code = group.main(args=argv, prog_name="hpctrain", standalone_mode=False)
         sys.stdout.flush()
     except errors.HpctrainError as error:
-        output.problems(error.problems)
+        terminal.problems(error.problems)
         code = error.exit_code
     except click.exceptions.Exit as exit_:
         code = exit_.exit_code
@@ -138,7 +139,7 @@ def main(args: list[str] | None = None) -> None:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        output.info("interrupted")
+        terminal.info("interrupted")
         code = errors.INTERRUPTED
     except BrokenPipeError:
         # The reader of our stdout went away (`| head`): not an error; keep Python from complaining at exit.
@@ -150,7 +151,7 @@ def main(args: list[str] | None = None) -> None:
         if debug:
             raise
         where = str(error.filename) if error.filename else ""
-        output.problems([errors.Problem(error.strerror or str(error), where=where)])
+        terminal.problems([errors.Problem(error.strerror or str(error), where=where)])
         code = errors.ENVIRONMENT
     except Exception as error:
         if debug:
@@ -171,4 +172,4 @@ def _report_bug(error: Exception) -> None:
         hint = f"the traceback is in {log.name}; please report it"
     except OSError:
         pass
-    output.problems([errors.Problem(f"this is a bug in hpctrain: {type(error).__name__}: {error}", hint=hint)])
+    terminal.problems([errors.Problem(f"this is a bug in hpctrain: {type(error).__name__}: {error}", hint=hint)])

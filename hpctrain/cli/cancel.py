@@ -4,7 +4,7 @@ import shlex
 
 import click
 
-from hpctrain import output
+from hpctrain.base import terminal
 from hpctrain.cli import common
 
 
@@ -24,10 +24,10 @@ def command(run: str, dry_run: bool) -> None:
     # The last stage first, so that none of its links begins while those before it go.
     found = [job for run_dir in reversed(run_dirs) for job in chain.cancel(run_dir, dry_run)]
     for job in found:
-        output.info(f"{'would cancel' if dry_run else 'cancelled'} job {job.job_id} ({job.state.lower()})")
+        terminal.info(f"{'would cancel' if dry_run else 'cancelled'} job {job.job_id} ({job.state.lower()})")
     if not found:
-        output.info("no job of this run waits or runs")
+        terminal.info("no job of this run waits or runs")
     if not dry_run:
         verb = "pipeline" if len(run_dirs) > 1 else "chain --extend N"
         where = " ".join(map(shlex.quote, run_dirs))
-        output.next_step(f"hpctrain {verb}    (goes on from the newest complete checkpoint of {where})")
+        terminal.next_step(f"hpctrain {verb}    (goes on from the newest complete checkpoint of {where})")

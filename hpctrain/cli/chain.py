@@ -5,7 +5,7 @@ import shlex
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 
 
@@ -59,7 +59,7 @@ def command(
     with chain.readable(run_dir):
         plan, said = chain.prepare(loaded, force, dry_run)
     for line in said:
-        output.info(line)
+        terminal.info(line)
     found = chain.plan_chain(run_dir, plan, num_links, extend, jobs == "auto")
     hours, unit = found.hours
     if not as_json:
@@ -67,12 +67,12 @@ def command(
             (e.link, e.job_id or ("new" if dry_run else "to submit"), e.mode, _span(e.first, e.last))
             for e in found.links
         ]
-        output.table(shown, header=("link", "job", "expected", "iterations"))
+        terminal.table(shown, header=("link", "job", "expected", "iterations"))
     bill = f", {found.billed:.1f} {found.unit}s billed" if found.billed is not None else ""
-    output.info(f"{len(found.new)} new links: at most {hours:.1f} {unit}{bill}")
+    terminal.info(f"{len(found.new)} new links: at most {hours:.1f} {unit}{bill}")
     for node in found.bad_nodes:
         advice = "" if exclude_bad else "; --exclude-bad keeps the links off it"
-        output.info(
+        terminal.info(
             f"node {node.name} was named in {len(node.failures)} failures (jobs {', '.join(node.failures)}){advice}"
         )
     if not dry_run:
@@ -82,20 +82,20 @@ def command(
         changed = chain.exclude_bad(run_dir, found.bad_nodes) if exclude else []
         ids = chain.submit_chain(found, exclude)
         if changed:
-            output.info(f"waiting links that will not get {exclude}: {' '.join(changed)}")
+            terminal.info(f"waiting links that will not get {exclude}: {' '.join(changed)}")
         new = [ids[link, "link"] for link in found.new]
-        output.info(
+        terminal.info(
             f"queued {len(new)} links: {' '.join(new)}"
             if new
             else "nothing to submit: all links are on record (--extend N adds more)"
         )
     if as_json:
-        output.data_json(run=found.run, run_dir=run_dir, submitted=not dry_run, new=list(found.new), gpu_hours=found.gpu_hours,
+        terminal.data_json(run=found.run, run_dir=run_dir, submitted=not dry_run, new=list(found.new), gpu_hours=found.gpu_hours,
                          node_hours=found.node_hours, billed=found.billed, unit=found.unit,
                          links=[{"link": e.link, "job_id": e.job_id if dry_run else ids.get((e.link, "link")), "expected": e.mode,
                                  "first": e.first, "last": e.last} for e in found.links],
                          bad_nodes=[{"name": node.name, "failures": list(node.failures)} for node in found.bad_nodes])  # fmt: skip
-    output.next_step(common.typed("chain") if dry_run else f"hpctrain status {shlex.quote(os.path.relpath(run_dir))}")
+    terminal.next_step(common.typed("chain") if dry_run else f"hpctrain status {shlex.quote(os.path.relpath(run_dir))}")
 
 
 def _number(jobs: str | None) -> int | None:

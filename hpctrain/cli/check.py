@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 
 
@@ -37,13 +37,13 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
         found, invalid = list(error.problems), True
     bad = [problem for problem in found if problem.level == "error"]
     if as_json:
-        output.data_json(ok=not bad, problems=[problem.as_json() for problem in found])
+        terminal.data_json(ok=not bad, problems=[problem.as_json() for problem in found])
     else:
-        output.problems(found)
-        output.info(f"{len(bad)} errors, {len(found) - len(bad)} other remarks" if found else "no problems")
+        terminal.problems(found)
+        terminal.info(f"{len(bad)} errors, {len(found) - len(bad)} other remarks" if found else "no problems")
         if not bad and stages:
-            output.next_step(common.typed("pipeline"))
+            terminal.next_step(common.typed("pipeline"))
         elif not bad:
-            output.next_step(common.typed("render"))
+            terminal.next_step(common.typed("render"))
     if bad:
         raise click.exceptions.Exit(errors.USAGE if invalid else errors.NO)

@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from hpctrain import checkpoint, errors, output
+from hpctrain import checkpoint
+from hpctrain.base import errors, terminal
+from hpctrain.base.units import format_size
 from hpctrain.cli import common
 from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS
-from hpctrain.units import format_size
 
 _target = click.argument("target", default="run.yaml", type=click.Path(), metavar="[RUN|FOLDER]")
 _layout = click.option("--layout", type=click.Choice(sorted(LAYOUTS)), help="The layout, for a plain folder.")
@@ -56,7 +57,7 @@ def list_(target: str, layout: str | None, names_only: bool, as_json: bool) -> N
     settings = checkpoint.settings_of(target, layout)
     rows, asides, survey = checkpoint.list_checkpoints(settings, verify=not names_only)
     if as_json:
-        output.data_json(folder=survey.folder, layout=settings.layout, tracker=survey.named,
+        terminal.data_json(folder=survey.folder, layout=settings.layout, tracker=survey.named,
                          checkpoints=[checkpoint.as_json(row) for row in rows], aside=asides)  # fmt: skip
         return
     lines = []
@@ -64,9 +65,9 @@ def list_(target: str, layout: str | None, names_only: bool, as_json: bool) -> N
         state = "not looked at" if row.faults is None else "; ".join(row.faults) or "complete"
         marks = [word for word, there in ((survey.layout.tracker or "", row.named), ("next", row.chosen)) if there]
         lines.append([row.name, row.kind, format_size(row.num_bytes) if row.num_files else "", state, ", ".join(marks)])
-    output.table(lines, header=("checkpoint", "kind", "size", "state", "named by"))
+    terminal.table(lines, header=("checkpoint", "kind", "size", "state", "named by"))
     if asides:
-        output.info(f"kept aside: {', '.join(asides)} (remove them when you are sure)")
+        terminal.info(f"kept aside: {', '.join(asides)} (remove them when you are sure)")
 
 
 @command.command()
@@ -88,17 +89,17 @@ def verify(targets: tuple[str, ...], layout: str | None, as_json: bool, **ranks:
     asked = any(number is not None for number in ranks.values())
     bad = [path for path, verdict in found if verdict.faults or (asked and verdict.mismatches)]
     if as_json:
-        output.data_json(checkpoints=[
+        terminal.data_json(checkpoints=[
             {"path": path, "complete": not verdict.faults, "faults": list(verdict.faults), "mismatches": list(verdict.mismatches),
              "num_files": verdict.num_files, "num_bytes": verdict.num_bytes} for path, verdict in found])  # fmt: skip
     else:
         for path, verdict in found:
             state = "incomplete" if verdict.faults else "complete"
-            output.data(f"{path}: {state}, {verdict.num_files} files, {format_size(verdict.num_bytes)}")
+            terminal.data(f"{path}: {state}, {verdict.num_files} files, {format_size(verdict.num_bytes)}")
             for line in verdict.faults + verdict.mismatches:
-                output.data(f"  {line}")
+                terminal.data(f"  {line}")
     if not found:
-        output.info("there are no checkpoints yet")
+        terminal.info("there are no checkpoints yet")
     raise click.exceptions.Exit(errors.NO if bad else errors.DONE)
 
 
@@ -122,14 +123,14 @@ def bootstrap(target: str, layout: str | None, start: str | None, dry_run: bool,
     settings = checkpoint.settings_of(target, layout, start, Expected(**ranks))
     plan = checkpoint.bootstrap(settings, dry_run, Expected(**ranks))
     for note in plan.notes:
-        output.info(note)
-    output.info(f"the start is complete: {plan.num_files} files, {format_size(plan.num_bytes)}")
+        terminal.info(note)
+    terminal.info(f"the start is complete: {plan.num_files} files, {format_size(plan.num_bytes)}")
     if plan.link:
         done = "would link" if dry_run else "linked"
         state = f"{done} to {plan.target}" if plan.target else "is there"
-        output.info(f"{os.path.join(plan.folder, plan.link)} {state}; `{plan.tracker}` names it")
+        terminal.info(f"{os.path.join(plan.folder, plan.link)} {state}; `{plan.tracker}` names it")
     if not dry_run:
-        output.next_step(f"hpctrain checkpoint list {shlex.quote(target)}")
+        terminal.next_step(f"hpctrain checkpoint list {shlex.quote(target)}")
 
 
 @command.command()
@@ -153,12 +154,12 @@ def use(target: str, layout: str | None, to: str | None, back: int | None, dry_r
     if not dry_run:
         checkpoint.do_use(settings, plan)
     if as_json:
-        output.data_json(folder=plan.folder, checkpoint=plan.name, kind=plan.kind, done=not dry_run,
+        terminal.data_json(folder=plan.folder, checkpoint=plan.name, kind=plan.kind, done=not dry_run,
                          aside=[{"name": name, "to": to} for name, to in plan.asides])  # fmt: skip
         return
     word = "would" if dry_run else "will"
-    output.info(f"the next link {word} start from `{plan.name}`")
+    terminal.info(f"the next link {word} start from `{plan.name}`")
     if plan.kind != "made":
-        output.info("that is the start checkpoint: the optimizer's state begins anew")
+        terminal.info("that is the start checkpoint: the optimizer's state begins anew")
     for name, moved in plan.asides:
-        output.info(f"`{name}` {'would be' if dry_run else 'is now'} `{moved}`")
+        terminal.info(f"`{name}` {'would be' if dry_run else 'is now'} `{moved}`")

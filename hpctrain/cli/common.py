@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpctrain import output
-from hpctrain.errors import Refused, UsageError
+from hpctrain.base import terminal
+from hpctrain.base.errors import Refused, UsageError
 
 if TYPE_CHECKING:
     from hpctrain.plan import Plan  # not at run time: `--help` of a verb needs none of it
@@ -71,4 +71,4 @@ def require_valid(plan: Plan) -> None:
     """Say the plan's warnings; raise UsageError with all its problems when it has errors."""
     if plan.errors:
         raise UsageError(plan.problems)
-    output.problems(plan.problems)
+    terminal.problems(plan.problems)

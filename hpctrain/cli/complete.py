@@ -7,7 +7,7 @@ import os
 import click
 from click.shell_completion import CompletionItem
 
-from hpctrain.resources import layer_dirs
+from hpctrain.base.paths import layer_dirs
 
 
 def sites(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -32,7 +32,7 @@ def templates(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 
 def partitions(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Partitions of the site named by --site, or by run.yaml; nothing where none can be read."""
-    from hpctrain.errors import HpctrainError
+    from hpctrain.base.errors import HpctrainError
     from hpctrain.site import load_site
     from hpctrain.yamlio import load_yaml
 

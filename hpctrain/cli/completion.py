@@ -3,7 +3,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from hpctrain import output
+from hpctrain.base import terminal
 
 _WHERE = {
     "bash": 'put  eval "$(hpctrain completion bash)"  into ~/.bashrc',
@@ -27,5 +27,5 @@ def command(ctx: click.Context, shell: str) -> None:
     # The variable that click's `main` looks at for a program called hpctrain.
     script = kind(root.command, {}, "hpctrain", "_HPCTRAIN_COMPLETE")
     # Not script.source(): that starts a bash to ask for its version.
-    output.data((script.source_template % script.source_vars()).strip("\n"))
-    output.info(f"to keep it: {_WHERE[shell]}")
+    terminal.data((script.source_template % script.source_vars()).strip("\n"))
+    terminal.info(f"to keep it: {_WHERE[shell]}")

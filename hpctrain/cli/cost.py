@@ -5,7 +5,7 @@ import time
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 
 
@@ -42,7 +42,7 @@ def command(
                 hint="name the run.yaml of a stage, or set its links: `--set STAGE.chain.jobs=5`",
             )
         if as_json:
-            output.data_json(**bills.fields(name, stages, left_of))
+            terminal.data_json(**bills.fields(name, stages, left_of))
         else:
             bills.show(stages, left_of)
         return
@@ -50,16 +50,16 @@ def command(
         planned, found = cost_view.planned(target, assignments, jobs, array, ladder)
         left = cost_view.allocation(planned)
         if as_json:
-            output.data_json(bills=[bill.as_json() for bill in found], allocation=vars(left) if left else None)
+            terminal.data_json(bills=[bill.as_json() for bill in found], allocation=vars(left) if left else None)
         else:
             cost_view.show_bills(found, left)
-            output.next_step("hpctrain chain" if planned.spec.num_links > 1 else "hpctrain render")
+            terminal.next_step("hpctrain chain" if planned.spec.num_links > 1 else "hpctrain render")
         return
     from hpctrain.slurmstate import query
 
     run = read_run(find_runs(target)[0])
     result = cost.spent(run, query(run.job_ids()), time.time())
     if as_json:
-        output.data_json(**cost_view.spent_fields(result))
+        terminal.data_json(**cost_view.spent_fields(result))
     else:
         cost_view.show_spent(result)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 
 
@@ -62,7 +62,8 @@ def inspect_(
     \b
     hpctrain data inspect P_text_document --tokenizer model.model -n 3
     """
-    from hpctrain.tokenize import files, inspect
+    from hpctrain.base import files
+    from hpctrain.tokenize import inspect
     from hpctrain.tokenize.indexed_dataset import open_dataset
     from hpctrain.tokenize.loss_mask import MaskRules
     from hpctrain.tokenize.spm import load_model
@@ -78,20 +79,22 @@ def inspect_(
     )
     shown = inspect.documents(dataset, model, rules, first, count)
     if as_json:
-        output.data_json(dataset=dataset.prefix, mask=asdict(rules), documents=[asdict(document) for document in shown])
+        terminal.data_json(
+            dataset=dataset.prefix, mask=asdict(rules), documents=[asdict(document) for document in shown]
+        )
         return
     for document in shown:
         head = f"document {document.index}: {document.num_tokens} tokens, {document.num_trained} trained"
-        output.data(output.paint(head, "bold"))
+        terminal.data(terminal.paint(head, "bold"))
         for stretch in document.stretches:
             style = "green" if stretch.trained else "dim"
-            output.data(
-                f"  {'trained' if stretch.trained else 'masked '}  {output.paint(inspect.printable(stretch.text), style)}"
+            terminal.data(
+                f"  {'trained' if stretch.trained else 'masked '}  {terminal.paint(inspect.printable(stretch.text), style)}"
             )
-            output.data("    pieces " + output.paint(" ".join(map(inspect.printable, stretch.pieces)), style))
-            output.data("    ids    " + " ".join(map(str, stretch.ids)))
-        output.problems(document.problems)
-    output.next_step(shlex.join(["hpctrain", "data", "pack", prefix, "--seq-length", "8192"]))
+            terminal.data("    pieces " + terminal.paint(" ".join(map(inspect.printable, stretch.pieces)), style))
+            terminal.data("    ids    " + " ".join(map(str, stretch.ids)))
+        terminal.problems(document.problems)
+    terminal.next_step(shlex.join(["hpctrain", "data", "pack", prefix, "--seq-length", "8192"]))
 
 
 @command.command()
@@ -116,13 +119,13 @@ def count(prefix: str, out: str | None, picture: str | None, as_json: bool) -> N
     if picture:
         counting.write_picture(dataset, picture)
     if as_json:
-        output.data_json(dataset=dataset.prefix, dtype=dataset.dtype, summary=numbers, histogram=rows)
+        terminal.data_json(dataset=dataset.prefix, dtype=dataset.dtype, summary=numbers, histogram=rows)
         return
-    output.table([(name, f"{value:,.1f}".removesuffix(".0")) for name, value in numbers.items()])
+    terminal.table([(name, f"{value:,.1f}".removesuffix(".0")) for name, value in numbers.items()])
     for line in counting.bars(rows):
-        output.info(line)
+        terminal.info(line)
     for path in filter(None, (out, picture)):
-        output.info(f"written: {path}")
+        terminal.info(f"written: {path}")
 
 
 @command.command()
@@ -142,7 +145,7 @@ def verify(prefix: str, tokenizer: str | None, eod: str, as_json: bool) -> None:
     dataset, problems = verify_dataset(prefix, load_model(tokenizer) if tokenizer else None, eod)
     bad = [problem for problem in problems if problem.level == "error"]
     if as_json:
-        output.data_json(
+        terminal.data_json(
             ok=not bad,
             dataset=dataset.prefix,
             documents=len(dataset),
@@ -151,8 +154,8 @@ def verify(prefix: str, tokenizer: str | None, eod: str, as_json: bool) -> None:
             problems=[problem.as_json() for problem in problems],
         )
     else:
-        output.problems(problems)
-        output.data(
+        terminal.problems(problems)
+        terminal.data(
             f"{'ok' if not bad else 'damaged'}: {len(dataset):,} documents, {dataset.num_tokens:,} tokens, {dataset.dtype}"
         )
     if bad:
@@ -193,14 +196,14 @@ def pack(
     packings = simulate(dataset.sizes, seq_length, bins, seed, epochs)
     one, plan = packings[0], schedule(packings, micro_batch, accumulation, data_parallel)
     if as_json:
-        output.data_json(dataset=dataset.prefix, packing=asdict(one), schedule=asdict(plan), epochs=epochs)
+        terminal.data_json(dataset=dataset.prefix, packing=asdict(one), schedule=asdict(plan), epochs=epochs)
         return
     if one.skipped_documents:
         share = 100 * one.skipped_tokens / max(1, dataset.num_tokens)
         text = f"{one.skipped_documents:,} of {one.documents:,} documents ({share:.1f}% of the tokens) exceed {seq_length + 1} tokens"
         hint = f"the longest has {one.longest:,}; training skips them with a warning only"
-        output.problems([errors.Problem(text, where=dataset.prefix, hint=hint, level="warning")])
-    output.table(
+        terminal.problems([errors.Problem(text, where=dataset.prefix, hint=hint, level="warning")])
+    terminal.table(
         [
             ("samples per epoch", f"{plan.samples_per_epoch:,.0f}"),
             ("packing efficiency", f"{100 * one.efficiency:.2f}%"),
@@ -227,8 +230,8 @@ def merge(prefixes: tuple[str, ...], out: str, force: bool, as_json: bool) -> No
 
     merged = merge_datasets(prefixes, out, force)
     if as_json:
-        output.data_json(**merged)
+        terminal.data_json(**merged)
         return
-    output.info(f"{merged['documents']:,} documents, {merged['tokens']:,} tokens, {merged['dtype']}")
-    output.data(merged["output"])
-    output.next_step(shlex.join(["hpctrain", "data", "verify", merged["output"]]))
+    terminal.info(f"{merged['documents']:,} documents, {merged['tokens']:,} tokens, {merged['dtype']}")
+    terminal.data(merged["output"])
+    terminal.next_step(shlex.join(["hpctrain", "data", "verify", merged["output"]]))

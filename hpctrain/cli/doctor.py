@@ -4,7 +4,7 @@ import os
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 
 
@@ -54,13 +54,13 @@ def command(
     else:
         found = examine_here(site, python_path, requirements)
     if as_json:
-        output.data_json(**found.as_json())
+        terminal.data_json(**found.as_json())
     else:
         colours = {"ok": "green", "problem": "red", "warning": "yellow"}
-        output.table(
-            [(f.area, f.name, output.paint(f.result, colours[f.result]) if f.result in colours else f.result, f.what, f.hint) for f in found.findings],
+        terminal.table(
+            [(f.area, f.name, terminal.paint(f.result, colours[f.result]) if f.result in colours else f.result, f.what, f.hint) for f in found.findings],
             ("area", "check", "result", "what was seen", "what to do"),
         )  # fmt: skip
-        output.info(f"score: {found.score} %" if found.score is not None else "score: nothing could be seen")
+        terminal.info(f"score: {found.score} %" if found.score is not None else "score: nothing could be seen")
     if not found.healthy:
         raise click.exceptions.Exit(errors.NO)

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hpctrain import output
+from hpctrain.base import terminal
+from hpctrain.base.errors import NO, Problem, UsageError
 from hpctrain.cli import common
-from hpctrain.errors import NO, Problem, UsageError
 
 if TYPE_CHECKING:
     from hpctrain.neox_export import NeoxExport
@@ -95,13 +95,13 @@ def _of_sft(source: str, directory: str, precision: str, tokenizer: str | None, 
     check_target(found, directory)
     files = [] if dry_run else export(found, directory, precision, tokenizer)
     if as_json:
-        output.data_json(directory=directory, checkpoint=found.path, iteration=found.iteration, files=files)
+        terminal.data_json(directory=directory, checkpoint=found.path, iteration=found.iteration, files=files)
     elif dry_run:
-        output.info(f"would export {found.path}")
+        terminal.info(f"would export {found.path}")
     else:
-        output.info(f"exported {found.path}: {', '.join(files)}")
-        output.data(directory)
-        output.next_step(f"hpctrain generate {directory} --prompt '…'")
+        terminal.info(f"exported {found.path}: {', '.join(files)}")
+        terminal.data(directory)
+        terminal.next_step(f"hpctrain generate {directory} --prompt '…'")
 
 
 def _of_trl(found: Checkpoint, directory: str, precision: str, base: str | None, test_set: str | None, max_perplexity: float | None,
@@ -110,35 +110,35 @@ def _of_trl(found: Checkpoint, directory: str, precision: str, base: str | None,
     from hpctrain.train.hf_sft.export import describe, export_checkpoint
 
     if dry_run:
-        output.info(f"would export {found.path}")
+        terminal.info(f"would export {found.path}")
         return
-    files, proof = export_checkpoint(found, directory, precision, base, output.info)
+    files, proof = export_checkpoint(found, directory, precision, base, terminal.info)
     measured = None
     if test_set:
         measured = validate.validate(
-            directory, test_set, max_perplexity=max_perplexity or validate.MAX_PERPLEXITY, say=output.info
+            directory, test_set, max_perplexity=max_perplexity or validate.MAX_PERPLEXITY, say=terminal.info
         )
     if as_json:
-        output.data_json(directory=directory, checkpoint=found.path, iteration=found.iteration, files=files, proof=vars(proof),
+        terminal.data_json(directory=directory, checkpoint=found.path, iteration=found.iteration, files=files, proof=vars(proof),
                          validation={**asdict(measured), "faults": measured.faults} if measured else None)  # fmt: skip
     else:
         for line in [*describe(proof), *(validate.describe(measured) if measured else ())]:
-            output.info(line)
-        output.info(f"exported {found.path}: {', '.join(files)}")
-        output.data(directory)
+            terminal.info(line)
+        terminal.info(f"exported {found.path}: {', '.join(files)}")
+        terminal.data(directory)
     if measured and measured.faults:
-        output.problems([Problem(fault, where=directory) for fault in measured.faults])
+        terminal.problems([Problem(fault, where=directory) for fault in measured.faults])
         raise click.exceptions.Exit(NO)
 
 
 def _by_job(plan: NeoxExport, wait: bool, dry_run: bool, as_json: bool) -> None:
     from hpctrain import neox_export
-    from hpctrain.shell import quote
-    from hpctrain.units import format_mem_gib, format_size
+    from hpctrain.base.shell import quote
+    from hpctrain.base.units import format_mem_gib, format_size
 
     for note in plan.notes:
-        output.info(f"note: {note}")
-    output.info(f"{plan.checkpoint}: {format_size(plan.weights_bytes)} of weights; the job takes {format_mem_gib(plan.mem_gib)} of memory"
+        terminal.info(f"note: {note}")
+    terminal.info(f"{plan.checkpoint}: {format_size(plan.weights_bytes)} of weights; the job takes {format_mem_gib(plan.mem_gib)} of memory"
                 f" and up to {format_size(plan.disk_bytes)} of disk")  # fmt: skip
     job = log = None
     if not dry_run:
@@ -146,16 +146,16 @@ def _by_job(plan: NeoxExport, wait: bool, dry_run: bool, as_json: bool) -> None:
 
         job, log = neox_export.submit(plan, neox_export.make_tokenizer(plan, export_tokenizer), wait)
     if as_json:
-        output.data_json(directory=plan.out, checkpoint=plan.checkpoint, precision=plan.precision, job_id=job, log=log,
+        terminal.data_json(directory=plan.out, checkpoint=plan.checkpoint, precision=plan.precision, job_id=job, log=log,
                          mem_gib=plan.mem_gib, disk_bytes=plan.disk_bytes)  # fmt: skip
     elif dry_run:
-        output.data(plan.command_line())
+        terminal.data(plan.command_line())
     elif wait:
-        output.data(plan.out)
-        output.next_step(f"hpctrain generate {quote(plan.out)} --prompt '…'")
+        terminal.data(plan.out)
+        terminal.next_step(f"hpctrain generate {quote(plan.out)} --prompt '…'")
     else:
-        output.info(f"job {job} makes {plan.out}; its log: {log}")
-        output.data(str(job))
-        output.next_step(
+        terminal.info(f"job {job} makes {plan.out}; its log: {log}")
+        terminal.data(str(job))
+        terminal.next_step(
             f"tail -F {quote(log)}    # and when it is done: hpctrain generate {quote(plan.out)} --prompt '…'"
         )

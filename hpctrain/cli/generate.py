@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import click
 
-from hpctrain import output
+from hpctrain.base import terminal
 from hpctrain.cli import common
 
 
@@ -45,9 +45,9 @@ def command(
         found, prompts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, tokenizer=tokenizer
     )
     if as_json:
-        output.data_json(source=found.path, iteration=found.iteration, replies=[asdict(reply) for reply in replies])
+        terminal.data_json(source=found.path, iteration=found.iteration, replies=[asdict(reply) for reply in replies])
         return
     for reply in replies:
-        output.data(reply.text)
+        terminal.data(reply.text)
         if reply.stopped_by == "length":
-            output.info(f"(cut after {len(reply.ids)} tokens)")
+            terminal.info(f"(cut after {len(reply.ids)} tokens)")

@@ -5,7 +5,7 @@ import shlex
 
 import click
 
-from hpctrain import output
+from hpctrain.base import terminal
 from hpctrain.cli import complete
 
 
@@ -27,14 +27,14 @@ def command(
     hpctrain init my-run --recipe command --site lumi --account project_465000000
     cd my-run && hpctrain check
     """
+    from hpctrain.base.files import write_new
     from hpctrain.init import new_run
-    from hpctrain.newfile import write_new
 
     text = new_run(folder, recipe_name, site_name, name, account)
     path = os.path.join(folder, "run.yaml")
     if dry_run:
-        output.data(text.rstrip("\n"))
+        terminal.data(text.rstrip("\n"))
         return
     write_new(path, text, hint="name another folder")
-    output.info(f"wrote {path}")
-    output.next_step("hpctrain check" if folder == "." else f"hpctrain check {shlex.quote(path)}")
+    terminal.info(f"wrote {path}")
+    terminal.next_step("hpctrain check" if folder == "." else f"hpctrain check {shlex.quote(path)}")

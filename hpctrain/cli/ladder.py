@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 
 if TYPE_CHECKING:
@@ -59,17 +59,17 @@ def command(
             for rung in rungs
         ]
         if as_json:
-            output.data_json(rungs=fields)
+            terminal.data_json(rungs=fields)
         else:
-            output.table(
+            terminal.table(
                 [(r.num_gpus, _bill(r.bill), " ".join(f"{key}={value}" for key, value in r.changes.items()), r.run_dir) for r in rungs],
                 ("GPUs", "at most", "changes", "directory"),
             )  # fmt: skip
-            output.next_step(common.typed("ladder"))
+            terminal.next_step(common.typed("ladder"))
         return
-    results = climb(rungs, output.info, force)
+    results = climb(rungs, terminal.info, force)
     if as_json:
-        output.data_json(
+        terminal.data_json(
             rungs=[
                 {"gpus": r.rung.num_gpus, "job_id": r.job_id, "passed": r.passed, "why": r.why, "run_dir": r.rung.run_dir,
                  "toggles": toggles(r.rung), "checks": checks(r.diagnosis), "log": log_path(r.rung, r.job_id) if r.job_id else None,
@@ -86,13 +86,13 @@ def command(
             seen = " ".join(f"{check}:{answer}" for check, answer in checks(r.diagnosis).items()) if r.diagnosis else ""
             rows.append((r.rung.num_gpus, name, validates, switched, verdict, *_figures(r.diagnosis), seen, _bill(r.rung.bill),
                          r.job_id, "" if r.passed else r.why))  # fmt: skip
-        output.table(
+        terminal.table(
             rows, ("GPUs", "rung", "validates", "toggles", "result", "loss", "speed", "checks", "at most", "job", "why")
         )
         for r in results:
             if r.job_id:
-                output.info(f"log of the rung of {r.rung.num_gpus} GPUs: {log_path(r.rung, r.job_id)}")
-        output.next_step(
+                terminal.info(f"log of the rung of {r.rung.num_gpus} GPUs: {log_path(r.rung, r.job_id)}")
+        terminal.next_step(
             "hpctrain chain"
             if all(r.passed for r in results)
             else f"hpctrain triage {next(r for r in results if not r.passed).rung.run_dir}"

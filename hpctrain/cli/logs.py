@@ -4,7 +4,7 @@ import time
 
 import click
 
-from hpctrain import output
+from hpctrain.base import terminal
 
 
 @click.command()
@@ -33,17 +33,17 @@ def command(target: str | None, follow: bool, lines: int, link: int | None) -> N
     diagnosis = diagnose(subject) if run.logs else None
     if diagnosis and diagnosis.cause and link in (None, diagnosis.cause.attempt.link):
         first = failing_lines(diagnosis.cause)
-        output.info(output.paint(first.heading, "red"))
+        terminal.info(terminal.paint(first.heading, "red"))
         for line in first.lines:
-            output.data(line)
+            terminal.data(line)
     for section in sections(run, lines, link):
-        output.info(output.paint(f"==> {section.heading}", "bold"))
+        terminal.info(terminal.paint(f"==> {section.heading}", "bold"))
         for line in section.lines:
-            output.data(line)
+            terminal.data(line)
     for what in subject.unseen:
-        output.info(f"could not see: {what}")
+        terminal.info(f"could not see: {what}")
     if not run.logs:
-        output.info(f"{run.name} has no log yet")
+        terminal.info(f"{run.name} has no log yet")
     if follow:
         asked = [0.0, True]
 
@@ -52,6 +52,6 @@ def command(target: str | None, follow: bool, lines: int, link: int | None) -> N
                 asked[:] = [time.monotonic(), observe([run.run_dir], read_logs=False)[0].live]
             return bool(asked[1])
 
-        follow_run(run.run_dir, output.data, alive)
+        follow_run(run.run_dir, terminal.data, alive)
     elif diagnosis:
-        output.next_step(f"hpctrain triage {run.run_dir}")
+        terminal.next_step(f"hpctrain triage {run.run_dir}")

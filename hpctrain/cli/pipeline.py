@@ -5,7 +5,7 @@ import shlex
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 
 
@@ -54,9 +54,9 @@ def command(
     queue.check_names(pipeline, stages)
     if pipeline.errors:
         raise errors.UsageError(list(dict.fromkeys(pipeline.problems)))
-    output.problems(list(dict.fromkeys(pipeline.problems)))
+    terminal.problems(list(dict.fromkeys(pipeline.problems)))
     for line in queue.prepare(pipeline, force, dry_run):
-        output.info(line)
+        terminal.info(line)
     found = queue.plan_queue(pipeline, stages)
     hours, unit = queue.hours(found)
     ids: dict[str, dict[int, str]] = {}
@@ -66,7 +66,7 @@ def command(
         ids = queue.submit_queue(pipeline, found)
     rows = queue.rows(found, ids)
     if as_json:
-        output.data_json(
+        terminal.data_json(
             pipeline=pipeline.spec.name,
             folder=pipeline.folder,
             submitted=not dry_run,
@@ -75,11 +75,11 @@ def command(
             stages=rows,
         )
     else:
-        output.table(
+        terminal.table(
             [(r["stage"], r["state"], r["from"] or "", r["hand_over"] or "", len(r["links"]), " ".join(r["new_jobs"]) or len(r["new"]),
               r["expected"]) for r in rows],
             header=("stage", "state", "from", "gets", "links", "new", "begins as"),
         )  # fmt: skip
-    output.info(f"{sum(len(stage.new) for stage in found)} new links: at most {hours:.1f} {unit}")
+    terminal.info(f"{sum(len(stage.new) for stage in found)} new links: at most {hours:.1f} {unit}")
     where = shlex.quote(os.path.relpath(pipeline.folder))
-    output.next_step(common.typed("pipeline") if dry_run else f"hpctrain status {where}")
+    terminal.next_step(common.typed("pipeline") if dry_run else f"hpctrain status {where}")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 
 
@@ -26,27 +26,29 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     if as_json:
         fields = plan_json(plan, loaded.inputs)
         fields.pop("schema_version")
-        output.data_json(ok=not plan.errors, **fields)
+        terminal.data_json(ok=not plan.errors, **fields)
     else:
-        output.table(
+        terminal.table(
             [(d.name, _short(d.value), d.reason, d.origin) for d in plan.decisions],
             ("value of", "is", "because", "from"),
         )
         jobs = plan.spec.num_links
         cost = plan.cost
-        output.info(f"one job: {cost.node_hours:,.1f} node-hours, {cost.gpu_hours:,.1f} GPU-hours as Slurm counts GPUs")
+        terminal.info(
+            f"one job: {cost.node_hours:,.1f} node-hours, {cost.gpu_hours:,.1f} GPU-hours as Slurm counts GPUs"
+        )
         if cost.billed is not None:
-            output.info(
+            terminal.info(
                 f"billed: {cost.billed:,.1f} {cost.unit}s a job, {cost.billed * jobs:,.1f} at most for {jobs} jobs"
             )
         else:
-            output.info(f"billed: unknown; {cost.formula}")
-        output.problems(plan.problems)
+            terminal.info(f"billed: unknown; {cost.formula}")
+        terminal.problems(plan.problems)
     if plan.errors:
         raise click.exceptions.Exit(errors.USAGE)
     if not as_json:
         run = ("run_yaml", "assignments", "out_dir")
-        output.next_step(f"{common.typed('check', *run)} && {common.typed('render', *run)}")
+        terminal.next_step(f"{common.typed('check', *run)} && {common.typed('render', *run)}")
 
 
 def _short(value: object) -> str:

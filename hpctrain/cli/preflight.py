@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 
 
@@ -55,15 +55,15 @@ def command(
         with open(
             os.path.join(plan.run_dir, "logs", f"preflight-{job_id}.out"), encoding="utf-8", errors="replace"
         ) as log:
-            output.data(log.read().rstrip("\n"))
+            terminal.data(log.read().rstrip("\n"))
         raise click.exceptions.Exit(code)
     answer = allocation.run_here(plan, name, mib, limit)
     if as_json:
-        output.data_json(**answer)
+        terminal.data_json(**answer)
     else:
         rows = [(f["rank"], f["node"], f.get("stage"), f.get("gpus"), len(f.get("cpus") or []), _figure(f.get("clock_offset_s"), 1000), _figure(f.get("ring_mib_s")),
                  _figure(f.get("allreduce_mib_s")), _figure(f.get("scratch_mib_s")), _figure(f.get("compute_s"), 1000)) for f in answer["map"]]  # fmt: skip
-        output.table(
+        terminal.table(
             rows,
             (
                 "rank",
@@ -80,15 +80,15 @@ def command(
         )
         for level, nodes in (("bad", answer["bad"]), ("slow", answer["slow"])):
             for node, reasons in nodes.items():
-                output.info(
-                    f"{output.paint(level, 'red' if level == 'bad' else 'yellow', sys.stderr)}: {node}: {'; '.join(reasons)}"
+                terminal.info(
+                    f"{terminal.paint(level, 'red' if level == 'bad' else 'yellow', sys.stderr)}: {node}: {'; '.join(reasons)}"
                 )
         for remark in answer["remarks"]:
-            output.info(f"note: {remark}")
-        output.info(f"{answer['seen']} of {answer['ranks']} ranks answered, by {answer['comm'] or 'no collectives'}")
+            terminal.info(f"note: {remark}")
+        terminal.info(f"{answer['seen']} of {answer['ranks']} ranks answered, by {answer['comm'] or 'no collectives'}")
         exclude = [*answer["bad"], *answer["slow"]]
         if exclude:
-            output.next_step(f"sbatch --exclude={','.join(exclude)} …")
+            terminal.next_step(f"sbatch --exclude={','.join(exclude)} …")
     if not answer["ok"]:
         raise click.exceptions.Exit(errors.NO)
 

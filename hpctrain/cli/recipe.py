@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import click
 
-from hpctrain import output
+from hpctrain.base import terminal
 from hpctrain.cli import common, complete
 
 
@@ -24,11 +24,11 @@ def list_(as_json: bool) -> None:
 
     found = summaries()
     if as_json:
-        output.data_json(recipes=found)
+        terminal.data_json(recipes=found)
         return
-    output.table([(r["name"], r["layer"], r["title"] or f"does not load: {r['problem']}") for r in found],
+    terminal.table([(r["name"], r["layer"], r["title"] or f"does not load: {r['problem']}") for r in found],
                  ("recipe", "layer", "title"))  # fmt: skip
-    output.next_step("hpctrain recipe show NAME")
+    terminal.next_step("hpctrain recipe show NAME")
 
 
 @command.command()
@@ -40,10 +40,10 @@ def show(name: str, as_json: bool) -> None:
 
     found = describe(name)
     if as_json:
-        output.data_json(recipe=found)
+        terminal.data_json(recipe=found)
         return
     for key in ("name", "title", "tasks", "signal", "proven", "path"):
-        output.info(f"{key}: {found[key]}")
+        terminal.info(f"{key}: {found[key]}")
     rows = [(o["name"], o["kind"], o["default_text"], o["doc"]) for o in found["options"]]
-    output.table(rows, ("recipe_options", "type", "default", "meaning"))
-    output.next_step(f"hpctrain init my-run --recipe {name} --site SITE")
+    terminal.table(rows, ("recipe_options", "type", "default", "meaning"))
+    terminal.next_step(f"hpctrain init my-run --recipe {name} --site SITE")

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 
 
@@ -78,7 +78,7 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     hpctrain rehearse --nodes 1024 --limits-only
     hpctrain rehearse --job runs/my-run/job.sbatch --no-check
     """
-    from hpctrain.newfile import write_new
+    from hpctrain.base.files import write_new
     from hpctrain.rehearse import report
 
     wishes = report.Wishes(**options)
@@ -88,18 +88,18 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     if wishes.picture:
         write_new(wishes.picture, report.picture(wanted, found))
     if as_json:
-        output.data_json(**report.as_json(wanted, outcomes, found))
+        terminal.data_json(**report.as_json(wanted, outcomes, found))
     else:
         for line in report.lines(wanted, outcomes, found):
-            output.data(line)
+            terminal.data(line)
     for outcome in outcomes:
-        output.problems(outcome.problems)
+        terminal.problems(outcome.problems)
     for plan, outcome in zip(wanted.plans, outcomes):
         for line in report.notes(plan, outcome):
-            output.info(line)
+            terminal.info(line)
     ok = all(outcome.ok for outcome in outcomes)
     name = "" if run_yaml == "run.yaml" else " " + shlex.quote(run_yaml)
-    output.next_step(f"hpctrain {('pipeline' if wanted.pipeline else 'chain') if ok else 'rehearse'}{name}")
+    terminal.next_step(f"hpctrain {('pipeline' if wanted.pipeline else 'chain') if ok else 'rehearse'}{name}")
     if not ok:
         raise click.exceptions.Exit(errors.NO)
 
@@ -109,7 +109,7 @@ def _play(wanted: Any) -> Any:
 
     from hpctrain.rehearse.play import rehearse, rehearse_pipeline
 
-    meter = output.Stages()
+    meter = terminal.Stages()
     try:
         if wanted.pipeline:
             return rehearse_pipeline(wanted.pipeline, wanted.requests, os.environ, meter.update)

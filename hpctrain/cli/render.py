@@ -4,7 +4,7 @@ import os
 
 import click
 
-from hpctrain import output
+from hpctrain.base import terminal
 from hpctrain.cli import common
 
 
@@ -29,8 +29,8 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], fo
     files = run_files(loaded.plan, loaded.inputs)
     job = os.path.join(loaded.plan.run_dir, "job.sbatch")
     if dry_run:
-        output.info(f"would write {len(files)} files to {loaded.plan.run_dir}")
+        terminal.info(f"would write {len(files)} files to {loaded.plan.run_dir}")
     else:
         changed = write_run_dir(loaded.plan.run_dir, files, force)
-        output.info(f"{'wrote' if changed else 'unchanged:'} {loaded.plan.run_dir}")
-    output.data(job)
+        terminal.info(f"{'wrote' if changed else 'unchanged:'} {loaded.plan.run_dir}")
+    terminal.data(job)

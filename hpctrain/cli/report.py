@@ -4,7 +4,7 @@ import os
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 
 
 @click.command()
@@ -54,9 +54,9 @@ def command(
     paths += export(report, csv_dir, "csv") if csv_dir else []
     paths += export(report, parquet_dir, "parquet") if parquet_dir else []
     for what in report.unseen:
-        output.info(f"could not see: {what}")
+        terminal.info(f"could not see: {what}")
     for path in paths:
-        output.data(path)
+        terminal.data(path)
 
 
 def _pipeline(folder: str, out: str, no_slurm: bool, force: bool) -> None:
@@ -78,6 +78,6 @@ def _pipeline(folder: str, out: str, no_slurm: bool, force: bool) -> None:
         rows.append({**stage, "page": paths.get(stage["run_dir"]), "iteration": progress.iteration if progress else None,
                      "target": progress.target if progress else None})  # fmt: skip
     for what in dict.fromkeys(what for report in reports.values() for what in report.unseen):
-        output.info(f"could not see: {what}")
+        terminal.info(f"could not see: {what}")
     for path in (write_index(pipeline["name"], rows, out, force), *paths.values()):
-        output.data(path)
+        terminal.data(path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from hpctrain import errors, output, units
+from hpctrain.base import errors, terminal, units
 from hpctrain.sandbox import sandbox, state
 from hpctrain.site import load_site
 
@@ -97,19 +97,19 @@ def up(
         partitions=partitions,
         mounts=_mounts(mounts),
     )
-    meter = output.Stages()
+    meter = terminal.Stages()
     try:
         found, started = sandbox.up(
             wanted, name, state.state_dir(name, directory, os.environ), os.environ,
-            source=source, report=output.info, progress=meter.update,
+            source=source, report=terminal.info, progress=meter.update,
         )  # fmt: skip
     finally:
         meter.close()
-    output.info(f"{'started' if started else 'already running'}: {sandbox.describe(wanted)}")
+    terminal.info(f"{'started' if started else 'already running'}: {sandbox.describe(wanted)}")
     _tell_dead(found, _which(name, directory))
     if as_json:
-        output.data_json(**_as_json(found), started=started)
-    output.next_step(f"hpctrain sandbox shell{_which(name, directory)}")
+        terminal.data_json(**_as_json(found), started=started)
+    terminal.next_step(f"hpctrain sandbox shell{_which(name, directory)}")
 
 
 @command.command()
@@ -123,7 +123,7 @@ def down(name: str, directory: str, keep_logs: bool) -> None:
     hpctrain sandbox down
     """
     ended = sandbox.down(name, state.state_dir(name, directory, os.environ), os.environ, keep_logs=keep_logs)
-    output.info(f"sandbox `{name}` has ended" if ended else f"sandbox `{name}` is not running")
+    terminal.info(f"sandbox `{name}` has ended" if ended else f"sandbox `{name}` is not running")
 
 
 @command.command()
@@ -138,7 +138,7 @@ def status(name: str, directory: str, as_json: bool) -> None:
     """
     found = sandbox.status(name, state.state_dir(name, directory, os.environ), os.environ)
     if as_json:
-        output.data_json(**_as_json(found))
+        terminal.data_json(**_as_json(found))
     else:
         rows: list[tuple[str, object]] = [("name", found.name), ("state", found.phase), ("directory", found.state)]
         if found.record is not None:
@@ -151,10 +151,10 @@ def status(name: str, directory: str, as_json: bool) -> None:
                 ("processes", found.num_processes),
                 ("SLURM_CONF", found.slurm_conf),
             ]
-        output.table(rows)
+        terminal.table(rows)
     _tell_dead(found, _which(name, directory))
     if found.phase != "up":
-        output.next_step(f"hpctrain sandbox {'up' if found.phase == 'down' else 'down'}{_which(name, directory)}")
+        terminal.next_step(f"hpctrain sandbox {'up' if found.phase == 'down' else 'down'}{_which(name, directory)}")
         sys.exit(errors.NO)
 
 
@@ -173,7 +173,7 @@ def shell(name: str, directory: str, words: Sequence[str]) -> None:
     environ = sandbox.shell_environ(record, os.environ)
     argv = sandbox.shell_argv(record, list(words) or [os.environ.get("SHELL") or "/bin/sh"], os.environ)
     if not words:
-        output.info(f"a shell in the sandbox `{name}`: sbatch, squeue, srun, scontrol are its own; `exit` leaves it")
+        terminal.info(f"a shell in the sandbox `{name}`: sbatch, squeue, srun, scontrol are its own; `exit` leaves it")
     try:
         os.execvpe(argv[0], argv, environ)
     except OSError as error:
@@ -203,7 +203,7 @@ def fault(nodes: str, action: str | None, name: str, directory: str) -> None:
             "what shall happen to it?", hint="--down, --drain, --resume, --crash, --kill-slurmd or --restart-slurmd"
         )
     changed = sandbox.fault(nodes, action, name, state.state_dir(name, directory, os.environ), os.environ)
-    output.info(f"{action}: {units.compress_nodes(changed)}")
+    terminal.info(f"{action}: {units.compress_nodes(changed)}")
 
 
 def _counts(nodes: Sequence[str], site: Any) -> dict[str, int]:
@@ -240,7 +240,7 @@ def _tell_dead(found: sandbox.Status, option: str) -> None:
     if found.nodes_without_slurmd:
         nodes = units.compress_nodes(list(found.nodes_without_slurmd))
         hint = f"hpctrain sandbox fault {shlex.quote(nodes)} --restart-slurmd{option}"
-        output.problems([errors.Problem(f"no slurmd runs for {nodes}", hint=hint, level="warning")])
+        terminal.problems([errors.Problem(f"no slurmd runs for {nodes}", hint=hint, level="warning")])
 
 
 def _which(name: str, directory: str) -> str:

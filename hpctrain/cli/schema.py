@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import click
 
-from hpctrain import output
+from hpctrain.base import terminal
 
 
 @click.command()
@@ -17,4 +17,4 @@ def command(kind: str) -> None:
     """
     from hpctrain.json_schemas import schema_text
 
-    output.data(schema_text(kind).rstrip("\n"))
+    terminal.data(schema_text(kind).rstrip("\n"))

@@ -4,7 +4,7 @@ import os
 
 import click
 
-from hpctrain import output
+from hpctrain.base import terminal
 from hpctrain.cli import common, complete
 
 _PROGRAM = "hpctrain.shell.program"
@@ -55,7 +55,7 @@ def command(ctx: click.Context, run_yaml: str | None, site_name: str | None, acc
     site, spec = interactive.read_request(run_yaml, wanted)
     plan = interactive.allocation(site, spec, wanted)
     if dry_run:
-        output.data(interactive.command_line(plan, os.environ, slurm.scrubbed(os.environ)))
+        terminal.data(interactive.command_line(plan, os.environ, slurm.scrubbed(os.environ)))
         return
-    output.info(f"waiting for an allocation on {site.name} …")
+    terminal.info(f"waiting for an allocation on {site.name} …")
     slurm.become(plan.argv, plan.unset)

@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common, complete
 
 
@@ -28,14 +28,14 @@ def list_(as_json: bool) -> None:
 
     found = summaries()
     if as_json:
-        output.data_json(sites=[{**vars(item), "maintainers": list(item.maintainers)} for item in found])
+        terminal.data_json(sites=[{**vars(item), "maintainers": list(item.maintainers)} for item in found])
         return
     rows = [
         (item.name, item.layer, item.verified, ", ".join(item.maintainers) or "nobody", item.title or f"does not load: {item.problem}")
         for item in found
     ]  # fmt: skip
-    output.table(rows, ("site", "layer", "verified", "maintainers", "title"))
-    output.next_step("hpctrain site show NAME")
+    terminal.table(rows, ("site", "layer", "verified", "maintainers", "title"))
+    terminal.next_step("hpctrain site show NAME")
 
 
 @command.command()
@@ -55,16 +55,16 @@ def show(name: str, blame: bool, as_json: bool) -> None:
     rows = site_report.blame(site) if blame else []
     if as_json:
         origins = {dotted: origin for dotted, _, origin in rows}
-        output.data_json(site=site.values, files=list(site.files), **({"origins": origins} if blame else {}))
+        terminal.data_json(site=site.values, files=list(site.files), **({"origins": origins} if blame else {}))
     elif blame:
-        output.table(
+        terminal.table(
             [(origin, dotted, site_report.value_text(value)) for dotted, value, origin in rows],
             ("from", "name", "value"),
         )
     else:
         from hpctrain.load import site_yaml
 
-        output.data(site_yaml(site).rstrip("\n"))
+        terminal.data(site_yaml(site).rstrip("\n"))
 
 
 @command.command()
@@ -83,12 +83,14 @@ def check(names: tuple[str, ...], as_json: bool) -> None:
     found = check_profiles(names, datetime.date.today())
     bad = any(problem.level == "error" for problems in found.values() for problem in problems)
     if as_json:
-        output.data_json(ok=not bad, sites={name: [p.as_json() for p in problems] for name, problems in found.items()})
+        terminal.data_json(
+            ok=not bad, sites={name: [p.as_json() for p in problems] for name, problems in found.items()}
+        )
     else:
         for name, problems in found.items():
-            output.problems(problems)
+            terminal.problems(problems)
             num_errors = sum(problem.level == "error" for problem in problems)
-            output.info(
+            terminal.info(
                 f"{name}: {num_errors} errors, {len(problems) - num_errors} other remarks"
                 if problems
                 else f"{name}: no problems"
@@ -110,16 +112,16 @@ def new(name: str, files: tuple[str, ...], for_user: bool, dry_run: bool) -> Non
     hpctrain site new mycluster
     scontrol show node | hpctrain site new mycluster --from-scontrol - --dry-run
     """
-    from hpctrain.newfile import write_new
-    from hpctrain.resources import own_dir
+    from hpctrain.base.files import write_new
+    from hpctrain.base.paths import own_dir
     from hpctrain.site_draft import draft_from_files, draft_from_slurm
 
     text, notes = draft_from_files(name, files, sys.stdin.buffer) if files else draft_from_slurm(name)
-    output.problems(notes)
+    terminal.problems(notes)
     if dry_run:
-        output.data(text.rstrip("\n"))
+        terminal.data(text.rstrip("\n"))
         return
     path = os.path.join(own_dir("site_profiles", for_user), name, "profile.yaml")
     write_new(path, text, hint="edit that one, or delete it first")
-    output.info(f"wrote {path}: look for `TODO: check`")
-    output.next_step(f"hpctrain site check {name}")
+    terminal.info(f"wrote {path}: look for `TODO: check`")
+    terminal.next_step(f"hpctrain site check {name}")

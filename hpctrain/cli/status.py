@@ -4,7 +4,7 @@ import time
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 
 
@@ -35,7 +35,7 @@ def command(target: str | None, watch: bool, every: float, no_slurm: bool, as_js
         pipeline = of_pipeline(folder, statuses) if folder else None
         if as_json:
             more = {"pipeline": pipeline} if pipeline else {}
-            output.data_json(runs=[status.as_json() for status in statuses], **more)
+            terminal.data_json(runs=[status.as_json() for status in statuses], **more)
         else:
             if watch:
                 click.clear()

@@ -4,7 +4,7 @@ import shlex
 
 import click
 
-from hpctrain import output
+from hpctrain.base import terminal
 from hpctrain.cli import common
 
 
@@ -24,10 +24,10 @@ def command(run: str, dry_run: bool) -> None:
     running = [job for run_dir in run_dirs for job in chain.stop(run_dir, dry_run)]
     would = "would end" if dry_run else "end"
     for job in running:
-        output.info(
+        terminal.info(
             f"job {job.job_id} runs: it {would} after its next checkpoint where its step can, else at its own end"
         )
-    output.info(f"links that wait {would} as they start")
+    terminal.info(f"links that wait {would} as they start")
     if not dry_run:
         stops = " ".join(shlex.quote(f"{run_dir}/STOP") for run_dir in run_dirs)
-        output.next_step(f"hpctrain status {shlex.quote(run)}    (remove {stops} to go on)")
+        terminal.next_step(f"hpctrain status {shlex.quote(run)}    (remove {stops} to go on)")

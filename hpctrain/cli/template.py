@@ -4,7 +4,7 @@ import os
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common, complete
 
 
@@ -26,15 +26,15 @@ def list_(as_json: bool) -> None:
 
     found = list_templates()
     if as_json:
-        output.data_json(templates=[vars(item) for item in found])
+        terminal.data_json(templates=[vars(item) for item in found])
     else:
         rows = [
             (item.name, item.layer, ", ".join(item.shadows), item.problem and "not valid" or " ".join(item.blocks))
             for item in found
         ]
-        output.table(rows, ("template", "layer", "shadows", "blocks"))
+        terminal.table(rows, ("template", "layer", "shadows", "blocks"))
     bad = [errors.Problem(item.problem) for item in found if item.problem]
-    output.problems(bad)
+    terminal.problems(bad)
     if bad:
         raise click.exceptions.Exit(errors.NO)
 
@@ -46,9 +46,9 @@ def show(name: str) -> None:
     from hpctrain.templates import find_template
 
     template = find_template(name)
-    output.info(f"{template.layer}: {template.path}")
+    terminal.info(f"{template.layer}: {template.path}")
     with open(template.path, encoding="utf-8", errors="replace") as file:
-        output.data(file.read().rstrip("\n"))
+        terminal.data(file.read().rstrip("\n"))
 
 
 @command.command()
@@ -63,8 +63,8 @@ def override(name: str, blocks: tuple[str, ...], for_user: bool, dry_run: bool) 
     \b
     hpctrain template override command --block user_setup
     """
-    from hpctrain.newfile import write_new
-    from hpctrain.resources import own_dir
+    from hpctrain.base.files import write_new
+    from hpctrain.base.paths import own_dir
     from hpctrain.templates import USER_BLOCK, child_text, find_template, shipped
 
     template = find_template(name)
@@ -73,11 +73,13 @@ def override(name: str, blocks: tuple[str, ...], for_user: bool, dry_run: bool) 
     text = child_text(template, blocks or (USER_BLOCK,))
     path = os.path.join(own_dir("templates", for_user), template.name)
     if dry_run:
-        output.info(f"would write {path}")
-        output.data(text.rstrip("\n"))
+        terminal.info(f"would write {path}")
+        terminal.data(text.rstrip("\n"))
         return
     write_new(path, text, hint="edit that one, or delete it first")
-    output.info(f"wrote {path}")
+    terminal.info(f"wrote {path}")
     if template.layer in ("user", "project") and not (template.layer == "user" and for_user):
-        output.info(f"note: {template.path} no longer counts" if not for_user else f"note: {template.path} still wins")
-    output.next_step(f"edit {path}, then `hpctrain render`")
+        terminal.info(
+            f"note: {template.path} no longer counts" if not for_user else f"note: {template.path} still wins"
+        )
+    terminal.next_step(f"edit {path}, then `hpctrain render`")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 from hpctrain.tokenize.control import DEFAULT_EOD
 from hpctrain.tokenize.markers import ALLOWABLE
@@ -15,7 +15,7 @@ from hpctrain.tokenize.sources import MAX_LINE_MIB
 
 
 def _time(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    from hpctrain.units import parse_time_s
+    from hpctrain.base.units import parse_time_s
 
     try:
         return parse_time_s(value) if value is not None else None
@@ -111,9 +111,9 @@ def command(**options: Any) -> None:
             return
     else:
         with present.Watcher() as watcher:
-            outcome = tokenize(request, how, output.info, lambda note: output.problems([note]), watcher)
+            outcome = tokenize(request, how, terminal.info, lambda note: terminal.problems([note]), watcher)
     if options["as_json"]:
-        output.data_json(**present.outcome_json(outcome))
+        terminal.data_json(**present.outcome_json(outcome))
     else:
         present.outcome(outcome)
     if outcome.status == "queued":
@@ -141,18 +141,18 @@ def _rehearse(request: Any, how: Any, as_json: bool) -> None:
 
     from hpctrain.rehearse import tokens
 
-    meter = output.Stages()
+    meter = terminal.Stages()
     try:
         outcome = tokens.rehearse_tokens(request, how, os.environ, meter.update)
     finally:
         meter.close()
     if as_json:
-        output.data_json(**tokens.as_json(outcome))
+        terminal.data_json(**tokens.as_json(outcome))
     else:
         for line in tokens.lines(outcome):
-            output.data(line)
-    output.problems(outcome.problems)
-    output.next_step("the same command without --rehearse, at the site" if outcome.ok else "the same command again")
+            terminal.data(line)
+    terminal.problems(outcome.problems)
+    terminal.next_step("the same command without --rehearse, at the site" if outcome.ok else "the same command again")
     if not outcome.ok:
         raise click.exceptions.Exit(errors.NO)
 
@@ -165,7 +165,7 @@ def _on_mpi(request: Any, how: Any) -> Any:
     except (ImportError, RuntimeError):
         raise errors.missing_package("mpi4py", "mpi") from None
     try:
-        return tokenize_mpi(request, how, MPI.COMM_WORLD, output.info, lambda note: output.problems([note]))
+        return tokenize_mpi(request, how, MPI.COMM_WORLD, terminal.info, lambda note: terminal.problems([note]))
     except errors.HpctrainError:
         raise  # told by rank 0 alone, when no rank waits for another
     except BaseException:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import click
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 
 
@@ -27,9 +27,9 @@ def command(target: tuple[str, ...], follow: bool, thresholds: tuple[str, ...], 
     from hpctrain.triage.thresholds import parse_thresholds
 
     subject = open_target(target, parse_thresholds(thresholds))
-    diagnosis = watch(subject, output.info) if follow else diagnose(subject)
+    diagnosis = watch(subject, terminal.info) if follow else diagnose(subject)
     if as_json:
-        output.data_json(**as_fields(subject, diagnosis))
+        terminal.data_json(**as_fields(subject, diagnosis))
     else:
         show(subject, diagnosis)
     codes = {"GREEN": errors.DONE, "RED": errors.NO, "NOT OBSERVED": errors.PENDING}

@@ -5,7 +5,7 @@ import shlex
 
 import click
 
-from hpctrain import output
+from hpctrain.base import terminal
 from hpctrain.cli import common, complete
 
 
@@ -42,16 +42,16 @@ def command(files: tuple[str, ...], to: str | None, run_yaml: str | None, site_n
     words = upload.ssh_words(ssh, key)
     target = upload.find_target(run_yaml, site_name, account, to, host, user)
     planned = upload.plan_upload(files, *target, words, force)
-    output.info(upload.describe(planned))
+    terminal.info(upload.describe(planned))
     if dry_run:
         for line in upload.command_lines(planned):
-            output.data(line)
+            terminal.data(line)
         return
-    progress = output.Progress("upload", planned.num_bytes, "bytes")
+    progress = terminal.Progress("upload", planned.num_bytes, "bytes")
     try:
         upload.run_upload(planned, progress.update)
     finally:
         progress.close()
-    output.info(f"{upload.count_files(planned.num_files)} there, compared by checksum")
+    terminal.info(f"{upload.count_files(planned.num_files)} there, compared by checksum")
     first = os.path.basename(os.path.normpath(files[0]))
-    output.next_step(f"name it in run.yaml: {shlex.quote(os.path.join(planned.folder, first))}")
+    terminal.next_step(f"name it in run.yaml: {shlex.quote(os.path.join(planned.folder, first))}")

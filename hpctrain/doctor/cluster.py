@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hpctrain import slurm
+from hpctrain.base.errors import EnvironmentFault
+from hpctrain.base.units import format_time
 from hpctrain.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding
-from hpctrain.errors import EnvironmentFault
 from hpctrain.scontrol import PartitionFacts, read_facts
 from hpctrain.site import Partition, Site
-from hpctrain.units import format_time
 
 _NEEDED = ("sbatch", "srun", "squeue", "scancel", "scontrol")
 

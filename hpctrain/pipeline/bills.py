@@ -8,16 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import cost, cost_view, output
+from hpctrain import cost, cost_view
+from hpctrain.base import terminal
+from hpctrain.base.errors import Problem, UsageError
+from hpctrain.base.units import format_duration
 from hpctrain.cost import Allocation, Bill, Spent
-from hpctrain.errors import Problem, UsageError
 from hpctrain.pipeline.spec import is_pipeline
 from hpctrain.pipeline.stages import load_pipeline
 from hpctrain.plan import Plan
 from hpctrain.render import plan_json
 from hpctrain.runs import find_pipeline, is_run_dir, read_pipeline_index, read_run
 from hpctrain.slurmstate import query
-from hpctrain.units import format_duration
 
 
 @dataclass(frozen=True)
@@ -156,17 +157,17 @@ def show(found: Sequence[StageCost], left: Sequence[Allocation]) -> None:
     for row, stage in zip(rows, found):
         row.append(stage.at_most.note)
     rows[-1].append("at most: links that find nothing to do end at once")
-    output.table(rows, header)
+    terminal.table(rows, header)
     for what in dict.fromkeys(
         f"stage {s.stage}: {what}" for s in found for what in (s.spent.unseen if s.spent else ())
     ):
-        output.info(f"could not see: {what}")
+        terminal.info(f"could not see: {what}")
     for one in left:
-        output.info(f"left of {one.account}: {one.left:,.0f} of {one.granted:,.0f} {one.unit}s")
+        terminal.info(f"left of {one.account}: {one.left:,.0f} of {one.granted:,.0f} {one.unit}s")
         need = (at_most.billed or {}).get(one.unit, 0.0) - (used.billed or {}).get(one.unit, 0.0)
         if need > one.left:
-            output.info(
-                f"{output.paint('warning', 'yellow')}: this may need {need:,.0f} {one.unit}s, more than is left"
+            terminal.info(
+                f"{terminal.paint('warning', 'yellow')}: this may need {need:,.0f} {one.unit}s, more than is left"
             )
 
 

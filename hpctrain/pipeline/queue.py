@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain import chain, slurm
+from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.check import at_site
-from hpctrain.errors import EnvironmentFault, UsageError
 from hpctrain.pipeline.stages import Pipeline, Planned
 from hpctrain.rundir import run_files
 from hpctrain.runs import PIPELINE

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hpctrain.errors import HpctrainError, Problem, UsageError
-from hpctrain.frozen import frozen
+from hpctrain.base.errors import HpctrainError, Problem, UsageError
+from hpctrain.base.frozen import frozen
 from hpctrain.schema import Field, check, nearest
 from hpctrain.site import NAME
 from hpctrain.spec import absolute

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from hpctrain.errors import HpctrainError, Problem, UsageError
-from hpctrain.frozen import frozen
+from hpctrain.base.errors import HpctrainError, Problem, UsageError
+from hpctrain.base.frozen import frozen
 from hpctrain.load import Loaded, load_plan
 from hpctrain.pipeline.spec import PipelineSpec, Stage, read_pipeline
 from hpctrain.plan import Plan

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpctrain import launchers
-from hpctrain.frozen import frozen
+from hpctrain.base.frozen import frozen
+from hpctrain.base.shell import output_pattern
+from hpctrain.base.units import format_mem_gib, format_time
 from hpctrain.planning.notes import Notes
 from hpctrain.recipe import Decision, EnvVar, Recipe, Resolved
 from hpctrain.sbatch_options import REPLACES, option_text
-from hpctrain.shell import output_pattern
 from hpctrain.site import NodeType, Partition
-from hpctrain.units import format_mem_gib, format_time
 
 # The batch shell needs this long to write down how a link ended; Slurm may send a signal up to 60 s early.
 NOTICE_LEAD_S = 60

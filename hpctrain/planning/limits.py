@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpctrain import estimate
+from hpctrain.base.units import format_time
 from hpctrain.planning.notes import Notes
 from hpctrain.planning.shape import fitting_partitions, limit_line
 from hpctrain.recipe import Resolved
 from hpctrain.site import NodeType, Partition
-from hpctrain.units import format_time
 
 
 def check_checkpoint(notes: Notes) -> None:

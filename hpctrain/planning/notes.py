@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpctrain.errors import Problem
+from hpctrain.base.errors import Problem
 from hpctrain.recipe import Decision, Recipe
 from hpctrain.site import Site
 from hpctrain.spec import RunSpec

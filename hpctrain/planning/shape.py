@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from hpctrain.base.units import format_time, parse_mem_gib
 from hpctrain.planning.notes import Notes
 from hpctrain.schema import nearest
 from hpctrain.site import NodeType, Partition
-from hpctrain.units import format_time, parse_mem_gib
 
 
 def pick_partition(notes: Notes) -> tuple[Partition, NodeType]:

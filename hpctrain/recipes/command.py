@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hpctrain.errors import Problem
+from hpctrain.base.errors import Problem
+from hpctrain.base.text import text_problem
 from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
-from hpctrain.schema import text_problem
 from hpctrain.spec import absolute
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from hpctrain.errors import Problem
+from hpctrain.base.errors import Problem
 from hpctrain.spec import RunSpec
 
 _ROWS = re.compile(r"\.(jsonl?|parquet|arrow|csv|tsv|txt|gz|zst)\Z", re.IGNORECASE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from hpctrain.errors import Problem
+from hpctrain.base.errors import Problem
 from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
 from hpctrain.recipes import trainer_config
 from hpctrain.recipes.sft import signal_name

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from hpctrain import estimate as arithmetic
-from hpctrain.errors import Problem
+from hpctrain.base.errors import Problem
+from hpctrain.base.units import format_duration, format_time
 from hpctrain.recipe import Context, Decision
 from hpctrain.train.hf_sft.config import HfSftConfig
-from hpctrain.units import format_duration, format_time
 from hpctrain.yamlio import Document
 
 # Two figures for one quantity are taken for the same within a quarter: a first measurement is no better than that.

@@ -6,11 +6,11 @@ import json
 import os
 from typing import Any
 
-from hpctrain.errors import Problem
+from hpctrain.base.errors import Problem
+from hpctrain.base.shell import ShellText, node_path
 from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
 from hpctrain.recipes import hf_estimate, trainer_config
 from hpctrain.recipes.sft import signal_name
-from hpctrain.shell import ShellText, node_path
 from hpctrain.spec import absolute
 from hpctrain.train.hf_sft.config import FIELDS, HfSftConfig, parse_config, quantised_name, quantised_problem
 from hpctrain.yamlio import Document

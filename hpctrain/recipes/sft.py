@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from hpctrain import yamltext
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
 from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
 from hpctrain.recipes.datafiles import indexed_problems
 from hpctrain.spec import absolute

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Callable
 
 from hpctrain import yamltext
-from hpctrain.errors import Problem
+from hpctrain.base.errors import Problem
 from hpctrain.recipe import Context
 from hpctrain.recipes.datafiles import row_problems
 from hpctrain.recipes.neox.draft import section

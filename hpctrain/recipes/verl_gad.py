@@ -11,16 +11,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hpctrain.errors import Problem
-from hpctrain.frozen import frozen
+from hpctrain.base.errors import Problem
+from hpctrain.base.frozen import frozen
+from hpctrain.base.paths import shipped_dir
+from hpctrain.base.text import text_problem
 from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
 from hpctrain.recipes.verl import checks, hydra, keys
 from hpctrain.recipes.verl.checks import Where
 from hpctrain.recipes.verl.presets import BRANCHES, SHAPE_KEYS, SIZES, ModelShape, overrides_of
-from hpctrain.resources import shipped_dir
 from hpctrain.runtime.layouts import LAYOUTS
 from hpctrain.runtime.survey import start_number
-from hpctrain.schema import text_problem
 from hpctrain.spec import RunSpec, absolute
 
 WARMUP, ADVERSARIAL = "warmup", "adversarial"

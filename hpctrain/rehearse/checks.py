@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpctrain.errors import Problem
-from hpctrain.units import compress_nodes
+from hpctrain.base.errors import Problem
+from hpctrain.base.units import compress_nodes
 
 Task = Mapping[str, str]
 

@@ -15,8 +15,8 @@ import sys
 from typing import Any
 
 from hpctrain import sidejobs, submit
+from hpctrain.base.errors import HpctrainError
 from hpctrain.checkpoint import read_plan
-from hpctrain.errors import HpctrainError
 from hpctrain.pipeline import queue
 from hpctrain.submit import MAIN, SIDE, Submission
 

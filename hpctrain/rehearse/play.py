@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hpctrain.errors import Problem
+from hpctrain.base.errors import Problem
 from hpctrain.load import Loaded
 from hpctrain.pipeline.stages import Pipeline
 from hpctrain.plan import Plan

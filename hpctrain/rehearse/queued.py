@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault
+from hpctrain.base.errors import EnvironmentFault
 from hpctrain.pipeline.stages import Pipeline
 from hpctrain.plan import Plan
 from hpctrain.rehearse.stage import Login

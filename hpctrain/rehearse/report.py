@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.base.units import format_time
 from hpctrain.load import Loaded, load_plan
 from hpctrain.pipeline.spec import is_pipeline
 from hpctrain.pipeline.stages import Pipeline, load_pipeline
@@ -17,7 +18,6 @@ from hpctrain.plan import Plan
 from hpctrain.rehearse import timeline
 from hpctrain.rehearse.play import FAULTS, Outcome, Request
 from hpctrain.rehearse.timeline import Bar
-from hpctrain.units import format_time
 
 
 @dataclass(frozen=True)

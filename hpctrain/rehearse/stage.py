@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpctrain import units
-from hpctrain.errors import EnvironmentFault, Refused
+from hpctrain.base import units
+from hpctrain.base.errors import EnvironmentFault, Refused
 from hpctrain.plan import Plan
 from hpctrain.rehearse import shims, standin
 from hpctrain.sandbox import processes, sandbox

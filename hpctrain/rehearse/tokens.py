@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, HpctrainError, Problem, UsageError
+from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, UsageError
 from hpctrain.rehearse import stage
 from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.shape import ClusterShape

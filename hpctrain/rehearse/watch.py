@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, Problem
+from hpctrain.base.errors import EnvironmentFault, Problem
+from hpctrain.base.units import expand_nodes, format_time
 from hpctrain.plan import Plan
 from hpctrain.rehearse.records import Attempt, Pipe, Slots, expected_tasks, release
 from hpctrain.rehearse.stage import Login
 from hpctrain.slurm import LIVE
-from hpctrain.units import expand_nodes, format_time
 
 # Reasons for which a job of a rehearsal may rightly wait for a while.
 _PATIENT = {

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Optional
 
-from hpctrain.errors import missing_package
+from hpctrain.base.errors import missing_package
 from hpctrain.report.gather import AttemptRow, Report
 
 # Colours that people with the usual colour blindnesses tell apart (Okabe and Ito 2008).

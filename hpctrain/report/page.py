@@ -10,12 +10,12 @@ from typing import Any
 from urllib.parse import quote
 
 from hpctrain import __version__
+from hpctrain.base.units import format_duration
 from hpctrain.report import figures
 from hpctrain.report.gather import Report
 from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.records import utc
 from hpctrain.triage.rules import GREEN, RED
-from hpctrain.units import format_duration
 
 MARK = "<!-- hpctrain report -->"
 _STYLE = """

@@ -8,7 +8,7 @@ import os
 import tempfile
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, missing_package
+from hpctrain.base.errors import EnvironmentFault, missing_package
 from hpctrain.report.gather import Report
 from hpctrain.triage.records import utc
 

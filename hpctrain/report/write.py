@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, Refused
+from hpctrain.base.errors import EnvironmentFault, Refused
 from hpctrain.report import figures
 from hpctrain.report.gather import Report
 from hpctrain.report.page import MARK, page, pipeline_page

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from hpctrain.errors import EnvironmentFault
+from hpctrain.base.errors import EnvironmentFault
 from hpctrain.sandbox import processes
 from hpctrain.sandbox.nodeview import view_argv
 from hpctrain.sandbox.packages import Toolbox

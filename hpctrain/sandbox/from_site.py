@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
 from hpctrain.sandbox.shape import ClusterShape, NodeGroup, NodeShape, PartitionShape
 from hpctrain.site import NodeType, Site
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hpctrain.errors import EnvironmentFault
+from hpctrain.base.errors import EnvironmentFault
 from hpctrain.sandbox import state
 
 # `JobId=7`, and `JobId=7_3(12)` of an array, whose task has the id 12.

@@ -12,7 +12,7 @@ import os
 import subprocess
 from collections.abc import Sequence
 
-from hpctrain.errors import EnvironmentFault
+from hpctrain.base.errors import EnvironmentFault
 from hpctrain.sandbox.packages import Toolbox
 
 NSS_WRAPPER_NODES = 40

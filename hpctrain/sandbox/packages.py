@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpctrain.errors import EnvironmentFault
-from hpctrain.resources import cache_home
+from hpctrain.base.errors import EnvironmentFault
+from hpctrain.base.paths import cache_home
 
 # What has to be unpacked; the shared libraries these need are found from their Depends fields.
 SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge")

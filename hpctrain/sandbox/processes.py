@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpctrain.errors import EnvironmentFault
+from hpctrain.base.errors import EnvironmentFault
 
 MARK = "HPCTRAIN_SANDBOX_PROCESS"
 PROC = Path("/proc")

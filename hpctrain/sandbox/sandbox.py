@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpctrain import units
-from hpctrain.errors import EnvironmentFault, Refused, UsageError
+from hpctrain.base import units
+from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.sandbox import leftovers, nodeview, packages, processes, shape, state
 from hpctrain.sandbox.daemons import Daemons
 from hpctrain.sandbox.packages import Toolbox

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hpctrain import units
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base import units
+from hpctrain.base.errors import Problem, UsageError
 
 # The site's rules that slurm.conf cannot express. A job that says nothing about hardware threads gets one per core; `--hint=multithread` is visible only in its
 # environment (sbatch), `--threads-per-core` in the request itself.

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, Refused, UsageError
+from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.sandbox.shape import ClusterShape, Place, Ports, check_path
 
 RECORD = "sandbox.json"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
 from hpctrain.tokenize.spm import BYTE, CONTROL, TYPE_NAMES, UNKNOWN, USER_DEFINED, SpmModel
 
 # The markers and ids that GPT-NeoX's preprocess_sft.py has in its code (`special_ids = [7, 8]`).

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hpctrain.errors import UsageError, missing_package
-from hpctrain.tokenize import files
+from hpctrain.base import files
+from hpctrain.base.errors import UsageError, missing_package
 from hpctrain.tokenize.indexed_dataset import Dataset
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hpctrain.errors import missing_package
+from hpctrain.base.errors import missing_package
 from hpctrain.tokenize.spm import CONTROL, UNKNOWN, SpmModel
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def choose_encoder(model: SpmModel, wanted: str, samples: Sequence[str], num_byt
         except EncoderDisagrees as error:
             why_not = str(error)
     if wanted == "fast":
-        from hpctrain.errors import EnvironmentFault
+        from hpctrain.base.errors import EnvironmentFault
 
         raise EnvironmentFault(
             f"the fast encoder is not exact for this model: {why_not}", where=model.path, hint="use --encoder auto"

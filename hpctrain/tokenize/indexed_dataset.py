@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from hpctrain.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
 from hpctrain.tokenize.encode import processor
 from hpctrain.tokenize.indexed_dataset import Dataset
 from hpctrain.tokenize.loss_mask import MaskRules, find_unclosed, trained_tokens

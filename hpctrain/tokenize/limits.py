@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hpctrain.errors import Refused, UsageError
+from hpctrain.base.errors import Refused, UsageError
 
 if TYPE_CHECKING:
     from hpctrain.site import Site

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hpctrain import __version__
-from hpctrain.errors import EnvironmentFault, HpctrainError, Problem, Refused, UsageError
-from hpctrain.tokenize import files
+from hpctrain.base import files
+from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, Refused, UsageError
 from hpctrain.tokenize.indexed_dataset import chunks, dtype_for, open_dataset, paths, verify, write_index
 from hpctrain.tokenize.plan import FORMAT, Plan
 from hpctrain.tokenize.sources import same_stat
@@ -143,7 +143,7 @@ def publish(
             for path in (idx_path, bin_path):
                 if os.path.lexists(path):
                     os.unlink(path)
-                    files.sync_folder(path)
+                    files.sync_name(path)
         if not bin_temp.commit_new() and not _same_bytes(bin_temp.temp_path, bin_path):
             raise _refused(bin_path)
         json_temp.commit()

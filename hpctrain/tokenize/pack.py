@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hpctrain.errors import UsageError
+from hpctrain.base.errors import UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

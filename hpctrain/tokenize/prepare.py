@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
-from hpctrain.tokenize import files, sources
+from hpctrain.base import files
+from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.tokenize import sources
 from hpctrain.tokenize.control import DEFAULT_EOD, resolve
 from hpctrain.tokenize.encode import processor
 from hpctrain.tokenize.indexed_dataset import paths

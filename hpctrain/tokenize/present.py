@@ -6,7 +6,7 @@ import shlex
 import time
 from typing import Any
 
-from hpctrain import output, units
+from hpctrain.base import terminal, units
 from hpctrain.tokenize.command import Outcome
 
 
@@ -14,7 +14,7 @@ class Watcher:
     """Progress of a tokenization on stderr: documents/s, MB/s and what is left."""
 
     def __init__(self) -> None:
-        self._progress: output.Progress | None = None
+        self._progress: terminal.Progress | None = None
         self._start = time.monotonic()
         self._first: tuple[int, int] | None = None
 
@@ -27,7 +27,7 @@ class Watcher:
 
     def __call__(self, shards: int, num_bytes: int, documents: int) -> None:
         if self._progress is None:
-            self._progress = output.Progress("tokenize", unit="documents")
+            self._progress = terminal.Progress("tokenize", unit="documents")
         if self._first is None:
             self._first, self._start = (num_bytes, documents), time.monotonic()
         elapsed = max(time.monotonic() - self._start, 1e-3)
@@ -66,40 +66,40 @@ def outcome(result: Outcome) -> None:
     plan = result.plan
     if result.status == "planned":
         total = sum(source.size for source in plan.inputs)
-        output.info(
+        terminal.info(
             f"{len(plan.inputs)} inputs, {units.format_size(total)}, in {len(plan.shards)} shards, {result.done_before} done"
         )
-        output.info(f"control tokens: {', '.join(f'{token.marker} = {token.id}' for token in plan.control.tokens)}")
-        output.info(f"end of document: {plan.control.eod_piece or 'none'} = {plan.control.eod_id}")
-        output.info(f"would write {plan.dataset}.bin and .idx ({result.engine})")
+        terminal.info(f"control tokens: {', '.join(f'{token.marker} = {token.id}' for token in plan.control.tokens)}")
+        terminal.info(f"end of document: {plan.control.eod_piece or 'none'} = {plan.control.eod_id}")
+        terminal.info(f"would write {plan.dataset}.bin and .idx ({result.engine})")
         return
     if result.status == "queued":
-        output.data(plan.dataset)
-        output.info(f"progress: squeue --name=tok-{plan.key}")
-        output.next_step("the same command, to wait or to see what is missing")
+        terminal.data(plan.dataset)
+        terminal.info(f"progress: squeue --name=tok-{plan.key}")
+        terminal.next_step("the same command, to wait or to see what is missing")
         return
     manifest = result.manifest or {}
     if result.status == "unchanged":
-        output.info("the dataset is there already and nothing has changed")
+        terminal.info("the dataset is there already and nothing has changed")
     documents, tokens = manifest.get("documents", 0), manifest.get("tokens", 0)
-    output.info(
+    terminal.info(
         f"{documents:,} documents, {tokens:,} tokens ({tokens / max(1, documents):,.0f} a document), {manifest.get('dtype')}"
     )
-    output.info(f"encoder: {', '.join(manifest.get('encoders', ())) or 'none needed'}")
+    terminal.info(f"encoder: {', '.join(manifest.get('encoders', ())) or 'none needed'}")
     notes = manifest.get("encoder_notes", ())
     for note in notes[:3]:
-        output.info(f"  {note}")
+        terminal.info(f"  {note}")
     if len(notes) > 3:
-        output.info(f"  … {len(notes) - 3} more in {plan.dataset}.json")
+        terminal.info(f"  … {len(notes) - 3} more in {plan.dataset}.json")
     special = dict(manifest.get("special", {}))
     for name in ("blank_lines", "unknown_tokens", "rejected"):
         if manifest.get(name):
             special[name.replace("_", " ")] = manifest[name]
     for name, count in special.items():
-        output.info(f"  {count:,} {name}")
+        terminal.info(f"  {count:,} {name}")
     if manifest.get("rejects_file"):
-        output.info(
+        terminal.info(
             f"rejected records: {manifest['rejects_file']} (why: {manifest['rejects_file'][:-6]}.reasons.jsonl)"
         )
-    output.data(plan.dataset)
-    output.next_step(shlex.join(["hpctrain", "data", "inspect", plan.dataset, "--tokenizer", plan.model_path]))
+    terminal.data(plan.dataset)
+    terminal.next_step(shlex.join(["hpctrain", "data", "inspect", plan.dataset, "--tokenizer", plan.model_path]))

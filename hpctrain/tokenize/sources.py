@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
-from hpctrain.errors import EnvironmentFault, Problem, UsageError, missing_package
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError, missing_package
 
 BLOCK_BYTES = 2 << 20
 MAX_LINE_MIB = 64

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hpctrain.errors import HpctrainError, Problem
-from hpctrain.tokenize import files
+from hpctrain.base import files
+from hpctrain.base.errors import HpctrainError, Problem
 from hpctrain.tokenize.merge import clean_up, merge_shards
 from hpctrain.tokenize.plan import Plan, from_json
 from hpctrain.tokenize.worker import Report, run_shard, shard_files

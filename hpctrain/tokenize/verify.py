@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
-from hpctrain.errors import Problem
-from hpctrain.tokenize import files, indexed_dataset
+from hpctrain.base import files
+from hpctrain.base.errors import Problem
+from hpctrain.tokenize import indexed_dataset
 from hpctrain.tokenize.indexed_dataset import Dataset, open_dataset, paths
 from hpctrain.tokenize.spm import SpmModel
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hpctrain import __version__
-from hpctrain.errors import EnvironmentFault, HpctrainError, Problem, UsageError
-from hpctrain.tokenize import files
+from hpctrain.base import files
+from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, UsageError
 from hpctrain.tokenize.encode import (
     Encoder,
     EncoderDisagrees,

@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, Problem, Refused, UsageError
-from hpctrain.train.files import sync
+from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.base.files import sync
 
 META = "hpctrain.json"
 _TAG = re.compile(r"global_step(\d+)\Z", re.ASCII)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpctrain import yamlio
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
 from hpctrain.schema import countable
 
 

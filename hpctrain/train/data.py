@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
 from hpctrain.tokenize.indexed_dataset import Dataset, open_dataset
 from hpctrain.tokenize.loss_mask import MaskRules, find_unclosed, rules_from_config, trained_tokens
 from hpctrain.train._packing import pack_best_fit

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
+from hpctrain.base.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
+from hpctrain.base.files import open_to_readers, sync
 from hpctrain.tokenize.spm import load_model
 from hpctrain.train.checkpoint import (
     META,
@@ -24,7 +25,6 @@ from hpctrain.train.checkpoint import (
     remove_own,
     set_aside,
 )
-from hpctrain.train.files import open_to_readers, sync
 from hpctrain.train.source import Chat, Source
 
 _TOKENIZER_FILES = (
@@ -143,7 +143,7 @@ def export_tokenizer(model: str, config: Mapping[str, Any], checkpoint: str, dir
 
     `config` holds NeoX's keys. Where transformers is missing or cannot express the model, it is only copied, and said.
     """
-    from hpctrain import output
+    from hpctrain.base import terminal
     from hpctrain.train.hf_tokenizer import end_of_document, save_tokenizer
 
     spm, chat = load_model(model), Chat.from_config(dict(config))
@@ -151,9 +151,9 @@ def export_tokenizer(model: str, config: Mapping[str, Any], checkpoint: str, dir
     try:
         save_tokenizer(spm, chat, directory, int(config["max_position_embeddings"]))
     except HpctrainError as error:
-        output.info(f"note: only tokenizer.model is exported, no Hugging Face tokenizer: {error.problems[0].what}")
+        terminal.info(f"note: only tokenizer.model is exported, no Hugging Face tokenizer: {error.problems[0].what}")
     except ImportError as error:
-        output.info(f"note: only tokenizer.model is exported: {error.name} is missing, `pip install hpctrain[train]`")
+        terminal.info(f"note: only tokenizer.model is exported: {error.name} is missing, `pip install hpctrain[train]`")
     chat = Chat(chat.user_open, chat.user_close, chat.assistant, end_of_document(spm, chat))
     digits = re.search(r"\d+\Z", os.path.basename(checkpoint))
     about = {"from": os.path.basename(checkpoint), "iteration": int(digits[0]) if digits else None,

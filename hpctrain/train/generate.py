@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hpctrain.errors import EnvironmentFault, UsageError
+from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.tokenize.spm import load_model
 from hpctrain.train.export import load_hf_model
 from hpctrain.train.hf_tokenizer import end_of_document

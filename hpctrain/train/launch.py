@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
 
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
 
 MODES = ("scratch", "finetune", "resume")
 

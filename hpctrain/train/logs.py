@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-from hpctrain.errors import EnvironmentFault
+from hpctrain.base.errors import EnvironmentFault
 
 
 @dataclass(frozen=True)

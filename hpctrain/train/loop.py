@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hpctrain import errors
+from hpctrain.base import errors
 from hpctrain.tokenize.spm import load_model
 from hpctrain.train import checkpoint, engine, export, ranks
 from hpctrain.train.config import Batch, SftConfig, learning_rate

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
 from hpctrain.train.config import SftConfig
 from hpctrain.train.data import MicroBatch
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS
@@ -36,7 +36,7 @@ class Program:
 
 
 def main(program: Program, arguments: Sequence[str] | None = None) -> int:
-    """Train as the environment or --config says; returns an exit code of `hpctrain.errors`."""
+    """Train as the environment or --config says; returns an exit code of `hpctrain.base.errors`."""
     parser = argparse.ArgumentParser(prog=f"python -m {program.module}", description=program.doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--config", help="the YAML config, outside of a rendered job")
@@ -58,10 +58,10 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
         return program.train(config, launch, stop)
     except errors.HpctrainError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, CannotSave):
-            output.problems(error.problems)
+            terminal.problems(error.problems)
         return error.exit_code
     except OSError as error:
-        output.problems([errors.Problem(error.strerror or str(error), where=str(error.filename or ""))])
+        terminal.problems([errors.Problem(error.strerror or str(error), where=str(error.filename or ""))])
         return errors.ENVIRONMENT
 
 

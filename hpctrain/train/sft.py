@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 
-from hpctrain import errors, output
+from hpctrain.base import errors, terminal
 from hpctrain.train.checkpoint import CannotSave
 from hpctrain.train.config import SftConfig, load_config, resolve_batch
 from hpctrain.train.data import DataError
@@ -20,7 +20,7 @@ from hpctrain.train.launch import Launch, StopRequest
 
 
 def main() -> int:
-    """Train as the environment says; returns an exit code of `hpctrain.errors`."""
+    """Train as the environment says; returns an exit code of `hpctrain.base.errors`."""
     try:
         launch = Launch.from_environment(os.environ)
         config = load_config(launch.config)
@@ -29,10 +29,10 @@ def main() -> int:
         return train(config, launch, stop)
     except errors.HpctrainError as error:
         if _speaks(error):
-            output.problems(error.problems)
+            terminal.problems(error.problems)
         return error.exit_code
     except OSError as error:
-        output.problems([errors.Problem(error.strerror or str(error), where=str(error.filename or ""))])
+        terminal.problems([errors.Problem(error.strerror or str(error), where=str(error.filename or ""))])
         return errors.ENVIRONMENT
 
 

@@ -7,6 +7,7 @@ import datetime
 import re
 from collections.abc import Callable, Iterable
 
+from hpctrain.base.units import expand_nodes
 from hpctrain.triage import exceptions
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.formats import STEP_ANCHORS, Parser, tqdm_before
@@ -15,7 +16,6 @@ from hpctrain.triage.records import Event, Place, Step, last_match
 from hpctrain.triage.scan import UNIFORM, Hit, LineScanner, Matcher
 from hpctrain.triage.thresholds import Thresholds
 from hpctrain.triage.uniform import skeleton, template_of
-from hpctrain.units import expand_nodes
 
 _NAN_LINE = re.compile(rb"loss['\": =]+['\"]?nan\b", re.IGNORECASE)
 _JOB = re.compile(rb"hpctrain: job (\S+), restart (\d+), (\d+) nodes: (\S+)")

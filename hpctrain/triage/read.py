@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from hpctrain.errors import EnvironmentFault
+from hpctrain.base.errors import EnvironmentFault
 from hpctrain.triage.engine import Engine
 from hpctrain.triage.scan import CHUNK
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hpctrain.base.units import format_duration
 from hpctrain.triage.attempt import Attempt, Series
 from hpctrain.triage.records import Event, Place, median
 from hpctrain.triage.thresholds import Thresholds
-from hpctrain.units import format_duration
 
 GREEN, RED, NOT_OBSERVED = "GREEN", "RED", "NOT OBSERVED"
 

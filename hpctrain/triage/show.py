@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpctrain import output
+from hpctrain.base import terminal
 from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.judge import Diagnosis
 from hpctrain.triage.rules import GREEN, RED
@@ -29,11 +29,11 @@ def as_fields(subject: Subject, diagnosis: Diagnosis) -> dict[str, Any]:
 
 def diagnose(subject: Subject) -> Diagnosis:
     """Read and judge, with a line of progress (and the first failure so far) where reading takes long."""
-    lines: list[output.Progress] = []
+    lines: list[terminal.Progress] = []
 
     def on_progress(done: int, total: int, first: str) -> None:
         if not lines:
-            lines.append(output.Progress("reading logs", total / 1e6, "MB", every_s=5.0))
+            lines.append(terminal.Progress("reading logs", total / 1e6, "MB", every_s=5.0))
         lines[0].update(done / 1e6, first)
 
     try:
@@ -45,8 +45,8 @@ def diagnose(subject: Subject) -> Diagnosis:
 
 def show(subject: Subject, diagnosis: Diagnosis) -> None:
     """The answer as text: verdict, cause, advice to stdout; the rules as a table; remarks to stderr."""
-    verdict = output.paint(diagnosis.verdict, _COLOUR.get(diagnosis.verdict, "yellow"))
-    output.data(f"{verdict}  {diagnosis.summary}")
+    verdict = terminal.paint(diagnosis.verdict, _COLOUR.get(diagnosis.verdict, "yellow"))
+    terminal.data(f"{verdict}  {diagnosis.summary}")
     cause = diagnosis.cause
     if cause is not None:
         event = cause.event
@@ -55,8 +55,8 @@ def show(subject: Subject, diagnosis: Diagnosis) -> None:
         where += [f"node {event.node}"] if event.node else []
         where += [f"link {cause.attempt.link}"] if cause.attempt.link is not None else []
         where += [f"job {cause.attempt.job_id}"] if cause.attempt.job_id else []
-        output.data("cause: " + ", ".join(where))
-    output.data(f"next: {diagnosis.action}: {diagnosis.advice}")
+        terminal.data("cause: " + ", ".join(where))
+    terminal.data(f"next: {diagnosis.action}: {diagnosis.advice}")
     progress = diagnosis.progress
     if progress.get("step_lines"):
         total = f" of {progress['total_iterations']}" if progress.get("total_iterations") else ""
@@ -65,9 +65,9 @@ def show(subject: Subject, diagnosis: Diagnosis) -> None:
             if progress.get("first_loss") is not None
             else ""
         )
-        output.data(f"seen: iterations {progress['first_iteration']} to {progress['last_iteration']}{total}{losses}")
-    output.data("")
-    output.table(
+        terminal.data(f"seen: iterations {progress['first_iteration']} to {progress['last_iteration']}{total}{losses}")
+    terminal.data("")
+    terminal.table(
         [
             (rule.rule, rule.verdict, rule.detail + (f"  [{rule.text}]" if rule.text else ""), rule.place or "")
             for rule in sorted(diagnosis.verdicts, key=lambda rule: (rule.verdict != RED, rule.verdict == GREEN))
@@ -79,11 +79,11 @@ def show(subject: Subject, diagnosis: Diagnosis) -> None:
             event = incident.event
             fate = "a later attempt went on" if incident.recovered else "no later attempt trained"
             title = FAILURES[event.failure].title
-            output.info(f"earlier: {title} at {event.place} ({fate}): {event.text}")
+            terminal.info(f"earlier: {title} at {event.place} ({fate}): {event.text}")
     for remark in diagnosis.remarks:
-        output.info(f"note: {remark}")
+        terminal.info(f"note: {remark}")
     for what in subject.unseen:
-        output.info(f"could not see: {what}")
+        terminal.info(f"could not see: {what}")
 
 
 def _figure(value: object) -> str:

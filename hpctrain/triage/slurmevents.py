@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hpctrain import slurm
-from hpctrain.errors import EnvironmentFault
+from hpctrain.base.errors import EnvironmentFault
+from hpctrain.base.units import compress_nodes
 from hpctrain.triage.records import utc
-from hpctrain.units import compress_nodes
 
 AFTER_S = 60.0  # a daemon that comes back so soon after a start's end was gone during it
 _MOST = 20

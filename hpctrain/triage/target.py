@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from hpctrain.errors import EnvironmentFault, UsageError
+from hpctrain.base.errors import EnvironmentFault, UsageError
+from hpctrain.base.units import expand_nodes
 from hpctrain.runs import RunRecords, by_hand, find_one, list_logs, parse_time, read_run
 from hpctrain.slurmstate import Answer, query
 from hpctrain.triage import slurmevents
@@ -18,7 +19,6 @@ from hpctrain.triage.judge import Diagnosis, in_order, judge
 from hpctrain.triage.read import Follower, follow, read_logs
 from hpctrain.triage.rules import RED, Circumstances
 from hpctrain.triage.thresholds import Thresholds
-from hpctrain.units import expand_nodes
 
 
 @dataclass

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hpctrain.base.errors import HpctrainError, UsageError
 from hpctrain.check import find_problems
-from hpctrain.errors import HpctrainError, UsageError
 from hpctrain.load import load_plan
 from hpctrain.recipe import load_recipe
 from hpctrain.rundir import run_files, write_run_dir

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from hpctrain.base.files import write_new
+from hpctrain.base.text import text_problem
 from hpctrain.init import Place, run_name, run_yaml_text
 from hpctrain.load import load_plan
-from hpctrain.newfile import write_new
 from hpctrain.recipe import list_recipes, load_recipe
-from hpctrain.schema import text_problem
 from hpctrain.site import list_sites, load_site
 from hpctrain.yamlio import parse_yaml
 from hpctrain.yamltext import block, scalar

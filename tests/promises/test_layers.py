@@ -15,11 +15,11 @@ PACKAGE = Path(__file__).parents[2] / "hpctrain"
 # Lowest first. A package is one line (inside it, modules import each other freely), unless a part of it has its own.
 LAYERS = [
     # -- the base
-    "frozen", "errors", "units", "runtime", "resources", "yamlio", "schema", "yamltext", "shell",
+    "base.frozen", "base.errors", "base.units", "runtime", "base", "base.paths", "yamlio", "schema", "yamltext", "base.shell",
     # -- pure: what a run is, and what it becomes
     "sbatch_options", "site", "spec", "recipe", "train.config", "train.dpo.config", "train.hf_sft.config", "estimate", "launchers", "recipes", "planning", "plan", "render", "load",
     # -- effects: files, Slurm, this machine
-    "output", "newfile", "compiled", "rundir", "slurm", "scontrol", "slurmstate", "runs", "check", "checkpoint", "badnodes", "sidejobs", "submit",
+    "base.terminal", "base.files", "compiled", "rundir", "slurm", "scontrol", "slurmstate", "runs", "check", "checkpoint", "badnodes", "sidejobs", "submit",
     "chain", "triage", "observe", "logs", "status_view", "cost", "cost_view", "report", "doctor", "preflight", "ladder", "pipeline", "tokenize", "sandbox", "rehearse", "train",
     # -- what single verbs need
     "init", "site_report", "site_draft", "recipe_report", "templates", "json_schemas", "interactive", "upload", "neox_export",
@@ -28,7 +28,7 @@ LAYERS = [
 ]  # fmt: skip
 PURE = LAYERS[: LAYERS.index("load") + 1]
 # Alone in reading the environment: where the user's own files lie.
-MAY_READ_ENVIRONMENT = {"resources"}
+MAY_READ_ENVIRONMENT = {"base.paths"}
 EFFECTS = {
     "subprocess", "socket", "time", "datetime", "urllib", "http", "ssl", "asyncio", "random", "secrets", "uuid", "getpass", "pwd", "platform",
     "requests", "multiprocessing", "threading", "tempfile", "shutil",
@@ -172,8 +172,8 @@ def test_from_spec_to_render_nothing_touches_clock_environment_network_or_proces
 
 def test_this_test_can_fail(tmp_path, monkeypatch):
     """A module that breaks each rule is caught."""
-    bad = PACKAGE / "units.py"
-    text = "from hpctrain import cli\nimport hpctrain.render\nimport time, os\nfrom .cli import main\nx = os.environ\n"
+    bad = PACKAGE / "base/units.py"
+    text = "from hpctrain import cli\nimport hpctrain.render\nimport time, os\nfrom ..cli import main\nx = os.environ\n"
     real = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: text if self == bad else real(self, *a, **k))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain import rundir
-from hpctrain.errors import Refused
+from hpctrain.base.errors import Refused
 from hpctrain.load import load_plan
 from hpctrain.rundir import run_files
 

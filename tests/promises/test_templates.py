@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from jinja2 import nodes
 
+from hpctrain.base.paths import shipped_dir
 from hpctrain.render import lint_template, make_environment
-from hpctrain.resources import shipped_dir
 from hpctrain.templates import JOB, USER_BLOCK, child_text, list_templates
 
 RUN = "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname]}\n"

@@ -15,7 +15,7 @@ import tokenize_help as help  # noqa: E402
 from tokenize_help import KINDS, A, U, dialogues, model_path, oracle, write_jsonl  # noqa: E402
 from tokenize_runs import cli, do, pair, request  # noqa: E402
 
-from hpctrain.errors import HpctrainError  # noqa: E402
+from hpctrain.base.errors import HpctrainError  # noqa: E402
 from hpctrain.tokenize.prepare import Request  # noqa: E402
 from hpctrain.tokenize.verify import verify_dataset  # noqa: E402
 

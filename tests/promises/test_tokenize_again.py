@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tokenize_help import dialogues, model_path, oracle, write_jsonl  # noqa: E402
 from tokenize_runs import cli, do, pair, quiet, request  # noqa: E402
 
-from hpctrain.errors import HpctrainError, Refused  # noqa: E402
+from hpctrain.base.errors import HpctrainError, Refused  # noqa: E402
 from hpctrain.tokenize import run  # noqa: E402
 from hpctrain.tokenize.prepare import prepare, write_plan  # noqa: E402
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tokenize_help import A, U, dialogues, model_path, oracle, write_jsonl  # noqa: E402
 from tokenize_runs import PLAIN, cli, do, pair, request  # noqa: E402
 
-from hpctrain.errors import EnvironmentFault, HpctrainError, Refused, UsageError  # noqa: E402
+from hpctrain.base.errors import EnvironmentFault, HpctrainError, Refused, UsageError  # noqa: E402
 from hpctrain.tokenize.plan import Options  # noqa: E402
 from hpctrain.tokenize.prepare import prepare  # noqa: E402
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain import errors
+from hpctrain.base import errors
 from hpctrain.sandbox import nodeview, processes, state
 from hpctrain.sandbox import sandbox as sandboxes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain import errors
+from hpctrain.base import errors
 from hpctrain.sandbox import state
 
 from .conftest import Sandbox

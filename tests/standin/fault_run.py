@@ -17,7 +17,7 @@ from fault_cluster import Cluster
 from fault_judge import judge
 from fault_kinds import INSIDE, OUTSIDE
 
-from hpctrain.errors import EnvironmentFault
+from hpctrain.base.errors import EnvironmentFault
 
 TRAINER = Path(__file__).parent / "trainer.py"
 

@@ -10,7 +10,7 @@ import checkpoints
 import pytest
 
 from hpctrain import badnodes, chain, sidejobs, slurm
-from hpctrain.errors import Refused, UsageError
+from hpctrain.base.errors import Refused, UsageError
 from hpctrain.runtime.settings import parse_settings
 from hpctrain.submit import only_one, read_ledger
 

@@ -10,7 +10,7 @@ import checkpoints
 import pytest
 from click.testing import CliRunner
 
-from hpctrain import errors
+from hpctrain.base import errors
 from hpctrain.cli.checkpoint import command
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.errors import UsageError
+from hpctrain.base.errors import UsageError
 from hpctrain.train.dpo.config import find_source, load_config
 
 SEED = """\

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpctrain.errors import EnvironmentFault, UsageError
+from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.train.dpo.records import find_files, parse_record, read_records
 
 USER, SYSTEM = {"role": "user", "content": "q"}, {"role": "system", "content": "s"}

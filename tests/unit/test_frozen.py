@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpctrain.frozen import frozen
+from hpctrain.base.frozen import frozen
 
 
 def declare(decorator: Any) -> Any:

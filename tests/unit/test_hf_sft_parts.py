@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hpctrain.errors import EnvironmentFault, UsageError
+from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.train.hf_sft import base, stage
 from hpctrain.train.hf_sft.config import parse_config
 from hpctrain.train.hf_sft.rows import Encoder

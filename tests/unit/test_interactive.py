@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.errors import UsageError
+from hpctrain.base.errors import UsageError
 from hpctrain.interactive import Wanted, allocation, read_request
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -8,7 +8,8 @@ import types
 
 import pytest
 
-from hpctrain import logs, output
+from hpctrain import logs
+from hpctrain.base import terminal
 from hpctrain.triage.engine import Engine
 from hpctrain.triage.judge import judge
 from hpctrain.triage.read import read_logs
@@ -69,7 +70,7 @@ def test_reading_shows_how_far_it_is_and_the_first_failure_so_far(tmp_path, monk
     assert told[-1][2] == "gpu_oom at r-1.out:20001, rank 1"
     assert told[0][2] == ""
     clock = itertools.count(0, 60)
-    monkeypatch.setattr(output, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(terminal, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     diagnose(open_target([str(path)], Thresholds()))
     shown = capsys.readouterr().err
     assert "reading logs: " in shown and "gpu_oom at r-1.out:20001" in shown

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpctrain import cost, observe, slurm, slurmstate
-from hpctrain.errors import EnvironmentFault, UsageError
+from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.runs import find_runs, parse_time, read_run
 from hpctrain.slurmstate import Answer, parse_sacct, parse_squeue
 

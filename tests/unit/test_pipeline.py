@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.errors import HpctrainError, UsageError
+from hpctrain.base.errors import HpctrainError, UsageError
 from hpctrain.pipeline.stages import load_pipeline
 from hpctrain.runs import find_pipeline, find_runs
 from hpctrain.status_view import of_pipeline

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.load import load_plan
 from hpctrain.rehearse import checks, play, records, report, scene, shims, standin, timeline, tokens, watch
 from hpctrain.rehearse.records import Attempt

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from hpctrain.errors import Refused
+from hpctrain.base.errors import Refused
 from hpctrain.report.gather import Points, gather
 from hpctrain.report.tables import export, frames
 from hpctrain.report.write import write_report

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpctrain import errors, units
+from hpctrain.base import errors, units
 from hpctrain.sandbox import daemons, leftovers, packages, shape
 from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.standins import singularity

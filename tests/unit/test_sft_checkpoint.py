@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hpctrain import errors
+from hpctrain.base import errors
 from hpctrain.train import checkpoint
 from hpctrain.train.checkpoint import Progress, prune, read_progress, save, write_latest
 

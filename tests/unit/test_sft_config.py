@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain import errors
+from hpctrain.base import errors
 from hpctrain.train.config import SftConfig, learning_rate, load_config, resolve_batch
 from hpctrain.train.launch import Launch
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpctrain import errors
+from hpctrain.base import errors
 from hpctrain.train.config import SftConfig
 from hpctrain.train.data import DataError, PackedRows, describe_too_long, step_samples
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.errors import UsageError
+from hpctrain.base.errors import UsageError
 from hpctrain.scontrol import NodeShape, parse_gres, read_facts
 from hpctrain.site import site_from_document
 from hpctrain.site_draft import draft_profile

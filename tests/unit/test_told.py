@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain import observe
-from hpctrain.errors import EnvironmentFault
+from hpctrain.base.errors import EnvironmentFault
 from hpctrain.logs import sections
 from hpctrain.report.gather import gather
 from hpctrain.runs import read_run

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpctrain.errors import UsageError
+from hpctrain.base.errors import UsageError
 from hpctrain.triage import formats
 from hpctrain.triage.engine import Engine
 from hpctrain.triage.judge import judge

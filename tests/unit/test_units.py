@@ -1,6 +1,6 @@
 import pytest
 
-from hpctrain.units import (
+from hpctrain.base.units import (
     compress_nodes,
     expand_nodes,
     format_duration,

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from hpctrain.errors import UsageError
+from hpctrain.base.errors import UsageError
 from hpctrain.yamlio import load_yaml, looks_like_float, merge, parse_set, parse_yaml
 
 

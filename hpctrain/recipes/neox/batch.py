@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpctrain.frozen import frozen
+from hpctrain.base.frozen import frozen
 from hpctrain.recipe import Decision
 from hpctrain.recipes.neox.draft import RUN, Draft
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpctrain.errors import Problem
+from hpctrain.base.errors import Problem
 from hpctrain.recipe import Decision
 from hpctrain.recipes.neox.keys import Key, content_problems, describe_unknown, show, table, value_problems
 from hpctrain.yamlio import Document, Origin, merge

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from hpctrain.errors import Problem
-from hpctrain.frozen import frozen
-from hpctrain.resources import shipped_dir
-from hpctrain.schema import nearest, text_problem
+from hpctrain.base.errors import Problem
+from hpctrain.base.frozen import frozen
+from hpctrain.base.paths import shipped_dir
+from hpctrain.base.text import text_problem
+from hpctrain.schema import nearest
 from hpctrain.yamlio import Document, walk
 
 FLAVORS = ("tilde", "upstream")

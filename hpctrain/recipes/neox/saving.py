@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from hpctrain.frozen import frozen
+from hpctrain.base.frozen import frozen
 from hpctrain.recipes.neox.draft import RUN, Draft, slashed
 from hpctrain.spec import RunSpec
 

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-from hpctrain.frozen import frozen
+from hpctrain.base.frozen import frozen
 from hpctrain.recipe import HubRepo
 from hpctrain.recipes.open_instruct.arguments import as_number
 from hpctrain.recipes.open_instruct.draft import SFT, Draft

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from hpctrain.errors import Problem
-from hpctrain.frozen import frozen
+from hpctrain.base.errors import Problem
+from hpctrain.base.frozen import frozen
 from hpctrain.recipe import Context, Decision
 from hpctrain.recipes.open_instruct.arguments import Argument, match_commit, table
 from hpctrain.spec import absolute

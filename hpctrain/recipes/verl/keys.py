@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import os
 
-from hpctrain.errors import Problem
-from hpctrain.frozen import frozen
-from hpctrain.resources import shipped_dir
+from hpctrain.base.errors import Problem
+from hpctrain.base.frozen import frozen
+from hpctrain.base.paths import shipped_dir
 from hpctrain.schema import nearest
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpctrain.frozen import frozen
+from hpctrain.base.frozen import frozen
 from hpctrain.recipes.verl.presets import ModelShape
 
 GIB = 1024**3

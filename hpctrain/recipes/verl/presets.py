@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpctrain.frozen import frozen
+from hpctrain.base.frozen import frozen
 
 STAGES = ("warmup", "adversarial")
 BRANCHES = {"warmup": "warmup", "adversarial": "gad"}

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 
-from hpctrain import errors
+from hpctrain.base import errors
 from hpctrain.train.dpo.config import DpoConfig, load_config
 from hpctrain.train.launch import Launch, StopRequest
 from hpctrain.train.program import Program, main

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain import yamlio
-from hpctrain.errors import Problem, UsageError
-from hpctrain.resources import hub_cache_dir
+from hpctrain.base.errors import Problem, UsageError
+from hpctrain.base.paths import hub_cache_dir
 from hpctrain.schema import Field, check
 from hpctrain.train.config import SftConfig, is_stop_signal
 

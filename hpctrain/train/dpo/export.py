@@ -44,7 +44,7 @@ def write_model(
 
 def copy_logs(run_dir: str, mount_dir: str) -> None:
     """Bring `logs/` and metrics.jsonl of the run directory to `mount_dir/logs`, file by file, each whole."""
-    from hpctrain.train.files import write_whole
+    from hpctrain.base.files import write_whole
 
     logs = os.path.join(run_dir, "logs", "margins")
     copies = [(os.path.join(run_dir, "metrics.jsonl"), "metrics.jsonl")]

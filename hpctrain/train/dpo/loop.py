@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpctrain import errors
+from hpctrain.base import errors
 from hpctrain.train import checkpoint as whole
 from hpctrain.train import ranks
 from hpctrain.train.config import learning_rate

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hpctrain.train.files import write_whole
+from hpctrain.base.files import write_whole
 from hpctrain.train.logs import append_whole_lines
 
 

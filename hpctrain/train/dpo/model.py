@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hpctrain.errors import UsageError
+from hpctrain.base.errors import UsageError
 from hpctrain.train import model as whole
 from hpctrain.train.dpo.batches import Rows
 from hpctrain.train.model import has_weights, read_model_config

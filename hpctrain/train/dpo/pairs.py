@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.errors import EnvironmentFault, UsageError
+from hpctrain.base.errors import EnvironmentFault, UsageError
+from hpctrain.base.files import write_whole
 from hpctrain.train.dpo.batches import Pair
 from hpctrain.train.dpo.config import DpoConfig
 from hpctrain.train.dpo.records import Record, as_text, find_files, read_records
-from hpctrain.train.files import write_whole
 
 _FORM = 1  # raise it when the same input gives other tokens
 _TOKENIZER_FILES = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, Problem, UsageError, missing_package
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError, missing_package
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".arrow")
 MAX_SHOWN = 20

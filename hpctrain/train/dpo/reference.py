@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from hpctrain.base.files import write_whole
 from hpctrain.train import ranks
 from hpctrain.train.dpo.batches import lay_out, rank_slots
 from hpctrain.train.dpo.model import to_tensors, weight_files
 from hpctrain.train.dpo.pairs import Pairs
-from hpctrain.train.files import write_whole
 
 CHUNK = 32  # forward passes between two looks at the clock and the stop signal
 SAVE_EVERY_S = 60.0

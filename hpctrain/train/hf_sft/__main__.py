@@ -11,7 +11,7 @@ import signal
 import sys
 import warnings
 
-from hpctrain import errors
+from hpctrain.base import errors
 from hpctrain.train.hf_sft.config import HfSftConfig, load_config
 from hpctrain.train.hf_sft.source import LAYOUT
 from hpctrain.train.launch import Launch, StopRequest

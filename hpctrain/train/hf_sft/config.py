@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain import yamlio
-from hpctrain.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
 from hpctrain.schema import Field, check
 from hpctrain.train.config import is_stop_signal
 from hpctrain.train.dpo.config import absolute_source, find_source, read_numbers

@@ -18,14 +18,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
+from hpctrain.base.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
+from hpctrain.base.units import format_size
 from hpctrain.train.checkpoint import META, read_meta
 from hpctrain.train.export import DTYPES, publish_model
 from hpctrain.train.hf_sft import base as bases
 from hpctrain.train.hf_sft.config import quantised_name
 from hpctrain.train.hf_sft.prepare import tokenizer_files
 from hpctrain.train.hf_sft.source import Checkpoint
-from hpctrain.units import format_size
 
 _STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp32"}
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hpctrain.errors import EnvironmentFault, Problem, UsageError, missing_package
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError, missing_package
+from hpctrain.base.files import sync
 from hpctrain.train.dpo.pairs import load_tokenizer
 from hpctrain.train.dpo.records import data_rows, find_files
-from hpctrain.train.files import sync
 from hpctrain.train.hf_sft.config import HfSftConfig
 from hpctrain.train.hf_sft.rows import Encoder, marking_template
 

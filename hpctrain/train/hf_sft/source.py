@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 
-from hpctrain.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS

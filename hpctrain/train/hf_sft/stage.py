@@ -10,8 +10,8 @@ import socket
 import stat
 from collections.abc import Callable
 
-from hpctrain.errors import EnvironmentFault
-from hpctrain.units import format_size
+from hpctrain.base.errors import EnvironmentFault
+from hpctrain.base.units import format_size
 
 _CHUNK = 1 << 22
 _SPARE = 1.02

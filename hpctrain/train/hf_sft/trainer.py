@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from hpctrain.errors import HpctrainError, Problem, UsageError, missing_package
+from hpctrain.base.errors import HpctrainError, Problem, UsageError, missing_package
 from hpctrain.schema import nearest
 from hpctrain.train import ranks
 from hpctrain.train.checkpoint import check_writable
@@ -181,7 +181,7 @@ def _staged(data: prepare.Prepared, launch: Launch, say: Callable[[str], None]) 
         dist.all_gather_object(found, problem)
         problem = tuple(one for problems in found if problems for one in problems) or None
     if problem:
-        from hpctrain.errors import EnvironmentFault
+        from hpctrain.base.errors import EnvironmentFault
 
         raise EnvironmentFault(problem)
     return os.path.join(folder, prepare.DATA)

@@ -18,8 +18,8 @@ from typing import Any
 
 import click
 
-from hpctrain import errors, output
-from hpctrain.errors import EnvironmentFault, Problem, UsageError, missing_package
+from hpctrain.base import errors, terminal
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError, missing_package
 from hpctrain.train.hf_sft import base as bases
 
 MAX_PERPLEXITY = 10.0  # the document's bound for held-out data
@@ -201,9 +201,9 @@ def describe(found: Validation) -> list[str]:
 def command(model_path: str, test_set: str, base: str | None, max_perplexity: float, rows: int, as_json: bool) -> None:
     """Measure a merged model on held-out rows; exits with 1 when it falls short."""
     try:
-        found = validate(model_path, test_set, base, max_perplexity, rows, say=output.info)
+        found = validate(model_path, test_set, base, max_perplexity, rows, say=terminal.info)
     except errors.HpctrainError as error:
-        output.problems(error.problems)
+        terminal.problems(error.problems)
         raise click.exceptions.Exit(error.exit_code) from error
     show(found, as_json)
     if found.faults:
@@ -212,11 +212,11 @@ def command(model_path: str, test_set: str, base: str | None, max_perplexity: fl
 
 def show(found: Validation, as_json: bool) -> None:
     if as_json:
-        output.data_json(**asdict(found), faults=found.faults)
+        terminal.data_json(**asdict(found), faults=found.faults)
         return
     for line in describe(found):
-        output.data(line)
-    output.problems([Problem(fault, where=found.model) for fault in found.faults])
+        terminal.data(line)
+    terminal.problems([Problem(fault, where=found.model) for fault in found.faults])
 
 
 if __name__ == "__main__":

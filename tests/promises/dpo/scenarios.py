@@ -13,7 +13,7 @@ import json
 import os
 import sys
 
-from hpctrain import errors
+from hpctrain.base import errors
 from hpctrain.train import ranks
 from hpctrain.train.dpo.__main__ import train
 from hpctrain.train.dpo.config import load_config

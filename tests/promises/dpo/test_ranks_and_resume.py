@@ -170,7 +170,7 @@ def test_a_tensor_of_another_shape_is_not_filled_by_half(bench: Bench, ran: dict
     """DCP reads what overlaps and says nothing."""
     import torch
 
-    from hpctrain.errors import UsageError
+    from hpctrain.base.errors import UsageError
     from hpctrain.train.dpo import checkpoint, model
 
     tiny.write_model(bench.path / "wider", hidden_size=48, head_dim=12)

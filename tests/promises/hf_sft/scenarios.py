@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
 
-from hpctrain import errors  # noqa: E402
+from hpctrain.base import errors  # noqa: E402
 from hpctrain.train.hf_sft import export, rows, validate  # noqa: E402
 from hpctrain.train.hf_sft.__main__ import start  # noqa: E402
 from hpctrain.train.hf_sft.config import load_config  # noqa: E402

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from hpctrain import errors
+from hpctrain.base import errors
 from hpctrain.train import engine, sft
 from hpctrain.train.config import load_config
 from hpctrain.train.launch import Launch, StopRequest

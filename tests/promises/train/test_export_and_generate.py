@@ -214,7 +214,7 @@ def test_converted_ids_equal_sentencepiece(models: dict[str, Path], kind: str) -
 def test_generate_answers_what_was_learned_and_stops_at_the_closing_token(
     trained: Bench, exported: dict[str, Path], models: dict[str, Path]
 ) -> None:
-    from hpctrain.errors import UsageError
+    from hpctrain.base.errors import UsageError
     from hpctrain.train.generate import answer as answer_from
     from hpctrain.train.source import find_source
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpctrain.errors import UsageError
+from hpctrain.base.errors import UsageError
 
 from .conftest import LLAMA, NEOX
 

@@ -14,10 +14,10 @@ import checkpoints
 import pytest
 import yaml
 
-from hpctrain.errors import EnvironmentFault, Refused, UsageError
+from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
+from hpctrain.base.shell import quote
 from hpctrain.neox_export import plan_export
 from hpctrain.rundir import run_files
-from hpctrain.shell import quote
 
 CONVERTER = """
 import json, os, struct, sys

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.resources import shipped_dir
+from hpctrain.base.paths import shipped_dir
 from hpctrain.rundir import run_files
 
 SCRIPT = Path(shipped_dir("templates")) / "neox-sft" / "neox_args.py"

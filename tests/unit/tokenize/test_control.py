@@ -3,7 +3,7 @@
 import pytest
 from tokenize_help import CONTROL, EOD, A, U, model_path
 
-from hpctrain.errors import UsageError
+from hpctrain.base.errors import UsageError
 from hpctrain.tokenize.control import resolve
 from hpctrain.tokenize.spm import load_model
 

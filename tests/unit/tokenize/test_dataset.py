@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenize_help import dialogues, model_path, write_jsonl
 from tokenize_runs import PLAIN, request
 
-from hpctrain.errors import EnvironmentFault, Refused, UsageError
+from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.site import load_site
 from hpctrain.tokenize.count import summary
 from hpctrain.tokenize.indexed_dataset import open_dataset, verify

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenize_help import CONTROL, KINDS, model_path
 
-from hpctrain.errors import EnvironmentFault
+from hpctrain.base.errors import EnvironmentFault
 from hpctrain.tokenize import fast
 from hpctrain.tokenize.encode import EncoderDisagrees, choose_encoder, processor
 from hpctrain.tokenize.spm import CONTROL as CONTROL_TYPE
@@ -214,7 +214,7 @@ def test_model_files_are_read_as_sentencepiece_reads_them():
 
 @pytest.mark.parametrize("data", [b"", b"\x00", b"hello", b"\x0a\xff\xff", b"\x0a\x05\x0a\x03abc", b"\xff" * 100])
 def test_files_that_are_no_model_are_refused(tmp_path, data):
-    from hpctrain.errors import UsageError
+    from hpctrain.base.errors import UsageError
 
     path = tmp_path / "x.model"
     path.write_bytes(data)

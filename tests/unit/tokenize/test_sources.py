@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpctrain.errors import EnvironmentFault, UsageError
+from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.tokenize import sources
 from hpctrain.tokenize.plan import cut
 from hpctrain.tokenize.sources import Segment, SegmentReader, describe

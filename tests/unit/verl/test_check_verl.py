@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.resources import shipped_dir
+from hpctrain.base.paths import shipped_dir
 
 SCRIPT = os.path.join(shipped_dir("templates"), "verl-gad", "check_verl.py")
 

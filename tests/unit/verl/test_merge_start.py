@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.resources import shipped_dir
+from hpctrain.base.paths import shipped_dir
 
 SCRIPT = os.path.join(shipped_dir("templates"), "verl-gad", "merge_start.py")
 # As LMOps' gad/tools/merge_model2hf.py: reads model shards and huggingface/config.json below --local_dir, writes beside it.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.resources import shipped_dir
+from hpctrain.base.paths import shipped_dir
 
 SCRIPT = os.path.join(shipped_dir("templates"), "verl-gad", "ray_node.py")
 STANDIN = Path(__file__).parents[2] / "standin" / "ray"

@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 
-from hpctrain.schema import text_problem
+from hpctrain.base.text import text_problem
 
 _PLAIN_SBATCH = re.compile(r"[A-Za-z0-9_@%+=:,./^~\[\]-]+", re.ASCII)
 _COMMENT_BREAK = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029]")

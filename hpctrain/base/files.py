@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: temporary name, fsync, rename, in the same folder; never through a symlink."""
+"""Files appear whole or not at all, and a new one never takes the place of another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,98 @@ import time
 from collections.abc import Iterator
 from typing import IO, Any
 
-from hpctrain.errors import EnvironmentFault, Refused
+from hpctrain.base.errors import EnvironmentFault, Refused
+from hpctrain.runtime.files import share_with_group, sync_folder, write_all
+
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+def write_new(path: str, text: str, hint: str = "") -> None:
+    """Make the file `path`, and its folders. A crash leaves either nothing or the whole file under that name.
+
+    Raises Refused when anything has that name already, a dangling symlink too; EnvironmentFault when it cannot be written.
+    """
+    folder = os.path.dirname(path) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if os.path.lexists(path):
+            raise Refused("is there already, and is left as it is", where=path, hint=hint)
+        handle, temp = tempfile.mkstemp(prefix=f".{os.path.basename(path)[:100]}.", dir=folder)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot be written: {error.strerror}", where=path) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temp, 0o666 & ~umask())
+        _give_name(temp, path)
+        sync_folder(folder)
+    except FileExistsError as error:
+        raise Refused("was made by someone else at this moment", where=path, hint=hint) from error
+    except OSError as error:
+        raise EnvironmentFault(f"cannot be written: {error.strerror}", where=path) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temp)
+
+
+def _give_name(temp: str, path: str) -> None:
+    try:
+        os.link(temp, path)  # unlike rename, never replaces what is there
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        # A file system without hard links: reserve the name, then fill it by a rename.
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.replace(temp, path)
+
+
+def umask() -> int:
+    """This process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write_whole(path: str, content: bytes) -> None:
+    """Replace `path` by `content`, making its folder: after a crash at any instant the old or the new is there.
+
+    A symbolic link at `path` is replaced, never written through. Raises OSError when the disk refuses.
+    """
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)[:80]}.", dir=folder)
+    try:
+        try:
+            write_all(handle, content)
+            os.fchmod(handle, 0o644)
+            share_with_group(handle, folder)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    sync_folder(folder)
+
+
+def open_to_readers(folder: str) -> None:
+    """Let everyone who may enter `folder` read its files: safetensors writes them for their owner alone (0600)."""
+    for entry in os.scandir(folder):
+        if entry.is_file(follow_symlinks=False):
+            os.chmod(entry.path, 0o644)
+
+
+def sync(path: str) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
 
 _TEMP = ".tmp-"
 
@@ -26,7 +117,7 @@ class Temp:
         # The name tells who writes it, so that leftovers of the dead can be told from files being written.
         prefix = f"{os.path.basename(path)}{_TEMP}{host}-{os.getpid()}.{_start_ticks(os.getpid())}-"
         handle, self.temp_path = tempfile.mkstemp(prefix=prefix, dir=os.path.dirname(path) or ".")
-        os.chmod(self.temp_path, 0o666 & ~_umask())
+        os.chmod(self.temp_path, 0o666 & ~umask())
         self.file: IO[bytes] = os.fdopen(handle, "w+b", buffering=1 << 20)
 
     def sync(self) -> None:
@@ -40,7 +131,7 @@ class Temp:
         """`path` is this file now, whatever was there."""
         self.sync()
         os.replace(self.temp_path, self.path)
-        sync_folder(self.path)
+        sync_name(self.path)
 
     def commit_new(self) -> bool:
         """`path` is this file now, unless there was one: then False, and nothing changed. The temporary file stays."""
@@ -56,7 +147,7 @@ class Temp:
             if os.path.lexists(self.path):
                 return False
             os.replace(self.temp_path, self.path)
-        sync_folder(self.path)
+        sync_name(self.path)
         return True
 
     def discard(self) -> None:
@@ -128,7 +219,7 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
-def sync_folder(path: str) -> None:
+def sync_name(path: str) -> None:
     """The name of `path` is on the disk too."""
     with contextlib.suppress(OSError):
         handle = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
@@ -200,9 +291,3 @@ def _start_ticks(pid: int) -> str:
             return file.read().rpartition(b")")[2].split()[19].decode()
     except (OSError, IndexError):
         return ""
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value

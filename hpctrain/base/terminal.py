@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
-from hpctrain.errors import Problem
+from hpctrain.base.errors import Problem
 
 JSON_SCHEMA_VERSION = 1
 _CODES = {"red": "31", "yellow": "33", "green": "32", "blue": "34", "cyan": "36", "bold": "1", "dim": "2"}

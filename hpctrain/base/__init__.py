@@ -1,0 +1,1 @@
+"""What everything stands on: errors, units, paths, whole files, printing, shell text."""
