@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import badnodes, checkpoint, estimate, sidejobs, slurm
+from hpctrain import badnodes, checkpoint, sidejobs, slurm
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.checkpoint import read_plan
+from hpctrain.config import billing
 from hpctrain.load import Loaded
 from hpctrain.rundir import run_files, write_run_dir
 from hpctrain.runs import find_pipeline, find_runs
@@ -220,7 +221,7 @@ def _links_needed(plan: Mapping[str, Any], settings: Settings, choice: Choice, s
             hint="set `estimate: {step_time_s: …}` in run.yaml, or give a number of jobs",
         )
     job = plan["job"]
-    needed = estimate.links_needed(remaining, step_time_s, job["save_every"], job["time_s"],
+    needed = billing.links_needed(remaining, step_time_s, job["save_every"], job["time_s"],
                                    job["signal"].get("lead_s", 0) if job["saves_on_signal"] else 0, bool(job["saves_on_signal"]))  # fmt: skip
     if needed is None:
         raise UsageError(

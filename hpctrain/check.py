@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from hpctrain import slurm
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.compiled import template_cache
+from hpctrain.config.recipe import HubRepo
+from hpctrain.config.run import RunSpec
+from hpctrain.config.site import Site
 from hpctrain.load import Loaded
 from hpctrain.plan import Plan
-from hpctrain.recipe import HubRepo
 from hpctrain.render import render
 from hpctrain.runtime import hubcache
-from hpctrain.site import Site
-from hpctrain.spec import RunSpec
 
 # Files that are no prefix of a .bin and .idx.
 NOT_INDEXED = (".parquet", ".json", ".jsonl", ".arrow", ".csv")

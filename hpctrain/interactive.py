@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import launchers
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.shell import node_path, quote, quote_all
 from hpctrain.base.units import format_mem_gib, format_time, parse_time_s
-from hpctrain.sbatch_options import option_text
-from hpctrain.schema import check, nearest
-from hpctrain.site import NodeType, Partition, Site, load_site
-from hpctrain.spec import FIELDS, RunSpec, read_layers, spec_from_layers, user_layers
-from hpctrain.yamlio import Document, merge
+from hpctrain.config.container import bind_list, container_argv
+from hpctrain.config.document import Document, merge
+from hpctrain.config.fields import check, nearest
+from hpctrain.config.run import FIELDS, RunSpec, read_layers, spec_from_layers, user_layers
+from hpctrain.config.sbatch import option_text
+from hpctrain.config.site import NodeType, Partition, Site, load_site
 
 _DEFAULT_TIME_S = 45 * 60
 # Cores of a shell on CPU nodes that are shared: enough to try things, few enough to start soon.
@@ -112,8 +112,8 @@ def allocation(site: Site, spec: RunSpec, wanted: Wanted) -> Allocation:
     options.update({key: value for key, value in site.values["slurm"]["always"].items() if key not in _BATCH_ONLY})
     program = list(wanted.command) or ["bash"]
     if image:
-        binds, _ = launchers.bind_list(site, spec.container_binds, [("working directory", os.getcwd())])
-        program = [*launchers.container_argv(site, image, binds), *program]
+        binds, _ = bind_list(site, spec.container_binds, [("working directory", os.getcwd())])
+        program = [*container_argv(site, image, binds), *program]
     argv = ["srun", *_words(options), *([] if wanted.command else ["--pty"])]
     argv += ["bash", "-c", _setup(site, spec, node), "hpctrain-shell", *program]
     return Allocation(tuple(argv), tuple(site.values["unset_env"]))

@@ -9,11 +9,11 @@ from typing import Any
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
 from hpctrain.base.frozen import frozen
 from hpctrain.base.text import text_problem
+from hpctrain.config.document import Document, load_yaml, merge
+from hpctrain.config.recipe import Recipe, load_recipe
+from hpctrain.config.run import Handed, RunSpec, absolute, read_layers, spec_from_layers
+from hpctrain.config.site import Site, layer_name, load_site
 from hpctrain.plan import Plan, make_plan
-from hpctrain.recipe import Recipe, load_recipe
-from hpctrain.site import Site, layer_name, load_site
-from hpctrain.spec import Handed, RunSpec, absolute, read_layers, spec_from_layers
-from hpctrain.yamlio import Document, load_yaml, merge
 
 
 @frozen

@@ -150,7 +150,7 @@ def _find_checkpoint(run_dir: str, name: str | None) -> tuple[str, list[str]]:
 
 
 def _read_config(run_dir: str) -> dict[str, Any]:
-    from hpctrain.yamlio import load_yaml
+    from hpctrain.config.document import load_yaml
 
     data = load_yaml(os.path.join(run_dir, CONFIG)).data
     return dict(data) if isinstance(data, dict) else {}

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hpctrain import estimate
+from hpctrain.config import billing
 from hpctrain.runs import LOG_JOB, RunRecords, by_hand, distinct, parse_time, read_run
 from hpctrain.slurmstate import Answer, JobState, query
 from hpctrain.triage.failures import FAILURES
@@ -315,7 +315,7 @@ def _progress(run: RunRecords, links: Sequence[LinkStatus], tail: Mapping[str, A
             signal = job.get("signal") if isinstance(job.get("signal"), Mapping) else {}
             lead = _whole(signal.get("lead_s")) or 0 if isinstance(signal, Mapping) else 0
             saves = bool(job.get("saves_on_signal"))
-            needed = estimate.links_needed(
+            needed = billing.links_needed(
                 left, step_s, _whole(job.get("save_every")), time_s, lead if saves else 0, saves
             )
         else:

@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hpctrain import estimate
 from hpctrain.base.errors import Problem
 from hpctrain.base.frozen import frozen
+from hpctrain.config import billing
+from hpctrain.config.decision import Decision
+from hpctrain.config.document import Document, merge
+from hpctrain.config.recipe import Context, EnvVar, Recipe, Resolved, check_recipe_options, resolve
+from hpctrain.config.run import RunSpec
+from hpctrain.config.site import NodeType, Partition, Site
 from hpctrain.planning.job import (
     Directive,
     decide_container,
@@ -23,10 +28,6 @@ from hpctrain.planning.job import (
 from hpctrain.planning.limits import check_cadence, check_checkpoint, check_limits, check_storage, decide_cost
 from hpctrain.planning.notes import Notes
 from hpctrain.planning.shape import decide_memory_gib, decide_shape, pick_partition, wants_whole_nodes
-from hpctrain.recipe import Context, Decision, EnvVar, Recipe, Resolved, check_recipe_options, resolve
-from hpctrain.site import NodeType, Partition, Site
-from hpctrain.spec import RunSpec
-from hpctrain.yamlio import Document, merge
 
 
 @frozen
@@ -49,7 +50,7 @@ class Plan:
     env: tuple[EnvVar, ...]
     signal: Mapping[str, Any]
     preflight: Mapping[str, Any] | None
-    cost: estimate.Cost
+    cost: billing.Cost
     decisions: tuple[Decision, ...]
     problems: tuple[Problem, ...]
 

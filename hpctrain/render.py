@@ -17,8 +17,8 @@ from hpctrain import __version__
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.paths import layer_dirs, shipped_dir
 from hpctrain.base.shell import ShellText, comment, node_path, quote, quote_all, sbatch_value
+from hpctrain.config.site import layer_name
 from hpctrain.plan import Plan
-from hpctrain.site import layer_name
 
 QUOTING_FILTERS = frozenset({"q", "qjoin", "sbatch", "comment", "raw_shell"})
 _JOB = "job.sbatch"

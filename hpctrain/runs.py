@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
+from hpctrain.config.fields import nearest
 from hpctrain.runtime.files import read_lines
-from hpctrain.schema import nearest
 
 _JOB_ID = re.compile(r"\d+(?:_\d+)?\Z")
 LOG_JOB = re.compile(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z")
@@ -257,7 +257,7 @@ def find_pipeline(target: str, base: str = ".") -> str | None:
         if os.path.basename(target) == PIPELINE:
             folders = [os.path.dirname(target)]
         elif target.endswith((".yaml", ".yml")):
-            from hpctrain.yamlio import load_yaml
+            from hpctrain.config.document import load_yaml
 
             document = load_yaml(target)
             if not isinstance(document.get("stages"), dict):
@@ -290,7 +290,7 @@ def _beside(run_yaml: str) -> list[str]:
     folder = os.path.dirname(os.path.abspath(run_yaml))
     if is_run_dir(folder):
         return [folder]
-    from hpctrain.yamlio import load_yaml
+    from hpctrain.config.document import load_yaml
 
     document = load_yaml(run_yaml)
     name, verb = document.get("name"), "pipeline" if document.get("stages") else "render"

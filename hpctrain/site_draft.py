@@ -10,10 +10,10 @@ from typing import IO
 from hpctrain import slurm
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.base.units import format_time
+from hpctrain.config.document import parse_yaml
+from hpctrain.config.site import NAME, PARTITION_NAME, site_from_document
+from hpctrain.config.text import block, comment, scalar
 from hpctrain.scontrol import Facts, NodeShape, PartitionFacts, read_facts
-from hpctrain.site import NAME, PARTITION_NAME, site_from_document
-from hpctrain.yamlio import parse_yaml
-from hpctrain.yamltext import block, comment, scalar
 
 _TODO = "TODO: check"
 _MAX_BYTES = 64 * 1024 * 1024

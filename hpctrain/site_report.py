@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import spec
 from hpctrain.base.errors import HpctrainError, Problem
-from hpctrain.sbatch_options import check_options
-from hpctrain.schema import Field, check
-from hpctrain.site import FIELDS, Site, list_sites, load_site
-from hpctrain.yamlio import Document, walk
-from hpctrain.yamltext import flow
+from hpctrain.config import run
+from hpctrain.config.document import Document, walk
+from hpctrain.config.fields import Field, check
+from hpctrain.config.sbatch import check_options
+from hpctrain.config.site import FIELDS, Site, list_sites, load_site
+from hpctrain.config.text import flow
 
 # Limits and modules of a site change about once a year; older facts deserve a second look.
 STALE_DAYS = 365
@@ -90,7 +90,7 @@ def find_problems(site: Site, path: str, today: datetime.date) -> list[Problem]:
     values, document = site.values, site.document
     found = [*_identity(site, path), *_freshness(site, today), *_account(site), *_shapes(site), *_environment(site)]
     found += check_options(values["slurm"]["always"], lambda key: document.where_key("slurm", "always", key))
-    known = {key: _optional(field) for key, field in spec.FIELDS.items()}
+    known = {key: _optional(field) for key, field in run.FIELDS.items()}
     defaults = values["defaults"]
     if defaults:
         found += check(_inside(document, ("defaults",)), known)[1]
@@ -186,7 +186,7 @@ def _shapes(site: Site) -> Iterator[Problem]:
 def _environment(site: Site) -> Iterator[Problem]:
     values, document = site.values, site.document
     for name in values["env"]:
-        if spec.RESERVED_ENV.fullmatch(name):
+        if run.RESERVED_ENV.fullmatch(name):
             yield Problem(f"`env.{name}` is set by hpctrain or Slurm in every job", document.where_key("env", name))
         if name in values["node_dirs"]:
             yield Problem(f"`{name}` is both in `env` and in `node_dirs`", document.where_key("node_dirs", name),

@@ -18,9 +18,9 @@ from hpctrain.base import units
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, Refused, UsageError
 from hpctrain.base.shell import quote_all
 from hpctrain.base.text import text_problem
-from hpctrain.site import HOST, Site, load_site
-from hpctrain.spec import RunSpec, absolute, read_layers, spec_from_layers, user_layers
-from hpctrain.yamlio import merge
+from hpctrain.config.document import merge
+from hpctrain.config.run import RunSpec, absolute, read_layers, spec_from_layers, user_layers
+from hpctrain.config.site import HOST, Site, load_site
 
 PARTIAL_DIR = ".hpctrain-partial"
 _ACCOUNT = "{account}"  # filled in by hpctrain, as profiles write it

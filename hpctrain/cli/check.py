@@ -21,8 +21,8 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     hpctrain check my.yaml --set nodes=64 --json
     """
     from hpctrain.check import find_problems
+    from hpctrain.config.pipeline import is_pipeline
     from hpctrain.load import load_plan
-    from hpctrain.pipeline.spec import is_pipeline
     from hpctrain.pipeline.stages import load_pipeline
 
     stages = is_pipeline(run_yaml)

@@ -33,8 +33,8 @@ def templates(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 def partitions(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Partitions of the site named by --site, or by run.yaml; nothing where none can be read."""
     from hpctrain.base.errors import HpctrainError
-    from hpctrain.site import load_site
-    from hpctrain.yamlio import load_yaml
+    from hpctrain.config.document import load_yaml
+    from hpctrain.config.site import load_site
 
     try:
         # While an option still lacks its value, click has not given the words before it their names yet.

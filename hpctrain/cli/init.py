@@ -28,7 +28,7 @@ def command(
     cd my-run && hpctrain check
     """
     from hpctrain.base.files import write_new
-    from hpctrain.init import new_run
+    from hpctrain.config.new_run import new_run
 
     text = new_run(folder, recipe_name, site_name, name, account)
     path = os.path.join(folder, "run.yaml")

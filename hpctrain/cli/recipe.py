@@ -20,7 +20,7 @@ def command() -> None:
 @common.as_json
 def list_(as_json: bool) -> None:
     """List every recipe with the layer it comes from."""
-    from hpctrain.recipe_report import summaries
+    from hpctrain.config.recipe_show import summaries
 
     found = summaries()
     if as_json:
@@ -36,7 +36,7 @@ def list_(as_json: bool) -> None:
 @common.as_json
 def show(name: str, as_json: bool) -> None:
     """Show what the recipe NAME does and every option it has."""
-    from hpctrain.recipe_report import describe
+    from hpctrain.config.recipe_show import describe
 
     found = describe(name)
     if as_json:

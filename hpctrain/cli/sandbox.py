@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from hpctrain.base import errors, terminal, units
+from hpctrain.config.site import load_site
 from hpctrain.sandbox import sandbox, state
-from hpctrain.site import load_site
 
 _name = click.option("--name", default="default", show_default=True, help="Which sandbox; several run side by side.")
 _dir = click.option(

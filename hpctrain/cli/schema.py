@@ -15,6 +15,6 @@ def command(kind: str) -> None:
     # first line of run.yaml, for the YAML language server:
     # yaml-language-server: $schema=.hpctrain/run.schema.json
     """
-    from hpctrain.json_schemas import schema_text
+    from hpctrain.config.json_schema import schema_text
 
     terminal.data(schema_text(kind).rstrip("\n"))

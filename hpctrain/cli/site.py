@@ -49,7 +49,7 @@ def show(name: str, blame: bool, as_json: bool) -> None:
     hpctrain site show lumi --blame
     """
     from hpctrain import site_report
-    from hpctrain.site import load_site
+    from hpctrain.config.site import load_site
 
     site = load_site(name)
     rows = site_report.blame(site) if blame else []

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.check import secret_problems, shell_problems
+from hpctrain.config.site import Site, load_site
 from hpctrain.doctor import cluster, places, python
 from hpctrain.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding, score
 from hpctrain.doctor.python import Pin
 from hpctrain.plan import Plan
-from hpctrain.site import Site, load_site
 
 _LEVELS = {"error": PROBLEM, "warning": WARNING, "note": NOT_SEEN}
 

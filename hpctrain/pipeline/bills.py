@@ -12,8 +12,8 @@ from hpctrain import cost, cost_view
 from hpctrain.base import terminal
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.units import format_duration
+from hpctrain.config.pipeline import is_pipeline
 from hpctrain.cost import Allocation, Bill, Spent
-from hpctrain.pipeline.spec import is_pipeline
 from hpctrain.pipeline.stages import load_pipeline
 from hpctrain.plan import Plan
 from hpctrain.render import plan_json

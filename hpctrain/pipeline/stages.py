@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
 from hpctrain.base.frozen import frozen
+from hpctrain.config.document import Document, load_yaml, merge, parse_set
+from hpctrain.config.pipeline import PipelineSpec, Stage, read_pipeline
+from hpctrain.config.recipe import load_recipe
+from hpctrain.config.run import Handed
 from hpctrain.load import Loaded, load_plan
-from hpctrain.pipeline.spec import PipelineSpec, Stage, read_pipeline
 from hpctrain.plan import Plan
-from hpctrain.recipe import load_recipe
 from hpctrain.runtime.layouts import LAYOUTS
-from hpctrain.spec import Handed
-from hpctrain.yamlio import Document, load_yaml, merge, parse_set
 
 
 @frozen

@@ -6,14 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hpctrain import launchers
 from hpctrain.base.frozen import frozen
 from hpctrain.base.shell import output_pattern
 from hpctrain.base.units import format_mem_gib, format_time
+from hpctrain.config import container
+from hpctrain.config.decision import Decision
+from hpctrain.config.recipe import EnvVar, Recipe, Resolved
+from hpctrain.config.sbatch import REPLACES, option_text
+from hpctrain.config.site import NodeType, Partition
 from hpctrain.planning.notes import Notes
-from hpctrain.recipe import Decision, EnvVar, Recipe, Resolved
-from hpctrain.sbatch_options import REPLACES, option_text
-from hpctrain.site import NodeType, Partition
 
 # The batch shell needs this long to write down how a link ended; Slurm may send a signal up to 60 s early.
 NOTICE_LEAD_S = 60
@@ -124,7 +125,7 @@ def decide_srun(notes: Notes, node: NodeType, tasks: int, cpus: int, whole: bool
         out.append(
             Directive("wait", str(rules["wait_s"]), "the rest is ended so many seconds after the first task left")
         )
-    bind = launchers.cpu_bind(node, tasks, cpus, whole)
+    bind = container.cpu_bind(node, tasks, cpus, whole)
     if bind:
         # A mask and --cpus-per-task on the same srun contradict each other (LUMI course, "Process and thread binding").
         out.append(Directive("cpu-bind", bind[0], bind[1]))
@@ -183,19 +184,19 @@ def decide_container(notes: Notes, resolved: Resolved, run_dir: str) -> tuple[st
     if spec.checkpoint_dir:
         needed.append(("checkpoint folder", spec.checkpoint_dir))
     if spec.checkpoint_start:
-        needed.append(("start checkpoint", launchers.parent_folder(spec.checkpoint_start)))
+        needed.append(("start checkpoint", container.parent_folder(spec.checkpoint_start)))
     elif spec.has_start and spec.handed and spec.handed.checkpoint_dir:
         needed.append(("checkpoints of the stage before", spec.handed.checkpoint_dir))
-    needed += [("data", launchers.parent_folder(path)) for paths in spec.data.values() for path in paths]
+    needed += [("data", container.parent_folder(path)) for paths in spec.data.values() for path in paths]
     needed += [(what, path) for what, path, _ in resolved.paths]
     needed += resolved.binds
     for what, path in needed:
         if ":" in path or "," in path:
             notes.error(f"the {what} `{path}` cannot be bound into a container: its path holds `:` or `,`")
-    binds, decisions = launchers.bind_list(site, spec.container_binds, needed)
+    binds, decisions = container.bind_list(site, spec.container_binds, needed)
     notes.decisions += decisions
     notes.decide("container", spec.container, f"run with {site.values['container']['runtime']}", "container")
-    return tuple(launchers.container_argv(site, spec.container, binds))
+    return tuple(container.container_argv(site, spec.container, binds))
 
 
 def decide_env(notes: Notes, resolved: Resolved) -> tuple[EnvVar, ...]:

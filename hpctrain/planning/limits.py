@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpctrain import estimate
 from hpctrain.base.units import format_time
+from hpctrain.config import billing
+from hpctrain.config.recipe import Resolved
+from hpctrain.config.site import NodeType, Partition
 from hpctrain.planning.notes import Notes
 from hpctrain.planning.shape import fitting_partitions, limit_line
-from hpctrain.recipe import Resolved
-from hpctrain.site import NodeType, Partition
 
 
 def check_checkpoint(notes: Notes) -> None:
@@ -111,10 +111,10 @@ def check_limits(notes: Notes, partition: Partition) -> None:
 
 def decide_cost(
     notes: Notes, partition: Partition, node: NodeType, gpus: int, cores: int, memory_gib: float, whole: bool
-) -> estimate.Cost:
+) -> billing.Cost:
     if whole:
         cores, memory_gib, gpus = node.usable_cores, node.memory_gib, node.gpus
-    result = estimate.cost(partition, notes.spec.num_nodes, cores, memory_gib, gpus, notes.spec.time_s)
+    result = billing.cost(partition, notes.spec.num_nodes, cores, memory_gib, gpus, notes.spec.time_s)
     if result.billed is not None:
         notes.decide("cost.job", f"{result.billed:,.1f} {result.unit}s", result.formula,
                     "partitions", partition.name, "billing", site=True)  # fmt: skip
@@ -149,7 +149,7 @@ def check_cadence(notes: Notes, resolved: Resolved, signal: Mapping[str, Any]) -
             hint=f"save every {max(int(spec.time_s / spec.step_time_s / 4), 1)} iterations or so",
         )  # fmt: skip
         return
-    links = estimate.links_needed(cadence.iterations, spec.step_time_s, cadence.save_every, spec.time_s,
+    links = billing.links_needed(cadence.iterations, spec.step_time_s, cadence.save_every, spec.time_s,
                                   signal["lead_s"] if saves else 0, saves)  # fmt: skip
     if links:
         notes.decide(
@@ -169,7 +169,7 @@ def check_cadence(notes: Notes, resolved: Resolved, signal: Mapping[str, Any]) -
             format_time(max(int(lost), 1)),
             "most work lost when a node fails: one checkpoint interval",
         )
-        mttf = estimate.mean_time_to_failure_s(spec.num_nodes)
-        best = estimate.young_daly_s(spec.save_time_s or 120, mttf)
+        mttf = billing.mean_time_to_failure_s(spec.num_nodes)
+        best = billing.young_daly_s(spec.save_time_s or 120, mttf)
         notes.decide("checkpoint.best_interval", format_time(int(best)),
                     f"Young-Daly: sqrt(2 x {spec.save_time_s or 120:g} s save x {mttf / 3600:.0f} h between failures)")  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.recipe import Decision, Recipe
-from hpctrain.site import Site
-from hpctrain.spec import RunSpec
+from hpctrain.config.decision import Decision
+from hpctrain.config.recipe import Recipe
+from hpctrain.config.run import RunSpec
+from hpctrain.config.site import Site
 
 
 class Notes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from hpctrain.base.units import format_time, parse_mem_gib
+from hpctrain.config.fields import nearest
+from hpctrain.config.site import NodeType, Partition
 from hpctrain.planning.notes import Notes
-from hpctrain.schema import nearest
-from hpctrain.site import NodeType, Partition
 
 
 def pick_partition(notes: Notes) -> tuple[Partition, NodeType]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from hpctrain.base.errors import Problem
 from hpctrain.base.text import text_problem
-from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
-from hpctrain.spec import absolute
+from hpctrain.config.decision import Decision
+from hpctrain.config.recipe import Cadence, Context, Guard, Resolved
+from hpctrain.config.run import absolute
 
 
 def resolve(context: Context) -> Resolved:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from hpctrain.base.errors import Problem
-from hpctrain.spec import RunSpec
+from hpctrain.config.run import RunSpec
 
 _ROWS = re.compile(r"\.(jsonl?|parquet|arrow|csv|tsv|txt|gz|zst)\Z", re.IGNORECASE)
 _NO_ROWS = re.compile(r"\.(csv|tsv|txt|gz|bz2|xz|zst|zip|tar|bin|idx|npy|npz|pkl|pt|xlsx?)\Z", re.IGNORECASE)

@@ -6,12 +6,13 @@ import dataclasses
 import os
 
 from hpctrain.base.errors import Problem
-from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
+from hpctrain.config.decision import Decision
+from hpctrain.config.document import Document
+from hpctrain.config.recipe import Cadence, Context, Guard, Resolved
+from hpctrain.config.run import absolute
+from hpctrain.config.trainers.dpo import FIELDS, DpoConfig, parse_config
 from hpctrain.recipes import trainer_config
 from hpctrain.recipes.sft import signal_name
-from hpctrain.spec import absolute
-from hpctrain.train.dpo.config import FIELDS, DpoConfig, parse_config
-from hpctrain.yamlio import Document
 
 CONFIG = "config_dpo.yaml"
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from hpctrain import estimate as arithmetic
 from hpctrain.base.errors import Problem
 from hpctrain.base.units import format_duration, format_time
-from hpctrain.recipe import Context, Decision
-from hpctrain.train.hf_sft.config import HfSftConfig
-from hpctrain.yamlio import Document
+from hpctrain.config import billing as arithmetic
+from hpctrain.config.decision import Decision
+from hpctrain.config.document import Document
+from hpctrain.config.recipe import Context
+from hpctrain.config.trainers.trl import HfSftConfig
 
 # Two figures for one quantity are taken for the same within a quarter: a first measurement is no better than that.
 TOLERANCE = 1.25

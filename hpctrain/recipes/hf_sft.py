@@ -8,12 +8,13 @@ from typing import Any
 
 from hpctrain.base.errors import Problem
 from hpctrain.base.shell import ShellText, node_path
-from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
+from hpctrain.config.decision import Decision
+from hpctrain.config.document import Document
+from hpctrain.config.recipe import Cadence, Context, Guard, Resolved
+from hpctrain.config.run import absolute
+from hpctrain.config.trainers.trl import FIELDS, HfSftConfig, parse_config, quantised_name, quantised_problem
 from hpctrain.recipes import hf_estimate, trainer_config
 from hpctrain.recipes.sft import signal_name
-from hpctrain.spec import absolute
-from hpctrain.train.hf_sft.config import FIELDS, HfSftConfig, parse_config, quantised_name, quantised_problem
-from hpctrain.yamlio import Document
 
 CONFIG = "config_sft.yaml"
 _STAGE = "{tmp}/{user}-{job}-data"

@@ -9,13 +9,14 @@ import os
 from typing import Any
 
 from hpctrain.base.paths import shipped_dir
-from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
+from hpctrain.config.decision import Decision
+from hpctrain.config.recipe import Cadence, Context, Guard, Resolved
+from hpctrain.config.run import absolute
 from hpctrain.recipes.datafiles import indexed_problems
 from hpctrain.recipes.neox import batch, data, export, launch, model, ranges, saving
 from hpctrain.recipes.neox.configs import MAX_TEXT_BYTES, config_text
 from hpctrain.recipes.neox.draft import Draft, make_draft, section
 from hpctrain.recipes.neox.keys import FLAVOR_NAMES
-from hpctrain.spec import absolute
 
 
 def resolve(context: Context) -> Resolved:

@@ -7,13 +7,14 @@ import os
 import re
 from typing import Any
 
-from hpctrain import yamltext
 from hpctrain.base.errors import Problem, UsageError
-from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
+from hpctrain.config import text
+from hpctrain.config.decision import Decision
+from hpctrain.config.document import Document
+from hpctrain.config.recipe import Cadence, Context, Guard, Resolved
+from hpctrain.config.run import absolute
+from hpctrain.config.trainers.sft import SftConfig, parse_config, resolve_batch
 from hpctrain.recipes.datafiles import indexed_problems
-from hpctrain.spec import absolute
-from hpctrain.train.config import SftConfig, parse_config, resolve_batch
-from hpctrain.yamlio import Document
 
 CONFIG = "config.yml"
 # run.yaml says these elsewhere, so that `check` knows them as paths and as data.
@@ -100,13 +101,13 @@ _FRESH = {
 
 def config_text(config: SftConfig, name: str) -> str:
     """The trainer's config as YAML, every key with its sentence, so that the file explains itself."""
-    lines = yamltext.comment(f"The training of run {name}, read by `python -m hpctrain.train.sft` on every rank.")
+    lines = text.comment(f"The training of run {name}, read by `python -m hpctrain.train.sft` on every rank.")
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         value = list(value) if isinstance(value, tuple) else value
         if value is None or value == []:
             continue
-        lines += ["", *yamltext.comment(item.metadata["doc"]), *yamltext.block(item.name, value)]
+        lines += ["", *text.comment(item.metadata["doc"]), *text.block(item.name, value)]
     return "\n".join(lines) + "\n"
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Callable
 
-from hpctrain import yamltext
 from hpctrain.base.errors import Problem
-from hpctrain.recipe import Context
+from hpctrain.config import text
+from hpctrain.config.document import Document, Path, merge
+from hpctrain.config.fields import Field
+from hpctrain.config.recipe import Context
 from hpctrain.recipes.datafiles import row_problems
 from hpctrain.recipes.neox.draft import section
-from hpctrain.schema import Field
-from hpctrain.yamlio import Document, Path, merge
 
 
 def layered(context: Context, what: str, *key: str) -> tuple[Document, list[Problem]]:
@@ -48,18 +48,18 @@ def config_text(
 
     Keys without a value, and those that `left_out` says, are not written.
     """
-    lines = yamltext.comment(f"The training of run {name}, read by `python -m {module}` on every rank.")
+    lines = text.comment(f"The training of run {name}, read by `python -m {module}` on every rank.")
 
     def add(fields: Mapping[str, Field], values: Mapping[str, Any], indent: int) -> None:
         for key, field in fields.items():
             if values[key] is None or left_out(key, values[key]):
                 continue
-            lines.extend(["", *yamltext.comment(field.doc, indent)])
+            lines.extend(["", *text.comment(field.doc, indent)])
             if field.kind == "table":
                 lines.append(f"{key}:")
                 add(field.fields or {}, values[key], indent + 2)
             else:
-                lines.extend(yamltext.block(key, values[key], indent))
+                lines.extend(text.block(key, values[key], indent))
 
     add(fields, values, 0)
     return "\n".join(lines) + "\n"

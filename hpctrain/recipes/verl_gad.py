@@ -15,13 +15,14 @@ from hpctrain.base.errors import Problem
 from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import shipped_dir
 from hpctrain.base.text import text_problem
-from hpctrain.recipe import Cadence, Context, Decision, Guard, Resolved
+from hpctrain.config.decision import Decision
+from hpctrain.config.recipe import Cadence, Context, Guard, Resolved
+from hpctrain.config.run import RunSpec, absolute
 from hpctrain.recipes.verl import checks, hydra, keys
 from hpctrain.recipes.verl.checks import Where
 from hpctrain.recipes.verl.presets import BRANCHES, SHAPE_KEYS, SIZES, ModelShape, overrides_of
 from hpctrain.runtime.layouts import LAYOUTS
 from hpctrain.runtime.survey import start_number
-from hpctrain.spec import RunSpec, absolute
 
 WARMUP, ADVERSARIAL = "warmup", "adversarial"
 LENGTHS = ("trainer.total_training_steps", "trainer.total_epochs")

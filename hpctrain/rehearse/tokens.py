@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, UsageError
+from hpctrain.config.site import Site, load_site
 from hpctrain.rehearse import stage
 from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.shape import ClusterShape
-from hpctrain.site import Site, load_site
 from hpctrain.tokenize.command import How, tokenize
 from hpctrain.tokenize.limits import limits_of
 from hpctrain.tokenize.prepare import Request, prepare

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpctrain import cost, estimate
+from hpctrain import cost
+from hpctrain.config import billing
 from hpctrain.observe import RunStatus, status_of
 from hpctrain.runs import RunRecords, read_run
 from hpctrain.slurmstate import Answer
@@ -204,10 +205,10 @@ def cadence_of(run: RunRecords, attempts: Sequence[Attempt]) -> dict[str, Any]:
     interval = every * step_s if isinstance(every, int) and step_s else None
     if not isinstance(nodes, int) or nodes < 1:
         return {"interval_s": interval, "best_s": None, "save_every": every}
-    mttf = estimate.mean_time_to_failure_s(nodes)
+    mttf = billing.mean_time_to_failure_s(nodes)
     measured = [value for attempt in attempts for value in attempt.save_times.values]
     save_s = max(median(measured), 0.1) if measured else _SAVE_TIME_S
-    best = estimate.young_daly_s(save_s, mttf)
+    best = billing.young_daly_s(save_s, mttf)
     return {
         "save_every": every, "interval_s": interval, "best_s": best, "mttf_s": mttf, "save_time_s": save_s, "save_measured": bool(measured),
         "best_iterations": max(round(best / step_s), 1) if step_s else None,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 
 from hpctrain.base.errors import Problem, UsageError
+from hpctrain.config.site import NodeType, Site
 from hpctrain.sandbox.shape import ClusterShape, NodeGroup, NodeShape, PartitionShape
-from hpctrain.site import NodeType, Site
 
 OTHER_NODES = 2  # nodes of each kind that nobody asked for, so that its partitions exist
 

@@ -16,7 +16,7 @@ from hpctrain.tokenize.plan import Plan
 from hpctrain.tokenize.prepare import Prepared, Request, prepare, scan, write_plan
 
 if TYPE_CHECKING:
-    from hpctrain.site import Site
+    from hpctrain.config.site import Site
 
 SMALL_BYTES = 1 << 30  # read in a minute by the workers themselves, so no scan before
 
@@ -126,7 +126,7 @@ def tokenize_mpi(
 
 
 def _cluster(plan: Plan, request: Request, how: How, prepared: Prepared) -> run.Cluster:
-    from hpctrain.site import load_site
+    from hpctrain.config.site import load_site
 
     site = load_site(how.site) if how.site else None
     limits = limits_of(site, how.partition)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hpctrain.base.errors import Refused, UsageError
 
 if TYPE_CHECKING:
-    from hpctrain.site import Site
+    from hpctrain.config.site import Site
 
 SECONDS_PER_MB = 1.0  # per task; the slowest encoder measured does 2.4 MB a CPU-second
 STARTUP_S = 300

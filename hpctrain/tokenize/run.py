@@ -22,7 +22,7 @@ from hpctrain.tokenize.plan import Plan
 from hpctrain.tokenize.worker import finished
 
 if TYPE_CHECKING:
-    from hpctrain.site import Site
+    from hpctrain.config.site import Site
 
 MEM_GIB = 2
 LINE_COPIES = 30  # in memory, of the longest line: its text, SentencePiece's work on it, its ids (27 measured)
@@ -168,7 +168,7 @@ def job_name(plan: Plan) -> str:
 
 def container_python(site: Site, image: str, needed: Sequence[str]) -> str:
     """The command that starts Python inside the site's container; raises EnvironmentFault when the site has no runtime."""
-    from hpctrain.launchers import bind_list, container_argv
+    from hpctrain.config.container import bind_list, container_argv
 
     if site.values["container"]["runtime"] == "none":
         raise EnvironmentFault(f"site `{site.name}` runs no containers", where="--container")

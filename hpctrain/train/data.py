@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.base.errors import Problem, UsageError
+from hpctrain.config.trainers.sft import SftConfig
 from hpctrain.tokenize.indexed_dataset import Dataset, open_dataset
 from hpctrain.tokenize.loss_mask import MaskRules, find_unclosed, rules_from_config, trained_tokens
 from hpctrain.train._packing import pack_best_fit
-from hpctrain.train.config import SftConfig
 
 Ints = npt.NDArray[np.int64]
 _PIECE, _PIECES = 64 * 1024, 256  # bytes, and how many of a large file stand for all of it

@@ -18,8 +18,8 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 
+from hpctrain.config.trainers.sft import Batch, SftConfig
 from hpctrain.train import ranks
-from hpctrain.train.config import Batch, SftConfig
 from hpctrain.train.launch import Launch
 from hpctrain.train.model import parameter_groups
 from hpctrain.train.ranks import barrier as barrier

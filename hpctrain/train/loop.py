@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from hpctrain.base import errors
+from hpctrain.config.trainers.sft import Batch, SftConfig, learning_rate
 from hpctrain.tokenize.spm import load_model
 from hpctrain.train import checkpoint, engine, export, ranks
-from hpctrain.train.config import Batch, SftConfig, learning_rate
 from hpctrain.train.data import DataError, PackedRows, describe_too_long, step_samples
 from hpctrain.train.launch import Launch, StopRequest
 from hpctrain.train.logs import Metrics, MetricsLog

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 from hpctrain.base.errors import Problem, UsageError
-from hpctrain.train.config import SftConfig
+from hpctrain.config.trainers.sft import SftConfig
 from hpctrain.train.data import MicroBatch
 
 FAMILIES = ("llama", "gpt_neox")

@@ -13,8 +13,8 @@ import sys
 import warnings
 
 from hpctrain.base import errors, terminal
+from hpctrain.config.trainers.sft import SftConfig, load_config, resolve_batch
 from hpctrain.train.checkpoint import CannotSave
-from hpctrain.train.config import SftConfig, load_config, resolve_batch
 from hpctrain.train.data import DataError
 from hpctrain.train.launch import Launch, StopRequest
 

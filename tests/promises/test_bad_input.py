@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from hpctrain.base.errors import HpctrainError, UsageError
 from hpctrain.check import find_problems
+from hpctrain.config.document import walk
+from hpctrain.config.recipe import load_recipe
 from hpctrain.load import load_plan
-from hpctrain.recipe import load_recipe
 from hpctrain.rundir import run_files, write_run_dir
-from hpctrain.yamlio import walk
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile import HOSTILE  # noqa: E402

@@ -11,12 +11,12 @@ import pytest
 
 from hpctrain.base.files import write_new
 from hpctrain.base.text import text_problem
-from hpctrain.init import Place, run_name, run_yaml_text
+from hpctrain.config.document import parse_yaml
+from hpctrain.config.new_run import Place, run_name, run_yaml_text
+from hpctrain.config.recipe import list_recipes, load_recipe
+from hpctrain.config.site import list_sites, load_site
+from hpctrain.config.text import block, scalar
 from hpctrain.load import load_plan
-from hpctrain.recipe import list_recipes, load_recipe
-from hpctrain.site import list_sites, load_site
-from hpctrain.yamlio import parse_yaml
-from hpctrain.yamltext import block, scalar
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile import HOSTILE  # noqa: E402

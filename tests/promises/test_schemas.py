@@ -12,11 +12,11 @@ import jsonschema
 import pytest
 import yaml
 
-from hpctrain.json_schemas import FOLDER, KINDS, schema_text
+from hpctrain.config.document import load_yaml, parse_yaml
+from hpctrain.config.json_schema import FOLDER, KINDS, schema_text
+from hpctrain.config.recipe import list_recipes
+from hpctrain.config.site import list_sites, load_site
 from hpctrain.pipeline.stages import load_pipeline
-from hpctrain.recipe import list_recipes
-from hpctrain.site import list_sites, load_site
-from hpctrain.yamlio import load_yaml, parse_yaml
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted([*ROOT.glob("examples/**/run.yaml"), *ROOT.glob("tests/golden/*/run.yaml")])

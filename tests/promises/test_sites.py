@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.site import list_sites, load_site
+from hpctrain.config.site import list_sites, load_site
 from hpctrain.site_report import blame, find_problems
 
 DATA = Path(__file__).parents[1] / "data" / "scontrol"

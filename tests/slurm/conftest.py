@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from hpctrain.config.site import load_site
 from hpctrain.sandbox import sandbox as sandboxes
 from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.shape import ClusterShape
-from hpctrain.site import load_site
 
 ACCOUNT = "project_465000000"
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from hpctrain.site import load_site, site_from_document
-from hpctrain.yamlio import parse_yaml
+from hpctrain.config.document import parse_yaml
+from hpctrain.config.site import load_site, site_from_document
 
 pytestmark = pytest.mark.slurm
 HPCTRAIN = (sys.executable, "-m", "hpctrain")

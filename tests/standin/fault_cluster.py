@@ -10,11 +10,11 @@ import threading
 import time
 from pathlib import Path
 
+from hpctrain.config.site import load_site
 from hpctrain.sandbox import processes
 from hpctrain.sandbox import sandbox as sandboxes
 from hpctrain.sandbox.daemons import Daemons
 from hpctrain.sandbox.from_site import shape_from_site
-from hpctrain.site import load_site
 
 
 class Cluster:

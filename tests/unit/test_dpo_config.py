@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base.errors import UsageError
-from hpctrain.train.dpo.config import find_source, load_config
+from hpctrain.config.trainers.dpo import find_source, load_config
 
 SEED = """\
 policy_name: ./policy

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from hpctrain.config.document import parse_yaml
+from hpctrain.config.trainers.dpo import parse_config
 from hpctrain.load import load_plan
 from hpctrain.plan import Plan
-from hpctrain.train.dpo.config import parse_config
-from hpctrain.yamlio import parse_yaml
 
 TRAINING = {"batch_size": 2, "max_steps": 30, "learning_rate": "5e-7", "gradient_accumulation_steps": 4}
 RUN: dict[str, Any] = {

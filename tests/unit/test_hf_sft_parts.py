@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
+from hpctrain.config.document import parse_yaml
+from hpctrain.config.trainers.trl import parse_config
 from hpctrain.train.hf_sft import base, stage
-from hpctrain.train.hf_sft.config import parse_config
 from hpctrain.train.hf_sft.rows import Encoder
 from hpctrain.train.hf_sft.source import find_checkpoint
 from hpctrain.train.program import newest_complete
-from hpctrain.yamlio import parse_yaml
 
 CONTENT = bytes(range(256)) * 40
 SHA = hashlib.sha256(CONTENT).hexdigest()

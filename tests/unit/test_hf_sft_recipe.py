@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from hpctrain.config.document import parse_yaml
+from hpctrain.config.trainers.trl import parse_config, quantised_name
 from hpctrain.load import load_plan
 from hpctrain.plan import Plan
-from hpctrain.train.hf_sft.config import parse_config, quantised_name
-from hpctrain.yamlio import parse_yaml
 
 # The seed's own command line, in its own words.
 SEED: dict[str, Any] = {

@@ -240,7 +240,7 @@ def test_lumis_formula_by_hand(hpctrain, tmp_path):
 
 def test_what_is_left_is_read_from_the_sites_own_tool():
     said = "Project | CPU\nproject_465000001 | 12,345/500000 (2.4%) core/hours | 6,789.5/50000 (13%) gpu/hours|\n"
-    from hpctrain.site import load_site
+    from hpctrain.config.site import load_site
 
     patterns = load_site("lumi").values["tools"]["allocation"]["patterns"]
     left = cost.read_allocation(said, patterns["GPU-hour"], "project_465000001", "GPU-hour")

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpctrain.base import errors, units
+from hpctrain.config.site import load_site
 from hpctrain.sandbox import daemons, leftovers, packages, shape
 from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.standins import singularity
-from hpctrain.site import load_site
 
 PLACE = shape.Place("/s", "/r", "me", shape.Ports(11000, 11001, 11002), "/plugins", 1001, has_lua=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base import errors
-from hpctrain.train.config import SftConfig, learning_rate, load_config, resolve_batch
+from hpctrain.config.trainers.sft import SftConfig, learning_rate, load_config, resolve_batch
 from hpctrain.train.launch import Launch
 
 

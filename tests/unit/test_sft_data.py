@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpctrain.base import errors
-from hpctrain.train.config import SftConfig
+from hpctrain.config.trainers.sft import SftConfig
 from hpctrain.train.data import DataError, PackedRows, describe_too_long, step_samples
 
 

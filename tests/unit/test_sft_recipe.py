@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from hpctrain.config.document import parse_yaml
+from hpctrain.config.trainers.sft import parse_config
 from hpctrain.load import load_plan
 from hpctrain.plan import Plan
-from hpctrain.train.config import parse_config
-from hpctrain.yamlio import parse_yaml
 
 RUN: dict[str, Any] = {
     "name": "ft", "site": "local", "recipe": "sft", "nodes": 2, "tasks_per_node": 2, "time": "10m",

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from hpctrain.base.errors import UsageError
-from hpctrain.yamlio import load_yaml, looks_like_float, merge, parse_set, parse_yaml
+from hpctrain.config.document import load_yaml, looks_like_float, merge, parse_set, parse_yaml
 
 
 def test_every_value_knows_its_line_and_column():

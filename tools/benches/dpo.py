@@ -172,7 +172,7 @@ class Worker:
         self.done += 1
 
     def hpctrain(self, share: str) -> None:
-        from hpctrain.train.dpo.config import load_config
+        from hpctrain.config.trainers.dpo import load_config
         from hpctrain.train.dpo.loop import DpoTrainer
         from hpctrain.train.launch import Launch, StopRequest
 

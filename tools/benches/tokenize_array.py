@@ -80,9 +80,9 @@ def main() -> None:
 
 
 def measure(data: Path, model: Path, out: Path, tasks: int, seed: int) -> dict[str, Any]:
+    from hpctrain.config.site import load_site
     from hpctrain.sandbox import sandbox
     from hpctrain.sandbox.from_site import shape_from_site
-    from hpctrain.site import load_site
 
     shape = shape_from_site(
         load_site("lumi"), {"lumi-g": 1, "lumi-c": 4, "lumi-d": 0}, kill_wait_s=3, slurmd_timeout_s=60

@@ -75,7 +75,7 @@ class Bench:
     """The model config, the data, and one way to run each contender; each returns the seconds of its steps."""
 
     def __init__(self, folder: Path, args: argparse.Namespace, precision: str, stage: int):
-        from hpctrain.train.config import SftConfig, resolve_batch
+        from hpctrain.config.trainers.sft import SftConfig, resolve_batch
         from hpctrain.train.data import PackedRows
 
         self.folder, self.args = folder, args

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpctrain.base.frozen import frozen
-from hpctrain.recipe import Decision
+from hpctrain.config.decision import Decision
 from hpctrain.recipes.neox.draft import RUN, Draft
 
 _TRAIN, _MICRO, _STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.recipe import Decision
+from hpctrain.config.decision import Decision
+from hpctrain.config.document import Document, Origin, merge
 from hpctrain.recipes.neox.keys import Key, content_problems, describe_unknown, show, table, value_problems
-from hpctrain.yamlio import Document, Origin, merge
 
 DEFAULT, BASE, RUN, RULE = "default", "base", "run", "rule"
 _LAYER_REASON = {DEFAULT: "the recipe's default", BASE: "as the base config says", RUN: "as the run says"}

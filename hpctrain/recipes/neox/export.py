@@ -14,12 +14,12 @@ from typing import Any
 
 from hpctrain.base.shell import output_pattern
 from hpctrain.base.units import format_mem_gib, format_time
-from hpctrain.recipe import Context
+from hpctrain.config.recipe import Context
+from hpctrain.config.run import absolute
+from hpctrain.config.sbatch import option_text
+from hpctrain.config.site import Partition
 from hpctrain.recipes.neox.configs import config_text
 from hpctrain.recipes.neox.draft import Draft
-from hpctrain.sbatch_options import option_text
-from hpctrain.site import Partition
-from hpctrain.spec import absolute
 
 CONVERTER = "tools/ckpts/convert_neox_to_hf.py"
 CONFIG = "config.export.yml"

@@ -14,8 +14,8 @@ from hpctrain.base.errors import Problem
 from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import shipped_dir
 from hpctrain.base.text import text_problem
-from hpctrain.schema import nearest
-from hpctrain.yamlio import Document, walk
+from hpctrain.config.document import Document, walk
+from hpctrain.config.fields import nearest
 
 FLAVORS = ("tilde", "upstream")
 FLAVOR_NAMES = {"tilde": "the Tilde fork", "upstream": "EleutherAI's GPT-NeoX"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from hpctrain.recipe import EnvVar
+from hpctrain.config.recipe import EnvVar
+from hpctrain.config.run import RunSpec
 from hpctrain.recipes.neox.draft import Draft
-from hpctrain.spec import RunSpec
 
 SRUN, DEEPY = "srun", "deepy"
 # Places and ranks: decided by the job, and stale in any base config.

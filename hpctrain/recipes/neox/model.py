@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hpctrain.config.fields import nearest
 from hpctrain.recipes.neox.batch import Shape
 from hpctrain.recipes.neox.draft import RUN, Draft
-from hpctrain.schema import nearest
 
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "seq_length")
 _OPTIMIZER_LR = 0.001  # OPT_PARAMS_DEFAULTS of NeoX megatron/neox_arguments/deepspeed_args.py

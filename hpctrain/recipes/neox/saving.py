@@ -6,8 +6,8 @@ import os
 import re
 
 from hpctrain.base.frozen import frozen
+from hpctrain.config.run import RunSpec
 from hpctrain.recipes.neox.draft import RUN, Draft, slashed
-from hpctrain.spec import RunSpec
 
 # A start checkpoint's folder: global_step423858, _global_step423858, _global_step_423858_backup.
 _STEP = re.compile(r"_*global_step_?(\d{1,18})(?:_.*)?\Z", re.ASCII)

@@ -17,8 +17,8 @@ from hpctrain.base.errors import Problem
 from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import shipped_dir
 from hpctrain.base.text import text_problem
-from hpctrain.schema import nearest
-from hpctrain.yamlio import Document
+from hpctrain.config.document import Document
+from hpctrain.config.fields import nearest
 
 _KIND_NAMES = {
     "text": "text",

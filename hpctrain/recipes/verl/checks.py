@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.recipe import Context, Decision
+from hpctrain.config.decision import Decision
+from hpctrain.config.recipe import Context
 from hpctrain.recipes.verl.memory import least_ranks, need
 from hpctrain.recipes.verl.presets import ModelShape
 

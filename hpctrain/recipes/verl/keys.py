@@ -8,7 +8,7 @@ import os
 from hpctrain.base.errors import Problem
 from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import shipped_dir
-from hpctrain.schema import nearest
+from hpctrain.config.fields import nearest
 
 
 @frozen

@@ -13,7 +13,7 @@ import sys
 import warnings
 
 from hpctrain.base import errors
-from hpctrain.train.dpo.config import DpoConfig, load_config
+from hpctrain.config.trainers.dpo import DpoConfig, load_config
 from hpctrain.train.launch import Launch, StopRequest
 from hpctrain.train.program import Program, main
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from hpctrain.base import errors
+from hpctrain.config.trainers.dpo import DpoConfig
+from hpctrain.config.trainers.sft import learning_rate
 from hpctrain.train import checkpoint as whole
 from hpctrain.train import ranks
-from hpctrain.train.config import learning_rate
 from hpctrain.train.dpo import checkpoint, export, parallel, reference
 from hpctrain.train.dpo.batches import Rows, Slots, lay_out, plan_epoch, rank_slots, steps_per_epoch
-from hpctrain.train.dpo.config import DpoConfig
 from hpctrain.train.dpo.loss import dpo_loss
 from hpctrain.train.dpo.margins import Gatherer, Interval, MarginLog
 from hpctrain.train.dpo.model import can_share_prompt, dpo_model_config, read_pretrained, to_tensors

@@ -17,8 +17,8 @@ import numpy as np
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.base.files import write_whole
+from hpctrain.config.trainers.dpo import DpoConfig
 from hpctrain.train.dpo.batches import Pair
-from hpctrain.train.dpo.config import DpoConfig
 from hpctrain.train.dpo.records import Record, as_text, find_files, read_records
 
 _FORM = 1  # raise it when the same input gives other tokens

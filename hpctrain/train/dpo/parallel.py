@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from hpctrain.config.trainers.dpo import DpoConfig
 from hpctrain.train import ranks
-from hpctrain.train.dpo.config import DpoConfig
 from hpctrain.train.dpo.model import model_class, parameters_on_meta
 from hpctrain.train.model import parameter_groups
 

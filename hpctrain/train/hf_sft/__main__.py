@@ -12,7 +12,7 @@ import sys
 import warnings
 
 from hpctrain.base import errors
-from hpctrain.train.hf_sft.config import HfSftConfig, load_config
+from hpctrain.config.trainers.trl import HfSftConfig, load_config
 from hpctrain.train.hf_sft.source import LAYOUT
 from hpctrain.train.launch import Launch, StopRequest
 from hpctrain.train.program import Program, main

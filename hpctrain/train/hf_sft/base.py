@@ -15,7 +15,7 @@ from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.base.units import format_size
-from hpctrain.train.hf_sft.config import HfSftConfig, quantised_name, quantised_problem
+from hpctrain.config.trainers.trl import HfSftConfig, quantised_name, quantised_problem
 
 # Of safetensors' own names; what a full-precision base is stored in.
 FULL_PRECISION = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

@@ -20,10 +20,10 @@ from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
 from hpctrain.base.units import format_size
+from hpctrain.config.trainers.trl import quantised_name
 from hpctrain.train.checkpoint import META, read_meta
 from hpctrain.train.export import DTYPES, publish_model
 from hpctrain.train.hf_sft import base as bases
-from hpctrain.train.hf_sft.config import quantised_name
 from hpctrain.train.hf_sft.prepare import tokenizer_files
 from hpctrain.train.hf_sft.source import Checkpoint
 
@@ -148,7 +148,7 @@ def _base_folder(checkpoint: Checkpoint, adapter: dict[str, Any], given: str | N
     """Where the base lies: as given, else as the update says; a checkpoint of all weights is its own base."""
     if not adapter:
         return checkpoint.path
-    from hpctrain.train.dpo.config import find_source
+    from hpctrain.config.trainers.dpo import find_source
 
     name = given or str(adapter.get("base_model_name_or_path") or "")
     folder = find_source(name, os.getcwd(), "models") if name else None

@@ -19,9 +19,9 @@ from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError, missing_package
 from hpctrain.base.files import sync
+from hpctrain.config.trainers.trl import HfSftConfig
 from hpctrain.train.dpo.pairs import load_tokenizer
 from hpctrain.train.dpo.records import data_rows, find_files
-from hpctrain.train.hf_sft.config import HfSftConfig
 from hpctrain.train.hf_sft.rows import Encoder, marking_template
 
 DATA, MANIFEST = "data.arrow", "manifest.json"

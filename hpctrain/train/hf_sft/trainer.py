@@ -21,12 +21,12 @@ import torch.distributed as dist
 import transformers
 
 from hpctrain.base.errors import HpctrainError, Problem, UsageError, missing_package
-from hpctrain.schema import nearest
+from hpctrain.config.fields import nearest
+from hpctrain.config.trainers.trl import HfSftConfig
 from hpctrain.train import ranks
 from hpctrain.train.checkpoint import check_writable
 from hpctrain.train.dpo.pairs import load_tokenizer
 from hpctrain.train.hf_sft import base, export, prepare, stage
-from hpctrain.train.hf_sft.config import HfSftConfig
 from hpctrain.train.launch import Launch, StopRequest
 from hpctrain.train.logs import append_whole_lines
 from hpctrain.train.model import longest_document, read_pretrained

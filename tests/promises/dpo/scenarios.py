@@ -14,9 +14,9 @@ import os
 import sys
 
 from hpctrain.base import errors
+from hpctrain.config.trainers.dpo import load_config
 from hpctrain.train import ranks
 from hpctrain.train.dpo.__main__ import train
-from hpctrain.train.dpo.config import load_config
 from hpctrain.train.launch import Launch, StopRequest
 
 

@@ -26,9 +26,9 @@ import transformers  # noqa: E402
 import trl  # noqa: E402
 
 from hpctrain.base import errors  # noqa: E402
+from hpctrain.config.trainers.trl import load_config  # noqa: E402
 from hpctrain.train.hf_sft import export, rows, validate  # noqa: E402
 from hpctrain.train.hf_sft.__main__ import start  # noqa: E402
-from hpctrain.train.hf_sft.config import load_config  # noqa: E402
 from hpctrain.train.hf_sft.source import find_checkpoint  # noqa: E402
 from hpctrain.train.launch import Launch, StopRequest  # noqa: E402
 from hpctrain.train.program import newest_complete  # noqa: E402

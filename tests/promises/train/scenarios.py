@@ -13,8 +13,8 @@ import os
 import sys
 
 from hpctrain.base import errors
+from hpctrain.config.trainers.sft import load_config
 from hpctrain.train import engine, sft
-from hpctrain.train.config import load_config
 from hpctrain.train.launch import Launch, StopRequest
 
 

@@ -15,7 +15,7 @@ FAMILIES = {"llama.json": "attention_dropout", "neox.json": "hidden_dropout"}
 
 
 def model_and_rows(bench: Bench, family: str, attention: str, **keys: Any) -> Any:
-    from hpctrain.train.config import SftConfig
+    from hpctrain.config.trainers.sft import SftConfig
     from hpctrain.train.data import PackedRows
     from hpctrain.train.model import build_model, read_model_config
 

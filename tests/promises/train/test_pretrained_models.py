@@ -39,7 +39,7 @@ def write(folder: Path, config: dict[str, Any], **how: Any) -> Any:
 def test_every_weight_of_the_directory_is_in_the_model_that_is_trained(tmp_path: Path, name: str) -> None:
     import torch
 
-    from hpctrain.train.config import SftConfig
+    from hpctrain.config.trainers.sft import SftConfig
     from hpctrain.train.dpo import model as dpo
     from hpctrain.train.model import build_model, read_model_config
 

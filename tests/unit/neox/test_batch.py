@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpctrain.config.document import Document
 from hpctrain.recipes.neox.batch import decide_batch, decide_shape
 from hpctrain.recipes.neox.draft import make_draft
-from hpctrain.yamlio import Document
 
 NUMBERS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 

@@ -11,7 +11,7 @@ from tokenize_help import dialogues, model_path, write_jsonl
 from tokenize_runs import PLAIN, request
 
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
-from hpctrain.site import load_site
+from hpctrain.config.site import load_site
 from hpctrain.tokenize.count import summary
 from hpctrain.tokenize.indexed_dataset import open_dataset, verify
 from hpctrain.tokenize.inspect import default_rules, documents, printable

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import yamlio
 from hpctrain.base.errors import Problem, UsageError
-from hpctrain.schema import Field, check
-from hpctrain.train.config import is_stop_signal
-from hpctrain.train.dpo.config import absolute_source, find_source, read_numbers
+from hpctrain.config.document import Document, load_yaml
+from hpctrain.config.fields import Field, check
+from hpctrain.config.trainers.dpo import absolute_source, find_source, read_numbers
+from hpctrain.config.trainers.sft import is_stop_signal
 
 ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _LORA = {
@@ -133,7 +133,7 @@ def load_config(path: str) -> HfSftConfig:
     Raises UsageError with every unknown key, wrong type, broken rule and missing source, each with file:line:column;
     EnvironmentFault when the file cannot be read.
     """
-    document = yamlio.load_yaml(path)
+    document = load_yaml(path)
     base_dir = os.path.dirname(os.path.abspath(path))
     config, problems = parse_config(document, base_dir)
     values = dict(config.values)
@@ -152,12 +152,12 @@ def load_config(path: str) -> HfSftConfig:
     return HfSftConfig(values)
 
 
-def parse_config(document: yamlio.Document, base_dir: str) -> tuple[HfSftConfig, list[Problem]]:
+def parse_config(document: Document, base_dir: str) -> tuple[HfSftConfig, list[Problem]]:
     """The config of a YAML document and every problem of it; looks at no file.
 
     With problems it is a best guess, good for finding more of them. Relative paths are relative to `base_dir`.
     """
-    document = yamlio.Document(
+    document = Document(
         read_numbers(document.data or {}, FIELDS), document.origins, document.key_origins, document.name
     )
     values, problems = check(document, FIELDS)
@@ -173,7 +173,7 @@ def parse_config(document: yamlio.Document, base_dir: str) -> tuple[HfSftConfig,
     return config, problems
 
 
-def _contradictions(config: HfSftConfig, document: yamlio.Document) -> list[Problem]:
+def _contradictions(config: HfSftConfig, document: Document) -> list[Problem]:
     """Keys that are valid alone and wrong together."""
     found = []
     why = "merging an update into quantised weights corrupts the model"

@@ -10,10 +10,10 @@ from typing import Any
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import no_user_config, user_dir
-from hpctrain.sbatch_options import check_options
-from hpctrain.schema import Field, check
-from hpctrain.site import ENV_NAME, NAME
-from hpctrain.yamlio import Document, load_yaml, merge, parse_set
+from hpctrain.config.document import Document, load_yaml, merge, parse_set
+from hpctrain.config.fields import Field, check
+from hpctrain.config.sbatch import check_options
+from hpctrain.config.site import ENV_NAME, NAME
 
 _SLURM_WORD = r"[A-Za-z0-9_][A-Za-z0-9_@.+-]{0,127}"
 # Set by hpctrain or by Slurm in every job; a value of the user's would break the rendezvous or the guard.

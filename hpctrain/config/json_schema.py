@@ -1,7 +1,7 @@
 """JSON Schemas of run.yaml, pipeline.yaml and site profiles, so that editors complete and check them while one types.
 
 Made from the same declared fields that hpctrain checks with, plus the options of the shipped recipes. The files under
-`hpctrain/schemas/` are these, written out; a test holds them equal.
+`hpctrain/config/schemas/` are these, written out; a test holds them equal.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import json
 import os
 from typing import Any
 
-from hpctrain import site, spec
 from hpctrain.base.paths import shipped_dir
-from hpctrain.pipeline import spec as pipeline
-from hpctrain.recipe import list_recipes, load_recipe
-from hpctrain.schema import json_schema
+from hpctrain.config import pipeline, run, site
+from hpctrain.config.fields import json_schema
+from hpctrain.config.recipe import list_recipes, load_recipe
 
 KINDS = ("run", "pipeline", "site")
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "schemas")
@@ -30,7 +29,7 @@ def schema_text(kind: str, shipped_only: bool = False) -> str:
 
 
 def _run_schema(shipped_only: bool) -> dict[str, Any]:
-    schema = json_schema(spec.FIELDS, "hpctrain run.yaml", "One training run: what trains, where, and how long.")
+    schema = json_schema(run.FIELDS, "hpctrain run.yaml", "One training run: what trains, where, and how long.")
     # These may also come from the user's config or the site's defaults.
     schema["required"] = ["name", "recipe"]
     choices = []

@@ -9,16 +9,17 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import layer_dirs
-from hpctrain.schema import Field, check, nearest
-from hpctrain.site import ENV_NAME, NAME, NodeType, Site
-from hpctrain.spec import RunSpec
-from hpctrain.yamlio import Document, load_yaml
+from hpctrain.config.decision import Decision
+from hpctrain.config.document import Document, load_yaml
+from hpctrain.config.fields import Field, check, nearest
+from hpctrain.config.run import RunSpec
+from hpctrain.config.site import ENV_NAME, NAME, NodeType, Site
 
 MODES = ("scratch", "finetune", "resume")
 
@@ -113,16 +114,6 @@ class Recipe:
     values: Mapping[str, Any]
     document: Document
     folder: str
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One decided value: `name` (dotted), `value`, why, and where it comes from (file:line:column, or a module's rule)."""
-
-    name: str
-    value: Any
-    reason: str
-    origin: str = ""
 
 
 @frozen

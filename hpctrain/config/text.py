@@ -1,4 +1,4 @@
-"""Values as YAML text for people, with comments between; `yamlio` reads back exactly what was written."""
+"""Values as YAML text for people, with comments between; `document` reads back exactly what was written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hpctrain.base.text import text_problem
-from hpctrain.yamlio import parse_yaml
+from hpctrain.config.document import parse_yaml
 
 _WIDTH = 118
 

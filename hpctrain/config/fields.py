@@ -10,7 +10,7 @@ from typing import Any
 from hpctrain.base import units
 from hpctrain.base.errors import Problem, printable
 from hpctrain.base.text import text_problem
-from hpctrain.yamlio import Document, Path, looks_like_float
+from hpctrain.config.document import Document, Path, looks_like_float
 
 MAX_PATH_BYTES = 4095  # PATH_MAX of Linux (include/uapi/linux/limits.h), without its final NUL
 MAX_INTEGER = 2**63  # more is counted by nobody, Slurm and torch least of all

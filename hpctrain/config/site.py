@@ -12,8 +12,8 @@ from typing import Any
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import layer_dirs, shipped_dir
-from hpctrain.schema import Field, check, nearest
-from hpctrain.yamlio import Document, load_yaml, merge
+from hpctrain.config.document import Document, load_yaml, merge
+from hpctrain.config.fields import Field, check, nearest
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"

@@ -13,9 +13,9 @@ import signal
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpctrain import yamlio
 from hpctrain.base.errors import Problem, UsageError
-from hpctrain.schema import countable
+from hpctrain.config.document import Document, load_yaml, looks_like_float
+from hpctrain.config.fields import countable
 
 
 def _key(default: Any, doc: str, **rules: Any) -> Any:
@@ -95,7 +95,7 @@ def load_config(path: str) -> SftConfig:
     Raises UsageError with every unknown key, wrong type, broken rule and missing file, each with file:line:column;
     EnvironmentFault when the file cannot be read.
     """
-    document = yamlio.load_yaml(path)
+    document = load_yaml(path)
     config, problems = parse_config(document, os.path.dirname(os.path.abspath(path)))
     bad = {problem.where for problem in problems}
     problems += [problem for problem in _missing_files(config, document) if problem.where not in bad]
@@ -104,7 +104,7 @@ def load_config(path: str) -> SftConfig:
     return config
 
 
-def parse_config(document: yamlio.Document, base_dir: str) -> tuple[SftConfig, list[Problem]]:
+def parse_config(document: Document, base_dir: str) -> tuple[SftConfig, list[Problem]]:
     """The config of a YAML document and every problem of it; looks at no file.
 
     With problems it is a best guess, good for finding more of them. Relative paths are relative to `base_dir`.
@@ -217,7 +217,7 @@ def _convert(value: Any, item: Any) -> Any:
         if item.name == "stop_signal" and not is_stop_signal(value):
             raise ValueError("is not the name of a signal that a process can hear, such as USR1")
         return value
-    if kind.startswith("float") and yamlio.looks_like_float(value):
+    if kind.startswith("float") and looks_like_float(value):
         value = float(value)  # YAML 1.1 reads 8e-6 as text
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not countable(value):
         raise ValueError("is not a number")
@@ -232,7 +232,7 @@ def _convert(value: Any, item: Any) -> Any:
     return float(value) if kind.startswith("float") else value
 
 
-def _contradictions(config: SftConfig, document: yamlio.Document, given: set[str]) -> list[Problem]:
+def _contradictions(config: SftConfig, document: Document, given: set[str]) -> list[Problem]:
     """Keys that are valid alone and wrong together."""
     found = []
 
@@ -260,7 +260,7 @@ def _contradictions(config: SftConfig, document: yamlio.Document, given: set[str
     return found
 
 
-def _missing_files(config: SftConfig, document: yamlio.Document) -> list[Problem]:
+def _missing_files(config: SftConfig, document: Document) -> list[Problem]:
     found = []
     if config.model:
         path = os.path.join(config.model, "config.json") if os.path.isdir(config.model) else config.model

@@ -15,12 +15,12 @@ from typing import Any
 
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
 from hpctrain.base.units import format_time
-from hpctrain.recipe import Recipe, load_recipe
-from hpctrain.schema import Field, check
-from hpctrain.site import NAME, Site, load_site
-from hpctrain.spec import FIELDS
-from hpctrain.yamlio import Document
-from hpctrain.yamltext import block, comment
+from hpctrain.config.document import Document
+from hpctrain.config.fields import Field, check
+from hpctrain.config.recipe import Recipe, load_recipe
+from hpctrain.config.run import FIELDS
+from hpctrain.config.site import NAME, Site, load_site
+from hpctrain.config.text import block, comment
 
 _DEFAULT_TIME_S = 3600
 # Keys that are always written, in this order; the others follow when the recipe gives them, else as examples.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from hpctrain.recipe import Decision
-from hpctrain.site import NodeType, Site
+from hpctrain.config.decision import Decision
+from hpctrain.config.site import NodeType, Site
 
 # What singularity and apptainer mount by themselves (their default configuration).
 _MOUNTED_BY_DEFAULT = ("/tmp", "/proc", "/sys", "/dev", "/var/tmp")

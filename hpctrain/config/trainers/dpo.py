@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hpctrain import yamlio
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.paths import hub_cache_dir
-from hpctrain.schema import Field, check
-from hpctrain.train.config import SftConfig, is_stop_signal
+from hpctrain.config.document import Document, load_yaml, looks_like_float
+from hpctrain.config.fields import Field, check
+from hpctrain.config.trainers.sft import SftConfig, is_stop_signal
 
 _DATASET = {
     "dataset_name": Field("text", "preference pairs: a .jsonl, .json, .parquet or .arrow file, a folder of them, or ORG/NAME in the offline hub cache", required=True),
@@ -85,7 +85,7 @@ class DpoConfig:
 
     @property
     def schedule(self) -> SftConfig:
-        """The learning rate's part in the words of `hpctrain.train.config.learning_rate`."""
+        """The learning rate's part in the words of `hpctrain.config.trainers.sft.learning_rate`."""
         values = self.training
         return SftConfig(
             lr=values["learning_rate"],
@@ -117,7 +117,7 @@ def load_config(path: str) -> DpoConfig:
     Raises UsageError with every unknown key, wrong type, broken rule and missing source, each with file:line:column;
     EnvironmentFault when the file cannot be read.
     """
-    document = yamlio.load_yaml(path)
+    document = load_yaml(path)
     base_dir = os.path.dirname(os.path.abspath(path))
     config, problems = parse_config(document, base_dir)
     found: dict[tuple[str, ...], str | None] = {}
@@ -144,12 +144,12 @@ def load_config(path: str) -> DpoConfig:
     )
 
 
-def parse_config(document: yamlio.Document, base_dir: str) -> tuple[DpoConfig, list[Problem]]:
+def parse_config(document: Document, base_dir: str) -> tuple[DpoConfig, list[Problem]]:
     """The config of a YAML document and every problem of it; looks at no file.
 
     With problems it is a best guess, good for finding more of them. Relative paths are relative to `base_dir`.
     """
-    document = yamlio.Document(
+    document = Document(
         read_numbers(document.data or {}, FIELDS), document.origins, document.key_origins, document.name
     )
     values, problems = check(document, FIELDS)
@@ -209,14 +209,14 @@ def _absolute(path: str, base_dir: str) -> str:
     return os.path.normpath(os.path.join(base_dir, os.path.expanduser(path)))
 
 
-def _not_found(name: str, key: tuple[str, ...], document: yamlio.Document) -> Problem:
+def _not_found(name: str, key: tuple[str, ...], document: Document) -> Problem:
     hint = ""
     if _HUB_ID.fullmatch(name):
         hint = f"download it before the job (`hf download {name}`), since jobs fetch nothing, or give a path"
     return Problem(f"`{name}` does not exist here", where=document.where(*key), hint=hint)
 
 
-def _contradictions(config: DpoConfig, document: yamlio.Document) -> list[Problem]:
+def _contradictions(config: DpoConfig, document: Document) -> list[Problem]:
     """Keys that are valid alone and wrong together."""
     found = []
     values = config.training
@@ -248,7 +248,7 @@ def read_numbers(data: Any, fields: Mapping[str, Field]) -> Any:
         field = fields.get(key)
         if field and field.kind == "table":
             value = read_numbers(value, field.fields or {})
-        elif field and field.kind == "number" and yamlio.looks_like_float(value):
+        elif field and field.kind == "number" and looks_like_float(value):
             value = float(value)
         out[key] = value
     return out

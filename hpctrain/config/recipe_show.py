@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from hpctrain.base.errors import HpctrainError
-from hpctrain.recipe import list_recipes, load_recipe
-from hpctrain.yamltext import flow
+from hpctrain.config.recipe import list_recipes, load_recipe
+from hpctrain.config.text import flow
 
 
 def summaries() -> list[dict[str, str]]:

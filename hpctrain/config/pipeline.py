@@ -7,10 +7,10 @@ from typing import Any
 
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
 from hpctrain.base.frozen import frozen
-from hpctrain.schema import Field, check, nearest
-from hpctrain.site import NAME
-from hpctrain.spec import absolute
-from hpctrain.yamlio import Document, Origin, Path, load_yaml, merge, parse_set
+from hpctrain.config.document import Document, Origin, Path, load_yaml, merge, parse_set
+from hpctrain.config.fields import Field, check, nearest
+from hpctrain.config.run import absolute
+from hpctrain.config.site import NAME
 
 HAND_OVERS = ("checkpoint", "model")
 WAYS = ("symlink", "copy", "hardlink")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.schema import nearest
+from hpctrain.config.fields import nearest
 
 # Options that replace a value of the plan.
 REPLACES = frozenset(

@@ -1,0 +1,1 @@
+"""The documents people write (run, site, recipe, pipeline, trainers), read with positions and checked."""
