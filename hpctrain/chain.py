@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import badnodes, checkpoint, sidejobs, slurm
+from hpctrain import badnodes, checkpoint, sidejobs
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.checkpoint import read_plan
 from hpctrain.config import billing
@@ -24,6 +24,7 @@ from hpctrain.runtime.handover import expected
 from hpctrain.runtime.link import decide
 from hpctrain.runtime.settings import Settings, handed_over, parse_settings
 from hpctrain.runtime.survey import Choice, Survey, choose
+from hpctrain.slurm import commands as slurm
 from hpctrain.submit import MAIN, SIDE, Ledger, Submission, only_one, read_ledger, record_cancelled, submit_all
 
 # Above this much of the machine a person should look once more: a day of one 8-GPU node is 192.

@@ -10,7 +10,6 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 
-from hpctrain import slurm
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.compiled import template_cache
 from hpctrain.config.recipe import HubRepo
@@ -20,6 +19,7 @@ from hpctrain.load import Loaded
 from hpctrain.plan import Plan
 from hpctrain.render import render
 from hpctrain.runtime import hubcache
+from hpctrain.slurm import commands as slurm
 
 # Files that are no prefix of a .bin and .idx.
 NOT_INDEXED = (".parquet", ".json", ".jsonl", ".arrow", ".csv")

@@ -14,7 +14,7 @@ from typing import Any
 
 from hpctrain.base.errors import UsageError
 from hpctrain.runs import LOG_JOB, RunRecords, parse_time
-from hpctrain.slurmstate import Answer
+from hpctrain.slurm.jobs import Answer
 
 _ACCOUNT = "{" + "account" + "}"
 

@@ -1,6 +1,6 @@
 """An interactive allocation as the site wants it: one srun, the site's modules, environment and container around a shell.
 
-Pure but for `read_request`; the only effect, becoming srun, is in `slurm.py`.
+Pure but for `read_request`; the only effect, becoming srun, is in `slurm.commands`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import cost, slurm
+from hpctrain import cost
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.cost_view import shape_of_rung
 from hpctrain.load import Loaded, load_plan
@@ -19,6 +19,7 @@ from hpctrain.plan import Plan
 from hpctrain.render import plan_json
 from hpctrain.rundir import run_files, write_run_dir
 from hpctrain.runs import list_logs
+from hpctrain.slurm import commands as slurm
 from hpctrain.triage.judge import Diagnosis
 from hpctrain.triage.rules import GREEN, RED
 

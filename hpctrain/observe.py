@@ -13,7 +13,7 @@ from typing import Any
 
 from hpctrain.config import billing
 from hpctrain.runs import LOG_JOB, RunRecords, by_hand, distinct, parse_time, read_run
-from hpctrain.slurmstate import Answer, JobState, query
+from hpctrain.slurm.jobs import Answer, JobState, query
 from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.records import Event, utc
 

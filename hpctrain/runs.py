@@ -325,7 +325,7 @@ def _run_of_job(job_id: str, run_dirs: Iterable[str]) -> str:
     for run_dir in run_dirs:
         if job_id in read_run(run_dir).job_ids():
             return run_dir
-    from hpctrain.slurmstate import work_dir_of
+    from hpctrain.slurm.jobs import work_dir_of
 
     folder = work_dir_of(job_id)
     if folder and os.path.isdir(folder) and is_run_dir(folder):

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from hpctrain import slurm
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.base.units import format_time
 from hpctrain.config.document import parse_yaml
 from hpctrain.config.site import NAME, PARTITION_NAME, site_from_document
 from hpctrain.config.text import block, comment, scalar
-from hpctrain.scontrol import Facts, NodeShape, PartitionFacts, read_facts
+from hpctrain.slurm import commands as slurm
+from hpctrain.slurm.facts import Facts, NodeShape, PartitionFacts, read_facts
 
 _TODO = "TODO: check"
 _MAX_BYTES = 64 * 1024 * 1024

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import slurm
 from hpctrain.base import terminal
 from hpctrain.base.errors import EnvironmentFault, Refused
 from hpctrain.runtime.files import append_record, read_records
 from hpctrain.runtime.link import now
+from hpctrain.slurm import commands as slurm
 
 MAIN, SIDE = "link", "side"
 

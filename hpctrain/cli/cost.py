@@ -55,7 +55,7 @@ def command(
             cost_view.show_bills(found, left)
             terminal.next_step("hpctrain chain" if planned.spec.num_links > 1 else "hpctrain render")
         return
-    from hpctrain.slurmstate import query
+    from hpctrain.slurm.jobs import query
 
     run = read_run(find_runs(target)[0])
     result = cost.spent(run, query(run.job_ids()), time.time())

@@ -47,7 +47,8 @@ def command(ctx: click.Context, run_yaml: str | None, site_name: str | None, acc
     hpctrain shell --site lumi --account project_465000000 --container image.sif
     hpctrain shell run.yaml --gpus 8 -- python -c 'import torch; print(torch.cuda.device_count())'
     """
-    from hpctrain import interactive, slurm
+    from hpctrain import interactive
+    from hpctrain.slurm import commands as slurm
 
     if run_yaml is None and os.path.lexists("run.yaml"):
         run_yaml = "run.yaml"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hpctrain import slurm
 from hpctrain.base.errors import EnvironmentFault
 from hpctrain.base.units import format_time
 from hpctrain.config.site import Partition, Site
 from hpctrain.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding
-from hpctrain.scontrol import PartitionFacts, read_facts
+from hpctrain.slurm import commands as slurm
+from hpctrain.slurm.facts import PartitionFacts, read_facts
 
 _NEEDED = ("sbatch", "srun", "squeue", "scancel", "scontrol")
 

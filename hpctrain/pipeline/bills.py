@@ -18,7 +18,7 @@ from hpctrain.pipeline.stages import load_pipeline
 from hpctrain.plan import Plan
 from hpctrain.render import plan_json
 from hpctrain.runs import find_pipeline, is_run_dir, read_pipeline_index, read_run
-from hpctrain.slurmstate import query
+from hpctrain.slurm.jobs import query
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import chain, slurm
+from hpctrain import chain
 from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.check import at_site
 from hpctrain.config.fields import nearest
@@ -21,6 +21,7 @@ from hpctrain.rundir import run_files
 from hpctrain.runs import PIPELINE
 from hpctrain.runtime.files import append_record, make_folder, write_atomic
 from hpctrain.runtime.link import now
+from hpctrain.slurm import commands as slurm
 from hpctrain.submit import MAIN, only_one, read_ledger
 
 LEDGER = "pipeline.jsonl"

@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from hpctrain import slurm
 from hpctrain.base.errors import EnvironmentFault
 from hpctrain.plan import Plan
 from hpctrain.runtime import preflight as program
+from hpctrain.slurm import commands as slurm
 
 # What every task exports, as the job script does (templates/base/job.sbatch.j2, block `task`).
 _TASK = 'export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"; exec "$@"'

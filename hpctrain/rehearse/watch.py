@@ -13,7 +13,7 @@ from hpctrain.base.units import expand_nodes, format_time
 from hpctrain.plan import Plan
 from hpctrain.rehearse.records import Attempt, Pipe, Slots, expected_tasks, release
 from hpctrain.rehearse.stage import Login
-from hpctrain.slurm import LIVE
+from hpctrain.slurm.commands import LIVE
 
 # Reasons for which a job of a rehearsal may rightly wait for a while.
 _PATIENT = {

@@ -15,7 +15,7 @@ from hpctrain import cost
 from hpctrain.config import billing
 from hpctrain.observe import RunStatus, status_of
 from hpctrain.runs import RunRecords, read_run
-from hpctrain.slurmstate import Answer
+from hpctrain.slurm.jobs import Answer
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.judge import Diagnosis, in_order
 from hpctrain.triage.records import Place, Step, median

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hpctrain import slurm
 from hpctrain.base.errors import Problem, UsageError
+from hpctrain.slurm import commands as slurm
 from hpctrain.tokenize import run
 from hpctrain.tokenize.limits import ArrayShape, limits_of, shape_array
 from hpctrain.tokenize.merge import clean_up, remove_leftovers

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hpctrain import slurm
 from hpctrain.base import units
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, Refused, missing_package
+from hpctrain.slurm import commands as slurm
 from hpctrain.tokenize import tasks
 from hpctrain.tokenize.limits import ArrayShape
 from hpctrain.tokenize.merge import up_to_date

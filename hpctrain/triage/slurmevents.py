@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from hpctrain import slurm
 from hpctrain.base.errors import EnvironmentFault
 from hpctrain.base.units import compress_nodes
+from hpctrain.slurm import commands as slurm
 from hpctrain.triage.records import utc
 
 AFTER_S = 60.0  # a daemon that comes back so soon after a start's end was gone during it

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.base.units import expand_nodes
 from hpctrain.runs import RunRecords, by_hand, find_one, list_logs, parse_time, read_run
-from hpctrain.slurmstate import Answer, query
+from hpctrain.slurm.jobs import Answer, query
 from hpctrain.triage import slurmevents
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.engine import Engine

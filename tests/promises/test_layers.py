@@ -15,11 +15,11 @@ PACKAGE = Path(__file__).parents[2] / "hpctrain"
 # Lowest first. A package is one line (inside it, modules import each other freely), unless a part of it has its own.
 LAYERS = [
     # -- the base
-    "base.frozen", "base.errors", "base.units", "runtime", "config", "base", "base.paths", "config.document", "config.fields", "config.text", "base.shell",
+    "base.frozen", "base.errors", "base.units", "runtime", "slurm", "config", "base", "base.paths", "config.document", "config.fields", "config.text", "base.shell",
     # -- pure: what a run is, and what it becomes
     "config.sbatch", "config.site", "config.run", "config.recipe", "config.pipeline", "config.trainers.sft", "config.trainers.dpo", "config.trainers.trl", "config.billing", "config.container", "recipes", "planning", "plan", "render", "load",
     # -- effects: files, Slurm, this machine
-    "base.terminal", "base.files", "compiled", "rundir", "slurm", "scontrol", "slurmstate", "runs", "check", "checkpoint", "badnodes", "sidejobs", "submit",
+    "base.terminal", "base.files", "compiled", "rundir", "slurm.commands", "slurm.facts", "slurm.jobs", "runs", "check", "checkpoint", "badnodes", "sidejobs", "submit",
     "chain", "triage", "observe", "logs", "status_view", "cost", "cost_view", "report", "doctor", "preflight", "ladder", "pipeline", "tokenize", "sandbox", "rehearse", "train",
     # -- what single verbs need
     "config.new_run", "site_report", "site_draft", "config.recipe_show", "templates", "config.json_schema", "interactive", "upload", "neox_export",
@@ -119,7 +119,7 @@ def test_only_slurm_py_starts_slurm_commands():
     commands = {"sbatch", "squeue", "sacct", "scancel", "srun", "scontrol", "sinfo"}
     starters = {"run", "Popen", "call", "check_call", "check_output", "execvp", "execvpe", "which"}
     for path in MODULES:
-        if layer_of(name_of(path)) in ("slurm", "sandbox", "runtime"):
+        if layer_of(name_of(path)) in ("slurm.commands", "sandbox", "runtime"):
             continue  # a sandbox starts the daemons themselves; the guard cancels successors from inside the job
         for node in ast.walk(ast.parse(path.read_text())):
             if (

@@ -9,9 +9,10 @@ import subprocess
 import checkpoints
 import pytest
 
-from hpctrain import badnodes, chain, sidejobs, slurm
+from hpctrain import badnodes, chain, sidejobs
 from hpctrain.base.errors import Refused, UsageError
 from hpctrain.runtime.settings import parse_settings
+from hpctrain.slurm import commands as slurm
 from hpctrain.submit import only_one, read_ledger
 
 

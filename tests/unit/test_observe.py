@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpctrain import cost, observe, slurm, slurmstate
+from hpctrain import cost, observe
 from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.runs import find_runs, parse_time, read_run
-from hpctrain.slurmstate import Answer, parse_sacct, parse_squeue
+from hpctrain.slurm import commands as slurm
+from hpctrain.slurm import jobs
+from hpctrain.slurm.jobs import Answer, parse_sacct, parse_squeue
 
 S = "\x1f"
 NOW = 1795250000.0
@@ -141,7 +143,7 @@ def test_an_unknown_job_id_is_no_error(monkeypatch):
             argv, 1, "", "slurm_load_jobs error: Invalid job id specified"
         ),
     )
-    answer = slurmstate.query(["9"])
+    answer = jobs.query(["9"])
     assert answer.jobs == {} and answer.unseen == ()
 
 
@@ -152,7 +154,7 @@ def test_slurm_that_fails_is_named(monkeypatch):
         "run",
         lambda argv, **_: slurm.subprocess.CompletedProcess(argv, 1, "", "Slurm accounting storage is disabled"),
     )
-    assert "sacct: Slurm accounting storage is disabled" in slurmstate.query(["9"]).unseen
+    assert "sacct: Slurm accounting storage is disabled" in jobs.query(["9"]).unseen
 
 
 @given(

@@ -17,7 +17,7 @@ from hpctrain.base.errors import EnvironmentFault
 from hpctrain.logs import sections
 from hpctrain.report.gather import gather
 from hpctrain.runs import read_run
-from hpctrain.slurmstate import Answer
+from hpctrain.slurm.jobs import Answer
 from hpctrain.triage import slurmevents
 from hpctrain.triage.target import Subject
 from hpctrain.triage.thresholds import Thresholds

@@ -9,9 +9,9 @@ import datetime
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from hpctrain import slurm
 from hpctrain.base.errors import EnvironmentFault
 from hpctrain.base.units import expand_nodes
+from hpctrain.slurm import commands as slurm
 
 # man squeue, JOB STATE CODES: what can still change by itself.
 PENDING_STATES = frozenset(

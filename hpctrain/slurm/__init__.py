@@ -1,0 +1,1 @@
+"""The only caller of Slurm's commands, and what their text says."""
