@@ -33,6 +33,11 @@ def template_cache(environ: Mapping[str, str]) -> jinja2.BytecodeCache | None:
 
 
 class _Cache(jinja2.FileSystemBytecodeCache):
+    def get_bucket(self, environment: jinja2.Environment, name: str, filename: str | None, source: str) -> Bucket:
+        # What is compiled for a sandbox asks it before every call; others cannot be asked.
+        kind = "sandboxed " if environment.sandboxed else ""
+        return super().get_bucket(environment, kind + name, filename, source)
+
     def load_bytecode(self, bucket: Bucket) -> None:
         try:
             super().load_bytecode(bucket)

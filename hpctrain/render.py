@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hpctrain import __version__
 from hpctrain.base.errors import Problem, UsageError
@@ -19,8 +20,8 @@ from hpctrain.base.paths import layer_dirs, shipped_dir
 from hpctrain.base.shell import ShellText, comment, node_path, quote, quote_all, sbatch_value
 from hpctrain.config.site import layer_name
 from hpctrain.plan import Plan
+from hpctrain.planning.template_lint import lint_template
 
-QUOTING_FILTERS = frozenset({"q", "qjoin", "sbatch", "comment", "raw_shell"})
 _JOB = "job.sbatch"
 _EXPORT = "export.sbatch"  # where the recipe has such a template and its `resolve` says how
 _OVERRIDE = " (an override)"
@@ -134,7 +135,7 @@ def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
     shipped = shipped_dir("templates")
     loaders: list[jinja2.BaseLoader] = [jinja2.FileSystemLoader(folder) for folder in folders]
     loaders += [jinja2.PrefixLoader({"!builtin": jinja2.FileSystemLoader(shipped)}), jinja2.FileSystemLoader(shipped)]
-    environment = _Linted(
+    environment = (_Sandboxed if folders else _Linted)(
         loader=jinja2.ChoiceLoader(loaders),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -147,8 +148,8 @@ def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
         optimized=False,  # folding constants takes longer than it saves for a template that is rendered once
     )
     environment.filters.update(
-        q=quote, qjoin=quote_all, sbatch=sbatch_value, comment=comment, raw_shell=_raw_shell
-    )  # fmt: skip
+        q=_shell_word, qjoin=quote_all, sbatch=sbatch_value, comment=comment, raw_shell=_raw_shell
+    )
     return environment
 
 
@@ -163,27 +164,6 @@ def template_name(environment: jinja2.Environment, recipe: str) -> str:
     except UnicodeDecodeError:
         pass  # it is there; reading it to render says what is wrong
     return own
-
-
-def lint_template(tree: nodes.Template) -> list[tuple[int, str]]:
-    """(line, what) of every `{{ }}` whose last filter does not quote."""
-    found = []
-    for output in tree.find_all(nodes.Output):
-        for node in output.nodes:
-            if isinstance(node, nodes.TemplateData):
-                continue
-            if isinstance(node, nodes.Filter) and node.name in QUOTING_FILTERS:
-                continue
-            if (
-                isinstance(node, nodes.Call)
-                and isinstance(node.node, nodes.Name)
-                and node.node.name in ("super", "caller")
-            ):
-                continue
-            found.append(
-                (node.lineno, "an expression that does not end in a quoting filter (q, qjoin, sbatch, comment)")
-            )
-    return found
 
 
 def plan_json(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, Any]:
@@ -228,7 +208,7 @@ def plan_json(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 class _Linted(jinja2.Environment):
-    """Refuses templates in which a value could reach the shell unquoted."""
+    """Refuses templates from which a value could reach a script unquoted."""
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -237,11 +217,21 @@ class _Linted(jinja2.Environment):
         return tree
 
 
+class _Sandboxed(_Linted, ImmutableSandboxedEnvironment):
+    """For templates that are not ours: they reach what they are given, and not Python behind it."""
+
+
+def _shell_word(value: object) -> ShellText:
+    """One shell word; what is shell text already stays as it is."""
+    return value if isinstance(value, ShellText) else quote(value)
+
+
 def _raw_shell(value: object) -> str:
-    """Text that is shell already: a ShellText, or a plain word that needs no quoting."""
-    if isinstance(value, ShellText) or (isinstance(value, str) and value.replace("-", "_").isidentifier()):
-        return str(value)
-    raise jinja2.TemplateRuntimeError(f"{value!r} is not shell text; use the filter q")
+    """A number, or a word of letters, digits, `_` and `-`: the same in quotes, comments and commands."""
+    text = str(value)
+    if isinstance(value, int) or text.replace("-", "_").isidentifier():
+        return text
+    raise jinja2.TemplateRuntimeError(f"{value!r} is no plain word; use the filter q")
 
 
 def _chain(environment: jinja2.Environment, name: str) -> list[str]:

@@ -36,15 +36,18 @@ def quote_all(values: Iterable[object]) -> ShellText:
     return ShellText(" ".join(value if isinstance(value, ShellText) else quote(value) for value in values))
 
 
-def sbatch_value(value: object) -> ShellText:
-    """A directive's value that sbatch reads back as exactly `value`. Raises ValueError for control characters."""
+def sbatch_value(value: object) -> str:
+    """A directive's value that sbatch reads back as exactly `value`. Raises ValueError for control characters.
+
+    It is no shell text: between double quotes a shell would still expand it.
+    """
     text = str(value)
     if not text or text_problem(text):
         raise ValueError(f"{text!r} cannot be the value of an #SBATCH line: {text_problem(text) or 'it is empty'}")
     if _PLAIN_SBATCH.fullmatch(text):
-        return ShellText(text)
+        return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return ShellText(f'"{escaped}"')
+    return f'"{escaped}"'
 
 
 def output_pattern(path: str) -> str:
@@ -52,9 +55,9 @@ def output_pattern(path: str) -> str:
     return path.replace("%", "%%")
 
 
-def comment(value: object) -> ShellText:
+def comment(value: object) -> str:
     """Text for the rest of a comment line: it cannot end the line."""
-    return ShellText(_COMMENT_BREAK.sub("?", str(value)))
+    return _COMMENT_BREAK.sub("?", str(value))
 
 
 def variable(name: str) -> ShellText:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from jinja2 import nodes
 
 from hpctrain.base.paths import shipped_dir
-from hpctrain.render import lint_template, make_environment
+from hpctrain.planning.template_lint import lint_template
+from hpctrain.render import make_environment
 from hpctrain.templates import JOB, USER_BLOCK, child_text, list_templates
 
 RUN = "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname]}\n"
@@ -97,6 +101,145 @@ def test_an_unquoted_value_is_refused_with_its_file_and_line(project, cli):
     assert not (project / "runs").exists()
     code, out, err = cli("template", "list")
     assert code == 1 and "not valid" in out and f"{JOB}:{line}: " in err
+
+
+VALUE = "$(touch PWN)'\"`touch PWN`\ntouch PWN\n# '\\"
+X = "plan.spec.env.X"
+REFUSALS = (
+    "can let a value out|quoting filter|name the template itself|Jinja's own|the filter .* within|a block or include|"
+    "is no plain word|is unsafe|cannot be the value of an #SBATCH line"
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Statements that write, or change what writing does.
+        "{% filter replace('a', X) %}echo a{% endfilter %}",
+        "{% filter upper %}echo {{ X|q }}{% endfilter %}",
+        "{% call '{0}'.format(X) %}{% endcall %}",
+        "{% macro m() %}{{ caller() }}{% endmacro %}{% call m() %}{{ X|q }}{% endcall %}",
+        "{% autoescape true %}echo {{ X|q }}{% endautoescape %}",
+        "{% include X %}",
+        "{% import X as other %}",
+        "{% from X import other %}",
+        # The last filter does not quote, or there is none.
+        "echo {{ X }}",
+        "echo {{ X|upper }}",
+        "echo {{ X|q|upper }}",
+        "echo {{ X|q|trim }}",
+        "echo {{ X|q|safe }}",
+        "echo {{ X|safe }}",
+        "echo {{ X|e }}",
+        "echo {{ X|default('a') }}",
+        "echo {{ 'a' ~ X }}",
+        "echo {{ 'a' ~ X|q }}",
+        "echo {{ X|q + X }}",
+        "echo {{ X if X else X|q }}",
+        "echo {{ X|q if X else X }}",
+        "{% for c in X %}{{ c }}{% endfor %}",
+        "{% for c in X|q %}{{ c }}{% endfor %}",
+        "{% set x = X %}echo {{ x }}",
+        "{% set x %}echo {{ X|q }}{% endset %}{{ x }}",
+        "{% set x | upper %}{{ X|q }}{% endset %}{{ x }}",
+        "{% with x = X %}echo {{ x }}{% endwith %}",
+        "{% macro m(x) %}{{ x }}{% endmacro %}{{ m(X) }}",
+        "{% macro m(x) %}{{ x|q }}{% endmacro %}{{ m(X) }}",
+        "{{ X.__str__() }}",
+        "{{ self.user_setup() }}",
+        # Jinja's own names, given another meaning.
+        "{% set super = X.upper %}{{ super() }}",
+        "{% for super in [X.upper] %}{{ super() }}{% endfor %}",
+        "{% with super = X.upper %}{{ super() }}{% endwith %}",
+        "{% macro super() %}{{ X|q }}{% endmacro %}{{ super() }}",
+        "{% macro m(super) %}{{ super() }}{% endmacro %}",
+        "{% import 'command/job.sbatch.j2' as super %}",
+        "{% from 'command/job.sbatch.j2' import x as super %}",
+        "{% set caller = X.upper %}{{ caller() }}",
+        "{{ caller() }}",
+        "{{ super(X) }}",
+        # Quoted, and not shell text any more, or not for this place.
+        "echo {{ X|q|upper|raw_shell }}",
+        "echo {{ X|comment|raw_shell }}",
+        "echo {{ X|sbatch|raw_shell }}",
+        "echo {{ (X|q)[1:]|raw_shell }}",
+        "echo {{ X|raw_shell }}",
+        "echo {{ (X|q).__class__(X)|q }}",
+        "echo {{ (X|q|attr('__class__'))(X)|q }}",
+        "echo {{ ''.__class__.__mro__[1].__subclasses__()|q }}",
+        "echo {{ cycler.__init__.__globals__.os.popen('touch PWN').read()|q }}",
+        "echo {{ X|comment }}",
+        "echo {{ X|sbatch }}",
+        "echo $# {{ X|comment }}",
+        'echo "# {{ X|comment }}"',
+        "echo '# {{ X|comment }}'",
+        "echo a#{{ X|comment }}",
+        "echo \\# {{ X|comment }}",
+        "{% if X %}# {% endif %}{{ X|comment }}",
+        "{% if X %}: {% elif X %}# {% else %}# {% endif %}{{ X|comment }}",
+        "{% for c in [1, 2] %}{% if loop.first %}# {% else %}\n{% endif %}{{ X|comment }}{% endfor %}",
+        "# {% for c in [1, 2] %}{{ X|comment }}\n{% endfor %}",
+        "# {{ X|q }}",
+        "# {{ X|q|raw_shell }}",
+        "#SBATCH --comment={{ X|q }}",
+        "#SBATCH --comment={{ X|comment }}",
+        'echo "{{ X|q }}"',
+        "echo '{{ X|q }}'",
+        'echo "${A:-{{ X|q }}}"',
+        'echo "$(echo "{{ X|q }}")"',
+        "echo 'a' \"b\" 'it'\\''s {{ X|q }}'",
+        'echo "{{ [X]|qjoin }}"',
+        'echo "{% block more %}{{ X|q }}{% endblock %}"',
+        "# {% include 'command/job.sbatch.j2' %}",
+    ],
+)
+def test_no_template_lets_a_value_out_unquoted(project, cli, text):
+    (project / "run.yaml").write_text(RUN + f"env: {{X: {json.dumps(VALUE)}}}\n")
+    path = project / ".hpctrain/templates/command" / JOB
+    path.parent.mkdir(parents=True)
+    header = '{% extends "!builtin/command/job.sbatch.j2" %}\n{% block user_setup %}\n'
+    path.write_text(header + text.replace("X", X) + "\n{% endblock %}\n")
+    code, _, err = cli("render")
+
+    assert code == 2 and not (project / "runs").exists(), err
+    assert re.search(REFUSALS, err), err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "printf %s {{ X|q }}",
+        "printf %s '-'{{ X|q }} # {{ X|comment }}",
+        'printf %s "a b"{{ X|q }}"c"',
+        "printf %s {{ [X, 'b']|qjoin }}",
+        "printf %s {{ (X ~ 'a')|q }}",
+        "printf %s {{ (X if X else 'a')|q }}",
+        'printf %s "$(printf %s {{ X|q }})"',
+        "printf %s ${A:-{{ X|q }}}",
+        "{% for c in X %}printf %s {{ c|q }}\n{% endfor %}",
+        "{% set x = X|q %}printf %s {{ x|q }}",
+        "{% set x %}# {{ X|comment }}{% endset %}printf %s {{ x|q }}",
+        "{% macro m(x) %}{{ x|q }}{% endmacro %}printf %s {{ m(X)|q }}",
+        "{% with x = X %}printf %s {{ x|q }}{% endwith %}",
+        "{% if X %}# {{ X|comment }}\n{% else %}printf a {{ X|q }}{% endif %}printf %s {{ X|q }}",
+        "printf %s {% block more %}{{ X|q }}{% endblock %}",
+        "{{ super() }}printf %s a$# {{ X|q }}",
+        'printf %s "{{ plan.spec.num_nodes|raw_shell }}" "${HOME#x}" {{ X|safe|q }}',
+        "printf %s $(( {{ plan.spec.num_nodes|q }} + 1 )) {{ X|e|q }}",
+    ],
+)
+def test_what_is_quoted_for_its_place_loads_and_carries_the_value_exactly(project, cli, text):
+    (project / "run.yaml").write_text(RUN + f"env: {{X: {json.dumps(VALUE)}}}\n")
+    path = project / ".hpctrain/templates/command" / JOB
+    path.parent.mkdir(parents=True)
+    header = '{% extends "!builtin/command/job.sbatch.j2" %}\n{% block user_setup %}\n: begin\n'
+    path.write_text(header + text.replace("X", X) + " \n: end\n{% endblock %}\n")
+    script = render(cli).split("\n: begin\n")[1].split(" \n: end\n")[0]
+    done = subprocess.run(["bash", "-euc", script], cwd=project, capture_output=True, text=True)
+
+    assert not (project / "PWN").exists() and done.stderr == ""
+    quoted = VALUE if "X|e|q" not in text else html.escape(VALUE).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")
+    assert "m(X)" in text or "endset" in text or quoted in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(
