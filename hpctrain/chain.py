@@ -15,8 +15,8 @@ from hpctrain import badnodes, checkpoint, sidejobs
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.checkpoint import read_plan
 from hpctrain.config import billing
-from hpctrain.load import Loaded
-from hpctrain.rundir import run_files, write_run_dir
+from hpctrain.plan.load import Loaded
+from hpctrain.plan.run_dir import run_files, write_run_dir
 from hpctrain.runs import find_pipeline, find_runs
 from hpctrain.runtime import history
 from hpctrain.runtime.files import read_records, write_atomic

@@ -57,7 +57,7 @@ def settings_of(
         except GuardError as error:
             raise UsageError(str(error)) from error
     elif os.path.isfile(target):
-        from hpctrain.load import load_plan
+        from hpctrain.plan.load import load_plan
 
         found = parse_settings(load_plan(target).plan.guard())
     else:

@@ -10,9 +10,9 @@ from hpctrain.base import terminal
 from hpctrain.base.errors import UsageError
 from hpctrain.base.units import format_duration
 from hpctrain.cost import Allocation, Bill, Spent
-from hpctrain.load import load_plan
-from hpctrain.plan import Plan
-from hpctrain.render import plan_json
+from hpctrain.plan.load import load_plan
+from hpctrain.plan.make import Plan
+from hpctrain.plan.render import plan_json
 from hpctrain.triage.records import utc
 
 

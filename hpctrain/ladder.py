@@ -14,10 +14,10 @@ from typing import Any
 from hpctrain import cost
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.cost_view import shape_of_rung
-from hpctrain.load import Loaded, load_plan
-from hpctrain.plan import Plan
-from hpctrain.render import plan_json
-from hpctrain.rundir import run_files, write_run_dir
+from hpctrain.plan.load import Loaded, load_plan
+from hpctrain.plan.make import Plan
+from hpctrain.plan.render import plan_json
+from hpctrain.plan.run_dir import run_files, write_run_dir
 from hpctrain.runs import list_logs
 from hpctrain.slurm import commands as slurm
 from hpctrain.triage.judge import Diagnosis

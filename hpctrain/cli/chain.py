@@ -46,7 +46,7 @@ def command(
     hpctrain chain --extend 3 --exclude-bad
     """
     from hpctrain import badnodes, chain
-    from hpctrain.load import load_plan
+    from hpctrain.plan.load import load_plan
 
     num_links = _number(jobs)
     if jobs and extend:

@@ -20,10 +20,10 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     hpctrain check
     hpctrain check my.yaml --set nodes=64 --json
     """
-    from hpctrain.check import find_problems
     from hpctrain.config.pipeline import is_pipeline
-    from hpctrain.load import load_plan
     from hpctrain.pipeline.stages import load_pipeline
+    from hpctrain.plan.check import find_problems
+    from hpctrain.plan.load import load_plan
 
     stages = is_pipeline(run_yaml)
     try:

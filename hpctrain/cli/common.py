@@ -13,7 +13,7 @@ from hpctrain.base import terminal
 from hpctrain.base.errors import Refused, UsageError
 
 if TYPE_CHECKING:
-    from hpctrain.plan import Plan  # not at run time: `--help` of a verb needs none of it
+    from hpctrain.plan.make import Plan  # not at run time: `--help` of a verb needs none of it
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

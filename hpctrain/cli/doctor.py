@@ -45,7 +45,7 @@ def command(
     if run_yaml is None and os.path.isfile("run.yaml") and not site:
         run_yaml = "run.yaml"
     if run_yaml:
-        from hpctrain.load import load_plan
+        from hpctrain.plan.load import load_plan
 
         loaded = load_plan(run_yaml, assignments)
         if loaded.plan.errors:

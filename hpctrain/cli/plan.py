@@ -18,8 +18,8 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     hpctrain plan
     hpctrain plan --json | jq .cost
     """
-    from hpctrain.load import load_plan
-    from hpctrain.render import plan_json
+    from hpctrain.plan.load import load_plan
+    from hpctrain.plan.render import plan_json
 
     loaded = load_plan(run_yaml, assignments, out_dir)
     plan = loaded.plan

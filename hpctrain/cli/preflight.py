@@ -30,7 +30,7 @@ def command(
     salloc -N 4 ... hpctrain preflight run.yaml
     hpctrain preflight run.yaml --submit
     """
-    from hpctrain.load import load_plan
+    from hpctrain.plan.load import load_plan
     from hpctrain.preflight import allocation
 
     plan = load_plan(run_yaml, assignments).plan

@@ -21,8 +21,8 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], fo
     sbatch "$(hpctrain render)"
     hpctrain render my.yaml --set nodes=2 -o runs/small
     """
-    from hpctrain.load import load_plan
-    from hpctrain.rundir import run_files, write_run_dir
+    from hpctrain.plan.load import load_plan
+    from hpctrain.plan.run_dir import run_files, write_run_dir
 
     loaded = load_plan(run_yaml, assignments, out_dir)
     common.require_valid(loaded.plan)

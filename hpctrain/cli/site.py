@@ -62,7 +62,7 @@ def show(name: str, blame: bool, as_json: bool) -> None:
             ("from", "name", "value"),
         )
     else:
-        from hpctrain.load import site_yaml
+        from hpctrain.plan.load import site_yaml
 
         terminal.data(site_yaml(site).rstrip("\n"))
 

@@ -22,7 +22,7 @@ def command() -> None:
 @common.as_json
 def list_(as_json: bool) -> None:
     """List every template with the layer that wins and its blocks. Exits 1 when one is not valid."""
-    from hpctrain.templates import list_templates
+    from hpctrain.plan.overrides import list_templates
 
     found = list_templates()
     if as_json:
@@ -43,7 +43,7 @@ def list_(as_json: bool) -> None:
 @click.argument("name", shell_complete=complete.templates)
 def show(name: str) -> None:
     """Print the template NAME, or the job script of the recipe NAME, as the winning layer has it."""
-    from hpctrain.templates import find_template
+    from hpctrain.plan.overrides import find_template
 
     template = find_template(name)
     terminal.info(f"{template.layer}: {template.path}")
@@ -65,7 +65,7 @@ def override(name: str, blocks: tuple[str, ...], for_user: bool, dry_run: bool) 
     """
     from hpctrain.base.files import write_new
     from hpctrain.base.paths import own_dir
-    from hpctrain.templates import USER_BLOCK, child_text, find_template, shipped
+    from hpctrain.plan.overrides import USER_BLOCK, child_text, find_template, shipped
 
     template = find_template(name)
     if not shipped(template):

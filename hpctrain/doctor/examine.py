@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.check import secret_problems, shell_problems
 from hpctrain.config.site import Site, load_site
 from hpctrain.doctor import cluster, places, python
 from hpctrain.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding, score
 from hpctrain.doctor.python import Pin
-from hpctrain.plan import Plan
+from hpctrain.plan.check import secret_problems, shell_problems
+from hpctrain.plan.make import Plan
 
 _LEVELS = {"error": PROBLEM, "warning": WARNING, "note": NOT_SEEN}
 

@@ -15,8 +15,8 @@ from hpctrain.base.units import format_duration
 from hpctrain.config.pipeline import is_pipeline
 from hpctrain.cost import Allocation, Bill, Spent
 from hpctrain.pipeline.stages import load_pipeline
-from hpctrain.plan import Plan
-from hpctrain.render import plan_json
+from hpctrain.plan.make import Plan
+from hpctrain.plan.render import plan_json
 from hpctrain.runs import find_pipeline, is_run_dir, read_pipeline_index, read_run
 from hpctrain.slurm.jobs import query
 

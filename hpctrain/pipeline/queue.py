@@ -14,10 +14,10 @@ from typing import Any
 
 from hpctrain import chain
 from hpctrain.base.errors import EnvironmentFault, UsageError
-from hpctrain.check import at_site
 from hpctrain.config.fields import nearest
 from hpctrain.pipeline.stages import Pipeline, Planned
-from hpctrain.rundir import run_files
+from hpctrain.plan.check import at_site
+from hpctrain.plan.run_dir import run_files
 from hpctrain.runs import PIPELINE
 from hpctrain.runtime.files import append_record, make_folder, write_atomic
 from hpctrain.runtime.link import now

@@ -11,8 +11,8 @@ from hpctrain.config.document import Document, load_yaml, merge, parse_set
 from hpctrain.config.pipeline import PipelineSpec, Stage, read_pipeline
 from hpctrain.config.recipe import load_recipe
 from hpctrain.config.run import Handed
-from hpctrain.load import Loaded, load_plan
-from hpctrain.plan import Plan
+from hpctrain.plan.load import Loaded, load_plan
+from hpctrain.plan.make import Plan
 from hpctrain.runtime.layouts import LAYOUTS
 
 

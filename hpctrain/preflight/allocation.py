@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault
-from hpctrain.plan import Plan
+from hpctrain.plan.make import Plan
 from hpctrain.runtime import preflight as program
 from hpctrain.slurm import commands as slurm
 

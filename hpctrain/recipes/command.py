@@ -8,8 +8,8 @@ from typing import Any
 from hpctrain.base.errors import Problem
 from hpctrain.base.text import text_problem
 from hpctrain.config.decision import Decision
-from hpctrain.config.recipe import Cadence, Context, Guard, Resolved
 from hpctrain.config.run import absolute
+from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 
 
 def resolve(context: Context) -> Resolved:

@@ -8,10 +8,10 @@ import os
 from hpctrain.base.errors import Problem
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document
-from hpctrain.config.recipe import Cadence, Context, Guard, Resolved
 from hpctrain.config.run import absolute
 from hpctrain.config.trainers.dpo import FIELDS, DpoConfig, parse_config
 from hpctrain.recipes import trainer_config
+from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.sft import signal_name
 
 CONFIG = "config_dpo.yaml"

@@ -7,8 +7,8 @@ from hpctrain.base.units import format_duration, format_time
 from hpctrain.config import billing as arithmetic
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document
-from hpctrain.config.recipe import Context
 from hpctrain.config.trainers.trl import HfSftConfig
+from hpctrain.recipes.contract import Context
 
 # Two figures for one quantity are taken for the same within a quarter: a first measurement is no better than that.
 TOLERANCE = 1.25

@@ -10,10 +10,10 @@ from hpctrain.base.errors import Problem
 from hpctrain.base.shell import ShellText, node_path
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document
-from hpctrain.config.recipe import Cadence, Context, Guard, Resolved
 from hpctrain.config.run import absolute
 from hpctrain.config.trainers.trl import FIELDS, HfSftConfig, parse_config, quantised_name, quantised_problem
 from hpctrain.recipes import hf_estimate, trainer_config
+from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.sft import signal_name
 
 CONFIG = "config_sft.yaml"

@@ -10,8 +10,8 @@ from typing import Any
 
 from hpctrain.base.paths import shipped_dir
 from hpctrain.config.decision import Decision
-from hpctrain.config.recipe import Cadence, Context, Guard, Resolved
 from hpctrain.config.run import absolute
+from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.datafiles import indexed_problems
 from hpctrain.recipes.neox import batch, data, export, launch, model, ranges, saving
 from hpctrain.recipes.neox.configs import MAX_TEXT_BYTES, config_text

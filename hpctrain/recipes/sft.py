@@ -11,9 +11,9 @@ from hpctrain.base.errors import Problem, UsageError
 from hpctrain.config import text
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document
-from hpctrain.config.recipe import Cadence, Context, Guard, Resolved
 from hpctrain.config.run import absolute
 from hpctrain.config.trainers.sft import SftConfig, parse_config, resolve_batch
+from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.datafiles import indexed_problems
 
 CONFIG = "config.yml"

@@ -9,7 +9,7 @@ from hpctrain.base.errors import Problem
 from hpctrain.config import text
 from hpctrain.config.document import Document, Path, merge
 from hpctrain.config.fields import Field
-from hpctrain.config.recipe import Context
+from hpctrain.recipes.contract import Context
 from hpctrain.recipes.datafiles import row_problems
 from hpctrain.recipes.neox.draft import section
 

@@ -16,8 +16,8 @@ from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import shipped_dir
 from hpctrain.base.text import text_problem
 from hpctrain.config.decision import Decision
-from hpctrain.config.recipe import Cadence, Context, Guard, Resolved
 from hpctrain.config.run import RunSpec, absolute
+from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.verl import checks, hydra, keys
 from hpctrain.recipes.verl.checks import Where
 from hpctrain.recipes.verl.presets import BRANCHES, SHAPE_KEYS, SIZES, ModelShape, overrides_of

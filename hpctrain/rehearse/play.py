@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.load import Loaded
 from hpctrain.pipeline.stages import Pipeline
-from hpctrain.plan import Plan
+from hpctrain.plan.load import Loaded
+from hpctrain.plan.make import Plan
+from hpctrain.plan.run_dir import run_files
 from hpctrain.rehearse import checks, scene, stage
 from hpctrain.rehearse.queued import Queued, queue, queue_pipeline
 from hpctrain.rehearse.records import Attempt, Pipe, Slots
 from hpctrain.rehearse.scene import Scene, start_step
 from hpctrain.rehearse.watch import Refusal, Watch, refusal_problem, watch_all
-from hpctrain.rundir import run_files
 from hpctrain.runtime.files import read_records
 from hpctrain.sandbox.from_site import node_shape
 

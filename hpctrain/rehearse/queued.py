@@ -11,7 +11,7 @@ from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault
 from hpctrain.pipeline.stages import Pipeline
-from hpctrain.plan import Plan
+from hpctrain.plan.make import Plan
 from hpctrain.rehearse.stage import Login
 
 

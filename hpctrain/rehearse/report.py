@@ -12,9 +12,9 @@ from typing import Any
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.base.units import format_time
 from hpctrain.config.pipeline import is_pipeline
-from hpctrain.load import Loaded, load_plan
 from hpctrain.pipeline.stages import Pipeline, load_pipeline
-from hpctrain.plan import Plan
+from hpctrain.plan.load import Loaded, load_plan
+from hpctrain.plan.make import Plan
 from hpctrain.rehearse import timeline
 from hpctrain.rehearse.play import FAULTS, Outcome, Request
 from hpctrain.rehearse.timeline import Bar

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault
-from hpctrain.plan import Plan
+from hpctrain.plan.make import Plan
 from hpctrain.rehearse import standin
 from hpctrain.runtime.survey import start_number
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from hpctrain.base import units
 from hpctrain.base.errors import EnvironmentFault, Refused
-from hpctrain.plan import Plan
+from hpctrain.plan.make import Plan
 from hpctrain.rehearse import shims, standin
 from hpctrain.sandbox import processes, sandbox
 from hpctrain.sandbox import state as sandbox_state

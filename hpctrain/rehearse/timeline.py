@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from hpctrain.base.units import format_time
-from hpctrain.plan import Plan
+from hpctrain.plan.make import Plan
 from hpctrain.rehearse.records import Attempt
 
 WIDTH = 60

@@ -10,7 +10,7 @@ from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Problem
 from hpctrain.base.units import expand_nodes, format_time
-from hpctrain.plan import Plan
+from hpctrain.plan.make import Plan
 from hpctrain.rehearse.records import Attempt, Pipe, Slots, expected_tasks, release
 from hpctrain.rehearse.stage import Login
 from hpctrain.slurm.commands import LIVE

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpctrain.base.errors import HpctrainError, UsageError
-from hpctrain.check import find_problems
 from hpctrain.config.document import walk
 from hpctrain.config.recipe import load_recipe
-from hpctrain.load import load_plan
-from hpctrain.rundir import run_files, write_run_dir
+from hpctrain.plan.check import find_problems
+from hpctrain.plan.load import load_plan
+from hpctrain.plan.run_dir import run_files, write_run_dir
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile import HOSTILE  # noqa: E402

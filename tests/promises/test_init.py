@@ -16,7 +16,7 @@ from hpctrain.config.new_run import Place, run_name, run_yaml_text
 from hpctrain.config.recipe import list_recipes, load_recipe
 from hpctrain.config.site import list_sites, load_site
 from hpctrain.config.text import block, scalar
-from hpctrain.load import load_plan
+from hpctrain.plan.load import load_plan
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile import HOSTILE  # noqa: E402

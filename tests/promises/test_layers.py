@@ -17,16 +17,16 @@ LAYERS = [
     # -- the base
     "base.frozen", "base.errors", "base.units", "runtime", "slurm", "config", "base", "base.paths", "config.document", "config.fields", "config.text", "base.shell",
     # -- pure: what a run is, and what it becomes
-    "config.sbatch", "config.site", "config.run", "config.recipe", "config.pipeline", "config.trainers.sft", "config.trainers.dpo", "config.trainers.trl", "config.billing", "config.container", "recipes", "planning", "plan", "render", "load",
+    "config.sbatch", "config.site", "config.run", "config.recipe", "config.pipeline", "config.trainers.sft", "config.trainers.dpo", "config.trainers.trl", "config.billing", "config.container", "recipes", "plan", "plan.make", "plan.render", "plan.load",
     # -- effects: files, Slurm, this machine
-    "base.terminal", "base.files", "compiled", "rundir", "slurm.commands", "slurm.facts", "slurm.jobs", "runs", "check", "checkpoint", "badnodes", "sidejobs", "submit",
+    "base.terminal", "base.files", "plan.template_cache", "plan.run_dir", "slurm.commands", "slurm.facts", "slurm.jobs", "runs", "plan.check", "checkpoint", "badnodes", "sidejobs", "submit",
     "chain", "triage", "observe", "logs", "status_view", "cost", "cost_view", "report", "doctor", "preflight", "ladder", "pipeline", "tokenize", "sandbox", "rehearse", "train",
     # -- what single verbs need
-    "config.new_run", "site_report", "site_draft", "config.recipe_show", "templates", "config.json_schema", "interactive", "upload", "neox_export",
+    "config.new_run", "site_report", "site_draft", "config.recipe_show", "plan.overrides", "config.json_schema", "interactive", "upload", "neox_export",
     # -- the command line
     "cli", "__main__",
 ]  # fmt: skip
-PURE = LAYERS[: LAYERS.index("load") + 1]
+PURE = LAYERS[: LAYERS.index("plan.load") + 1]
 # Alone in reading the environment: where the user's own files lie.
 MAY_READ_ENVIRONMENT = {"base.paths"}
 EFFECTS = {
@@ -173,11 +173,11 @@ def test_from_spec_to_render_nothing_touches_clock_environment_network_or_proces
 def test_this_test_can_fail(tmp_path, monkeypatch):
     """A module that breaks each rule is caught."""
     bad = PACKAGE / "base/units.py"
-    text = "from hpctrain import cli\nimport hpctrain.render\nimport time, os\nfrom ..cli import main\nx = os.environ\n"
+    text = "from hpctrain import cli\nimport hpctrain.plan.render\nimport time, os\nfrom ..cli import main\nx = os.environ\n"
     real = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: text if self == bad else real(self, *a, **k))
 
-    assert [other for _, other in imported(bad)] == ["cli", "render", "cli"]
+    assert [other for _, other in imported(bad)] == ["cli", "plan.render", "cli"]
     with pytest.raises(AssertionError, match="units imports cli"):
         test_a_module_imports_only_from_lower_layers(bad)
     with pytest.raises(AssertionError, match="os.environ"):
@@ -193,7 +193,7 @@ HEAVY = (
     "jinja2",
     "yaml",
     "hpctrain.config.run",
-    "hpctrain.render",
+    "hpctrain.plan.render",
 )
 
 

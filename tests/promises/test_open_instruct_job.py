@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from hpctrain.load import load_plan
-from hpctrain.rundir import run_files
+from hpctrain.plan.load import load_plan
+from hpctrain.plan.run_dir import run_files
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "standin"))
 import checkpoints  # noqa: E402

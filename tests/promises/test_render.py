@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain import rundir
 from hpctrain.base.errors import Refused
-from hpctrain.load import load_plan
-from hpctrain.rundir import run_files
+from hpctrain.plan import run_dir as rundir
+from hpctrain.plan.load import load_plan
+from hpctrain.plan.run_dir import run_files
 
 RUN = """\
 name: r

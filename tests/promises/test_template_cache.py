@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from hpctrain.compiled import template_cache
+from hpctrain.plan.template_cache import template_cache
 
 RUN = "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname], workdir: /}\n"
 

@@ -13,9 +13,9 @@ import pytest
 from jinja2 import nodes
 
 from hpctrain.base.paths import shipped_dir
-from hpctrain.planning.template_lint import lint_template
-from hpctrain.render import make_environment
-from hpctrain.templates import JOB, USER_BLOCK, child_text, list_templates
+from hpctrain.plan.overrides import JOB, USER_BLOCK, child_text, list_templates
+from hpctrain.plan.render import make_environment
+from hpctrain.plan.template_lint import lint_template
 
 RUN = "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname]}\n"
 SHIPPED = sorted(

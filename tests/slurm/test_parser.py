@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.load import load_plan
+from hpctrain.plan.load import load_plan
 
 pytestmark = pytest.mark.slurm
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.check import find_problems
-from hpctrain.load import load_plan
+from hpctrain.plan.check import find_problems
+from hpctrain.plan.load import load_plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

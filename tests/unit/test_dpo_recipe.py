@@ -10,8 +10,8 @@ import yaml
 
 from hpctrain.config.document import parse_yaml
 from hpctrain.config.trainers.dpo import parse_config
-from hpctrain.load import load_plan
-from hpctrain.plan import Plan
+from hpctrain.plan.load import load_plan
+from hpctrain.plan.make import Plan
 
 TRAINING = {"batch_size": 2, "max_steps": 30, "learning_rate": "5e-7", "gradient_accumulation_steps": 4}
 RUN: dict[str, Any] = {

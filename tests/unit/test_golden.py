@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.load import load_plan
-from hpctrain.rundir import run_files
+from hpctrain.plan.load import load_plan
+from hpctrain.plan.run_dir import run_files
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/run.yaml"))

@@ -11,8 +11,8 @@ import yaml
 
 from hpctrain.config.document import parse_yaml
 from hpctrain.config.trainers.trl import parse_config, quantised_name
-from hpctrain.load import load_plan
-from hpctrain.plan import Plan
+from hpctrain.plan.load import load_plan
+from hpctrain.plan.make import Plan
 
 # The seed's own command line, in its own words.
 SEED: dict[str, Any] = {

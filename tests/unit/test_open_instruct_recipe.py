@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from hpctrain.ladder import changes_for
-from hpctrain.load import load_plan
 from hpctrain.pipeline.stages import load_pipeline
-from hpctrain.plan import Plan
+from hpctrain.plan.load import load_plan
+from hpctrain.plan.make import Plan
 from hpctrain.recipes.open_instruct.arguments import flags, known_commits, match_commit, table
 from hpctrain.recipes.open_instruct.draft import DPO, SFT
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.load import load_plan
+from hpctrain.plan.load import load_plan
 from hpctrain.runtime import history, nodecheck, preflight
 
 SCRIPT = Path(preflight.__file__)

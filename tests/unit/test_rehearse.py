@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
-from hpctrain.load import load_plan
+from hpctrain.plan.load import load_plan
 from hpctrain.rehearse import checks, play, records, report, scene, shims, standin, timeline, tokens, watch
 from hpctrain.rehearse.records import Attempt
 from hpctrain.runtime.files import Listing

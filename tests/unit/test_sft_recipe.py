@@ -10,8 +10,8 @@ import yaml
 
 from hpctrain.config.document import parse_yaml
 from hpctrain.config.trainers.sft import parse_config
-from hpctrain.load import load_plan
-from hpctrain.plan import Plan
+from hpctrain.plan.load import load_plan
+from hpctrain.plan.make import Plan
 
 RUN: dict[str, Any] = {
     "name": "ft", "site": "local", "recipe": "sft", "nodes": 2, "tasks_per_node": 2, "time": "10m",

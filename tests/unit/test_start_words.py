@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hpctrain.chain import plan_chain
-from hpctrain.load import load_plan
-from hpctrain.render import plan_json
+from hpctrain.plan.load import load_plan
+from hpctrain.plan.render import plan_json
 from hpctrain.runtime.link import spoken
 from hpctrain.runtime.settings import parse_settings
 

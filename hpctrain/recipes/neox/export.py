@@ -14,10 +14,10 @@ from typing import Any
 
 from hpctrain.base.shell import output_pattern
 from hpctrain.base.units import format_mem_gib, format_time
-from hpctrain.config.recipe import Context
 from hpctrain.config.run import absolute
 from hpctrain.config.sbatch import option_text
 from hpctrain.config.site import Partition
+from hpctrain.recipes.contract import Context
 from hpctrain.recipes.neox.configs import config_text
 from hpctrain.recipes.neox.draft import Draft
 

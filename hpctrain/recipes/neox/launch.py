@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from hpctrain.config.recipe import EnvVar
 from hpctrain.config.run import RunSpec
+from hpctrain.recipes.contract import EnvVar
 from hpctrain.recipes.neox.draft import Draft
 
 SRUN, DEEPY = "srun", "deepy"

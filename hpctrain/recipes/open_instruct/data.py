@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from hpctrain.base.frozen import frozen
-from hpctrain.config.recipe import HubRepo
+from hpctrain.recipes.contract import HubRepo
 from hpctrain.recipes.open_instruct.arguments import as_number
 from hpctrain.recipes.open_instruct.draft import SFT, Draft
 

@@ -10,8 +10,8 @@ from hpctrain.base.errors import Problem
 from hpctrain.base.frozen import frozen
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document
-from hpctrain.config.recipe import Context
 from hpctrain.config.run import absolute
+from hpctrain.recipes.contract import Context
 from hpctrain.recipes.open_instruct.arguments import Argument, match_commit, table
 
 SFT, DPO = "open_instruct/finetune.py", "open_instruct/dpo_tune_cache.py"

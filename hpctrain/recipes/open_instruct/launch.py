@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from hpctrain.config.recipe import EnvVar
+from hpctrain.recipes.contract import EnvVar
 from hpctrain.recipes.open_instruct.arguments import as_number
 from hpctrain.recipes.open_instruct.draft import DPO, Draft
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 
-from hpctrain.config.recipe import Cadence, Context, Guard, HubRepo, Resolved
+from hpctrain.recipes.contract import Cadence, Context, Guard, HubRepo, Resolved
 from hpctrain.recipes.open_instruct import data, launch, training
 from hpctrain.recipes.open_instruct.arguments import describe_unknown, flags, has_table, known_commits, value_problems
 from hpctrain.recipes.open_instruct.draft import DPO, SFT, Draft

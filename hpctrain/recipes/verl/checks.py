@@ -10,7 +10,7 @@ from typing import Any
 
 from hpctrain.base.errors import Problem
 from hpctrain.config.decision import Decision
-from hpctrain.config.recipe import Context
+from hpctrain.recipes.contract import Context
 from hpctrain.recipes.verl.memory import least_ranks, need
 from hpctrain.recipes.verl.presets import ModelShape
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from hpctrain.load import load_plan
-from hpctrain.rundir import run_files
+from hpctrain.plan.load import load_plan
+from hpctrain.plan.run_dir import run_files
 
 from .conftest import Bench
 

@@ -9,8 +9,8 @@ from textwrap import indent
 import pytest
 import yaml
 
-from hpctrain.load import load_plan
-from hpctrain.plan import Plan
+from hpctrain.plan.load import load_plan
+from hpctrain.plan.make import Plan
 
 # Raw YAML by key, so that tests can write what a person would type. The shape is the fork's 30B model.
 BASE = {

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpctrain.base.errors import UsageError
-from hpctrain.load import load_plan
+from hpctrain.plan.load import load_plan
 from hpctrain.recipes.neox.keys import FLAVORS, table
 
 from .conftest import BASE

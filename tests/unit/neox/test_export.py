@@ -17,7 +17,7 @@ import yaml
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.base.shell import quote
 from hpctrain.neox_export import plan_export
-from hpctrain.rundir import run_files
+from hpctrain.plan.run_dir import run_files
 
 CONVERTER = """
 import json, os, struct, sys

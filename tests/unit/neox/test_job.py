@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base.paths import shipped_dir
-from hpctrain.rundir import run_files
+from hpctrain.plan.run_dir import run_files
 
 SCRIPT = Path(shipped_dir("templates")) / "neox-sft" / "neox_args.py"
 # Stands for NeoX: prints as much as it does, and encodes the configuration in its form.

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from hpctrain.load import load_plan
-from hpctrain.plan import Plan
+from hpctrain.plan.load import load_plan
+from hpctrain.plan.make import Plan
 from hpctrain.recipes.verl.hydra import override
 from hpctrain.recipes.verl.keys import load_keys
 from hpctrain.recipes.verl.memory import GIB, need
@@ -370,7 +370,7 @@ def test_a_rehearsal_finds_the_start_in_the_warmups_folder(tmp_path: Path, step:
 
 def test_what_follows_from_a_mistake_is_not_said_as_well(tmp_path: Path) -> None:
     """A length that is no number says nothing of the chain; an unknown stage nothing of .bin and .idx files."""
-    from hpctrain.check import find_problems
+    from hpctrain.plan.check import find_problems
 
     (problem,) = plan_of(tmp_path, **{"config/trainer": {"total_epochs": "two"}, "chain": {"jobs": 3}}).errors
     assert "`trainer.total_epochs: two` is not a whole number" in problem.what

@@ -7,10 +7,10 @@ from typing import Any
 
 from hpctrain.base.units import format_time
 from hpctrain.config import billing
-from hpctrain.config.recipe import Resolved
 from hpctrain.config.site import NodeType, Partition
-from hpctrain.planning.notes import Notes
-from hpctrain.planning.shape import fitting_partitions, limit_line
+from hpctrain.plan.notes import Notes
+from hpctrain.plan.shape import fitting_partitions, limit_line
+from hpctrain.recipes.contract import Resolved
 
 
 def check_checkpoint(notes: Notes) -> None:

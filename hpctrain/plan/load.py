@@ -13,7 +13,7 @@ from hpctrain.config.document import Document, load_yaml, merge
 from hpctrain.config.recipe import Recipe, load_recipe
 from hpctrain.config.run import Handed, RunSpec, absolute, read_layers, spec_from_layers
 from hpctrain.config.site import Site, layer_name, load_site
-from hpctrain.plan import Plan, make_plan
+from hpctrain.plan.make import Plan, make_plan
 
 
 @frozen

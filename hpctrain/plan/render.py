@@ -19,8 +19,8 @@ from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.paths import layer_dirs, shipped_dir
 from hpctrain.base.shell import ShellText, comment, node_path, quote, quote_all, sbatch_value
 from hpctrain.config.site import layer_name
-from hpctrain.plan import Plan
-from hpctrain.planning.template_lint import lint_template
+from hpctrain.plan.make import Plan
+from hpctrain.plan.template_lint import lint_template
 
 _JOB = "job.sbatch"
 _EXPORT = "export.sbatch"  # where the recipe has such a template and its `resolve` says how

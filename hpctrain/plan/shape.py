@@ -7,7 +7,7 @@ from typing import Any
 from hpctrain.base.units import format_time, parse_mem_gib
 from hpctrain.config.fields import nearest
 from hpctrain.config.site import NodeType, Partition
-from hpctrain.planning.notes import Notes
+from hpctrain.plan.notes import Notes
 
 
 def pick_partition(notes: Notes) -> tuple[Partition, NodeType]:

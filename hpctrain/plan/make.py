@@ -13,10 +13,10 @@ from hpctrain.base.frozen import frozen
 from hpctrain.config import billing
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document, merge
-from hpctrain.config.recipe import Context, EnvVar, Recipe, Resolved, check_recipe_options, resolve
+from hpctrain.config.recipe import Recipe, check_recipe_options
 from hpctrain.config.run import RunSpec
 from hpctrain.config.site import NodeType, Partition, Site
-from hpctrain.planning.job import (
+from hpctrain.plan.job import (  # fmt: skip
     Directive,
     decide_container,
     decide_directives,
@@ -24,10 +24,11 @@ from hpctrain.planning.job import (
     decide_preflight,
     decide_signal,
     decide_srun,
-)  # fmt: skip
-from hpctrain.planning.limits import check_cadence, check_checkpoint, check_limits, check_storage, decide_cost
-from hpctrain.planning.notes import Notes
-from hpctrain.planning.shape import decide_memory_gib, decide_shape, pick_partition, wants_whole_nodes
+)
+from hpctrain.plan.limits import check_cadence, check_checkpoint, check_limits, check_storage, decide_cost
+from hpctrain.plan.notes import Notes
+from hpctrain.plan.shape import decide_memory_gib, decide_shape, pick_partition, wants_whole_nodes
+from hpctrain.recipes.contract import Context, EnvVar, Resolved, resolve
 
 
 @frozen

@@ -11,10 +11,11 @@ from hpctrain.base.shell import output_pattern
 from hpctrain.base.units import format_mem_gib, format_time
 from hpctrain.config import container
 from hpctrain.config.decision import Decision
-from hpctrain.config.recipe import EnvVar, Recipe, Resolved
+from hpctrain.config.recipe import Recipe
 from hpctrain.config.sbatch import REPLACES, option_text
 from hpctrain.config.site import NodeType, Partition
-from hpctrain.planning.notes import Notes
+from hpctrain.plan.notes import Notes
+from hpctrain.recipes.contract import EnvVar, Resolved
 
 # The batch shell needs this long to write down how a link ended; Slurm may send a signal up to 60 s early.
 NOTICE_LEAD_S = 60

@@ -11,13 +11,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
-from hpctrain.compiled import template_cache
-from hpctrain.config.recipe import HubRepo
 from hpctrain.config.run import RunSpec
 from hpctrain.config.site import Site
-from hpctrain.load import Loaded
-from hpctrain.plan import Plan
-from hpctrain.render import render
+from hpctrain.plan.load import Loaded
+from hpctrain.plan.make import Plan
+from hpctrain.plan.render import render
+from hpctrain.plan.template_cache import template_cache
+from hpctrain.recipes.contract import HubRepo
 from hpctrain.runtime import hubcache
 from hpctrain.slurm import commands as slurm
 

@@ -12,7 +12,7 @@ from jinja2 import nodes
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.paths import layer_dirs
 from hpctrain.config.fields import nearest
-from hpctrain.render import make_environment
+from hpctrain.plan.render import make_environment
 
 JOB = "job.sbatch.j2"
 # Promised to stay empty in every shipped template: a place for lines of one's own before the step.

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused
 from hpctrain.base.files import umask
-from hpctrain.compiled import template_cache
-from hpctrain.plan import Plan
-from hpctrain.render import render
+from hpctrain.plan.make import Plan
+from hpctrain.plan.render import render
+from hpctrain.plan.template_cache import template_cache
 from hpctrain.runtime.files import sync_folder
 
 COMMIT = ".render-commit"
@@ -27,7 +27,7 @@ def run_files(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
     files = {name: text.encode("utf-8") for name, text in render(plan, inputs, template_cache(os.environ)).items()}
     files["run.yaml"] = inputs["run.yaml"]
     files["site.yaml"] = inputs["site.yaml"]
-    runtime = os.path.join(os.path.dirname(os.path.abspath(__file__)), "runtime")
+    runtime = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "runtime")
     for name in sorted(os.listdir(runtime)):
         if name.endswith(".py"):
             with open(os.path.join(runtime, name), "rb") as file:

@@ -1,1 +1,0 @@
-"""The parts of `hpctrain.plan`: pure functions that decide and note why; `notes.py` collects."""
