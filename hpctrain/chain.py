@@ -17,7 +17,7 @@ from hpctrain.checkpoint import read_plan
 from hpctrain.config import billing
 from hpctrain.plan.load import Loaded
 from hpctrain.plan.run_dir import run_files, write_run_dir
-from hpctrain.runs import find_pipeline, find_runs
+from hpctrain.runs.records import find_pipeline, find_runs
 from hpctrain.runtime import history
 from hpctrain.runtime.files import read_records, write_atomic
 from hpctrain.runtime.handover import expected

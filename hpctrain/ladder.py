@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import cost
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
-from hpctrain.cost_view import shape_of_rung
 from hpctrain.plan.load import Loaded, load_plan
 from hpctrain.plan.make import Plan
 from hpctrain.plan.render import plan_json
 from hpctrain.plan.run_dir import run_files, write_run_dir
-from hpctrain.runs import list_logs
+from hpctrain.runs import cost
+from hpctrain.runs.bills import shape_of_rung
+from hpctrain.runs.records import list_logs
 from hpctrain.slurm import commands as slurm
 from hpctrain.triage.judge import Diagnosis
 from hpctrain.triage.rules import GREEN, RED
@@ -203,7 +203,7 @@ def log_path(rung: Rung, job_id: str) -> str:
 
 
 def _judge(rung: Rung, job_id: str, code: int, last: bool) -> Result:
-    from hpctrain.triage.target import open_target
+    from hpctrain.runs.diagnose import open_target
 
     log = log_path(rung, job_id)
     if not os.path.isfile(log):

@@ -29,9 +29,10 @@ def command(
     hpctrain cost runs/ft_latest_7 --json
     hpctrain cost pipeline.yaml --set warmup.chain.jobs=3
     """
-    from hpctrain import cost, cost_view
     from hpctrain.pipeline import bills
-    from hpctrain.runs import find_runs, read_run
+    from hpctrain.runs import bills as run_bills
+    from hpctrain.runs import cost
+    from hpctrain.runs.records import find_runs, read_run
 
     priced = bills.read(target, assignments)
     if priced is not None:
@@ -47,12 +48,12 @@ def command(
             bills.show(stages, left_of)
         return
     if os.path.isfile(target) and target.endswith((".yaml", ".yml")):
-        planned, found = cost_view.planned(target, assignments, jobs, array, ladder)
-        left = cost_view.allocation(planned)
+        planned, found = run_bills.planned(target, assignments, jobs, array, ladder)
+        left = run_bills.allocation(planned)
         if as_json:
             terminal.data_json(bills=[bill.as_json() for bill in found], allocation=vars(left) if left else None)
         else:
-            cost_view.show_bills(found, left)
+            run_bills.show_bills(found, left)
             terminal.next_step("hpctrain chain" if planned.spec.num_links > 1 else "hpctrain render")
         return
     from hpctrain.slurm.jobs import query
@@ -60,6 +61,6 @@ def command(
     run = read_run(find_runs(target)[0])
     result = cost.spent(run, query(run.job_ids()), time.time())
     if as_json:
-        terminal.data_json(**cost_view.spent_fields(result))
+        terminal.data_json(**run_bills.spent_fields(result))
     else:
-        cost_view.show_spent(result)
+        run_bills.show_spent(result)

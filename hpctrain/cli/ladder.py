@@ -44,8 +44,8 @@ def command(
     hpctrain ladder --dry-run
     hpctrain ladder run.yaml --rungs 1,8,64 --steps 200
     """
-    from hpctrain.cost_view import parse_rungs
     from hpctrain.ladder import checks, climb, log_path, plan_rungs, purpose, toggles
+    from hpctrain.runs.bills import parse_rungs
 
     rungs = plan_rungs(run_yaml, assignments, parse_rungs(rungs_text), steps, time_text)
     if dry_run:
@@ -110,7 +110,7 @@ def _figures(diagnosis: Diagnosis | None) -> tuple[str, str]:
 
 
 def _bill(bill: object) -> str:
-    from hpctrain.cost import Bill
+    from hpctrain.runs.cost import Bill
 
     assert bill is None or isinstance(bill, Bill)
     return f"{bill.billed:,.{1 if bill.billed >= 10 else 2}f} {bill.unit}s" if bill and bill.billed is not None else ""

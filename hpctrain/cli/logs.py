@@ -22,11 +22,11 @@ def command(target: str | None, follow: bool, lines: int, link: int | None) -> N
     hpctrain logs -f 1234567
     hpctrain logs ft_latest_7 --link 3 -n 200
     """
-    from hpctrain.logs import failing_lines, follow_run, sections
-    from hpctrain.observe import observe
-    from hpctrain.runs import find_one, read_run
-    from hpctrain.triage.show import diagnose
-    from hpctrain.triage.target import open_target
+    from hpctrain.runs.diagnose import open_target
+    from hpctrain.runs.diagnosis import diagnose
+    from hpctrain.runs.logs import failing_lines, follow_run, sections
+    from hpctrain.runs.records import find_one, read_run
+    from hpctrain.runs.status import observe
 
     run = read_run(find_one(target))
     subject = open_target([run.run_dir])

@@ -33,10 +33,10 @@ def command(
     hpctrain report runs/ft_latest_7
     hpctrain report ft_latest_7 -o /tmp/ft.html --png /tmp/ft.png --csv /tmp/ft
     """
-    from hpctrain.report.gather import gather
-    from hpctrain.report.tables import export, need_parquet
-    from hpctrain.report.write import write_report
-    from hpctrain.runs import find_pipeline, find_runs
+    from hpctrain.runs.records import find_pipeline, find_runs
+    from hpctrain.runs.report.gather import gather
+    from hpctrain.runs.report.tables import export, need_parquet
+    from hpctrain.runs.report.write import write_report
 
     folder = find_pipeline(target)
     if folder:
@@ -60,10 +60,10 @@ def command(
 
 
 def _pipeline(folder: str, out: str, no_slurm: bool, force: bool) -> None:
-    from hpctrain.report.gather import gather
-    from hpctrain.report.write import write_index, write_report
-    from hpctrain.runs import stage_dirs
-    from hpctrain.status_view import of_pipeline
+    from hpctrain.runs.records import stage_dirs
+    from hpctrain.runs.report.gather import gather
+    from hpctrain.runs.report.write import write_index, write_report
+    from hpctrain.runs.status_table import of_pipeline
 
     reports = {run_dir: gather(run_dir, not no_slurm) for run_dir in stage_dirs(folder)}
     paths = {

@@ -25,9 +25,9 @@ def command(target: str | None, watch: bool, every: float, no_slurm: bool, as_js
     hpctrain status runs/ft_latest_7 --watch
     hpctrain status 1234567 --json | jq .runs[0].progress
     """
-    from hpctrain.observe import observe
-    from hpctrain.runs import find_pipeline, find_runs
-    from hpctrain.status_view import exit_code, of_pipeline, show, show_pipeline
+    from hpctrain.runs.records import find_pipeline, find_runs
+    from hpctrain.runs.status import observe
+    from hpctrain.runs.status_table import exit_code, of_pipeline, show, show_pipeline
 
     while True:
         statuses = observe(find_runs(target), not no_slurm)

@@ -22,8 +22,8 @@ def command(target: tuple[str, ...], follow: bool, thresholds: tuple[str, ...], 
     hpctrain triage slurm-1234567.out --threshold loss_drop=0.05
     hpctrain triage -f 1234567
     """
-    from hpctrain.triage.show import as_fields, diagnose, show
-    from hpctrain.triage.target import open_target, watch
+    from hpctrain.runs.diagnose import open_target, watch
+    from hpctrain.runs.diagnosis import as_fields, diagnose, show
     from hpctrain.triage.thresholds import parse_thresholds
 
     subject = open_target(target, parse_thresholds(thresholds))

@@ -8,16 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import cost, cost_view
 from hpctrain.base import terminal
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.units import format_duration
 from hpctrain.config.pipeline import is_pipeline
-from hpctrain.cost import Allocation, Bill, Spent
 from hpctrain.pipeline.stages import load_pipeline
 from hpctrain.plan.make import Plan
 from hpctrain.plan.render import plan_json
-from hpctrain.runs import find_pipeline, is_run_dir, read_pipeline_index, read_run
+from hpctrain.runs import bills as run_bills
+from hpctrain.runs import cost
+from hpctrain.runs.cost import Allocation, Bill, Spent
+from hpctrain.runs.records import find_pipeline, is_run_dir, read_pipeline_index, read_run
 from hpctrain.slurm.jobs import query
 
 
@@ -126,7 +127,7 @@ def fields(name: str, found: Sequence[StageCost], left: Sequence[Allocation]) ->
         "pipeline": name,
         "stages": [
             {"stage": s.stage, "run": s.run, "run_dir": s.run_dir, "num_links": s.num_links, "at_most": s.at_most.as_json(),
-             "spent": cost_view.spent_fields(s.spent) if s.spent else None}
+             "spent": run_bills.spent_fields(s.spent) if s.spent else None}
             for s in found
         ],
         **{total.what: vars(total) for total in sums(found)},
@@ -183,4 +184,4 @@ def _hours(bill: Bill | Sum | None, unit: str) -> tuple[str, str]:
 def _allocations(plans: Sequence[Plan]) -> list[Allocation]:
     """What is left, once for each account and unit that the stages are billed to."""
     found = {(plan.spec.account, plan.cost.unit): plan for plan in plans}
-    return [left for left in map(cost_view.allocation, found.values()) if left is not None]
+    return [left for left in map(run_bills.allocation, found.values()) if left is not None]

@@ -18,7 +18,7 @@ from hpctrain.config.fields import nearest
 from hpctrain.pipeline.stages import Pipeline, Planned
 from hpctrain.plan.check import at_site
 from hpctrain.plan.run_dir import run_files
-from hpctrain.runs import PIPELINE
+from hpctrain.runs.records import PIPELINE
 from hpctrain.runtime.files import append_record, make_folder, write_atomic
 from hpctrain.runtime.link import now
 from hpctrain.slurm import commands as slurm

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpctrain.runs import distinct
 from hpctrain.triage import rules
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.cause import causes_of
 from hpctrain.triage.engine import Engine
 from hpctrain.triage.failures import CONTINUE, EXCLUDE, FAILURES, LOOK, RETRY, STOP, advise, knobs
-from hpctrain.triage.records import Event, median, utc
+from hpctrain.triage.records import Event, distinct, median, utc
 from hpctrain.triage.rules import GREEN, NOT_OBSERVED, RED, Circumstances, Verdict
 from hpctrain.triage.thresholds import Thresholds
 

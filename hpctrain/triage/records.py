@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -119,3 +120,17 @@ def utc(time_s: float | None) -> str | None:
         return datetime.datetime.fromtimestamp(time_s, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     except (ValueError, OverflowError, OSError):
         return None
+
+
+def distinct(notes: Iterable[str]) -> list[str]:
+    """The guard's notes without those that only repeat of a checkpoint what the note about `latest` says of it."""
+    said = list(dict.fromkeys(note for note in notes if note))
+    return [
+        note
+        for note in said
+        if not any(
+            note.replace(" is not", ", which is not", 1).split("; it is now")[0] in other
+            for other in said
+            if other != note
+        )
+    ]

@@ -14,7 +14,7 @@ from fault_kinds import NOT_BY_STATUS, TOLD
 if TYPE_CHECKING:
     from fault_run import Result, Run
 
-PAGE = ("import sys; from hpctrain.report.gather import gather; from hpctrain.report.page import page;"
+PAGE = ("import sys; from hpctrain.runs.report.gather import gather; from hpctrain.runs.report.page import page;"
         "print(page(gather(sys.argv[1]), '', None))")  # fmt: skip
 
 

@@ -8,13 +8,13 @@ import types
 
 import pytest
 
-from hpctrain import logs
 from hpctrain.base import terminal
+from hpctrain.runs import logs
+from hpctrain.runs.diagnose import open_target
+from hpctrain.runs.diagnosis import diagnose
 from hpctrain.triage.engine import Engine
 from hpctrain.triage.judge import judge
 from hpctrain.triage.read import read_logs
-from hpctrain.triage.show import diagnose
-from hpctrain.triage.target import open_target
 from hpctrain.triage.thresholds import Thresholds
 
 

@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpctrain import cost, observe
 from hpctrain.base.errors import EnvironmentFault, UsageError
-from hpctrain.runs import find_runs, parse_time, read_run
+from hpctrain.runs import cost
+from hpctrain.runs.records import find_runs, parse_time, read_run
+from hpctrain.runs.status import observe
 from hpctrain.slurm import commands as slurm
 from hpctrain.slurm import jobs
 from hpctrain.slurm.jobs import Answer, parse_sacct, parse_squeue
+from hpctrain.triage.records import utc
 
 S = "\x1f"
 NOW = 1795250000.0
@@ -87,7 +89,7 @@ def slurm_says(monkeypatch):
 
 def test_squeue_and_sacct_together_tell_every_link(run_dir, slurm_says):
     slurm_says(SQUEUE, SACCT)
-    status = observe.observe([str(run_dir)], now_s=NOW)[0]
+    status = observe([str(run_dir)], now_s=NOW)[0]
     assert status.state == "running"
     by_link = {link.link: link for link in status.links}
     assert (by_link[1].state, by_link[1].restarts, by_link[1].iteration_from, by_link[1].iteration_to) == (
@@ -99,7 +101,7 @@ def test_squeue_and_sacct_together_tell_every_link(run_dir, slurm_says):
     assert by_link[1].nodes == ("nid000001", "nid000003")
     assert (by_link[2].state, by_link[2].mode, by_link[2].active) == ("RUNNING", "resume", True)
     assert (by_link[3].state, by_link[3].reason, by_link[3].pending) == ("PENDING", "Dependency", True)
-    assert observe.utc(by_link[3].expected_start_s) == "2026-11-21T02:00:00Z"
+    assert utc(by_link[3].expected_start_s) == "2026-11-21T02:00:00Z"
     assert status.progress.eta_s == 3000 and status.progress.links_needed == 1
     assert not any("squeue" in what or "sacct" in what for what in status.unseen)
 
@@ -111,7 +113,7 @@ def test_either_alone_or_neither_still_answers_and_says_what_it_could_not_see(
     run_dir, slurm_says, squeue, sacct, state
 ):
     slurm_says(squeue, sacct)
-    status = observe.observe([str(run_dir)], now_s=NOW)[0]
+    status = observe([str(run_dir)], now_s=NOW)[0]
     assert status.state == state
     assert [link.link for link in status.links] == [1, 2, 3]
     assert any("squeue" in what for what in status.unseen) == (squeue is None)
@@ -129,7 +131,7 @@ def test_200_links_of_many_runs_cost_one_squeue_and_one_sacct(tmp_path, slurm_sa
             lines(*({"event": "submitted", "link": i, "job_id": str(1000 * number + i)} for i in range(1, 51)))
         )
         folders.append(str(folder))
-    statuses = observe.observe(folders, now_s=NOW)
+    statuses = observe(folders, now_s=NOW)
     assert sum(len(status.links) for status in statuses) == 200
     assert calls == ["squeue", "sacct"]
 
@@ -175,7 +177,7 @@ def test_every_torn_run_directory_still_gives_a_status(run_dir):
             path.unlink()
             if replacement is not None:
                 path.write_bytes(replacement)
-            status = observe.observe([str(run_dir)], ask_slurm=False, now_s=NOW)[0]
+            status = observe([str(run_dir)], ask_slurm=False, now_s=NOW)[0]
             json.dumps(status.as_json(), allow_nan=False)
             path.write_bytes(content)
 
@@ -185,7 +187,7 @@ def test_the_log_tells_the_end_that_nobody_recorded(run_dir):
         "hpctrain: job 101, restart 1, 2 nodes: nid[000001-000002]\n step 5/1000 loss=2.0\n"
         "slurmstepd: error: *** JOB 101 ON nid000001 CANCELLED AT 2026-11-20T20:40:00 DUE TO TIME LIMIT ***\n"
     )
-    status = observe.observe([str(run_dir)], ask_slurm=False, now_s=NOW)[0]
+    status = observe([str(run_dir)], ask_slurm=False, now_s=NOW)[0]
     assert status.links[0].state == "TIMEOUT" and status.links[0].reason == "time limit on nid000001"
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from hpctrain.base.errors import HpctrainError, UsageError
 from hpctrain.pipeline.stages import load_pipeline
-from hpctrain.runs import find_pipeline, find_runs
-from hpctrain.status_view import of_pipeline
+from hpctrain.runs.records import find_pipeline, find_runs
+from hpctrain.runs.status_table import of_pipeline
 
 RUN = {
     "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 1, "tasks_per_node": 2,
@@ -172,8 +172,8 @@ def test_check_looks_at_every_stage_and_other_verbs_say_what_it_is(pipeline, cli
 
 
 def test_status_finds_a_pipeline_by_name_folder_and_file(pipeline, tmp_path, monkeypatch):
-    from hpctrain.observe import observe
     from hpctrain.pipeline.queue import prepare
+    from hpctrain.runs.status import observe
 
     planned = pipeline(TWO)
     monkeypatch.chdir(tmp_path)

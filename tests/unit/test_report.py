@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 import pytest
 
 from hpctrain.base.errors import Refused
-from hpctrain.report.gather import Points, gather
-from hpctrain.report.tables import export, frames
-from hpctrain.report.write import write_report
+from hpctrain.runs.report.gather import Points, gather
+from hpctrain.runs.report.tables import export, frames
+from hpctrain.runs.report.write import write_report
 
 LINE = " iteration {i:8d}/{n:8d} | elapsed time per iteration (ms): 1000.0 | learning rate: 1.0E-05 | lm_loss: {loss} | grad norm: 1.0 | samples per second: 8.0 | number of skipped iterations:   0 | number of nan iterations:   0 |\n"
 EVIL = "<script>alert(1)</script>&\"'"
@@ -164,7 +164,7 @@ def test_exported_types_do_not_depend_on_what_a_run_tells(run_dir, tmp_path):
 
 
 def test_only_what_the_logs_tell_is_drawn_and_starts_at_one_place_share_a_label(run_dir):
-    from hpctrain.report import figures
+    from hpctrain.runs.report import figures
 
     for log in (run_dir / "logs").iterdir():
         log.write_text(re.sub(r" learning rate: [^|]*\|| grad norm: [^|]*\|", "", log.read_text()))

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain import observe
 from hpctrain.base.errors import EnvironmentFault
-from hpctrain.logs import sections
-from hpctrain.report.gather import gather
-from hpctrain.runs import read_run
+from hpctrain.runs import daemons
+from hpctrain.runs.diagnose import Subject
+from hpctrain.runs.logs import sections
+from hpctrain.runs.records import read_run
+from hpctrain.runs.report.gather import gather
+from hpctrain.runs.status import observe
 from hpctrain.slurm.jobs import Answer
-from hpctrain.triage import slurmevents
-from hpctrain.triage.target import Subject
 from hpctrain.triage.thresholds import Thresholds
 
 DATA = Path(__file__).parents[1] / "data" / "told"
@@ -57,7 +57,7 @@ def test_a_recorded_run_is_told_from_its_directory_alone(name, verdict, incident
     told = [(i.event.failure, i.attempt.link, i.attempt.restart) for i in diagnosis.incidents]
     assert told == incidents
     assert diagnosis.verdict == verdict
-    status = observe.observe([str(DATA / name)], ask_slurm=False)[0]
+    status = observe([str(DATA / name)], ask_slurm=False)[0]
     for link, words in why.items():
         assert words in next(found.reason for found in status.links if found.link == link)
     assert (status.state == "done") == (verdict == "GREEN")
@@ -95,7 +95,7 @@ def test_a_job_that_was_submitted_by_hand_is_told(tmp_path):
     )
     words = "job 9999 is none that `hpctrain chain` queued: job.sbatch was submitted by hand"
     assert words in triage(tmp_path / "r").remarks
-    assert words in observe.observe([str(tmp_path / "r")], ask_slurm=False)[0].notes
+    assert words in observe([str(tmp_path / "r")], ask_slurm=False)[0].notes
     (tmp_path / "r" / "ledger.jsonl").unlink()  # then nothing tells what was queued
     assert words not in triage(tmp_path / "r").remarks
 
@@ -125,19 +125,17 @@ NODES = (
 
 def test_what_slurm_and_the_nodes_went_through_is_told_of_the_starts_it_touched():
     ten = 1795255200.0  # 2026-11-21T10:00:00Z
-    starts = [slurmevents.Start("link 1 (job 5)", ten, ten + 115, ("n1", "n3")), slurmevents.Start("link 2 (job 6)", ten + 160, None, ("n2", "n3"))]  # fmt: skip
-    found = slurmevents.read_happenings(CONFIG, NODES)
-    assert slurmevents.remarks(found, starts, ten + 1200) == [
+    starts = [daemons.Start("link 1 (job 5)", ten, ten + 115, ("n1", "n3")), daemons.Start("link 2 (job 6)", ten + 160, None, ("n2", "n3"))]  # fmt: skip
+    found = daemons.read_happenings(CONFIG, NODES)
+    assert daemons.remarks(found, starts, ten + 1200) == [
         "2026-11-21T10:02:00Z, right after link 1 (job 5) ran: Slurm's controller (slurmctld) was started again; jobs run on without it",
         "2026-11-21T10:01:30Z, while link 1 (job 5) ran: the slurmd of n1 was started again; jobs run on without it",
         "n2 is DOWN* now: Not responding",
         "2026-11-21T10:03:00Z, while link 2 (job 6) ran: n3 booted",
     ]
-    assert slurmevents.remarks(found, [slurmevents.Start("link 1", ten + 600, ten + 700, ("n1",))], ten + 1200) == ["n2 is DOWN* now: Not responding"]  # fmt: skip
+    assert daemons.remarks(found, [daemons.Start("link 1", ten + 600, ten + 700, ("n1",))], ten + 1200) == ["n2 is DOWN* now: Not responding"]  # fmt: skip
     assert (
-        slurmevents.read_happenings("", "")
-        == slurmevents.read_happenings("BOOT_TIME = n/a", "NodeName=x State=IDLE\0")
-        == []
+        daemons.read_happenings("", "") == daemons.read_happenings("BOOT_TIME = n/a", "NodeName=x State=IDLE\0") == []
     )
 
 
@@ -176,7 +174,7 @@ def test_a_hurt_checkpoint_folder_is_told_by_triage_and_status(tmp_path, how):
     )
     remarks = triage(run).remarks
     assert any(words in remark and "before link 1 (job 8)" in remark for remark in remarks), remarks
-    assert words in observe.observe([str(run)], ask_slurm=False)[0].links[0].reason
+    assert words in observe([str(run)], ask_slurm=False)[0].links[0].reason
 
 
 def test_a_job_kept_out_by_anothers_lock_does_not_make_the_run_red(tmp_path):
@@ -211,7 +209,7 @@ def test_whatever_is_torn_or_replaced_by_junk_status_triage_logs_and_report_stil
                 hurt.write_bytes(whole[:200] + rnd.randbytes(3000) + b"\r\x1b[31m\0\n" + whole[200:])
             elif how == "folder":
                 hurt.mkdir()
-            status = observe.observe([str(run)], ask_slurm=False)[0]
+            status = observe([str(run)], ask_slurm=False)[0]
             assert status.state
             report = gather(str(run), ask_slurm=False)
             assert report.diagnosis.verdict in ("GREEN", "RED", "NOT OBSERVED")
@@ -235,7 +233,7 @@ def test_a_log_that_cannot_be_read_is_said_and_the_others_are_judged(tmp_path):
 
 def everything_of(run_dir):
     """What status, triage and report together say of a run directory, and what they could not see."""
-    status = observe.observe([str(run_dir)], ask_slurm=False)[0]
+    status = observe([str(run_dir)], ask_slurm=False)[0]
     json.dumps(status.as_json())
     assert status.state
     assert triage(run_dir).verdict == "GREEN"

@@ -9,7 +9,7 @@ import tempfile
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, missing_package
-from hpctrain.report.gather import Report
+from hpctrain.runs.report.gather import Report
 from hpctrain.triage.records import utc
 
 

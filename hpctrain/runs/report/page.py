@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 from hpctrain import __version__
 from hpctrain.base.units import format_duration
-from hpctrain.report import figures
-from hpctrain.report.gather import Report
+from hpctrain.runs.report import figures
+from hpctrain.runs.report.gather import Report
 from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.records import utc
 from hpctrain.triage.rules import GREEN, RED

@@ -8,7 +8,8 @@ from typing import Any
 
 from hpctrain.base import errors, terminal
 from hpctrain.base.units import compress_nodes, format_duration
-from hpctrain.observe import (
+from hpctrain.runs.records import read_pipeline_index
+from hpctrain.runs.status import (
     DONE,
     ENDED,
     FAILED,
@@ -20,7 +21,6 @@ from hpctrain.observe import (
     LinkStatus,
     RunStatus,
 )
-from hpctrain.runs import read_pipeline_index
 from hpctrain.runtime.settings import handed_over
 from hpctrain.triage.records import utc
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.base.units import expand_nodes
-from hpctrain.runs import RunRecords, by_hand, find_one, list_logs, parse_time, read_run
+from hpctrain.runs import daemons
+from hpctrain.runs.records import RunRecords, by_hand, find_one, list_logs, parse_time, read_run
 from hpctrain.slurm.jobs import Answer, query
-from hpctrain.triage import slurmevents
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.engine import Engine
 from hpctrain.triage.judge import Diagnosis, in_order, judge
@@ -31,7 +31,7 @@ class Subject:
     slurm: Answer = field(default_factory=lambda: Answer({}, {}))
     engine: Engine = field(init=False)
     unreadable: list[str] = field(default_factory=list)
-    happenings: list[slurmevents.Happening] = field(default_factory=list)
+    happenings: list[daemons.Happening] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.engine = Engine(self.thresholds, self.run.tasks_per_node if self.run else None)
@@ -83,13 +83,13 @@ class Subject:
         starts = self._starts()
         nodes = dict.fromkeys(node for start in starts for node in start.nodes)
         if starts:
-            self.happenings, unseen = slurmevents.ask(list(nodes))
+            self.happenings, unseen = daemons.ask(list(nodes))
             self.slurm = dataclasses.replace(self.slurm, unseen=(*self.slurm.unseen, *unseen))
 
-    def _starts(self) -> list[slurmevents.Start]:
+    def _starts(self) -> list[daemons.Start]:
         """When and where each start of the run's jobs ran, by links.jsonl; its end also by Slurm or by the next start."""
         assert self.run is not None
-        out: list[slurmevents.Start] = []
+        out: list[daemons.Start] = []
         jobs: list[str] = []
         for record in self.run.links:
             time_s, job_id = parse_time(record.get("time")), str(record.get("job_id") or "")
@@ -99,7 +99,7 @@ class Subject:
                 out[-1] = dataclasses.replace(out[-1], end_s=time_s)
             if record["event"] == "begin" and record.get("mode") in ("scratch", "finetune", "resume"):
                 name = f"link {record.get('link')} (job {job_id})"
-                out.append(slurmevents.Start(name, time_s, None, tuple(_nodes_of(record.get("nodes")))))
+                out.append(daemons.Start(name, time_s, None, tuple(_nodes_of(record.get("nodes")))))
                 jobs.append(job_id)
         if out and out[-1].end_s is None:
             state = self.slurm.jobs.get(jobs[-1])
@@ -122,7 +122,7 @@ class Subject:
             if silent and state.state != "COMPLETED":
                 out.append(f"job {job_id} ended without a log; Slurm says {state.state}")
         if self.happenings:
-            out += slurmevents.remarks(self.happenings, self._starts(), time.time())
+            out += daemons.remarks(self.happenings, self._starts(), time.time())
         return out
 
     def _complete(self, attempt: Attempt, newest: bool) -> None:

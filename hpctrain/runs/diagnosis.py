@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from hpctrain.base import terminal
+from hpctrain.runs.diagnose import Subject
 from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.judge import Diagnosis
 from hpctrain.triage.rules import GREEN, RED
-from hpctrain.triage.target import Subject
 
 _COLOUR = {GREEN: "green", RED: "red"}
 

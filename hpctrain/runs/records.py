@@ -80,20 +80,6 @@ def by_hand(run: RunRecords) -> list[str]:
     return [job_id for job_id in ran if job_id not in queued] if queued else []
 
 
-def distinct(notes: Iterable[str]) -> list[str]:
-    """The guard's notes without those that only repeat of a checkpoint what the note about `latest` says of it."""
-    said = list(dict.fromkeys(note for note in notes if note))
-    return [
-        note
-        for note in said
-        if not any(
-            note.replace(" is not", ", which is not", 1).split("; it is now")[0] in other
-            for other in said
-            if other != note
-        )
-    ]
-
-
 def is_run_dir(path: str) -> bool:
     return any(os.path.isfile(os.path.join(path, mark)) for mark in MARKS)
 

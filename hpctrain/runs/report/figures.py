@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 from hpctrain.base.errors import missing_package
-from hpctrain.report.gather import AttemptRow, Report
+from hpctrain.runs.report.gather import AttemptRow, Report
 
 # Colours that people with the usual colour blindnesses tell apart (Okabe and Ito 2008).
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8a8f98"

@@ -11,15 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpctrain import cost
 from hpctrain.config import billing
-from hpctrain.observe import RunStatus, status_of
-from hpctrain.runs import RunRecords, read_run
+from hpctrain.runs import cost
+from hpctrain.runs.diagnose import Subject
+from hpctrain.runs.records import RunRecords, read_run
+from hpctrain.runs.starts import Start, starts_of
+from hpctrain.runs.status import RunStatus, status_of
 from hpctrain.slurm.jobs import Answer
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.judge import Diagnosis, in_order
 from hpctrain.triage.records import Place, Step, median
-from hpctrain.triage.target import Subject
 from hpctrain.triage.thresholds import Thresholds
 
 MOST_POINTS = 20_000
@@ -109,7 +110,7 @@ def gather(run_dir: str, ask_slurm: bool = True, now_s: float | None = None) -> 
     diagnosis = subject.diagnose()
     status = status_of(run, answer, now_s)
     attempts = in_order(subject.engine.attempts)
-    starts = cost.starts_of(run, answer, now_s)
+    starts = starts_of(run, answer, now_s)
     job = cost.full_job(run.plan)
     rows = attempt_rows(attempts, starts, job, diagnosis, status)
     unseen = [*status.unseen, *subject.unreadable]
@@ -132,7 +133,7 @@ def gather(run_dir: str, ask_slurm: bool = True, now_s: float | None = None) -> 
     )
 
 
-def attempt_rows(attempts: Sequence[Attempt], starts: Sequence[cost.Start], job: cost.Bill | None, diagnosis: Diagnosis,
+def attempt_rows(attempts: Sequence[Attempt], starts: Sequence[Start], job: cost.Bill | None, diagnosis: Diagnosis,
                  status: RunStatus) -> list[AttemptRow]:  # fmt: skip
     """Each start of each job, known from its log, from Slurm or from the records; oldest first."""
     logged = {(attempt.job_id or attempt.file, attempt.restart): attempt for attempt in attempts}
@@ -186,7 +187,7 @@ def _lost(last: int | None, following: Attempt | None, status: RunStatus, attemp
     return 0
 
 
-def _step_s(attempt: Attempt | None, start: cost.Start | None) -> float | None:
+def _step_s(attempt: Attempt | None, start: Start | None) -> float | None:
     """Seconds an iteration from the log's own clock, where no line tells it."""
     if attempt is None or attempt.first is None or attempt.last is None:
         return None

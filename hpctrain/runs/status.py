@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.config import billing
-from hpctrain.runs import LOG_JOB, RunRecords, by_hand, distinct, parse_time, read_run
+from hpctrain.runs.records import LOG_JOB, RunRecords, by_hand, parse_time, read_run
 from hpctrain.slurm.jobs import Answer, JobState, query
 from hpctrain.triage.failures import FAILURES
-from hpctrain.triage.records import Event, utc
+from hpctrain.triage.records import Event, distinct, utc
 
 NOT_SUBMITTED, PENDING, RUNNING, DONE, STOPPED, GAVE_UP, FAILED, ENDED, UNKNOWN = (
     "not submitted", "pending", "running", "done", "stopped", "gave up", "failed", "ended", "unknown",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hpctrain import cost
 from hpctrain.base import terminal
 from hpctrain.base.errors import UsageError
 from hpctrain.base.units import format_duration
-from hpctrain.cost import Allocation, Bill, Spent
 from hpctrain.plan.load import load_plan
 from hpctrain.plan.make import Plan
 from hpctrain.plan.render import plan_json
+from hpctrain.runs import cost
+from hpctrain.runs.cost import Allocation, Bill, Spent
 from hpctrain.triage.records import utc
 
 

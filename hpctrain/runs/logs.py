@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from hpctrain.runs import RunRecords, list_logs
+from hpctrain.runs.records import RunRecords, list_logs
 from hpctrain.triage.engine import clean
 from hpctrain.triage.judge import Incident
 from hpctrain.triage.records import Event

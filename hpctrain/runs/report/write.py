@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Refused
-from hpctrain.report import figures
-from hpctrain.report.gather import Report
-from hpctrain.report.page import MARK, page, pipeline_page
+from hpctrain.runs.report import figures
+from hpctrain.runs.report.gather import Report
+from hpctrain.runs.report.page import MARK, page, pipeline_page
 
 
 def write_report(report: Report, path: str, png_path: str | None = None, force: bool = False) -> list[str]:
