@@ -18,7 +18,7 @@ def command(run: str, dry_run: bool) -> None:
     hpctrain cancel runs/ft
     hpctrain cancel 1234567 --dry-run
     """
-    from hpctrain import chain
+    from hpctrain.jobs import chain
 
     run_dirs = chain.find_chains(run)
     # The last stage first, so that none of its links begins while those before it go.

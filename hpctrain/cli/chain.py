@@ -45,7 +45,7 @@ def command(
     hpctrain chain my-run/run.yaml --jobs auto --dry-run
     hpctrain chain --extend 3 --exclude-bad
     """
-    from hpctrain import badnodes, chain
+    from hpctrain.jobs import bad_nodes, chain
     from hpctrain.plan.load import load_plan
 
     num_links = _number(jobs)
@@ -78,7 +78,7 @@ def command(
     if not dry_run:
         if found.new and chain.ask_needed(found) and not yes:
             common.ask(f"Submit {len(found.new)} links for up to {hours:.0f} {unit}?")
-        exclude = badnodes.merged("", found.bad_nodes) if exclude_bad and found.bad_nodes else ""
+        exclude = bad_nodes.merged("", found.bad_nodes) if exclude_bad and found.bad_nodes else ""
         changed = chain.exclude_bad(run_dir, found.bad_nodes) if exclude else []
         ids = chain.submit_chain(found, exclude)
         if changed:

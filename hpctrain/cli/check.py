@@ -21,7 +21,7 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     hpctrain check my.yaml --set nodes=64 --json
     """
     from hpctrain.config.pipeline import is_pipeline
-    from hpctrain.pipeline.stages import load_pipeline
+    from hpctrain.jobs.pipeline.stages import load_pipeline
     from hpctrain.plan.check import find_problems
     from hpctrain.plan.load import load_plan
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
-from hpctrain import checkpoint
 from hpctrain.base import errors, terminal
 from hpctrain.base.units import format_size
 from hpctrain.cli import common
+from hpctrain.jobs import checkpoints
 from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS
 
@@ -54,11 +54,11 @@ def list_(target: str, layout: str | None, names_only: bool, as_json: bool) -> N
     hpctrain checkpoint list runs/ft
     hpctrain checkpoint list /scratch/me/ckpt --layout hf-trainer --json
     """
-    settings = checkpoint.settings_of(target, layout)
-    rows, asides, survey = checkpoint.list_checkpoints(settings, verify=not names_only)
+    settings = checkpoints.settings_of(target, layout)
+    rows, asides, survey = checkpoints.list_checkpoints(settings, verify=not names_only)
     if as_json:
         terminal.data_json(folder=survey.folder, layout=settings.layout, tracker=survey.named,
-                         checkpoints=[checkpoint.as_json(row) for row in rows], aside=asides)  # fmt: skip
+                         checkpoints=[checkpoints.as_json(row) for row in rows], aside=asides)  # fmt: skip
         return
     lines = []
     for row in rows:
@@ -83,7 +83,7 @@ def verify(targets: tuple[str, ...], layout: str | None, as_json: bool, **ranks:
     hpctrain checkpoint verify base/global_step423858 --tp 8
     """
     found = [
-        pair for target in targets or ("run.yaml",) for pair in checkpoint.verify(target, layout, Expected(**ranks))
+        pair for target in targets or ("run.yaml",) for pair in checkpoints.verify(target, layout, Expected(**ranks))
     ]
     # Ranks asked for here must be there; those of a run's plan may differ, where the optimizer's state can be laid out anew.
     asked = any(number is not None for number in ranks.values())
@@ -107,7 +107,7 @@ def verify(targets: tuple[str, ...], layout: str | None, as_json: bool, **ranks:
 @_target
 @_layout
 @click.option(
-    "--start", type=click.Path(), help="The checkpoint to start from [default: the run's `checkpoint.start`]."
+    "--start", type=click.Path(), help="The checkpoint to start from [default: the run's `checkpoints.start`]."
 )
 @_ranks
 @common.dry_run
@@ -120,8 +120,8 @@ def bootstrap(target: str, layout: str | None, start: str | None, dry_run: bool,
     hpctrain checkpoint bootstrap my-run/run.yaml
     hpctrain checkpoint bootstrap /scratch/me/ckpt --start /scratch/me/base/_global_step423858 --layout deepspeed
     """
-    settings = checkpoint.settings_of(target, layout, start, Expected(**ranks))
-    plan = checkpoint.bootstrap(settings, dry_run, Expected(**ranks))
+    settings = checkpoints.settings_of(target, layout, start, Expected(**ranks))
+    plan = checkpoints.bootstrap(settings, dry_run, Expected(**ranks))
     for note in plan.notes:
         terminal.info(note)
     terminal.info(f"the start is complete: {plan.num_files} files, {format_size(plan.num_bytes)}")
@@ -149,10 +149,10 @@ def use(target: str, layout: str | None, to: str | None, back: int | None, dry_r
     """
     if (to is None) == (back is None):
         raise errors.UsageError("say where to go back to: --to NAME or --back N")
-    settings = checkpoint.settings_of(target, layout)
-    plan = checkpoint.plan_use(settings, to, back)
+    settings = checkpoints.settings_of(target, layout)
+    plan = checkpoints.plan_use(settings, to, back)
     if not dry_run:
-        checkpoint.do_use(settings, plan)
+        checkpoints.do_use(settings, plan)
     if as_json:
         terminal.data_json(folder=plan.folder, checkpoint=plan.name, kind=plan.kind, done=not dry_run,
                          aside=[{"name": name, "to": to} for name, to in plan.asides])  # fmt: skip

@@ -29,7 +29,7 @@ def command(
     hpctrain cost runs/ft_latest_7 --json
     hpctrain cost pipeline.yaml --set warmup.chain.jobs=3
     """
-    from hpctrain.pipeline import bills
+    from hpctrain.jobs.pipeline import bills
     from hpctrain.runs import bills as run_bills
     from hpctrain.runs import cost
     from hpctrain.runs.records import find_runs, read_run

@@ -40,7 +40,7 @@ def command(
     hpctrain doctor run.yaml -r requirements.txt
     hpctrain doctor --site lumi --json
     """
-    from hpctrain.doctor.examine import examine_here, examine_run
+    from hpctrain.sites.doctor.examine import examine_here, examine_run
 
     if run_yaml is None and os.path.isfile("run.yaml") and not site:
         run_yaml = "run.yaml"

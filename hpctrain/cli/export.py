@@ -10,7 +10,7 @@ from hpctrain.base.errors import NO, Problem, UsageError
 from hpctrain.cli import common
 
 if TYPE_CHECKING:
-    from hpctrain.neox_export import NeoxExport
+    from hpctrain.jobs.neox_export import NeoxExport
     from hpctrain.train.hf_sft.source import Checkpoint
 
 
@@ -64,7 +64,7 @@ def command(
     hpctrain export runs/phase1a -o models/phase1a --validate held_out.jsonl
     hpctrain export runs/neox_7 -o /scratch/project_465000000/models/neox_7 --sbatch=--partition=largemem
     """
-    from hpctrain import neox_export
+    from hpctrain.jobs import neox_export
 
     if neox_export.is_neox_run(source):
         plan = neox_export.plan_export(source, directory, checkpoint, precision, tokenizer, options)
@@ -132,9 +132,9 @@ def _of_trl(found: Checkpoint, directory: str, precision: str, base: str | None,
 
 
 def _by_job(plan: NeoxExport, wait: bool, dry_run: bool, as_json: bool) -> None:
-    from hpctrain import neox_export
     from hpctrain.base.shell import quote
     from hpctrain.base.units import format_mem_gib, format_size
+    from hpctrain.jobs import neox_export
 
     for note in plan.notes:
         terminal.info(f"note: {note}")

@@ -44,7 +44,7 @@ def command(
     hpctrain ladder --dry-run
     hpctrain ladder run.yaml --rungs 1,8,64 --steps 200
     """
-    from hpctrain.ladder import checks, climb, log_path, plan_rungs, purpose, toggles
+    from hpctrain.jobs.ladder import checks, climb, log_path, plan_rungs, purpose, toggles
     from hpctrain.runs.bills import parse_rungs
 
     rungs = plan_rungs(run_yaml, assignments, parse_rungs(rungs_text), steps, time_text)

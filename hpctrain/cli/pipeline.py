@@ -47,8 +47,8 @@ def command(
     hpctrain pipeline gad/pipeline.yaml --yes
     hpctrain pipeline --stage adversarial --set adversarial.config.lr=1.0e-6
     """
-    from hpctrain.pipeline import queue
-    from hpctrain.pipeline import stages as planning
+    from hpctrain.jobs.pipeline import queue
+    from hpctrain.jobs.pipeline import stages as planning
 
     pipeline = planning.load_pipeline(pipeline_yaml, assignments, out_dir)
     queue.check_names(pipeline, stages)

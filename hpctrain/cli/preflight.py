@@ -31,7 +31,7 @@ def command(
     hpctrain preflight run.yaml --submit
     """
     from hpctrain.plan.load import load_plan
-    from hpctrain.preflight import allocation
+    from hpctrain.sites import nodes as allocation
 
     plan = load_plan(run_yaml, assignments).plan
     common.require_valid(plan)

@@ -47,16 +47,16 @@ def command(ctx: click.Context, run_yaml: str | None, site_name: str | None, acc
     hpctrain shell --site lumi --account project_465000000 --container image.sif
     hpctrain shell run.yaml --gpus 8 -- python -c 'import torch; print(torch.cuda.device_count())'
     """
-    from hpctrain import interactive
+    from hpctrain.sites import shell
     from hpctrain.slurm import commands as slurm
 
     if run_yaml is None and os.path.lexists("run.yaml"):
         run_yaml = "run.yaml"
-    wanted = interactive.Wanted(site_name, account, container, partition, gpus, cpus, time, ctx.meta.get(_PROGRAM, ()))
-    site, spec = interactive.read_request(run_yaml, wanted)
-    plan = interactive.allocation(site, spec, wanted)
+    wanted = shell.Wanted(site_name, account, container, partition, gpus, cpus, time, ctx.meta.get(_PROGRAM, ()))
+    site, spec = shell.read_request(run_yaml, wanted)
+    plan = shell.allocation(site, spec, wanted)
     if dry_run:
-        terminal.data(interactive.command_line(plan, os.environ, slurm.scrubbed(os.environ)))
+        terminal.data(shell.command_line(plan, os.environ, slurm.scrubbed(os.environ)))
         return
     terminal.info(f"waiting for an allocation on {site.name} …")
     slurm.become(plan.argv, plan.unset)

@@ -24,7 +24,7 @@ def command() -> None:
 @common.as_json
 def list_(as_json: bool) -> None:
     """List every profile with its layer and when it was verified."""
-    from hpctrain.site_report import summaries
+    from hpctrain.sites.show import summaries
 
     found = summaries()
     if as_json:
@@ -48,8 +48,8 @@ def show(name: str, blame: bool, as_json: bool) -> None:
     \b
     hpctrain site show lumi --blame
     """
-    from hpctrain import site_report
     from hpctrain.config.site import load_site
+    from hpctrain.sites import show as site_report
 
     site = load_site(name)
     rows = site_report.blame(site) if blame else []
@@ -78,7 +78,7 @@ def check(names: tuple[str, ...], as_json: bool) -> None:
     """
     import datetime
 
-    from hpctrain.site_report import check_profiles
+    from hpctrain.sites.show import check_profiles
 
     found = check_profiles(names, datetime.date.today())
     bad = any(problem.level == "error" for problems in found.values() for problem in problems)
@@ -114,7 +114,7 @@ def new(name: str, files: tuple[str, ...], for_user: bool, dry_run: bool) -> Non
     """
     from hpctrain.base.files import write_new
     from hpctrain.base.paths import own_dir
-    from hpctrain.site_draft import draft_from_files, draft_from_slurm
+    from hpctrain.sites.draft import draft_from_files, draft_from_slurm
 
     text, notes = draft_from_files(name, files, sys.stdin.buffer) if files else draft_from_slurm(name)
     terminal.problems(notes)

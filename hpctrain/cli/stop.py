@@ -18,7 +18,7 @@ def command(run: str, dry_run: bool) -> None:
     hpctrain stop runs/ft
     hpctrain stop 1234567
     """
-    from hpctrain import chain
+    from hpctrain.jobs import chain
 
     run_dirs = chain.find_chains(run)
     running = [job for run_dir in run_dirs for job in chain.stop(run_dir, dry_run)]

@@ -35,7 +35,7 @@ def command(files: tuple[str, ...], to: str | None, run_yaml: str | None, site_n
     hpctrain upload corpus.jsonl --site lumi --account project_465000000 --user me --key ~/.ssh/id_lumi
     hpctrain upload data/ --to /scratch/project_465000000/data
     """
-    from hpctrain import upload
+    from hpctrain.sites import upload
 
     if run_yaml is None and os.path.lexists("run.yaml") and not site_name:
         run_yaml = "run.yaml"

@@ -14,11 +14,12 @@ import pickle
 import sys
 from typing import Any
 
-from hpctrain import sidejobs, submit
 from hpctrain.base.errors import HpctrainError
-from hpctrain.checkpoint import read_plan
-from hpctrain.pipeline import queue
-from hpctrain.submit import MAIN, SIDE, Submission
+from hpctrain.jobs import ledger
+from hpctrain.jobs import side as sidejobs
+from hpctrain.jobs.checkpoints import read_plan
+from hpctrain.jobs.ledger import MAIN, SIDE, Submission
+from hpctrain.jobs.pipeline import queue
 
 
 def run(run_dir: str, num_jobs: int, after_each: str = "") -> list[dict[str, Any]]:
@@ -32,8 +33,8 @@ def run(run_dir: str, num_jobs: int, after_each: str = "") -> list[dict[str, Any
             if after_each:
                 side = sidejobs.submission(run_dir, str(read_plan(run_dir)["run"]), link, after_each)
                 wanted.append(Submission(link, SIDE, side.script, (), side.options))
-        with submit.only_one(run_dir):
-            submit.submit_all(run_dir, wanted)
+        with ledger.only_one(run_dir):
+            ledger.submit_all(run_dir, wanted)
     except HpctrainError as error:
         refused = "\n".join(problem.what for problem in error.problems)
     return [_answer(run_dir, refused)]
@@ -60,7 +61,7 @@ def pipeline(order: str) -> list[dict[str, Any]]:
 
 
 def _answer(run_dir: str, refused: str) -> dict[str, Any]:
-    ids = submit.read_ledger(run_dir).submitted()
+    ids = ledger.read_ledger(run_dir).submitted()
     jobs, side = (
         {str(link): job_id for (link, kind), job_id in ids.items() if kind == wanted} for wanted in (MAIN, SIDE)
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.pipeline.stages import Pipeline
+from hpctrain.jobs.pipeline.stages import Pipeline
 from hpctrain.plan.load import Loaded
 from hpctrain.plan.make import Plan
 from hpctrain.plan.run_dir import run_files

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault
-from hpctrain.pipeline.stages import Pipeline
+from hpctrain.jobs.pipeline.stages import Pipeline
 from hpctrain.plan.make import Plan
 from hpctrain.rehearse.stage import Login
 

@@ -12,7 +12,7 @@ from typing import Any
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.base.units import format_time
 from hpctrain.config.pipeline import is_pipeline
-from hpctrain.pipeline.stages import Pipeline, load_pipeline
+from hpctrain.jobs.pipeline.stages import Pipeline, load_pipeline
 from hpctrain.plan.load import Loaded, load_plan
 from hpctrain.plan.make import Plan
 from hpctrain.rehearse import timeline

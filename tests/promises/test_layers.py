@@ -15,14 +15,14 @@ PACKAGE = Path(__file__).parents[2] / "hpctrain"
 # Lowest first. A package is one line (inside it, modules import each other freely), unless a part of it has its own.
 LAYERS = [
     # -- the base
-    "base.frozen", "base.errors", "base.units", "runtime", "runs", "slurm", "config", "base", "base.paths", "config.document", "config.fields", "config.text", "base.shell",
+    "base.frozen", "base.errors", "base.units", "runtime", "jobs", "runs", "slurm", "config", "base", "base.paths", "config.document", "config.fields", "config.text", "base.shell",
     # -- pure: what a run is, and what it becomes
     "config.sbatch", "config.site", "config.run", "config.recipe", "config.pipeline", "config.trainers.sft", "config.trainers.dpo", "config.trainers.trl", "config.billing", "config.container", "recipes", "plan", "plan.make", "plan.render", "plan.load",
     # -- effects: files, Slurm, this machine
-    "base.terminal", "base.files", "plan.template_cache", "plan.run_dir", "slurm.commands", "slurm.facts", "slurm.jobs", "runs.records", "plan.check", "checkpoint", "badnodes", "sidejobs", "submit",
-    "chain", "triage", "runs.starts", "runs.daemons", "runs.diagnose", "runs.diagnosis", "runs.status", "runs.logs", "runs.status_table", "runs.cost", "runs.bills", "runs.report", "doctor", "preflight", "ladder", "pipeline", "tokenize", "sandbox", "rehearse", "train",
+    "base.terminal", "base.files", "plan.template_cache", "plan.run_dir", "slurm.commands", "slurm.facts", "slurm.jobs", "runs.records", "plan.check", "jobs.checkpoints", "jobs.bad_nodes", "jobs.side", "jobs.ledger",
+    "jobs.chain", "triage", "runs.starts", "runs.daemons", "runs.diagnose", "runs.diagnosis", "runs.status", "runs.logs", "runs.status_table", "runs.cost", "runs.bills", "runs.report", "sites.doctor", "sites", "jobs.ladder", "jobs.pipeline", "tokenize", "sandbox", "rehearse", "train",
     # -- what single verbs need
-    "config.new_run", "site_report", "site_draft", "config.recipe_show", "plan.overrides", "config.json_schema", "interactive", "upload", "neox_export",
+    "config.new_run", "sites.show", "sites.draft", "config.recipe_show", "plan.overrides", "config.json_schema", "sites.shell", "sites.upload", "jobs.neox_export",
     # -- the command line
     "cli", "__main__",
 ]  # fmt: skip

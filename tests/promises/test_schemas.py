@@ -16,7 +16,7 @@ from hpctrain.config.document import load_yaml, parse_yaml
 from hpctrain.config.json_schema import FOLDER, KINDS, schema_text
 from hpctrain.config.recipe import list_recipes
 from hpctrain.config.site import list_sites, load_site
-from hpctrain.pipeline.stages import load_pipeline
+from hpctrain.jobs.pipeline.stages import load_pipeline
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted([*ROOT.glob("examples/**/run.yaml"), *ROOT.glob("tests/golden/*/run.yaml")])

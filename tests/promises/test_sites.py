@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.config.site import list_sites, load_site
-from hpctrain.site_report import blame, find_problems
+from hpctrain.sites.show import blame, find_problems
 
 DATA = Path(__file__).parents[1] / "data" / "scontrol"
 TODAY = datetime.date(2026, 11, 21)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.upload import PARTIAL_DIR, plan_upload, rsh_words, transfer_argv
+from hpctrain.sites.upload import PARTIAL_DIR, plan_upload, rsh_words, transfer_argv
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile import HOSTILE  # noqa: E402

@@ -9,11 +9,11 @@ import subprocess
 import checkpoints
 import pytest
 
-from hpctrain import badnodes, chain, sidejobs
 from hpctrain.base.errors import Refused, UsageError
+from hpctrain.jobs import bad_nodes, chain, side
+from hpctrain.jobs.ledger import only_one, read_ledger
 from hpctrain.runtime.settings import parse_settings
 from hpctrain.slurm import commands as slurm
-from hpctrain.submit import only_one, read_ledger
 
 
 def guard(top, **changes):
@@ -124,7 +124,7 @@ def test_a_ledger_survives_torn_and_foreign_lines(tmp_path):
     ("", "", []),
 ])  # fmt: skip
 def test_which_node_a_log_blames(log, nodes, blamed):
-    assert badnodes.named(log, nodes) == blamed
+    assert bad_nodes.named(log, nodes) == blamed
 
 
 def test_a_node_is_bad_after_two_failures_and_a_requeue_is_one_of_its_own(tmp_path):
@@ -136,11 +136,11 @@ def test_a_node_is_bad_after_two_failures_and_a_requeue_is_one_of_its_own(tmp_pa
     begins = [
         {"event": "begin", "job_id": "7", "restart": restart, "nodes": "nid[000001-000008]"} for restart in range(3)
     ]
-    found = badnodes.find(str(tmp_path), begins)
+    found = bad_nodes.find(str(tmp_path), begins)
     assert [(node.name, node.failures) for node in found] == [("nid000003", ("7", "7.1"))]
     ended = [*begins, {"event": "end", "job_id": "7", "restart": 1, "exit_code": 0}]
-    assert badnodes.find(str(tmp_path), ended) == []
-    assert badnodes.merged("nid000001", found) == "nid[000001,000003]"
+    assert bad_nodes.find(str(tmp_path), ended) == []
+    assert bad_nodes.merged("nid000001", found) == "nid[000001,000003]"
 
 
 def test_a_side_job_has_the_scripts_directives_and_runs_it_only_after_a_checkpoint(tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_side_job_has_the_scripts_directives_and_runs_it_only_after_a_checkpoi
     script.write_text(
         '#!/bin/bash -e\n# a comment\n#SBATCH --time=5 # five\n\n#SBATCH -p small\necho "ran $HPCTRAIN_CHECKPOINT"\n#SBATCH --late=1\n'
     )
-    text = sidejobs.side_text(str(tmp_path / "run $(touch canary)"), 3, str(script))
+    text = side.side_text(str(tmp_path / "run $(touch canary)"), 3, str(script))
     assert [line for line in text.split("\n") if line.startswith("#SBATCH")] == [
         "#SBATCH --time=5 # five",
         "#SBATCH -p small",
@@ -174,7 +174,7 @@ def test_a_side_script_that_is_none_is_refused(tmp_path, content):
     if content is not None:
         script.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match="bench"):
-        sidejobs.side_text(str(tmp_path), 1, str(script))
+        side.side_text(str(tmp_path), 1, str(script))
 
 
 def test_without_slurm_the_error_says_so(monkeypatch):

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from hpctrain.doctor import places
-from hpctrain.doctor import python as pythons
-from hpctrain.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding, score
-from hpctrain.doctor.python import Pin
+from hpctrain.sites.doctor import places
+from hpctrain.sites.doctor import python as pythons
+from hpctrain.sites.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding, score
+from hpctrain.sites.doctor.python import Pin
 
 
 def results(findings):

@@ -203,7 +203,7 @@ def test_a_stage_of_one_s_own_is_a_folder_and_seen_in_the_container(tmp_path: Pa
 
 
 def test_a_rung_of_the_ladder_is_a_valid_run(tmp_path: Path) -> None:
-    from hpctrain.ladder import plan_rungs
+    from hpctrain.jobs.ladder import plan_rungs
 
     plan_of(tmp_path, options={"samples_per_hour": 125_000, "expected_time": "12h"}, nodes=1, gpus_per_node=8)
     rungs = plan_rungs(str(tmp_path / "run.yaml"), [], [1, 2, 8], 100, "30m")
@@ -213,7 +213,7 @@ def test_a_rung_of_the_ladder_is_a_valid_run(tmp_path: Path) -> None:
 
 
 def test_as_a_stage_it_takes_the_model_of_the_one_before_and_leaves_its_own(tmp_path: Path) -> None:
-    from hpctrain.pipeline.stages import load_pipeline
+    from hpctrain.jobs.pipeline.stages import load_pipeline
 
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN, "chain": {"jobs": 1}}))
     stages = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base.errors import UsageError
-from hpctrain.interactive import Wanted, allocation, read_request
+from hpctrain.sites.shell import Wanted, allocation, read_request
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile import HOSTILE  # noqa: E402

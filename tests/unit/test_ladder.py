@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base.errors import UsageError
-from hpctrain.ladder import checks, plan_rungs, purpose
+from hpctrain.jobs.ladder import checks, plan_rungs, purpose
 from hpctrain.triage.engine import Engine
 from hpctrain.triage.judge import judge
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from hpctrain.ladder import changes_for
-from hpctrain.pipeline.stages import load_pipeline
+from hpctrain.jobs.ladder import changes_for
+from hpctrain.jobs.pipeline.stages import load_pipeline
 from hpctrain.plan.load import load_plan
 from hpctrain.plan.make import Plan
 from hpctrain.recipes.open_instruct.arguments import flags, known_commits, match_commit, table

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base.errors import HpctrainError, UsageError
-from hpctrain.pipeline.stages import load_pipeline
+from hpctrain.jobs.pipeline.stages import load_pipeline
 from hpctrain.runs.records import find_pipeline, find_runs
 from hpctrain.runs.status_table import of_pipeline
 
@@ -172,7 +172,7 @@ def test_check_looks_at_every_stage_and_other_verbs_say_what_it_is(pipeline, cli
 
 
 def test_status_finds_a_pipeline_by_name_folder_and_file(pipeline, tmp_path, monkeypatch):
-    from hpctrain.pipeline.queue import prepare
+    from hpctrain.jobs.pipeline.queue import prepare
     from hpctrain.runs.status import observe
 
     planned = pipeline(TWO)
@@ -194,7 +194,7 @@ def test_status_finds_a_pipeline_by_name_folder_and_file(pipeline, tmp_path, mon
 
 def test_cost_is_told_stage_by_stage_and_summed_in_each_unit_before_and_after(pipeline, cli, tmp_path, monkeypatch):
     """small-g bills 0.5 GPU-hours an hour and GCD, and 2 nodes of whole standard-g 4 a node; a CPU stage has a unit of its own."""
-    from hpctrain.pipeline.queue import prepare
+    from hpctrain.jobs.pipeline.queue import prepare
 
     stages = "a: {run: a.yaml, jobs: 3}\nb: {run: b.yaml, from: a, set: {partition: standard-g, nodes: 2, gpus_per_node: 8, time: 2h}}\nc: {run: b.yaml, set: {name: c, checkpoint.dir: /scratch/c, partition: standard, gpus_per_node: 0, time: 1h}}"  # fmt: skip
     planned = pipeline(stages)

@@ -12,7 +12,7 @@ import pytest
 from hpctrain.base.errors import UsageError
 from hpctrain.config.document import parse_yaml
 from hpctrain.config.site import site_from_document
-from hpctrain.site_draft import draft_profile
+from hpctrain.sites.draft import draft_profile
 from hpctrain.slurm.facts import NodeShape, parse_gres, read_facts
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.chain import plan_chain
+from hpctrain.jobs.chain import plan_chain
 from hpctrain.plan.load import load_plan
 from hpctrain.plan.render import plan_json
 from hpctrain.runtime.link import spoken

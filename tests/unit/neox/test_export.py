@@ -16,7 +16,7 @@ import yaml
 
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.base.shell import quote
-from hpctrain.neox_export import plan_export
+from hpctrain.jobs.neox_export import plan_export
 from hpctrain.plan.run_dir import run_files
 
 CONVERTER = """

@@ -292,7 +292,7 @@ def test_what_cannot_fit_is_refused_with_the_number_of_gpus_that_could(tmp_path:
 
 
 def test_the_ladder_keeps_what_one_gpu_can_do(tmp_path: Path) -> None:
-    from hpctrain.ladder import plan_rungs
+    from hpctrain.jobs.ladder import plan_rungs
 
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(WARMUP, sort_keys=False))
     one, two, eight = plan_rungs(str(tmp_path / "run.yaml"), [], [2, 4, 8], 20, "1h")
@@ -331,7 +331,7 @@ def test_a_start_is_a_folder_or_one_checkpoint_of_it(tmp_path: Path, way: str) -
 
 
 def test_the_example_pipeline_hands_the_warmups_last_checkpoint_on() -> None:
-    from hpctrain.pipeline.stages import load_pipeline
+    from hpctrain.jobs.pipeline.stages import load_pipeline
 
     pipeline = load_pipeline(str(ROOT / "examples/verl-gad/pipeline.yaml"))
     guard = pipeline.stages[1].plan.guard()

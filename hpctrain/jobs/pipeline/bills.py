@@ -12,7 +12,7 @@ from hpctrain.base import terminal
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.units import format_duration
 from hpctrain.config.pipeline import is_pipeline
-from hpctrain.pipeline.stages import load_pipeline
+from hpctrain.jobs.pipeline.stages import load_pipeline
 from hpctrain.plan.make import Plan
 from hpctrain.plan.render import plan_json
 from hpctrain.runs import bills as run_bills

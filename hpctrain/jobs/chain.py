@@ -11,10 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import badnodes, checkpoint, sidejobs
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
-from hpctrain.checkpoint import read_plan
 from hpctrain.config import billing
+from hpctrain.jobs import bad_nodes as badnodes
+from hpctrain.jobs import checkpoints
+from hpctrain.jobs import side as sidejobs
+from hpctrain.jobs.checkpoints import read_plan
+from hpctrain.jobs.ledger import MAIN, SIDE, Ledger, Submission, only_one, read_ledger, record_cancelled, submit_all
 from hpctrain.plan.load import Loaded
 from hpctrain.plan.run_dir import run_files, write_run_dir
 from hpctrain.runs.records import find_pipeline, find_runs
@@ -25,7 +28,6 @@ from hpctrain.runtime.link import decide
 from hpctrain.runtime.settings import Settings, handed_over, parse_settings
 from hpctrain.runtime.survey import Choice, Survey, choose
 from hpctrain.slurm import commands as slurm
-from hpctrain.submit import MAIN, SIDE, Ledger, Submission, only_one, read_ledger, record_cancelled, submit_all
 
 # Above this much of the machine a person should look once more: a day of one 8-GPU node is 192.
 ASK_ABOVE_HOURS = 200.0
@@ -124,7 +126,7 @@ def prepare(loaded: Loaded, force: bool = False, dry_run: bool = False) -> tuple
         said.append(f"wrote {plan.run_dir}")
     settings = parse_settings(plan.guard())
     if settings.start and not Survey(settings).made:
-        done = checkpoint.bootstrap(settings, dry_run)
+        done = checkpoints.bootstrap(settings, dry_run)
         said += [*done.notes, f"the start checkpoint `{done.start}` is complete: {done.num_files} files"]
         if done.target:
             said.append(f"{'would link' if dry_run else 'linked'} `{os.path.join(done.folder, done.link or '')}` to it")

@@ -93,7 +93,7 @@ def _options(text: str) -> set[str]:
 
 
 def _account(run_dir: str) -> str:
-    from hpctrain.checkpoint import read_plan
+    from hpctrain.jobs.checkpoints import read_plan
 
     account = read_plan(run_dir)["job"]["account"]
     return str(account) if account else ""

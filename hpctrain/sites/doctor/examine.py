@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.config.site import Site, load_site
-from hpctrain.doctor import cluster, places, python
-from hpctrain.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding, score
-from hpctrain.doctor.python import Pin
 from hpctrain.plan.check import secret_problems, shell_problems
 from hpctrain.plan.make import Plan
+from hpctrain.sites.doctor import cluster, places, python
+from hpctrain.sites.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding, score
+from hpctrain.sites.doctor.python import Pin
 
 _LEVELS = {"error": PROBLEM, "warning": WARNING, "note": NOT_SEEN}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from hpctrain.base.errors import EnvironmentFault
 from hpctrain.base.units import format_time
 from hpctrain.config.site import Partition, Site
-from hpctrain.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding
+from hpctrain.sites.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding
 from hpctrain.slurm import commands as slurm
 from hpctrain.slurm.facts import PartitionFacts, read_facts
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
 from hpctrain.base.units import format_size
-from hpctrain.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding
+from hpctrain.sites.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding
 
 # Where packages write without being asked, and what they take when the variable is not set.
 CACHES = (

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import checkpoint
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.base.shell import quote_all
 from hpctrain.base.units import format_mem_gib, format_size
+from hpctrain.jobs import checkpoints as checkpoint
 from hpctrain.recipes.neox.export import CONFIG, memory_gib
 from hpctrain.runtime.survey import Survey, choose
 from hpctrain.slurm import commands as slurm

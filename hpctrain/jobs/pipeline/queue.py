@@ -12,17 +12,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain import chain
 from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.config.fields import nearest
-from hpctrain.pipeline.stages import Pipeline, Planned
+from hpctrain.jobs import chain
+from hpctrain.jobs.ledger import MAIN, only_one, read_ledger
+from hpctrain.jobs.pipeline.stages import Pipeline, Planned
 from hpctrain.plan.check import at_site
 from hpctrain.plan.run_dir import run_files
 from hpctrain.runs.records import PIPELINE
 from hpctrain.runtime.files import append_record, make_folder, write_atomic
 from hpctrain.runtime.link import now
 from hpctrain.slurm import commands as slurm
-from hpctrain.submit import MAIN, only_one, read_ledger
 
 LEDGER = "pipeline.jsonl"
 

@@ -15,7 +15,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from hpctrain.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding
+from hpctrain.sites.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding
 
 # Compiled against each other, so that only an import tells whether they fit.
 REALLY_IMPORTED = ("numpy", "torch", "flash-attn", "deepspeed", "bitsandbytes", "xformers", "mpi4py")

@@ -1,0 +1,1 @@
+"""Queueing: the ledger, chains, side jobs, bad nodes, checkpoints, ladders, pipelines."""
