@@ -4,7 +4,8 @@
     DIR/global_step20/           all files on disk: DeepSpeed's, hpctrain.json, config.json, tokenizer.model
     DIR/latest                   `global_step20`, replaced by rename after that
 
-DeepSpeed itself lets rank 0 write `latest` in place before the others have finished (slurm.md §9 of the project's notes).
+DeepSpeed itself writes `latest` in place, and only its own rank 0 decides when (deepspeed/runtime/engine.py,
+`save_checkpoint`): a crash meanwhile leaves an empty name, or one of a checkpoint that is not whole.
 """
 
 from __future__ import annotations

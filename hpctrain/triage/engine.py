@@ -96,7 +96,7 @@ def _get_anchors() -> _Anchors:
 class Engine:
     """The state of a triage over any number of logs. `tasks_per_node` turns ranks into nodes; `on_step` sees every step.
 
-    Feed files with `log(name)`, which gives a `LogReader`; ask `rules.judge(engine)` at any time.
+    Feed files with `log(name)`, which gives a `LogReader`; ask `judge.judge(engine)` at any time.
     """
 
     def __init__(self, thresholds: Thresholds | None = None, tasks_per_node: int | None = None,
