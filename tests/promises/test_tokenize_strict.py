@@ -51,6 +51,8 @@ BAD = [
     (b'{"text": "\xc3\x28"}', "not UTF-8"),
     (json.dumps({"text": "plain"}).encode(), "no marker"),
 ]
+# Of these the byte itself is known, not only where the line begins.
+WITHIN = {"not JSON": len(b'{"text": '), "not UTF-8": len(b'{"text": "')}
 
 
 def bad_file(path, texts):
@@ -75,7 +77,8 @@ def test_every_bad_record_is_an_error_with_line_and_byte(tmp_path, tasks):
     for problem in problems:
         number = int(problem.where.rsplit(":", 1)[1])
         index = [line for line, _ in where].index(number)
-        assert BAD[index][1] in problem.what and f"byte {where[index][1]}" in problem.what or "byte" in problem.what
+        words, byte = BAD[index][1], where[index][1]
+        assert words in problem.what and f"byte {byte + WITHIN.get(words, 0)})" in problem.what, problem
     assert len(problems) == len(BAD) if tasks == 1 else problems
     assert not list(tmp_path.glob("out_text*"))
 

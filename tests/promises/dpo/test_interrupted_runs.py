@@ -49,10 +49,10 @@ def test_signalled_killed_and_run_again_alone_as_config_dpo_yaml_says(
 
     last = start_ranks([*ARGV, str(path)], {}, cwd=folder)
     whole = start_ranks([*ARGV, str(bench.config("straight", training, mount_dir=str(straight)))], {}, cwd=straight)
-    for process in (*last, *whole):
+    for mode, (process,) in (("resume", last), ("scratch", whole)):
         said, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
-    assert "mode resume" in said or "mode scratch" in said
+        assert f"mode {mode}" in said, said
     assert same_state(folder / "out" / "checkpoints" / "step-60", straight / "checkpoints" / "step-60") == []
     one, two = ((where / "dpo_model" / "model.safetensors").read_bytes() for where in (folder / "out", straight))
     assert one == two
