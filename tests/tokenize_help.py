@@ -1,6 +1,6 @@
 """For the tokenizer's tests: an oracle written from the reference's documented behaviour, small models, hostile documents.
 
-The oracle shares no code with hpctrain.tokenize: it splits, encodes and lays out bytes on its own.
+The oracle shares no code with hpctrain.data: it splits, encodes and lays out bytes on its own.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ import sys
 
 from tokenize_help import model_path
 
-from hpctrain.tokenize import run
-from hpctrain.tokenize.plan import Options
-from hpctrain.tokenize.prepare import Request, prepare, write_plan
+from hpctrain.data import run
+from hpctrain.data.plan import Options
+from hpctrain.data.prepare import Request, prepare, write_plan
 
 PLAIN = Options()
 

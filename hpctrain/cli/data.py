@@ -63,10 +63,10 @@ def inspect_(
     hpctrain data inspect P_text_document --tokenizer model.model -n 3
     """
     from hpctrain.base import files
-    from hpctrain.tokenize import inspect
-    from hpctrain.tokenize.indexed_dataset import open_dataset
-    from hpctrain.tokenize.loss_mask import MaskRules
-    from hpctrain.tokenize.spm import load_model
+    from hpctrain.data.dataset import inspect
+    from hpctrain.data.dataset.indexed_dataset import open_dataset
+    from hpctrain.data.dataset.loss_mask import MaskRules
+    from hpctrain.data.spm import load_model
 
     dataset, model = open_dataset(prefix), load_model(tokenizer)
     usual = inspect.default_rules((files.read_json(dataset.prefix + ".json") or {}).get("control"), model)
@@ -108,8 +108,8 @@ def count(prefix: str, out: str | None, picture: str | None, as_json: bool) -> N
     \b
     hpctrain data count P_text_document -o counts.txt --picture counts.png
     """
-    from hpctrain.tokenize import count as counting
-    from hpctrain.tokenize.indexed_dataset import open_dataset
+    from hpctrain.data.dataset import count as counting
+    from hpctrain.data.dataset.indexed_dataset import open_dataset
 
     dataset = open_dataset(prefix)
     numbers = counting.summary(dataset)
@@ -139,8 +139,8 @@ def verify(prefix: str, tokenizer: str | None, eod: str, as_json: bool) -> None:
     \b
     hpctrain data verify P_text_document
     """
-    from hpctrain.tokenize.spm import load_model
-    from hpctrain.tokenize.verify import verify_dataset
+    from hpctrain.data.dataset.verify import verify_dataset
+    from hpctrain.data.spm import load_model
 
     dataset, problems = verify_dataset(prefix, load_model(tokenizer) if tokenizer else None, eod)
     bad = [problem for problem in problems if problem.level == "error"]
@@ -188,9 +188,9 @@ def pack(
     \b
     hpctrain data pack P_text_document --seq-length 8192 --micro-batch 3 --data-parallel 192
     """
-    from hpctrain.tokenize.indexed_dataset import open_dataset
-    from hpctrain.tokenize.pack import pack as simulate
-    from hpctrain.tokenize.pack import schedule
+    from hpctrain.data.dataset.indexed_dataset import open_dataset
+    from hpctrain.data.dataset.pack import pack as simulate
+    from hpctrain.data.dataset.pack import schedule
 
     dataset = open_dataset(prefix)
     packings = simulate(dataset.sizes, seq_length, bins, seed, epochs)
@@ -226,7 +226,7 @@ def merge(prefixes: tuple[str, ...], out: str, force: bool, as_json: bool) -> No
     \b
     hpctrain data merge A_text_document B_text_document -o C_text_document
     """
-    from hpctrain.tokenize.merge import merge_datasets
+    from hpctrain.data.merge import merge_datasets
 
     merged = merge_datasets(prefixes, out, force)
     if as_json:

@@ -9,9 +9,9 @@ import click
 
 from hpctrain.base import errors, terminal
 from hpctrain.cli import common
-from hpctrain.tokenize.control import DEFAULT_EOD
-from hpctrain.tokenize.markers import ALLOWABLE
-from hpctrain.tokenize.sources import MAX_LINE_MIB
+from hpctrain.data.control import DEFAULT_EOD
+from hpctrain.data.markers import ALLOWABLE
+from hpctrain.data.sources import MAX_LINE_MIB
 
 
 def _time(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -98,8 +98,8 @@ def command(**options: Any) -> None:
     hpctrain tokenize data.jsonl --tokenizer model.model --output-prefix P --tasks 32 --site lumi --account project_465000000
     hpctrain tokenize data.jsonl --tokenizer model.model --output-prefix P --local
     """
-    from hpctrain.tokenize import present
-    from hpctrain.tokenize.command import tokenize
+    from hpctrain.data import present
+    from hpctrain.data.command import tokenize
 
     request, how = _parse(options)
     if options["rehearse"]:
@@ -121,10 +121,10 @@ def command(**options: Any) -> None:
 
 
 def _parse(options: dict[str, Any]) -> tuple[Any, Any]:
-    from hpctrain.tokenize.command import How
-    from hpctrain.tokenize.plan import Options
-    from hpctrain.tokenize.prepare import Request
-    from hpctrain.tokenize.records import RecordForm
+    from hpctrain.data.command import How
+    from hpctrain.data.plan import Options
+    from hpctrain.data.prepare import Request
+    from hpctrain.data.records import RecordForm
 
     def named(kind: Any, **more: Any) -> Any:
         """A `kind` from the options that are named as its fields."""
@@ -158,7 +158,7 @@ def _rehearse(request: Any, how: Any, as_json: bool) -> None:
 
 
 def _on_mpi(request: Any, how: Any) -> Any:
-    from hpctrain.tokenize.command import tokenize_mpi
+    from hpctrain.data.command import tokenize_mpi
 
     try:
         from mpi4py import MPI

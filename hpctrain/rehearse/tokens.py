@@ -21,14 +21,14 @@ from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, UsageError
 from hpctrain.config.site import Site, load_site
+from hpctrain.data.command import How, tokenize
+from hpctrain.data.limits import limits_of
+from hpctrain.data.prepare import Request, prepare
+from hpctrain.data.present import outcome_json
+from hpctrain.data.sources import Input, Segment, SegmentReader
 from hpctrain.rehearse import stage
 from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.shape import ClusterShape
-from hpctrain.tokenize.command import How, tokenize
-from hpctrain.tokenize.limits import limits_of
-from hpctrain.tokenize.prepare import Request, prepare
-from hpctrain.tokenize.present import outcome_json
-from hpctrain.tokenize.sources import Input, Segment, SegmentReader
 
 SAMPLE_BYTES = 256 << 10  # of each input, and no less than
 BYTES_PER_TASK = 8 << 10

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.config.trainers.sft import SftConfig
-from hpctrain.tokenize.indexed_dataset import Dataset, open_dataset
-from hpctrain.tokenize.loss_mask import MaskRules, find_unclosed, rules_from_config, trained_tokens
+from hpctrain.data.dataset.indexed_dataset import Dataset, open_dataset
+from hpctrain.data.dataset.loss_mask import MaskRules, find_unclosed, rules_from_config, trained_tokens
 from hpctrain.train._packing import pack_best_fit
 
 Ints = npt.NDArray[np.int64]

@@ -15,7 +15,7 @@ from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
 from hpctrain.base.files import open_to_readers, sync
-from hpctrain.tokenize.spm import load_model
+from hpctrain.data.spm import load_model
 from hpctrain.train.checkpoint import (
     META,
     Progress,

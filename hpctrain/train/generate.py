@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
-from hpctrain.tokenize.spm import load_model
+from hpctrain.data.spm import load_model
 from hpctrain.train.export import load_hf_model
 from hpctrain.train.hf_tokenizer import end_of_document
 from hpctrain.train.source import Chat, Source

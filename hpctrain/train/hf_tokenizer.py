@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from hpctrain.base.errors import UsageError, missing_package
-from hpctrain.tokenize import spm
-from hpctrain.tokenize.spm import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, SpmModel
+from hpctrain.data import spm
+from hpctrain.data.spm import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, SpmModel
 from hpctrain.train.source import Chat
 
 _SPACE = "▁"

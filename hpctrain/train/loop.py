@@ -15,7 +15,7 @@ import torch
 
 from hpctrain.base import errors
 from hpctrain.config.trainers.sft import Batch, SftConfig, learning_rate
-from hpctrain.tokenize.spm import load_model
+from hpctrain.data.spm import load_model
 from hpctrain.train import checkpoint, engine, export, ranks
 from hpctrain.train.data import DataError, PackedRows, describe_too_long, step_samples
 from hpctrain.train.launch import Launch, StopRequest

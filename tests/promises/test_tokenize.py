@@ -16,8 +16,8 @@ from tokenize_help import KINDS, A, U, dialogues, model_path, oracle, write_json
 from tokenize_runs import cli, do, pair, request  # noqa: E402
 
 from hpctrain.base.errors import HpctrainError  # noqa: E402
-from hpctrain.tokenize.prepare import Request  # noqa: E402
-from hpctrain.tokenize.verify import verify_dataset  # noqa: E402
+from hpctrain.data.dataset.verify import verify_dataset  # noqa: E402
+from hpctrain.data.prepare import Request  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -73,7 +73,7 @@ def test_compressed_parquet_and_escaped_inputs_give_the_same(tmp_path):
 def test_without_the_fast_extra_the_bytes_are_the_same(tmp_path, monkeypatch):
     for name in ("orjson", "gigatoken"):
         monkeypatch.setitem(sys.modules, name, None)
-    from hpctrain.tokenize import worker
+    from hpctrain.data import worker
 
     worker._encoders.clear()
     texts = dialogues(100, seed=15)

@@ -17,8 +17,8 @@ from tokenize_help import dialogues, model_path, oracle, write_jsonl  # noqa: E4
 from tokenize_runs import cli, do, pair, quiet, request  # noqa: E402
 
 from hpctrain.base.errors import HpctrainError, Refused  # noqa: E402
-from hpctrain.tokenize import run  # noqa: E402
-from hpctrain.tokenize.prepare import prepare, write_plan  # noqa: E402
+from hpctrain.data import run  # noqa: E402
+from hpctrain.data.prepare import prepare, write_plan  # noqa: E402
 
 
 def test_nothing_is_done_twice_and_changes_are_named(tmp_path):
@@ -103,7 +103,7 @@ def test_done_shards_are_not_done_again(tmp_path):
     asked = request(tmp_path, data, tasks=6)
     plan = prepare(asked).plan
     write_plan(plan)
-    from hpctrain.tokenize.worker import run_shard, shard_files
+    from hpctrain.data.worker import run_shard, shard_files
 
     for index in (1, 4):
         run_shard(plan, plan.shards[index])

@@ -17,10 +17,10 @@ from tokenize_runs import cli, do, pair, quiet, request  # noqa: E402
 
 from hpctrain.base import files  # noqa: E402
 from hpctrain.base.errors import HpctrainError, Refused  # noqa: E402
-from hpctrain.tokenize import run  # noqa: E402
-from hpctrain.tokenize.command import How, tokenize  # noqa: E402
-from hpctrain.tokenize.merge import merge_shards  # noqa: E402
-from hpctrain.tokenize.prepare import prepare, write_plan  # noqa: E402
+from hpctrain.data import run  # noqa: E402
+from hpctrain.data.command import How, tokenize  # noqa: E402
+from hpctrain.data.merge import merge_shards  # noqa: E402
+from hpctrain.data.prepare import prepare, write_plan  # noqa: E402
 
 
 @pytest.mark.parametrize("limit", [1000, 30_000, 80_000])
@@ -114,7 +114,7 @@ def test_shards_killed_at_any_step_are_done_or_not_done(tmp_path):
     texts = dialogues(40, seed=13)
     data = write_jsonl(tmp_path / "a.jsonl", texts)
     asked = request(tmp_path, data, tasks=1)
-    from hpctrain.tokenize.worker import run_shard
+    from hpctrain.data.worker import run_shard
 
     for step in range(100):
         for path in tmp_path.glob("out.tokenize/*"):
@@ -141,7 +141,7 @@ def test_the_merge_refuses_shards_that_do_not_add_up(tmp_path):
     with pytest.raises(HpctrainError, match="1 of 3 shards are not done: 2"):
         merge_shards(plan)
     run.tasks.run_shards(plan, [2])
-    from hpctrain.tokenize.worker import shard_files
+    from hpctrain.data.worker import shard_files
 
     path = shard_files(plan, plan.shards[1]).manifest
     good = files.read_json(path)

@@ -10,8 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tokenize_help import dialogues, model_path, oracle_ids, write_jsonl  # noqa: E402
 
-from hpctrain.tokenize import run  # noqa: E402
-from hpctrain.tokenize.prepare import Request, prepare, write_plan  # noqa: E402
+from hpctrain.data import run  # noqa: E402
+from hpctrain.data.prepare import Request, prepare, write_plan  # noqa: E402
 
 MEGATRON = """
 import json, sys, warnings

@@ -14,8 +14,8 @@ from tokenize_help import A, U, dialogues, model_path, oracle, write_jsonl  # no
 from tokenize_runs import PLAIN, cli, do, pair, request  # noqa: E402
 
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Refused, UsageError  # noqa: E402
-from hpctrain.tokenize.plan import Options  # noqa: E402
-from hpctrain.tokenize.prepare import prepare  # noqa: E402
+from hpctrain.data.plan import Options  # noqa: E402
+from hpctrain.data.prepare import prepare  # noqa: E402
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from hpctrain.tokenize.indexed_dataset import write_index
+from hpctrain.data.dataset.indexed_dataset import write_index
 
 pytestmark = pytest.mark.slurm
 MODEL = {

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpctrain.tokenize.loss_mask import MaskRules, find_unclosed, rules_from_config, trained_tokens
+from hpctrain.data.dataset.loss_mask import MaskRules, find_unclosed, rules_from_config, trained_tokens
 
 CHAT = rules_from_config(loss_mask_pairs=[7, 7], loss_mask_alternating_individual=[8])
 DIALOGUE = [7, 20, 21, 7, 8, 30, 31, 8, 7, 22, 7, 8, 32, 8, 2]

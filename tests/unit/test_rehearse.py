@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.data import sources
 from hpctrain.plan.load import load_plan
 from hpctrain.rehearse import checks, play, records, report, scene, shims, standin, timeline, tokens, watch
 from hpctrain.rehearse.records import Attempt
@@ -20,7 +21,6 @@ from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS
 from hpctrain.sandbox import nodeview, state
-from hpctrain.tokenize import sources
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile import HOSTILE  # noqa: E402

@@ -323,7 +323,7 @@ def merge_and_cat(data: Path, model: Path, out: Path, rounds: int, say) -> dict[
         cats.append(time.monotonic() - started)
         (out / "cat.bin").unlink()
         program = (
-            "import sys,time\nfrom hpctrain.tokenize.merge import merge_shards\nfrom hpctrain.tokenize.tasks import load_plan\n"
+            "import sys,time\nfrom hpctrain.data.merge import merge_shards\nfrom hpctrain.data.tasks import load_plan\n"
             "import numpy\np = load_plan(sys.argv[1])\nt = time.monotonic()\nmerge_shards(p)\nprint(time.monotonic() - t)"
         )
         for path in out.glob("m_text_document*"):

@@ -67,7 +67,7 @@ def write_text(dialogues: str, tokenizer: str, prefix: Path) -> int:
     """PREFIX.bin and PREFIX.idx of all the text between the markers, a few lines a document; returns the vocabulary."""
     import sentencepiece
 
-    from hpctrain.tokenize.indexed_dataset import dtype_for, write_index
+    from hpctrain.data.dataset.indexed_dataset import dtype_for, write_index
 
     model = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
     eod = model.piece_to_id("<|endoftext|>")

@@ -189,7 +189,7 @@ def test_the_exported_tokenizer_gives_the_training_ids_and_the_dialogue_frame(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_converted_ids_equal_sentencepiece(models: dict[str, Path], kind: str) -> None:
-    from hpctrain.tokenize.spm import load_model
+    from hpctrain.data.spm import load_model
     from hpctrain.train.hf_tokenizer import convert
 
     converted = convert(load_model(str(models[kind])))

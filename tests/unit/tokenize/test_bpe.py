@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from hpctrain.tokenize import bpe, fast
-from hpctrain.tokenize.encode import choose_encoder, processor
-from hpctrain.tokenize.spm import parse_model
+from hpctrain.data.encoders import bpe, fast
+from hpctrain.data.encoders.encode import choose_encoder
+from hpctrain.data.encoders.reference import processor
+from hpctrain.data.spm import parse_model
 
 NUM_MODELS = int(os.environ.get("TOKENIZE_RANDOM_MODELS", "80"))
 
@@ -59,7 +60,7 @@ def test_random_models_give_the_ids_of_sentencepiece(seed, monkeypatch):
     """80 models x 40 spans, twice, the second time from what was kept; TOKENIZE_RANDOM_MODELS asks for more."""
     from tokenize_help import model_path
 
-    from hpctrain.tokenize.spm import load_model
+    from hpctrain.data.spm import load_model
 
     monkeypatch.setattr(fast, "fuzz", lambda model, seed: [])
     charsmap = load_model(model_path("bpe_nmt_nfkc")).charsmap

@@ -4,8 +4,8 @@ import pytest
 from tokenize_help import CONTROL, EOD, A, U, model_path
 
 from hpctrain.base.errors import UsageError
-from hpctrain.tokenize.control import resolve
-from hpctrain.tokenize.spm import load_model
+from hpctrain.data.control import resolve
+from hpctrain.data.spm import load_model
 
 
 def load(*control, kind="bpe_identity"):

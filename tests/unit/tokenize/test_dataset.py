@@ -12,16 +12,16 @@ from tokenize_runs import PLAIN, request
 
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.config.site import load_site
-from hpctrain.tokenize.count import summary
-from hpctrain.tokenize.indexed_dataset import open_dataset, verify
-from hpctrain.tokenize.inspect import default_rules, documents, printable
-from hpctrain.tokenize.limits import ArrayLimits, limits_of, shape_array
-from hpctrain.tokenize.loss_mask import MaskRules
-from hpctrain.tokenize.merge import merge_datasets, publish
-from hpctrain.tokenize.pack import pack, schedule
-from hpctrain.tokenize.prepare import prepare
-from hpctrain.tokenize.run import mem_gib
-from hpctrain.tokenize.spm import load_model
+from hpctrain.data.dataset.count import summary
+from hpctrain.data.dataset.indexed_dataset import open_dataset, verify
+from hpctrain.data.dataset.inspect import default_rules, documents, printable
+from hpctrain.data.dataset.loss_mask import MaskRules
+from hpctrain.data.dataset.pack import pack, schedule
+from hpctrain.data.limits import ArrayLimits, limits_of, shape_array
+from hpctrain.data.merge import merge_datasets, publish
+from hpctrain.data.prepare import prepare
+from hpctrain.data.run import mem_gib
+from hpctrain.data.spm import load_model
 
 DOCUMENTS = [[7, 300, 7, 9], [1], [65000, 2, 3]]
 

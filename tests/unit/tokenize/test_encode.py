@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from tokenize_help import CONTROL, KINDS, model_path
 
 from hpctrain.base.errors import EnvironmentFault
-from hpctrain.tokenize import fast
-from hpctrain.tokenize.encode import EncoderDisagrees, choose_encoder, processor
-from hpctrain.tokenize.spm import CONTROL as CONTROL_TYPE
-from hpctrain.tokenize.spm import load_model, parse_model
+from hpctrain.data.encoders import fast
+from hpctrain.data.encoders.encode import choose_encoder
+from hpctrain.data.encoders.reference import EncoderDisagrees, processor
+from hpctrain.data.spm import CONTROL as CONTROL_TYPE
+from hpctrain.data.spm import load_model, parse_model
 
 FAST = list(KINDS)
 ENCODERS = {}
@@ -148,8 +149,8 @@ def test_the_cache_is_dropped_when_it_has_grown(monkeypatch):
 
 GROWTH = """
 import json, random, sys
-from hpctrain.tokenize import fast, memory
-from hpctrain.tokenize.spm import load_model
+from hpctrain.data.encoders import fast, memory
+from hpctrain.data.spm import load_model
 fast.CACHE_BYTES = 24 << 20
 one = fast.FastEncoder(load_model(sys.argv[1]), [])
 start, rng, peaks, renewed = memory.resident_bytes(), random.Random(1), [], 0

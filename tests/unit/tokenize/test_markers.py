@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenize_help import A, U
 
-from hpctrain.tokenize.markers import ALLOWABLE, SPAN, Splitter
+from hpctrain.data.markers import ALLOWABLE, SPAN, Splitter
 
 IDS = {U: 7, A: 8}
 PARTS = st.lists(

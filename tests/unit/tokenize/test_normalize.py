@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenize_help import dialogues, model_path
 
-from hpctrain.tokenize.encode import processor
-from hpctrain.tokenize.normalize import careful_characters, make_normalizer
-from hpctrain.tokenize.spm import load_model
+from hpctrain.data.encoders.normalize import careful_characters, make_normalizer
+from hpctrain.data.encoders.reference import processor
+from hpctrain.data.spm import load_model
 
 KINDS = ["bpe_nmt_nfkc", "unigram_identity", "bpe_user_defined"]
 

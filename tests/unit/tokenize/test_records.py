@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenize_help import A, U, model_path
 
-from hpctrain.tokenize.control import resolve
-from hpctrain.tokenize.markers import SPAN, Splitter
-from hpctrain.tokenize.records import Extractor, RecordForm, json_reader, read_line
-from hpctrain.tokenize.spm import load_model
+from hpctrain.data.control import resolve
+from hpctrain.data.markers import SPAN, Splitter
+from hpctrain.data.records import Extractor, RecordForm, json_reader, read_line
+from hpctrain.data.spm import load_model
 
 FORM = RecordForm()
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
-from hpctrain.tokenize import sources
-from hpctrain.tokenize.plan import cut
-from hpctrain.tokenize.sources import Segment, SegmentReader, describe
+from hpctrain.data import sources
+from hpctrain.data.plan import cut
+from hpctrain.data.sources import Segment, SegmentReader, describe
 
 
 def read(path, segment, **limits):
@@ -124,7 +124,7 @@ def test_names_that_lie_are_errors(tmp_path):
 
 
 def test_what_can_be_read_only_once_is_an_error_and_no_endless_wait(tmp_path):
-    from hpctrain.tokenize.spm import load_model
+    from hpctrain.data.spm import load_model
 
     os.mkfifo(tmp_path / "a.jsonl")
     for path in (tmp_path, tmp_path / "a.jsonl"):

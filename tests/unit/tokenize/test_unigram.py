@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from tokenize_help import model_path
 
-from hpctrain.tokenize import fast
-from hpctrain.tokenize.encode import processor
-from hpctrain.tokenize.spm import load_model, parse_model
-from hpctrain.tokenize.unigram import double_array
+from hpctrain.data.encoders import fast
+from hpctrain.data.encoders.reference import processor
+from hpctrain.data.encoders.unigram import double_array
+from hpctrain.data.spm import load_model, parse_model
 
 NUM_MODELS = int(os.environ.get("TOKENIZE_RANDOM_MODELS", "250"))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hpctrain.base.errors import Problem, UsageError
-from hpctrain.tokenize.spm import BYTE, CONTROL, TYPE_NAMES, UNKNOWN, USER_DEFINED, SpmModel
+from hpctrain.data.spm import BYTE, CONTROL, TYPE_NAMES, UNKNOWN, USER_DEFINED, SpmModel
 
 # The markers and ids that GPT-NeoX's preprocess_sft.py has in its code (`special_ids = [7, 8]`).
 DEFAULT_TOKENS = (("<<<|user|>>>", "<|user|>", 7), ("<<<|assistant|>>>", "<|assistant|>", 8))

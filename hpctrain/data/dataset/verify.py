@@ -6,9 +6,9 @@ import hashlib
 
 from hpctrain.base import files
 from hpctrain.base.errors import Problem
-from hpctrain.tokenize import indexed_dataset
-from hpctrain.tokenize.indexed_dataset import Dataset, open_dataset, paths
-from hpctrain.tokenize.spm import SpmModel
+from hpctrain.data.dataset import indexed_dataset
+from hpctrain.data.dataset.indexed_dataset import Dataset, open_dataset, paths
+from hpctrain.data.spm import SpmModel
 
 
 def verify_dataset(prefix: str, model: SpmModel | None = None, eod_piece: str = "") -> tuple[Dataset, list[Problem]]:

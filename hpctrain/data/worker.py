@@ -19,21 +19,21 @@ from typing import TYPE_CHECKING, Any
 from hpctrain import __version__
 from hpctrain.base import files
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, UsageError
-from hpctrain.tokenize.encode import (
+from hpctrain.data.dataset.indexed_dataset import dtype_for
+from hpctrain.data.encoders.encode import choose_encoder
+from hpctrain.data.encoders.reference import (
     Encoder,
     EncoderDisagrees,
     SentencePieceEncoder,
-    choose_encoder,
     never_from_text,
     processor,
     unknown_id,
 )
-from hpctrain.tokenize.indexed_dataset import dtype_for
-from hpctrain.tokenize.markers import ALLOWABLE, SPAN, Fault, Splitter
-from hpctrain.tokenize.plan import FORMAT, Plan, Shard
-from hpctrain.tokenize.records import Extractor, json_reader, read_line
-from hpctrain.tokenize.sources import Block, Input, Segment, SegmentReader, line_number, same_stat
-from hpctrain.tokenize.spm import SpmModel, load_model
+from hpctrain.data.markers import ALLOWABLE, SPAN, Fault, Splitter
+from hpctrain.data.plan import FORMAT, Plan, Shard
+from hpctrain.data.records import Extractor, json_reader, read_line
+from hpctrain.data.sources import Block, Input, Segment, SegmentReader, line_number, same_stat
+from hpctrain.data.spm import SpmModel, load_model
 
 if TYPE_CHECKING:
     import numpy as np

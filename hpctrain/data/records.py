@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.tokenize.control import Control
-from hpctrain.tokenize.markers import Fault, Splitter
+from hpctrain.data.control import Control
+from hpctrain.data.markers import Fault, Splitter
 
 _ONE_A_LINE = "JSONL has one JSON object a line"
 

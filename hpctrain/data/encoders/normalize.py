@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hpctrain.tokenize.spm import USER_DEFINED, SpmModel
+from hpctrain.data.spm import USER_DEFINED, SpmModel
 
 _SPACE = "▁"
 _SPACES = "\n\t\r\u00a0"  # what rules usually turn into a space, and text often holds

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hpctrain.tokenize.spm import BYTE, NORMAL, SpmModel
+from hpctrain.data.spm import BYTE, NORMAL, SpmModel
 
 if TYPE_CHECKING:
     import numpy as np

@@ -21,10 +21,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hpctrain.tokenize import memory
-from hpctrain.tokenize.encode import EncoderDisagrees, never_from_text, processor, unknown_id
-from hpctrain.tokenize.normalize import make_normalizer
-from hpctrain.tokenize.spm import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SpmModel
+from hpctrain.data.encoders import memory
+from hpctrain.data.encoders.normalize import make_normalizer
+from hpctrain.data.encoders.reference import EncoderDisagrees, never_from_text, processor, unknown_id
+from hpctrain.data.spm import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SpmModel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,12 +110,12 @@ class FastEncoder:
         # What makes the engine anew, with an empty cache; nothing, where there is no cache.
         self._anew: Callable[[], Engine] | None = None
         if model.model_type == "unigram":
-            from hpctrain.tokenize.unigram import Viterbi
+            from hpctrain.data.encoders.unigram import Viterbi
 
             self._encode: Engine = Viterbi(model, self._separator, give_up).encode
             self.name = f"compiled search, numba {_version('numba')}"
         elif crosses_spaces(model):
-            from hpctrain.tokenize.bpe import Merges
+            from hpctrain.data.encoders.bpe import Merges
 
             self._encode = Merges(model, self._separator, give_up).encode
             self.name = f"compiled merges, numba {_version('numba')}"

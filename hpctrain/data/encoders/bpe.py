@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.tokenize.spm import BYTE, NORMAL, SpmModel
+from hpctrain.data.spm import BYTE, NORMAL, SpmModel
 
 _SPACE, _SPACE_UTF8 = "▁", "▁".encode()
 _KEPT_BYTES = 32  # a part is kept when it has no more bytes, as four words,

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from hpctrain.base import units
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, Refused, missing_package
+from hpctrain.data import tasks
+from hpctrain.data.limits import ArrayShape
+from hpctrain.data.merge import up_to_date
+from hpctrain.data.plan import Plan
+from hpctrain.data.worker import finished
 from hpctrain.slurm import commands as slurm
-from hpctrain.tokenize import tasks
-from hpctrain.tokenize.limits import ArrayShape
-from hpctrain.tokenize.merge import up_to_date
-from hpctrain.tokenize.plan import Plan
-from hpctrain.tokenize.worker import finished
 
 if TYPE_CHECKING:
     from hpctrain.config.site import Site

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpctrain.base import files
 from hpctrain.base.errors import UsageError, missing_package
-from hpctrain.tokenize.indexed_dataset import Dataset
+from hpctrain.data.dataset.indexed_dataset import Dataset
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

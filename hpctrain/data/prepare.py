@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 
 from hpctrain.base import files
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
-from hpctrain.tokenize import sources
-from hpctrain.tokenize.control import DEFAULT_EOD, resolve
-from hpctrain.tokenize.encode import processor
-from hpctrain.tokenize.indexed_dataset import paths
-from hpctrain.tokenize.markers import ALLOWABLE
-from hpctrain.tokenize.merge import in_the_way, up_to_date
-from hpctrain.tokenize.plan import Options, Plan, Shard, cut, differences, from_json, to_json
-from hpctrain.tokenize.sources import Segment
-from hpctrain.tokenize.spm import SpmModel, load_model
-from hpctrain.tokenize.worker import check_segment, finished
+from hpctrain.data import sources
+from hpctrain.data.control import DEFAULT_EOD, resolve
+from hpctrain.data.dataset.indexed_dataset import paths
+from hpctrain.data.encoders.reference import processor
+from hpctrain.data.markers import ALLOWABLE
+from hpctrain.data.merge import in_the_way, up_to_date
+from hpctrain.data.plan import Options, Plan, Shard, cut, differences, from_json, to_json
+from hpctrain.data.sources import Segment
+from hpctrain.data.spm import SpmModel, load_model
+from hpctrain.data.worker import check_segment, finished
 
 SHARD_BYTES = 4 << 30  # larger shards are cut, so that a killed task loses minutes
 SCAN_BYTES = 64 << 20

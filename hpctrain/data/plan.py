@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from hpctrain.tokenize.control import Control, ControlToken
-from hpctrain.tokenize.records import RecordForm
-from hpctrain.tokenize.sources import MAX_LINE_MIB, Input, Segment
+from hpctrain.data.control import Control, ControlToken
+from hpctrain.data.records import RecordForm
+from hpctrain.data.sources import MAX_LINE_MIB, Input, Segment
 
 FORMAT = 1
 

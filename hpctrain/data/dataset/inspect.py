@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.base.errors import Problem, UsageError
-from hpctrain.tokenize.encode import processor
-from hpctrain.tokenize.indexed_dataset import Dataset
-from hpctrain.tokenize.loss_mask import MaskRules, find_unclosed, trained_tokens
-from hpctrain.tokenize.spm import SpmModel
+from hpctrain.data.dataset.indexed_dataset import Dataset
+from hpctrain.data.dataset.loss_mask import MaskRules, find_unclosed, trained_tokens
+from hpctrain.data.encoders.reference import processor
+from hpctrain.data.spm import SpmModel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,9 +13,9 @@ from typing import Any
 
 from hpctrain.base import files
 from hpctrain.base.errors import HpctrainError, Problem
-from hpctrain.tokenize.merge import clean_up, merge_shards
-from hpctrain.tokenize.plan import Plan, from_json
-from hpctrain.tokenize.worker import Report, run_shard, shard_files
+from hpctrain.data.merge import clean_up, merge_shards
+from hpctrain.data.plan import Plan, from_json
+from hpctrain.data.worker import Report, run_shard, shard_files
 
 
 class ShardTask:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.base.errors import Problem, UsageError
+from hpctrain.data import run
+from hpctrain.data.limits import ArrayShape, limits_of, shape_array
+from hpctrain.data.merge import clean_up, remove_leftovers
+from hpctrain.data.plan import Plan
+from hpctrain.data.prepare import Prepared, Request, prepare, scan, write_plan
 from hpctrain.slurm import commands as slurm
-from hpctrain.tokenize import run
-from hpctrain.tokenize.limits import ArrayShape, limits_of, shape_array
-from hpctrain.tokenize.merge import clean_up, remove_leftovers
-from hpctrain.tokenize.plan import Plan
-from hpctrain.tokenize.prepare import Prepared, Request, prepare, scan, write_plan
 
 if TYPE_CHECKING:
     from hpctrain.config.site import Site

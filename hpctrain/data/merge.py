@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from hpctrain import __version__
 from hpctrain.base import files
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, Refused, UsageError
-from hpctrain.tokenize.indexed_dataset import chunks, dtype_for, open_dataset, paths, verify, write_index
-from hpctrain.tokenize.plan import FORMAT, Plan
-from hpctrain.tokenize.sources import same_stat
-from hpctrain.tokenize.worker import finished, segment_sha256, shard_files
+from hpctrain.data.dataset.indexed_dataset import chunks, dtype_for, open_dataset, paths, verify, write_index
+from hpctrain.data.plan import FORMAT, Plan
+from hpctrain.data.sources import same_stat
+from hpctrain.data.worker import finished, segment_sha256, shard_files
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -332,7 +332,7 @@ def _complete(dataset: str, manifest: dict[str, Any]) -> bool:
 
 def _same_content(plan: Plan, manifest: dict[str, Any]) -> bool:
     """Whether inputs that were written again since still have the bytes that were tokenized."""
-    from hpctrain.tokenize.sources import Segment
+    from hpctrain.data.sources import Segment
 
     for shard in manifest["shards"]:
         for segment in shard["segments"]:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from hpctrain.base import terminal, units
-from hpctrain.tokenize.command import Outcome
+from hpctrain.data.command import Outcome
 
 
 class Watcher:

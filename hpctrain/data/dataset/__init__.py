@@ -1,0 +1,1 @@
+"""The dataset format that trainers read: written, packed, counted, looked into, verified."""

@@ -1,0 +1,1 @@
+"""Text to tokens: SentencePiece is the reference, the others must agree with it."""
