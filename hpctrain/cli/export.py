@@ -11,7 +11,7 @@ from hpctrain.cli import common
 
 if TYPE_CHECKING:
     from hpctrain.jobs.neox_export import NeoxExport
-    from hpctrain.train.hf_sft.source import Checkpoint
+    from hpctrain.train.core.source import Checkpoint
 
 
 @click.command()
@@ -76,7 +76,7 @@ def command(
         )
     if max_perplexity is not None and not test_set:
         raise UsageError("`--max-perplexity` without `--validate`", hint="name the held-out rows: --validate FILE")
-    from hpctrain.train.hf_sft.source import find_checkpoint
+    from hpctrain.train.core.source import find_checkpoint
 
     found = find_checkpoint(source)
     if found:
@@ -88,8 +88,8 @@ def command(
 
 
 def _of_sft(source: str, directory: str, precision: str, tokenizer: str | None, dry_run: bool, as_json: bool) -> None:
-    from hpctrain.train.export import check_target, export
-    from hpctrain.train.source import find_source
+    from hpctrain.train.core.source import find_source
+    from hpctrain.train.sft.export import check_target, export
 
     found = find_source(source)
     check_target(found, directory)
@@ -106,8 +106,8 @@ def _of_sft(source: str, directory: str, precision: str, tokenizer: str | None, 
 
 def _of_trl(found: Checkpoint, directory: str, precision: str, base: str | None, test_set: str | None, max_perplexity: float | None,
             dry_run: bool, as_json: bool) -> None:  # fmt: skip
-    from hpctrain.train.hf_sft import validate
-    from hpctrain.train.hf_sft.export import describe, export_checkpoint
+    from hpctrain.train.trl import validate
+    from hpctrain.train.trl.export import describe, export_checkpoint
 
     if dry_run:
         terminal.info(f"would export {found.path}")
@@ -142,7 +142,7 @@ def _by_job(plan: NeoxExport, wait: bool, dry_run: bool, as_json: bool) -> None:
                 f" and up to {format_size(plan.disk_bytes)} of disk")  # fmt: skip
     job = log = None
     if not dry_run:
-        from hpctrain.train.export import export_tokenizer
+        from hpctrain.train.sft.export import export_tokenizer
 
         job, log = neox_export.submit(plan, neox_export.make_tokenizer(plan, export_tokenizer), wait)
     if as_json:

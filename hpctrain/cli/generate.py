@@ -37,8 +37,8 @@ def command(
     hpctrain generate runs/ft_7 --prompt 'Translate to Latvian: Open the file'
     hpctrain generate models/ft_7 -p 'Hello' -p 'Goodbye' --temperature 0.7 --json
     """
-    from hpctrain.train.generate import answer
-    from hpctrain.train.source import find_source
+    from hpctrain.train.core.generate import answer
+    from hpctrain.train.core.source import find_source
 
     found = find_source(source)
     replies = answer(

@@ -56,7 +56,7 @@ def resolve(context: Context) -> Resolved:
     problems += [*wrong, *contradictions]
     failed = any(problem.level == "error" for problem in problems)
     return Resolved(
-        argv=(options["python"], "-u", "-m", "hpctrain.train.hf_sft"),
+        argv=(options["python"], "-u", "-m", "hpctrain.train.trl"),
         workdir=context.run_dir,
         configs={} if failed else {CONFIG: config_text(config, spec.name)},
         config_for={mode: CONFIG for mode in ("scratch", "finetune", "resume")},
@@ -81,7 +81,7 @@ def config_text(config: HfSftConfig, name: str) -> str:
     def left_out(key: str, value: Any) -> bool:
         return value == {} or (key.startswith("load_in_") and not value)
 
-    return trainer_config.config_text("hpctrain.train.hf_sft", name, FIELDS, config.values, left_out)
+    return trainer_config.config_text("hpctrain.train.trl", name, FIELDS, config.values, left_out)
 
 
 def _base_problems(config: HfSftConfig, document: Document, context: Context) -> list[Problem]:
@@ -175,7 +175,7 @@ def _decisions(config: HfSftConfig, document: Document, context: Context) -> tup
         f"{config.dataset_rows:,} rows x {config.num_train_epochs:g} epochs" if config.dataset_rows else "`max_steps`"
     )
     found = [
-        Decision("step.program", "hpctrain.train.hf_sft", "TRL's SFTTrainer, driven", "recipe hf-sft"),
+        Decision("step.program", "hpctrain.train.trl", "TRL's SFTTrainer, driven", "recipe hf-sft"),
         Decision("model", os.path.basename(config.model_name), "as the run says", where("model_name")),
         Decision("model.trained", update, "of a full-precision base", where("lora")),
         Decision("batch.train_batch_size", config.train_batch_size(ranks), product, where("per_device_train_batch_size")),

@@ -91,7 +91,7 @@ def resolve(context: Context) -> Resolved:
     )
 
 
-# `init` in the words of the guard, as `hpctrain.train.loop` decides it.
+# `init` in the words of the guard, as `hpctrain.train.sft.loop` decides it.
 _FRESH = {
     "auto": "the weights of `{}`, random ones where it has none",
     "pretrained": "the weights of `{}`",

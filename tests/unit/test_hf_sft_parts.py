@@ -16,10 +16,10 @@ import pytest
 from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.config.document import parse_yaml
 from hpctrain.config.trainers.trl import parse_config
-from hpctrain.train.hf_sft import base, stage
-from hpctrain.train.hf_sft.rows import Encoder
-from hpctrain.train.hf_sft.source import find_checkpoint
-from hpctrain.train.program import newest_complete
+from hpctrain.train.core.program import newest_complete
+from hpctrain.train.core.source import find_checkpoint
+from hpctrain.train.trl import base, stage
+from hpctrain.train.trl.rows import Encoder
 
 CONTENT = bytes(range(256)) * 40
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -240,13 +240,13 @@ def test_only_whole_checkpoints_are_exported_or_gone_on_from(tmp_path: Path) -> 
     ("ha ha ha", [9, 8] * 4, True, ""),
 ])  # fmt: skip
 def test_a_reply_that_is_no_answer_is_told_from_one_in_words(text, ids, whole, fault):
-    from hpctrain.train.hf_sft.validate import fault_of
+    from hpctrain.train.trl.validate import fault_of
 
     assert fault_of(text, ids, whole) == fault
 
 
 def test_the_faults_of_a_validation():
-    from hpctrain.train.hf_sft.validate import Reply, Validation, perplexity
+    from hpctrain.train.trl.validate import Reply, Validation, perplexity
 
     good = Validation("m", "t", 3, 30, 4.2, 6.0, 10.0, (Reply("q", "a", ""),))
     assert good.faults == []

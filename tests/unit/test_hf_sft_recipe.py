@@ -54,7 +54,7 @@ def test_the_trainer_reads_back_what_the_run_says(tmp_path: Path) -> None:
     # 500,000 rows / (4 x 2) = 62,500 steps an epoch
     assert config.max_steps == 187_500 == plan.resolved.guard.target
     assert plan.resolved.guard.layout == "hf-trainer" and plan.signal["forward"]
-    assert plan.resolved.argv[-2:] == ("-m", "hpctrain.train.hf_sft")
+    assert plan.resolved.argv[-2:] == ("-m", "hpctrain.train.trl")
     assert decided(plan)["batch.train_batch_size"] == 8
 
 

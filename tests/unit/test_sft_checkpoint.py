@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from hpctrain.base import errors
-from hpctrain.train import checkpoint
-from hpctrain.train.checkpoint import Progress, prune, read_progress, save, write_latest
+from hpctrain.train.core import checkpoint
+from hpctrain.train.core.checkpoint import Progress, prune, read_progress, save, write_latest
 
 FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "config.json", "hpctrain.json")
 

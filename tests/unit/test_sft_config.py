@@ -9,7 +9,7 @@ import pytest
 
 from hpctrain.base import errors
 from hpctrain.config.trainers.sft import SftConfig, learning_rate, load_config, resolve_batch
-from hpctrain.train.launch import Launch
+from hpctrain.train.core.launch import Launch
 
 
 @pytest.fixture

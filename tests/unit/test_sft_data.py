@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hpctrain.base import errors
 from hpctrain.config.trainers.sft import SftConfig
-from hpctrain.train.data import DataError, PackedRows, describe_too_long, step_samples
+from hpctrain.train.sft.data import DataError, PackedRows, describe_too_long, step_samples
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: str = "<u2", code: int = 8) -> str:
@@ -133,8 +133,8 @@ def test_other_tokens_in_documents_of_the_same_lengths_are_other_data(
 
     assert one.fingerprint == same.fingerprint == last.fingerprint
     assert one.content() == same.content() != last.content()
-    monkeypatch.setattr("hpctrain.train.data._PIECE", 64)
-    monkeypatch.setattr("hpctrain.train.data._PIECES", 7)
+    monkeypatch.setattr("hpctrain.train.sft.data._PIECE", 64)
+    monkeypatch.setattr("hpctrain.train.sft.data._PIECES", 7)
     assert one.content() == same.content() != last.content()  # the end is looked at whatever the size
 
 

@@ -173,8 +173,8 @@ class Worker:
 
     def hpctrain(self, share: str) -> None:
         from hpctrain.config.trainers.dpo import load_config
+        from hpctrain.train.core.launch import Launch, StopRequest
         from hpctrain.train.dpo.loop import DpoTrainer
-        from hpctrain.train.launch import Launch, StopRequest
 
         self.imported()
         folder = self.folder / f"hpctrain-{share}"

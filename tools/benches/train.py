@@ -76,7 +76,7 @@ class Bench:
 
     def __init__(self, folder: Path, args: argparse.Namespace, precision: str, stage: int):
         from hpctrain.config.trainers.sft import SftConfig, resolve_batch
-        from hpctrain.train.data import PackedRows
+        from hpctrain.train.sft.data import PackedRows
 
         self.folder, self.args = folder, args
         model = {
@@ -99,8 +99,8 @@ class Bench:
 
     def hpctrain(self) -> list[float]:
         """The trainer's own loop, data reading, guards and logging included; times between its steps."""
-        from hpctrain.train import engine, loop
-        from hpctrain.train.launch import Launch, StopRequest
+        from hpctrain.train.core.launch import Launch, StopRequest
+        from hpctrain.train.sft import engine, loop
 
         engine.finish = lambda: None  # the next round needs the process group again
         stamps: list[float] = []
@@ -139,7 +139,7 @@ class Bench:
         """The same with the trainer's own forward pass, so that only its loop is compared."""
         import transformers
 
-        from hpctrain.train.model import SftForward
+        from hpctrain.train.sft.model import SftForward
 
         model, optimizer, device, dtype = self._plain(type("Selected", (SftForward, transformers.LlamaForCausalLM), {}))
 
@@ -183,7 +183,7 @@ class Bench:
     def _plain(self, model_class: Any) -> tuple[Any, Any, Any, Any]:
         import torch
 
-        from hpctrain.train.model import read_model_config
+        from hpctrain.train.sft.model import read_model_config
 
         config = read_model_config(self.config.model)
         config._attn_implementation = "sdpa"
@@ -197,7 +197,7 @@ class Bench:
     def _tensors(self, device: Any, dtype: Any) -> list[dict[str, Any]]:
         import torch
 
-        from hpctrain.train.model import to_tensors
+        from hpctrain.train.sft.model import to_tensors
 
         out = []
         for number in range(self.args.steps + 3):

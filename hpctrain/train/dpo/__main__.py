@@ -14,8 +14,8 @@ import warnings
 
 from hpctrain.base import errors
 from hpctrain.config.trainers.dpo import DpoConfig, load_config
-from hpctrain.train.launch import Launch, StopRequest
-from hpctrain.train.program import Program, main
+from hpctrain.train.core.launch import Launch, StopRequest
+from hpctrain.train.core.program import Program, main
 
 
 def train(config: DpoConfig, launch: Launch, stop: StopRequest) -> int:

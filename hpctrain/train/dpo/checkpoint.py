@@ -20,7 +20,7 @@ import torch.distributed.checkpoint.state_dict as state_dicts
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
-from hpctrain.train import checkpoint as whole
+from hpctrain.train.core import checkpoint as whole
 
 STEP = re.compile(r"step-(\d+)\Z", re.ASCII)
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import transformers
 
-from hpctrain.train import checkpoint as whole
+from hpctrain.train.core import checkpoint as whole
 from hpctrain.train.dpo.model import parameters_on_meta
-from hpctrain.train.export import copy_tokenizer, publish_model
+from hpctrain.train.sft.export import copy_tokenizer, publish_model
 
 
 def write_model(

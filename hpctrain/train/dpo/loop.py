@@ -15,17 +15,17 @@ import torch
 from hpctrain.base import errors
 from hpctrain.config.trainers.dpo import DpoConfig
 from hpctrain.config.trainers.sft import learning_rate
-from hpctrain.train import checkpoint as whole
-from hpctrain.train import ranks
+from hpctrain.train.core import checkpoint as whole
+from hpctrain.train.core import ranks
+from hpctrain.train.core.launch import Launch, StopRequest
+from hpctrain.train.core.logs import Metrics, MetricsLog
 from hpctrain.train.dpo import checkpoint, export, parallel, reference
 from hpctrain.train.dpo.batches import Rows, Slots, lay_out, plan_epoch, rank_slots, steps_per_epoch
 from hpctrain.train.dpo.loss import dpo_loss
 from hpctrain.train.dpo.margins import Gatherer, Interval, MarginLog
 from hpctrain.train.dpo.model import can_share_prompt, dpo_model_config, read_pretrained, to_tensors
 from hpctrain.train.dpo.pairs import load_pairs, make_pairs
-from hpctrain.train.launch import Launch, StopRequest
-from hpctrain.train.logs import Metrics, MetricsLog
-from hpctrain.train.model import choose_attention, has_weights
+from hpctrain.train.sft.model import choose_attention, has_weights
 
 WORTH_SHARING = 0.1  # of all tokens; below it the mask costs about what the shared prompt saves
 

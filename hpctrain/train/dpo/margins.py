@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from hpctrain.base.files import write_whole
-from hpctrain.train.logs import append_whole_lines
+from hpctrain.train.core.logs import append_whole_lines
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hpctrain.base.errors import UsageError
-from hpctrain.train import model as whole
 from hpctrain.train.dpo.batches import Rows
-from hpctrain.train.model import has_weights, read_model_config
+from hpctrain.train.sft import model as whole
+from hpctrain.train.sft.model import has_weights, read_model_config
 
 # Their logits are `lm_head(last hidden state)` and nothing more, which the tests compare for each.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "olmo2", "phi3")

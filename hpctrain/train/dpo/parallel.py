@@ -20,9 +20,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hpctrain.config.trainers.dpo import DpoConfig
-from hpctrain.train import ranks
+from hpctrain.train.core import ranks
 from hpctrain.train.dpo.model import model_class, parameters_on_meta
-from hpctrain.train.model import parameter_groups
+from hpctrain.train.sft.model import parameter_groups
 
 Weights = Callable[[], dict[str, torch.Tensor]]
 

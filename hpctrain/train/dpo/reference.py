@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from hpctrain.base.files import write_whole
-from hpctrain.train import ranks
+from hpctrain.train.core import ranks
 from hpctrain.train.dpo.batches import lay_out, rank_slots
 from hpctrain.train.dpo.model import to_tensors, weight_files
 from hpctrain.train.dpo.pairs import Pairs

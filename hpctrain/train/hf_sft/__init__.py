@@ -1,1 +1,1 @@
-"""Supervised fine-tuning of a full-precision base through TRL's SFTTrainer; run inside jobs, imported by nobody."""
+"""The former name of `hpctrain.train.trl`, which run directories made by earlier versions call."""

@@ -1,72 +1,9 @@
-"""`python -m hpctrain.train.hf_sft [--config config_sft.yaml]`, once per rank: under srun, torchrun, or alone.
+"""`python -m hpctrain.train.hf_sft`: the former name of `hpctrain.train.trl`."""
 
-In a job the orders come from the environment (HPCTRAIN_*). With --config the run directory is the current one, the
-checkpoint folder is `checkpoints` there, and a run goes on from its newest complete checkpoint.
-"""
-
-from __future__ import annotations
-
-import os
-import signal
 import sys
-import warnings
 
-from hpctrain.base import errors
-from hpctrain.config.trainers.trl import HfSftConfig, load_config
-from hpctrain.train.hf_sft.source import LAYOUT
-from hpctrain.train.launch import Launch, StopRequest
-from hpctrain.train.program import Program, main
-
-
-def start(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
-    """Import what trains, and train. Raises EnvironmentFault naming the extra for what is not installed."""
-    # Nothing is ever fetched: what a run needs is named in its config.
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    # What the libraries deprecate in each other is nothing that the reader of a job log can mend.
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"(torch|transformers|trl|peft|accelerate|datasets)\."
-    )
-    try:
-        if config.engine != "trl" and _has_gpu_and_unsloth(launch):
-            import unsloth  # noqa: F401  # patches the others, so it must come first
-        import accelerate  # noqa: F401
-        import datasets
-        import transformers
-        from trl import SFTTrainer  # noqa: F401  # TRL imports its parts late
-
-        from hpctrain.train import ranks
-        from hpctrain.train.hf_sft.trainer import train
-    except ModuleNotFoundError as error:
-        if error.name in ("torch", "transformers", "trl", "datasets", "accelerate"):
-            raise errors.missing_package(str(error.name), "hf") from error
-        raise
-    except (ImportError, RuntimeError) as error:  # what was built for other versions of the rest
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise errors.EnvironmentFault(f"the packages do not fit each other: {'; '.join(lines[:3])}",
-                                      hint="`hpctrain doctor run.yaml` compares them with what the recipe needs") from error  # fmt: skip
-    transformers.utils.logging.disable_progress_bar()  # a job log has no use for one
-    datasets.disable_progress_bars()
-    try:
-        return train(config, launch, stop)
-    finally:
-        ranks.finish()
-
-
-def _has_gpu_and_unsloth(launch: Launch) -> bool:
-    import importlib.util
-
-    import torch
-
-    there = importlib.util.find_spec("unsloth") is not None
-    return there and torch.cuda.is_available() and launch.num_ranks == 1
-
-
-PROGRAM = Program(
-    module="hpctrain.train.hf_sft", doc=__doc__, example="config_sft.yaml", layout=LAYOUT.name, load=load_config, train=start,
-    # SIGTERM is what `scancel` sends first.
-    signals=lambda config: {config.stop_signal_number, int(signal.SIGTERM)},
-    checkpoints=lambda config, folder: os.path.join(folder, "checkpoints"),
-)  # fmt: skip
+from hpctrain.train.core.program import main
+from hpctrain.train.trl.__main__ import PROGRAM
 
 if __name__ == "__main__":
     sys.exit(main(PROGRAM))

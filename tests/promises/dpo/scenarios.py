@@ -15,9 +15,9 @@ import sys
 
 from hpctrain.base import errors
 from hpctrain.config.trainers.dpo import load_config
-from hpctrain.train import ranks
+from hpctrain.train.core import ranks
+from hpctrain.train.core.launch import Launch, StopRequest
 from hpctrain.train.dpo.__main__ import train
-from hpctrain.train.launch import Launch, StopRequest
 
 
 def main() -> None:

@@ -27,11 +27,11 @@ import trl  # noqa: E402
 
 from hpctrain.base import errors  # noqa: E402
 from hpctrain.config.trainers.trl import load_config  # noqa: E402
-from hpctrain.train.hf_sft import export, rows, validate  # noqa: E402
-from hpctrain.train.hf_sft.__main__ import start  # noqa: E402
-from hpctrain.train.hf_sft.source import find_checkpoint  # noqa: E402
-from hpctrain.train.launch import Launch, StopRequest  # noqa: E402
-from hpctrain.train.program import newest_complete  # noqa: E402
+from hpctrain.train.core.launch import Launch, StopRequest  # noqa: E402
+from hpctrain.train.core.program import newest_complete  # noqa: E402
+from hpctrain.train.core.source import find_checkpoint  # noqa: E402
+from hpctrain.train.trl import export, rows, validate  # noqa: E402
+from hpctrain.train.trl.__main__ import start  # noqa: E402
 
 
 def train(environment: dict[str, str], **_: Any) -> int:

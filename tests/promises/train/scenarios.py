@@ -14,8 +14,9 @@ import sys
 
 from hpctrain.base import errors
 from hpctrain.config.trainers.sft import load_config
-from hpctrain.train import engine, sft
-from hpctrain.train.launch import Launch, StopRequest
+from hpctrain.train.core.launch import Launch, StopRequest
+from hpctrain.train.sft import __main__ as sft
+from hpctrain.train.sft import engine
 
 
 def main() -> None:

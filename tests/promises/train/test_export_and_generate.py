@@ -93,8 +93,8 @@ def hpctrain(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def exported(trained: Bench) -> dict[str, Path]:
     """Exports of a run directory (through the command line), of a checkpoint folder, and of one checkpoint."""
-    from hpctrain.train.export import export
-    from hpctrain.train.source import find_source
+    from hpctrain.train.core.source import find_source
+    from hpctrain.train.sft.export import export
 
     out = {name: trained.path / f"hf {name}" for name in ("learned", "stage3", "neox")}
     done = hpctrain("export", trained.path / "learned.run", "-o", out["learned"])
@@ -112,7 +112,7 @@ def test_the_exported_model_has_the_logits_of_the_checkpoint(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hpctrain.train.checkpoint import read_weights
+    from hpctrain.train.core.checkpoint import read_weights
 
     (checkpoint,) = (trained.path / name).glob("global_step*")
     weights = read_weights(str(checkpoint))
@@ -190,7 +190,7 @@ def test_the_exported_tokenizer_gives_the_training_ids_and_the_dialogue_frame(
 @pytest.mark.parametrize("kind", KINDS)
 def test_converted_ids_equal_sentencepiece(models: dict[str, Path], kind: str) -> None:
     from hpctrain.data.spm import load_model
-    from hpctrain.train.hf_tokenizer import convert
+    from hpctrain.train.core.hf_tokenizer import convert
 
     converted = convert(load_model(str(models[kind])))
     sp = sentencepiece.SentencePieceProcessor(model_file=str(models[kind]))
@@ -215,8 +215,8 @@ def test_generate_answers_what_was_learned_and_stops_at_the_closing_token(
     trained: Bench, exported: dict[str, Path], models: dict[str, Path]
 ) -> None:
     from hpctrain.base.errors import UsageError
-    from hpctrain.train.generate import answer as answer_from
-    from hpctrain.train.source import find_source
+    from hpctrain.train.core.generate import answer as answer_from
+    from hpctrain.train.core.source import find_source
 
     prompts = [word for en, _ in PAIRS for word in ("-p", en)]
     done = hpctrain("generate", trained.path / "learned.run", *prompts, "--json")

@@ -16,8 +16,8 @@ FAMILIES = {"llama.json": "attention_dropout", "neox.json": "hidden_dropout"}
 
 def model_and_rows(bench: Bench, family: str, attention: str, **keys: Any) -> Any:
     from hpctrain.config.trainers.sft import SftConfig
-    from hpctrain.train.data import PackedRows
-    from hpctrain.train.model import build_model, read_model_config
+    from hpctrain.train.sft.data import PackedRows
+    from hpctrain.train.sft.model import build_model, read_model_config
 
     write_indexed(bench.path / "few", dialogues(12))
     config = SftConfig(
@@ -32,7 +32,7 @@ def model_and_rows(bench: Bench, family: str, attention: str, **keys: Any) -> An
 def loss_and_gradient(model: Any, rows: Any, samples: list[int], attention: str) -> tuple[float, int, np.ndarray]:
     import torch
 
-    from hpctrain.train.model import to_tensors
+    from hpctrain.train.sft.model import to_tensors
 
     model.zero_grad()
     batch = rows.micro_batch(samples)
@@ -84,7 +84,7 @@ def test_the_loss_equals_that_of_the_plain_hugging_face_model(bench: Bench) -> N
 def test_changing_one_document_changes_no_other_documents_loss(bench: Bench) -> None:
     import torch
 
-    from hpctrain.train.model import to_tensors
+    from hpctrain.train.sft.model import to_tensors
 
     model, rows = model_and_rows(bench, "llama.json", "sdpa")
     batch = rows.micro_batch([0])

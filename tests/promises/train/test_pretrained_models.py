@@ -41,7 +41,7 @@ def test_every_weight_of_the_directory_is_in_the_model_that_is_trained(tmp_path:
 
     from hpctrain.config.trainers.sft import SftConfig
     from hpctrain.train.dpo import model as dpo
-    from hpctrain.train.model import build_model, read_model_config
+    from hpctrain.train.sft.model import build_model, read_model_config
 
     folder = str(tmp_path / "model")
     wanted = write(tmp_path / "model", MODELS[name], max_shard_size="20KB").state_dict()
@@ -59,7 +59,7 @@ def test_every_weight_of_the_directory_is_in_the_model_that_is_trained(tmp_path:
 def test_weights_that_are_missing_torn_or_of_another_shape_are_refused(tmp_path: Path) -> None:
     import torch
 
-    from hpctrain.train.model import read_pretrained
+    from hpctrain.train.sft.model import read_pretrained
 
     def refused(name: str) -> str:
         with pytest.raises(UsageError) as error:
@@ -90,7 +90,7 @@ def test_weights_that_are_missing_torn_or_of_another_shape_are_refused(tmp_path:
 def test_a_config_that_is_no_model_is_refused_before_anything_is_made(
     tmp_path: Path, change: dict[str, Any], why: str
 ) -> None:
-    from hpctrain.train.model import read_model_config
+    from hpctrain.train.sft.model import read_model_config
 
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **change}))
 
@@ -102,7 +102,7 @@ def test_a_config_that_is_no_model_is_refused_before_anything_is_made(
 def test_how_long_a_document_a_model_can_read_counts_the_scaling_that_stretches_it() -> None:
     from transformers import AutoConfig
 
-    from hpctrain.train.model import longest_document
+    from hpctrain.train.sft.model import longest_document
 
     def limit(**keys: Any) -> int | None:
         return longest_document(AutoConfig.for_model(**{**LLAMA, **keys}))

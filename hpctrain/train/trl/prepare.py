@@ -22,7 +22,7 @@ from hpctrain.base.files import sync
 from hpctrain.config.trainers.trl import HfSftConfig
 from hpctrain.train.dpo.pairs import load_tokenizer
 from hpctrain.train.dpo.records import data_rows, find_files
-from hpctrain.train.hf_sft.rows import Encoder, marking_template
+from hpctrain.train.trl.rows import Encoder, marking_template
 
 DATA, MANIFEST = "data.arrow", "manifest.json"
 MAX_SHOWN = 20

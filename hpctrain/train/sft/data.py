@@ -19,7 +19,7 @@ from hpctrain.base.errors import Problem, UsageError
 from hpctrain.config.trainers.sft import SftConfig
 from hpctrain.data.dataset.indexed_dataset import Dataset, open_dataset
 from hpctrain.data.dataset.loss_mask import MaskRules, find_unclosed, rules_from_config, trained_tokens
-from hpctrain.train._packing import pack_best_fit
+from hpctrain.train.sft._packing import pack_best_fit
 
 Ints = npt.NDArray[np.int64]
 _PIECE, _PIECES = 64 * 1024, 256  # bytes, and how many of a large file stand for all of it

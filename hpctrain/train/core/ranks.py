@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from hpctrain.base.errors import HpctrainError
-from hpctrain.train.launch import Launch
+from hpctrain.train.core.launch import Launch
 
 Answer = TypeVar("Answer")
 

@@ -16,7 +16,7 @@ from typing import Any
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
 from hpctrain.base.files import open_to_readers, sync
 from hpctrain.data.spm import load_model
-from hpctrain.train.checkpoint import (
+from hpctrain.train.core.checkpoint import (
     META,
     Progress,
     describe_mismatch,
@@ -25,7 +25,7 @@ from hpctrain.train.checkpoint import (
     remove_own,
     set_aside,
 )
-from hpctrain.train.source import Chat, Source
+from hpctrain.train.core.source import Chat, Source
 
 _TOKENIZER_FILES = (
     "token",
@@ -102,7 +102,7 @@ def export_trained(directory: str, weights: dict[str, Any], progress: Progress) 
     import torch
     import transformers
 
-    from hpctrain.train.model import read_model_config
+    from hpctrain.train.sft.model import read_model_config
 
     def fill(staged: str) -> None:
         model = transformers.AutoModelForCausalLM.from_config(read_model_config(config["model"]))
@@ -144,7 +144,7 @@ def export_tokenizer(model: str, config: Mapping[str, Any], checkpoint: str, dir
     `config` holds NeoX's keys. Where transformers is missing or cannot express the model, it is only copied, and said.
     """
     from hpctrain.base import terminal
-    from hpctrain.train.hf_tokenizer import end_of_document, save_tokenizer
+    from hpctrain.train.core.hf_tokenizer import end_of_document, save_tokenizer
 
     spm, chat = load_model(model), Chat.from_config(dict(config))
     shutil.copyfile(model, os.path.join(directory, "tokenizer.model"))
@@ -176,7 +176,7 @@ def _load_hf_model(source: Source, precision: str) -> Any:
         import transformers
     except ImportError as error:
         raise missing_package(str(error.name), "train") from error
-    from hpctrain.train.model import read_model_config, read_pretrained
+    from hpctrain.train.sft.model import read_model_config, read_pretrained
 
     transformers.utils.logging.disable_progress_bar()  # a checkpoint is read and written in files, few of them
     dtype = getattr(torch, DTYPES[source.precision if precision == "auto" else precision])
@@ -209,7 +209,7 @@ def _write_model(model: Any, chat: Chat, tokenizer: str | None, about: dict[str,
     config = model.config
     ends = [token for token in (chat.assistant, chat.eod) if token is not None]
     if tokenizer:
-        from hpctrain.train.hf_tokenizer import end_of_document, save_tokenizer
+        from hpctrain.train.core.hf_tokenizer import end_of_document, save_tokenizer
 
         spm = load_model(tokenizer)
         check_vocabulary(spm.vocab_size, config.vocab_size, tokenizer)

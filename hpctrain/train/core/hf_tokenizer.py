@@ -11,7 +11,7 @@ from typing import Any
 from hpctrain.base.errors import UsageError, missing_package
 from hpctrain.data import spm
 from hpctrain.data.spm import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, SpmModel
-from hpctrain.train.source import Chat
+from hpctrain.train.core.source import Chat
 
 _SPACE = "▁"
 

@@ -16,8 +16,8 @@ from hpctrain.base import errors, terminal
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS
-from hpctrain.train.checkpoint import CannotSave
-from hpctrain.train.launch import Launch, StopRequest
+from hpctrain.train.core.checkpoint import CannotSave
+from hpctrain.train.core.launch import Launch, StopRequest
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import warnings
 
 from hpctrain.base import errors, terminal
 from hpctrain.config.trainers.sft import SftConfig, load_config, resolve_batch
-from hpctrain.train.checkpoint import CannotSave
-from hpctrain.train.data import DataError
-from hpctrain.train.launch import Launch, StopRequest
+from hpctrain.train.core.checkpoint import CannotSave
+from hpctrain.train.core.launch import Launch, StopRequest
+from hpctrain.train.sft.data import DataError
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def train(config: SftConfig, launch: Launch, stop: StopRequest) -> int:
     # What DeepSpeed and torch deprecate in each other is nothing that the reader of a job log can mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.|transformers\.")
     try:
-        from hpctrain.train.loop import Trainer
+        from hpctrain.train.sft.loop import Trainer
     except ModuleNotFoundError as error:
         if error.name in ("torch", "deepspeed", "transformers"):
             raise errors.missing_package(str(error.name), "train") from error

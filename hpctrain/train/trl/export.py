@@ -21,11 +21,11 @@ from typing import Any
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Refused, UsageError, missing_package
 from hpctrain.base.units import format_size
 from hpctrain.config.trainers.trl import quantised_name
-from hpctrain.train.checkpoint import META, read_meta
-from hpctrain.train.export import DTYPES, publish_model
-from hpctrain.train.hf_sft import base as bases
-from hpctrain.train.hf_sft.prepare import tokenizer_files
-from hpctrain.train.hf_sft.source import Checkpoint
+from hpctrain.train.core.checkpoint import META, read_meta
+from hpctrain.train.core.source import Checkpoint
+from hpctrain.train.sft.export import DTYPES, publish_model
+from hpctrain.train.trl import base as bases
+from hpctrain.train.trl.prepare import tokenizer_files
 
 _STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp32"}
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -177,7 +177,7 @@ def _write(
             import peft
     except ImportError as error:
         raise missing_package(str(error.name), "hf") from error
-    from hpctrain.train.hf_sft.trainer import load_base
+    from hpctrain.train.trl.base import load_base
 
     transformers.utils.logging.disable_progress_bar()
     device = torch.device(place or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -267,7 +267,7 @@ def _tokens(checkpoint: Checkpoint, vocabulary: int) -> Any:
     arbitrary tokens, always the same."""
     import torch
 
-    from hpctrain.train.hf_sft.prepare import load_rows
+    from hpctrain.train.trl.prepare import load_rows
 
     tokens = torch.randint(0, vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     for path in sorted(

@@ -1,6 +1,6 @@
 """What a model directory says of itself, before anything is loaded: full precision or not, how many parameters, how big.
 
-Reads config files and the headers of safetensors files only.
+Reads config files and the headers of safetensors files only, but for `load_base`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import os
 import shutil
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.base.units import format_size
 from hpctrain.config.trainers.trl import HfSftConfig, quantised_name, quantised_problem
+
+if TYPE_CHECKING:
+    import torch
 
 # Of safetensors' own names; what a full-precision base is stored in.
 FULL_PRECISION = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -183,3 +186,10 @@ def _same_model(one: str, other: str, other_named: str) -> bool:
     if os.path.realpath(one) == os.path.realpath(other) or name in names:
         return True
     return os.path.basename(name).lower() in {os.path.basename(known).lower() for known in names}
+
+
+def load_base(folder: str, dtype: torch.dtype, attention: str | None = None) -> Any:
+    """The plain transformers model of a directory, from files only. Raises UsageError when it does not load."""
+    from hpctrain.train.sft.model import read_pretrained  # imports torch
+
+    return read_pretrained(folder, dtype, **({"attn_implementation": attention} if attention else {}))

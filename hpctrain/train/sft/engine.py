@@ -19,12 +19,12 @@ import deepspeed
 import torch.distributed as dist
 
 from hpctrain.config.trainers.sft import Batch, SftConfig
-from hpctrain.train import ranks
-from hpctrain.train.launch import Launch
-from hpctrain.train.model import parameter_groups
-from hpctrain.train.ranks import barrier as barrier
-from hpctrain.train.ranks import finish as finish
-from hpctrain.train.ranks import sum_over_ranks as sum_over_ranks
+from hpctrain.train.core import ranks
+from hpctrain.train.core.launch import Launch
+from hpctrain.train.core.ranks import barrier as barrier
+from hpctrain.train.core.ranks import finish as finish
+from hpctrain.train.core.ranks import sum_over_ranks as sum_over_ranks
+from hpctrain.train.sft.model import parameter_groups
 
 
 def start(launch: Launch, timeout_s: int) -> torch.device:

@@ -16,11 +16,12 @@ import torch
 from hpctrain.base import errors
 from hpctrain.config.trainers.sft import Batch, SftConfig, learning_rate
 from hpctrain.data.spm import load_model
-from hpctrain.train import checkpoint, engine, export, ranks
-from hpctrain.train.data import DataError, PackedRows, describe_too_long, step_samples
-from hpctrain.train.launch import Launch, StopRequest
-from hpctrain.train.logs import Metrics, MetricsLog
-from hpctrain.train.model import (
+from hpctrain.train.core import checkpoint, ranks
+from hpctrain.train.core.launch import Launch, StopRequest
+from hpctrain.train.core.logs import Metrics, MetricsLog
+from hpctrain.train.sft import engine, export
+from hpctrain.train.sft.data import DataError, PackedRows, describe_too_long, step_samples
+from hpctrain.train.sft.model import (
     build_model,
     choose_attention,
     has_weights,

@@ -23,13 +23,14 @@ import transformers
 from hpctrain.base.errors import HpctrainError, Problem, UsageError, missing_package
 from hpctrain.config.fields import nearest
 from hpctrain.config.trainers.trl import HfSftConfig
-from hpctrain.train import ranks
-from hpctrain.train.checkpoint import check_writable
+from hpctrain.train.core import ranks
+from hpctrain.train.core.checkpoint import check_writable
+from hpctrain.train.core.launch import Launch, StopRequest
+from hpctrain.train.core.logs import append_whole_lines
 from hpctrain.train.dpo.pairs import load_tokenizer
-from hpctrain.train.hf_sft import base, export, prepare, stage
-from hpctrain.train.launch import Launch, StopRequest
-from hpctrain.train.logs import append_whole_lines
-from hpctrain.train.model import longest_document, read_pretrained
+from hpctrain.train.sft.model import longest_document
+from hpctrain.train.trl import base, export, prepare, stage
+from hpctrain.train.trl.base import load_base
 
 IGNORED = -100
 Answer = TypeVar("Answer")
@@ -156,11 +157,6 @@ def count_parameters(model: Any) -> tuple[int, int]:
 def weight_dtype(config: HfSftConfig) -> torch.dtype:
     """Of the base's weights: as `precision` says, but fp32 where all of them are trained (bf16 loses small steps)."""
     return torch.bfloat16 if config.precision == "bf16" and config.lora is not None else torch.float32
-
-
-def load_base(folder: str, dtype: torch.dtype, attention: str | None = None) -> Any:
-    """The plain transformers model of a directory, from files only. Raises UsageError when it does not load."""
-    return read_pretrained(folder, dtype, **({"attn_implementation": attention} if attention else {}))
 
 
 def _staged(data: prepare.Prepared, launch: Launch, say: Callable[[str], None]) -> str:

@@ -8,8 +8,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.base.errors import EnvironmentFault, UsageError
-from hpctrain.train.checkpoint import META, read_progress
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.runtime.files import Listing
+from hpctrain.runtime.layout import Expected
+from hpctrain.runtime.layouts import LAYOUTS
+from hpctrain.train.core.checkpoint import META, read_progress
+from hpctrain.train.core.program import newest_complete
 
 
 @dataclass(frozen=True)
@@ -103,3 +107,56 @@ def _checkpoint_dir(plan: str) -> str:
     if not directory or not os.path.isdir(directory):
         raise UsageError(f"the run's checkpoint folder `{directory}` is not there yet", where=plan)
     return str(directory)
+
+
+HF_TRAINER = LAYOUTS["hf-trainer"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint-N of the Trainer; `path` is absolute."""
+
+    path: str
+    iteration: int
+
+
+def find_checkpoint(path: str) -> Checkpoint | None:
+    """The checkpoint that `path` means; None where it has nothing to do with transformers' Trainer.
+
+    Raises UsageError when it has, and there is no whole one; EnvironmentFault when the folder cannot be read.
+    """
+    path = os.path.abspath(path)
+    plan = os.path.join(path, "plan.json")
+    if os.path.isfile(plan):
+        try:
+            with open(plan, encoding="utf-8") as file:
+                guard = json.load(file)["guard"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if guard.get("layout") != HF_TRAINER.name:
+            return None
+        return _newest(str(guard.get("checkpoint_dir") or ""))
+    number = HF_TRAINER.number(os.path.basename(path))
+    try:
+        if number is not None and os.path.isfile(os.path.join(path, "trainer_state.json")):
+            faults = _faults(path)
+            if faults:
+                raise UsageError([Problem(f"the checkpoint is not whole: {fault}", where=path) for fault in faults])
+            return Checkpoint(path, number)
+        if os.path.isdir(path) and any(HF_TRAINER.number(name) is not None for name in os.listdir(path)):
+            return _newest(path) if not os.path.isfile(os.path.join(path, "latest")) else None
+    except OSError as error:
+        raise EnvironmentFault(f"cannot read it: {error.strerror or error}", where=path) from error
+    return None
+
+
+def _newest(directory: str) -> Checkpoint:
+    found = newest_complete(HF_TRAINER.name, directory)
+    if found is None:
+        raise UsageError(f"there is no whole checkpoint in `{directory}` yet",
+                         hint=f"`hpctrain checkpoint list {directory} --layout hf-trainer` shows what is there")  # fmt: skip
+    return Checkpoint(found, HF_TRAINER.number(os.path.basename(found)) or 0)
+
+
+def _faults(path: str) -> tuple[str, ...]:
+    return HF_TRAINER.verdict(path, Listing(), Expected()).faults

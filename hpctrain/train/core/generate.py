@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.data.spm import load_model
-from hpctrain.train.export import load_hf_model
-from hpctrain.train.hf_tokenizer import end_of_document
-from hpctrain.train.source import Chat, Source
+from hpctrain.train.core.hf_tokenizer import end_of_document
+from hpctrain.train.core.source import Chat, Source
+from hpctrain.train.sft.export import load_hf_model
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import nn
 
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.config.trainers.sft import SftConfig
-from hpctrain.train.data import MicroBatch
+from hpctrain.train.sft.data import MicroBatch
 
 FAMILIES = ("llama", "gpt_neox")
 
