@@ -79,7 +79,7 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     hpctrain rehearse --job runs/my-run/job.sbatch --no-check
     """
     from hpctrain.base.files import write_new
-    from hpctrain.rehearse import report
+    from hpctrain.sandbox.rehearse import report
 
     wishes = report.Wishes(**options)
     wanted = report.prepare(run_yaml, assignments, out_dir, wishes)
@@ -107,7 +107,7 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
 def _play(wanted: Any) -> Any:
     import os
 
-    from hpctrain.rehearse.play import rehearse, rehearse_pipeline
+    from hpctrain.sandbox.rehearse.play import rehearse, rehearse_pipeline
 
     meter = terminal.Stages()
     try:

@@ -139,7 +139,7 @@ def _parse(options: dict[str, Any]) -> tuple[Any, Any]:
 def _rehearse(request: Any, how: Any, as_json: bool) -> None:
     import os
 
-    from hpctrain.rehearse import tokens
+    from hpctrain.sandbox.rehearse import tokens
 
     meter = terminal.Stages()
     try:

@@ -20,7 +20,7 @@ LAYERS = [
     "config.sbatch", "config.site", "config.run", "config.recipe", "config.pipeline", "config.trainers.sft", "config.trainers.dpo", "config.trainers.trl", "config.billing", "config.container", "recipes", "plan", "plan.make", "plan.render", "plan.load",
     # -- effects: files, Slurm, this machine
     "base.terminal", "base.files", "plan.template_cache", "plan.run_dir", "slurm.commands", "slurm.facts", "slurm.jobs", "runs.records", "plan.check", "jobs.checkpoints", "jobs.bad_nodes", "jobs.side", "jobs.ledger",
-    "jobs.chain", "triage", "runs.starts", "runs.daemons", "runs.diagnose", "runs.diagnosis", "runs.status", "runs.logs", "runs.status_table", "runs.cost", "runs.bills", "runs.report", "sites.doctor", "sites", "jobs.ladder", "jobs.pipeline", "data", "sandbox", "rehearse", "train",
+    "jobs.chain", "triage", "runs.starts", "runs.daemons", "runs.diagnose", "runs.diagnosis", "runs.status", "runs.logs", "runs.status_table", "runs.cost", "runs.bills", "runs.report", "sites.doctor", "sites", "jobs.ladder", "jobs.pipeline", "data", "sandbox", "sandbox.rehearse", "train",
     # -- what single verbs need
     "config.new_run", "sites.show", "sites.draft", "config.recipe_show", "plan.overrides", "config.json_schema", "sites.shell", "sites.upload", "jobs.neox_export",
     # -- the command line

@@ -128,7 +128,7 @@ class Run:
 
     def submit(self):
         """The fork's counter is the neox recipe's business; here the plan is edited, so submit without rendering again."""
-        code = ("import json, sys; from hpctrain import chain; d = sys.argv[1]; p = chain.read_plan(d);"
+        code = ("import json, sys; from hpctrain.jobs import chain; d = sys.argv[1]; p = chain.read_plan(d);"
                 "chain.submit_chain(chain.plan_chain(d, p))")  # fmt: skip
         return self.cluster.run(sys.executable, "-c", code, str(self.dir), cwd=self.top)
 

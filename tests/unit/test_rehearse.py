@@ -15,12 +15,12 @@ import pytest
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.data import sources
 from hpctrain.plan.load import load_plan
-from hpctrain.rehearse import checks, play, records, report, scene, shims, standin, timeline, tokens, watch
-from hpctrain.rehearse.records import Attempt
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS
 from hpctrain.sandbox import nodeview, state
+from hpctrain.sandbox.rehearse import checks, play, records, report, scene, shims, standin, timeline, tokens, watch
+from hpctrain.sandbox.rehearse.records import Attempt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile import HOSTILE  # noqa: E402
@@ -239,7 +239,7 @@ def test_what_is_wrong_with_the_data_is_said_of_the_users_file():
 
 
 def test_too_small_a_disk_is_said_before_anything_is_built(tmp_path, monkeypatch):
-    from hpctrain.rehearse import stage as stages
+    from hpctrain.sandbox.rehearse import stage as stages
 
     place = stages.Place(tmp_path, "m")
     with stages.enough_space(place, 2, False):

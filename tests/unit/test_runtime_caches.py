@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from hpctrain.rehearse import standin
 from hpctrain.runtime import caches, hubcache
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.hubcache import Repo
 from hpctrain.runtime.layouts import LAYOUTS
 from hpctrain.runtime.settings import GuardError
+from hpctrain.sandbox.rehearse import standin
 
 COMMIT = "c" * 40
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

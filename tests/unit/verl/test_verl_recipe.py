@@ -347,9 +347,9 @@ def test_doctor_is_told_the_branch_of_the_stage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [None, 2150])
 def test_a_rehearsal_finds_the_start_in_the_warmups_folder(tmp_path: Path, step: int | None) -> None:
-    from hpctrain.rehearse import play, scene
     from hpctrain.runtime.handover import receive
     from hpctrain.runtime.settings import parse_settings
+    from hpctrain.sandbox.rehearse import play, scene
 
     path, files = ROOT / "examples/verl-gad/adversarial/run.yaml", str(tmp_path / "files")
     words = [f"recipe_options.resume_step={step}"] if step else []

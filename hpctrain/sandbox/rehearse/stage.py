@@ -19,10 +19,10 @@ from typing import Any
 from hpctrain.base import units
 from hpctrain.base.errors import EnvironmentFault, Refused
 from hpctrain.plan.make import Plan
-from hpctrain.rehearse import shims, standin
 from hpctrain.sandbox import processes, sandbox
 from hpctrain.sandbox import state as sandbox_state
 from hpctrain.sandbox.from_site import shape_from_site
+from hpctrain.sandbox.rehearse import shims, standin
 from hpctrain.sandbox.shape import ClusterShape
 from hpctrain.sandbox.state import Record
 

@@ -26,8 +26,8 @@ from hpctrain.data.limits import limits_of
 from hpctrain.data.prepare import Request, prepare
 from hpctrain.data.present import outcome_json
 from hpctrain.data.sources import Input, Segment, SegmentReader
-from hpctrain.rehearse import stage
 from hpctrain.sandbox.from_site import shape_from_site
+from hpctrain.sandbox.rehearse import stage
 from hpctrain.sandbox.shape import ClusterShape
 
 SAMPLE_BYTES = 256 << 10  # of each input, and no less than

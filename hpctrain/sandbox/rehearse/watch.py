@@ -11,8 +11,8 @@ from typing import Any
 from hpctrain.base.errors import EnvironmentFault, Problem
 from hpctrain.base.units import expand_nodes, format_time
 from hpctrain.plan.make import Plan
-from hpctrain.rehearse.records import Attempt, Pipe, Slots, expected_tasks, release
-from hpctrain.rehearse.stage import Login
+from hpctrain.sandbox.rehearse.records import Attempt, Pipe, Slots, expected_tasks, release
+from hpctrain.sandbox.rehearse.stage import Login
 from hpctrain.slurm.commands import LIVE
 
 # Reasons for which a job of a rehearsal may rightly wait for a while.

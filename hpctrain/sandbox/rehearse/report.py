@@ -15,9 +15,9 @@ from hpctrain.config.pipeline import is_pipeline
 from hpctrain.jobs.pipeline.stages import Pipeline, load_pipeline
 from hpctrain.plan.load import Loaded, load_plan
 from hpctrain.plan.make import Plan
-from hpctrain.rehearse import timeline
-from hpctrain.rehearse.play import FAULTS, Outcome, Request
-from hpctrain.rehearse.timeline import Bar
+from hpctrain.sandbox.rehearse import timeline
+from hpctrain.sandbox.rehearse.play import FAULTS, Outcome, Request
+from hpctrain.sandbox.rehearse.timeline import Bar
 
 
 @dataclass(frozen=True)

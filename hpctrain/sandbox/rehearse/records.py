@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hpctrain.rehearse.shims import END, FIELD
+from hpctrain.sandbox.rehearse.shims import END, FIELD
 
 Fields = dict[str, str]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hpctrain.base.units import format_time
 from hpctrain.plan.make import Plan
-from hpctrain.rehearse.records import Attempt
+from hpctrain.sandbox.rehearse.records import Attempt
 
 WIDTH = 60
 _COLOUR = {"finetune": "#3d7ab5", "scratch": "#3d7ab5", "resume": "#4d9a62", "lost": "#c9524a", "other": "#9a9a9a"}

@@ -15,13 +15,13 @@ from hpctrain.jobs.pipeline.stages import Pipeline
 from hpctrain.plan.load import Loaded
 from hpctrain.plan.make import Plan
 from hpctrain.plan.run_dir import run_files
-from hpctrain.rehearse import checks, scene, stage
-from hpctrain.rehearse.queued import Queued, queue, queue_pipeline
-from hpctrain.rehearse.records import Attempt, Pipe, Slots
-from hpctrain.rehearse.scene import Scene, start_step
-from hpctrain.rehearse.watch import Refusal, Watch, refusal_problem, watch_all
 from hpctrain.runtime.files import read_records
 from hpctrain.sandbox.from_site import node_shape
+from hpctrain.sandbox.rehearse import checks, scene, stage
+from hpctrain.sandbox.rehearse.queued import Queued, queue, queue_pipeline
+from hpctrain.sandbox.rehearse.records import Attempt, Pipe, Slots
+from hpctrain.sandbox.rehearse.scene import Scene, start_step
+from hpctrain.sandbox.rehearse.watch import Refusal, Watch, refusal_problem, watch_all
 
 FAULTS = ("timeout", "node_fail", "kill_mid_save")
 LINK_S = 4.0  # how long a whole link takes here unless --speed says so

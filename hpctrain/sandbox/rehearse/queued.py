@@ -12,7 +12,7 @@ from typing import Any
 from hpctrain.base.errors import EnvironmentFault
 from hpctrain.jobs.pipeline.stages import Pipeline
 from hpctrain.plan.make import Plan
-from hpctrain.rehearse.stage import Login
+from hpctrain.sandbox.rehearse.stage import Login
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def queue_pipeline(login: Login, pipeline: Pipeline) -> list[Queued]:
 
 
 def _on_login(login: Login, *words: str) -> list[Queued]:
-    done = login.seeing(sys.executable, "-m", "hpctrain.rehearse.login", *words)
+    done = login.seeing(sys.executable, "-m", "hpctrain.sandbox.rehearse.login", *words)
     try:
         answers = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError) as error:

@@ -1,7 +1,7 @@
 """Queues what is rehearsed from inside the sandbox's login view.
 
-    python -m hpctrain.rehearse.login run RUN_DIR JOBS [SCRIPT]     SCRIPT is the one of `chain.after_each`
-    python -m hpctrain.rehearse.login pipeline ORDER                ORDER is a pickled Pipeline
+    python -m hpctrain.sandbox.rehearse.login run RUN_DIR JOBS [SCRIPT]     SCRIPT is the one of `chain.after_each`
+    python -m hpctrain.sandbox.rehearse.login pipeline ORDER                ORDER is a pickled Pipeline
 
 Prints a list with one JSON object a run: the job ids by link, those of the side jobs, and what Slurm said where it refused.
 """

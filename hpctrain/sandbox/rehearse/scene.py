@@ -10,8 +10,8 @@ from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault
 from hpctrain.plan.make import Plan
-from hpctrain.rehearse import standin
 from hpctrain.runtime.survey import start_number
+from hpctrain.sandbox.rehearse import standin
 
 SIDE = "script of `chain.after_each`"
 CANARY = "HPCTRAIN_REHEARSAL_SECRET"
