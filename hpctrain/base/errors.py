@@ -23,8 +23,6 @@ BUG = 70
 INTERRUPTED = 130
 GAVE_UP = 93  # inside jobs: the chain made no progress; not to be requeued
 
-LEVELS = ("error", "warning", "note")
-
 
 def printable(text: str, keep: str = "") -> str:
     """`text` with every character that does not print (control characters, lone surrogates) shown as an escape."""

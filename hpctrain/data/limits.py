@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 SECONDS_PER_MB = 1.0  # per task; the slowest encoder measured does 2.4 MB a CPU-second
 STARTUP_S = 300
-DEFAULT_TIME_S = 4 * 3600
 
 
 @dataclass(frozen=True)

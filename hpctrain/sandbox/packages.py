@@ -83,10 +83,6 @@ class Toolbox:
         )
         return any(os.path.isfile(os.path.join(folder, "job_submit_lua.so")) for folder in folders)
 
-    @property
-    def has_accounting(self) -> bool:
-        return all(name in self.programs for name in ACCOUNTING_PROGRAMS)
-
 
 def find(
     environ: Mapping[str, str], *, source: str = "auto", accounting: bool = False, report: Report = lambda text: None

@@ -52,7 +52,6 @@ class Record:
     place: Place
     packages: str
     version: str
-    has_bwrap: bool = True
 
     def in_phase(self, phase: str) -> Record:
         return replace(self, phase=phase)
@@ -176,7 +175,8 @@ def load(state: Path) -> Record | None:
     except (OSError, ValueError) as error:
         raise EnvironmentFault(f"cannot read the sandbox's record: {error}", where=str(state / RECORD)) from error
     try:
-        data.pop("format", None)
+        for key in ("format", "has_bwrap"):  # earlier versions wrote the second
+            data.pop(key, None)
         place = dict(data.pop("place"))
         ports = Ports(**place.pop("ports"))
         shape = ClusterShape.from_json(data.pop("shape"))

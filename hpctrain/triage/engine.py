@@ -17,7 +17,6 @@ from hpctrain.triage.scan import UNIFORM, Hit, LineScanner, Matcher
 from hpctrain.triage.thresholds import Thresholds
 from hpctrain.triage.uniform import skeleton, template_of
 
-_NAN_LINE = re.compile(rb"loss['\": =]+['\"]?nan\b", re.IGNORECASE)
 _JOB = re.compile(rb"hpctrain: job (\S+), restart (\d+), (\d+) nodes: (\S+)")
 _STARTING = re.compile(rb"hpctrain: starting: (\w+), link (\d+)")
 _FINISHED = re.compile(rb"hpctrain: finished rc=(\d+)")

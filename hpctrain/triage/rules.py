@@ -105,15 +105,6 @@ def _both_ends(first: Attempt, thresholds: Thresholds) -> tuple[list[float], lis
     return start, end or [loss for since, loss in first.early if since >= 0.9 * steps][:1]
 
 
-def _noise(losses: list[float]) -> float:
-    """The standard error of the mean of a few losses; 0 where it cannot be told."""
-    count = len(losses)
-    if count < 4:
-        return 0.0
-    mean = sum(losses) / count
-    return math.sqrt(sum((loss - mean) ** 2 for loss in losses) / (count - 1) / count)
-
-
 _FLAT = 0.005  # a fall by less is looked at twice
 
 

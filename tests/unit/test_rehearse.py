@@ -280,8 +280,11 @@ def test_another_bash_hands_over_only_the_program(tmp_path):
 
 def test_the_scene_shows_the_sites_paths_and_makes_up_what_is_not_here(tmp_path):
     plan = example(out=str(tmp_path / "run"))
-    shown = scene.plan_scene(
-        plan, "me", lambda path: not path.startswith(("/scratch", "/project", "/users", "/flash", "/pfs", "/appl"))
+    (shown,) = scene.plan_scenes(
+        [plan],
+        plan.run_dir,
+        "me",
+        lambda path: not path.startswith(("/scratch", "/project", "/users", "/flash", "/pfs", "/appl")),
     )
     targets = [target for _, target in shown.mounts]
     assert {"/scratch", "/project", "/users", "/pfs", str(tmp_path / "run")} <= set(targets)

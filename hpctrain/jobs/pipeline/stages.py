@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
 from hpctrain.base.frozen import frozen
@@ -145,7 +145,3 @@ def _shared(planned: Sequence[Planned]) -> list[Problem]:
                 problems.append(Problem(f"stages `{other}` and `{found.stage.name}` {what} `{value}`", where=found.stage.where,
                                         hint=f"give one of them another: {hint}"))  # fmt: skip
     return problems
-
-
-def by_name(pipeline: Pipeline) -> Mapping[str, Planned]:
-    return {planned.stage.name: planned for planned in pipeline.stages}

@@ -51,15 +51,12 @@ def _writable(path: str) -> bool:
     return os.access(path, os.W_OK | os.X_OK)
 
 
-def plan_scene(plan: Plan, user: str, exists: Any = os.path.exists, writable: Any = _writable) -> Scene:
-    """Decide what the job must be shown. `exists` and `writable` tell of this machine; nothing else is looked at."""
-    (only,) = plan_scenes([plan], plan.run_dir, user, exists, writable)
-    return only
-
-
 def plan_scenes(plans: Sequence[Plan], folder: str, user: str, exists: Any = os.path.exists,
                 writable: Any = _writable) -> list[Scene]:  # fmt: skip
-    """The same for runs that hand something on to each other: all have the same mounts. `folder` holds their run directories."""
+    """Decide what the jobs of runs that hand something on to each other must be shown: all have the same mounts.
+
+    `folder` holds their run directories. `exists` and `writable` tell of this machine; nothing else is looked at.
+    """
     targets: list[str] = []
     found = [_look(plan, user, exists, writable, targets) for plan in plans]
     # The run directories last, by themselves: they are the one place that is always somebody's own folder.

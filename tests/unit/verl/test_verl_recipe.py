@@ -354,8 +354,11 @@ def test_a_rehearsal_finds_the_start_in_the_warmups_folder(tmp_path: Path, step:
     path, files = ROOT / "examples/verl-gad/adversarial/run.yaml", str(tmp_path / "files")
     words = [f"recipe_options.resume_step={step}"] if step else []
     plan = load_plan(str(path), words, str(tmp_path / "run")).plan
-    shown = scene.plan_scene(
-        plan, "me", lambda path: not path.startswith(("/scratch", "/project", "/pfs", "/appl", "/users"))
+    (shown,) = scene.plan_scenes(
+        [plan],
+        plan.run_dir,
+        "me",
+        lambda path: not path.startswith(("/scratch", "/project", "/pfs", "/appl", "/users")),
     )
     scene.build(shown, files, plan, {})
     guard = plan.guard()
