@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from hpctrain.base.frozen import frozen
 from hpctrain.config.site import Partition
 
 # Failures per 1000 node-days. Meta RSC-1, 16k A100 over 11 months (arXiv 2410.21680): 6.5; RSC-2: 2.34.
 FAILURES_PER_1000_NODE_DAYS = 6.5
 
 
-@frozen
+@dataclass(frozen=True)
 class Cost:
     """What one job is billed when it runs its whole wall time."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
-from hpctrain.base.frozen import frozen
 from hpctrain.config.document import Document, Origin, Path, load_yaml, merge, parse_set
 from hpctrain.config.fields import Field, check, nearest
 from hpctrain.config.run import absolute
@@ -35,7 +35,7 @@ FIELDS: dict[str, Field] = {
 }  # fmt: skip
 
 
-@frozen
+@dataclass(frozen=True)
 class Stage:
     """One checked stage. `run` is the absolute path of its run.yaml; `overlay` what is laid over it."""
 
@@ -49,7 +49,7 @@ class Stage:
     where: str
 
 
-@frozen
+@dataclass(frozen=True)
 class PipelineSpec:
     """A checked pipeline.yaml; every stage comes after the one it is from."""
 

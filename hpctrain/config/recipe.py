@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import Problem, UsageError
-from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import layer_dirs
 from hpctrain.config.document import Document, load_yaml
 from hpctrain.config.fields import Field, check, nearest
@@ -94,7 +94,7 @@ FIELDS: dict[str, Field] = {
 }  # fmt: skip
 
 
-@frozen
+@dataclass(frozen=True)
 class Recipe:
     """One recipe. `values` as in FIELDS; `options` the declared recipe_options; `folder` holds its templates."""
 

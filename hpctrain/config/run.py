@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
-from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import no_user_config, user_dir
 from hpctrain.config.document import Document, load_yaml, merge, parse_set
 from hpctrain.config.fields import Field, check
@@ -93,7 +93,7 @@ FIELDS: dict[str, Field] = {
 }  # fmt: skip
 
 
-@frozen
+@dataclass(frozen=True)
 class Handed:
     """What an earlier stage of a pipeline hands to a run when it starts; paths absolute.
 
@@ -110,7 +110,7 @@ class Handed:
     model: str | None
 
 
-@frozen
+@dataclass(frozen=True)
 class RunSpec:
     """A checked run.yaml. Times in seconds; paths absolute (relative ones were relative to run.yaml)."""
 

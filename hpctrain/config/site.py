@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import Problem, UsageError
-from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import layer_dirs, shipped_dir
 from hpctrain.config.document import Document, load_yaml, merge
 from hpctrain.config.fields import Field, check, nearest
@@ -221,7 +221,7 @@ FIELDS: dict[str, Field] = {
 }  # fmt: skip
 
 
-@frozen
+@dataclass(frozen=True)
 class NodeType:
     """A kind of node. `usable_cores` is what jobs may ask for; memory in GiB; `cpu_bind` by cores per task."""
 
@@ -242,7 +242,7 @@ class NodeType:
     tmp_size_gib: float | None
 
 
-@frozen
+@dataclass(frozen=True)
 class Partition:
     """A partition and its limits; None where the site sets none or none is known."""
 
@@ -259,7 +259,7 @@ class Partition:
     billing: Mapping[str, Any] | None = None
 
 
-@frozen
+@dataclass(frozen=True)
 class Site:
     """One site. `values` holds the checked profile as in `FIELDS`; `document` tells where each value was written."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.base.frozen import frozen
 from hpctrain.base.shell import output_pattern
 from hpctrain.base.units import format_mem_gib, format_time
 from hpctrain.config import container
@@ -21,7 +21,7 @@ from hpctrain.recipes.contract import EnvVar, Resolved
 NOTICE_LEAD_S = 60
 
 
-@frozen
+@dataclass(frozen=True)
 class Directive:
     """One #SBATCH or srun option; an empty value is a switch."""
 

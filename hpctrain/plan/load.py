@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
-from hpctrain.base.frozen import frozen
 from hpctrain.base.text import text_problem
 from hpctrain.config.document import Document, load_yaml, merge
 from hpctrain.config.recipe import Recipe, load_recipe
@@ -16,7 +16,7 @@ from hpctrain.config.site import Site, layer_name, load_site
 from hpctrain.plan.make import Plan, make_plan
 
 
-@frozen
+@dataclass(frozen=True)
 class Loaded:
     """A plan and the bytes of what it was made from (`run.yaml`, `site.yaml`, base configs), by name."""
 

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.base.frozen import frozen
 from hpctrain.config import billing
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document, merge
@@ -31,7 +31,7 @@ from hpctrain.plan.shape import decide_memory_gib, decide_shape, pick_partition,
 from hpctrain.recipes.contract import Context, EnvVar, Resolved, resolve
 
 
-@frozen
+@dataclass(frozen=True)
 class Plan:
     """Everything that was decided about a run; `render` turns it into text and adds nothing."""
 

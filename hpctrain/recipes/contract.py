@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.base.frozen import frozen
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document
 from hpctrain.config.recipe import Recipe
@@ -20,7 +19,7 @@ from hpctrain.config.run import RunSpec
 from hpctrain.config.site import NodeType, Site
 
 
-@frozen
+@dataclass(frozen=True)
 class EnvVar:
     """A variable of the job with the reason printed beside it."""
 
@@ -29,7 +28,7 @@ class EnvVar:
     why: str = ""
 
 
-@frozen
+@dataclass(frozen=True)
 class Context:
     """What a recipe may look at: the run, the site, the shape that the plan chose, and the YAML files it reads.
 
@@ -54,7 +53,7 @@ class Context:
         return self.num_nodes * (self.gpus_per_node or self.tasks_per_node)
 
 
-@frozen
+@dataclass(frozen=True)
 class Guard:
     """What the runtime guard must know of the recipe's checkpoints, see `hpctrain/runtime`.
 
@@ -88,7 +87,7 @@ class Guard:
     scratch_from: str = ""
 
 
-@frozen
+@dataclass(frozen=True)
 class HubRepo:
     """A repository of the Hugging Face hub that the job needs in the cache below `home` (an HF_HOME).
 
@@ -103,7 +102,7 @@ class HubRepo:
     where: str
 
 
-@frozen
+@dataclass(frozen=True)
 class Cadence:
     """Iterations in all, and between two checkpoints; None where unknown. `saves_on_signal`: before the time limit."""
 
@@ -112,7 +111,7 @@ class Cadence:
     saves_on_signal: bool = False
 
 
-@frozen
+@dataclass(frozen=True)
 class Resolved:
     """What a recipe decided.
 

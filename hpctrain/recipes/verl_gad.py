@@ -9,10 +9,10 @@ import functools
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import shipped_dir
 from hpctrain.base.text import text_problem
 from hpctrain.config.decision import Decision
@@ -277,7 +277,7 @@ def _positions(context: Context, shape: ModelShape, values: Mapping[str, Any]) -
     )
 
 
-@frozen
+@dataclass(frozen=True)
 class Start:
     """Where the first link starts: a checkpoint folder of another run's, and the checkpoint in it where the run names one."""
 

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "hpctrain"
 # Lowest first. A package is one line (inside it, modules import each other freely), unless a part of it has its own.
 LAYERS = [
     # -- the base
-    "base.frozen", "base.errors", "base.units", "runtime", "jobs", "runs", "slurm", "config", "base", "base.paths", "config.document", "config.fields", "config.text", "base.shell",
+    "base.errors", "base.units", "runtime", "jobs", "runs", "slurm", "config", "base", "base.paths", "config.document", "config.fields", "config.text", "base.shell",
     # -- pure: what a run is, and what it becomes
     "config.sbatch", "config.site", "config.run", "config.recipe", "config.pipeline", "config.trainers.sft", "config.trainers.dpo", "config.trainers.trl", "config.billing", "config.container", "recipes", "plan", "plan.make", "plan.render", "plan.load",
     # -- effects: files, Slurm, this machine

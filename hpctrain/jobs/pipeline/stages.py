@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
-from hpctrain.base.frozen import frozen
 from hpctrain.config.document import Document, load_yaml, merge, parse_set
 from hpctrain.config.pipeline import PipelineSpec, Stage, read_pipeline
 from hpctrain.config.recipe import load_recipe
@@ -16,7 +16,7 @@ from hpctrain.plan.make import Plan
 from hpctrain.runtime.layouts import LAYOUTS
 
 
-@frozen
+@dataclass(frozen=True)
 class Planned:
     """One stage as a run: rendering and queueing it is what `hpctrain chain` does with any run."""
 
@@ -32,7 +32,7 @@ class Planned:
         return self.loaded.plan.run_dir
 
 
-@frozen
+@dataclass(frozen=True)
 class Pipeline:
     """Every stage planned, each after the one it is from. `folder` holds the stages' run directories and pipeline.json."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hpctrain.base.frozen import frozen
+from dataclasses import dataclass
+
 from hpctrain.config.decision import Decision
 from hpctrain.recipes.neox.draft import RUN, Draft
 
@@ -10,7 +11,7 @@ _TRAIN, _MICRO, _STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "
 IDENTITY = f"{_TRAIN} = {_MICRO} x {_STEPS} x data-parallel size"
 
 
-@frozen
+@dataclass(frozen=True)
 class Shape:
     """How the ranks are split. `pipeline` is NeoX's own number, where 0 means a sequential model and counts as 1."""
 

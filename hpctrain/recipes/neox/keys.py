@@ -7,11 +7,11 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import shipped_dir
 from hpctrain.base.text import text_problem
 from hpctrain.config.document import Document, walk
@@ -34,7 +34,7 @@ _TYPE_NAMES = {
 _NUMBER_AS_TEXT = re.compile(r"([-+]?)(\d+)(\.\d*)?[eE]([-+]?)(\d+)\Z", re.ASCII)
 
 
-@frozen
+@dataclass(frozen=True)
 class Key:
     """One key: `kind` is what `type(value)` must be, `choice` for one of `choices`; `flavors` where it exists."""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 
-from hpctrain.base.frozen import frozen
 from hpctrain.config.run import RunSpec
 from hpctrain.recipes.neox.draft import RUN, Draft, slashed
 
@@ -13,7 +13,7 @@ from hpctrain.recipes.neox.draft import RUN, Draft, slashed
 _STEP = re.compile(r"_*global_step_?(\d{1,18})(?:_.*)?\Z", re.ASCII)
 
 
-@frozen
+@dataclass(frozen=True)
 class Start:
     """The checkpoint that the run starts from: its path and the iteration in its folder's name."""
 
@@ -26,7 +26,7 @@ class Start:
         return f"global_step{self.iteration}"
 
 
-@frozen
+@dataclass(frozen=True)
 class Saves:
     """When NeoX saves (training.py:1408-1430): at multiples (or powers) of `factor`, at `extra`, and at the end."""
 

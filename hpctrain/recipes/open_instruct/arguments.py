@@ -10,11 +10,11 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import shipped_dir
 from hpctrain.base.text import text_problem
 from hpctrain.config.document import Document
@@ -31,7 +31,7 @@ _KIND_NAMES = {
 }
 
 
-@frozen
+@dataclass(frozen=True)
 class Argument:
     """One argument: `kind` as in arguments.json, `default` what the program takes without it."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.base.frozen import frozen
 from hpctrain.recipes.contract import HubRepo
 from hpctrain.recipes.open_instruct.arguments import as_number
 from hpctrain.recipes.open_instruct.draft import SFT, Draft
@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.A
 _TAKES_A_FOLDER = ("7cc755f09322fb01eee73d87afc780a14b02ea43",)
 
 
-@frozen
+@dataclass(frozen=True)
 class Model:
     """The model to start from: `name` as the program gets it, `folder` where it lies when it is no hub model.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.base.frozen import frozen
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document
 from hpctrain.config.run import absolute
@@ -17,7 +17,7 @@ from hpctrain.recipes.open_instruct.arguments import Argument, match_commit, tab
 SFT, DPO = "open_instruct/finetune.py", "open_instruct/dpo_tune_cache.py"
 
 
-@frozen
+@dataclass(frozen=True)
 class Names:
     """How one program calls what both have."""
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import dataclass
 
 from hpctrain.base.errors import Problem
-from hpctrain.base.frozen import frozen
 from hpctrain.base.paths import shipped_dir
 from hpctrain.config.fields import nearest
 
 
-@frozen
+@dataclass(frozen=True)
 class Keys:
     """`versions` as listed; `known` maps a dotted key to the versions that have it."""
 

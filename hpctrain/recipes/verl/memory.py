@@ -20,9 +20,9 @@ it is a lower bound: vLLM's KV cache, what FSDP gathers, NCCL's buffers, fragmen
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.base.frozen import frozen
 from hpctrain.recipes.verl.presets import ModelShape
 
 GIB = 1024**3
@@ -30,7 +30,7 @@ _ACTOR, _CRITIC = "actor_rollout_ref.actor.fsdp_config", "critic.model.fsdp_conf
 MOST_RANKS = 8192  # beyond that "more GPUs" is no advice
 
 
-@frozen
+@dataclass(frozen=True)
 class Need:
     """GiB of one GPU, by what takes them; `training` and `generating` are the sums of the two phases.
 

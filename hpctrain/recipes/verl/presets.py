@@ -7,15 +7,14 @@ Sources: microsoft/LMOps gad/scripts/train/gpt5-chat-filtered-7b-{warmup,adversa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
-
-from hpctrain.base.frozen import frozen
 
 STAGES = ("warmup", "adversarial")
 BRANCHES = {"warmup": "warmup", "adversarial": "gad"}
 
 
-@frozen
+@dataclass(frozen=True)
 class ModelShape:
     """What the arithmetic needs of a model: numbers of parameters, layers, heads; widths of a token and of the vocabulary;
     `positions`: the longest sequence it knows (`max_position_embeddings`)."""
@@ -29,7 +28,7 @@ class ModelShape:
     positions: int
 
 
-@frozen
+@dataclass(frozen=True)
 class Size:
     """One row of the size table. `tokens_per_gpu` bounds one forward pass of the actor and of the critic."""
 
