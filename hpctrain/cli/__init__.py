@@ -5,7 +5,6 @@ A verb is one line in `VERBS` and one module `hpctrain/cli/<module>.py` with a c
 
 from __future__ import annotations
 
-import gc
 import importlib
 import sys
 from typing import TYPE_CHECKING
@@ -122,8 +121,6 @@ def group(ctx: click.Context, debug: bool, color: str) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with a code of `hpctrain.base.errors`; never shows a traceback without `--debug`."""
-    # Starting up makes many objects that stay; looking for garbage among them again and again is a tenth of `render`.
-    gc.set_threshold(200_000, 20, 20)
     argv = sys.argv[1:] if args is None else args
     debug = "--debug" in argv
     terminal.make_printable()
