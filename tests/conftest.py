@@ -69,7 +69,7 @@ def line_of_error():
 def run_job(tmp_path):
     """Run a job script with fakes for srun, singularity, module and scontrol: gives the process and what they noted."""
 
-    def run(job, env=None, args=(), num_tasks=1):
+    def run(job, env=None, args=()):
         log = tmp_path / "fake.log"
         log.write_text("")
         environment = {
@@ -80,7 +80,6 @@ def run_job(tmp_path):
             "SLURM_JOB_ID": "4242",
             "SLURM_JOB_NUM_NODES": "1",
             "SLURM_JOB_NODELIST": "nid000001",
-            "SLURM_NTASKS": str(num_tasks),
             **(env or {}),
         }
         done = subprocess.run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from hpctrain.base.errors import Problem
@@ -91,3 +91,80 @@ def option_text(name: str, value: Any) -> str | None:
     if value is False or value is None:
         return None
     return str(value)
+
+
+# srun takes options from these variables (`env_vars` and the getenv calls in src/srun, Slurm 19.05
+# to 26.05), and a job's environment is that of the shell that submitted it. None is the job's own …
+_SRUN_INPUTS = frozenset(
+    "SLURMD_DEBUG SLURM_ACCOUNT SLURM_ARBITRARY_NODELIST SLURM_BCAST SLURM_BCAST_EXCLUDE "
+    "SLURM_BURST_BUFFER SLURM_CHECKPOINT SLURM_CLUSTERS SLURM_CLUSTER_CONSTRAINT SLURM_COMPRESS "
+    "SLURM_CONSOLIDATE_SEGMENTS SLURM_CONSTRAINT SLURM_CONTAINER SLURM_CONTAINER_ID "
+    "SLURM_CONTAINER_TYPE SLURM_CORE_SPEC SLURM_CPU_BIND SLURM_CPU_FREQ_REQ SLURM_DEBUG "
+    "SLURM_DELAY_BOOT SLURM_DEPENDENCY SLURM_DISABLE_STATUS SLURM_EPILOG SLURM_EXACT "
+    "SLURM_EXCLUSIVE SLURM_EXIT_ERROR SLURM_EXIT_IMMEDIATE SLURM_EXPORT_ENV "
+    "SLURM_EXTERNAL_LAUNCHER SLURM_GRES SLURM_GRES_FLAGS SLURM_HET_SIZE SLURM_HOSTFILE "
+    "SLURM_IMMEDIATE SLURM_KILL_BAD_EXIT SLURM_LABELIO SLURM_MPI_TYPE SLURM_NCORES_PER_SOCKET "
+    "SLURM_NO_KILL SLURM_NSOCKETS_PER_NODE SLURM_OVERLAP SLURM_PARTITION SLURM_POWER SLURM_PROLOG "
+    "SLURM_QOS SLURM_REMOTE_CWD SLURM_REQ_SWITCH SLURM_RESERVATION SLURM_RESV_PORTS "
+    "SLURM_SEND_LIBS SLURM_SIGNAL SLURM_SPREAD_JOB SLURM_SPREAD_SEGMENTS SLURM_SRUN_MULTI "
+    "SLURM_SRUN_REDUCE_TASK_EXIT_MSG SLURM_STDERRMODE SLURM_STDINMODE SLURM_STDOUTMODE "
+    "SLURM_STEP_GRES SLURM_STEP_KILLED_MSG_NODE_ID SLURM_TASK_EPILOG SLURM_TASK_PROLOG "
+    "SLURM_TEST_EXEC SLURM_THREADS SLURM_THREAD_SPEC SLURM_TIMELIMIT SLURM_UNBUFFEREDIO "
+    "SLURM_USE_MIN_NODES SLURM_WAIT SLURM_WAIT4SWITCH SLURM_WCKEY SLURM_WORKING_DIR".split()
+)
+# … and these are only where sbatch got one of these options: it then sets the variable anew
+# (src/sbatch/opt.c, src/common/env.c). What Slurm sets for every job, such as SLURM_JOB_ID, is not
+# here, nor is SLURM_MEM_PER_*, which it sets for some: see templates/base.
+_SRUN_INPUTS_OF = {
+    "SLURM_ACCTG_FREQ": ("acctg-freq",),
+    "SLURM_CPUS_PER_GPU": ("cpus-per-gpu",),
+    "SLURM_CPUS_PER_TASK": ("cpus-per-task",),
+    "SLURM_DISTRIBUTION": ("distribution",),
+    "SLURM_DIST_PLANESIZE": ("distribution",),
+    "SLURM_GPUS": ("gpus",),
+    "SLURM_GPUS_PER_NODE": ("gpus-per-node",),
+    "SLURM_GPUS_PER_SOCKET": ("gpus-per-socket",),
+    "SLURM_GPUS_PER_TASK": ("gpus-per-task",),
+    "SLURM_GPU_BIND": ("gpu-bind",),
+    "SLURM_GPU_FREQ": ("gpu-freq",),
+    "SLURM_HINT": ("hint",),
+    "SLURM_MEM_BIND": ("mem-bind",),
+    "SLURM_NETWORK": ("network",),
+    "SLURM_NTASKS_PER_CORE": ("ntasks-per-core",),
+    "SLURM_NTASKS_PER_GPU": ("ntasks-per-gpu",),
+    "SLURM_NTASKS_PER_NODE": ("ntasks-per-node", "tasks-per-node"),
+    "SLURM_NTASKS_PER_SOCKET": ("ntasks-per-socket",),
+    "SLURM_NTASKS_PER_TRES": ("ntasks-per-gpu",),
+    "SLURM_OOM_KILL_STEP": ("oom-kill-step",),
+    "SLURM_OPEN_MODE": ("open-mode",),
+    "SLURM_OVERCOMMIT": ("overcommit",),
+    "SLURM_PROFILE": ("profile",),
+    "SLURM_THREADS_PER_CORE": ("threads-per-core", "hint"),
+    "SLURM_TRES_BIND": ("gpu-bind", "tres-bind"),
+    "SLURM_TRES_PER_TASK": ("gpus-per-task", "tres-per-task"),
+}
+# The variables from which sbatch takes options before it reads the script (sbatch(1), INPUT ENVIRONMENT
+# VARIABLES), for the options that jobs have here.
+_SBATCH_INPUTS = {
+    "job-name": "SBATCH_JOB_NAME",
+    "mem": "SBATCH_MEM_PER_NODE",
+    "time": "SBATCH_TIMELIMIT",
+    "switches": "SBATCH_REQ_SWITCH",
+    **{
+        option: "SBATCH_" + option.upper().replace("-", "_")
+        for option in "account constraint distribution exclusive gpus-per-node gres hint mem-per-cpu "
+        "mem-per-gpu network no-requeue open-mode output partition qos requeue reservation "
+        "signal".split()
+    },
+}
+
+
+def inherited_inputs(options: Collection[str]) -> list[str]:
+    """The variables from which srun would take what is not of a job submitted with these options."""
+    own = {name for name, setters in _SRUN_INPUTS_OF.items() if set(setters) & set(options)}
+    return sorted((_SRUN_INPUTS | set(_SRUN_INPUTS_OF)) - own)
+
+
+def overriding_inputs(options: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The variables that would override these options of a script, each with the value that agrees with it."""
+    return [(_SBATCH_INPUTS[name], value) for name, value in options.items() if name in _SBATCH_INPUTS]

@@ -199,7 +199,7 @@ FIELDS: dict[str, Field] = {
         fields={
             "rendezvous_suffix": Field("text", "added to the first host's name", default="", pattern=r"[A-Za-z0-9.-]*", shape="part of a host name"),
             "port_base": Field("int", "lowest rendezvous port", default=20000, minimum=1024, maximum=65000),
-            "port_range": Field("int", "how many ports from there", default=20000, minimum=1, maximum=60000),
+            "port_range": Field("int", "how many ports from there", default=12768, minimum=1, maximum=60000),
         },
     ),
     "storage": Field("map", "file systems", keys=NAME, items=Field("table", "a file system", fields=_STORAGE)),

@@ -18,6 +18,7 @@ from hpctrain import __version__
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.paths import layer_dirs, shipped_dir
 from hpctrain.base.shell import ShellText, comment, node_path, quote, quote_all, sbatch_value
+from hpctrain.config.sbatch import inherited_inputs, overriding_inputs
 from hpctrain.config.site import layer_name
 from hpctrain.plan.make import Plan
 from hpctrain.plan.template_lint import lint_template
@@ -38,15 +39,25 @@ def render(plan: Plan, inputs: Mapping[str, bytes], compiled: jinja2.BytecodeCac
     files = dict(plan.resolved.configs)
     files.update(plan.resolved.files)
     job = template_name(make_environment(plan.spec.base_dir), plan.recipe.name)
-    files[_JOB] = _render_script(plan, inputs, job, compiled)
+    asked = {directive.option: directive.value for directive in plan.directives}
+    files[_JOB] = _render_script(plan, inputs, job, compiled, asked)
     exporting = plan.resolved.template.get("export")
     if exporting and not exporting["refused"]:
-        files[_EXPORT] = _render_script(plan, inputs, f"{plan.recipe.name}/{_EXPORT}.j2", compiled)
+        asked = {directive["option"]: directive["value"] for directive in exporting["directives"]}
+        name = f"{plan.recipe.name}/{_EXPORT}.j2"
+        files[_EXPORT] = _render_script(plan, inputs, name, compiled, asked)
     files["plan.json"] = _json(plan_json(plan, inputs))
     return files
 
 
-def _render_script(plan: Plan, inputs: Mapping[str, bytes], name: str, compiled: jinja2.BytecodeCache | None) -> str:
+def _render_script(
+    plan: Plan,
+    inputs: Mapping[str, bytes],
+    name: str,
+    compiled: jinja2.BytecodeCache | None,
+    asked: Mapping[str, str],
+) -> str:
+    """One script, submitted with the options `asked` of sbatch."""
     environment = make_environment(plan.spec.base_dir)
     environment.bytecode_cache = compiled
     used: list[str] = []
@@ -63,6 +74,8 @@ def _render_script(plan: Plan, inputs: Mapping[str, bytes], name: str, compiled:
             source_sha256=_sha256(inputs.get("run.yaml", b""))[:12],
             templates=", ".join(used),
             modules=values["modules"],
+            inherited=inherited_inputs(asked),
+            as_asked=overriding_inputs(asked),
             unset_env=[name for name in values["unset_env"] if name not in {variable.name for variable in plan.env}],
             export_cpus=needs_cpus,
             secrets=_secrets_path(spec.secrets, spec.base_dir) if spec.secrets else None,

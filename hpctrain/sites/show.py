@@ -19,6 +19,7 @@ from hpctrain.config.text import flow
 
 # Limits and modules of a site change about once a year; older facts deserve a second look.
 STALE_DAYS = 365
+_EPHEMERAL = 32768
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,16 @@ def _shapes(site: Site) -> Iterator[Problem]:
             yield Problem(f"partition `{name}` lets more jobs run ({partition.max_running}) than be submitted ({partition.max_submitted})",
                           document.where("partitions", name, "max_running"), level="warning")  # fmt: skip
     network = site.values["network"]
-    if network["port_base"] + network["port_range"] > 65536:
+    last = network["port_base"] + network["port_range"] - 1
+    if _EPHEMERAL <= last <= 65535:
+        yield Problem(
+            f"the rendezvous ports, up to {last}, may be taken by any connection of the node",
+            document.where("network"),
+            level="warning",
+            why=f"Linux gives out ports from {_EPHEMERAL} on (net.ipv4.ip_local_port_range)",
+            hint="choose port_base and port_range below that",
+        )
+    if last > 65535:
         yield Problem("the rendezvous ports go beyond 65535", document.where("network"),
                       why=f"port_base {network['port_base']} + port_range {network['port_range']}")  # fmt: skip
 

@@ -122,6 +122,7 @@ def test_a_stale_profile_is_a_warning_and_never_an_error(tmp_path, cli):
         (("max_time: 1d", "min_nodes: 4, max_nodes: 2"), "error: partition `p` wants at least 4"),
         (("max_time: 1d", "max_running: 4, max_submitted: 2"), "warning: partition `p` lets more"),
         (("slurm:", "network: {port_base: 60000, port_range: 20000}\nslurm:"), "error: the rendezvous ports"),
+        (("slurm:", "network: {port_range: 20000}\nslurm:"), "warning: the rendezvous ports, up to 39999, may be taken"),
         (("slurm:", "env: {MASTER_PORT: {value: '1', why: x}}\nslurm:"), "error: `env.MASTER_PORT` is set by hpctrain"),
         (("gpu_request: gres", "always: {account: x}"), "error: `sbatch.account` cannot be set here"),
         (("gpu_request: gres", "always: {nosuch: x}"), "error: sbatch has no option `--nosuch`"),

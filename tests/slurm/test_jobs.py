@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -72,7 +75,8 @@ def test_every_rank_starts_once_with_the_ranks_of_its_node(run, tmp_path):
     assert [line[1] for line in seen] == [*range(8), *range(8)]
     assert {line[2] for line in seen} == {16}
     assert len({line[3] for line in seen[:8]}) == len({line[3] for line in seen[8:]}) == 1
-    assert {tuple(line[4:]) for line in seen} == {(seen[0][3], 20000 + int(job) % 20000, "scratch", "1", True)}
+    port = 20000 + int(job) % 12768
+    assert {tuple(line[4:]) for line in seen} == {(seen[0][3], port, "scratch", "1", True)}
 
 
 def test_the_job_ends_with_the_exit_code_of_the_first_task_to_fail_and_names_it(run, tmp_path):
@@ -99,18 +103,20 @@ def test_the_step_gets_its_signal_and_its_own_exit_code_survives_the_trap(run, i
     assert "got SIGUSR1" in log.read_text()
 
 
-def test_a_requeue_appends_to_the_log_and_runs_the_same_link_again(run, idle, tmp_path):
-    job, log = run(["bash", "-c", "echo up >> starts; sleep 100"], wait=False)
-    until(lambda: (tmp_path / "starts").exists())
+def test_a_requeue_appends_to_the_log_and_runs_the_same_link_again_at_another_port(run, idle, tmp_path):
+    job, log = run(["bash", "-c", '[ "$RANK" != 0 ] || echo "$MASTER_PORT" >> ports; sleep 100'], wait=False)
+    until(lambda: (tmp_path / "ports").exists())
     idle.ok("scontrol", "requeue", job)
     links = tmp_path / "runs/job/links.jsonl"
     until(lambda: links.read_text().count('"begin"') == 2, 90)
+    until(lambda: len((tmp_path / "ports").read_text().split()) == 2, 90)
     idle.ok("scancel", job)
     begins = [
         json.loads(line) for line in (tmp_path / "runs/job/links.jsonl").read_text().splitlines() if '"begin"' in line
     ]
 
     assert "restart 0" in log.read_text()
+    assert len(set((tmp_path / "ports").read_text().split())) == 2
     assert [(line["link"], line["restart"]) for line in begins][:2] == [(1, 0), (1, 1)]
 
 
@@ -163,12 +169,49 @@ def test_a_secrets_file_that_others_can_read_stops_the_job(run, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_submitting_shells_slurm_settings_do_not_reach_the_steps(run, tmp_path):
-    program = 'echo "${SLURM_CPU_BIND-unset} ${CUDA_VISIBLE_DEVICES-unset}" > "bind.$RANK"'
-    _, state, log = run(["bash", "-c", program], env={"SLURM_CPU_BIND": "none", "CUDA_VISIBLE_DEVICES": "7"})
+def test_no_variable_that_srun_knows_reaches_the_step_from_the_submitting_shell(run, idle, tmp_path):
+    """Every name in this Slurm's own srun, with a value that none of its options takes in good faith."""
+    words = idle.ok("cat", shutil.which("srun", path=idle.environ["PATH"])).split()
+    binary = next(Path(word) for word in words if word.endswith("/bin/srun") and "ld-linux" not in word)
+    names = set(re.findall(rb"\0((?:SLURMD?|SRUN|PMI)_[A-Z_]+[A-Z])(?=\0)", binary.read_bytes()))
+    of_sbatch = {"SLURM_HINT", "SLURM_CLUSTERS", "SLURM_HOSTFILE"}  # which does not take 7 for them
+    names = {name.decode() for name in names} - of_sbatch
+    assert len(names) > 80
+    program = "import json, os; e = os.environ; open('seen.' + e['RANK'], 'w').write(json.dumps(dict(e)))"
+    _, state, log = run(["python3", "-c", program], env={name: "7" for name in names})
+    assert state == "COMPLETED 0:0", log
+    seen = [json.loads(path.read_text()) for path in tmp_path.glob("seen.*")]
+
+    assert len(seen) == 16 and {int(step["RANK"]) for step in seen} == set(range(16))
+    assert {step["WORLD_SIZE"] for step in seen} == {"16"}
+    assert {step["SLURM_THREADS_PER_CORE"] for step in seen} == {"1"}
+    # Seven CPUs a task are the job's own; the rest says what a job has, and srun takes no option from it.
+    allowed = {"SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK", "SLURM_UMASK"}
+    allowed |= {f"SLURM_JOB_{what}" for what in ("ACCOUNT", "QOS", "RESERVATION")}
+    assert {name for step in seen for name in names if step.get(name) == "7"} <= allowed
+
+
+def test_a_shell_that_exports_nothing_still_gives_the_tasks_the_jobs_environment(run, tmp_path):
+    program = 'echo "$HPCTRAIN_WORKDIR" > "dir.$RANK"'
+    _, state, log = run(["bash", "-c", program], env={"SBATCH_EXPORT": "NONE"})
 
     assert state == "COMPLETED 0:0", log
-    assert "7" not in (tmp_path / "bind.0").read_text().split()[1:]
+    assert {path.read_text().strip() for path in tmp_path.glob("dir.*")} == {str(tmp_path)}
+
+
+@pytest.mark.parametrize("memory", ["--mem-per-cpu=50", "--mem-per-gpu=50 --gpus-per-node=1"])
+def test_a_job_submitted_from_inside_an_allocation_is_a_job_of_its_own(run, idle, tmp_path, memory):
+    run(["true"], wait=False)  # renders
+    idle.ok("scancel", "-u", str(os.geteuid()))
+    script = tmp_path / "runs/job/job.sbatch"
+    inner = f"SLURM_MPI_TYPE=pmi2 sbatch --parsable {shlex.quote(str(script))}"
+    outer = ["salloc", "--quiet", "-p", "dev-g", "-A", "project_465000000", "-N1", "-n4", "-c1", *memory.split()]
+    job = idle.ok(*outer, "bash", "-c", inner, cwd=tmp_path).strip()
+    log = tmp_path / f"runs/job/logs/job-{job}.out"
+
+    assert finished(idle, job) == "COMPLETED 0:0", log.read_text()
+    assert "not taken from the submitting shell:" in log.read_text() and "SLURM_MPI_TYPE" in log.read_text()
+    assert "16 tasks" in log.read_text()
 
 
 def test_the_container_sees_its_binds_and_a_missing_one_fails(run, tmp_path):

@@ -133,7 +133,7 @@ def _ranks(tasks: Sequence[Task], expected: Expected) -> Iterable[Problem]:
     world = sorted({task.get("WORLD_SIZE", "") for task in tasks if task.get("WORLD_SIZE") != str(expected.num_tasks)})
     if world:
         yield Problem(f"WORLD_SIZE is {_words(world)} in some tasks, and {expected.num_tasks} are planned",
-                      hint="WORLD_SIZE=$SLURM_NTASKS")  # fmt: skip
+                      hint="WORLD_SIZE=$((SLURM_JOB_NUM_NODES * tasks a node))")  # fmt: skip
     per_node: dict[str, list[int]] = {}
     for task in tasks:
         per_node.setdefault(task.get("SLURMD_NODENAME", "?"), []).append(local_rank_of(task))

@@ -116,11 +116,11 @@ def job(neox, neox_dir, tmp_path):
 def test_every_task_runs_train_py_with_neox_own_arguments(job, run_job, neox_dir, tmp_path):
     script = job()
 
-    done, noted = run_job(script, num_tasks=2)
+    done, noted = run_job(script)
 
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
-    assert [env["RANK"] for _, _, env in ranks] == ["0", "1"]
+    assert [env["RANK"] for _, _, env in ranks] == ["0", "1", "2", "3"]
     for argv, cwd, env in ranks:
         assert argv[0] == str(neox_dir / "train.py") and cwd == str(neox_dir)
         assert argv[1:4] == ["--deepspeed_config", "e30=", "--megatron_config"] and len(argv) == 5
@@ -140,7 +140,7 @@ def test_a_configuration_that_neox_refuses_ends_the_link_before_any_rank_starts(
 
 def test_deepy_gets_a_fresh_hostfile_and_the_config(job, run_job, neox_dir, tmp_path):
     activate = tmp_path / "acti vate.sh"
-    activate.write_text("export ACTIVATED=yes\n: $UNSET_BY_NOBODY\n")
+    activate.write_text("export ACTIVATED=yes\n: $UNSET_BY_NOBODY\nfalse\n")
     script = job(options={"launch": "deepy", "activate": json.dumps(str(activate))})
 
     for _ in range(2):
@@ -154,3 +154,11 @@ def test_deepy_gets_a_fresh_hostfile_and_the_config(job, run_job, neox_dir, tmp_
     assert Path(env["DLTS_HOSTFILE"]).read_text() == "nid000001 slots=4\n"
     assert env["ACTIVATED"] == "yes" and cwd == str(neox_dir) and env["SLURM_KILL_BAD_EXIT"] == "1"
     assert "does not prove that it finished" in done.stdout
+
+
+def test_an_activation_script_that_is_not_there_ends_the_link(job, run_job, tmp_path):
+    missing = tmp_path / "no such.sh"
+    done, noted = run_job(job(options={"launch": "deepy", "activate": json.dumps(str(missing))}))
+
+    assert done.returncode == 1 and f"cannot read {missing}" in done.stdout + done.stderr
+    assert not any(line[0] == "srun" for line in noted)
