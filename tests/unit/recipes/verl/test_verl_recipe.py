@@ -16,7 +16,7 @@ from hpctrain.recipes.verl.keys import load_keys
 from hpctrain.recipes.verl.memory import GIB, need
 from hpctrain.recipes.verl.presets import SIZES, overrides_of
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 WARMUP: dict[str, Any] = {
     "name": "gad", "site": "generic-cuda", "recipe": "verl-gad", "partition": "gpu", "nodes": 1, "time": "20h",
     "checkpoint": {"dir": "/data/warmup"}, "data": {"train": ["/data/t.parquet"], "valid": ["/data/v.parquet"]},

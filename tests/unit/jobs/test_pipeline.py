@@ -247,7 +247,7 @@ def test_cost_of_a_pipeline_refuses_what_is_about_one_run_and_says_a_stages_mist
 
 def test_sft_then_dpo_hands_the_model_on_and_both_run_on_gpus(cli, tmp_path):
     """The example: 16 GCDs for the SFT, 32 for the DPO; its policy is the model that the SFT leaves, and its own reference."""
-    example = str(Path(__file__).parents[2] / "examples" / "sft-then-dpo" / "pipeline.yaml")
+    example = str(Path(__file__).parents[3] / "examples" / "sft-then-dpo" / "pipeline.yaml")
     for site in ("lumi", "generic-cuda"):
         sft, dpo = load_pipeline(example, [f"sft.site={site}", f"dpo.site={site}", "dpo.partition=null"]).stages
         assert sft.plan.errors == dpo.plan.errors == []

@@ -14,7 +14,7 @@ from hpctrain.recipes.neox.keys import FLAVORS, table
 
 from .conftest import BASE
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[3]))
 from hostile import HOSTILE  # noqa: E402
 
 SCALARS = (

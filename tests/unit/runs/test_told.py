@@ -22,9 +22,9 @@ from hpctrain.runs.status import observe
 from hpctrain.slurm.jobs import Answer
 from hpctrain.triage.thresholds import Thresholds
 
-DATA = Path(__file__).parents[1] / "data" / "told"
-RUNTIME = Path(__file__).parents[2] / "hpctrain" / "runtime" / "__main__.py"
-sys.path.insert(0, str(Path(__file__).parents[1] / "standin"))
+DATA = Path(__file__).parents[2] / "data" / "told"
+RUNTIME = Path(__file__).parents[3] / "hpctrain" / "runtime" / "__main__.py"
+sys.path.insert(0, str(Path(__file__).parents[2] / "standin"))
 
 import checkpoints  # noqa: E402
 

@@ -16,7 +16,7 @@ import pytest
 from hpctrain.base.errors import UsageError
 from hpctrain.sites.shell import Wanted, allocation, read_request
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from hostile import HOSTILE  # noqa: E402
 
 LUMI = {"site": "lumi", "account": "project_465000001"}

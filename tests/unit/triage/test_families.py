@@ -10,7 +10,7 @@ import pytest
 from hpctrain.triage import formats
 from hpctrain.triage.rules import GREEN, RED
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from triage_texts import diagnose, steps, verdicts  # noqa: E402
 
 

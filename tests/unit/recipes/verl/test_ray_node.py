@@ -18,7 +18,7 @@ import pytest
 from hpctrain.base.paths import shipped_dir
 
 SCRIPT = os.path.join(shipped_dir("templates"), "verl-gad", "ray_node.py")
-STANDIN = Path(__file__).parents[2] / "standin" / "ray"
+STANDIN = Path(__file__).parents[3] / "standin" / "ray"
 
 
 class Job:

@@ -9,7 +9,7 @@ import pytest
 from hpctrain.plan.check import find_problems
 from hpctrain.plan.load import load_plan
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 def errors(example, *changes):

@@ -15,10 +15,10 @@ from hpctrain.config.site import site_from_document
 from hpctrain.sites.draft import draft_profile
 from hpctrain.slurm.facts import NodeShape, parse_gres, read_facts
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from hostile import HOSTILE  # noqa: E402
 
-DATA = Path(__file__).parents[1] / "data" / "scontrol"
+DATA = Path(__file__).parents[2] / "data" / "scontrol"
 
 
 def drafted(*texts, name="drafted"):

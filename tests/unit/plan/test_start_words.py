@@ -12,7 +12,7 @@ from hpctrain.plan.render import plan_json
 from hpctrain.runtime.link import spoken
 from hpctrain.runtime.settings import parse_settings
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 VERL = "starts from the start checkpoint, {} its place in the data, and counts on from its step"
 ALONE = "starts from the start checkpoint, without its optimizer"
 

@@ -22,10 +22,10 @@ from hpctrain.sandbox import nodeview, state
 from hpctrain.sandbox.rehearse import checks, play, records, report, scene, shims, standin, timeline, tokens, watch
 from hpctrain.sandbox.rehearse.records import Attempt
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from hostile import HOSTILE  # noqa: E402
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "lumi-neox-sft" / "run.yaml"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "lumi-neox-sft" / "run.yaml"
 MASKS = "fe000000000000,fe00000000000000,fe0000,fe000000,fe,fe00,fe00000000,fe0000000000"
 
 

@@ -17,7 +17,7 @@ from hpctrain.plan.make import Plan
 from hpctrain.recipes.open_instruct.arguments import flags, known_commits, match_commit, table
 from hpctrain.recipes.open_instruct.draft import DPO, SFT
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OLD, NEW = known_commits()
 CONFIG = {"chat_template_name": "tulu", "max_train_steps": 200, "checkpointing_steps": 50}
 OPTIONS = {"dir": "oi", "commit": NEW, "model": "org/base", "hf_home": "hf"}

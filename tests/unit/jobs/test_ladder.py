@@ -13,7 +13,7 @@ from hpctrain.jobs.ladder import checks, plan_rungs, purpose
 from hpctrain.triage.engine import Engine
 from hpctrain.triage.judge import judge
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "lumi-neox-sft"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "lumi-neox-sft"
 
 
 @pytest.fixture
