@@ -14,7 +14,9 @@ from hpctrain.cli import common
 @common.set_option
 @click.option("--jobs", type=click.IntRange(1), help="Of a chain of this many jobs instead of the run.yaml's.")
 @click.option("--array", type=click.IntRange(1), help="Also of an array of this many such jobs.")
-@click.option("--ladder", metavar="1,2,8", help="Also of a ladder with these numbers of GPUs, one job a rung.")
+@click.option(
+    "--ladder", metavar="1,2,8", help="Also of a ladder with these numbers of GPUs, as `hpctrain ladder` plans it."
+)
 @common.as_json
 def command(
     target: str, assignments: tuple[str, ...], jobs: int | None, array: int | None, ladder: str | None, as_json: bool
@@ -29,6 +31,7 @@ def command(
     hpctrain cost runs/ft_latest_7 --json
     hpctrain cost pipeline.yaml --set warmup.chain.jobs=3
     """
+    from hpctrain.jobs.ladder import parse_rungs, plan_rungs, total
     from hpctrain.jobs.pipeline import bills
     from hpctrain.runs import bills as run_bills
     from hpctrain.runs import cost
@@ -48,7 +51,10 @@ def command(
             bills.show(stages, left_of)
         return
     if os.path.isfile(target) and target.endswith((".yaml", ".yml")):
-        planned, found = run_bills.planned(target, assignments, jobs, array, ladder)
+        planned, found = run_bills.planned(target, assignments, jobs, array)
+        if ladder:
+            rungs = plan_rungs(target, assignments, parse_rungs(ladder))
+            found += [*(rung.bill for rung in rungs), total(rungs)]
         left = run_bills.allocation(planned)
         if as_json:
             terminal.data_json(bills=[bill.as_json() for bill in found], allocation=vars(left) if left else None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -8,6 +9,7 @@ from hpctrain.base import errors, terminal
 from hpctrain.cli import common
 
 if TYPE_CHECKING:
+    from hpctrain.jobs.ladder import Result
     from hpctrain.triage.judge import Diagnosis
 
 
@@ -17,12 +19,10 @@ if TYPE_CHECKING:
 @click.option("--rungs", "rungs_text", default="1,2,8", show_default=True, help="Numbers of GPUs, rising.")
 @click.option(
     "--steps",
-    default=150,
-    show_default=True,
     type=click.IntRange(1),
-    help="Steps of each rung; 100 are needed to see the loss fall.",
+    help="Steps of each rung; 100 are needed to see the loss fall.  [default: 150]",
 )
-@click.option("--time", "time_text", default="00:30:00", show_default=True, help="Time limit of each rung.")
+@click.option("--time", help="Time limit of each rung.  [default: 00:30:00]")
 @click.option("--force", is_flag=True, help="Replace what an earlier ladder rendered.")
 @common.dry_run
 @common.as_json
@@ -30,8 +30,8 @@ def command(
     run_yaml: str,
     assignments: tuple[str, ...],
     rungs_text: str,
-    steps: int,
-    time_text: str,
+    steps: int | None,
+    time: str | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -44,30 +44,39 @@ def command(
     hpctrain ladder --dry-run
     hpctrain ladder run.yaml --rungs 1,8,64 --steps 200
     """
-    from hpctrain.jobs.ladder import checks, climb, log_path, plan_rungs, purpose, toggles
-    from hpctrain.runs.bills import parse_rungs
+    from hpctrain.jobs.ladder import climb, parse_rungs, plan_rungs, total
+    from hpctrain.runs.bills import AMOUNTS, amounts
 
-    rungs = plan_rungs(run_yaml, assignments, parse_rungs(rungs_text), steps, time_text)
+    rungs = plan_rungs(run_yaml, assignments, parse_rungs(rungs_text), steps, time)
     if dry_run:
         fields = [
             {
                 "gpus": rung.num_gpus,
                 "run_dir": rung.run_dir,
                 "changes": dict(rung.changes),
-                "bill": rung.bill.as_json() if rung.bill else None,
+                "bill": rung.bill.as_json(),
             }
             for rung in rungs
         ]
         if as_json:
-            terminal.data_json(rungs=fields)
+            terminal.data_json(rungs=fields, total=total(rungs).as_json())
         else:
-            terminal.table(
-                [(r.num_gpus, _bill(r.bill), " ".join(f"{key}={value}" for key, value in r.changes.items()), r.run_dir) for r in rungs],
-                ("GPUs", "at most", "changes", "directory"),
-            )  # fmt: skip
+            rows = [(str(rung.num_gpus), *amounts(rung.bill), _words(rung.changes), rung.run_dir) for rung in rungs]
+            rows.append(("the ladder", *amounts(total(rungs)), "", ""))
+            terminal.table(rows, ("GPUs", *AMOUNTS, "changes", "directory"))
             terminal.next_step(common.typed("ladder"))
         return
     results = climb(rungs, terminal.info, force)
+    _show(results, as_json)
+    if not all(result.passed for result in results):
+        raise click.exceptions.Exit(errors.NO)
+
+
+def _show(results: Sequence[Result], as_json: bool) -> None:
+    from hpctrain.jobs.ladder import checks, log_path, purpose, toggles
+    from hpctrain.runs.bills import amounts
+
+    rungs = [result.rung for result in results]
     if as_json:
         terminal.data_json(
             rungs=[
@@ -84,8 +93,11 @@ def command(
             verdict = "pass" if r.passed else "stop" if r.job_id else "not reached"
             switched = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in toggles(r.rung).items())
             seen = " ".join(f"{check}:{answer}" for check, answer in checks(r.diagnosis).items()) if r.diagnosis else ""
-            rows.append((r.rung.num_gpus, name, validates, switched, verdict, *_figures(r.diagnosis), seen, _bill(r.rung.bill),
-                         r.job_id, "" if r.passed else r.why))  # fmt: skip
+            figures = _figures(r.diagnosis)
+            at_most = " = ".join(amounts(r.rung.bill)[1:])
+            why = "" if r.passed else r.why
+            row = (r.rung.num_gpus, name, validates, switched, verdict, *figures, seen, at_most)
+            rows.append((*row, r.job_id, why))
         terminal.table(
             rows, ("GPUs", "rung", "validates", "toggles", "result", "loss", "speed", "checks", "at most", "job", "why")
         )
@@ -97,8 +109,10 @@ def command(
             if all(r.passed for r in results)
             else f"hpctrain triage {next(r for r in results if not r.passed).rung.run_dir}"
         )
-    if not all(result.passed for result in results):
-        raise click.exceptions.Exit(errors.NO)
+
+
+def _words(changes: Mapping[str, object]) -> str:
+    return " ".join(f"{key}={value}" for key, value in changes.items())
 
 
 def _figures(diagnosis: Diagnosis | None) -> tuple[str, str]:
@@ -107,10 +121,3 @@ def _figures(diagnosis: Diagnosis | None) -> tuple[str, str]:
     first, last = seen.get("first_loss"), seen.get("last_loss")
     losses = f"{first:.4g} → {last:.4g}" if isinstance(first, float) and isinstance(last, float) else ""
     return losses, f"{seen['rate']:.4g} {seen['rate_unit']}" if seen.get("rate") else ""
-
-
-def _bill(bill: object) -> str:
-    from hpctrain.runs.cost import Bill
-
-    assert bill is None or isinstance(bill, Bill)
-    return f"{bill.billed:,.{1 if bill.billed >= 10 else 2}f} {bill.unit}s" if bill and bill.billed is not None else ""

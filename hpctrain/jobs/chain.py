@@ -337,7 +337,7 @@ def find_chains(target: str) -> list[str]:
 
 
 def find_run(target: str) -> str:
-    """The one run directory that `target` names (see `runs.find_runs`). Raises UsageError when it names several, or none."""
+    """The one run directory that `target` names (see `records.find_runs`). Raises UsageError when it names several, or none."""
     found = find_runs(target)
     if len(found) > 1:
         names = ", ".join(os.path.relpath(path) for path in found[:5])

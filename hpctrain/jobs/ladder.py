@@ -17,7 +17,6 @@ from hpctrain.plan.make import Plan
 from hpctrain.plan.render import plan_json
 from hpctrain.plan.run_dir import run_files, write_run_dir
 from hpctrain.runs import cost
-from hpctrain.runs.bills import shape_of_rung
 from hpctrain.runs.records import list_logs
 from hpctrain.slurm import commands as slurm
 from hpctrain.triage.judge import Diagnosis
@@ -26,12 +25,12 @@ from hpctrain.triage.rules import GREEN, RED
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung: the run as it is loaded with `changes` (dotted key -> value), and what one job of it costs at most."""
+    """One rung: the run as loaded with `changes` (dotted key -> value), and its job's bill at most."""
 
     num_gpus: int
     changes: Mapping[str, Any]
     loaded: Loaded
-    bill: cost.Bill | None
+    bill: cost.Bill
 
     @property
     def run_dir(self) -> str:
@@ -49,17 +48,24 @@ class Result:
     why: str
 
 
+STEPS, TIME = 150, "00:30:00"
 _MOST_TIMES = 1000
 
 
-def plan_rungs(path: str, assignments: Sequence[str], numbers: Sequence[int], steps: int, time: str) -> list[Rung]:
+def plan_rungs(
+    path: str,
+    assignments: Sequence[str],
+    numbers: Sequence[int],
+    steps: int | None = None,
+    time: str | None = None,
+) -> list[Rung]:
     """Every rung, planned; raises UsageError with the problems of all of them when one cannot be.
 
     Each ladder has folders of its own: one that climbed before left checkpoints, from which a rung would only go on.
     """
     full = load_plan(path, assignments).plan
     for again in range(1, _MOST_TIMES):
-        rungs = _plan_once(path, assignments, full, numbers, steps, time, again)
+        rungs = _plan_once(path, assignments, full, numbers, steps or STEPS, time or TIME, again)
         if not any(_climbed(rung) for rung in rungs):
             break
     return rungs
@@ -84,7 +90,10 @@ def _plan_once(path: str, assignments: Sequence[str], full: Plan, numbers: Seque
             problems += error.problems
             continue
         problems += loaded.plan.errors
-        rungs.append(Rung(number, changes, loaded, cost.full_job(plan_json(loaded.plan, loaded.inputs))))
+        job = cost.full_job(plan_json(loaded.plan, loaded.inputs))
+        assert job is not None  # a plan that was just made tells its cost
+        bill = job.times(1, f"rung of {number} GPU{'s' if number > 1 else ''}", job.note)
+        rungs.append(Rung(number, changes, loaded, bill))
     if problems:
         raise UsageError(list(dict.fromkeys(problems)))
     return rungs
@@ -129,6 +138,36 @@ def changes_for(full: Plan, num_gpus: int, steps: int, time: str, again: int = 1
             changes[batch_key] = batch
     changes.update(rules["one_gpu"] if num_gpus == 1 else rules["more_gpus"])
     return changes
+
+
+def parse_rungs(text: str) -> list[int]:
+    """`1,2,8` -> [1, 2, 8]. Raises UsageError for what is no rising list of GPU counts."""
+    parts = [part.strip() for part in text.split(",")]
+    if not parts or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"`{text}` is not a ladder", hint="numbers of GPUs, such as 1,2,8")
+    numbers = [int(part) for part in parts]
+    if numbers != sorted(set(numbers)):
+        raise UsageError(f"the rungs of `{text}` do not rise", hint="smallest first, each once")
+    return numbers
+
+
+def shape_of_rung(num_gpus: int, per_node: int) -> tuple[int, int]:
+    """(nodes, GPUs a node) of a rung. Raises UsageError where it does not fill its nodes evenly."""
+    if per_node < 1:
+        raise UsageError("this site's nodes have no GPUs to climb with", hint="a ladder needs a GPU partition")
+    if num_gpus <= per_node:
+        return 1, num_gpus
+    if num_gpus % per_node:
+        raise UsageError(
+            f"{num_gpus} GPUs do not fill nodes of {per_node}", hint=f"use multiples of {per_node} above one node"
+        )
+    return num_gpus // per_node, per_node
+
+
+def total(rungs: Sequence[Rung]) -> cost.Bill:
+    """What all rungs cost at most."""
+    bills = [rung.bill for rung in rungs]
+    return cost.total(bills, bills[0], "the ladder", "at most: the first rung that fails ends it")
 
 
 def purpose(rungs: Sequence[Rung], rung: Rung) -> tuple[str, str]:

@@ -15,64 +15,15 @@ from hpctrain.runs import cost
 from hpctrain.runs.cost import Allocation, Bill, Spent
 from hpctrain.triage.records import utc
 
+AMOUNTS = ("node-hours", "GPU-hours", "billed")
 
-def planned(
-    path: str, assignments: Sequence[str], jobs: int | None, array: int | None, ladder: str | None
-) -> tuple[Plan, list[Bill]]:
+
+def planned(path: str, assignments: Sequence[str], jobs: int | None, array: int | None) -> tuple[Plan, list[Bill]]:
     """The plan of a run.yaml and its bills. Raises UsageError with the plan's errors."""
     loaded = load_plan(path, assignments)
     if loaded.plan.errors:
         raise UsageError(loaded.plan.errors)
-    bills = cost.before(plan_json(loaded.plan, loaded.inputs), jobs, array)
-    if ladder:
-        bills += rungs(path, assignments, loaded.plan, parse_rungs(ladder))
-    return loaded.plan, bills
-
-
-def parse_rungs(text: str) -> list[int]:
-    """`1,2,8` -> [1, 2, 8]. Raises UsageError for anything that is not a rising list of GPU counts."""
-    parts = [part.strip() for part in text.split(",")]
-    if not parts or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"`{text}` is not a ladder", hint="numbers of GPUs, such as 1,2,8")
-    numbers = [int(part) for part in parts]
-    if numbers != sorted(set(numbers)):
-        raise UsageError(f"the rungs of `{text}` do not rise", hint="smallest first, each once")
-    return numbers
-
-
-def shape_of_rung(num_gpus: int, per_node: int) -> tuple[int, int]:
-    """(nodes, GPUs a node) of a rung. Raises UsageError where it does not fill its nodes evenly."""
-    if per_node < 1:
-        raise UsageError("this site's nodes have no GPUs to climb with", hint="a ladder needs a GPU partition")
-    if num_gpus <= per_node:
-        return 1, num_gpus
-    if num_gpus % per_node:
-        raise UsageError(
-            f"{num_gpus} GPUs do not fill nodes of {per_node}", hint=f"use multiples of {per_node} above one node"
-        )
-    return num_gpus // per_node, per_node
-
-
-def rungs(path: str, assignments: Sequence[str], plan: Plan, numbers: Sequence[int]) -> list[Bill]:
-    """The bill of one job at each rung, as the planner prices it, and their sum."""
-    bills = []
-    for number in numbers:
-        nodes, gpus = shape_of_rung(number, plan.node_type.gpus)
-        loaded = load_plan(path, [*assignments, f"nodes={nodes}", f"gpus_per_node={gpus}"])
-        job = cost.full_job(plan_json(loaded.plan, loaded.inputs))
-        assert job is not None
-        bills.append(job.times(1, f"rung of {number} GPU{'s' if number > 1 else ''}", job.note))
-    billed = None if any(bill.billed is None for bill in bills) else sum(bill.billed or 0.0 for bill in bills)
-    total = Bill(
-        "the ladder",
-        sum(b.time_s for b in bills),
-        sum(b.node_hours for b in bills),
-        sum(b.gpu_hours for b in bills),
-        billed,
-        bills[0].unit,
-        "at most",
-    )
-    return [*bills, total]
+    return loaded.plan, cost.before(plan_json(loaded.plan, loaded.inputs), jobs, array)
 
 
 def allocation(plan: Plan) -> Allocation | None:
@@ -87,9 +38,9 @@ def allocation(plan: Plan) -> Allocation | None:
 def show_bills(bills: Sequence[Bill], left: Allocation | None) -> None:
     """Bills as a table; what is left of the allocation after the largest of them to stderr."""
     terminal.table(
-        [(bill.what, format_duration(bill.time_s), *_hours(bill), bill.note) for bill in bills],
-        ("of", "time", "node-hours", "GPU-hours", "billed", "note"),
-    )  # fmt: skip
+        [(bill.what, format_duration(bill.time_s), *amounts(bill), bill.note) for bill in bills],
+        ("of", "time", *AMOUNTS, "note"),
+    )
     if left is not None:
         terminal.info(f"left of {left.account}: {left.left:,.0f} of {left.granted:,.0f} {left.unit}s")
         most = max((bill.billed or 0.0 for bill in bills), default=0.0)
@@ -120,17 +71,18 @@ def show_spent(result: Spent) -> None:
             start.restart or "",
             start.state,
             "unknown" if start.elapsed_s is None else format_duration(start.elapsed_s),
-            *_hours(bill),
+            *amounts(bill),
         )
         for start, bill in result.starts
     ]
     for bill in (result.used, result.still):
-        rows.append((bill.what, "", "", "", format_duration(bill.time_s), *_hours(bill)))
-    terminal.table(rows, ("of", "job", "restart", "state", "time", "node-hours", "GPU-hours", "billed"))
+        rows.append((bill.what, "", "", "", format_duration(bill.time_s), *amounts(bill)))
+    terminal.table(rows, ("of", "job", "restart", "state", "time", *AMOUNTS))
     for what in result.unseen:
         terminal.info(f"could not see: {what}")
 
 
-def _hours(bill: Bill) -> tuple[str, str, str]:
+def amounts(bill: Bill) -> tuple[str, str, str]:
+    """A bill as text, under the headings `AMOUNTS`."""
     billed = "unknown" if bill.billed is None else f"{bill.billed:,.2f} {bill.unit}s"
     return f"{bill.node_hours:,.2f}", f"{bill.gpu_hours:,.2f}", billed

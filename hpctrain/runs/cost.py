@@ -101,7 +101,7 @@ def spent(run: RunRecords, answer: Answer, now_s: float) -> Spent:
         if start.elapsed_s is None:
             unseen.append(f"how long job {start.job_id} ran; counted as nothing, at most {job.time_s / 3600:g} h")
         rows.append((start, used_by(job, max(start.elapsed_s or 0.0, 0.0), name)))
-    used = _total([bill for _, bill in rows], job, "used")
+    used = total([bill for _, bill in rows], job, "used")
     mine = set(run.job_ids())  # the answer may tell of other runs' jobs too
     waiting = sum(state.pending for job_id, state in answer.jobs.items() if job_id in mine)
     left = [max(job.time_s - (start.elapsed_s or 0.0), 0.0) for start, _ in rows if _runs(answer, start)]
@@ -114,8 +114,10 @@ def _runs(answer: Answer, start: Start) -> bool:
     return bool(job and job.running and start.end_s is None)
 
 
-def _total(bills: Sequence[Bill], like: Bill, what: str) -> Bill:
-    billed = None if like.billed is None else sum(bill.billed or 0.0 for bill in bills)
+def total(bills: Sequence[Bill], like: Bill, what: str, note: str = "") -> Bill:
+    """The sum of bills in the unit of `like`; `billed` is None where it is so for any of them."""
+    unknown = like.billed is None or any(bill.billed is None for bill in bills)
+    billed = None if unknown else sum(bill.billed or 0.0 for bill in bills)
     return Bill(
         what,
         sum(b.time_s for b in bills),
@@ -123,6 +125,7 @@ def _total(bills: Sequence[Bill], like: Bill, what: str) -> Bill:
         sum(b.gpu_hours for b in bills),
         billed,
         like.unit,
+        note,
     )
 
 

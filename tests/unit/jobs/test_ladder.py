@@ -83,6 +83,28 @@ def test_each_recipe_has_its_toggles_and_keeps_its_batch(name, one, more, batch)
     assert [purpose(rungs, rung)[0] for rung in rungs] == ["sanity", "distributed", "full"]
 
 
+@pytest.mark.parametrize("name", ["lumi-sft", "lumi-dpo", "lumi-neox-sft", "open-instruct-sft", "hf-sft"])
+@pytest.mark.parametrize("options", [[], ["--set", "time=02:00:00"]])
+def test_a_ladder_has_one_price_whoever_is_asked(name, options, cli):
+    run_yaml = EXAMPLE.parent / name / "run.yaml"
+    numbers = {"lumi-neox-sft": "8,16", "hf-sft": "1,2"}.get(name, "1,2,8")
+    code, out, err = cli("ladder", run_yaml, "--rungs", numbers, *options, "--dry-run", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    code, out, err = cli("cost", run_yaml, "--ladder", numbers, *options, "--json")
+    assert code == 0, err
+    bills = [bill for bill in json.loads(out)["bills"] if "rung" in bill["what"] or "ladder" in bill["what"]]
+
+    assert bills == [*(rung["bill"] for rung in told["rungs"]), told["total"]]
+    for what in ("time_s", "node_hours", "gpu_hours"):
+        assert told["total"][what] == pytest.approx(sum(rung["bill"][what] for rung in told["rungs"]))
+    assert all(rung["bill"]["time_s"] == 1800 for rung in told["rungs"])
+    # The same in people's words, also where the site names no units.
+    for verb in (["ladder", "--rungs", numbers, "--dry-run"], ["cost", "--ladder", numbers]):
+        out = cli(verb[0], run_yaml, *verb[1:], *options)[1]
+        assert f"{told['total']['gpu_hours']:,.2f}" in out.split("the ladder")[1].split("\n")[0], out
+
+
 def test_the_questions_of_the_guides_are_answered_by_the_rules():
     lines = [f"step {i}/150 loss={2.5 - 0.01 * i:.4f} grad_norm=1.0\n" for i in range(1, 151)]
     for text, wanted in (
