@@ -237,7 +237,8 @@ def test_lumis_formula_by_hand(hpctrain, tmp_path):
     )
     bills = {bill["what"]: bill["billed"] for bill in answer["bills"]}
     assert bills["one job"] == 36864 and bills["an array of 3 such jobs"] == 3 * 36864
-    assert bills["rung of 8 GPUs"] == 4 * 48 and bills["rung of 16 GPUs"] == 8 * 48
+    # A rung is a job of half an hour, as `hpctrain ladder` submits it; whole nodes there too.
+    assert bills["rung of 8 GPUs"] == 4 * 0.5 and bills["rung of 16 GPUs"] == 8 * 0.5
     bad = hpctrain("cost", "run.yaml", "--ladder", "8,1", cwd=tmp_path)
     assert bad.returncode == 2 and "Traceback" not in bad.stderr
 
