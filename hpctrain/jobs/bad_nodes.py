@@ -14,11 +14,14 @@ from hpctrain.base.units import compress_nodes, expand_nodes
 MIN_FAILURES = 2
 _TAIL_BYTES = 4 * 1024 * 1024
 # What Slurm says of one node: `srun: error: nid000003: task 5: Killed`, `Node failure on nid000003`; and the job script of
-# the first task that failed. Only deaths by a signal: an exit code is the program's own, and the same on any node.
+# the first task that failed. Only deaths by a signal: an exit code is the program's own, and the same on any node. Nor by
+# one that somebody sends, as the job script does before the time limit (HUP, INT, USR1, USR2, TERM: 129, 130, 138, 140, 143).
+_SENT = "Terminated|Exited|Interrupt|Hangup|User defined signal"
 _NAMED = (
-    re.compile(r"srun: error: (?P<nodes>[\w.,\[\]-]+): tasks? [\d,-]+: (?!Terminated|Exited|Interrupt)[^\n]+"),
+    re.compile(rf"srun: error: (?P<nodes>[\w.,\[\]-]+): tasks? [\d,-]+: (?!{_SENT})[^\n]+"),
     re.compile(
-        r"the first task to fail was rank \d+ on (?P<nodes>[\w.-]+), with exit code 1(?:3[1-9]|29|4[0-2]|4[4-9]|5\d)\b"
+        r"the first task to fail was rank \d+ on (?P<nodes>[\w.-]+), "
+        r"with exit code 1(?:3[1-79]|4[124-9]|5\d)\b"
     ),
     re.compile(r"^hpctrain: preflight: (?P<nodes>[\w.-]+) is bad: ", re.MULTILINE),
     re.compile(r"[Nn]ode failure on (?P<nodes>[\w.,\[\]-]+)"),

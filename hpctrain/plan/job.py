@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from hpctrain.config.decision import Decision
 from hpctrain.config.recipe import Recipe
 from hpctrain.config.sbatch import REPLACES, option_text
 from hpctrain.config.site import NodeType, Partition
+from hpctrain.plan import launcher
 from hpctrain.plan.notes import Notes
 from hpctrain.recipes.contract import EnvVar, Resolved
 
@@ -58,8 +59,43 @@ def decide_signal(notes: Notes, recipe: Recipe, resolved: Resolved) -> dict[str,
             f"the signal would come {lead} s before the end of a job of {notes.spec.time_s} s", *(path or ("time",)),
             why="Slurm sends it at once then", hint="ask for more time, or for less lead",
         )  # fmt: skip
+    passed_by = _passed_by(notes, name, resolved.argv) if forward else None
+    if passed_by:
+        reason += f"; `{passed_by}` is started with it ignored, so that only the program takes it"
     notes.decide("signal", f"B:{name}@{lead}", reason, *path)
-    return {"name": name, "lead_s": lead, "forward": forward}
+    return {"name": name, "lead_s": lead, "forward": forward, "passed_by": passed_by}
+
+
+def _passed_by(notes: Notes, name: str, argv: Sequence[str]) -> str | None:
+    """The launcher that must ignore the signal which is meant for the program; notes what cannot be helped from here."""
+    found, shell = launcher.launcher(argv), launcher.shell_between(argv)
+    if found and name in launcher.ENDING:
+        notes.error(
+            f"at SIG{name} `{found}` ends what it started, within seconds, saved or not",
+            "sbatch",
+            "signal",
+            level="warning",
+            hint="delete it: SIGUSR1 passes the launcher by and reaches the program",
+        )
+        return None
+    if found and not launcher.traps(argv):
+        return found
+    if found:
+        notes.error(
+            f"SIG{name} ends `{found}` too, which stands between srun and the program",
+            "recipe_options",
+            level="warning",
+            hint="take the `trap` out of the command: the launcher is then started with it ignored",
+        )
+    elif shell and not launcher.traps(argv):
+        notes.error(
+            f"SIG{name} also reaches the shell that runs `{shell.splitlines()[0][:60]}`, and ends it",
+            "recipe_options",
+            level="note" if shell in argv and len(shell.split()) == 1 else "warning",
+            why="srun then ends the step, whatever the program under the shell is still saving",
+            hint=f"start the program with `exec`, or say `trap : {name}` first",
+        )
+    return None
 
 
 def decide_directives(notes: Notes, partition: Partition, node: NodeType, run_dir: str, gpus: int, tasks: int, cpus: int,

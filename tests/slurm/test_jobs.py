@@ -103,6 +103,35 @@ def test_the_step_gets_its_signal_and_its_own_exit_code_survives_the_trap(run, i
     assert "got SIGUSR1" in log.read_text()
 
 
+WORKER = """\
+import os, signal, sys, time
+got = []
+signal.signal(signal.SIGUSR1, lambda *_: got.append(1))
+open("up-" + os.environ["RANK"], "w")
+for _ in range(600):
+    time.sleep(0.1)
+    if got:
+        time.sleep(2)  # the save
+        open("saved-" + os.environ["RANK"], "w")
+        sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("start", ["exec ", "cd . && "])
+def test_the_signal_reaches_the_workers_of_torchrun_and_ends_neither_it_nor_a_shell(run, idle, tmp_path, start):
+    (tmp_path / "w.py").write_text(WORKER)
+    launch = (
+        f"{start}{shlex.quote(sys.executable)} -m torch.distributed.run --nnodes $SLURM_NNODES --nproc-per-node 2 "
+        "--rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --rdzv-endpoint $MASTER_ADDR:$MASTER_PORT w.py"
+    )
+    job, log = run(["bash", "-c", launch], "tasks_per_node: 1", signal="true", wait=False)
+    until(lambda: len(list(tmp_path.glob("up-*"))) == 4, 120)
+    idle.ok("scancel", "--batch", "--signal=USR1", job)
+
+    assert finished(idle, job) == "COMPLETED 0:0", log.read_text()
+    assert len(list(tmp_path.glob("saved-*"))) == 4 and "got SIGUSR1" in log.read_text()
+
+
 def test_a_requeue_appends_to_the_log_and_runs_the_same_link_again_at_another_port(run, idle, tmp_path):
     job, log = run(["bash", "-c", '[ "$RANK" != 0 ] || echo "$MASTER_PORT" >> ports; sleep 100'], wait=False)
     until(lambda: (tmp_path / "ports").exists())
