@@ -10,7 +10,20 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "hpctrain"
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from imports import (  # noqa: E402
+    PACKAGE,
+    SHIPPED,
+    circles,
+    floors,
+    graph,
+    imported,
+    module_files,
+    name_of,
+    package_of,
+)
 
 # A package imports only from packages on floors below its own. docs/architecture.md says what lives where.
 FLOORS = {
@@ -31,7 +44,6 @@ FLOORS = {
 }
 # What may lie beside the packages.
 LOOSE = {"__init__.py", "__main__.py", "py.typed"}
-SHIPPED = "_shipped"  # made by a build: templates and site profiles inside the wheel
 
 # Modules of these packages look at no clock, environment, network or process, and write nothing …
 PURE = ("base", "config", "recipes", "plan")
@@ -54,71 +66,7 @@ OS_EFFECTS = set(
     "environ environb getenv putenv system popen fork getlogin uname remove unlink rename replace"
     " mkdir makedirs rmdir link symlink chmod execvp execvpe spawnv".split()
 )
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if SHIPPED not in path.parts)
-
-
-def name_of(path: Path) -> str:
-    """The module's dotted name without `hpctrain.`; that of the package itself is empty."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def package_of(name: str) -> str:
-    return name.split(".")[0]
-
-
-def imported(path: Path) -> list[tuple[int, str]]:
-    """(line, our module without `hpctrain.`) of every import anywhere in a file, inside functions too.
-
-    Names of `hpctrain/__init__.py` itself are left out.
-    """
-    modules = []
-    package = ["hpctrain", *path.relative_to(PACKAGE).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
-        if isinstance(node, ast.Import):
-            modules += [(node.lineno, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            start = node.module or ""
-            if node.level:
-                above = package[: len(package) - node.level + 1]
-                start = ".".join([*above, *([node.module] if node.module else [])])
-            for alias in node.names:
-                full = f"{start}.{alias.name}"
-                modules.append((node.lineno, full if is_module(full) else start))
-    ours = [(line, name) for line, name in modules if package_of(name) == "hpctrain"]
-    return [(line, name.removeprefix("hpctrain.")) for line, name in ours if name != "hpctrain"]
-
-
-def is_module(full: str) -> bool:
-    path = PACKAGE.parent.joinpath(*full.split("."))
-    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
-
-
-def circles(imports: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of modules that import each other, directly or through others (Tarjan's algorithm)."""
-    order: dict[str, int] = {}
-    lowest: dict[str, int] = {}
-    open_names: list[str] = []
-    groups: list[list[str]] = []
-
-    def visit(name: str) -> None:
-        order[name] = lowest[name] = len(order)
-        open_names.append(name)
-        for other in sorted(imports.get(name, ())):
-            if other not in order:
-                visit(other)
-            if other in open_names:
-                lowest[name] = min(lowest[name], lowest[other])
-        if lowest[name] == order[name]:
-            group = open_names[open_names.index(name) :]
-            del open_names[-len(group) :]
-            if len(group) > 1 or name in imports.get(name, ()):
-                groups.append(sorted(group))
-
-    for name in imports:
-        if name not in order:
-            visit(name)
-    return groups
+MODULES = module_files()
 
 
 def test_beside_the_packages_lies_nothing():
@@ -142,9 +90,7 @@ def test_a_module_imports_only_from_its_own_package_and_from_lower_floors(path):
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    imports = {name_of(path): {other for _, other in imported(path)} for path in MODULES}
-
-    assert circles(imports) == []
+    assert circles(graph()) == []
 
 
 def test_the_runtime_imports_nothing_of_ours_and_nothing_to_install():
@@ -254,6 +200,11 @@ def test_these_tests_can_fail(tmp_path, monkeypatch):
         test_no_modules_import_each_other_in_a_circle()
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}}) == [["b", "c"], ["d"]]
     assert circles({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}}) == []
+    assert floors({"a.x": {"b.y", "a.z"}, "a.z": set(), "b.y": {"c.v"}, "c.v": set()}) == {
+        "c": 1,
+        "b": 2,
+        "a": 3,
+    }
 
 
 HEAVY = (
