@@ -49,7 +49,8 @@ def names_by_module():
                 names[stem].add(node.id)
             elif isinstance(node, ast.alias):
                 names[stem].add(node.asname or node.name)
-        names[path.parent.name].add(path.stem)
+        inside = path.parent if path.stem == "__init__" else path
+        names[inside.parent.name].add(inside.stem)
     return names
 
 
