@@ -75,6 +75,13 @@ def test_beside_the_packages_lies_nothing():
     assert others == set(FLOORS) | LOOSE
 
 
+def test_unit_tests_lie_in_folders_named_for_the_packages():
+    others = {path.name for path in (ROOT / "tests/unit").iterdir()} - {"__pycache__"}
+
+    # The golden cases go through all of what plans and renders.
+    assert others - set(FLOORS) == {"test_golden.py"}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_a_module_imports_only_from_its_own_package_and_from_lower_floors(path):
     package = package_of(name_of(path))
