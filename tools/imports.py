@@ -15,6 +15,16 @@ def module_files() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if SHIPPED not in path.parts)
 
 
+def entries(folder: Path) -> set[str]:
+    """The files of a folder, and its folders that hold any; what Python compiled and builds made is left out."""
+    names = set()
+    for path in folder.iterdir():
+        files = [path] if path.is_file() else path.rglob("*")
+        if path.name != SHIPPED and any(one.is_file() and one.suffix != ".pyc" for one in files):
+            names.add(path.name)
+    return names
+
+
 def name_of(path: Path) -> str:
     """The module's dotted name without `hpctrain.`; that of hpctrain itself is empty."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts

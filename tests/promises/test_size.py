@@ -87,8 +87,8 @@ def test_complexity_is_found(size, tmp_path, monkeypatch):
 
 def test_something_loose_beside_the_packages_is_found(size, tmp_path, monkeypatch):
     monkeypatch.setattr(size.imports, "PACKAGE", tmp_path)
-    for name in ("__init__.py", "loose.py", "package/__init__.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("__init__.py", "loose.py", "package/__init__.py", "gone/__pycache__/x.pyc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
 
     assert size.loose_modules() == ["loose.py"]
