@@ -14,6 +14,7 @@ from hpctrain.data.merge import clean_up, remove_leftovers
 from hpctrain.data.plan import Plan
 from hpctrain.data.prepare import Prepared, Request, prepare, scan, write_plan
 from hpctrain.slurm import commands as slurm
+from hpctrain.slurm.jobs import queued
 
 if TYPE_CHECKING:
     from hpctrain.config.site import Site
@@ -131,10 +132,11 @@ def _cluster(plan: Plan, request: Request, how: How, prepared: Prepared) -> run.
     site = load_site(how.site) if how.site else None
     limits = limits_of(site, how.partition)
     _check_account(site, how.account)
-    queued = slurm.count_queued(limits.partition) if limits.partition and limits.max_submitted is not None else 0
+    limited = limits.partition and limits.max_submitted is not None
+    num_queued = len(queued(f"--partition={limits.partition}")) if limited else 0
     todo = len(plan.shards) - prepared.done
     megabytes = sum(source.weight for source in plan.inputs) / 1e6 * todo / len(plan.shards)
-    shape = shape_array(limits, request.tasks, max(1, todo), megabytes, queued, how.time_s)
+    shape = shape_array(limits, request.tasks, max(1, todo), megabytes, num_queued, how.time_s)
     python = None
     if how.container:
         if site is None:

@@ -20,6 +20,7 @@ from hpctrain.data.merge import up_to_date
 from hpctrain.data.plan import Plan
 from hpctrain.data.worker import finished
 from hpctrain.slurm import commands as slurm
+from hpctrain.slurm.jobs import queued
 
 if TYPE_CHECKING:
     from hpctrain.config.site import Site
@@ -88,7 +89,7 @@ def submit(plan: Plan, plan_path: str, cluster: Cluster, force: bool, keep_shard
 
     Raises Refused while jobs of the same work are still queued, EnvironmentFault when Slurm does not take the jobs.
     """
-    active = slurm.active_jobs(job_name(plan))
+    active = queued(f"--name={job_name(plan)}")
     if active:
         raise Refused(f"{len(active)} jobs are already at work on this", hint=f"squeue --name={job_name(plan)}")
     tasks.forget_failures(plan)
@@ -144,7 +145,7 @@ def wait(plan: Plan, watch: Watch, every_s: float = 5.0, sleep: Callable[[float]
     """Until the jobs of this plan have left the queue; the dataset's manifest. Raises the tasks' errors, all at once."""
     while True:
         watch(*tasks.progress(plan))
-        if not slurm.active_jobs(job_name(plan)):
+        if not queued(f"--name={job_name(plan)}"):
             break
         sleep(every_s)
     watch(*tasks.progress(plan))

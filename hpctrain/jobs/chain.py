@@ -28,6 +28,7 @@ from hpctrain.runtime.link import decide
 from hpctrain.runtime.settings import Settings, handed_over, parse_settings
 from hpctrain.runtime.survey import Choice, Survey, choose
 from hpctrain.slurm import commands as slurm
+from hpctrain.slurm.jobs import Job, of_user
 
 # Above this much of the machine a person should look once more: a day of one 8-GPU node is 192.
 ASK_ABOVE_HOURS = 200.0
@@ -173,7 +174,7 @@ def live_links(ledger: Ledger) -> dict[int, str]:
     submitted = {link: job_id for (link, kind), job_id in ledger.submitted().items() if kind == MAIN}
     if not submitted:
         return {}
-    live = {job.job_id for job in slurm.jobs(submitted.values()) if job.live} - ledger.cancelled()
+    live = {job.job_id for job in of_user(submitted.values()) if job.live} - ledger.cancelled()
     return {link: job_id for link, job_id in submitted.items() if job_id in live}
 
 
@@ -274,7 +275,7 @@ def _expectations(plan: Mapping[str, Any], settings: Settings, choice: Choice, l
     return tuple(out)
 
 
-def stop(run_dir: str, dry_run: bool = False) -> list[slurm.Job]:
+def stop(run_dir: str, dry_run: bool = False) -> list[Job]:
     """End the chain after the next checkpoint: queued links end as they start, and a step that saves on its signal gets it.
 
     Returns the running jobs. Never cancels anything.
@@ -292,7 +293,7 @@ def stop(run_dir: str, dry_run: bool = False) -> list[slurm.Job]:
     return running
 
 
-def cancel(run_dir: str, dry_run: bool = False) -> list[slurm.Job]:
+def cancel(run_dir: str, dry_run: bool = False) -> list[Job]:
     """Cancel every waiting and running job of the chain now, the last link first; returns them."""
     with only_one(run_dir):
         ledger = read_ledger(run_dir)
@@ -312,21 +313,21 @@ def exclude_bad(run_dir: str, bad: Sequence[badnodes.BadNode]) -> list[str]:
             try:
                 slurm.exclude_nodes(job.job_id, badnodes.merged(slurm.excluded_nodes(job.job_id), bad))
             except EnvironmentFault:
-                if any(now.state == "PENDING" for now in slurm.jobs([job.job_id])):
+                if any(now.state == "PENDING" for now in of_user([job.job_id])):
                     raise
                 continue  # it began, or ended, in between
             changed.append(job.job_id)
     return changed
 
 
-def _live_jobs(run_dir: str) -> list[slurm.Job]:
+def _live_jobs(run_dir: str) -> list[Job]:
     ledger = read_ledger(run_dir)
     ids = set(ledger.submitted().values())
     uid = ledger.uid
     # By tag too: a job whose ledger line was cut off is one of ours.
     return [
         job
-        for job in slurm.jobs()
+        for job in of_user()
         if job.live and (job.job_id in ids or (uid and job.comment.startswith(f"hpctrain:{uid}:")))
     ]
 

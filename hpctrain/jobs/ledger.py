@@ -20,6 +20,7 @@ from hpctrain.base.errors import EnvironmentFault, Refused
 from hpctrain.runtime.files import append_record, read_records
 from hpctrain.runtime.link import now
 from hpctrain.slurm import commands as slurm
+from hpctrain.slurm.jobs import ended_by_comment, of_user
 
 MAIN, SIDE = "link", "side"
 
@@ -103,7 +104,7 @@ def submit_all(run_dir: str, wanted: Sequence[Submission], after: str | None = N
     ledger = read_ledger(run_dir)
     uid = ledger.uid or secrets.token_hex(6)
     ids = {**ledger.submitted(), **_recover(run_dir, ledger)}
-    live = {job.job_id for job in slurm.jobs() if job.live} if ids or after else set()
+    live = {job.job_id for job in of_user() if job.live} if ids or after else set()
     previous = after
     for item in wanted:
         key = (item.link, item.kind)
@@ -130,7 +131,7 @@ def _recover(run_dir: str, ledger: Ledger) -> dict[tuple[int, str], str]:
     unsure = ledger.open()
     if not unsure:
         return {}
-    queued = {job.comment: job.job_id for job in slurm.jobs()}
+    queued = {job.comment: job.job_id for job in of_user()}
     begun = {
         r.get("link"): str(r.get("job_id"))
         for r in read_records(os.path.join(run_dir, "links.jsonl"))
@@ -140,7 +141,7 @@ def _recover(run_dir: str, ledger: Ledger) -> dict[tuple[int, str], str]:
     found = {}
     for key, record in unsure.items():
         tag = str(record.get("tag"))
-        job_id = queued.get(tag) or next(iter(slurm.ended_jobs_by_comment(tag)), None)
+        job_id = queued.get(tag) or next(iter(ended_by_comment(tag)), None)
         if job_id is None and key[1] == MAIN and begun.get(key[0]) not in (None, "", *known):
             job_id = begun[key[0]]
         if job_id:

@@ -21,6 +21,7 @@ from hpctrain.jobs import checkpoints as checkpoint
 from hpctrain.recipes.neox.export import CONFIG, memory_gib
 from hpctrain.runtime.survey import Survey, choose
 from hpctrain.slurm import commands as slurm
+from hpctrain.slurm.jobs import of_user
 
 RECIPE = "neox-sft"
 SCRIPT = "export.sbatch"
@@ -113,7 +114,7 @@ def submit(plan: NeoxExport, folder: str, wait: bool = False) -> tuple[str, str]
     argv = plan.argv(folder)
     job = slurm.submit(argv[-5], argv[-4:], argv[1:-5])
     log = os.path.join(plan.run_dir, f"export-{job}.out")
-    while wait and any(found.live for found in slurm.jobs([job])):
+    while wait and any(found.live for found in of_user([job])):
         time.sleep(_POLL_S)
     if wait and not os.path.isdir(plan.out):
         raise EnvironmentFault(f"job {job} made no `{plan.out}`", where=log, hint=f"its log says why: tail {log}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from hpctrain.config import billing
 from hpctrain.runs.records import LOG_JOB, RunRecords, by_hand, parse_time, read_run
-from hpctrain.slurm.jobs import Answer, JobState, query
+from hpctrain.slurm.jobs import Answer, Job, query
 from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.records import Event, distinct, utc
 
@@ -197,7 +197,7 @@ def _links(run: RunRecords, answer: Answer, now_s: float, tails: Mapping[str, Ma
 _NOT_NEEDED = {"done": "found nothing left to do", "stopped": "stopped, as asked", "gave_up": "gave up"}
 
 
-def _link(job_id: str, entry: Mapping[str, Any], job: JobState | None, now_s: float) -> LinkStatus:
+def _link(job_id: str, entry: Mapping[str, Any], job: Job | None, now_s: float) -> LinkStatus:
     records = entry.get("records", [])
     begins = [record for record in records if record.get("event") == "begin"]
     ends = [record for record in records if record.get("event") == "end"]

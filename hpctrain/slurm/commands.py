@@ -7,8 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from hpctrain.base.errors import EnvironmentFault
@@ -51,6 +50,13 @@ def run(argv: Sequence[str], timeout_s: float = 60, input_text: str | None = Non
         raise EnvironmentFault(
             f"`{argv[0]}` did not answer within {timeout_s:g} s", hint="is slurmctld up? try `scontrol ping`"
         ) from error
+
+
+def run_in_utc(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """`run`, with times in UTC: squeue, sacct and scontrol print local time without a zone."""
+    if not have(argv[0]):
+        raise _not_here(argv[0])
+    return run(["env", "TZ=UTC0", *argv], timeout_s=60)
 
 
 def test_only(job_script: str) -> tuple[bool, str]:
@@ -105,66 +111,15 @@ def _not_here(program: str) -> EnvironmentFault:
     )
 
 
-LIVE = frozenset({
-    "PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "RESIZING", "STOPPED", "SIGNALING", "STAGE_OUT",
-    "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT",
-})  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job as Slurm shows it. `reason` says why it waits; `comment` is where hpctrain's tag stands."""
-
-    job_id: str
-    state: str
-    reason: str
-    name: str
-    comment: str
-    work_dir: str
-
-    @property
-    def live(self) -> bool:
-        """Whether it waits, runs or is ending: it may still do something."""
-        return self.state in LIVE
-
-
 def submit(script: str, arguments: Sequence[str] = (), options: Sequence[str] = ()) -> str:
     """Submit a job script and return its job id. Raises EnvironmentFault with Slurm's own message when it is refused."""
     done = run(["sbatch", "--parsable", *options, script, *arguments], timeout_s=120)
     words = (done.stdout.strip().splitlines() or [""])[-1].split(";")[0]
     if done.returncode != 0 or not words.isdigit():
         raise EnvironmentFault(
-            f"Slurm refused the job: {_said(done)}", where=script, hint="`hpctrain check` asks it without submitting"
+            f"Slurm refused the job: {said(done)}", where=script, hint="`hpctrain check` asks it without submitting"
         )
     return words
-
-
-def jobs(ids: Iterable[str] = ()) -> list[Job]:
-    """The jobs that slurmctld knows now, ended ones of the last minutes included: those of `ids`, else all of this user.
-
-    Ids that it has forgotten are left out. Raises EnvironmentFault when Slurm does not answer.
-    """
-    wanted = sorted(set(ids))
-    columns = "JobID:32;State:32;Reason:64;Name:256;Comment:256;WorkDir:4096"
-    argv = ["squeue", "-h", "-t", "all", "-O", columns.replace(";", ",")]
-    # One unknown id would make squeue fail for all, so the ids are picked out of the list here.
-    done = run([*argv, "-u", str(_user())])
-    if done.returncode != 0:
-        raise EnvironmentFault(f"squeue failed: {_said(done)}", hint="is slurmctld up? try `scontrol ping`")
-    widths = [int(column.rsplit(":", 1)[1]) for column in columns.split(";")]
-    found = [Job(*_cut(line, widths)) for line in done.stdout.splitlines() if line.strip()]
-    return [job for job in found if not wanted or job.job_id in wanted]
-
-
-def ended_jobs_by_comment(comment: str) -> list[str]:
-    """Ids of this user's jobs of the last two weeks with that comment, as accounting tells; [] where there is none."""
-    if not have("sacct"):
-        return []
-    done = run(["sacct", "-X", "-n", "-P", "-u", str(_user()), "-S", "now-14days", "-o", "JobIDRaw,Comment"])
-    if done.returncode != 0:
-        return []
-    pairs = [line.split("|", 1) for line in done.stdout.splitlines() if "|" in line]
-    return [job_id for job_id, text in pairs if text == comment and job_id.isdigit()]
 
 
 def cancel(ids: Sequence[str]) -> None:
@@ -185,7 +140,7 @@ def signal_batch(job_id: str, name: str) -> None:
     """Send a signal to a running job's batch script, and to nothing else of it."""
     done = run(["scancel", "--batch", f"--signal={name}", job_id])
     if done.returncode != 0:
-        raise EnvironmentFault(f"scancel --signal failed: {_said(done)}")
+        raise EnvironmentFault(f"scancel --signal failed: {said(done)}")
 
 
 def excluded_nodes(job_id: str) -> str:
@@ -198,7 +153,7 @@ def exclude_nodes(job_id: str, nodes: str) -> None:
     """Let a waiting job never get `nodes` (Slurm's compressed form)."""
     done = run(["scontrol", "update", f"jobid={job_id}", f"ExcNodeList={nodes}"])
     if done.returncode != 0:
-        raise EnvironmentFault(f"scontrol update of job {job_id} failed: {_said(done)}")
+        raise EnvironmentFault(f"scontrol update of job {job_id} failed: {said(done)}")
 
 
 def set_dependency(job_id: str, dependency: str) -> bool:
@@ -206,36 +161,9 @@ def set_dependency(job_id: str, dependency: str) -> bool:
     return run(["scontrol", "update", f"jobid={job_id}", f"Dependency={dependency}"]).returncode == 0
 
 
-def _said(done: subprocess.CompletedProcess[str]) -> str:
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """What a command that failed said, in one line."""
     return (
         "; ".join(line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip())
         or f"exit code {done.returncode}"
     )
-
-
-def _user() -> int:
-    return os.getuid()
-
-
-def _cut(line: str, widths: Sequence[int]) -> list[str]:
-    cells, start = [], 0
-    for width in widths:
-        cells.append(line[start : start + width].strip())
-        start += width
-    return ["" if cell == "(null)" else cell for cell in cells]
-
-
-def active_jobs(name: str) -> list[tuple[str, str]]:
-    """(job id, state) of this user's jobs of that name that are queued or running, array tasks one by one."""
-    done = run(["squeue", "--noheader", "--array", "--me", f"--name={name}", "--format=%i %T"])
-    if done.returncode:
-        raise EnvironmentFault(f"squeue failed: {done.stderr.strip()}")
-    return [(line.split()[0], line.split()[-1]) for line in done.stdout.splitlines() if line.strip()]
-
-
-def count_queued(partition: str) -> int:
-    """How many of this user's jobs are queued or running in `partition`, counting array tasks one by one."""
-    done = run(["squeue", "--noheader", "--array", "--me", f"--partition={partition}", "--format=%i"])
-    if done.returncode:
-        raise EnvironmentFault(f"squeue failed: {done.stderr.strip()}")
-    return len(done.stdout.split())

@@ -6,6 +6,7 @@ The parsers are pure and take whatever Slurm prints; what they do not understand
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,12 +15,11 @@ from hpctrain.base.units import expand_nodes
 from hpctrain.slurm import commands as slurm
 
 # man squeue, JOB STATE CODES: what can still change by itself.
-PENDING_STATES = frozenset(
-    {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING", "RESV_DEL_HOLD"}
-)
-RUNNING_STATES = frozenset({"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"})
+PENDING_STATES = frozenset("PENDING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT CONFIGURING RESV_DEL_HOLD".split())
+RUNNING_STATES = frozenset("RUNNING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING".split())
+LIVE_STATES = PENDING_STATES | RUNNING_STATES
 _SEPARATOR = "\x1f"
-_SQUEUE = ("%i", "%T", "%r", "%S", "%V", "%N", "%D", "%e", "%Z", "%j")
+_SQUEUE = ("%i", "%T", "%r", "%S", "%V", "%N", "%D", "%e", "%Z", "%j", "%k")
 _SACCT = (
     "JobIDRaw",
     "JobID",
@@ -33,16 +33,29 @@ _SACCT = (
     "NNodes",
     "WorkDir",
     "JobName",
+    "Comment",
+)
+_SQUEUE_FORMAT = f"--format={_SEPARATOR.join(_SQUEUE)}"
+_SACCT_FORMAT = (
+    "--noheader",
+    "--parsable2",
+    f"--delimiter={_SEPARATOR}",
+    "--allocations",
+    f"--format={','.join(_SACCT)}",
 )
 
 
 @dataclass(frozen=True)
-class JobState:
-    """One job (or one earlier start of it) as Slurm tells it. Times: UTC seconds since 1970; for a pending job `start_s` is expected."""
+class Job:
+    """One job, or one earlier start of it, as Slurm tells it.
+
+    Times: UTC seconds since 1970; for a pending job `start_s` is expected. `reason` says why it
+    waits; `comment` is where the tag of a job of ours stands.
+    """
 
     job_id: str
     state: str
-    source: str
+    source: str = "squeue"
     reason: str = ""
     exit_code: int | None = None
     signal: int | None = None
@@ -54,6 +67,7 @@ class JobState:
     num_nodes: int | None = None
     work_dir: str = ""
     name: str = ""
+    comment: str = ""
 
     @property
     def pending(self) -> bool:
@@ -63,13 +77,18 @@ class JobState:
     def running(self) -> bool:
         return self.state in RUNNING_STATES
 
+    @property
+    def live(self) -> bool:
+        """Whether it waits, runs or is ending: it may still do something."""
+        return self.state in LIVE_STATES
+
 
 @dataclass(frozen=True)
 class Answer:
     """The newest state of each job, the earlier starts of requeued ones, and what could not be asked."""
 
-    jobs: dict[str, JobState]
-    earlier: dict[str, list[JobState]]
+    jobs: dict[str, Job]
+    earlier: dict[str, list[Job]]
     unseen: tuple[str, ...] = ()
     complete: bool = False  # squeue and sacct both answered
 
@@ -87,22 +106,19 @@ class Answer:
 
 def query(job_ids: Sequence[str]) -> Answer:
     """Ask squeue and then sacct about the jobs, once each. What is missing or does not answer is told in `unseen`."""
-    jobs: dict[str, JobState] = {}
-    earlier: dict[str, list[JobState]] = {}
+    jobs: dict[str, Job] = {}
+    earlier: dict[str, list[Job]] = {}
     if not job_ids:
         return Answer(jobs, earlier)
     unseen: list[str] = []
     listed = ",".join(job_ids)
     try:
-        for job in parse_squeue(
-            _ask(["squeue", "--noheader", "--states=all", f"--jobs={listed}", f"--format={_SEPARATOR.join(_SQUEUE)}"])
-        ):
-            jobs[job.job_id] = job
+        asked = ["squeue", "--noheader", "--states=all", f"--jobs={listed}", _SQUEUE_FORMAT]
+        jobs.update((job.job_id, job) for job in parse_squeue(_ask(asked)))
     except EnvironmentFault as error:
         unseen.append(f"squeue: {error.problems[0].what}")
     try:
-        found = parse_sacct(_ask(["sacct", "--noheader", "--parsable2", f"--delimiter={_SEPARATOR}", "--allocations",
-                                  "--duplicates", f"--jobs={listed}", f"--format={','.join(_SACCT)}"]))  # fmt: skip
+        found = parse_sacct(_ask(["sacct", *_SACCT_FORMAT, "--duplicates", f"--jobs={listed}"]))
         for job_id, records in found.items():
             newest = records[-1]
             if job_id not in jobs:
@@ -115,12 +131,48 @@ def query(job_ids: Sequence[str]) -> Answer:
     return Answer(jobs, earlier, tuple(unseen), not unseen)
 
 
+def of_user(ids: Iterable[str] = ()) -> list[Job]:
+    """This user's jobs that slurmctld knows now, those that ended minutes ago included.
+
+    Only those of `ids` where some are given; ids that it has forgotten are left out. Raises
+    EnvironmentFault when Slurm does not answer.
+    """
+    wanted = set(ids)
+    # One unknown id would make squeue fail for all, so the ids are picked out of the list here.
+    return [job for job in _squeue("--states=all") if not wanted or job.job_id in wanted]
+
+
+def queued(*options: str) -> list[Job]:
+    """This user's waiting and running jobs, array tasks one by one; `options` of squeue choose.
+
+    Raises EnvironmentFault when Slurm does not answer.
+    """
+    return _squeue("--array", *options)
+
+
+def ended_by_comment(comment: str) -> list[str]:
+    """Ids of this user's jobs of two weeks with that comment, by accounting; [] without one."""
+    since = ["--starttime=now-14days", f"--user={os.getuid()}"]
+    try:
+        answer = parse_sacct(_ask(["sacct", *_SACCT_FORMAT, *since]))
+    except EnvironmentFault:
+        return []
+    jobs = [records[-1] for records in answer.values()]
+    return [job.job_id for job in jobs if job.comment == comment and job.job_id.isdigit()]
+
+
+def _squeue(*options: str) -> list[Job]:
+    user = f"--user={os.getuid()}"
+    done = slurm.run_in_utc(["squeue", "--noheader", user, *options, _SQUEUE_FORMAT])
+    if done.returncode != 0:
+        hint = "is slurmctld up? try `scontrol ping`"
+        raise EnvironmentFault(f"squeue failed: {slurm.said(done)}", hint=hint)
+    return parse_squeue(done.stdout)
+
+
 def _ask(argv: list[str]) -> str:
-    """Run it in UTC. Raises EnvironmentFault when it is missing, silent, or answers only with an error."""
-    if not slurm.have(argv[0]):
-        raise EnvironmentFault(f"there is no `{argv[0]}` here")
-    # Both print local time without a zone; `env` gives them UTC, whatever the login node's zone is.
-    done = slurm.run(["env", "TZ=UTC0", *argv], timeout_s=60)
+    """Raises EnvironmentFault when it is missing, silent, or answers only with an error."""
+    done = slurm.run_in_utc(argv)
     words = (done.stderr or "").strip()
     if done.returncode and not done.stdout.strip():
         if "Invalid job id" in words:
@@ -129,45 +181,69 @@ def _ask(argv: list[str]) -> str:
     return done.stdout
 
 
-def parse_squeue(text: str) -> list[JobState]:
+def parse_squeue(text: str) -> list[Job]:
     """The jobs in squeue's answer in our format; malformed lines are left out."""
     out = []
     for line in text.splitlines():
-        fields = line.split(_SEPARATOR)
+        fields = [field.strip() for field in line.split(_SEPARATOR)]
         if len(fields) != len(_SQUEUE) or not fields[0][:1].isdigit():
             continue
-        job_id, state, reason, start, submit, nodes, num_nodes, end, work_dir, name = (
-            field.strip() for field in fields
+        job_id, state, reason, start, submit, nodes, num_nodes, end, work_dir, name, comment = fields
+        out.append(
+            Job(
+                job_id,
+                state,
+                "squeue",
+                reason="" if reason in ("None", "(null)") else reason,
+                submit_s=_time(submit),
+                start_s=_time(start),
+                end_s=_time(end),
+                nodes=_nodes(nodes),
+                num_nodes=_number(num_nodes),
+                work_dir=work_dir,
+                name=name,
+                comment="" if comment == "(null)" else comment,
+            )
         )
-        out.append(JobState(
-            job_id, state, "squeue", "" if reason in ("None", "(null)") else reason, None, None, _time(submit), _time(start),
-            _time(end), None, _nodes(nodes), _number(num_nodes), work_dir, name,
-        ))  # fmt: skip
     return out
 
 
-def parse_sacct(text: str) -> dict[str, list[JobState]]:
+def parse_sacct(text: str) -> dict[str, list[Job]]:
     """Every start of each job in sacct's answer, oldest first."""
-    out: dict[str, list[JobState]] = {}
+    out: dict[str, list[Job]] = {}
     for line in text.splitlines():
-        fields = line.split(_SEPARATOR)
+        fields = [field.strip() for field in line.split(_SEPARATOR)]
         if len(fields) != len(_SACCT) or not fields[0][:1].isdigit():
             continue
-        _, job_id, state, code, submit, start, end, elapsed, nodes, num_nodes, work_dir, name = (
-            field.strip() for field in fields
-        )
+        _, job_id, state, code, submit, start, end, elapsed, nodes, num_nodes, *names = fields
+        work_dir, name, comment = names
         exit_code, _, signal = code.partition(":")
-        out.setdefault(job_id, []).append(JobState(
-            job_id, state.split(" ")[0], "sacct", "by " + state.split(" by ")[1] if " by " in state else "",
-            _number(exit_code), _number(signal) or None, _time(submit), _time(start), _time(end), _number(elapsed), _nodes(nodes),
-            _number(num_nodes), work_dir, name,
-        ))  # fmt: skip
+        word, _, who = state.partition(" by ")
+        out.setdefault(job_id, []).append(
+            Job(
+                job_id,
+                word.split(" ")[0],
+                "sacct",
+                reason=f"by {who}" if who else "",
+                exit_code=_number(exit_code),
+                signal=_number(signal) or None,
+                submit_s=_time(submit),
+                start_s=_time(start),
+                end_s=_time(end),
+                elapsed_s=_number(elapsed),
+                nodes=_nodes(nodes),
+                num_nodes=_number(num_nodes),
+                work_dir=work_dir,
+                name=name,
+                comment=comment,
+            )
+        )
     for records in out.values():
         records.sort(key=lambda job: (job.submit_s or 0, job.start_s or float("inf")))
     return out
 
 
-def merge(queue: JobState, accounting: JobState) -> JobState:
+def merge(queue: Job, accounting: Job) -> Job:
     """squeue knows the present, sacct the exit code and elapsed time; of a job that has ended sacct knows more."""
     if queue.pending or queue.running:
         same_start = accounting.start_s is None or queue.start_s is None or abs(accounting.start_s - queue.start_s) < 2

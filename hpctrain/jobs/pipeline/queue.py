@@ -23,6 +23,7 @@ from hpctrain.runs.records import PIPELINE
 from hpctrain.runtime.files import append_record, make_folder, write_atomic
 from hpctrain.runtime.link import now
 from hpctrain.slurm import commands as slurm
+from hpctrain.slurm.jobs import of_user
 
 LEDGER = "pipeline.jsonl"
 
@@ -153,7 +154,7 @@ def _live(run_dir: str) -> dict[int, str]:
 def _wait_for(links: Mapping[int, str], after: str, record: str, stage: str) -> None:
     """Let the first waiting link of a stage wait for `after`: the stage before it got links since."""
     first = links[min(links)]
-    jobs = {job.job_id: job for job in slurm.jobs([first])}
+    jobs = {job.job_id: job for job in of_user([first])}
     if first in jobs and jobs[first].state == "PENDING" and slurm.set_dependency(first, f"afterany:{after}"):
         _note(record, {"event": "waits", "stage": stage, "job_id": first, "after": after})
 

@@ -13,7 +13,7 @@ from hpctrain.base.units import expand_nodes, format_time
 from hpctrain.plan.make import Plan
 from hpctrain.sandbox.rehearse.records import Attempt, Pipe, Slots, expected_tasks, release
 from hpctrain.sandbox.rehearse.stage import Login
-from hpctrain.slurm.commands import LIVE
+from hpctrain.slurm.jobs import LIVE_STATES
 
 # Reasons for which a job of a rehearsal may rightly wait for a while.
 _PATIENT = {
@@ -113,7 +113,7 @@ class Watch:
                 self._stuck.pop(job_id, None)
                 self._running.setdefault(job_id, now)
                 self.waited_s.setdefault(job_id, now - self._submitted)
-            if state in LIVE:
+            if state in LIVE_STATES:
                 live.append(job_id)
         return live
 

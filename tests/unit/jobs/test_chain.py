@@ -14,7 +14,6 @@ from hpctrain.base.errors import Refused, UsageError
 from hpctrain.jobs import bad_nodes, chain, side
 from hpctrain.jobs.ledger import only_one, read_ledger
 from hpctrain.runtime.settings import parse_settings
-from hpctrain.slurm import commands as slurm
 
 
 def guard(top, **changes):
@@ -195,19 +194,3 @@ def test_a_side_script_that_is_none_is_refused(tmp_path, content):
         script.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match="bench"):
         side.side_text(str(tmp_path), 1, str(script))
-
-
-def test_without_slurm_the_error_says_so(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    for call in (lambda: slurm.submit("x"), lambda: slurm.jobs(), lambda: slurm.cancel(["1"])):
-        with pytest.raises(Exception, match="there is no `s"):
-            call()
-    assert slurm.ended_jobs_by_comment("x") == []
-
-
-def test_the_cut_of_squeues_columns(monkeypatch):
-    line = "77".ljust(32) + "RUNNING".ljust(32) + "None".ljust(64) + "ft".ljust(256) + "(null)".ljust(256) + "/a dir/x"
-    done = subprocess.CompletedProcess([], 0, line + "\n", "")
-    monkeypatch.setattr(slurm, "run", lambda argv: done)
-    assert slurm.jobs() == [slurm.Job("77", "RUNNING", "None", "ft", "", "/a dir/x")]
-    assert slurm.jobs(["78"]) == []
