@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hpctrain.base.units import compress_nodes, expand_nodes
+from hpctrain.runs.records import RunRecords, job_of_log
+from hpctrain.runs.starts import starts_of
 
 MIN_FAILURES = 2
 _TAIL_BYTES = 4 * 1024 * 1024
@@ -38,31 +38,28 @@ class BadNode:
     failures: tuple[str, ...]
 
 
-def find(run_dir: str, links: Sequence[Mapping[str, Any]]) -> list[BadNode]:
+def find(run: RunRecords) -> list[BadNode]:
     """The nodes that the logs of at least two failed starts name, worst first.
 
-    A start failed when it has an end with another exit code than 0, or no end at all. A failure that names more than two
-    nodes, or half of them, says nothing about any one of them.
+    A start failed when it has an end with another exit code than 0, or no end at all. A failure that
+    names more than two nodes, or half of them, says nothing about any one of them.
     """
-    failed = {(str(r["job_id"]), r.get("restart", 0)): r for r in links if r.get("event") == "begin" and "job_id" in r}
-    for record in links:
-        if record.get("event") == "end" and record.get("exit_code") == 0:
-            failed.pop((str(record.get("job_id")), record.get("restart", 0)), None)
+    logs: dict[str, list[str]] = {}
+    for path in run.logs:
+        if path.endswith(".out"):
+            logs.setdefault(job_of_log(path) or "", []).append(path)
     blamed: dict[str, list[str]] = {}
-    for (job_id, restart), record in failed.items():
-        for path in glob.glob(os.path.join(glob.escape(os.path.join(run_dir, "logs")), f"*-{job_id}.out")):
-            for node in named(_part_of(_tail(path), restart), str(record.get("nodes") or "")):
-                blamed.setdefault(node, []).append(f"{job_id}.{restart}" if restart else job_id)
-    bad = [BadNode(node, tuple(found)) for node, found in blamed.items() if len(found) >= MIN_FAILURES]
+    for start in starts_of(run):
+        for path in logs.get(start.job_id, []) if start.exit_code != 0 else []:
+            for node in named(_part_of(_tail(path), start.restart), start.nodes):
+                restart = f".{start.restart}" if start.restart else ""
+                blamed.setdefault(node, []).append(start.job_id + restart)
+    bad = [BadNode(node, tuple(starts)) for node, starts in blamed.items() if len(starts) >= MIN_FAILURES]
     return sorted(bad, key=lambda node: (-len(node.failures), node.name))
 
 
-def named(log: str, allocated: str) -> list[str]:
-    """The nodes that one start's log blames, if that are few enough to mean something."""
-    try:
-        whole = expand_nodes(allocated)
-    except ValueError:
-        whole = []
+def named(log: str, whole: Sequence[str]) -> list[str]:
+    """The nodes that one start's log blames, if few enough of `whole`, all it had, to mean something."""
     found: dict[str, None] = {}
     for pattern in _NAMED:
         for match in pattern.finditer(log):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +18,8 @@ from hpctrain.jobs.checkpoints import read_plan
 from hpctrain.jobs.ledger import MAIN, SIDE, Ledger, Submission, only_one, read_ledger, record_cancelled, submit_all
 from hpctrain.plan.load import Loaded
 from hpctrain.plan.run_dir import run_files, write_run_dir
-from hpctrain.runs.records import find_pipeline, find_runs
+from hpctrain.runs.records import RunRecords, find_pipeline, find_runs, read_run
+from hpctrain.runs.starts import Start, starts_of
 from hpctrain.runtime import history
 from hpctrain.runtime.files import read_records, write_atomic
 from hpctrain.runtime.handover import expected
@@ -81,7 +80,8 @@ def plan_chain(run_dir: str, plan: Mapping[str, Any], num_links: int | None = No
             f"`{run_dir}/STOP` is there, so every link would end as it starts", hint="remove that file, then try again"
         )
     choice = choose(Survey(settings)) if settings.checkpoint_dir else Choice("nothing", None, None, (), ())
-    step_time_s = measured_step_time_s(links, settings) or plan["job"]["step_time_s"]
+    run = read_run(run_dir) if os.path.isdir(run_dir) else RunRecords(run_dir, str(plan["run"]))
+    step_time_s = measured_step_time_s(starts_of(run)) or plan["job"]["step_time_s"]
     submitted = {link for link, kind in ledger.submitted() if kind == MAIN}
     unsure = {link for link, kind in ledger.open() if kind == MAIN}
     if auto:
@@ -96,7 +96,7 @@ def plan_chain(run_dir: str, plan: Mapping[str, Any], num_links: int | None = No
     return ChainPlan(
         run_dir, str(plan["run"]), new, _expectations(plan, settings, choice, links, ledger, new, step_time_s), settings.after_each,
         cost["gpu_hours"] * jobs, cost["node_hours"] * jobs, None if cost["billed"] is None else cost["billed"] * jobs, cost["unit"],
-        tuple(badnodes.find(run_dir, links)),
+        tuple(badnodes.find(run)),
     )  # fmt: skip
 
 
@@ -178,34 +178,18 @@ def live_links(ledger: Ledger) -> dict[int, str]:
     return {link: job_id for link, job_id in submitted.items() if job_id in live}
 
 
-def measured_step_time_s(links: Sequence[Mapping[str, Any]], settings: Settings) -> float | None:
-    """Seconds an iteration took in the links that ended, start-up included; None when none made one.
+def measured_step_time_s(starts: Sequence[Start]) -> float | None:
+    """Seconds an iteration took in the starts whose end is on record, start-up included; None without one.
 
     A begin and its end come from one host, so the difference of their times is right whatever its clock says.
     """
     seconds = iterations = 0.0
-    begun: dict[tuple[Any, Any], Mapping[str, Any]] = {}
-    for record in links:
-        key = record.get("job_id"), record.get("restart")
-        if record.get("event") == "begin" and record.get("mode") in history.RUN_MODES:
-            begun[key] = record
-        elif record.get("event") == "end" and key in begun:
-            start = begun.pop(key)
-            counts_on = start["mode"] != "finetune" or settings.counter == "greatest_folder"
-            done = (record.get("iteration") or 0) - ((start.get("iteration") or 0) if counts_on else 0)
-            took = _time(record) - _time(start)
-            if done > 0 and took > 0:
-                seconds, iterations = seconds + took, iterations + done
+    for start in starts:
+        if start.trained and start.elapsed_s and start.iteration_to is not None:
+            done = start.iteration_to - (start.iteration_from or 0)
+            if done > 0:
+                seconds, iterations = seconds + start.elapsed_s, iterations + done
     return seconds / iterations if iterations else None
-
-
-def _time(record: Mapping[str, Any]) -> float:
-    import calendar
-
-    try:
-        return float(calendar.timegm(time.strptime(str(record.get("time")), "%Y-%m-%dT%H:%M:%SZ")))
-    except ValueError:
-        return math.nan
 
 
 def _remaining(settings: Settings, plan: Mapping[str, Any], choice: Choice) -> int | None:

@@ -13,7 +13,6 @@ from hpctrain.plan.make import Plan
 from hpctrain.plan.render import plan_json
 from hpctrain.runs import cost
 from hpctrain.runs.cost import Allocation, Bill, Spent
-from hpctrain.triage.records import utc
 
 AMOUNTS = ("node-hours", "GPU-hours", "billed")
 
@@ -53,13 +52,11 @@ def show_bills(bills: Sequence[Bill], left: Allocation | None) -> None:
 def spent_fields(result: Spent) -> dict[str, Any]:
     """Everything for `--json`."""
     return {
-        "starts": [
-            {"link": s.link, "job_id": s.job_id, "restart": s.restart, "state": s.state, "start": utc(s.start_s), "end": utc(s.end_s),
-             "elapsed_s": s.elapsed_s, "source": s.source, **bill.as_json()}
-            for s, bill in result.starts
-        ],
-        "used": result.used.as_json(), "still": result.still.as_json(), "unseen": list(result.unseen),
-    }  # fmt: skip
+        "starts": [{**start.as_json(), **bill.as_json()} for start, bill in result.starts],
+        "used": result.used.as_json(),
+        "still": result.still.as_json(),
+        "unseen": list(result.unseen),
+    }
 
 
 def show_spent(result: Spent) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hpctrain.base.errors import UsageError
 from hpctrain.runs.records import RunRecords
-from hpctrain.runs.starts import Start, starts_of
+from hpctrain.runs.starts import Start, jobs_of
 from hpctrain.slurm.jobs import Answer
 
 _ACCOUNT = "{" + "account" + "}"
@@ -96,22 +96,18 @@ def spent(run: RunRecords, answer: Answer, now_s: float) -> Spent:
         )
     unseen = list(dict.fromkeys([*run.unseen, *answer.unseen]))
     rows = []
-    for start in starts_of(run, answer, now_s):
+    jobs = jobs_of(run, answer, now_s)
+    for start in (start for history in jobs for start in history.starts):
         name = f"link {start.link}" if start.link is not None else f"job {start.job_id}"
         if start.elapsed_s is None:
-            unseen.append(f"how long job {start.job_id} ran; counted as nothing, at most {job.time_s / 3600:g} h")
-        rows.append((start, used_by(job, max(start.elapsed_s or 0.0, 0.0), name)))
+            what = f"how long job {start.job_id} ran"
+            unseen.append(f"{what}; counted as nothing, at most {job.time_s / 3600:g} h")
+        rows.append((start, used_by(job, start.elapsed_s or 0.0, name)))
     used = total([bill for _, bill in rows], job, "used")
-    mine = set(run.job_ids())  # the answer may tell of other runs' jobs too
-    waiting = sum(state.pending for job_id, state in answer.jobs.items() if job_id in mine)
-    left = [max(job.time_s - (start.elapsed_s or 0.0), 0.0) for start, _ in rows if _runs(answer, start)]
+    waiting = sum(bool(history.slurm and history.slurm.pending) for history in jobs)
+    left = [max(job.time_s - (start.elapsed_s or 0.0), 0.0) for start, _ in rows if start.active]
     still = used_by(job, waiting * job.time_s + sum(left), f"still, at most ({waiting} pending, {len(left)} running)")
     return Spent(tuple(rows), used, still, tuple(unseen))
-
-
-def _runs(answer: Answer, start: Start) -> bool:
-    job = answer.jobs.get(start.job_id)
-    return bool(job and job.running and start.end_s is None)
 
 
 def total(bills: Sequence[Bill], like: Bill, what: str, note: str = "") -> Bill:

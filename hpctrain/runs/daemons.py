@@ -13,21 +13,12 @@ from dataclasses import dataclass
 
 from hpctrain.base.errors import EnvironmentFault
 from hpctrain.base.units import compress_nodes
+from hpctrain.runs.starts import Start
 from hpctrain.slurm import commands as slurm
 from hpctrain.triage.records import utc
 
 AFTER_S = 60.0  # a daemon that comes back so soon after a start's end was gone during it
 _MOST = 20
-
-
-@dataclass(frozen=True)
-class Start:
-    """One start of a job: when it ran (UTC seconds since 1970; `end_s` None while it runs) and where."""
-
-    name: str
-    start_s: float
-    end_s: float | None = None
-    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +78,10 @@ def ask(nodes: Sequence[str]) -> tuple[list[Happening], list[str]]:
 
 
 def remarks(happenings: Iterable[Happening], starts: Sequence[Start], now_s: float) -> list[str]:
-    """What of it touched the starts, in words; what came before the first or long after the last is not theirs."""
+    """What of it touched the starts, in words; what came before the first or long after the last is not theirs.
+
+    A start without an end on record is taken to run until `now_s`.
+    """
     out = []
     for happening in happenings:
         if happening.time_s is None:
@@ -96,7 +90,7 @@ def remarks(happenings: Iterable[Happening], starts: Sequence[Start], now_s: flo
         for start in starts:
             here = happening.node is None or happening.node in start.nodes
             end_s = now_s if start.end_s is None else start.end_s + AFTER_S
-            if here and start.start_s <= happening.time_s <= end_s:
+            if here and start.start_s is not None and start.start_s <= happening.time_s <= end_s:
                 when = "while" if start.end_s is None or happening.time_s <= start.end_s else "right after"
                 out.append(f"{utc(happening.time_s)}, {when} {start.name} ran: {happening.what}")
                 break

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
-from hpctrain.base.units import expand_nodes
 from hpctrain.runs import daemons
-from hpctrain.runs.records import RunRecords, by_hand, find_one, list_logs, parse_time, read_run
+from hpctrain.runs.records import RunRecords, by_hand, find_one, list_logs, read_run
+from hpctrain.runs.starts import Start, starts_of
 from hpctrain.slurm.jobs import Answer, query
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.engine import Engine
@@ -69,9 +69,10 @@ class Subject:
     def judge(self) -> Diagnosis:
         """Judge what was read so far, with what is known now."""
         attempts = in_order(self.engine.attempts)
-        newest = {attempt.job_id: attempt.restart for attempt in attempts}
+        known = starts_of(self.run, self.slurm, time.time()) if self.run else []
+        starts = {(start.job_id, start.restart): start for start in known}
         for attempt in attempts:
-            self._complete(attempt, attempt.restart == newest[attempt.job_id])
+            self._complete(attempt, starts.get((attempt.job_id or "", attempt.restart)))
         around = self._circumstances(attempts[-1]) if attempts else Circumstances(running=self._anything_runs())
         diagnosis = judge(self.engine, around, self.run.recipe if self.run else None)
         return dataclasses.replace(diagnosis, remarks=(*diagnosis.remarks, *self._beside_the_logs(attempts)))
@@ -86,25 +87,14 @@ class Subject:
             self.happenings, unseen = daemons.ask(list(nodes))
             self.slurm = dataclasses.replace(self.slurm, unseen=(*self.slurm.unseen, *unseen))
 
-    def _starts(self) -> list[daemons.Start]:
-        """When and where each start of the run's jobs ran, by links.jsonl; its end also by Slurm or by the next start."""
+    def _starts(self) -> list[Start]:
+        """Each start of the run's jobs that trained, oldest first."""
         assert self.run is not None
-        out: list[daemons.Start] = []
-        jobs: list[str] = []
-        for record in self.run.links:
-            time_s, job_id = parse_time(record.get("time")), str(record.get("job_id") or "")
-            if time_s is None or record.get("event") not in ("begin", "end"):
-                continue
-            if out and out[-1].end_s is None:
-                out[-1] = dataclasses.replace(out[-1], end_s=time_s)
-            if record["event"] == "begin" and record.get("mode") in ("scratch", "finetune", "resume"):
-                name = f"link {record.get('link')} (job {job_id})"
-                out.append(daemons.Start(name, time_s, None, tuple(_nodes_of(record.get("nodes")))))
-                jobs.append(job_id)
-        if out and out[-1].end_s is None:
-            state = self.slurm.jobs.get(jobs[-1])
-            if state is not None and not state.running:
-                out[-1] = dataclasses.replace(out[-1], end_s=state.end_s or out[-1].start_s)
+        began = [start for start in starts_of(self.run, self.slurm, time.time()) if start.trained]
+        out = sorted(began, key=lambda start: start.start_s or 0.0)
+        for index, start in enumerate(out[:-1]):
+            if start.end_s is None:  # the next link waits for the one before it
+                out[index] = dataclasses.replace(start, end_s=out[index + 1].start_s)
         return out
 
     def _beside_the_logs(self, attempts: Sequence[Attempt]) -> list[str]:
@@ -125,35 +115,17 @@ class Subject:
             out += daemons.remarks(self.happenings, self._starts(), time.time())
         return out
 
-    def _complete(self, attempt: Attempt, newest: bool) -> None:
-        """Give an attempt what its log does not say: link, mode and exit code from links.jsonl, nodes and exit from Slurm."""
-        for record in self.run.links if self.run else ():
-            if str(record.get("job_id")) != attempt.job_id or (record.get("restart") or 0) != attempt.restart:
-                continue
-            if attempt.link is None and isinstance(record.get("link"), int):
-                attempt.link = record["link"]
-            if attempt.mode is None and isinstance(record.get("mode"), str):
-                attempt.mode = record["mode"]
-            code = record.get("exit_code")
-            if record.get("event") == "end" and attempt.exit_code is None and isinstance(code, int):
-                attempt.exit_code = code
-        job_id = attempt.job_id or ""
-        state = self.slurm.jobs.get(job_id)
-        if state and not attempt.nodes:
-            attempt.nodes = list(state.nodes)
-        earlier = self.slurm.earlier.get(job_id)
-        starts = [*(earlier or ()), *([state] if state else ())]
-        # Without sacct only the newest start of a requeued job is known.
-        told = (
-            (state if newest else None)
-            if not earlier
-            else starts[attempt.restart]
-            if attempt.restart < len(starts)
-            else None
-        )
-        if told is not None:
-            attempt.slurm_state = None if told.running or told.pending else told.state
-            attempt.slurm_signal = told.signal if attempt.slurm_state else None
+    def _complete(self, attempt: Attempt, start: Start | None) -> None:
+        """Give an attempt what its log does not say: link, mode, nodes, exit code, and how Slurm ended it."""
+        if start is None:
+            return
+        attempt.link = start.link if attempt.link is None else attempt.link
+        attempt.mode = attempt.mode or start.mode
+        attempt.nodes = attempt.nodes or list(start.nodes)
+        if attempt.exit_code is None and start.recorded:
+            attempt.exit_code = start.exit_code
+        if start.by_slurm and start.ended:
+            attempt.slurm_state, attempt.slurm_signal = start.state, start.signal
 
     def _anything_runs(self) -> bool | None:
         if not self.slurm.jobs:
@@ -177,13 +149,6 @@ def _size(path: str) -> int:
         return os.path.getsize(path)
     except OSError:
         return 0
-
-
-def _nodes_of(text: object) -> list[str]:
-    try:
-        return expand_nodes(text) if isinstance(text, str) and text else []
-    except ValueError:
-        return []
 
 
 def _same_clock(attempt: Attempt, end_s: float | None) -> bool:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from hpctrain.runs.records import RunRecords, list_logs
+from hpctrain.runs.records import RunRecords, job_of_log, list_logs
+from hpctrain.runs.starts import links_of
 from hpctrain.triage.engine import clean
 from hpctrain.triage.judge import Incident
 from hpctrain.triage.records import Event
@@ -122,7 +123,7 @@ def clean_long(line: bytes) -> str:
 
 def sections(run: RunRecords, count: int, link: int | None = None) -> Iterator[Section]:
     """The end of each log, oldest job first; only link `link`'s where that is given."""
-    links = links_of_jobs(run)
+    links = links_of(run)
     for path in run.logs:
         job_id = job_of_log(path)
         number = links.get(job_id or "")
@@ -133,20 +134,6 @@ def sections(run: RunRecords, count: int, link: int | None = None) -> Iterator[S
             yield Section(f"{title}job {job_id or '?'}: {path}", last_lines(path, count))
         except OSError as error:
             yield Section(f"{title}job {job_id or '?'}: {path} cannot be read: {error.strerror}", [])
-
-
-def job_of_log(path: str) -> str | None:
-    found = re.search(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z", path)
-    return found[1] if found else None
-
-
-def links_of_jobs(run: RunRecords) -> dict[str, int]:
-    """Job id -> link number, from the ledger and links.jsonl."""
-    return {
-        str(record["job_id"]): record["link"]
-        for record in (*run.ledger, *run.links)
-        if record.get("job_id") and isinstance(record.get("link"), int)
-    }
 
 
 def follow_run(run_dir: str, emit: Callable[[str], None], alive: Callable[[], bool], every_s: float = 1.0) -> None:

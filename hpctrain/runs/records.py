@@ -20,7 +20,7 @@ from hpctrain.config.fields import nearest
 from hpctrain.runtime.files import read_lines
 
 _JOB_ID = re.compile(r"\d+(?:_\d+)?\Z")
-LOG_JOB = re.compile(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z")
+_LOG_JOB = re.compile(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z")
 MARKS = ("plan.json", "ledger.jsonl", "links.jsonl", "job.sbatch")
 PIPELINE = "pipeline.json"
 
@@ -66,9 +66,8 @@ class RunRecords:
             if _JOB_ID.match(job_id):
                 found[job_id] = None
         for path in self.logs:
-            match = LOG_JOB.search(path)
-            if match:
-                found[match[1]] = None
+            if logged := job_of_log(path):
+                found[logged] = None
         return sorted(found, key=lambda job_id: tuple(map(int, job_id.split("_"))))
 
 
@@ -76,8 +75,14 @@ def by_hand(run: RunRecords) -> list[str]:
     """The jobs that ran this run's script though nothing of ours queued them, where a ledger says what was queued."""
     queued = {str(record.get("job_id")) for record in run.ledger if record.get("event") == "submitted"}
     ran = dict.fromkeys(str(record.get("job_id")) for record in run.links if record.get("event") == "begin")
-    ran.update(dict.fromkeys(found[1] for path in run.logs if (found := LOG_JOB.search(path))))
+    ran.update(dict.fromkeys(filter(None, map(job_of_log, run.logs))))
     return [job_id for job_id in ran if job_id not in queued] if queued else []
+
+
+def job_of_log(path: str) -> str | None:
+    """The id of the job whose log this is, by the file's name."""
+    match = _LOG_JOB.search(path)
+    return match[1] if match else None
 
 
 def is_run_dir(path: str) -> bool:
@@ -173,8 +178,7 @@ def list_logs(run_dir: str) -> list[str]:
         return []
 
     def order(name: str) -> tuple[int, str]:
-        match = LOG_JOB.search(name)
-        return (int(match[1]) if match else 0, name)
+        return (int(job_of_log(name) or 0), name)
 
     wanted = [name for name in names if name.endswith((".out", ".err", ".log", ".txt"))]
     return [os.path.join(folder, name) for name in sorted(wanted, key=order)]

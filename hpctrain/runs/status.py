@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.config import billing
-from hpctrain.runs.records import LOG_JOB, RunRecords, by_hand, parse_time, read_run
-from hpctrain.slurm.jobs import Answer, Job, query
+from hpctrain.runs.records import RunRecords, by_hand, job_of_log, read_run
+from hpctrain.runs.starts import NO_END, JobHistory, Start, jobs_of
+from hpctrain.slurm.jobs import Answer, query
 from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.records import Event, distinct, utc
 
@@ -25,21 +26,22 @@ _TAIL = 512 * 1024  # bytes of the newest log that tell the last iteration and s
 
 _CAUSE_TAIL, _MOST_CAUSES = 64 * 1024, 50  # bytes of a failed link's log, and links, that tell why in the table
 _FAILED_STATES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
-                  "began, no end recorded")  # fmt: skip
+                  NO_END)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LinkStatus:
     """One link. `state` is Slurm's word in capitals where Slurm was asked, else what the run directory tells.
 
-    Iterations count completed checkpoints for ended links, log lines for a running one. Times: UTC seconds since 1970.
+    Iterations count completed checkpoints for ended links, log lines for a running one. `start_s` is the first start,
+    `elapsed_s` the time of all `starts` together. Times: UTC seconds since 1970.
     """
 
     link: int | None
     job_id: str
     state: str
     mode: str | None = None
-    restarts: int = 0
+    starts: tuple[Start, ...] = ()
     nodes: tuple[str, ...] = ()
     num_nodes: int | None = None
     iteration_from: int | None = None
@@ -54,14 +56,31 @@ class LinkStatus:
     active: bool = False
     pending: bool = False
 
+    @property
+    def restarts(self) -> int:
+        """How often Slurm started it again."""
+        return max((start.restart for start in self.starts), default=0)
+
     def as_json(self) -> dict[str, Any]:
         return {
-            "link": self.link, "job_id": self.job_id, "state": self.state, "mode": self.mode, "restarts": self.restarts,
-            "nodes": list(self.nodes), "num_nodes": self.num_nodes, "iteration_from": self.iteration_from,
-            "iteration_to": self.iteration_to, "checkpoint": self.checkpoint, "exit_code": self.exit_code,
-            "reason": self.reason, "start": utc(self.start_s), "end": utc(self.end_s), "elapsed_s": self.elapsed_s,
+            "link": self.link,
+            "job_id": self.job_id,
+            "state": self.state,
+            "mode": self.mode,
+            "restarts": self.restarts,
+            "nodes": list(self.nodes),
+            "num_nodes": self.num_nodes,
+            "iteration_from": self.iteration_from,
+            "iteration_to": self.iteration_to,
+            "checkpoint": self.checkpoint,
+            "exit_code": self.exit_code,
+            "reason": self.reason,
+            "start": utc(self.start_s),
+            "end": utc(self.end_s),
+            "elapsed_s": self.elapsed_s,
             "expected_start": utc(self.expected_start_s),
-        }  # fmt: skip
+            "starts": [start.as_json() for start in self.starts],
+        }
 
 
 @dataclass(frozen=True)
@@ -121,10 +140,11 @@ def status_of(run: RunRecords, answer: Answer, now_s: float, read_logs: bool = T
         # A link that has just begun has not told yet; the one before it is the same program on as many nodes.
         tail = {**tail, "step_time_s": _tail_of_log(run.logs[-2]).get("step_time_s")}
     tails = {tail["job_id"]: tail} if tail.get("job_id") else {}
+    jobs = jobs_of(run, answer, now_s)
     if read_logs:
-        unrecorded = _without_end(run, answer)
-        tails.update((job_id, _tail_of_log(path)) for job_id, path in unrecorded.items() if job_id not in tails)
-    links = tuple(_links(run, answer, now_s, tails))
+        silent = _without_end(run, jobs).items()
+        tails.update((job_id, _tail_of_log(path)) for job_id, path in silent if job_id not in tails)
+    links = tuple(_links(jobs, tails))
     if read_logs:
         links = tuple(_with_causes(run, links))
     unseen = [*run.unseen, *answer.unseen, *answer.forgotten(run.job_ids(), run.ended_jobs())]
@@ -137,114 +157,89 @@ def status_of(run: RunRecords, answer: Answer, now_s: float, read_logs: bool = T
     )
 
 
-def _without_end(run: RunRecords, answer: Answer) -> dict[str, str]:
+def _without_end(run: RunRecords, jobs: Sequence[JobHistory]) -> dict[str, str]:
     """Job id -> log of the jobs whose end neither Slurm nor links.jsonl tells: their logs may."""
-    ended = {str(record.get("job_id")) for record in run.links if record.get("event") == "end"}
-    found = {}
-    for path in run.logs:
-        match = LOG_JOB.search(path)
-        if match and match[1] not in ended and match[1] not in answer.jobs:
-            found[match[1]] = path
-    return found
+    silent = {job.job_id for job in jobs if job.slurm is None and not any(start.ended for start in job.starts)}
+    return {job_id: path for path in run.logs if (job_id := job_of_log(path)) and job_id in silent}
 
 
-def _links(run: RunRecords, answer: Answer, now_s: float, tails: Mapping[str, Mapping[str, Any]]) -> list[LinkStatus]:
+def _links(jobs: Sequence[JobHistory], tails: Mapping[str, Mapping[str, Any]]) -> list[LinkStatus]:
     """One status a job, by link number and job id; jobs that only a log or Slurm knows come too."""
-    jobs: dict[str, dict[str, Any]] = {}
-    for record in run.ledger:
-        job_id = str(record.get("job_id") or "")
-        if record.get("event") == "submitted" and job_id:
-            jobs.setdefault(job_id, {})["link"] = record.get("link")
-            jobs[job_id]["submitted"] = record.get("time")
-            jobs[job_id]["kind"] = record.get("kind")
-        elif record.get("event") == "cancelled" and job_id:
-            jobs.setdefault(job_id, {})["cancelled"] = True
-    for record in run.links:
-        job_id = str(record.get("job_id") or "")
-        if job_id:
-            entry = jobs.setdefault(job_id, {})
-            entry.setdefault("link", record.get("link"))
-            entry.setdefault("records", []).append(record)
-    for job_id in run.job_ids():
-        jobs.setdefault(job_id, {})
-    order = sorted(
-        jobs, key=lambda job_id: (_whole(jobs[job_id].get("link")) or 10**9, tuple(map(int, job_id.split("_"))))
-    )
-    out = [_link(job_id, jobs[job_id], answer.jobs.get(job_id), now_s) for job_id in order]
-    if run.section("guard").get("counter") != "greatest_folder":
-        # The number of its start checkpoint is another run's: this one counts from 0.
-        out = [replace(link, iteration_from=0) if link.mode == "finetune" else link for link in out]
+    out = [_link(job) for job in jobs]
     # A link that never wrote its end reached what the next one started from.
     for index, link in enumerate(out):
-        if link.iteration_to is None and index + 1 < len(out) and out[index + 1].iteration_from is not None:
-            out[index] = replace(link, iteration_to=out[index + 1].iteration_from)
-        if jobs[link.job_id].get("cancelled") and not jobs[link.job_id].get("records"):
-            by = next((other for other in reversed(out[:index]) if other.mode in _NOT_NEEDED), None)
-            out[index] = replace(link, reason=f"not needed: link {by.link} {_NOT_NEEDED[by.mode or '']}" if by else "")
-        tail = tails.get(link.job_id, {})
-        if link.state in ("began, no end recorded", "unknown") and tail.get("end"):
-            out[index] = replace(
-                out[index],
-                state=tail["end"],
-                exit_code=tail.get("exit_code"),
-                reason="; ".join(filter(None, ["by its log", out[index].reason])),
-            )
-        if link.active and tail.get("iteration") is not None:
-            out[index] = replace(out[index], iteration_to=tail["iteration"])
+        following = out[index + 1] if index + 1 < len(out) else None
+        if link.iteration_to is None and following and following.iteration_from is not None:
+            link = replace(link, iteration_to=following.iteration_from)
+        if jobs[index].cancelled and not jobs[index].starts:
+            link = replace(link, reason=_not_needed(out[:index]))
+        out[index] = _by_its_log(link, tails.get(link.job_id, {}))
     return out
 
 
 _NOT_NEEDED = {"done": "found nothing left to do", "stopped": "stopped, as asked", "gave_up": "gave up"}
 
 
-def _link(job_id: str, entry: Mapping[str, Any], job: Job | None, now_s: float) -> LinkStatus:
-    records = entry.get("records", [])
-    begins = [record for record in records if record.get("event") == "begin"]
-    ends = [record for record in records if record.get("event") == "end"]
-    last = begins[-1] if begins else {}
-    ended = ends[-1] if ends and _same_start(ends[-1], last) else None
-    mode = last.get("mode") if isinstance(last.get("mode"), str) else None
-    trained = mode in ("scratch", "finetune", "resume")
-    start_s, end_s = parse_time(last.get("time")), parse_time(ended.get("time")) if ended else None
-    elapsed = end_s - start_s if start_s is not None and end_s is not None else None
-    code = _whole(ended.get("exit_code")) if ended else None
-    nodes: tuple[str, ...] = _node_names(last.get("nodes"))
-    num_nodes, reason, expected = len(nodes) or None, str((ended or last).get("reason") or ""), None
-    # What the guard found before it let the link train: how a damaged checkpoint becomes known.
-    found = "; ".join(
-        distinct(note for record in begins if trained for note in str(record.get("reason") or "").split("; ")[1:])
+def _not_needed(before: Sequence[LinkStatus]) -> str:
+    """Which link before a cancelled one made it superfluous."""
+    by = next((link for link in reversed(before) if link.mode in _NOT_NEEDED), None)
+    return f"not needed: link {by.link} {_NOT_NEEDED[by.mode or '']}" if by else ""
+
+
+def _by_its_log(link: LinkStatus, tail: Mapping[str, Any]) -> LinkStatus:
+    """The link with what only the end of its log tells: how it ended, or how far it is."""
+    if link.state in (NO_END, UNKNOWN) and tail.get("end"):
+        why = "; ".join(filter(None, ["by its log", link.reason]))
+        link = replace(link, state=tail["end"], exit_code=tail.get("exit_code"), reason=why)
+    if link.active and tail.get("iteration") is not None:
+        link = replace(link, iteration_to=tail["iteration"])
+    return link
+
+
+def _link(job: JobHistory) -> LinkStatus:
+    """What became of a job, from its starts and from what Slurm says of it now."""
+    first, last = (job.starts[0], job.starts[-1]) if job.starts else (None, None)
+    times = [start.elapsed_s for start in job.starts if start.elapsed_s is not None]
+    notes = "; ".join(distinct(note for start in job.starts for note in start.found))
+    pending = bool(job.slurm and job.slurm.pending)
+    link = LinkStatus(
+        job.link,
+        job.job_id,
+        _state(job),
+        starts=job.starts,
+        expected_start_s=job.slurm.start_s if job.slurm and pending else None,
+        reason=job.slurm.reason if job.slurm else "",
+        elapsed_s=sum(times) if times else None,
+        pending=pending,
     )
-    active = pending = False
-    if job is not None:
-        state, active, pending = job.state, job.running, job.pending
-        nodes, num_nodes = job.nodes or nodes, job.num_nodes or num_nodes
-        code = job.exit_code if code is None and not (active or pending) else code
-        reason = job.reason or ("" if pending else reason)
-        start_s, end_s = (
-            (None if pending else job.start_s or start_s),
-            (None if active or pending else job.end_s or end_s),
-        )
-        expected = job.start_s if pending else None
-        elapsed = job.elapsed_s if job.elapsed_s is not None else elapsed
-        if active and start_s is not None:
-            elapsed = max(now_s - start_s, 0)
-    elif entry.get("cancelled"):
-        state = "CANCELLED"
-    elif ended is not None:
-        state = f"ended with exit code {code}"
-    elif mode and not trained:
-        state = {"done": "nothing left to do", "stopped": "stopped", "gave_up": "gave up"}.get(mode, mode)
-    elif begins:
-        state = "began, no end recorded"
-    elif entry.get("submitted"):
-        state = "submitted"
-    else:
-        state = "unknown"
-    return LinkStatus(
-        _whole(entry.get("link")), job_id, state, mode, max(len(begins) - 1, 0), nodes, num_nodes,
-        _whole(begins[0].get("iteration")) if begins and trained else None, _whole(ended.get("iteration")) if ended else None,
-        (ended or last).get("checkpoint"), code, "; ".join(filter(None, [_plain_reason(reason, code), found])), start_s, end_s, elapsed, expected, active, pending,
-    )  # fmt: skip
+    if first is None or last is None:
+        return link
+    reason = link.reason or ("" if pending else last.reason)
+    return replace(
+        link,
+        mode=next((start.mode for start in reversed(job.starts) if start.mode), None),
+        nodes=last.nodes,
+        num_nodes=last.num_nodes,
+        iteration_from=next((start.iteration_from for start in job.starts if start.trained), None),
+        iteration_to=last.iteration_to,
+        checkpoint=last.checkpoint,
+        exit_code=None if pending else last.exit_code,
+        reason="; ".join(filter(None, [_plain_reason(reason, last.exit_code), notes])),
+        start_s=first.start_s,
+        end_s=None if pending else last.end_s,
+        active=last.active,
+    )
+
+
+def _state(job: JobHistory) -> str:
+    """Slurm's word where there is one, else what the records tell."""
+    if job.slurm is not None:
+        return job.slurm.state
+    if job.cancelled and not any(start.ended for start in job.starts):
+        return "CANCELLED"
+    if job.starts:
+        return job.starts[-1].state
+    return "submitted" if job.submitted else UNKNOWN
 
 
 def _plain_reason(reason: str, code: int | None) -> str:
@@ -252,10 +247,6 @@ def _plain_reason(reason: str, code: int | None) -> str:
     if reason == "NonZeroExitCode":
         return "" if code is None else f"exit code {code}"
     return "" if reason in ("None", f"exit code {code}") else reason
-
-
-def _same_start(end: Mapping[str, Any], begin: Mapping[str, Any]) -> bool:
-    return (end.get("restart") or 0) == (begin.get("restart") or 0)
 
 
 def overall_state(run: RunRecords, links: Sequence[LinkStatus], progress: Progress) -> str:
@@ -348,7 +339,7 @@ def _with_causes(run: RunRecords, links: Sequence[LinkStatus]) -> list[LinkStatu
     from hpctrain.triage.engine import Engine
     from hpctrain.triage.rules import Circumstances
 
-    logs = {match[1]: path for path in run.logs if (match := LOG_JOB.search(path))}
+    logs = {job_id: path for path in run.logs if (job_id := job_of_log(path))}
     failed = {link.job_id for link in links if link.exit_code not in (0, None) or link.state in _FAILED_STATES}
     wanted = {link.job_id for link in links if link.job_id in failed or link.restarts} & set(logs)
     wanted = set(sorted(wanted, key=lambda job_id: tuple(map(int, job_id.split("_"))))[-_MOST_CAUSES:])
@@ -472,19 +463,3 @@ def _preflight_note(record: Mapping[str, Any]) -> str:
 
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _node_names(value: object) -> tuple[str, ...]:
-    from hpctrain.base.units import expand_nodes
-
-    if isinstance(value, list):
-        return tuple(map(str, value))
-    if not isinstance(value, str) or not value:
-        return ()
-    try:
-        return tuple(expand_nodes(value))
-    except ValueError:
-        return (value,)
-
-
-__all__ = ["LinkStatus", "Progress", "RunStatus", "observe", "overall_state", "status_of"]

@@ -15,7 +15,7 @@ from hpctrain.config import billing
 from hpctrain.runs import cost
 from hpctrain.runs.diagnose import Subject
 from hpctrain.runs.records import RunRecords, read_run
-from hpctrain.runs.starts import Start, starts_of
+from hpctrain.runs.starts import NO_END, Start, starts_of
 from hpctrain.runs.status import RunStatus, status_of
 from hpctrain.slurm.jobs import Answer
 from hpctrain.triage.attempt import Attempt
@@ -141,7 +141,6 @@ def attempt_rows(attempts: Sequence[Attempt], starts: Sequence[Start], job: cost
     keys = list(dict.fromkeys([*timed, *logged]))
     keys.sort(key=lambda key: (int(key[0]) if key[0].isdigit() else 0, key[1]))
     causes = {(i.attempt.job_id or i.attempt.file, i.attempt.restart): i.event for i in diagnosis.incidents}
-    modes = {(link.job_id): link.mode for link in status.links}
     out = []
     for index, key in enumerate(keys):
         attempt, start, event = logged.get(key), timed.get(key), causes.get(key)
@@ -154,7 +153,7 @@ def attempt_rows(attempts: Sequence[Attempt], starts: Sequence[Start], job: cost
         kept = max(done - lost, 0)
         out.append(AttemptRow(
             (start.link if start else None) or (attempt.link if attempt else None), key[0], key[1],
-            (attempt.mode if attempt else None) or modes.get(key[0]), start.state if start and start.state != "began" else "", start.start_s if start else None,
+            (attempt.mode if attempt else None) or (start.mode if start else None), start.state if start and start.state != NO_END else "", start.start_s if start else None,
             start.end_s if start else None, elapsed, first, last, kept, min(lost, done), step_s,
             _at_most(kept * step_s, elapsed) if step_s else None, min(lost, done) * step_s if step_s else None,
             event.failure if event else None, str(event.place) if event else "", event.node if event else None,

@@ -6,14 +6,17 @@ import json
 import os
 import signal
 import subprocess
+from dataclasses import replace
 
 import checkpoints
 import pytest
 
 from hpctrain.base.errors import Refused, UsageError
+from hpctrain.base.units import expand_nodes
 from hpctrain.jobs import bad_nodes, chain, side
 from hpctrain.jobs.ledger import only_one, read_ledger
-from hpctrain.runtime.settings import parse_settings
+from hpctrain.runs.records import RunRecords
+from hpctrain.runs.starts import starts_of
 
 
 def guard(top, **changes):
@@ -37,15 +40,19 @@ def link(number, first, last, seconds, mode="resume"):
             {"event": "end", "iteration": last, "time": times[1], "exit_code": 0, **key}]  # fmt: skip
 
 
-def test_the_step_time_is_measured_from_links_that_ended(tmp_path):
-    settings = parse_settings(guard(tmp_path))
-    assert chain.measured_step_time_s([], settings) is None
-    assert chain.measured_step_time_s(link(1, 100, 200, 500) + link(2, 200, 250, 100), settings) == pytest.approx(4)
+def test_the_step_time_is_measured_from_starts_that_ended(tmp_path):
+    def measured(*records, **changes):
+        guards = {"guard": guard(tmp_path, **changes)}
+        return chain.measured_step_time_s(starts_of(RunRecords(str(tmp_path), "ft", guards, (), records)))
+
+    assert measured() is None
+    assert measured(*link(1, 100, 200, 500), *link(2, 200, 250, 100)) == pytest.approx(4)
     # A finetune counts from 0 upstream, and on from the start's number in the fork.
-    assert chain.measured_step_time_s(link(1, 5000, 100, 200, "finetune"), settings) == pytest.approx(2)
-    fork = parse_settings(guard(tmp_path, counter="greatest_folder"))
-    assert chain.measured_step_time_s(link(1, 5000, 5100, 200, "finetune"), fork) == pytest.approx(2)
-    assert chain.measured_step_time_s(link(1, 100, 100, 500), settings) is None
+    assert measured(*link(1, 5000, 100, 200, "finetune")) == pytest.approx(2)
+    fork = measured(*link(1, 5000, 5100, 200, "finetune"), counter="greatest_folder")
+    assert fork == pytest.approx(2)
+    assert measured(*link(1, 100, 100, 500)) is None
+    assert measured(link(1, 100, 200, 500)[0]) is None
 
 
 @pytest.mark.parametrize(("done", "jobs", "links"), [
@@ -124,7 +131,7 @@ def test_a_ledger_survives_torn_and_foreign_lines(tmp_path):
     ("", "", []),
 ])  # fmt: skip
 def test_which_node_a_log_blames(log, nodes, blamed):
-    assert bad_nodes.named(log, nodes) == blamed
+    assert bad_nodes.named(log, expand_nodes(nodes) if nodes else []) == blamed
 
 
 @pytest.mark.parametrize("name", ["HUP", "INT", "USR1", "USR2", "TERM"])
@@ -155,10 +162,11 @@ def test_a_node_is_bad_after_two_failures_and_a_requeue_is_one_of_its_own(tmp_pa
     begins = [
         {"event": "begin", "job_id": "7", "restart": restart, "nodes": "nid[000001-000008]"} for restart in range(3)
     ]
-    found = bad_nodes.find(str(tmp_path), begins)
+    run = RunRecords(str(tmp_path), "ft", links=tuple(begins), logs=(str(tmp_path / "logs" / "ft-7.out"),))
+    found = bad_nodes.find(run)
     assert [(node.name, node.failures) for node in found] == [("nid000003", ("7", "7.1"))]
-    ended = [*begins, {"event": "end", "job_id": "7", "restart": 1, "exit_code": 0}]
-    assert bad_nodes.find(str(tmp_path), ended) == []
+    ended = {"event": "end", "job_id": "7", "restart": 1, "exit_code": 0}
+    assert bad_nodes.find(replace(run, links=(*run.links, ended))) == []
     assert bad_nodes.merged("nid000001", found) == "nid[000001,000003]"
 
 

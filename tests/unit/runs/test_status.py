@@ -208,7 +208,7 @@ def test_each_start_is_billed_for_the_time_it_took(run_dir):
         {"101": parse_sacct(SACCT)["101"][1], **{job.job_id: job for job in parse_squeue(SQUEUE)}},
         {"101": parse_sacct(SACCT)["101"][:1]},
     )
-    spent = cost.spent(read_run(str(run_dir)), answer, parse_time("2026-11-20T22:00:05Z"))
+    spent = cost.spent(read_run(str(run_dir)), answer, parse_time("2026-11-20T22:00:00Z"))
     assert [(s.job_id, s.restart, s.elapsed_s) for s, _ in spent.starts] == [
         ("101", 0, 1800),
         ("101", 1, 7200),

@@ -18,6 +18,7 @@ from hpctrain.runs.diagnose import Subject
 from hpctrain.runs.logs import sections
 from hpctrain.runs.records import read_run
 from hpctrain.runs.report.gather import gather
+from hpctrain.runs.starts import Start
 from hpctrain.runs.status import observe
 from hpctrain.slurm.jobs import Answer
 from hpctrain.triage.thresholds import Thresholds
@@ -125,7 +126,11 @@ NODES = (
 
 def test_what_slurm_and_the_nodes_went_through_is_told_of_the_starts_it_touched():
     ten = 1795255200.0  # 2026-11-21T10:00:00Z
-    starts = [daemons.Start("link 1 (job 5)", ten, ten + 115, ("n1", "n3")), daemons.Start("link 2 (job 6)", ten + 160, None, ("n2", "n3"))]  # fmt: skip
+
+    def start(link, job_id, begin_s, end_s, *nodes):
+        return Start(link, job_id, 0, "RUNNING", "squeue", start_s=begin_s, end_s=end_s, nodes=nodes)
+
+    starts = [start(1, "5", ten, ten + 115, "n1", "n3"), start(2, "6", ten + 160, None, "n2", "n3")]
     found = daemons.read_happenings(CONFIG, NODES)
     assert daemons.remarks(found, starts, ten + 1200) == [
         "2026-11-21T10:02:00Z, right after link 1 (job 5) ran: Slurm's controller (slurmctld) was started again; jobs run on without it",
@@ -133,7 +138,8 @@ def test_what_slurm_and_the_nodes_went_through_is_told_of_the_starts_it_touched(
         "n2 is DOWN* now: Not responding",
         "2026-11-21T10:03:00Z, while link 2 (job 6) ran: n3 booted",
     ]
-    assert daemons.remarks(found, [daemons.Start("link 1", ten + 600, ten + 700, ("n1",))], ten + 1200) == ["n2 is DOWN* now: Not responding"]  # fmt: skip
+    late = [start(1, "5", ten + 600, ten + 700, "n1")]
+    assert daemons.remarks(found, late, ten + 1200) == ["n2 is DOWN* now: Not responding"]
     assert (
         daemons.read_happenings("", "") == daemons.read_happenings("BOOT_TIME = n/a", "NodeName=x State=IDLE\0") == []
     )

@@ -1,4 +1,6 @@
-"""Slurm's commands as programs of our own on PATH: what was asked is noted, what is answered is the test's."""
+"""Slurm's commands as programs of our own on PATH: what was asked is noted, what is answered is the
+test's.
+"""
 
 from __future__ import annotations
 
