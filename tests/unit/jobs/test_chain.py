@@ -134,13 +134,16 @@ def test_which_node_a_log_blames(log, nodes, blamed):
     assert bad_nodes.named(log, expand_nodes(nodes) if nodes else []) == blamed
 
 
+EIGHT = [f"nid{number:06d}" for number in range(1, 9)]
+
+
 @pytest.mark.parametrize("name", ["HUP", "INT", "USR1", "USR2", "TERM"])
 def test_a_signal_that_somebody_sends_says_nothing_of_the_node(name):
     number = signal.Signals[f"SIG{name}"]
     first = f"hpctrain: the first task to fail was rank 3 on nid000002, with exit code {128 + number}\n"
     srun = f"srun: error: nid000002: task 3: {signal.strsignal(number)}\n"
 
-    assert bad_nodes.named(first + srun, "nid[000001-000008]") == []
+    assert bad_nodes.named(first + srun, EIGHT) == []
 
 
 @pytest.mark.parametrize("name", ["SEGV", "BUS", "ILL", "FPE", "ABRT", "KILL"])
@@ -149,8 +152,8 @@ def test_a_signal_that_a_node_can_cause_names_it(name):
     first = f"hpctrain: the first task to fail was rank 3 on nid000002, with exit code {128 + number}\n"
     srun = f"srun: error: nid000003: task 3: {signal.strsignal(number)}\n"
 
-    assert bad_nodes.named(first, "nid[000001-000008]") == ["nid000002"]
-    assert bad_nodes.named(srun, "nid[000001-000008]") == ["nid000003"]
+    assert bad_nodes.named(first, EIGHT) == ["nid000002"]
+    assert bad_nodes.named(srun, EIGHT) == ["nid000003"]
 
 
 def test_a_node_is_bad_after_two_failures_and_a_requeue_is_one_of_its_own(tmp_path):
