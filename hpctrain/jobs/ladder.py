@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
 from hpctrain.plan.load import Loaded, load_plan
 from hpctrain.plan.make import Plan
 from hpctrain.plan.render import plan_json
@@ -205,13 +205,9 @@ def climb(rungs: Sequence[Rung], say: Callable[[str], None], force: bool = False
             continue
         write_run_dir(rung.run_dir, run_files(rung.loaded.plan, rung.loaded.inputs), force)
         say(f"rung of {rung.num_gpus} GPUs: submitting {rung.run_dir}")
-        done = slurm.run(
-            ["sbatch", "--wait", "--parsable", os.path.join(rung.run_dir, "job.sbatch")], timeout_s=7 * 86400
-        )
-        job_id = done.stdout.strip().split(";")[0]
-        if not job_id.isdigit():
-            raise EnvironmentFault(f"Slurm did not take the rung of {rung.num_gpus} GPUs: {done.stderr.strip()}")
-        results.append(_judge(rung, job_id, done.returncode, last=index + 1 == len(rungs)))
+        script = os.path.join(rung.run_dir, "job.sbatch")
+        job_id, code = slurm.submitted(["--wait", "--parsable", script], script, timeout_s=7 * 86400)
+        results.append(_judge(rung, job_id, code, last=index + 1 == len(rungs)))
         say(f"rung of {rung.num_gpus} GPUs: {results[-1].why}")
     return results
 

@@ -12,7 +12,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.base import terminal
@@ -97,8 +97,9 @@ def only_one(run_dir: str) -> Iterator[None]:
 def submit_all(run_dir: str, wanted: Sequence[Submission], after: str | None = None) -> dict[tuple[int, str], str]:
     """Submit what the ledger does not have yet, in order, each link after the one before it; returns all job ids by key.
 
-    The first link waits for the job `after`, another run's, where that is given. A job that has ended is waited for by nobody: Slurm may have forgotten it. Call it within `only_one`. Raises EnvironmentFault when Slurm refuses;
-    what was submitted until then is on record, and calling again goes on from there.
+    The first link waits for the job `after`, another run's, where that is given. A job that has ended is waited for by
+    nobody: Slurm may have forgotten it. Call it within `only_one`. Raises EnvironmentFault when Slurm refuses, and Unsure
+    when its answer was lost; what was submitted until then is on record, and calling again goes on from there.
     """
     path = os.path.join(run_dir, "ledger.jsonl")
     ledger = read_ledger(run_dir)
@@ -118,12 +119,25 @@ def submit_all(run_dir: str, wanted: Sequence[Submission], after: str | None = N
             options = [f"--comment={tag}", *item.options]
             if depends_on:
                 options.append(f"--dependency=afterany:{depends_on}")
-            ids[key] = slurm.submit(item.script, item.arguments, options)
+            ids[key] = _submit(item, options)
             live.add(ids[key])
             _append(path, {**record, "event": "submitted", "job_id": ids[key], "time": now()})
         if item.kind == MAIN:
             previous = ids[key] if ids[key] in live else previous
     return ids
+
+
+def _submit(item: Submission, options: Sequence[str]) -> str:
+    """The id of the submitted job. Raises with what calling again does in each case."""
+    try:
+        return slurm.submit(item.script, item.arguments, options)
+    except slurm.Unsure as error:
+        hint = "run the same command again: it looks for the job, and submits it only if it is not there"
+        raise slurm.Unsure(replace(error.problems[0], hint=hint)) from error
+    except EnvironmentFault as error:
+        why = f"link {item.link}: those before it stay queued, and the same command goes on from there"
+        first = error.problems[0]
+        raise EnvironmentFault(replace(first, why=why if item.link > 1 else first.why)) from error
 
 
 def _recover(run_dir: str, ledger: Ledger) -> dict[tuple[int, str], str]:

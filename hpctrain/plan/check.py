@@ -10,7 +10,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 
-from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.base.errors import Problem, UsageError
 from hpctrain.config.run import RunSpec
 from hpctrain.config.site import Site
 from hpctrain.plan.load import Loaded
@@ -19,6 +19,7 @@ from hpctrain.plan.render import render
 from hpctrain.plan.template_cache import template_cache
 from hpctrain.recipes.contract import HubRepo
 from hpctrain.runtime import hubcache
+from hpctrain.slurm import answers
 from hpctrain.slurm import commands as slurm
 
 # Files that are no prefix of a .bin and .idx.
@@ -188,13 +189,15 @@ def _ask_slurm(plan: Plan, job: str, here: bool) -> Iterator[Problem]:
         script.flush()
         try:
             accepted, words = slurm.test_only(script.name)
-        except EnvironmentFault as error:
-            yield Problem(error.problems[0].what, hint=error.problems[0].hint, level="error" if here else "note")
+        except slurm.NoAnswer as error:
+            silent = error.problems[0]
+            level = "warning" if here else "note"
+            yield Problem(f"{silent.what}; its own opinion is not known", hint=silent.hint, level=level)
             return
     if accepted:
-        yield Problem(f"Slurm would take it: {words.splitlines()[-1] if words else 'yes'}", level="note")
+        yield Problem(f"Slurm would take it: {words.split('; ')[-1]}", level="note")
     elif here or slurm.cluster_name() == plan.site.values["match"]["cluster_name"]:
-        yield Problem(f"Slurm would refuse it: {words}", hint="`scontrol show partition` shows the limits")
+        yield Problem(f"Slurm would refuse it: {words}", hint=answers.shown_by(words))
     else:
         yield Problem(f"the Slurm here is not {plan.site.name}'s, and would refuse it: {words}", level="note")
 

@@ -68,7 +68,7 @@ def ask(nodes: Sequence[str]) -> tuple[list[Happening], list[str]]:
     for what in calls:
         try:
             # Local time without a zone, unless TZ says UTC.
-            done = slurm.run(["env", "TZ=UTC0", "scontrol", "--oneliner", "show", *what], timeout_s=60)
+            done = slurm.ask(["env", "TZ=UTC0", "scontrol", "--oneliner", "show", *what], timeout_s=60)
         except EnvironmentFault as error:
             return [], [f"scontrol: {error.problems[0].what}"]
         if done.returncode and not done.stdout.strip():

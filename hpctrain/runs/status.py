@@ -55,6 +55,7 @@ class LinkStatus:
     expected_start_s: float | None = None
     active: bool = False
     pending: bool = False
+    release: str = ""  # the command that lets a job go on which waits for a person
 
     @property
     def restarts(self) -> int:
@@ -79,6 +80,7 @@ class LinkStatus:
             "end": utc(self.end_s),
             "elapsed_s": self.elapsed_s,
             "expected_start": utc(self.expected_start_s),
+            "release": self.release,
             "starts": [start.as_json() for start in self.starts],
         }
 
@@ -202,15 +204,17 @@ def _link(job: JobHistory) -> LinkStatus:
     times = [start.elapsed_s for start in job.starts if start.elapsed_s is not None]
     notes = "; ".join(distinct(note for start in job.starts for note in start.found))
     pending = bool(job.slurm and job.slurm.pending)
+    waits, release = job.slurm.stuck if job.slurm else ("", "")
     link = LinkStatus(
         job.link,
         job.job_id,
         _state(job),
         starts=job.starts,
-        expected_start_s=job.slurm.start_s if job.slurm and pending else None,
-        reason=job.slurm.reason if job.slurm else "",
+        expected_start_s=job.slurm.expected_start_s if job.slurm else None,
+        reason="; ".join(filter(None, [job.slurm.reason, waits])) if job.slurm else "",
         elapsed_s=sum(times) if times else None,
         pending=pending,
+        release=release,
     )
     if first is None or last is None:
         return link
@@ -442,8 +446,7 @@ def _notes(run: RunRecords, links: Sequence[LinkStatus]) -> list[str]:
         for job_id in by_hand(run)
     ]
     out += [_preflight_note(record) for record in run.links if record.get("event") == "preflight" and record.get("bad")]
-    if any(link.reason == "DependencyNeverSatisfied" for link in links):
-        out.append("a link waits for a dependency that can never be fulfilled: cancel it")
+    out += [f"job {link.job_id} waits for you: {link.release}" for link in links if link.release]
     return out
 
 

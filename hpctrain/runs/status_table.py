@@ -87,6 +87,10 @@ def show(statuses: Sequence[RunStatus], now_s: float) -> None:
             [(s.run.name, s.state, _jobs(s), _progress(s), _eta(s), s.run.run_dir) for s in statuses],
             ("run", "state", "links", "iteration", "still needs", "directory"),
         )  # fmt: skip
+        for status in statuses:
+            for link in status.links:
+                if link.release:
+                    terminal.info(f"{status.run.name}: job {link.job_id} waits for you: {link.release}")
     for what in dict.fromkeys(what for status in statuses for what in status.unseen):
         terminal.info(f"could not see: {what}")
 

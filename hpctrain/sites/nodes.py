@@ -114,8 +114,4 @@ def _quoted(words: Sequence[str]) -> str:
 def submit(plan: Plan, words: Sequence[str]) -> tuple[str, int]:
     """Submit, wait, and return (job id, exit code). Raises EnvironmentFault when Slurm does not take it."""
     os.makedirs(os.path.join(plan.run_dir, "logs"), exist_ok=True)
-    done = slurm.run(submit_argv(plan, words), timeout_s=24 * 3600)
-    job_id = done.stdout.strip().split(";")[0]
-    if not job_id.isdigit():
-        raise EnvironmentFault(f"Slurm did not take it: {done.stderr.strip()}")
-    return job_id, done.returncode
+    return slurm.submitted(submit_argv(plan, words)[1:], plan.run_dir, timeout_s=24 * 3600)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from hpctrain.base.errors import EnvironmentFault
+from hpctrain.slurm import answers
 
 # SBATCH_* overrides a script's directives (man sbatch); SLURM_* and PMI* of an enclosing allocation leak into the job.
 SCRUBBED_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_")
@@ -29,6 +30,14 @@ def leaking(environment: Mapping[str, str]) -> list[str]:
     return sorted(set(environment) - set(scrubbed(environment)))
 
 
+class NoAnswer(EnvironmentFault):
+    """No Slurm answered, so nothing is known of what was asked: it is neither refused nor done."""
+
+
+class Unsure(EnvironmentFault):
+    """sbatch did not tell what became of a job: it may be queued."""
+
+
 def have(program: str) -> bool:
     """Whether a Slurm command is on PATH."""
     return shutil.which(program) is not None
@@ -37,7 +46,7 @@ def have(program: str) -> bool:
 def run(argv: Sequence[str], timeout_s: float = 60, input_text: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run one Slurm command with the scrubbed environment and return what it said, whatever its exit code.
 
-    Raises EnvironmentFault when it is not installed or does not answer.
+    Raises NoAnswer when it takes too long, and EnvironmentFault when it is not installed.
     """
     try:
         return subprocess.run(
@@ -47,22 +56,33 @@ def run(argv: Sequence[str], timeout_s: float = 60, input_text: str | None = Non
     except FileNotFoundError as error:
         raise _not_here(argv[0]) from error
     except subprocess.TimeoutExpired as error:
-        raise EnvironmentFault(
-            f"`{argv[0]}` did not answer within {timeout_s:g} s", hint="is slurmctld up? try `scontrol ping`"
+        raise NoAnswer(
+            f"`{argv[0]}` did not answer within {timeout_s:g} s",
+            hint="is slurmctld up? try `scontrol ping`",
         ) from error
 
 
-def run_in_utc(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """`run`, with times in UTC: squeue, sacct and scontrol print local time without a zone."""
+def ask(argv: Sequence[str], timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    """The same for a command that asks or tells a daemon. Raises NoAnswer too when its words say that none answered."""
+    done = run(argv, timeout_s=timeout_s)
+    words = said(done)
+    hint = answers.no_answer(words) if done.returncode else ""
+    if hint:
+        raise NoAnswer(f"Slurm did not answer: {words}", hint=hint)
+    return done
+
+
+def ask_in_utc(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """`ask`, with times in UTC: squeue, sacct and scontrol print local time without a zone."""
     if not have(argv[0]):
         raise _not_here(argv[0])
-    return run(["env", "TZ=UTC0", *argv], timeout_s=60)
+    return ask(["env", "TZ=UTC0", *argv], timeout_s=60)
 
 
 def test_only(job_script: str) -> tuple[bool, str]:
-    """Ask sbatch whether the cluster would take this script now: (accepted, Slurm's own words)."""
-    done = run(["sbatch", "--test-only", job_script])
-    return done.returncode == 0, (done.stderr or done.stdout).strip()
+    """Ask sbatch whether the cluster would take this script now: (accepted, Slurm's own words). Raises NoAnswer."""
+    done = ask(["sbatch", "--test-only", job_script])
+    return done.returncode == 0, said(done)
 
 
 def become(argv: Sequence[str], unset: Sequence[str] = ()) -> NoReturn:
@@ -79,13 +99,10 @@ def become(argv: Sequence[str], unset: Sequence[str] = ()) -> NoReturn:
 
 
 def show(*what: str) -> str:
-    """What `scontrol show WHAT…` prints. Raises EnvironmentFault when Slurm does not answer."""
-    done = run(["scontrol", "show", *what], timeout_s=120)
+    """What `scontrol show WHAT…` prints. Raises NoAnswer, or EnvironmentFault with Slurm's own words."""
+    done = ask(["scontrol", "show", *what], timeout_s=120)
     if done.returncode:
-        words = done.stderr.strip() or f"exit code {done.returncode}"
-        raise EnvironmentFault(
-            f"`scontrol show {' '.join(what)}` failed: {words}", hint="is slurmctld up? try `scontrol ping`"
-        )
+        raise EnvironmentFault(f"`scontrol show {' '.join(what)}` failed: {said(done)}")
     return done.stdout
 
 
@@ -94,7 +111,7 @@ def cluster_name() -> str | None:
     if not have("scontrol"):
         return None
     try:
-        done = run(["scontrol", "show", "config"], timeout_s=15)
+        done = ask(["scontrol", "show", "config"], timeout_s=15)
     except EnvironmentFault:
         return None
     for line in done.stdout.splitlines():
@@ -112,33 +129,56 @@ def _not_here(program: str) -> EnvironmentFault:
 
 
 def submit(script: str, arguments: Sequence[str] = (), options: Sequence[str] = ()) -> str:
-    """Submit a job script and return its job id. Raises EnvironmentFault with Slurm's own message when it is refused."""
-    done = run(["sbatch", "--parsable", *options, script, *arguments], timeout_s=120)
-    words = (done.stdout.strip().splitlines() or [""])[-1].split(";")[0]
-    if done.returncode != 0 or not words.isdigit():
-        raise EnvironmentFault(
-            f"Slurm refused the job: {said(done)}", where=script, hint="`hpctrain check` asks it without submitting"
-        )
-    return words
+    """Submit a job script and return its job id.
+
+    Raises EnvironmentFault with Slurm's own message when it is refused, Unsure when it may be queued all the same.
+    """
+    return submitted(["--parsable", *options, script, *arguments], script)[0]
+
+
+def submitted(words: Sequence[str], script: str, timeout_s: float = 120) -> tuple[str, int]:
+    """Run `sbatch --parsable …` and return (job id, exit code), which `--wait` makes the job's own. Raises as `submit`.
+
+    The id is the one line that is an id: a site's wrapper may print before and after it.
+    """
+    try:
+        done = run(["sbatch", *words], timeout_s=timeout_s)
+    except NoAnswer as error:
+        raise _unsure(error.problems[0].what, script) from error
+    ids = [line.split(";")[0] for line in done.stdout.splitlines() if re.fullmatch(r"\d+(;\S+)?", line.strip())]
+    told = said(done)
+    if len(ids) == 1 and (done.returncode == 0 or "--wait" in words):
+        return ids[0].strip(), done.returncode
+    if done.returncode <= 0 or ids or answers.no_answer(told) or not done.stderr.strip():
+        raise _unsure(told, script)
+    raise EnvironmentFault(f"Slurm refused the job: {told}", where=script, hint=answers.shown_by(told))
+
+
+def _unsure(words: str, script: str) -> Unsure:
+    return Unsure(
+        f"sbatch gave no job id, so the job may be queued or not: {words}",
+        where=script,
+        hint="`squeue --me` shows what is queued",
+    )
 
 
 def cancel(ids: Sequence[str]) -> None:
     """End or withdraw jobs; those that have ended already are no error. Raises EnvironmentFault when Slurm refuses."""
     if not ids:
         return
-    done = run(["scancel", *ids])
+    done = ask(["scancel", *ids])
     wrong = [
         line
         for line in done.stderr.splitlines()
         if line.strip() and "Invalid job id" not in line and "already complet" not in line
     ]
     if done.returncode != 0 and wrong:
-        raise EnvironmentFault(f"scancel failed: {'; '.join(wrong)}", hint="is slurmctld up? try `scontrol ping`")
+        raise EnvironmentFault(f"scancel failed: {'; '.join(wrong)}")
 
 
 def signal_batch(job_id: str, name: str) -> None:
     """Send a signal to a running job's batch script, and to nothing else of it."""
-    done = run(["scancel", "--batch", f"--signal={name}", job_id])
+    done = ask(["scancel", "--batch", f"--signal={name}", job_id])
     if done.returncode != 0:
         raise EnvironmentFault(f"scancel --signal failed: {said(done)}")
 
@@ -151,18 +191,18 @@ def excluded_nodes(job_id: str) -> str:
 
 def exclude_nodes(job_id: str, nodes: str) -> None:
     """Let a waiting job never get `nodes` (Slurm's compressed form)."""
-    done = run(["scontrol", "update", f"jobid={job_id}", f"ExcNodeList={nodes}"])
+    done = ask(["scontrol", "update", f"jobid={job_id}", f"ExcNodeList={nodes}"])
     if done.returncode != 0:
         raise EnvironmentFault(f"scontrol update of job {job_id} failed: {said(done)}")
 
 
 def set_dependency(job_id: str, dependency: str) -> bool:
     """Let a waiting job wait for something else; False when Slurm does not take it (it began, or ended, in between)."""
-    return run(["scontrol", "update", f"jobid={job_id}", f"Dependency={dependency}"]).returncode == 0
+    return ask(["scontrol", "update", f"jobid={job_id}", f"Dependency={dependency}"]).returncode == 0
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:
-    """What a command that failed said, in one line."""
+    """What a command said, in one line; its exit code where it said nothing."""
     return (
         "; ".join(line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip())
         or f"exit code {done.returncode}"

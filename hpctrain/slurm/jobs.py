@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from hpctrain.base.errors import EnvironmentFault
 from hpctrain.base.units import expand_nodes
+from hpctrain.slurm import answers
 from hpctrain.slurm import commands as slurm
 
 # man squeue, JOB STATE CODES: what can still change by itself.
@@ -82,6 +83,17 @@ class Job:
         """Whether it waits, runs or is ending: it may still do something."""
         return self.state in LIVE_STATES
 
+    @property
+    def stuck(self) -> tuple[str, str]:
+        """What keeps it waiting until a person acts, and the command that changes it; else empty."""
+        return answers.stuck(self.job_id, self.state, self.reason) if self.pending else ("", "")
+
+    @property
+    def expected_start_s(self) -> float | None:
+        """When Slurm expects a waiting job to start; of one put back it tells the start before."""
+        to_come = self.pending and (self.start_s or 0) > (self.submit_s or 0)
+        return self.start_s if to_come and not self.stuck[0] else None
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -151,10 +163,15 @@ def queued(*options: str) -> list[Job]:
 
 
 def ended_by_comment(comment: str) -> list[str]:
-    """Ids of this user's jobs of two weeks with that comment, by accounting; [] without one."""
+    """Ids of this user's jobs of two weeks with that comment, by accounting; [] without one.
+
+    Raises NoAnswer when there is accounting, and it does not answer.
+    """
     since = ["--starttime=now-14days", f"--user={os.getuid()}"]
     try:
         answer = parse_sacct(_ask(["sacct", *_SACCT_FORMAT, *since]))
+    except slurm.NoAnswer:
+        raise
     except EnvironmentFault:
         return []
     jobs = [records[-1] for records in answer.values()]
@@ -163,16 +180,15 @@ def ended_by_comment(comment: str) -> list[str]:
 
 def _squeue(*options: str) -> list[Job]:
     user = f"--user={os.getuid()}"
-    done = slurm.run_in_utc(["squeue", "--noheader", user, *options, _SQUEUE_FORMAT])
+    done = slurm.ask_in_utc(["squeue", "--noheader", user, *options, _SQUEUE_FORMAT])
     if done.returncode != 0:
-        hint = "is slurmctld up? try `scontrol ping`"
-        raise EnvironmentFault(f"squeue failed: {slurm.said(done)}", hint=hint)
+        raise EnvironmentFault(f"squeue failed: {slurm.said(done)}")
     return parse_squeue(done.stdout)
 
 
 def _ask(argv: list[str]) -> str:
     """Raises EnvironmentFault when it is missing, silent, or answers only with an error."""
-    done = slurm.run_in_utc(argv)
+    done = slurm.ask_in_utc(argv)
     words = (done.stderr or "").strip()
     if done.returncode and not done.stdout.strip():
         if "Invalid job id" in words:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -168,6 +169,65 @@ def test_a_crash_between_two_submissions_and_a_rerun_neither_lose_nor_double_a_l
     chain.ok("cancel")
     chain.wait()
     assert len(chain.records("ledger.jsonl", event="cancelled")) == 4
+
+
+LOST = {
+    "timed out": 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1',
+    "no contact": 'echo "sbatch: error: Batch job submission failed: Unable to contact slurm controller (send failure)" >&2; exit 1',
+    "killed": "kill -9 $$",
+    "said nothing": "exit 0",
+    "said something else": "echo Your job is on its way; exit 0",
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_a_lost_answer_is_told_as_one_and_the_same_command_finds_the_job(make, tmp_path, how):
+    chain = make(argv=["sleep", "600"], chain={"jobs": 2})
+    fake = tmp_path / "bin" / "sbatch"
+    fake.parent.mkdir()
+    real = shutil.which("sbatch", path=chain.sandbox.environ["PATH"])
+    fake.write_text(f'#!/bin/bash\n"{real}" "$@" >/dev/null\n{LOST[how]}\n')
+    fake.chmod(0o755)
+    done = chain.hpctrain("chain", PATH=f"{fake.parent}:{chain.sandbox.environ['PATH']}")
+
+    assert done.returncode == 3, done.stderr
+    assert "may be queued" in done.stderr and "refused" not in done.stderr
+    assert "hint: run the same command again" in done.stderr
+    again = chain.ok("chain")
+    assert "was submitted before as job" in again.stderr
+    assert len(chain.queue()) == 2
+
+
+def test_text_around_the_id_loses_nothing(make, tmp_path):
+    chain = make(argv=["sleep", "600"], chain={"jobs": 2})
+    fake = tmp_path / "bin" / "sbatch"
+    fake.parent.mkdir()
+    real = shutil.which("sbatch", path=chain.sandbox.environ["PATH"])
+    fake.write_text(f'#!/bin/bash\necho "12 jobs of yours"\n"{real}" "$@"\necho "see https://portal/1"\n')
+    fake.chmod(0o755)
+    chain.ok("chain", PATH=f"{fake.parent}:{chain.sandbox.environ['PATH']}")
+
+    submitted = [record["job_id"] for record in chain.records("ledger.jsonl", event="submitted")]
+    assert sorted(submitted) == sorted(job_id for job_id, *_ in chain.queue()) and len(submitted) == 2
+
+
+@pytest.mark.parametrize("command", ["uhold", "requeuehold"])
+def test_a_held_job_is_told_as_what_it_is_with_the_command_that_releases_it(make, command):
+    chain = make(argv=["sleep", "600"], chain={"jobs": 2})
+    chain.ok("chain")
+    first, second = sorted(job_id for job_id, *_ in chain.queue())
+    chain.wait(lambda chain: [state for job, state, _ in chain.queue() if job == first] == ["RUNNING"])
+    job = second if command == "uhold" else first
+    chain.sandbox.ok("scontrol", command, job)
+    chain.wait(lambda chain: [state for found, state, _ in chain.queue() if found == job] == ["PENDING"])
+    done = chain.hpctrain("status", "ft")
+    row = next(line for line in done.stdout.splitlines() if job in line)
+
+    assert "will not start by itself" in row and "starts about" not in row
+    assert f"scontrol release {job}" in done.stderr
+    shown = json.loads(chain.hpctrain("status", "ft", "--json").stdout)
+    (link,) = [link for run in shown["runs"] for link in run["links"] if link["job_id"] == job]
+    assert link["release"] == f"scontrol release {job}" and link["expected_start"] is None
 
 
 def test_two_chain_commands_at_once_submit_one_chain(make):

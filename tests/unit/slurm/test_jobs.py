@@ -8,6 +8,7 @@ import pytest
 
 from hpctrain.base.errors import EnvironmentFault
 from hpctrain.slurm import jobs
+from hpctrain.slurm.commands import NoAnswer
 from hpctrain.slurm.jobs import Job, parse_sacct, parse_squeue
 
 S = "\x1f"
@@ -161,9 +162,11 @@ def test_an_answer_that_did_not_come_is_an_error(fake):
         jobs.of_user()
     fake.says("squeue", "", "slurm_load_jobs error: Unable to contact slurm controller\n", 1)
     for call in (jobs.of_user, jobs.queued):
-        with pytest.raises(EnvironmentFault, match="squeue failed: .*Unable to contact") as caught:
+        with pytest.raises(NoAnswer, match="Unable to contact"):
             call()
-        assert "scontrol ping" in caught.value.problems[0].hint
+    fake.says("squeue", "", "squeue: error: Invalid user\n", 1)
+    with pytest.raises(EnvironmentFault, match="squeue failed: squeue: error: Invalid user"):
+        jobs.of_user()
 
 
 def test_a_job_is_found_by_its_tag_in_accounting(fake):
@@ -174,6 +177,26 @@ def test_a_job_is_found_by_its_tag_in_accounting(fake):
     assert f"--user={os.getuid()}" in fake.asked[0]["argv"]
     fake.says("sacct", "", "accounting storage is disabled\n", 1)
     assert jobs.ended_by_comment("tag") == []
+    fake.says("sacct", "", "sacct: error: Problem talking to the database: Connection refused\n", 1)
+    with pytest.raises(NoAnswer):  # the job may be there
+        jobs.ended_by_comment("tag")
+
+
+def test_the_expected_start_of_a_job_that_was_put_back_or_held_is_not_the_one_it_had(fake):
+    waiting = {"state": "PENDING", "submit": "2026-11-20T20:00:00"}
+    cases = [
+        ({"reason": "Priority", "start": "2026-11-21T02:00:00"}, True),
+        ({"reason": "BeginTime", "start": "2026-11-20T19:00:00"}, False),
+        ({"reason": "JobHeldUser", "start": "2026-11-21T02:00:00"}, False),
+        ({"reason": "Priority", "start": "N/A"}, False),
+    ]
+    for fields, expected in cases:
+        fake.says("squeue", squeue_line(id="7", **waiting, **fields))
+        (job,) = jobs.of_user()
+        assert (job.expected_start_s is not None) == expected, fields
+        assert bool(job.stuck[1]) == (fields["reason"] == "JobHeldUser")
+    fake.says("squeue", squeue_line(id="7", state="RUNNING", reason="JobHeldUser"))
+    assert jobs.of_user()[0].stuck == ("", "")
 
 
 def test_squeue_and_sacct_are_put_together(fake):
