@@ -1,0 +1,113 @@
+"""accelerate's `save_state`: one process, two with FSDP2, two with DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .contract import Leaves, Load, Writer, leaves
+from .dcp import POISON, model, poisoned, train_step
+from .hf import fsdp_on_cpu, random_states, set_random_states
+
+
+class _Counter:
+    """A state of the program's own, given to `register_for_checkpointing`."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.value = state["value"]
+
+
+class Accelerated(Writer):
+    """`save_state()` with automatic names: `checkpoints/checkpoint_N`; loaded by `load_state(path)`."""
+
+    name = "accelerate-1"
+    layout = "accelerate"
+    preload = ("accelerate", "torch._dynamo", "torch.utils.data")
+    steps = (0, 1)
+    root_name = "checkpoints"
+
+    def folder(self, step: int) -> str:
+        return f"checkpoint_{step}"
+
+    def plugin(self) -> Any:
+        return None
+
+    def parts(self, root: str) -> tuple[Any, Any, Any, Any, Any]:
+        import torch
+        from accelerate import Accelerator
+        from accelerate.utils import ProjectConfiguration
+
+        project = ProjectConfiguration(
+            project_dir=os.path.dirname(root), automatic_checkpoint_naming=True
+        )
+        plugin = self.plugin()
+        accelerator = Accelerator(cpu=True, project_config=project, fsdp_plugin=plugin)
+        net = model(8)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=9)
+        net, optimizer, schedule = accelerator.prepare(net, optimizer, schedule)
+        counter = _Counter()
+        accelerator.register_for_checkpointing(counter)
+        return accelerator, net, optimizer, schedule, counter
+
+    def write(self, root: str, rank: int) -> None:
+        set_random_states(5)
+        accelerator, net, optimizer, schedule, counter = self.parts(root)
+        for step in range(max(self.steps) + 1):
+            train_step(net, optimizer, step)
+            schedule.step()
+            counter.value = step + 50
+            accelerator.step = step + 70
+            accelerator.save_state()
+            set_random_states(step + 6)
+
+    def reader(self, rank: int) -> Load:
+        import torch
+
+        accelerator, net, optimizer, schedule, counter = self.parts("/tmp/unused/checkpoints")
+        train_step(net, optimizer, 3)
+        untouched = schedule.state_dict()
+
+        def load(root: str, name: str) -> Leaves:
+            with torch.no_grad():
+                for one in net.parameters():
+                    one.fill_(POISON)
+            plain = getattr(optimizer, "optimizer", optimizer)
+            for one in plain.state.values():
+                one.update(poisoned(dict(one)))
+            schedule.load_state_dict(untouched)
+            counter.value, accelerator.step = -1, -1
+            set_random_states(99)
+            accelerator.load_state(os.path.join(root, name))
+            kept = {"model": net.state_dict(), "optimizer": plain.state_dict()["state"]}
+            kept.update(scheduler=schedule.state_dict(), random=random_states())
+            return leaves({**kept, "counter": counter.value, "step": accelerator.step})
+
+        return load
+
+
+class Fsdp(Accelerated):
+    name = "accelerate-fsdp2-2"
+    num_ranks = num_readers = 2
+    preload = (
+        *Accelerated.preload,
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint.state_dict",
+    )
+
+    def plugin(self) -> Any:
+        from accelerate import FullyShardedDataParallelPlugin
+
+        fsdp_on_cpu()
+        return FullyShardedDataParallelPlugin(
+            fsdp_version=2, state_dict_type="SHARDED_STATE_DICT", auto_wrap_policy="no_wrap"
+        )
+
+
+WRITERS = (Accelerated, Fsdp)

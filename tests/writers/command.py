@@ -1,0 +1,211 @@
+"""tools/checkpoints --seed S --num N [--writer NAME …] [--keep DIR]"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from dataclasses import asdict
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from . import damages
+from .campaign import Bench, Result
+from .contract import Writer
+from .damages import Damage
+from .olmo import find_olmo
+from .ranks import FORK
+from .registry import writers
+
+SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tools/checkpoints", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--num", type=int, default=300, help="damages, over all writers")
+    parser.add_argument("--writer", action="append", help="only this one, or those that begin so")
+    parser.add_argument("--case", type=int, help="only the damage of this number (with --writer)")
+    parser.add_argument(
+        "--each-file", action="store_true", help="take away each file in its turn instead"
+    )
+    parser.add_argument("--keep", help="keep the damaged folders in this directory")
+    parser.add_argument("--jobs", type=int, default=2, help="writers at the same time")
+    parser.add_argument("--json", help="write every result into this file, one JSON object a line")
+    parser.add_argument("--list", action="store_true", help="only list the writers")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    chosen = choose(args.writer)
+    if args.list:
+        for one in chosen:
+            about = next(kind.__doc__ for kind in type(one).__mro__ if kind.__doc__) or ""
+            print(f"{one.name:30}{'built' if one.built else ''}", about.splitlines()[0])
+        return
+    began = time.monotonic()
+    import_all(chosen)
+    folder = tempfile.mkdtemp(prefix="checkpoints-", dir=SCRATCH)
+    try:
+        results, failures = campaign(chosen, args, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(asdict(one)) + "\n" for one in results)
+    print(table(results))
+    print(f"\n{len(results)} damages, {len(chosen)} writers, {time.monotonic() - began:.0f} s")
+    tell_wrong([one for one in results if one.wrong], failures)
+    sys.exit(1 if failures or any(one.wrong for one in results) else 0)
+
+
+def choose(wanted: list[str] | None) -> list[Writer]:
+    known = writers()
+    if not wanted:
+        return list(known.values())
+    exact = [known[name] for name in wanted if name in known]
+    begin = [one for one in known.values() if any(one.name.startswith(name) for name in wanted)]
+    if not (exact or begin):
+        raise SystemExit(f"no writer is called {', '.join(wanted)}; there are: {', '.join(known)}")
+    return exact or begin
+
+
+def import_all(chosen: list[Writer]) -> None:
+    """Import what they need, once, on one thread: the processes forked from this one find it all there."""
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    find_olmo()
+    import torch
+
+    torch.set_num_threads(1)
+    for module in dict.fromkeys(name for one in chosen for name in one.preload):
+        importlib.import_module(module)
+
+
+def shares(chosen: list[Writer], num: int) -> dict[str, range]:
+    """How many damages each writer gets: as many as its loader is cheap, the first of each first."""
+    total = sum(one.weight for one in chosen)
+    counts = {one.name: num * one.weight // total for one in chosen}
+    for one in chosen[: num - sum(counts.values())]:
+        counts[one.name] += 1
+    return {name: range(count) for name, count in counts.items()}
+
+
+def campaign(
+    chosen: list[Writer], args: argparse.Namespace, folder: str
+) -> tuple[list[Result], list[str]]:
+    """All results, and what kept a writer from being judged at all."""
+    numbers = shares(chosen, args.num)
+    waiting = sorted(chosen, key=lambda one: (-one.num_readers, one.name))
+    running: dict[Connection, tuple[Any, str]] = {}
+    results: list[Result] = []
+    failures: list[str] = []
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            writer = waiting.pop(0)
+            todo = (
+                range(args.case, args.case + 1) if args.case is not None else numbers[writer.name]
+            )
+            ours, theirs = FORK.Pipe(duplex=False)
+            process = FORK.Process(target=work, args=(writer, todo, args, folder, theirs))
+            process.start()
+            theirs.close()
+            running[ours] = (process, writer.name)
+        for end in wait(list(running)):
+            assert isinstance(end, Connection)
+            process, name = running[end]
+            try:
+                got = end.recv()
+            except EOFError:
+                process.join()
+                del running[end]
+                continue
+            if isinstance(got, str):
+                failures.append(f"{name}: {got}")
+            else:
+                results.append(got)
+                if got.wrong:
+                    print("WRONG", told(got), file=sys.stderr, flush=True)
+    return results, failures
+
+
+def work(
+    writer: Writer, todo: range, args: argparse.Namespace, folder: str, end: Connection
+) -> None:
+    """One writer's part, in a process of its own."""
+    bench = Bench(writer, folder)
+    try:
+        bench.prepare()
+        if args.each_file:
+            for result in each_file(bench):
+                end.send(result)
+        else:
+            for result in bench.results(args.seed, iter(todo), args.keep):
+                end.send(result)
+    except Exception as error:
+        if os.path.exists(bench.log):
+            with open(bench.log, encoding="utf-8", errors="replace") as stream:
+                sys.stderr.write(f"--- log of {writer.name}\n{stream.read()[-4000:]}\n")
+        traceback.print_exc()
+        end.send(f"{type(error).__name__}: {error}")
+    finally:
+        bench.close()
+        end.close()
+        os._exit(0)
+
+
+def each_file(bench: Bench) -> Any:
+    """The newest checkpoint without each of its files in turn, and as it is."""
+    name = bench.names[-1]
+    for number, lost in enumerate([None, *damages.files_of(os.path.join(bench.whole, name))]):
+        top = os.path.join(bench.folder, f"case-{number}")
+        root = os.path.join(top, bench.writer.root_name)
+        damages.copy_tree(os.path.dirname(bench.whole), top)
+        if lost is not None:
+            os.unlink(os.path.join(root, name, lost) if lost else os.path.join(root, name))
+        done = Damage("none" if lost is None else "gone", lost or "")
+        yield bench.judged(root, name, done, f"file {number}")
+        shutil.rmtree(top)
+
+
+def table(results: list[Result]) -> str:
+    """Writer by writer: how many were whole and how many torn by its loader, and what hpctrain said of each."""
+    head = ("writer", "damages", "whole", "torn", "beyond", "complete", "torn", "unknown", "wrong")
+    rows = [head]
+    for name in [*dict.fromkeys(one.writer for one in results), "all"]:
+        mine = [one for one in results if name in (one.writer, "all")]
+        truth = Counter(one.truth for one in mine)
+        said = Counter(one.state for one in mine)
+        numbers = [len(mine), truth["whole"], truth["torn"], truth["beyond"], said["complete"]]
+        numbers += [said["torn"], said["unknown"], sum(one.wrong for one in mine)]
+        rows.append((name, *map(str, numbers)))
+    rows.insert(1, tuple("---" for _ in head))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
+        for row in rows
+    )
+
+
+def told(one: Result) -> str:
+    seed, _, number = one.case.partition("/")
+    again = f"--seed {seed} --writer {one.writer} --case {number}" if number else one.case
+    return (
+        f"{one.writer} [{one.kind}] {one.what}\n    its loader: {one.truth} {one.why}\n"
+        f"    hpctrain: {one.state} {one.reason}\n    again: tools/checkpoints {again}"
+    )
+
+
+def tell_wrong(wrong: list[Result], failures: list[str]) -> None:
+    for one in wrong:
+        print("\nWRONG", told(one))
+    for text in failures:
+        print("\nNOT JUDGED", text)

@@ -1,0 +1,102 @@
+"""megatron-core's dist_checkpointing (`--ckpt-format torch_dist`), tensor parallel over 1, 2 and 4 ranks."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .contract import Leaves, Load, Writer, leaves
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+class TorchDist(Writer):
+    """`iter_N/` by `dist_checkpointing.save`, the tracker after a barrier, as Megatron's `save_checkpoint` does it."""
+
+    layout = "megatron"
+    tracker = TRACKER
+    preload = ("megatron.core.dist_checkpointing", "torch._dynamo", "torch.distributed.checkpoint")
+    reloads = False
+
+    def folder(self, step: int) -> str:
+        return f"iter_{step:07d}"
+
+    def state(self, step: int, rank: int) -> dict[str, Any]:
+        import torch
+        from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+        def values(shape: tuple[int, ...], seed: int) -> Any:
+            if step < 0:
+                return torch.full(shape, -7.0)
+            return torch.randn(shape, generator=torch.Generator().manual_seed(100 * step + seed))
+
+        cut = (0, rank, self.num_ranks)
+        state: dict[str, Any] = {
+            "iteration": step,
+            "args": {"hidden": 16, "note": "x" * max(step, 0)},
+        }
+        for index, kind in enumerate(("weight", "exp_avg", "exp_avg_sq")):
+            local = values((12, 16), 10 * index + rank)
+            state[kind] = ShardedTensor.from_rank_offsets(f"model.{kind}", local, cut)
+        state["norm"] = ShardedTensor.from_rank_offsets(
+            "model.norm", values((16,), 77), replica_id=rank
+        )
+        rng = [{"random": step, "torch": values((40,), 7)}]
+        state["rng_state"] = ShardedObject("rng_state", rng, (1, self.num_ranks), (0, rank))
+        return state
+
+    def write(self, root: str, rank: int) -> None:
+        import torch
+        from megatron.core import dist_checkpointing
+
+        join_alone()
+        for step in self.steps:
+            path = os.path.join(root, self.folder(step))
+            os.makedirs(path, exist_ok=True)
+            torch.distributed.barrier()
+            dist_checkpointing.save(self.state(step, rank), path)
+            torch.distributed.barrier()
+            if rank == 0:
+                with open(os.path.join(root, TRACKER), "w") as stream:
+                    stream.write(str(step))
+
+    def reader(self, rank: int) -> Load:
+        from megatron.core import dist_checkpointing
+
+        join_alone()
+
+        def load(root: str, name: str) -> Leaves:
+            path = os.path.join(root, name)
+            return leaves(dist_checkpointing.load(self.state(-1, rank), path))
+
+        return load
+
+
+def join_alone() -> None:
+    """A group of one, where no other is there: dist_checkpointing needs one; and it asks CUDA to wait for copies."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.cuda.synchronize = lambda *_: None
+        torch.cuda.current_device = lambda: torch.device("cpu")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+
+
+class TorchDist1(TorchDist):
+    name = "megatron-torch-dist-1"
+
+
+class TorchDist2(TorchDist):
+    name = "megatron-torch-dist-2"
+    num_ranks = num_readers = 2
+
+
+class TorchDist4(TorchDist):
+    name = "megatron-torch-dist-4"
+    num_ranks = num_readers = 4
+
+
+WRITERS = (TorchDist1, TorchDist2, TorchDist4)
