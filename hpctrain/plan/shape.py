@@ -31,11 +31,7 @@ def pick_partition(notes: Notes) -> tuple[Partition, NodeType]:
                 "partition", "", "the site's default partition, since neither the run nor the profile names one"
             )
             return default, default.node_type
-        notes.error(
-            f"no partition of `{site.name}` fits {spec.num_nodes} nodes for {format_time(spec.time_s)}", "nodes",
-            why="\n".join(limit_line(notes, partition) for partition in site.partitions.values()),
-            hint="ask for fewer nodes or less time, or name a `partition:`",
-        )  # fmt: skip
+        _none_fits(notes)
         return Partition("", _any_node(notes)), _any_node(notes)
     found = fitting[0]
     others = f"; {', '.join(p.name for p in fitting[1:])} would fit too" if len(fitting) > 1 else ""
@@ -44,22 +40,55 @@ def pick_partition(notes: Notes) -> tuple[Partition, NodeType]:
     return found, found.node_type
 
 
+def _none_fits(notes: Notes) -> None:
+    spec, wants = notes.spec, _wants_gpus(notes)
+    lines, only_kind = [], False
+    for partition in notes.site.partitions.values():
+        misfits = _misfits(notes, partition, wants)
+        lines.append(f"{limit_line(notes, partition)}: {'; '.join(misfits)}")
+        only_kind = only_kind or misfits == _kind_misfit(partition, wants)
+    smaller = "ask for fewer nodes or less time, or name a `partition:`"
+    asked = "name a `partition:`, or say with `gpus_per_node:` how many GPUs it takes"
+    notes.error(
+        f"no partition of `{notes.site.name}` fits {spec.num_nodes} nodes for {format_time(spec.time_s)}",
+        "nodes",
+        why="\n".join(lines),
+        hint=asked if only_kind else smaller,
+    )
+
+
 def fitting_partitions(notes: Notes, like: Partition | None = None) -> list[Partition]:
     """The partitions that the run fits into, of the kind of nodes that it needs, or that `like` has; the best first."""
-    wants_gpus = notes.recipe.values["needs_gpus"] or bool(notes.spec.gpus_per_node)
-    wants_gpus = bool(like.node_type.gpus) if like else wants_gpus
-    has_gpus = any(p.node_type.gpus for p in notes.site.partitions.values())
-    found = [
-        partition
-        for partition in notes.site.partitions.values()
-        if not partition.debug
-        and (not has_gpus or bool(partition.node_type.gpus) == wants_gpus)
-        and notes.spec.num_nodes <= (partition.max_nodes or notes.spec.num_nodes)
-        and notes.spec.num_nodes >= (partition.min_nodes or 1)
-        and notes.spec.time_s <= (partition.max_time_s or notes.spec.time_s)
-    ]
+    wants = bool(like.node_type.gpus) if like else _wants_gpus(notes)
+    found = [p for p in notes.site.partitions.values() if not _misfits(notes, p, wants)]
     # Shorter partitions drain faster; among equals the one made for small jobs.
     return sorted(found, key=lambda p: (p.max_nodes or 10**9, p.max_time_s or 10**9, p.name))
+
+
+def _wants_gpus(notes: Notes) -> bool | None:
+    """Whether the run goes to nodes with GPUs; None where the site has one kind of nodes for it."""
+    kinds = {bool(p.node_type.gpus) for p in notes.site.partitions.values() if not p.debug}
+    return notes.recipe.values["needs_gpus"] or bool(notes.spec.gpus_per_node) if len(kinds) > 1 else None
+
+
+def _misfits(notes: Notes, partition: Partition, wants_gpus: bool | None) -> list[str]:
+    """Why the run does not go there by itself; empty where it does."""
+    spec, found = notes.spec, _kind_misfit(partition, wants_gpus)
+    if partition.debug:
+        found.append("it is for tests")
+    if spec.num_nodes > (partition.max_nodes or spec.num_nodes):
+        found.append(f"{spec.num_nodes} nodes are too many")
+    if spec.num_nodes < (partition.min_nodes or 1):
+        found.append(f"{spec.num_nodes} nodes are too few, it takes {partition.min_nodes} or more")
+    if spec.time_s > (partition.max_time_s or spec.time_s):
+        found.append(f"{format_time(spec.time_s)} is too long")
+    return found
+
+
+def _kind_misfit(partition: Partition, wants_gpus: bool | None) -> list[str]:
+    if wants_gpus is None or bool(partition.node_type.gpus) == wants_gpus:
+        return []
+    return ["it has no GPUs" if wants_gpus else "it has GPUs, and the run asks for none"]
 
 
 def limit_line(notes: Notes, partition: Partition) -> str:

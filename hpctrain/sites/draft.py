@@ -174,6 +174,9 @@ def _slurm(facts: Facts, shapes: Mapping[NodeShape, int]) -> list[str]:
         lines.append(f"  requeue: {'true' if config['JobRequeue'] == '1' else 'false'} # JobRequeue")
     else:
         lines.append(f"  requeue: true # {_TODO}")
+    if any(shape.threads_per_core > 1 for shape in shapes):
+        lines += comment("Slurm counts hardware threads as CPUs, and this profile counts cores: one thread each.", 2)
+        lines.append("  hint: nomultithread")
     return lines
 
 

@@ -152,6 +152,14 @@ def _shapes(site: Site) -> Iterator[Problem]:
         if node.cores % node.sockets:
             yield Problem(f"{node.cores} cores cannot be spread evenly over {node.sockets} sockets",
                           document.where("node_types", name, "sockets"), level="warning")  # fmt: skip
+        if node.threads_per_core > 1 and not site.values["slurm"]["hint"]:
+            yield Problem(
+                f"`{name}` has {node.threads_per_core} threads a core, and jobs ask for one CPU a core",
+                document.where("node_types", name, "threads_per_core"),
+                level="warning",
+                why="Slurm counts threads as CPUs, so that a task gets only a part of its cores",
+                hint="`slurm: {hint: nomultithread}`, unless this Slurm counts cores",
+            )
         for cores, mask in node.cpu_bind.items():
             kind, _, listing = mask.partition(":")
             count = len(listing.split(",")) if listing else 0

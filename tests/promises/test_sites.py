@@ -119,6 +119,7 @@ def test_a_stale_profile_is_a_warning_and_never_an_error(tmp_path, cli):
         (("gpus: 4", "gpus: 4, cpu_bind: {7: 'mask_cpu:0x1,0x2'}"), "error: `cpu_bind` for 7 cores names 2 places"),
         (("gpu_request: gres", "gpu_request: none"), "warning: `n` has GPUs"),
         (("sockets: 2", "sockets: 3"), "warning: 64 cores cannot be spread"),
+        (("sockets: 2", "sockets: 2, threads_per_core: 2"), "warning: `n` has 2 threads a core"),
         (("max_time: 1d", "min_nodes: 4, max_nodes: 2"), "error: partition `p` wants at least 4"),
         (("max_time: 1d", "max_running: 4, max_submitted: 2"), "warning: partition `p` lets more"),
         (("slurm:", "network: {port_base: 60000, port_range: 20000}\nslurm:"), "error: the rendezvous ports"),

@@ -23,7 +23,7 @@ def test_the_notice_comes_a_minute_before_the_limit_or_a_quarter_of_a_short_job(
     value, reason = found.decided["signal"]
     assert value == f"B:USR1@{lead}" == found.sbatch["signal"] and found.errors == []
     assert ("a quarter of this short job" in reason) == (lead < 60)
-    assert found.plan.signal == {"name": "USR1", "lead_s": lead, "forward": False}
+    assert found.plan.signal == {"name": "USR1", "lead_s": lead, "forward": False, "passed_by": None}
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,23 @@ def test_when_none_fits_every_limit_is_told(planned):
     assert ":6:" in problem.where or ":5:" in problem.where  # `nodes:`
 
 
+def test_when_none_fits_each_partition_says_why(planned):
+    problem = planned({"nodes": 600, "time": "1h", "gpus_per_node": None}).problem("no partition of `mine` fits 600")
+    lines = dict(line.split(": ", 1) for line in problem.why.splitlines())
+
+    assert lines["large-g"].endswith(": it has GPUs, and the run asks for none")
+    assert lines["cpu"].endswith(": 600 nodes are too many")
+    assert lines["dev-g"].endswith(": it has GPUs, and the run asks for none; it is for tests; 600 nodes are too many")
+    assert "gpus_per_node" in problem.hint
+    assert all(": " in line for line in lines.values())
+
+
+def test_a_run_without_gpus_takes_a_partition_with_them_where_there_is_no_other(planned):
+    found = planned({"gpus_per_node": None, "nodes": 2}, {"partitions": {"cpu": None}})
+
+    assert found.errors == [] and found.decided["partition"][0] == "small-g"
+
+
 def test_a_partition_that_is_not_there_names_the_nearest(planned):
     assert "did you mean `small-g`?" in planned({"partition": "smal-g"}).problem("no partition `smal-g`").hint
 

@@ -54,6 +54,15 @@ def test_a_site_like_lumi_is_drafted_with_its_limits_and_reserved_cores():
     assert site.values["tools"]["debug_partition"] == "dev-g"
 
 
+def test_a_task_gets_its_cores_where_slurm_counts_threads():
+    with_threads, _ = drafted(*recorded("lumi-like.nodes", "lumi-like.partitions"))
+    text = (DATA / "lumi-like.nodes.txt").read_text()
+    without, _ = drafted(text.replace("ThreadsPerCore=2", "ThreadsPerCore=1"), *recorded("lumi-like.partitions"))
+
+    assert with_threads.values["slurm"]["hint"] == "nomultithread"
+    assert without.values["slurm"]["hint"] is None
+
+
 def test_nothing_in_a_draft_is_called_verified():
     site, text = drafted(*recorded("lumi-like.partitions"))
 
