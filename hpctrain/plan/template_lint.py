@@ -60,7 +60,7 @@ _NO_FILTER = "an expression that does not end in a quoting filter (q, qjoin, sba
 # What changes the context in bash; a backslash takes the next letter with it, and `#` begins a comment
 # only where a word could begin.
 _SHELL = re.compile(r"""\\.|\$\(|\$\{|["'(){}]|(?<![^\s;|&()])#""")
-_CLOSES = {"'": "'", '"': '"', "(": ")", "$(": ")", "${": "}"}
+_CLOSES = {'"': '"', "(": ")", "$(": ")", "${": "}"}
 
 Finding = tuple[int, str]
 # The text of the template before a place, on its line; a value counts as one letter. One for each
@@ -167,19 +167,21 @@ def _place(line: str) -> str:
     if line.startswith("#SBATCH"):
         return "directive"
     inside: list[str] = []
-    for match in _SHELL.finditer(line):
-        token, innermost = match[0], inside[-1] if inside else ""
+    position = 0
+    while match := _SHELL.search(line, position):
+        token, innermost, position = match[0], inside[-1] if inside else "", match.end()
         if token == _CLOSES.get(innermost):
             inside.pop()
-        elif innermost == "'":
-            continue
         elif token in ("$(", "${", '"') or (token == "(" and innermost == "$("):
             inside.append(token)
         elif token == "'" and not _double_quoted(inside):
-            inside.append(token)
+            # Nothing has a meaning up to the next one, a backslash neither.
+            position = line.find("'", position) + 1
+            if not position:
+                return "quotes"
         elif token == "#" and innermost in ("", "$(", "("):
             return "comment"
-    return "quotes" if inside[-1:] == ["'"] or _double_quoted(inside) else "word"
+    return "quotes" if _double_quoted(inside) else "word"
 
 
 def _double_quoted(inside: Sequence[str]) -> bool:
