@@ -1,0 +1,125 @@
+"""One checkpoint judged by its files: what wrote it, and whether it can be proven whole or torn."""
+
+import errno
+import os
+from typing import Optional, Tuple
+
+from .dcp import Dcp
+from .deepspeed import DeepSpeed
+from .files import FileInfo, Listing
+from .huggingface import Accelerate, HfTrainer, Weights
+from .layout import (
+    COMPLETE,
+    TORN,
+    UNKNOWN,
+    UNREADABLE,
+    Expected,
+    Folder,
+    Form,
+    Layout,
+    Report,
+    Verdict,
+)
+from .megatron import MegatronDist, MegatronLegacy
+from .writers import LightningFolder, Nanotron, OlmoCore, SingleFile, Verl
+
+# Those whose marks are surest first: what a checkpoint is, is told by its files.
+FORMS: Tuple[Form, ...] = (
+    OlmoCore(),
+    Verl(),
+    MegatronLegacy(),
+    MegatronDist(),
+    HfTrainer(),
+    Accelerate(),
+    LightningFolder(),
+    Nanotron(),
+    DeepSpeed(),
+    Dcp(),
+    Weights(),
+)
+ABSENT = (errno.ENOENT, errno.ENOTDIR)
+
+
+def judge_path(path: str, expected: Optional[Expected] = None) -> Tuple[str, Verdict]:
+    """What is at `path`, told by its files alone: the writer's form and the verdict on it.
+
+    Raises FileNotFoundError when there is nothing."""
+    verdict = judge_as(None, os.path.abspath(path), Listing(), expected or Expected())
+    return verdict.form, verdict
+
+
+def judge_as(
+    layout: Optional[Layout],
+    path: str,
+    listing: Listing,
+    expected: Expected,
+    previous: Optional[str] = None,
+) -> Verdict:
+    """The verdict on a checkpoint that is said to be of `layout` (None: of any). See Layout.verdict."""
+    try:
+        folder = _folder_at(path, listing, previous)
+        form = form_of(layout, folder)
+        report = Report()
+        if form is not None:
+            form.judge(folder, expected, report)
+    except OSError as error:
+        if error.errno in ABSENT and not os.path.lexists(path):
+            raise
+        where = os.path.basename(str(error.filename or path))
+        why = "`{}` cannot be read: {}".format(where, error.strerror or error)
+        return Verdict((why,), (), 0, 0, UNREADABLE)
+    if form is None:
+        report = _no_rule(folder)
+    sizes = [info.size for info in folder.files.values() if info.size > 0]
+    return Verdict(
+        tuple(report.torn or report.unknown),
+        tuple(report.mismatches),
+        len(folder.files),
+        sum(sizes),
+        _state(report),
+        form.name if form else "",
+        tuple(report.refusals),
+        report.iteration,
+    )
+
+
+def _state(report: Report) -> str:
+    if report.torn:
+        return TORN
+    return UNKNOWN if report.unknown else COMPLETE
+
+
+def _folder_at(path: str, listing: Listing, previous: Optional[str]) -> Folder:
+    """The checkpoint at `path`; one that is a single file is a folder of that file alone."""
+    if os.path.isdir(path):
+        return Folder.of(path, listing, previous)
+    info = os.stat(path)
+    name = os.path.basename(path)
+    return Folder(os.path.dirname(path), {name: FileInfo(info.st_size, info.st_mtime_ns)})
+
+
+def form_of(layout: Optional[Layout], folder: Folder) -> Optional[Form]:
+    """The form that the files show: one of the layout's own, else any that recognises them, else one
+    of the layout's whose save was cut off early. None when there is no rule for what lies there."""
+    own = layout.forms if layout else ()
+    for form in own:
+        if form.recognises(folder):
+            return form
+    for form in FORMS:
+        if form.recognises(folder):
+            early = [mine for mine in own if isinstance(form, Weights) and mine.could_be(folder)]
+            return early[0] if early else form
+    for form in (*own, SingleFile()):
+        if form.could_be(folder):
+            return form
+    return None
+
+
+def _no_rule(folder: Folder) -> Report:
+    report = Report()
+    if not folder.files:
+        report.torn.append("there is nothing in it")
+    else:
+        shown = ", ".join("`{}`".format(name) for name in sorted(folder.files)[:3])
+        report.unknown.append("there is no rule for what lies in it ({})".format(shown))
+    return report
