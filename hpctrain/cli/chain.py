@@ -60,7 +60,7 @@ def command(
         plan, said = chain.prepare(loaded, force, dry_run)
     for line in said:
         terminal.info(line)
-    found = chain.plan_chain(run_dir, plan, num_links, extend, jobs == "auto")
+    found = chain.plan_chain(run_dir, plan, num_links, extend, jobs == "auto", force)
     hours, unit = found.hours
     if not as_json:
         shown = [

@@ -13,7 +13,7 @@ from hpctrain.base import errors, terminal
 from hpctrain.base.units import format_size
 from hpctrain.cli import common
 from hpctrain.jobs import checkpoints
-from hpctrain.runtime.layout import Expected
+from hpctrain.runtime.layout import COMPLETE, Expected, Verdict
 from hpctrain.runtime.layouts import LAYOUTS
 
 _target = click.argument("target", default="run.yaml", type=click.Path(), metavar="[RUN|FOLDER]")
@@ -55,19 +55,37 @@ def list_(target: str, layout: str | None, names_only: bool, as_json: bool) -> N
     hpctrain checkpoint list /scratch/me/ckpt --layout hf-trainer --json
     """
     settings = checkpoints.settings_of(target, layout)
-    rows, asides, survey = checkpoints.list_checkpoints(settings, verify=not names_only)
+    contents = checkpoints.list_checkpoints(settings, verify=not names_only)
+    survey = contents.survey
     if as_json:
-        terminal.data_json(folder=survey.folder, layout=settings.layout, tracker=survey.named,
-                         checkpoints=[checkpoints.as_json(row) for row in rows], aside=asides)  # fmt: skip
+        terminal.data_json(
+            folder=survey.folder,
+            layout=settings.layout,
+            tracker=survey.named,
+            checkpoints=[checkpoints.as_json(row) for row in contents.rows],
+            aside=sorted(contents.asides),
+            refusal=contents.refusal or None,
+        )
         return
-    lines = []
-    for row in rows:
-        state = "not looked at" if row.faults is None else "; ".join(row.faults) or "complete"
-        marks = [word for word, there in ((survey.layout.tracker or "", row.named), ("next", row.chosen)) if there]
-        lines.append([row.name, row.kind, format_size(row.num_bytes) if row.num_files else "", state, ", ".join(marks)])
-    terminal.table(lines, header=("checkpoint", "kind", "size", "state", "named by"))
-    if asides:
-        terminal.info(f"kept aside: {', '.join(asides)} (remove them when you are sure)")
+    terminal.table(
+        [_row(row, survey.layout.tracker) for row in contents.rows],
+        header=("checkpoint", "kind", "size", "state", "named by"),
+    )
+    if contents.asides:
+        names = ", ".join(sorted(contents.asides))
+        terminal.info(f"set aside in {survey.place}: {names} (`hpctrain checkpoint use --to NAME` brings one back)")
+    if contents.refusal:
+        terminal.problems([errors.Problem(contents.refusal, why="no link would start", level="warning")])
+
+
+def _row(row: checkpoints.Row, tracker: str | None) -> list[str]:
+    verdict = row.verdict
+    marks = [word for word, there in ((tracker or "", row.named), ("next", row.chosen)) if there]
+    size = format_size(verdict.num_bytes) if verdict and verdict.num_files else ""
+    state = "not looked at"
+    if verdict:
+        state = "complete" if verdict.state == COMPLETE else f"{verdict.state}: {verdict.reason}"
+    return [row.name, row.kind, size, state, ", ".join(marks)]
 
 
 @command.command()
@@ -82,32 +100,41 @@ def verify(targets: tuple[str, ...], layout: str | None, as_json: bool, **ranks:
     hpctrain checkpoint verify                            the checkpoints of ./run.yaml
     hpctrain checkpoint verify base/global_step423858 --tp 8
     """
-    found = [
-        pair for target in targets or ("run.yaml",) for pair in checkpoints.verify(target, layout, Expected(**ranks))
-    ]
-    # Ranks asked for here must be there; those of a run's plan may differ, where the optimizer's state can be laid out anew.
+    expected = Expected(**ranks)
+    wanted = targets or ("run.yaml",)
+    found = [pair for target in wanted for pair in checkpoints.verify(target, layout, expected)]
+    # Ranks asked for here must be there; those of a run's plan may differ, where the optimizer's
+    # state can be laid out anew.
     asked = any(number is not None for number in ranks.values())
-    bad = [path for path, verdict in found if verdict.faults or (asked and verdict.mismatches)]
+    bad = [path for path, verdict in found if _is_bad(verdict, asked)]
     if as_json:
-        terminal.data_json(checkpoints=[
-            {"path": path, "complete": not verdict.faults, "faults": list(verdict.faults), "mismatches": list(verdict.mismatches),
-             "num_files": verdict.num_files, "num_bytes": verdict.num_bytes} for path, verdict in found])  # fmt: skip
-    else:
-        for path, verdict in found:
-            state = "incomplete" if verdict.faults else "complete"
-            terminal.data(f"{path}: {state}, {verdict.num_files} files, {format_size(verdict.num_bytes)}")
-            for line in verdict.faults + verdict.mismatches:
-                terminal.data(f"  {line}")
+        rows = [
+            {"path": path, "complete": verdict.state == COMPLETE, **checkpoints.verdict_json(verdict)}
+            for path, verdict in found
+        ]
+        terminal.data_json(checkpoints=rows)
+    for path, verdict in found if not as_json else ():
+        what = f" ({verdict.form})" if verdict.form else ""
+        size = format_size(verdict.num_bytes)
+        terminal.data(f"{path}: {verdict.state}{what}, {verdict.num_files} files, {size}")
+        for line in verdict.faults + verdict.mismatches:
+            terminal.data(f"  {line}")
     if not found:
-        terminal.info("there are no checkpoints yet")
-    raise click.exceptions.Exit(errors.NO if bad else errors.DONE)
+        shown = ", ".join(f"`{target}`" for target in wanted)
+        hint = "`hpctrain checkpoint verify FOLDER` takes a checkpoint or a folder of them"
+        terminal.problems([errors.Problem(f"there is no checkpoint in {shown}", hint=hint)])
+    raise click.exceptions.Exit(errors.NO if bad or not found else errors.DONE)
+
+
+def _is_bad(verdict: Verdict, asked: bool) -> bool:
+    return verdict.state != COMPLETE or bool(verdict.refusals) or (asked and bool(verdict.mismatches))
 
 
 @command.command()
 @_target
 @_layout
 @click.option(
-    "--start", type=click.Path(), help="The checkpoint to start from [default: the run's `checkpoints.start`]."
+    "--start", type=click.Path(), help="The checkpoint to start from [default: the run's `checkpoint.start`]."
 )
 @_ranks
 @common.dry_run
@@ -151,15 +178,25 @@ def use(target: str, layout: str | None, to: str | None, back: int | None, dry_r
         raise errors.UsageError("say where to go back to: --to NAME or --back N")
     settings = checkpoints.settings_of(target, layout)
     plan = checkpoints.plan_use(settings, to, back)
-    if not dry_run:
-        checkpoints.do_use(settings, plan)
+    moved = [] if dry_run else checkpoints.do_use(settings, plan)
     if as_json:
-        terminal.data_json(folder=plan.folder, checkpoint=plan.name, kind=plan.kind, done=not dry_run,
-                         aside=[{"name": name, "to": to} for name, to in plan.asides])  # fmt: skip
+        planned = [{"name": name, "to": kind + name} for name, kind in plan.asides]
+        terminal.data_json(
+            folder=plan.folder,
+            checkpoint=plan.name,
+            kind=plan.kind,
+            done=not dry_run,
+            aside=[{"name": name, "to": path} for name, path in moved] or planned,
+        )
         return
     word = "would" if dry_run else "will"
     terminal.info(f"the next link {word} start from `{plan.name}`")
     if plan.kind != "made":
         terminal.info("that is the start checkpoint: the optimizer's state begins anew")
-    for name, moved in plan.asides:
-        terminal.info(f"`{name}` {'would be' if dry_run else 'is now'} `{moved}`")
+    if plan.brought_from:
+        verb = "would come" if dry_run else "came"
+        terminal.info(f"`{plan.name}` {verb} back from {plan.brought_from}")
+    for name, kind in plan.asides if dry_run else ():
+        terminal.info(f"`{name}` would be set aside as {os.path.join(plan.place, kind + name)}")
+    for name, path in moved:
+        terminal.info(f"`{name}` is now `{path}`")

@@ -18,6 +18,7 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
     hpctrain plan
     hpctrain plan --json | jq .cost
     """
+    from hpctrain.plan.checkpoints import checkpoint_problems
     from hpctrain.plan.load import load_plan
     from hpctrain.plan.render import plan_json
 
@@ -43,7 +44,7 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
             )
         else:
             terminal.info(f"billed: unknown; {cost.formula}")
-        terminal.problems(plan.problems)
+        terminal.problems([*plan.problems, *checkpoint_problems(plan)])
     if plan.errors:
         raise click.exceptions.Exit(errors.USAGE)
     if not as_json:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
+from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.config import billing
 from hpctrain.jobs import bad_nodes as badnodes
 from hpctrain.jobs import checkpoints
@@ -20,7 +20,7 @@ from hpctrain.plan.load import Loaded
 from hpctrain.plan.run_dir import run_files, write_run_dir
 from hpctrain.runs.records import RunRecords, find_pipeline, find_runs, read_run
 from hpctrain.runs.starts import Start, starts_of
-from hpctrain.runtime import history
+from hpctrain.runtime import history, sidecar
 from hpctrain.runtime.files import read_records, write_atomic
 from hpctrain.runtime.handover import expected
 from hpctrain.runtime.link import decide
@@ -66,11 +66,12 @@ class ChainPlan:
 
 
 def plan_chain(run_dir: str, plan: Mapping[str, Any], num_links: int | None = None, extend: int | None = None,
-               auto: bool = False) -> ChainPlan:  # fmt: skip
+               auto: bool = False, force: bool = False) -> ChainPlan:  # fmt: skip
     """Decide which links to submit. `plan` is plan.json's content; reads the run directory and the checkpoint folder.
 
     `num_links` is the whole number of links (those on record count), `extend` a number of links more, `auto` as many as
-    the remaining iterations need. Raises UsageError, and Refused while a STOP file would end every link at once.
+    the remaining iterations need. Raises UsageError, Refused while a STOP file would end every link at once or the guard
+    would refuse the checkpoints (but for `force`), EnvironmentFault when they cannot be read.
     """
     settings = _settings(run_dir, plan)
     ledger = read_ledger(run_dir)
@@ -79,7 +80,8 @@ def plan_chain(run_dir: str, plan: Mapping[str, Any], num_links: int | None = No
         raise Refused(
             f"`{run_dir}/STOP` is there, so every link would end as it starts", hint="remove that file, then try again"
         )
-    choice = choose(Survey(settings)) if settings.checkpoint_dir else Choice("nothing", None, None, (), ())
+    choice = _choice(settings)
+    _require_clear(settings, choice, links, force)
     run = read_run(run_dir) if os.path.isdir(run_dir) else RunRecords(run_dir, str(plan["run"]))
     step_time_s = measured_step_time_s(starts_of(run)) or plan["job"]["step_time_s"]
     submitted = {link for link, kind in ledger.submitted() if kind == MAIN}
@@ -102,7 +104,7 @@ def plan_chain(run_dir: str, plan: Mapping[str, Any], num_links: int | None = No
 
 def _settings(run_dir: str, plan: Mapping[str, Any]) -> Settings:
     """The guard's settings; the start is what an earlier stage handed over, or is expected to."""
-    settings = parse_settings(dict(plan["guard"]))
+    settings = parse_settings(dict(plan["guard"]))._replace(run_dir=run_dir)
     if settings.source is None or settings.start is not None:
         return settings
     return settings._replace(start=handed_over(run_dir) or expected(settings))
@@ -112,8 +114,38 @@ def is_done(run_dir: str, plan: Mapping[str, Any]) -> bool:
     """Whether a link that starts now would find nothing left to do."""
     settings = _settings(run_dir, plan)
     links = read_records(os.path.join(run_dir, "links.jsonl"))
-    choice = choose(Survey(settings)) if settings.checkpoint_dir else Choice("nothing", None, None, (), ())
-    return decide(settings, choice, links, 10**9, False).decision == "done"
+    return decide(settings, _choice(settings), links, 10**9, False).decision == "done"
+
+
+def _choice(settings: Settings) -> Choice:
+    """What a link would start from now. Raises EnvironmentFault when the folder cannot be read."""
+    if not settings.checkpoint_dir:
+        return Choice("nothing", None, None, (), ())
+    try:
+        return choose(Survey(settings))
+    except OSError as error:
+        raise _unreadable(f"`{error.filename}` cannot be read: {error.strerror}") from error
+
+
+def _unreadable(what: str) -> EnvironmentFault:
+    hint = "nothing was changed or queued; try again when it can be read"
+    return EnvironmentFault(what, hint=hint)
+
+
+def _require_clear(settings: Settings, choice: Choice, links: list[dict[str, Any]], force: bool) -> None:
+    """Refuse to queue links that the guard would not start."""
+    place = sidecar.place_of(settings.checkpoint_dir, settings.run_dir) if settings.checkpoint_dir else ""
+    act = sidecar.last_act(place) if place else None
+    decided = decide(settings, choice, links, 10**9, False, True, act)
+    if decided.decision == "run" and choice.unreadable:
+        raise _unreadable(choice.unreadable)
+    why = decided.reason if decided.decision == "gave_up" else ""
+    if decided.decision == "run" and choice.kind == "made" and choice.name:
+        refusals = Survey(settings).verdict(choice.name).refusals
+        why = f"`{choice.name}` {refusals[0]}" if refusals else ""
+    if why and not force:
+        hint = "`hpctrain checkpoint list` shows the folder; --force queues all the same"
+        raise Refused(Problem(why, why="every link would end as it starts", hint=hint))
 
 
 def prepare(loaded: Loaded, force: bool = False, dry_run: bool = False) -> tuple[dict[str, Any], list[str]]:
@@ -125,8 +157,10 @@ def prepare(loaded: Loaded, force: bool = False, dry_run: bool = False) -> tuple
     files = run_files(plan, loaded.inputs)
     if not dry_run and write_run_dir(plan.run_dir, files, force):
         said.append(f"wrote {plan.run_dir}")
-    settings = parse_settings(plan.guard())
-    if settings.start and not Survey(settings).made:
+    settings = parse_settings(plan.guard())._replace(run_dir=plan.run_dir)
+    choice = _choice(settings)
+    settled = choice.refusal or choice.unreadable or choice.kind == "made"
+    if settings.start and not settled and not Survey(settings).made:
         done = checkpoints.bootstrap(settings, dry_run)
         said += [*done.notes, f"the start checkpoint `{done.start}` is complete: {done.num_files} files"]
         if done.target:

@@ -4,44 +4,60 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.runtime import sidecar
 from hpctrain.runtime.bootstrap import Bootstrap, StartProblem, do_bootstrap, plan_bootstrap, write_tracker
-from hpctrain.runtime.files import Listing, free_name, sync_folder
-from hpctrain.runtime.layout import Expected, Verdict
-from hpctrain.runtime.layouts import LAYOUTS
+from hpctrain.runtime.files import Listing, is_folder, sync_folder
+from hpctrain.runtime.huggingface import Weights
+from hpctrain.runtime.layout import COMPLETE, TORN, UNREADABLE, Expected, Verdict
+from hpctrain.runtime.layouts import LAYOUTS, OwnRule, judge_as, resembling
+from hpctrain.runtime.link import now
 from hpctrain.runtime.lock import Lock, state_of, this_holder
 from hpctrain.runtime.settings import GuardError, Settings, parse_settings, read_settings
-from hpctrain.runtime.survey import Candidate, Survey, choose
+from hpctrain.runtime.survey import Candidate, Survey, choose, start_number
+
+MODEL_ALONE = Weights.name
 
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint of a folder. `kind` is `made`, `start` or `link`; `faults` is None where it was not verified."""
+    """One checkpoint of a folder. `kind` is `made`, `start` or `link`; `verdict` is None where it was not looked into."""
 
     name: str
-    number: int
+    number: int | None
     kind: str
-    faults: tuple[str, ...] | None
-    mismatches: tuple[str, ...]
-    num_files: int
-    num_bytes: int
+    verdict: Verdict | None
     named: bool  # by the tracker
     chosen: bool  # a link that starts now would start from it
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What a checkpoint folder holds: its checkpoints, what was set aside (name: path), and why no link would start."""
+
+    rows: tuple[Row, ...]
+    asides: Mapping[str, str]
+    survey: Survey
+    refusal: str
+
+
+@dataclass(frozen=True)
 class Use:
-    """Going back: which checkpoint the next link will start from, and what is renamed so that it does."""
+    """Going back: which checkpoint the next link will start from, what is set aside so that it does, and from where it is
+    brought back where it was set aside before."""
 
     folder: str
+    place: str
     name: str
     kind: str
     asides: tuple[tuple[str, str], ...]
     tracker: str | None
     tracker_text: str | None
+    brought_from: str | None = None
 
 
 def settings_of(
@@ -59,7 +75,8 @@ def settings_of(
     elif os.path.isfile(target):
         from hpctrain.plan.load import load_plan
 
-        found = parse_settings(load_plan(target).plan.guard())
+        plan = load_plan(target).plan
+        found = parse_settings(plan.guard())._replace(run_dir=plan.run_dir)
     else:
         return _plain_settings(target, layout, start, expected)
     if layout and layout != found.layout:
@@ -78,73 +95,129 @@ def settings_of(
 def _plain_settings(target: str, layout: str | None, start: str | None, expected: Expected | None) -> Settings:
     if target.endswith((".yaml", ".yml")) and not os.path.isdir(target):
         raise UsageError(f"there is no `{target}`", hint="name a run directory, a run.yaml or a checkpoint folder")
+    own = None
     if layout is None and os.path.isdir(target):
-        fitting = [
-            name
-            for name, rules in LAYOUTS.items()
-            if any(rules.number(entry) is not None for entry in os.listdir(target))
-        ]
-        if "deepspeed" in fitting and "dcp" in fitting:
-            fitting.remove("dcp")  # `global_stepN` is DeepSpeed's name
-        layout = fitting[0] if len(fitting) == 1 else None
+        layout = layout_of_folder(target)
     if layout is None and start:
         layout = layout_of_name(start)
-    if layout is None or layout not in LAYOUTS:
-        what = (
-            f"`{layout}` is not a layout" if layout else f"`{target}` does not show in which layout its checkpoints are"
-        )
+    if layout is None and os.path.isdir(target):
+        # Odd names: whatever has a number in its name and a writer's files in it.
+        layout, own = "own", OwnRule("*{iteration}*")
+    if own is None and (layout is None or layout not in LAYOUTS):
+        what = f"`{layout}` is not a layout"
+        if layout is None:
+            what = f"`{target}` does not show in which layout its checkpoints are"
         raise UsageError(what, hint=f"name one with --layout: {', '.join(sorted(LAYOUTS))}")
     return Settings(
-        "", layout, os.path.abspath(target), os.path.abspath(start) if start else None, expected or Expected(), None, 3, None, True,
-        # Nothing is known of what the run will reach, and the seed's folders use the framework's own name for the link.
-        "greatest_folder" if layout == "deepspeed" else "latest",
-    )  # fmt: skip
+        run="",
+        layout=str(layout),
+        checkpoint_dir=os.path.abspath(target),
+        start=os.path.abspath(start) if start else None,
+        expected=expected or Expected(),
+        target=None,
+        give_up_after=3,
+        after_each=None,
+        quarantine=True,
+        # Nothing is known of what the run will reach, and the seed's folders use the framework's own
+        # name for the link.
+        counter="greatest_folder" if layout == "deepspeed" else "latest",
+        own=own,
+    )
 
 
-def list_checkpoints(settings: Settings, verify: bool = True) -> tuple[list[Row], list[str], Survey]:
-    """The checkpoints of the folder in the framework's order, and the names of what was moved aside; reads only.
+def layout_of_folder(folder: str) -> str | None:
+    """The layout of the checkpoints in a folder, told by their files first and their names then; None where neither does."""
+    listing = Listing()
+    forms: dict[str, str] = {}
+    for name, entry in _entries(listing, folder).items():
+        if resembling({name: ""}):
+            try:
+                verdict = judge_as(None, entry.path, listing, Expected())
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            forms[name] = verdict.form
+    fitting = resembling(forms)
+    return fitting[0] if fitting else None
 
-    Raises EnvironmentFault when the folder is not there.
+
+def _entries(listing: Listing, folder: str) -> dict[str, os.DirEntry[str]]:
+    try:
+        return dict(listing.entries(folder))
+    except OSError as error:
+        raise EnvironmentFault(f"`{folder}` cannot be read: {error.strerror}") from error
+
+
+def list_checkpoints(settings: Settings, verify: bool = True) -> Contents:
+    """The checkpoints of the folder in the framework's order, and what was set aside; reads only.
+
+    Raises EnvironmentFault when the folder is not there or cannot be read.
     """
     survey = _survey(settings)
-    chosen = choose(survey).name if verify else None
-    rows = []
-    for found in survey.candidates:
-        verdict = survey.verdict(found.name) if verify else Verdict((), (), 0, 0)
-        rows.append(
-            Row(found.name, found.number, _kind(found), verdict.faults if verify else None, verdict.mismatches,
-                verdict.num_files, verdict.num_bytes, found.name == survey.named, found.name == chosen)
-        )  # fmt: skip
-    asides = sorted(name for name in survey.others if name.startswith(("interrupted-", "aside-")))
-    return rows, asides, survey
+    choice = choose(survey) if verify else None
+    rows = tuple(
+        Row(
+            found.name,
+            found.number,
+            _kind(found),
+            survey.verdict(found.name) if verify else None,
+            found.name == survey.named,
+            choice is not None and not choice.refusal and found.name == choice.name,
+        )
+        for found in survey.candidates
+    )
+    refusal = (choice.refusal or choice.unreadable) if choice else ""
+    return Contents(rows, sidecar.kept_aside(survey.folder, survey.place), survey, refusal)
 
 
 def verify(target: str, layout: str | None, expected: Expected) -> list[tuple[str, Verdict]]:
-    """The verdict on one checkpoint, or on each of a run's or of a folder's. Raises UsageError for an unknown layout."""
+    """The verdict on one checkpoint, or on each of a run's or of a folder's, whatever their names.
+
+    An empty answer means that there is no checkpoint. Raises UsageError for an invalid run and an unknown layout,
+    EnvironmentFault when there is nothing or it cannot be read.
+    """
     path = os.path.normpath(target)
-    a_run = os.path.isfile(path) or os.path.isfile(os.path.join(path, "plan.json"))
-    if not a_run and not os.path.isdir(path):
-        raise EnvironmentFault(f"there is no folder `{path}`")
-    if a_run or _holds_checkpoints(path, layout):
-        rows, _, survey = list_checkpoints(settings_of(target, layout, expected=expected))
-        return [(survey.path(row.name), survey.verdict(row.name)) for row in rows]
-    return [(path, LAYOUTS[layout or layout_of_name(path)].verdict(path, Listing(), expected))]
+    if os.path.isfile(os.path.join(path, "plan.json")) or path.endswith((".yaml", ".yml")):
+        contents = list_checkpoints(settings_of(target, layout, expected=expected))
+        survey = contents.survey
+        return [(survey.path(row.name), survey.verdict(row.name)) for row in contents.rows]
+    if not os.path.exists(path):
+        raise EnvironmentFault(f"there is no `{path}`")
+    rules = LAYOUTS[layout] if layout else None
+    itself = judge_as(rules, os.path.abspath(path), Listing(), expected)
+    if itself.form not in ("", MODEL_ALONE) or not os.path.isdir(path):
+        return [(path, itself)]
+    inside = _inside(path, layout, expected)
+    if inside:
+        return inside
+    by_name = bool(resembling({os.path.basename(os.path.abspath(path)): ""}))
+    return [(path, itself)] if by_name or itself.form or itself.state == UNREADABLE else []
 
 
-def _holds_checkpoints(path: str, layout: str | None) -> bool:
-    """Whether a folder is one of checkpoints rather than a checkpoint itself."""
-    kinds = [LAYOUTS[layout]] if layout else list(LAYOUTS.values())
-    if any(kind.number(os.path.basename(os.path.abspath(path))) is not None for kind in kinds):
-        return False
-    return any(kind.number(name) is not None for kind in kinds for name in os.listdir(path))
+def _inside(folder: str, layout: str | None, expected: Expected) -> list[tuple[str, Verdict]]:
+    """The verdicts on the checkpoints in a folder: those with a layout's names, else any with a writer's files."""
+    listing = Listing()
+    entries = _entries(listing, folder)
+    rules = [LAYOUTS[layout]] if layout else list(LAYOUTS.values())
+    named = {name for name in entries if any(one.names(name) for one in rules)}
+    found = []
+    for name in sorted(entries, key=lambda name: (start_number(name) or 0, name)):
+        if not is_folder(entries[name]) and not (name in named and name.endswith(".ckpt")):
+            continue
+        verdict = judge_as(LAYOUTS[layout] if layout else None, entries[name].path, listing, expected)
+        if verdict.form or name in named:
+            found.append((os.path.join(folder, name), verdict))
+    return found
 
 
 def layout_of_name(path: str) -> str:
-    """The layout whose checkpoints have names like this folder's. Raises UsageError when that is not exactly one."""
+    """The layout of the checkpoint at `path`, told by its files, else by its name. Raises UsageError when neither does."""
     name = os.path.basename(os.path.abspath(path))
-    fitting = [layout for layout, rules in LAYOUTS.items() if rules.number(name) is not None and layout != "dcp"]
-    fitting = fitting or [layout for layout in ("dcp",) if LAYOUTS[layout].number(name) is not None]
-    if len(fitting) != 1:
+    form = ""
+    if os.path.isdir(path):
+        form = judge_as(None, os.path.abspath(path), Listing(), Expected()).form
+    writing = [rules.name for rules in LAYOUTS.values() if form in {one.name for one in rules.forms}]
+    fitting = [one for one in resembling({name: form}) if not writing or one in writing] or writing
+    if not fitting:
         raise UsageError(
             f"`{name}` does not show in which layout it is",
             hint=f"name one with --layout: {', '.join(sorted(LAYOUTS))}",
@@ -197,45 +270,81 @@ def plan_use(settings: Settings, to: str | None = None, back: int | None = None)
     Raises UsageError when there is no such complete checkpoint.
     """
     survey = _survey(settings)
+    kept = sidecar.kept_aside(survey.folder, survey.place)
+    if to is not None and to in kept and to not in [found.name for found in survey.candidates]:
+        return _plan_return(survey, to, kept[to])
     choice = choose(survey)
     found = _named(survey, to) if to is not None else _back(survey, choice.name, back or 1)
-    faults = survey.verdict(found.name).faults
-    if faults:
-        raise UsageError(f"`{found.name}` is not complete: {faults[0]}", hint="see `hpctrain checkpoint list`")
-    newer = [
-        made
-        for made in survey.made
-        if found.is_start or found.is_link or survey.layout.order(made.name) > survey.layout.order(found.name)
-    ]
+    _require_complete(found.name, survey.verdict(found.name))
+    return _use_of(survey, found, found.name, None)
+
+
+def _plan_return(survey: Survey, aside: str, path: str) -> Use:
+    """Bring back a checkpoint that was set aside, and start from it."""
+    name = sidecar.original_name(aside)
+    if os.path.lexists(survey.path(name)):
+        raise UsageError(f"`{name}` is in `{survey.folder}` again, beside `{aside}`", hint=f"--to {name}")
+    _require_complete(aside, judge_as(survey.layout, path, Listing(), survey.settings.expected))
+    found = Candidate(name, survey.layout.number(name), False, False)
+    return _use_of(survey, found, name, path)
+
+
+def _require_complete(name: str, verdict: Verdict) -> None:
+    if verdict.state == UNREADABLE:
+        raise EnvironmentFault(f"`{name}`: {verdict.reason}")
+    if verdict.state != COMPLETE:
+        words = "is not complete" if verdict.state == TORN else "cannot be told to be complete"
+        raise UsageError(f"`{name}` {words}: {verdict.faults[0]}", hint="see `hpctrain checkpoint list`")
+
+
+def _use_of(survey: Survey, found: Candidate, name: str, brought_from: str | None) -> Use:
+    from_start = found.is_start or found.is_link
+    newer = [made for made in survey.made if from_start or survey.order(made) > survey.order(found)]
     asides = []
     for made in newer:
-        word = "aside" if survey.complete(made.name) else "interrupted"
-        asides.append((made.name, f"{word}-{made.number}"))
-    text = survey.layout.tracker_text(found.name) if survey.layout.tracker else None
-    return Use(survey.folder, found.name, _kind(found), tuple(asides), survey.layout.tracker, text)
+        torn = survey.verdict(made.name).state == TORN
+        asides.append((made.name, "interrupted-" if torn else "aside-"))
+    text = survey.layout.tracker_text(name) if survey.layout.tracker else None
+    return Use(
+        survey.folder,
+        survey.place,
+        name,
+        _kind(found),
+        tuple(asides),
+        survey.layout.tracker,
+        text,
+        brought_from,
+    )
 
 
-def do_use(settings: Settings, use: Use) -> None:
-    """Go back. The tracker first: whatever is cut off after that, the next link does the rest as it starts.
+def do_use(settings: Settings, use: Use) -> list[tuple[str, str]]:
+    """Go back; returns what was set aside, and where it is now.
 
-    Raises Refused while a link works in the folder.
+    The decision is recorded first, then the tracker: whatever is cut off after that, the next link does the rest as it
+    starts. Raises Refused while a link works in the folder.
     """
-    holder = Lock(use.folder, this_holder(settings.run, os.environ)).holder()
+    holder = Lock(use.place, this_holder(settings.run, os.environ), older=use.folder).holder()
     if holder and state_of(holder) != "dead":
         raise Refused(
             f"job {holder.job_id or holder.pid} works in `{use.folder}` now, or may",
             hint="stop the chain first: `hpctrain stop`, or `hpctrain cancel`",
         )
+    moved = []
     try:
+        place = sidecar.make_place(use.folder, settings.run_dir, lambda text: None)
+        sidecar.note_act(place, {"event": "use", "to": use.name, "kind": use.kind, "time": now()})
+        if use.brought_from:
+            os.rename(use.brought_from, os.path.join(use.folder, use.name))
         if use.tracker and use.tracker_text is not None:
             write_tracker(use.folder, use.tracker, use.tracker_text)
-        for name, to in use.asides:
-            os.rename(os.path.join(use.folder, name), os.path.join(use.folder, free_name(use.folder, to)))
+        for name, kind in use.asides:
+            moved.append((name, sidecar.set_aside(use.folder, place, name, kind)))
         sync_folder(use.folder)
     except OSError as error:
         raise EnvironmentFault(
             f"cannot change `{use.folder}`: {error.strerror}", hint="run the same command again"
         ) from error
+    return moved
 
 
 def _survey(settings: Settings) -> Survey:
@@ -243,7 +352,10 @@ def _survey(settings: Settings) -> Survey:
         raise EnvironmentFault(
             f"there is no folder `{settings.checkpoint_dir}`", hint="no link has run yet, or it is on another machine"
         )
-    return Survey(settings)
+    try:
+        return Survey(settings)
+    except OSError as error:
+        raise EnvironmentFault(f"`{error.filename}` cannot be read: {error.strerror}") from error
 
 
 def _kind(found: Candidate) -> str:
@@ -281,11 +393,28 @@ def _back(survey: Survey, current: str | None, back: int) -> Candidate:
 
 def as_json(row: Row) -> dict[str, object]:
     """A row for `--json`."""
+    verdict = row.verdict
     return {
-        "name": row.name, "number": row.number, "kind": row.kind, "complete": None if row.faults is None else not row.faults,
-        "faults": list(row.faults or ()), "mismatches": list(row.mismatches), "num_files": row.num_files,
-        "num_bytes": row.num_bytes, "named": row.named, "chosen": row.chosen,
-    }  # fmt: skip
+        "name": row.name,
+        "number": row.number,
+        "kind": row.kind,
+        "complete": None if verdict is None else verdict.state == COMPLETE,
+        **verdict_json(verdict or Verdict((), (), 0, 0, "")),
+        "named": row.named,
+        "chosen": row.chosen,
+    }
+
+
+def verdict_json(verdict: Verdict) -> dict[str, object]:
+    """A verdict for `--json`."""
+    return {
+        "state": verdict.state or None,
+        "form": verdict.form or None,
+        "faults": list(verdict.faults),
+        "mismatches": list(verdict.mismatches),
+        "num_files": verdict.num_files,
+        "num_bytes": verdict.num_bytes,
+    }
 
 
 def read_plan(run_dir: str) -> dict[str, Any]:

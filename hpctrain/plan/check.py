@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.config.run import RunSpec
 from hpctrain.config.site import Site
+from hpctrain.plan.checkpoints import checkpoint_problems
 from hpctrain.plan.load import Loaded
 from hpctrain.plan.make import Plan
 from hpctrain.plan.render import render
@@ -37,6 +38,7 @@ def find_problems(loaded: Loaded) -> list[Problem]:
         *plan.problems,
         *_placeholders(plan),
         *_files(plan, here),
+        *checkpoint_problems(plan),
         *secret_problems(plan),
         *shell_problems(os.environ),
     ]

@@ -80,6 +80,8 @@ class Plan:
             "counter": facts.counter,
             "retention": facts.retention,
             **({"exported": True} if facts.exported else {}),
+            **({"own_layout": dict(facts.own_layout)} if facts.own_layout else {}),
+            **({"any_ranks": 1} if facts.any_ranks else {}),
         }
         if facts.start_needs:
             out["start_needs"] = list(facts.start_needs)

@@ -10,6 +10,7 @@ from hpctrain.base.text import text_problem
 from hpctrain.config.decision import Decision
 from hpctrain.config.run import absolute
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
+from hpctrain.recipes.own_layout import read_layout
 
 
 def resolve(context: Context) -> Resolved:
@@ -23,20 +24,23 @@ def resolve(context: Context) -> Resolved:
         )
     elif options["argv"][0] == "":
         problems.append(Problem("`recipe_options.argv` names an empty program", where=where))
-    if options["layout"] != "none" and not spec.checkpoint_dir:
+    layout, own_layout, wrong = read_layout(context)
+    problems += wrong
+    if layout != "none" and not spec.checkpoint_dir:
         problems.append(
             Problem(
-                f"`layout: {options['layout']}` needs a checkpoint folder",
+                f"`layout: {layout}` needs a checkpoint folder",
                 where=spec.where("recipe_options", "layout"),
                 hint="set `checkpoint: {dir: …}`",
             )
         )
-    if spec.num_links > 1 and options["layout"] == "none":
+    if spec.num_links > 1 and layout == "none" and not wrong:
         problems.append(
             Problem(
                 f"a chain of {spec.num_links} jobs needs to know the checkpoints, and `layout` is none",
                 where=spec.where("chain", "jobs"),
-                hint="set `recipe_options: {layout: …}`, or queue one job",
+                hint="name whose checkpoints it writes, `recipe_options: {layout: …}`, or describe its own: "
+                "`layout: {pattern: 'ckpt_{iteration}', marker: DONE}` (`hpctrain recipe show command`)",
             )
         )
     problems += [
@@ -54,7 +58,8 @@ def resolve(context: Context) -> Resolved:
         configs=config,
         config_for={mode: "config.json" for mode in ("scratch", "finetune", "resume")},
         guard=Guard(
-            layout=options["layout"],
+            layout=layout,
+            own_layout=own_layout,
             target=options["target_iteration"],
             start_takes="of which the program takes what it likes",
         ),

@@ -65,7 +65,8 @@ class Guard:
     checkpoint folder, whose tracker names the start when the first link begins, or which holds `start_checkpoint`.
     `start_takes`: the words for what the framework takes from a start checkpoint [default: its weights alone];
     `start_counts`: it goes on at the start's number, and not from 0. `scratch_from`: the words for what a run without a
-    start begins from, such as a model's name [default: nothing].
+    start begins from, such as a model's name [default: nothing]. `own_layout`: the layout that run.yaml describes, where
+    `layout` is `own`. `any_ranks`: the framework lays a checkpoint out anew for another number of data-parallel ranks.
     """
 
     layout: str = "none"
@@ -85,6 +86,8 @@ class Guard:
     start_takes: str = ""
     start_counts: bool = False
     scratch_from: str = ""
+    own_layout: Mapping[str, Any] | None = None
+    any_ranks: bool = False
 
 
 @dataclass(frozen=True)

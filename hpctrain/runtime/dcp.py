@@ -11,7 +11,6 @@ from .shards import PlainUnpickler
 
 MAX_INDEX_BYTES = 1 << 30  # the index of a trillion parameters on ten thousand ranks is smaller
 _INDEX = re.compile(r"(?:__\d+)?\.metadata\Z")
-_DATA = re.compile(r".*\.(?:distcp|safetensors)\Z")
 
 
 class Index(NamedTuple):
@@ -127,8 +126,9 @@ class Dcp(Form):
     long as it says. An empty file of a rank that had nothing to write is named by nobody."""
 
     name = "torch distributed checkpoint"
-    marks = re.compile(r"(?:__\d+)?\.metadata\Z|.*\.distcp\Z")
-    writes = marks
+    marks = re.compile(r"(?:__\d+)?\.metadata\Z|[^/]*\.distcp\Z")
+    # A trainer keeps small files of its own beside them.
+    writes = re.compile(marks.pattern + r"|[^/]*\.(?:json|yaml|yml|txt|toml|md)\Z")
 
     def judge(self, folder: Folder, expected: Expected, report: Report) -> None:
         judge_index(folder, "", report)

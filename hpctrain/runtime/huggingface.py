@@ -274,5 +274,11 @@ class OpenInstruct(Accelerate):
         report.unknown = []
 
 
+class Completed(OpenInstruct):
+    """open-instruct's, told from accelerate's by the marker alone: for a folder of no known layout."""
+
+    marks = re.compile(r"COMPLETED\Z")
+
+
 def _any(names: Set[str], pattern: str) -> bool:
     return any(re.match(pattern, name) for name in names)

@@ -7,7 +7,7 @@ from typing import Optional, Tuple
 from .dcp import Dcp
 from .deepspeed import DeepSpeed
 from .files import FileInfo, Listing
-from .huggingface import Accelerate, HfTrainer, Weights
+from .huggingface import Accelerate, Completed, HfTrainer, Weights
 from .layout import (
     COMPLETE,
     TORN,
@@ -30,6 +30,7 @@ FORMS: Tuple[Form, ...] = (
     MegatronLegacy(),
     MegatronDist(),
     HfTrainer(),
+    Completed(),
     Accelerate(),
     LightningFolder(),
     Nanotron(),

@@ -13,7 +13,7 @@ from hpctrain.config.recipe import load_recipe
 from hpctrain.config.run import Handed
 from hpctrain.plan.load import Loaded, load_plan
 from hpctrain.plan.make import Plan
-from hpctrain.runtime.layouts import LAYOUTS
+from hpctrain.runtime.layouts import layout_named
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,10 @@ def handed_over(stage: Stage, earlier: Plan) -> Handed:
             f"stage `{source}` keeps no checkpoints that could be handed over", where=stage.where,
             why=f"its layout is {guard.layout}", hint="set `recipe_options: {layout: …}` and `checkpoint: {dir: …}` in its run.yaml",
         )  # fmt: skip
-    newest = os.path.join(folder, LAYOUTS[guard.layout].folder_name(guard.target)) if guard.target is not None else None
+    newest = None
+    if guard.target is not None:
+        rules = layout_named(guard.layout, guard.own_layout)
+        newest = os.path.join(folder, rules.folder_name(guard.target))
     return Handed(source, earlier.run_dir, "checkpoint", stage.way, newest, folder, None)
 
 

@@ -1,0 +1,46 @@
+"""The option `layout`: whose checkpoints a program writes, by name or described in run.yaml."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpctrain.base.errors import Problem
+from hpctrain.config.fields import Field, check, nearest
+from hpctrain.recipes.contract import Context
+from hpctrain.runtime.layouts import LAYOUTS
+
+_NAME = r"[^/\x00]+"
+FIELDS = {
+    "pattern": Field(
+        "text",
+        "the name of a checkpoint (a folder, or a file); `{iteration}` is its number, `*` anything",
+        required=True,
+        pattern=r"[^/{}]*\{iteration\}[^/{}]*",
+        shape="a name with `{iteration}` in it once",
+    ),
+    "marker": Field("text", "a file whose presence makes one complete", pattern=_NAME, shape="a file's name"),
+    "files": Field("list", "files that a complete one holds, whole", items=Field("text", "a path inside it")),
+    "tracker": Field(
+        "text",
+        "the file beside the checkpoints that names the one to resume from",
+        pattern=_NAME,
+        shape="a file's name",
+    ),
+    "tracker_holds": Field("text", "what it holds", default="name", choices=("name", "iteration")),
+}
+
+
+def read_layout(context: Context) -> tuple[str, dict[str, Any] | None, list[Problem]]:
+    """The layout's name, the description of one of one's own (else None), and what is wrong."""
+    path = ("recipe_options", "layout")
+    given = context.options["layout"]
+    if not isinstance(given, dict):
+        if given in LAYOUTS:
+            return str(given), None, []
+        what = f"`recipe_options.layout: {given}` is not one of them"
+        hint = nearest(str(given), [*LAYOUTS, "{pattern: …}"])
+        return "none", None, [Problem(what, context.spec.where(*path), hint=hint)]
+    rule, problems = check(context.spec.document, FIELDS, path)
+    if problems:
+        return "none", None, list(problems)
+    return "own", {key: value for key, value in rule.items() if value}, []
