@@ -199,11 +199,16 @@ def _inside(folder: str, layout: str | None, expected: Expected) -> list[tuple[s
     entries = _entries(listing, folder)
     rules = [LAYOUTS[layout]] if layout else list(LAYOUTS.values())
     named = {name for name in entries if any(one.names(name) for one in rules)}
-    found = []
+    found: list[tuple[str, Verdict]] = []
+    before: dict[str, str] = {}  # the last checkpoint of each form, beside which the next is judged
     for name in sorted(entries, key=lambda name: (start_number(name) or 0, name)):
         if not is_folder(entries[name]) and not (name in named and name.endswith(".ckpt")):
             continue
-        verdict = judge_as(LAYOUTS[layout] if layout else None, entries[name].path, listing, expected)
+        one = LAYOUTS[layout] if layout else None
+        verdict = judge_as(one, entries[name].path, listing, expected)
+        if verdict.form in before:
+            verdict = judge_as(one, entries[name].path, listing, expected, before[verdict.form])
+        before[verdict.form] = entries[name].path
         if verdict.form or name in named:
             found.append((os.path.join(folder, name), verdict))
     return found

@@ -39,7 +39,10 @@ def make_place(folder: str, run_dir: str, say: Callable[[str], None]) -> str:
     else:
         try:
             make_folder(usual)
-            return usual
+            if os.path.isdir(usual):
+                return usual
+            if not spare:
+                raise OSError(errno.ENOTDIR, "something else has this name", usual)
         except OSError as error:
             if error.errno not in _NOT_WRITABLE or not spare:
                 raise
@@ -108,7 +111,7 @@ def acts(place: str) -> List[Dict[str, Any]]:
     """What people decided about the folder, oldest first."""
     try:
         return read_records(os.path.join(place, ACTS))
-    except OddFile:
+    except (OddFile, NotADirectoryError):
         return []
 
 

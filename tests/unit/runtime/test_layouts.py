@@ -70,22 +70,6 @@ def test_every_length_of_a_torch_file_but_the_whole_is_damaged(tmp_path):
     assert shards.damage(str(tmp_path / "f.pt"), len(TORCH) + 1)
 
 
-def test_a_short_file_without_an_end_mark_is_seen_by_its_siblings_and_by_the_checkpoint_before(tmp_path):
-    for step in (10, 20):
-        write(tmp_path / f"global_step{step}", {
-            **{f"mp_rank_{tp:02d}_model_states.pt": b"legacy" * 100 for tp in range(2)},
-            **{f"zero_pp_rank_{dp}_mp_rank_{tp:02d}_optim_states.pt": b"legacy" * 200 for tp in range(2) for dp in range(2)},
-        })  # fmt: skip
-    path, before = tmp_path / "global_step20", tmp_path / "global_step10"
-    assert faults("deepspeed", path, previous=before) == []
-    os.truncate(path / "zero_pp_rank_1_mp_rank_00_optim_states.pt", 500)
-    assert "its siblings about" in faults("deepspeed", path)[0]
-    for name in os.listdir(path):
-        os.truncate(path / name, 20)
-    assert faults("deepspeed", path) == []  # all alike: nothing to see
-    assert "in the checkpoint before" in faults("deepspeed", path, previous=before)[0]
-
-
 def test_pipeline_layers_must_be_there_for_every_tensor_rank(tmp_path):
     path = tmp_path / "global_step4"
     files = {f"layer_{layer:02d}-model_{tp:02d}-model_states.pt": TORCH for layer in (0, 2, 3, 5) for tp in range(2)}
@@ -211,17 +195,6 @@ def test_an_open_instruct_model_is_exported_when_all_its_parts_are_younger_than_
         os.rename(tmp_path / "away", tmp_path / name)
     os.truncate(tmp_path / "model-1.safetensors", 20)
     assert "model-1.safetensors" in lacking()[0]
-
-
-def test_distributed_checkpoints_end_with_their_metadata(tmp_path):
-    path = write(
-        tmp_path / "step-7", {"__0_0.distcp": b"x", "__0_1.distcp": b"x", "__1_0.distcp": b"x", ".metadata": b"m"}
-    )
-    assert faults("dcp", path) == []
-    os.unlink(path / "__0_0.distcp")
-    assert "__0_0.distcp" in faults("dcp", path)[0]
-    write(path, {"__0_0.distcp": b"x", ".metadata": b""})
-    assert "written last" in faults("dcp", path)[0]
 
 
 @pytest.mark.parametrize("form", ["mp_rank_{:02d}/model_optim_rng.pt", "mp_rank_{:02d}_{:03d}/model_optim_rng.pt"])

@@ -28,6 +28,7 @@ class Run:
 
     def __init__(self, top: Path, **guard):
         self.dir, self.ckpt = top / "run dir", top / "ckpt's"
+        self.aside = top / "ckpt's.hpctrain"
         self.start = str(top / "base" / "global_step50")
         self.guard = {
             "schema_version": 1, "run": "ft", "layout": "deepspeed", "checkpoint_dir": str(self.ckpt), "start": None,

@@ -6,9 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import checkpoints
 import pytest
+
+from hpctrain.jobs import checkpoints as jobs_checkpoints
+from hpctrain.runtime.settings import read_settings
+
+
+def visible(folder):
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
 @pytest.mark.parametrize("text", ["", "\n", "global_step999", "../base/global_step50", "\0\0\0", "global_step20"])
@@ -20,8 +28,8 @@ def test_a_bad_latest_falls_back_to_the_newest_complete(quick, text):
     found = quick.begin(1)
     assert (found["mode"], found["iteration"]) == ("resume", "10")
     assert (quick.ckpt / "latest").read_text() == "global_step10"
-    assert sorted(name for name in os.listdir(quick.ckpt) if not name.startswith(".")) == [
-        "global_step10", "interrupted-20", "latest"]  # fmt: skip
+    assert sorted(os.listdir(quick.ckpt)) == ["global_step10", "latest"]
+    assert visible(quick.aside) == ["interrupted-global_step20"]
     assert quick.records()[0]["reason"].count("latest")
 
 
@@ -37,7 +45,7 @@ def test_shards_of_an_interrupted_save_never_mix_with_those_of_the_next(quick):
     quick.begin(1)
     checkpoints.partial_save(str(quick.ckpt), 20, [0, 3], 1, 2, lineage="second")
     assert quick.begin(2, job="8")["iteration"] == "10"  # the two halves would have looked like one whole
-    assert {"interrupted-20", "interrupted-20.2"} < set(os.listdir(quick.ckpt))
+    assert {"interrupted-global_step20", "interrupted-global_step20.2"} <= set(os.listdir(quick.aside))
 
 
 def test_a_save_cut_off_before_latest_is_not_lost(quick):
@@ -50,20 +58,43 @@ def test_a_save_cut_off_before_latest_is_not_lost(quick):
     assert quick.begin(1)["iteration"] == "20"
 
 
-def test_who_went_back_by_hand_is_obeyed_and_the_newer_ones_are_kept_aside(quick):
+def test_a_latest_that_passes_over_a_newer_complete_checkpoint_is_asked_about_and_nothing_moves(quick):
     quick.save(10)
     quick.save(20)
     (quick.ckpt / "latest").write_text("global_step10")
-    assert quick.begin(1)["iteration"] == "10"
-    assert (quick.ckpt / "aside-20").is_dir()
+    before = checkpoints.snapshot(str(quick.ckpt))
+    assert quick.begin(1)["decision"] == "gave_up"
+    reason = quick.records()[-1]["reason"]
+    assert "--to global_step10` goes back" in reason and "--to global_step20` it goes on" in reason
+    assert checkpoints.snapshot(str(quick.ckpt)) == before
+
+
+def test_who_went_back_with_the_verb_is_obeyed_and_the_newer_ones_are_kept_aside(quick):
+    quick.save(10)
+    quick.save(20)
+    settings = read_settings(str(quick.dir))
+    use = jobs_checkpoints.plan_use(settings, to="global_step10")
+    jobs_checkpoints.do_use(settings, replace(use, asides=()))
+    assert quick.begin(1)["iteration"] == "10"  # cut off in the middle: the link does the rest
+    assert visible(quick.aside) == ["acts.jsonl", "aside-global_step20"]
     assert not (quick.ckpt / "global_step20").exists()
+
+
+def test_what_was_set_aside_can_be_gone_back_to(quick):
+    quick.save(10)
+    quick.save(20)
+    settings = read_settings(str(quick.dir))
+    jobs_checkpoints.do_use(settings, jobs_checkpoints.plan_use(settings, to="10"))
+    jobs_checkpoints.do_use(settings, jobs_checkpoints.plan_use(settings, to="aside-global_step20"))
+    assert quick.begin(1)["iteration"] == "20"
+    assert sorted(os.listdir(quick.ckpt)) == ["global_step10", "global_step20", "latest"]
 
 
 def test_a_latest_that_names_nothing_does_not_reach_a_run_from_scratch(quick):
     quick.ckpt.mkdir()
     (quick.ckpt / "latest").write_text("global_step9")
     assert quick.begin(1)["mode"] == "scratch"
-    assert (quick.ckpt / "aside-latest").exists() and not (quick.ckpt / "latest").exists()
+    assert (quick.aside / "aside-latest").exists() and not (quick.ckpt / "latest").exists()
 
 
 def test_the_forks_counter_sees_only_the_chosen_checkpoint(quick):
@@ -73,11 +104,14 @@ def test_the_forks_counter_sees_only_the_chosen_checkpoint(quick):
     assert os.readlink(quick.ckpt / "global_step50")
     quick.save(60)
     checkpoints.partial_save(str(quick.ckpt), 70, [3, 0], 1, 2)
-    shutil.copytree(quick.ckpt / "global_step60", quick.ckpt / "global_step65_bak")
     os.symlink("../base/global_step50", quick.ckpt / "global_step999")
     assert quick.begin(2, job="8")["iteration"] == "60"
     seen = [name for name in os.listdir(quick.ckpt) if "global_step" in name]
     assert sorted(seen) == ["global_step50", "global_step60"]
+    shutil.copytree(quick.ckpt / "global_step60", quick.ckpt / "global_step65_bak")
+    assert quick.begin(3, job="9")["decision"] == "gave_up"  # it is the user's: only they may move it
+    assert "`global_step65_bak`" in quick.records()[-1]["reason"]
+    assert (quick.ckpt / "global_step65_bak").is_dir()
 
 
 def test_made_tells_a_side_job_whether_its_link_made_a_checkpoint(quick):

@@ -63,7 +63,7 @@ def test_a_folder_bootstrapped_under_the_other_name_is_taken_as_it_is(quick):
     assert (quick.ckpt / "latest").read_text() == "start-50"
     quick.save(10)
     assert quick.begin(3, job="9")["mode"] == "resume"
-    assert sorted(name for name in os.listdir(quick.ckpt) if name[0] != ".") == ["global_step10", "latest", "start-50"]
+    assert sorted(os.listdir(quick.ckpt)) == ["global_step10", "latest", "start-50"]
 
 
 def test_a_harmless_link_keeps_its_name_through_the_whole_run(quick):
@@ -91,7 +91,8 @@ def test_a_link_made_by_hand_gets_the_safe_name_before_the_framework_can_stumble
     os.rename(quick.ckpt / "start-50", quick.ckpt / "global_step50")
     quick.save(10)
     assert quick.begin(2, job="8")["mode"] == "resume"
-    assert sorted(name for name in os.listdir(quick.ckpt) if name[0] != ".") == ["global_step10", "latest", "start-50"]
+    assert sorted(os.listdir(quick.ckpt)) == ["global_step10", "latest"]
+    assert os.path.samefile(quick.aside / "aside-global_step50", quick.start)  # a link still leads there
 
 
 def test_a_start_never_counts_as_done(quick):
@@ -121,22 +122,20 @@ def test_a_start_from_another_number_of_nodes_is_fine(quick):
     assert quick.begin(1)["mode"] == "finetune"
 
 
-def test_checkpoints_removed_by_hand_mean_bootstrap_with_a_start_and_never_random_weights_without(tmp_path):
-    run = Run(tmp_path / "a")
-    run.base()
-    run.link(1)
-    run.save(10)
-    run.link(2)
-    shutil.rmtree(run.ckpt)
-    assert run.begin(3)["mode"] == "finetune"
-    assert "are gone" in run.records()[-1]["reason"]
-    run = Run(tmp_path / "b")
+@pytest.mark.parametrize("with_start", [True, False])
+def test_no_start_begins_anew_against_a_record_of_a_finished_checkpoint(tmp_path, with_start):
+    run = Run(tmp_path)
+    if with_start:
+        run.base()
     run.link(1)
     run.save(10)
     run.link(2)
     shutil.rmtree(run.ckpt)
     assert run.begin(3)["decision"] == "gave_up"
-    assert "to begin again from scratch" in run.records()[-1]["reason"]
+    reason = run.records()[-1]["reason"]
+    assert "`global_step10` was complete" in reason and "to begin again from" in reason
+    (run.dir / "links.jsonl").rename(run.dir / "links.old")
+    assert run.begin(3)["mode"] == ("finetune" if with_start else "scratch")
 
 
 def test_nothing_of_the_start_ever_changes(quick):
