@@ -9,6 +9,7 @@ from .dcp import judge_index
 from .deepspeed import DeepSpeed
 from .files import read_text
 from .layout import Expected, Folder, Form, Report, missing, opened
+from .shards import top_values
 
 _MAX_JSON_BYTES = 256 * 1024 * 1024
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -125,16 +126,29 @@ class HfTrainer(Form):
             )
             return
         lost = [] if has_optimizer else ["the optimizer's state is missing"]
-        if not has_scheduler and sharded != "deepspeed":
+        if not has_scheduler and not (sharded == "deepspeed" and _own_scheduler(folder)):
             lost.append("`scheduler.pt` is missing: the Trainer would begin the optimizer anew too")
-        if has_scheduler is False and sharded == "deepspeed" and "scheduler.pt" in folder.previous:
-            lost.append("`scheduler.pt` is missing")
-        lost += self._random_faults(folder, random_states)
+        lost += self._random_faults(folder, random_states, report)
         if "scaler.pt" in folder.previous and "scaler.pt" not in top:
             lost.append("`scaler.pt` is missing")
-        if not sharded or any(name in top for name in _INDEXES):
-            lost += [fault for fault in weight_faults(folder)]
+        lost += self._weight_faults(folder, sharded)
         self.lacking(folder, report, lost)
+
+    @staticmethod
+    def _weight_faults(folder: Folder, sharded: str) -> List[str]:
+        """The weights that the Trainer loads: FSDP's own file where it saved whole states, which is
+        told by the optimizer's name; nothing beside DeepSpeed's shards."""
+        top = folder.top()
+        if "optimizer.bin" in top:
+            lacks = "pytorch_model_fsdp.bin" not in top
+            return ["`pytorch_model_fsdp.bin`, the weights, is missing"] if lacks else []
+        if sharded:
+            return []
+        config = folder.files.get("config.json")
+        faults = weight_faults(folder)
+        if config is not None and read_json(folder, "config.json") is None:
+            faults.append("`config.json` is damaged")
+        return faults
 
     @staticmethod
     def _judge_state(folder: Folder, report: Report) -> None:
@@ -148,12 +162,13 @@ class HfTrainer(Form):
         if name and step != int(name.group(1)) and not os.path.islink(folder.path):
             report.torn.append("`trainer_state.json` is of step {}".format(step))
 
-    def _random_faults(self, folder: Folder, names: List[str]) -> List[str]:
+    def _random_faults(self, folder: Folder, names: List[str], report: Report) -> List[str]:
         if not names:
             return ["`rng_state.pth` is missing"]
         ranks = {key[0] for key in folder.matching(self._RNG)}
         if not ranks:
             return []
+        fewer_ranks(folder, self._RNG, ranks, report)
         return missing("random states", range(max(ranks) + 1), ranks, "rng_state_{}.pth".format)
 
     @staticmethod
@@ -166,6 +181,8 @@ class HfTrainer(Form):
         tag = deepspeed_tag(folder)
         if tag is None:
             return ""
+        if not (read_text(os.path.join(folder.path, "latest"), 4096) or "").strip():
+            report.torn.append("`latest`, without which DeepSpeed loads nothing, is missing or empty")
         if tag not in folders:
             report.torn.append("`latest` names `{}`, which is not there".format(tag))
             return "deepspeed"
@@ -189,6 +206,15 @@ def judge_fsdp(folder: Folder, parts: List[str], report: Report) -> str:
     return "fsdp" if parts else ""
 
 
+def _own_scheduler(folder: Folder) -> bool:
+    """Whether DeepSpeed keeps the scheduler itself: its configuration, in a model file, has one."""
+    names = sorted(name for name in folder.files if name.endswith("model_states.pt"))
+    if not names:
+        return False
+    config = top_values(os.path.join(folder.path, names[0]), ("ds_config",)).get("ds_config")
+    return isinstance(config, dict) and bool(config.get("scheduler"))
+
+
 def deepspeed_tag(folder: Folder) -> Optional[str]:
     """The sub-folder with DeepSpeed's shards, None where there are none."""
     named = read_text(os.path.join(folder.path, "latest"), 4096) if "latest" in folder.files else None
@@ -208,6 +234,15 @@ def judge_deepspeed(folder: Folder, tag: str, expected: Expected, report: Report
     report.unknown += found.unknown
     report.mismatches += found.mismatches
     report.refusals += found.refusals
+
+
+def fewer_ranks(folder: Folder, pattern: Pattern[str], ranks: Set[int], report: Report) -> None:
+    """Nothing in such a checkpoint says how many ranks there were: with fewer than in the one before,
+    the run may have got smaller, or the last ranks' files were never written."""
+    before = {int(match.group(1)) for match in map(pattern.match, folder.previous) if match}
+    if before and ranks and len(ranks) < len(before):
+        line = "it has random states of {} ranks, the one before of {}"
+        report.unknown.append(line.format(len(ranks), len(before)))
 
 
 class Accelerate(Form):
@@ -234,6 +269,7 @@ class Accelerate(Form):
         ranks = {key[0] for key in folder.matching(self._RANDOM)}
         least = max(ranks) + 1 if ranks else 1
         report.torn += missing("random states", range(least), ranks, "random_states_{}.pkl".format)
+        fewer_ranks(folder, self._RANDOM, ranks, report)
         report.torn += whole_files(folder, sorted(top))
         before = [name for name in folder.previous if "/" not in name and self.marks.match(name)]
         report.torn += [

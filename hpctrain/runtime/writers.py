@@ -88,8 +88,8 @@ class Verl(Form):
 
 
 class OlmoCore(Form):
-    """OLMo-core's `stepN/` (olmo_core/train/checkpoint.py `dir_is_checkpoint`): `train/rankR.pt` of
-    each rank, `model_and_optim/` with the files that its `.metadata` names, and `.metadata.json`,
+    """OLMo-core's `stepN/` (olmo_core/train/checkpoint.py `dir_is_checkpoint`, `load`): `train/rank0.pt`,
+    which stands in for a rank whose own is not there, `model_and_optim/` with the files that its `.metadata` names, and `.metadata.json`,
     which is written last."""
 
     name = "OLMo-core"
@@ -101,7 +101,7 @@ class OlmoCore(Form):
         if ".metadata.json" not in folder.files:
             report.torn.append("`.metadata.json`, which is written last, is missing")
         elif folder.files[".metadata.json"].size <= 0:
-            report.torn.append("`.metadata.json` is empty")
+            report.unknown.append("`.metadata.json` is empty")
         if "model_and_optim" in folder.folders():
             judge_index(folder, "model_and_optim", report)
         else:
@@ -111,12 +111,11 @@ class OlmoCore(Form):
         if not ranks:
             self.lacking(folder, report, ["`train/rank0.pt` is missing"])
             return
+        if 0 not in ranks:
+            report.torn.append("`train/rank0.pt`, which stands in for every other rank's, is missing")
         path = os.path.join(folder.path, ranks[min(ranks)])
-        said = shards.top_values(path, ("world_size", "global_step"))
-        world, step = said.get("world_size"), said.get("global_step")
+        step = shards.top_values(path, ("global_step",)).get("global_step")
         report.iteration = step if isinstance(step, int) else None
-        number = world if isinstance(world, int) and world > max(ranks) else max(ranks) + 1
-        report.torn += missing("rank files", range(number), ranks, "train/rank{}.pt".format)
         name = re.search(r"step(\d+)\Z", os.path.basename(folder.path))
         if name and isinstance(step, int) and step != int(name.group(1)):
             report.torn.append("`{}` is of step {}".format(ranks[min(ranks)], step))

@@ -228,6 +228,7 @@ def make_scenario(plan: Plan, request: Request) -> dict[str, Any]:
         "counts_on": facts.counter == "greatest_folder" or offset > 0,
         "save_every": cadence.save_every,
         "layout": facts.layout,
+        **({"own": dict(facts.own_layout)} if facts.own_layout else {}),
         "ranks": scene.ranks_of(plan),
         "time_s": plan.spec.time_s,
         "step_time_s": step_time_s,

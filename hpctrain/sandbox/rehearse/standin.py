@@ -12,10 +12,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import pickle
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -28,13 +29,21 @@ MODEL = {
 FIELD, END = "\x1f", "\x1e"
 
 
-def write_checkpoint(folder: str, layout: str, number: int, ranks: dict[str, int | None], until: float = 1.0) -> str:
+def write_checkpoint(
+    folder: str,
+    layout: str,
+    number: int,
+    ranks: dict[str, int | None],
+    until: float = 1.0,
+    own: Mapping[str, Any] | None = None,
+) -> str:
     """Write checkpoint `number` below `folder` as `layout` has it; `until` < 1 stops after that part of its files.
 
     `ranks`: tensor, pipeline, data (numbers, or None for one) and zero (the stage or None). Returns the folder's name.
-    The tracker, where the layout has one, is written where the framework writes it.
+    The tracker, where the layout has one, is written where the framework writes it. `own`: the layout that run.yaml
+    describes itself.
     """
-    name, files, tracker = checkpoint_files(layout, number, ranks)
+    name, files, tracker = _own_files(own, number) if own else checkpoint_files(layout, number, ranks)
     made: set[str] = set()
     stop = len(files) if until >= 1 else max(int(len(files) * until), 1)
     first = ""
@@ -129,10 +138,85 @@ def checkpoint_files(
         files = [(name, CONTENT) for name in ("pytorch_model.bin", "optimizer.bin", "scheduler.bin")]
         files += [(f"random_states_{rank}.pkl", CONTENT) for rank in range(world)]
         return f"step_{number}", [*files, ("COMPLETED", b"COMPLETED")], None
-    if layout == "dcp":
-        files = [(f"__{rank}_0.distcp", CONTENT) for rank in range(world)]
-        return f"step-{number}", [*files, (".metadata", CONTENT)], None
+    if layout in OTHERS:
+        name, files, tracker_ = OTHERS[layout](number, world)
+        return name, files, tracker_
     raise ValueError(f"no checkpoints of layout `{layout}` can be written")
+
+
+class Metadata:
+    """An index as torch.distributed.checkpoint pickles it; its readers ask for the attributes alone."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.storage_data = {name: _StorageInfo(name) for name in names}
+
+
+class _StorageInfo:
+    def __init__(self, relative_path: str) -> None:
+        self.relative_path, self.offset, self.length = relative_path, 0, len(CONTENT)
+
+
+def _distributed(world: int, below: str = "") -> list[tuple[str, bytes]]:
+    """The shards of a distributed checkpoint, and the index that names them, last."""
+    names = [f"__{rank}_0.distcp" for rank in range(world)]
+    index = pickle.dumps(Metadata(names), protocol=4)
+    return [*((below + name, CONTENT) for name in names), (below + ".metadata", index)]
+
+
+Files = tuple[str, list[tuple[str, bytes]], "tuple[str, str] | None"]
+
+
+def _dcp(number: int, world: int) -> Files:
+    return f"step-{number}", _distributed(world), None
+
+
+def _accelerate(number: int, world: int) -> Files:
+    # The other ranks do not wait for the first one, which writes the weights.
+    names = [f"random_states_{rank}.pkl" for rank in reversed(range(world))]
+    names += ["pytorch_model.bin", "optimizer.bin", "scheduler.bin"]
+    return f"checkpoint_{number}", [(name, CONTENT) for name in names], None
+
+
+def _olmo_core(number: int, world: int) -> Files:
+    ranks = [(f"train/rank{rank}.pt", CONTENT) for rank in range(world)]
+    files = [*ranks, *_distributed(world, "model_and_optim/"), (".metadata.json", b"{}")]
+    return f"step{number}", files, None
+
+
+def _lightning(number: int, world: int) -> Files:
+    return f"epoch=0-step={number}.ckpt", [*_distributed(world), ("meta.pt", CONTENT)], None
+
+
+def _nanotron(number: int, world: int) -> Files:
+    form = "optimizer/optimizer_pp-0-of-1_dp-{}-of-{}_tp-0-of-1_exp-0-of-1.pt"
+    names = ["model/model_config.bin", *(form.format(rank, world) for rank in range(world))]
+    names += ["lr_scheduler/lr_scheduler.pt", "checkpoint_metadata.json"]
+    return str(number), [(name, CONTENT) for name in names], ("latest.txt", str(number))
+
+
+def _nemo(number: int, world: int) -> Files:
+    last = [("weights/common.pt", CONTENT), ("weights/metadata.json", b"{}")]
+    return f"model--step={number}-last", [*_distributed(world, "weights/"), *last], None
+
+
+OTHERS: dict[str, Callable[[int, int], Files]] = {
+    "dcp": _dcp,
+    "torchtitan": _dcp,
+    "accelerate": _accelerate,
+    "olmo-core": _olmo_core,
+    "lightning": _lightning,
+    "nanotron": _nanotron,
+    "nemo": _nemo,
+}
+
+
+def _own_files(own: Mapping[str, Any], number: int) -> Files:
+    """A checkpoint of the layout that run.yaml describes: the files it lists, then the marker."""
+    name = str(own["pattern"]).replace("*", "").replace("{iteration}", str(number))
+    names = [*(own.get("files") or ["state.bin"]), *([own["marker"]] if own.get("marker") else [])]
+    text = str(number) if own.get("tracker_holds") == "iteration" else name
+    tracker = (str(own["tracker"]), text) if own.get("tracker") else None
+    return name, [(file, CONTENT) for file in names], tracker
 
 
 def _deepspeed(tensor: int, stages: int, data: int, zero: int | None) -> list[tuple[str, bytes]]:
@@ -254,10 +338,10 @@ class Walk:
         )
         if half:
             self.tell("kill", number=number)
-            write_checkpoint(folder, plan["layout"], number, plan["ranks"], 0.5)
+            write_checkpoint(folder, plan["layout"], number, plan["ranks"], 0.5, plan.get("own"))
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(plan["save_s"])
-        name = write_checkpoint(folder, plan["layout"], number, plan["ranks"])
+        name = write_checkpoint(folder, plan["layout"], number, plan["ranks"], own=plan.get("own"))
         self.tell("saved", number=number, name=name)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

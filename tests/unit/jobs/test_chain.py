@@ -86,7 +86,9 @@ def test_expectations_go_from_finetune_over_resume_to_done(tmp_path):
 
 
 def test_links_that_ran_by_hand_keep_their_numbers(tmp_path):
-    (tmp_path / "links.jsonl").write_text("".join(json.dumps(record) + "\n" for record in link(2, 0, 20, 100)))
+    (tmp_path / "links.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in link(2, 0, 20, 100, "scratch"))
+    )
     assert chain.plan_chain(str(tmp_path), plan(tmp_path), num_links=3).new == (3, 4, 5)
 
 

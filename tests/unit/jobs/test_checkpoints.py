@@ -118,8 +118,9 @@ def test_verify_of_a_folder_of_checkpoints_looks_at_each(cli, tmp_path):
     assert cli("verify", tmp_path / "ck")[1].count("complete") == 2
     os.remove(tmp_path / "ck/global_step20/mp_rank_00_model_states.pt")
     code, said = cli("verify", tmp_path / "ck", "--layout", "deepspeed")
-    assert code == 1 and "global_step10: complete" in said and "global_step20: incomplete" in said
-    assert cli("verify", tmp_path)[0] == 2
+    assert code == 1 and "global_step10: complete" in said and "global_step20: torn" in said
+    code, said = cli("verify", tmp_path)  # a folder of neither
+    assert code == 1 and "there is no checkpoint in" in said and "complete" not in said
 
 
 def test_verify_exits_1_when_one_is_not_complete(cli, tmp_path):
@@ -141,7 +142,9 @@ def test_use_goes_back_and_keeps_the_newer_ones_aside(cli, tmp_path):
     assert checkpoints.snapshot(tmp_path) == before
     assert cli("use", tmp_path, "--back", 1)[0] == 0
     assert (tmp_path / "latest").read_text() == "global_step20"
-    assert sorted(os.listdir(tmp_path)) == ["aside-40", "global_step10", "global_step20", "interrupted-30", "latest"]
+    assert sorted(os.listdir(tmp_path)) == ["global_step10", "global_step20", "latest"]
+    kept = sorted(os.listdir(f"{tmp_path}.hpctrain"))
+    assert kept == ["acts.jsonl", "aside-global_step40", "interrupted-global_step30"]
     assert cli("use", tmp_path, "--to", 10)[0] == 0
     code, said = cli("use", tmp_path, "--back", 1)
     assert (code, "before `global_step10`" in said) == (errors.USAGE, True)
@@ -156,7 +159,7 @@ def test_use_start_goes_back_to_before_the_first_link(cli, tmp_path, base):
     code, said = cli("use", folder, "--to", "start")
     assert (code, "optimizer" in said) == (0, True)
     assert (folder / "latest").read_text() == "global_step423858"
-    assert (folder / "aside-423868").is_dir()
+    assert (tmp_path / "new.hpctrain" / "aside-global_step423868").is_dir()
 
 
 def test_use_refuses_while_a_link_works_there(cli, tmp_path, monkeypatch):
