@@ -157,6 +157,12 @@ _SBATCH_INPUTS = {
         "signal".split()
     },
 }
+# What says nothing about the job, or what Slurm itself sets in it (SBATCH_MEM_BIND…).
+_SBATCH_HARMLESS = (
+    "SBATCH_DEBUG SBATCH_EXPORT SBATCH_GET_USER_ENV SBATCH_IGNORE_PBS SBATCH_WAIT SBATCH_MEM_BIND "
+    "SBATCH_MEM_BIND_LIST SBATCH_MEM_BIND_PREFER SBATCH_MEM_BIND_SORT SBATCH_MEM_BIND_TYPE "
+    "SBATCH_MEM_BIND_VERBOSE"
+).split()
 
 
 def inherited_inputs(options: Collection[str]) -> list[str]:
@@ -165,6 +171,18 @@ def inherited_inputs(options: Collection[str]) -> list[str]:
     return sorted((_SRUN_INPUTS | set(_SRUN_INPUTS_OF)) - own)
 
 
-def overriding_inputs(options: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The variables that would override these options of a script, each with the value that agrees with it."""
-    return [(_SBATCH_INPUTS[name], value) for name, value in options.items() if name in _SBATCH_INPUTS]
+def agreeing_inputs(options: Mapping[str, str]) -> dict[str, str]:
+    """The variables that sbatch reads and that change nothing of a job with these options: name -> value, "" for any."""
+    own = {_SBATCH_INPUTS[name]: value for name, value in options.items() if name in _SBATCH_INPUTS}
+    return {**own, **dict.fromkeys(_SBATCH_HARMLESS, "")}
+
+
+def overriding_inputs(environment: Mapping[str, str], options: Mapping[str, str]) -> list[str]:
+    """The variables of a shell from which sbatch would take other options than these, sorted."""
+    agreeing = {**agreeing_inputs(options), "SLURM_HINT": options.get("hint", "")}
+    return [
+        name
+        for name, value in sorted(environment.items())
+        if (name.startswith("SBATCH_") or name in ("SLURM_HINT", "SLURM_CLUSTERS", "SLURM_HOSTFILE"))
+        and (name not in agreeing or agreeing[name] not in ("", value))
+    ]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.config.run import RunSpec
+from hpctrain.config.sbatch import overriding_inputs
 from hpctrain.config.site import Site
 from hpctrain.plan.checkpoints import checkpoint_problems
 from hpctrain.plan.load import Loaded
@@ -40,7 +41,7 @@ def find_problems(loaded: Loaded) -> list[Problem]:
         *_files(plan, here),
         *checkpoint_problems(plan),
         *secret_problems(plan),
-        *shell_problems(os.environ),
+        *shell_problems(os.environ, {one.option: one.value for one in plan.directives}),
     ]
     if not plan.errors:
         try:
@@ -164,22 +165,16 @@ def _secret_lines(path: str, where: str) -> Iterator[Problem]:
                 yield Problem(f"line {number} of the secrets file is not KEY=VALUE", where)
 
 
-def shell_problems(environment: Mapping[str, str]) -> Iterator[Problem]:
-    """Variables of this shell that would override or leak into a submitted job."""
-    names = slurm.leaking(environment)
-    overriding = [name for name in names if name.startswith("SBATCH_")]
-    inside = [name for name in names if not name.startswith("SBATCH_")]
-    if overriding:
+def shell_problems(environment: Mapping[str, str], asked: Mapping[str, str]) -> Iterator[Problem]:
+    """Variables of this shell that would change a job with the options `asked`, submitted with plain sbatch."""
+    names = overriding_inputs(environment, asked)
+    if names:
         yield Problem(
-            f"this shell sets {', '.join(overriding)}, which override the job script's own options", level="warning",
-            why="man sbatch: environment variables override options set in a batch script; `hpctrain chain` removes them",
-            hint=f"unset {' '.join(overriding)}",
-        )  # fmt: skip
-    if inside:
-        yield Problem(
-            f"this shell is inside an allocation ({', '.join(inside[:4])}{', …' if len(inside) > 4 else ''}), whose settings leak into jobs",
-            level="warning", hint="submit from a login node's shell; `hpctrain chain` removes them",
-        )  # fmt: skip
+            f"this shell sets {', '.join(names)}, which sbatch takes before the job script's own options",
+            level="warning",
+            why="`hpctrain chain` submits without them; a plain sbatch does not (man sbatch)",
+            hint=f"unset {' '.join(names)}",
+        )
 
 
 def _ask_slurm(plan: Plan, job: str, here: bool) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ from hpctrain import __version__
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.paths import layer_dirs, shipped_dir
 from hpctrain.base.shell import ShellText, comment, node_path, quote, quote_all, sbatch_value
-from hpctrain.config.sbatch import inherited_inputs, overriding_inputs
+from hpctrain.config.sbatch import agreeing_inputs, inherited_inputs
 from hpctrain.config.site import layer_name
 from hpctrain.plan.make import Plan
 from hpctrain.plan.template_lint import lint_template
@@ -75,7 +75,7 @@ def _render_script(
             templates=", ".join(used),
             modules=values["modules"],
             inherited=inherited_inputs(asked),
-            as_asked=overriding_inputs(asked),
+            as_asked=sorted(agreeing_inputs(asked).items()),
             unset_env=[name for name in values["unset_env"] if name not in {variable.name for variable in plan.env}],
             export_cpus=needs_cpus,
             secrets=_secrets_path(spec.secrets, spec.base_dir) if spec.secrets else None,

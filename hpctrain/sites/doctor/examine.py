@@ -98,7 +98,7 @@ def examine_here(site: str | None, python_path: str | None, requirements: Sequen
 
 
 def _shell() -> list[Finding]:
-    found = [_of_problem("shell", problem) for problem in shell_problems(os.environ)]
+    found = [_of_problem("shell", problem) for problem in shell_problems(os.environ, {})]
     return found or [Finding("shell", "variables", OK, "nothing in this shell overrides or leaks into jobs")]
 
 

@@ -7,6 +7,8 @@ import os
 
 import pytest
 
+from hpctrain.plan.check import shell_problems
+
 RUN = """\
 name: r
 site: lumi
@@ -124,7 +126,7 @@ def test_settings_of_the_submitting_shell_are_noticed(check, monkeypatch):
     assert code == 0
     warnings = [problem["what"] for problem in problems if problem["level"] == "warning"]
     assert any("SBATCH_ACCOUNT" in what for what in warnings)
-    assert any("SLURM_CPU_BIND" in what for what in warnings)
+    assert not any("SLURM_CPU_BIND" in what for what in warnings)  # the job script takes none of those
 
 
 def test_missing_files_are_errors_at_the_site_and_notes_away_from_it(check):
@@ -151,3 +153,24 @@ def test_a_secrets_file_that_others_can_read_is_refused_and_never_shown(check, t
     assert "others can read" in open_["what"]
     assert "line 2" in closed["what"]
     assert "sesame" not in str(open_) + str(closed)
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"SBATCH_ACCOUNT": "mine", "SBATCH_TIMELIMIT": "01:00:00", "SBATCH_REQUEUE": "1"}, ""),
+        ({"SBATCH_EXPORT": "NONE", "SBATCH_MEM_BIND": "local", "SBATCH_WAIT": "1"}, ""),
+        ({"SLURM_JOB_ID": "5", "SLURM_MEM_PER_CPU": "50", "SRUN_CPUS_PER_TASK": "4", "PMI_RANK": "0"}, ""),
+        ({"SLURM_HINT": "nomultithread"}, ""),
+        ({"SBATCH_ACCOUNT": "other", "SBATCH_ARRAY_INX": "0-3"}, "SBATCH_ACCOUNT, SBATCH_ARRAY_INX"),
+        ({"SBATCH_OPEN_MODE": "truncate"}, "SBATCH_OPEN_MODE"),
+        ({"SLURM_HINT": "multithread", "SLURM_CLUSTERS": "b"}, "SLURM_CLUSTERS, SLURM_HINT"),
+    ],
+)
+def test_a_shell_is_warned_of_where_it_would_change_the_job_and_nowhere_else(environment, named):
+    asked = {"account": "mine", "time": "01:00:00", "requeue": "", "open-mode": "append", "hint": "nomultithread"}
+    found = list(shell_problems(environment, asked))
+
+    assert [problem.what for problem in found] == (
+        [f"this shell sets {named}, which sbatch takes before the job script's own options"] if named else []
+    )
