@@ -55,7 +55,8 @@ class LinkStatus:
     expected_start_s: float | None = None
     active: bool = False
     pending: bool = False
-    release: str = ""  # the command that lets a job go on which waits for a person
+    stuck: str = ""  # what keeps it waiting until a person acts
+    release: str = ""  # the command that changes that
 
     @property
     def restarts(self) -> int:
@@ -80,6 +81,7 @@ class LinkStatus:
             "end": utc(self.end_s),
             "elapsed_s": self.elapsed_s,
             "expected_start": utc(self.expected_start_s),
+            "stuck": self.stuck,
             "release": self.release,
             "starts": [start.as_json() for start in self.starts],
         }
@@ -204,16 +206,17 @@ def _link(job: JobHistory) -> LinkStatus:
     times = [start.elapsed_s for start in job.starts if start.elapsed_s is not None]
     notes = "; ".join(distinct(note for start in job.starts for note in start.found))
     pending = bool(job.slurm and job.slurm.pending)
-    waits, release = job.slurm.stuck if job.slurm else ("", "")
+    stuck, release = job.slurm.stuck if job.slurm else ("", "")
     link = LinkStatus(
         job.link,
         job.job_id,
         _state(job),
         starts=job.starts,
         expected_start_s=job.slurm.expected_start_s if job.slurm else None,
-        reason="; ".join(filter(None, [job.slurm.reason, waits])) if job.slurm else "",
+        reason=job.slurm.reason if job.slurm else "",
         elapsed_s=sum(times) if times else None,
         pending=pending,
+        stuck=stuck,
         release=release,
     )
     if first is None or last is None:

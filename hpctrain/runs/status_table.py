@@ -121,7 +121,7 @@ def _row(link: LinkStatus, now_s: float) -> tuple[object, ...]:
     nodes = compress_nodes(list(link.nodes)) if link.nodes else f"{link.num_nodes or ''}"
     if link.pending:
         wait = f"starts about {utc(link.expected_start_s)}" if link.expected_start_s else ""
-        why = ", ".join(filter(None, [link.reason, wait]))
+        why = ", ".join(filter(None, [link.reason, link.stuck, wait]))
     else:
         why = link.reason
     return (
