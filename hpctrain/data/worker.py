@@ -20,6 +20,7 @@ from hpctrain import __version__
 from hpctrain.base import files
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, UsageError
 from hpctrain.data.dataset.indexed_dataset import dtype_for
+from hpctrain.data.encoders import memory
 from hpctrain.data.encoders.encode import choose_encoder
 from hpctrain.data.encoders.reference import (
     Encoder,
@@ -92,14 +93,15 @@ def run_shard(plan: Plan, shard: Shard, report: Report = lambda num_bytes, docum
     model = load_model(plan.model_path)
     if model.sha256 != plan.model_sha256:
         raise EnvironmentFault("the tokenizer model changed since the run was planned", where=plan.model_path)
+    memory.keep()
     with _without_collector():
         try:
-            return _Work(plan, shard, model, report).run(plan.options.encoder)
+            return _Work(plan, shard, model, report).run()
         except EncoderDisagrees as error:
-            # Whatever it wrote is gone with its temporary file; the reference encoder does the whole shard.
-            _encoders.clear()
-            note = f"the fast encoder was dropped: {error}"
-            return _Work(plan, shard, model, report).run("sentencepiece", note)
+            # Whatever it wrote is gone with its temporary file; the reference does the whole shard, and those to come.
+            notes = (f"the fast encoder was dropped: {error}",)
+            _encoders[model.sha256, plan.options.encoder] = SentencePieceEncoder(model, notes)
+            return _Work(plan, shard, model, report).run()
 
 
 @contextlib.contextmanager
@@ -144,14 +146,14 @@ class _Work:
         self.forbidden = never_from_text(model, plan.control.forgeable)
         self.unknown_id = unknown_id(model)
 
-    def run(self, encoder: str, note: str = "") -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         started, cpu = time.time(), time.process_time()
         paths = shard_files(self.plan, self.shard)
         with files.temporaries(paths.bin, paths.sizes, paths.rejects, paths.reasons) as temps:
             self.out, self.sizes, self.rejects, self.reasons = (temp.file for temp in temps)
             self.bin_hash = hashlib.sha256()
             self.writes = True
-            segments = [self._segment(segment, encoder) for segment in self.shard.segments]
+            segments = [self._segment(segment) for segment in self.shard.segments]
             if self.total.problems and (self.plan.options.on_error == "fail" or self.unreadable):
                 raise UsageError(self.total.problems)
             if self.total.rejected > self.plan.options.max_errors and self.plan.options.on_error == "skip":
@@ -161,7 +163,6 @@ class _Work:
                 temp.sync()
             for temp in temps:
                 temp.commit()
-        notes = [*(self.encoder.notes if self.encoder else ()), *([note] if note else [])]
         manifest = {
             "format": FORMAT,
             "key": self.plan.key,
@@ -181,7 +182,7 @@ class _Work:
             "sizes_bytes": sizes_bytes,
             "rejects_bytes": rejects_bytes,
             "encoder": self.encoder.name if self.encoder else "",
-            "encoder_notes": notes,
+            "encoder_notes": list(self.encoder.notes) if self.encoder else [],
             "encoder_fallbacks": self.encoder.fallbacks if self.encoder else 0,
             "input_bytes": self.total.num_bytes,
             "wall_s": round(time.time() - started, 3),
@@ -191,7 +192,7 @@ class _Work:
         files.write_json(paths.manifest, manifest)
         return manifest
 
-    def _segment(self, segment: Segment, encoder: str) -> dict[str, Any]:
+    def _segment(self, segment: Segment) -> dict[str, Any]:
         source = self.plan.inputs[segment.input]
         digest = hashlib.sha256()
         if not same_stat(source):
@@ -210,7 +211,7 @@ class _Work:
                 continue
             if spans or counts:
                 if self.encoder is None:
-                    self.encoder = self._encoder(encoder, spans)
+                    self.encoder = self._encoder(spans)
                 self._write(layout, spans, counts)
             self.report(self.total.num_bytes, self.total.documents)
         if not same_stat(source):
@@ -295,14 +296,11 @@ class _Work:
             if self.total.rejected > self.plan.options.max_errors:
                 raise _too_many(self.total.rejected, self.plan.options.max_errors, self.total.problems)
 
-    def _encoder(self, wanted: str, samples: Sequence[str]) -> Encoder:
-        key = (self.model.sha256, wanted)
+    def _encoder(self, samples: Sequence[str]) -> Encoder:
+        key = (self.model.sha256, self.plan.options.encoder)
         if key not in _encoders:
             _encoders.clear()
-            inputs = self.plan.inputs
-            parts = [(inputs[segment.input], segment.end - segment.begin) for segment in self.shard.segments]
-            num_bytes = sum(source.weight * units // max(1, source.units) for source, units in parts)
-            _encoders[key] = choose_encoder(self.model, wanted, samples, num_bytes)
+            _encoders[key] = choose_encoder(self.model, self.plan.options.encoder, samples)
         return _encoders[key]
 
     def _write(self, layout: list[int], spans: list[str], counts: list[int]) -> None:

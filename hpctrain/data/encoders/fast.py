@@ -1,159 +1,135 @@
-"""The fast encoder, given only the pieces that text can become, for models where it equals SentencePiece: gigatoken for BPE, the
-merges of `bpe.py` where its pieces go across spaces, the search of `unigram.py` for unigram models.
+"""The fast encoder: gigatoken, given only the pieces that text can become, for BPE models where it
+equals SentencePiece.
 
-Three defences keep it exact. `unsuited` refuses models whose structure it does not follow. A self-check at start compares ids
-on spans of the data and on a fuzz set made from the model's own pieces. Later every 500th span is compared again. Any span that
-comes back with a control id goes to SentencePiece, and with unigram models those that spell a user-defined piece.
+Three defences keep it exact. `unsuited` refuses models whose structure it does not follow. A
+self-check at start compares ids on spans of the data and on a fuzz set made from the model's own
+pieces. Later every 500th span is compared again. Any span that comes back with a control id goes to
+SentencePiece.
 
-Why the merges can be equal: SentencePiece's BPE merges the adjacent pair whose concatenation has the best score, leftmost first
-(bpe_model.cc, SampleEncode). Ranked merges do the same when every character of a piece is a piece itself and no two pieces
-share a score. Control, unknown and byte pieces take no part in merges, so `<|user|>` in text stays text. A character that no
-merge holds separates texts as if each were encoded alone: NUL, since spans that hold one go to SentencePiece. User-defined
-pieces separate texts too: the longest one that begins at a character is one symbol that merges with none (`freeze` there).
+Why the merges can be equal: SentencePiece's BPE merges the adjacent pair whose concatenation has
+the best score, leftmost first (bpe_model.cc, SampleEncode). Ranked merges do the same when every
+character of a piece is a piece itself and pieces of one score never compete for a symbol
+(`ties.py`). Control, unknown and byte pieces take no part in merges, so `<|user|>` in text stays
+text. A character that no merge holds separates texts as if each were encoded alone: NUL, since
+spans that hold one go to SentencePiece. User-defined pieces are added tokens: the longest that
+begins at a character is one symbol that merges with none, here as there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import random
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.data.encoders import memory
-from hpctrain.data.encoders.normalize import make_normalizer
-from hpctrain.data.encoders.reference import EncoderDisagrees, never_from_text, processor, unknown_id
+from hpctrain.data.encoders.reference import (
+    EncoderDisagrees,
+    never_from_text,
+    processor,
+    unknown_id,
+)
+from hpctrain.data.encoders.ties import tied_pieces_meet, tied_runs
 from hpctrain.data.spm import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SpmModel
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# NUL-separated texts to ids, with the separator's id for each NUL.
-Engine = Callable[[bytes], "NDArray[Any]"]
-
-# gigatoken 0.10 never forgets a word (its issue #36), so the encoder is made anew when the process has grown by this much
-# since the first one was made: the cache of a large input is no larger than that of a small one.
+# gigatoken 0.10 never forgets a word (its issue #36), so the encoder is made anew when the process
+# has grown by this much since the first one was made: the cache of a large input is no larger than
+# that of a small one.
 CACHE_BYTES = 96 << 20
 CHECK_EVERY = 500
 CHECK_BYTES = 200_000
 _SPACE = "▁"
 _SPACE_UTF8 = _SPACE.encode()
 
+# Texts, each behind a NUL, to ids, with the separator's id for each NUL.
+Engine = Callable[[bytes], "NDArray[Any]"]
+
 
 def unsuited(model: SpmModel) -> str:
-    """Why the fast encoder cannot be exact for `model`, or nothing."""
-    if model.model_type not in ("bpe", "unigram"):
+    """Why the fast encoder cannot be exact, or not faster, for `model`; or nothing."""
+    if model.model_type != "bpe":
         return f"the model is {model.model_type}, and no faster encoder gives the same ids"
-    if not model.escape_whitespaces or (model.suffix_whitespace and model.model_type == "unigram"):
+    if not model.escape_whitespaces or model.suffix_whitespace:
         return "the model treats whitespace in an unusual way"
-    return _unsuited_unigram(model) if model.model_type == "unigram" else _unsuited_bpe(model)
-
-
-def compiles(model: SpmModel) -> bool:
-    """Whether the fast encoder for `model` is compiled when it starts, which takes seconds."""
-    return model.model_type == "unigram" or crosses_spaces(model)
-
-
-def crosses_spaces(model: SpmModel) -> bool:
-    """Whether a piece goes on after a word's end, so that words cannot be looked up one by one."""
-    return any(_SPACE in model.pieces[index].lstrip(_SPACE) for index in model.ids_of_type(NORMAL))
-
-
-def _unsuited_unigram(model: SpmModel) -> str:
-    normal = model.ids_of_type(NORMAL)
-    if not normal or not all(math.isfinite(score) for score in model.scores):
-        return "a score is no number"
-    if any(char in model.pieces[index] for index in normal for char in ("\0", " ")):
-        return "a piece holds a NUL or a space"
-    if model.byte_fallback and model.types.count(BYTE) != 256:
-        return "the model lacks byte pieces"
-    if model.byte_fallback and not any(model.pieces[index] == _SPACE for index in normal):
-        return "the space is no piece"
-    # Earlier ones add some scores in float64, which rounds otherwise.
-    if _release("sentencepiece") < (0, 2, 3):
-        return "sentencepiece before 0.2.3 rounds in another way"
-    return ""
-
-
-def _unsuited_bpe(model: SpmModel) -> str:
     if UNUSED in model.types:
         return "the model has unused pieces"
-    normal = [index for index, kind in enumerate(model.types) if kind == NORMAL]
-    known = {model.pieces[index] for index in normal}
-    if len(known) != len(normal):
-        return "a piece appears twice"
-    long = [index for index in normal if len(model.pieces[index]) > 1]
-    if len({model.scores[index] for index in long}) != len(long):
-        return "two pieces have the same score"
-    if any("\0" in piece for piece in known):
-        return "a piece holds a NUL"
-    if not set("".join(known)) <= known:
-        return "a piece has a character that is no piece itself"
     if model.byte_fallback and model.types.count(BYTE) != 256:
         return "the model lacks byte pieces"
+    return _unsuited_pieces(model)
+
+
+def _unsuited_pieces(model: SpmModel) -> str:
+    normal = model.ids_of_type(NORMAL)
+    scores = {model.pieces[index]: model.scores[index] for index in normal}
+    if len(scores) != len(normal):
+        return "a piece appears twice"
+    if any("\0" in piece for piece in scores):
+        return "a piece holds a NUL"
+    if not set("".join(scores)) <= scores.keys():
+        return "a piece has a character that is no piece itself"
+    if any(_SPACE in piece.lstrip(_SPACE) for piece in scores):
+        # gigatoken looks up words; where they go on after a space it takes a whole text for one
+        # word.
+        return "a piece goes on after a space, where sentencepiece is the faster one"
+    if tied_pieces_meet(scores):
+        return "pieces of the same score compete for the same text"
     return ""
+
+
+@contextlib.contextmanager
+def _failing_over() -> Iterator[None]:
+    """Whatever fails inside is EncoderDisagrees to the caller, who then takes the reference; a
+    missing gigatoken stays one.
+    """
+    try:
+        yield
+    except (EncoderDisagrees, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in Rust is no `Exception` (pyo3's PanicException)
+        if isinstance(error, ModuleNotFoundError) and error.name == "gigatoken":
+            raise
+        text = f"gigatoken failed: {type(error).__name__}: {error}"
+        raise EncoderDisagrees(text[:300]) from error
 
 
 class FastEncoder:
-    """The fast engine for one model. Raises ImportError when not installed, EncoderDisagrees when the self-check fails."""
+    """gigatoken for one model, by its public calls.
 
+    Raises ModuleNotFoundError when it is not installed; EncoderDisagrees when it fails in any way,
+    or the self-check does.
+    """
+
+    @_failing_over()
     def __init__(self, model: SpmModel, samples: Sequence[str], *, seed: int = 1):
         import numpy as np
 
-        memory.keep()
         self._separator = _separator_id(model)
-        give_up = self._separator + 1  # an engine's word for a span that it leaves to SentencePiece
-        self._forbidden = np.concatenate([never_from_text(model), np.zeros(258, dtype=bool)])
-        self._forbidden[give_up] = True
-        # What makes the engine anew, with an empty cache; nothing, where there is no cache.
-        self._anew: Callable[[], Engine] | None = None
-        if model.model_type == "unigram":
-            from hpctrain.data.encoders.unigram import Viterbi
-
-            self._encode: Engine = Viterbi(model, self._separator, give_up).encode
-            self.name = f"compiled search, numba {_version('numba')}"
-        elif crosses_spaces(model):
-            from hpctrain.data.encoders.bpe import Merges
-
-            self._encode = Merges(model, self._separator, give_up).encode
-            self.name = f"compiled merges, numba {_version('numba')}"
-        else:
-            import gigatoken
-
-            data = tokenizer_json(model)
-            self._anew = lambda: gigatoken.Tokenizer.from_json(data).backend.encode
-            self._encode = self._anew()
-            self.name = f"gigatoken {_version('gigatoken')}"
+        self._forbidden = np.concatenate([never_from_text(model), np.zeros(257, dtype=bool)])
+        self._json = tokenizer_json(model)
+        self._encode = self._new_engine()
+        self.name = f"gigatoken {_version()}"
         self._sp = processor(model)
-        self._before, self._after = b"\0", b""
-        if model.add_dummy_prefix and model.suffix_whitespace:
-            self._after = b" "
-        elif model.add_dummy_prefix:
-            self._before = b"\0 "
+        self._normalizes = bool(model.charsmap) or model.remove_extra_whitespaces
+        self._before = b"\0 " if model.add_dummy_prefix and not self._normalizes else b"\0"
         self._unknown = unknown_id(model)
         self._vocab_size = model.vocab_size
         self._byte_fallback = model.byte_fallback
-        # Normalized text has no plain space, so a piece with one never comes out of it.
-        self._defined_ids = {
-            model.pieces[index].replace(_SPACE, " ").encode(): index
-            for index in model.ids_of_type(USER_DEFINED)
-            if " " not in model.pieces[index]
-        }
-        self._defined = re.compile(any_of(self._defined_ids)) if self._defined_ids else None
-        self._splits = model.model_type == "bpe"
-        self._normalize = make_normalizer(model, self._sp)
         self.fallbacks = 0
         self._countdown = CHECK_EVERY
         checked = self._self_check([*_some(samples), *fuzz(model, seed)])
         self._limit = memory.resident_bytes() + CACHE_BYTES
         self.notes: tuple[str, ...] = (f"self-check: {checked} spans equal to sentencepiece",)
 
+    @_failing_over()
     def encode(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """As `Encoder.encode`. Raises EncoderDisagrees when a spot check fails."""
-        if self._anew and memory.resident_bytes() > self._limit:
-            self._renew(self._anew)
+        """As `Encoder.encode`. Raises EncoderDisagrees when gigatoken fails or a spot check does."""
+        if memory.resident_bytes() > self._limit:
+            self._renew()
         ids, lengths = self._encode_all(spans)
         chosen = range(self._countdown, len(spans), CHECK_EVERY)
         self._countdown += len(chosen) * CHECK_EVERY - len(spans)
@@ -161,58 +137,50 @@ class FastEncoder:
         return ids, lengths
 
     def _encode_all(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """All spans in one call, with separators between them, as a call costs as much as some hundred bytes of text."""
+        """All in one call, with separators between, as a call costs as much as 100 bytes of text."""
         import numpy as np
 
         if not spans:
             return np.zeros(0, np.int32), np.zeros(0, np.int64)
         odd = {index for index, span in enumerate(spans) if "\0" in span}
-        text = self._normalize(["" if "\0" in span else span for span in spans] if odd else spans)
-        find = self._defined.search if self._defined and not self._splits else None
-        if find or text[:1] in (b"", b"\0") or text[-1:] == b"\0" or b"\0\0" in text:
-            # Where nothing is left of a span, SentencePiece may still give a lone dummy prefix. A normalizer may turn other
-            # text into a user-defined piece, and the dummy prefix may be the start of one.
-            parts = text.split(b"\0")
-            odd.update(
-                i for i, part in enumerate(parts) if not part or (find and find(b" " + part.replace(_SPACE_UTF8, b" ")))
-            )
-        flat, begins = self._between_defined(
-            self._before + text.replace(b"\0", self._after + self._before) + self._after
-        )
+        text = self._normalized(["" if "\0" in span else span for span in spans] if odd else spans)
+        if text[:1] in (b"", b"\0") or text[-1:] == b"\0" or b"\0\0" in text:
+            # Where nothing is left of a span, SentencePiece may still give a lone dummy prefix.
+            odd.update(index for index, part in enumerate(text.split(b"\0")) if not part)
+        flat = self._encode(self._before + text.replace(b"\0", self._before))
+        begins = np.flatnonzero(flat == self._separator)
         if len(begins) != len(spans) or begins[0]:
             raise EncoderDisagrees("it lost the border between two spans")
         lengths = np.diff(begins, append=len(flat)) - 1
         flat = np.delete(flat, begins)
         forbidden = np.flatnonzero(self._forbidden[flat])
         if len(forbidden):
-            odd.update(np.searchsorted(np.cumsum(lengths), forbidden, side="right").tolist())
+            ends = np.cumsum(lengths)
+            odd.update(np.searchsorted(ends, forbidden, side="right").tolist())
         if not self._byte_fallback:
             flat, lengths = self._unknowns(flat, lengths)
         ids = flat.astype(np.int32, copy=False)
         return self._with(ids, lengths, spans, sorted(odd)) if odd else (ids, lengths)
 
-    def _between_defined(self, text: bytes) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """(ids, where the separators of spans are in them) of NUL-separated texts; user-defined pieces are cut out first."""
-        import numpy as np
+    def _normalized(self, spans: Sequence[str]) -> bytes:
+        """The texts as the model's rules make them, joined by NULs; with plain spaces, which
+        SentencePiece escapes.
+        """
+        texts = self._sp.normalize(list(spans)) if self._normalizes else spans
+        return "\0".join(texts).encode().replace(_SPACE_UTF8, b" ")
 
-        if self._defined and self._splits:
-            text = text.replace(_SPACE_UTF8, b" ")
-            found = self._defined.findall(text)
-            if found:
-                data = np.frombuffer(self._defined.sub(b"\xff", text), np.uint8)  # a byte that UTF-8 never has
-                is_defined = data[(data == 0) | (data == 0xFF)] == 0xFF
-                flat = self._encode(data.tobytes().replace(b"\xff", b"\0"))
-                begins = np.flatnonzero(flat == self._separator)
-                if len(begins) != len(is_defined):
-                    raise EncoderDisagrees("it lost the border between two spans")
-                flat = flat.copy()
-                flat[begins[is_defined]] = [self._defined_ids[piece] for piece in found]
-                return flat, begins[~is_defined]
-        flat = self._encode(text)
-        return flat, np.flatnonzero(flat == self._separator)
+    def _new_engine(self) -> Engine:
+        import gigatoken
+
+        engine: Engine = gigatoken.Tokenizer.from_json(self._json).encode
+        return engine
 
     def _with(
-        self, flat: NDArray[np.int32], lengths: NDArray[np.int64], spans: Sequence[str], odd: Sequence[int]
+        self,
+        flat: NDArray[np.int32],
+        lengths: NDArray[np.int64],
+        spans: Sequence[str],
+        odd: Sequence[int],
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The same, with what SentencePiece makes of the spans `odd` in the place of what is there."""
         import numpy as np
@@ -229,7 +197,9 @@ class FastEncoder:
         return np.concatenate([*parts, flat[at:]]), lengths
 
     def _unknowns(self, flat: NDArray[Any], lengths: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Without byte fallback, bytes of unknown characters (ids past the vocabulary) become one unknown a run."""
+        """Without byte fallback, bytes of unknown characters (ids past the vocabulary) become one
+        unknown a run.
+        """
         import numpy as np
 
         strange = flat >= self._vocab_size
@@ -248,7 +218,11 @@ class FastEncoder:
         return flat[~repeated], lengths - (before[ends] - before[ends - lengths])
 
     def _compare(
-        self, spans: Sequence[str], ids: NDArray[np.int32], lengths: NDArray[np.int64], chosen: Sequence[int]
+        self,
+        spans: Sequence[str],
+        ids: NDArray[np.int32],
+        lengths: NDArray[np.int64],
+        chosen: Sequence[int],
     ) -> None:
         """Raises EncoderDisagrees unless the ids of the `chosen` spans are SentencePiece's."""
         import numpy as np
@@ -256,9 +230,10 @@ class FastEncoder:
         if not chosen:
             return
         ends = np.cumsum(lengths)
-        for index, right in zip(chosen, self._sp.encode([spans[index] for index in chosen], num_threads=1)):
+        right = self._sp.encode([spans[index] for index in chosen], num_threads=1)
+        for index, wanted in zip(chosen, right):
             end = int(ends[index])
-            if ids[end - int(lengths[index]) : end].tolist() != right:
+            if ids[end - int(lengths[index]) : end].tolist() != wanted:
                 raise EncoderDisagrees(f"it gave other ids than sentencepiece for {spans[index][:60]!r}")
 
     def _self_check(self, spans: list[str]) -> int:
@@ -266,29 +241,38 @@ class FastEncoder:
         self.fallbacks = 0
         return len(spans)
 
-    def _renew(self, anew: Callable[[], Engine]) -> None:
-        """A new engine with an empty cache, in the place of the old one: `_limit` stays what it was at the start."""
+    def _renew(self) -> None:
+        """A new engine with an empty cache, in the place of the old one: `_limit` stays what it was
+        at the start.
+        """
         del self._encode
         memory.give_back()
-        self._encode = anew()
-        # Should the process still be as large (by what others in it hold), it must not come to this at every call.
+        self._encode = self._new_engine()
+        # Should the process still be as large (by what others in it hold), it must not come to this
+        # at every call.
         self._limit = max(self._limit, memory.resident_bytes() + CACHE_BYTES // 4)
 
 
 def tokenizer_json(model: SpmModel) -> bytes:
-    """A tokenizer.json of `model` in which only normal pieces can come out of text; ids are the model's own.
+    """A tokenizer.json of `model` in which only normal pieces can come out of text; ids are the
+    model's own.
 
-    Without byte fallback, 256 byte pieces are added past the vocabulary, to mark unknown characters. NUL is the last piece, and
-    joins no other: it separates spans.
+    Without byte fallback, 256 byte pieces are added past the vocabulary, to mark unknown
+    characters. NUL is the last piece, and joins no other: it separates spans.
     """
     vocab: dict[str, int] = {}
     normal: dict[str, int] = {}
+    added: list[dict[str, object]] = []
     has_bytes = model.byte_fallback
     for index, (piece, kind) in enumerate(zip(model.pieces, model.types)):
         if kind == NORMAL:
             normal[piece] = vocab[piece] = index
         elif kind == UNKNOWN or (kind == BYTE and has_bytes):
             vocab.setdefault(piece, index)
+        elif kind == USER_DEFINED and piece and " " not in piece and "\0" not in piece:
+            # Normalized text has no plain space, so that a piece with one never comes out of it.
+            vocab[piece] = index
+            added.append(_added_token(piece, index))
         else:
             # Two noncharacters, so that no text and no merge can make it.
             vocab[f"\U0010ffff{index}\U0010ffff"] = index
@@ -317,7 +301,12 @@ def tokenizer_json(model: SpmModel) -> bytes:
         "merges": merges,
     }
     normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
-    whole: dict[str, object] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
+    whole: dict[str, object] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+    }
     rest = {"pre_tokenizer": None, "post_processor": None, "decoder": None, "model": bpe}
     data = {**whole, "normalizer": {"type": "Sequence", "normalizers": normalizers}, **rest}
     try:
@@ -327,19 +316,10 @@ def tokenizer_json(model: SpmModel) -> bytes:
     return orjson.dumps(data)
 
 
-def any_of(words: Iterable[bytes]) -> bytes:
-    """A pattern that matches the longest of `words` at a place; as fast for a hundred of them as for one."""
-    following: dict[int, list[bytes]] = {}
-    is_end = False
-    for word in words:
-        if word:
-            following.setdefault(word[0], []).append(word[1:])
-        else:
-            is_end = True
-    branches = [re.escape(bytes([first])) + any_of(rest) for first, rest in sorted(following.items())]
-    if not branches:
-        return b""
-    return b"(?:" + b"|".join(branches) + b")" + (b"?" if is_end else b"")
+def _added_token(piece: str, index: int) -> dict[str, object]:
+    """As it stands in the text that the engine gets, before its normalizer."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return {"id": index, "content": piece.replace(_SPACE, " "), **flags}
 
 
 def _separator_id(model: SpmModel) -> int:
@@ -347,7 +327,9 @@ def _separator_id(model: SpmModel) -> int:
 
 
 def fuzz(model: SpmModel, seed: int, count: int = 1500) -> Iterator[str]:
-    """Hostile spans: the model's pieces glued at random, borders that could merge two ways, runs, control pieces, odd spaces."""
+    """Hostile spans: the model's pieces glued at random, borders that could merge two ways, runs,
+    control pieces, odd spaces.
+    """
     rng = random.Random(seed)
     pieces = [piece.replace(_SPACE, " ") for piece in model.pieces]
     normal = [piece.replace(_SPACE, " ") for piece, kind in zip(model.pieces, model.types) if kind == NORMAL]
@@ -374,6 +356,11 @@ def fuzz(model: SpmModel, seed: int, count: int = 1500) -> Iterator[str]:
         "e\u0301",
         "\U0010ffff7\U0010ffff",
     ]
+    scores = {model.pieces[index]: model.scores[index] for index in model.ids_of_type(NORMAL)}
+    for char, longest in tied_runs(scores).items():
+        run = char.replace(_SPACE, " ")
+        yield from (run * length for length in range(1, 3 * longest + 2))
+        yield from (run * length + rng.choice(normal) for length in range(1, longest + 2))
     for _ in range(count):
         kind = rng.randrange(6)
         if kind <= 1:
@@ -399,13 +386,11 @@ def _some(samples: Sequence[str]) -> Iterator[str]:
         yield span
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import version
+def _version() -> str:
+    """The installed version of gigatoken, nothing where only its files are there."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    return version(package)
-
-
-def _release(package: str) -> tuple[int, ...]:
-    from packaging.version import Version
-
-    return Version(_version(package)).release
+    try:
+        return version("gigatoken")
+    except PackageNotFoundError:
+        return ""

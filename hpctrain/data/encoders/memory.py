@@ -1,4 +1,6 @@
-"""The memory of this process: how much there is, and what glibc does with what was freed. Elsewhere than on Linux, little of it works."""
+"""The memory of this process: how much there is, and what glibc does with what was freed. Elsewhere
+than on Linux, little of it works.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def resident_bytes() -> int:
-    """The memory that this process holds now; where the system does not tell, the most it ever held."""
+    """The memory that this process holds now; where the system does not tell, the most it ever
+    held.
+    """
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -22,8 +26,9 @@ def resident_bytes() -> int:
 
 
 def keep() -> None:
-    """Arrays of a few MB, made anew for each block, use the memory of the last ones: else each is mapped, zeroed page by page
-    and unmapped, which is a tenth of the work. At most 64 MiB are kept so (mallopt(3)).
+    """Arrays of a few MB, made anew for each block, use the memory of the last ones: else each is
+    mapped, zeroed page by page and unmapped, which is a tenth of the work. At most 64 MiB are kept
+    so (mallopt(3)).
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -26,7 +26,7 @@ class Encoder(Protocol):
 
 
 class EncoderDisagrees(Exception):
-    """The fast encoder gave other ids than SentencePiece: what it wrote so far is not to be trusted."""
+    """The fast encoder failed, or gave other ids: what it wrote so far is not to be trusted."""
 
 
 class SentencePieceEncoder:
@@ -59,7 +59,9 @@ class SentencePieceEncoder:
 
 
 def processor(model: SpmModel) -> Any:
-    """A SentencePieceProcessor of `model`; the last one is kept, as loading a large model takes a tenth of a second."""
+    """A SentencePieceProcessor of `model`; the last one is kept, as loading a large model takes a
+    tenth of a second.
+    """
     if model.sha256 not in _processors:
         try:
             import sentencepiece
@@ -74,7 +76,9 @@ _processors: dict[str, Any] = {}
 
 
 def never_from_text(model: SpmModel, forgeable: Sequence[int] = ()) -> NDArray[np.bool_]:
-    """By id: whether encoded text must not hold it (control symbols, and `forgeable` user-defined ones)."""
+    """By id: whether encoded text must not hold it (control symbols, and `forgeable` user-defined
+    ones).
+    """
     import numpy as np
 
     mask = np.zeros(model.vocab_size, dtype=bool)
@@ -89,7 +93,9 @@ def unknown_id(model: SpmModel) -> int:
 
 
 def _utf8(spans: Sequence[str]) -> list[bytes]:
-    """All of them at once; given text, sentencepiece would convert each, and Python would keep both."""
+    """All of them at once; given text, sentencepiece would convert each, and Python would keep
+    both.
+    """
     texts = "\0".join(spans).encode().split(b"\0")
     return texts if len(texts) == len(spans) else [span.encode() for span in spans]
 
