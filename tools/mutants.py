@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,8 +105,8 @@ def main() -> int:
     verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory(prefix="hpctrain-mutants-") as folder:
         _check_unbroken(modules, Path(folder))
-        with multiprocessing.get_context("spawn").Pool(args.workers, _start, (folder,)) as pool:
-            for verdict in pool.imap_unordered(judge, mutants):
+        with _workers(args.workers, folder) as pool:
+            for verdict in pool.map(judge, mutants):
                 verdicts.append(verdict)
                 if sys.stderr.isatty():
                     print(f"\r{len(verdicts)} of {len(mutants)}", end="", file=sys.stderr)
@@ -193,6 +194,11 @@ def _tests(module: str) -> list[str]:
     return [*([own] if (ROOT / own).exists() else []), *TESTS[module]]
 
 
+def _workers(count: int, folder: str) -> ProcessPoolExecutor:
+    # Not a multiprocessing.Pool: its processes may have no children, and some tests have.
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start, (folder,))
+
+
 _COPY = Path()
 
 
@@ -204,7 +210,7 @@ def _start(folder: str) -> None:
 
 def _copied(folder: Path) -> Path:
     copy = folder / f"tree-{os.getpid()}"
-    skipped = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "*.egg-info", "dist", "build")
+    skipped = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.egg-info", "dist", "build")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=skipped)
     os.chdir(copy)
     sys.dont_write_bytecode = True
@@ -226,9 +232,8 @@ def _check_unbroken(modules: Sequence[str], folder: Path) -> None:
     without = [module for module in modules if not _tests(module)]
     if without:
         print(f"no unit tests: {' '.join(without)}")
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1, _start, (str(folder),)) as pool:
-        if not pool.apply(_pass, (paths, 1800, sys.stderr.fileno())):
+    with _workers(1, str(folder)) as pool:
+        if not pool.submit(_pass, paths, 1800, sys.stderr.fileno()).result():
             sys.exit(f"the unit tests fail as they are: pytest {' '.join(paths)}")
 
 

@@ -76,9 +76,13 @@ FIELDS: dict[str, Field] = {
                 "versions": Field("text", "e.g. >=2.3,<3; empty: any", default=""),
                 "required": Field("bool", "the recipe does not run without it", default=True),
                 "why": Field("text", "reason", required=True),
+                "extras": Field("list", "its extras that are used, whose bounds then count", items=Field("text", "an extra")),
+                "from_copy": Field("bool", "it is installed from the working copy, and another package of its name is not it", default=False),
             })),
             "git_option": Field("text", "the recipe option that names a working copy"),
             "git_branch": Field("text", "the branch that it must be on"),
+            "git_bounds": Field("list", "files of the working copy that bound the packages: a pyproject.toml, requirements files",
+                                items=Field("text", "a path in it")),
         },
     ),
     "takes_model": Field(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from hpctrain.config.run import absolute
 from hpctrain.config.site import Site, load_site
 from hpctrain.plan.check import secret_problems, shell_problems
 from hpctrain.plan.make import Plan
 from hpctrain.sites.doctor import cluster, places, python
 from hpctrain.sites.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding, score
-from hpctrain.sites.doctor.python import Pin
+from hpctrain.sites.doctor.versions import Pin, contradictions
+from hpctrain.sites.doctor.wishes import read_checkout, read_requirements
 
 _LEVELS = {"error": PROBLEM, "warning": WARNING, "note": NOT_SEEN}
 
@@ -38,18 +40,18 @@ class Examination:
 
 def examine_run(plan: Plan, python_path: str | None, requirements: Sequence[str]) -> Examination:
     """Everything that a run needs, in the Python (and container) in which it would train."""
-    wanted = plan.recipe.values["environment"]
-    pins = [
-        Pin(name, fields["versions"], f"recipe {plan.recipe.name}", fields["why"], fields["required"])
-        for name, fields in wanted["packages"].items()
-    ]
+    wanted, copy = plan.recipe.values["environment"], _working_copy(plan)
+    pins = _of_recipe(plan, copy)
+    source = f"recipe {plan.recipe.name}"
+    pythons = [Pin("python", wanted["python"], source)] if wanted["python"] else []
     findings: list[Finding] = []
-    for path in requirements:
-        more, other = python.read_requirements(path)
-        pins += more
-        findings += [
-            Finding("packages", "requirements", NOT_SEEN, f"{where} is no plain requirement") for where in other
-        ]
+    if copy and wanted["git_bounds"]:
+        checkout = read_checkout(copy, wanted["git_bounds"], list(wanted["packages"]))
+        pins += checkout.pins
+        if checkout.python:
+            pythons.append(Pin("python", checkout.python, checkout.python_source))
+    more, unread = _of_files(requirements)
+    pins, findings = [*pins, *more], [*findings, *unread]
     name = python_path or str(plan.spec.recipe_options.get("python") or "python3")
     argv = [*plan.container, name]
     facts, said = (
@@ -59,20 +61,17 @@ def examine_run(plan: Plan, python_path: str | None, requirements: Sequence[str]
     )
     if facts is None and _container_missing(plan):
         findings.append(Finding("python", "starts", NOT_SEEN, said, "run this at the site"))
-        findings += python.contradictions(pins)
+        findings += contradictions(pins)
     else:
         vendor = plan.node_type.gpu_vendor if plan.gpus_per_node else None
-        findings += python.judge_python(facts, said, wanted["python"] or "", pins, vendor)
+        findings += python.judge_python(facts, said, pythons, pins, vendor)
     findings += places.disks(_folders(plan))
-    findings += places.caches(os.environ)
+    findings += places.caches({**os.environ, **{one.name: one.value for one in plan.env}})
     findings += [_of_problem("secrets", problem) for problem in secret_problems(plan)]
     if plan.spec.secrets and not any(finding.area == "secrets" for finding in findings):
         findings.append(Finding("secrets", "file", OK, f"{plan.spec.secrets} is yours alone, KEY=VALUE"))
     findings += _shell()
-    option = wanted["git_option"]
-    folder = plan.spec.recipe_options.get(option) if option else None
-    if isinstance(folder, str):
-        copy = os.path.join(plan.spec.base_dir, os.path.expanduser(folder))
+    if copy:
         decided = next((decision.value for decision in plan.decisions if decision.name == "code.branch"), None)
         findings += places.working_copy(copy, wanted["git_branch"] or decided)
     findings += cluster.judge_cluster(plan.site)
@@ -81,12 +80,11 @@ def examine_run(plan: Plan, python_path: str | None, requirements: Sequence[str]
 
 def examine_here(site: str | None, python_path: str | None, requirements: Sequence[str]) -> Examination:
     """This machine without a run: its Python, caches, disks, shell, and Slurm against a profile where one is named."""
-    pins: list[Pin] = []
-    for path in requirements:
-        pins += python.read_requirements(path)[0]
+    pins, unread = _of_files(requirements)
     facts, said = python.probe([python_path or sys.executable], pins)
     findings = [
-        *python.judge_python(facts, said, "", pins, None),
+        *unread,
+        *python.judge_python(facts, said, [], pins, None),
         *places.disks({"home": "~", "here": "."}),
         *places.caches(os.environ),
         *_shell(),
@@ -95,6 +93,35 @@ def examine_here(site: str | None, python_path: str | None, requirements: Sequen
         found: Site = load_site(site)
         findings += cluster.judge_cluster(found)
     return Examination(tuple(findings))
+
+
+def _of_recipe(plan: Plan, copy: str) -> list[Pin]:
+    """The packages that the recipe needs; `copy` is the working copy that some are installed from."""
+    pins = []
+    for name, fields in plan.recipe.values["environment"]["packages"].items():
+        folder = copy if fields["from_copy"] else ""
+        source, extras = f"recipe {plan.recipe.name}", tuple(fields["extras"])
+        wish = Pin(name, fields["versions"], source, fields["why"], fields["required"])
+        pins.append(replace(wish, extras=extras, folder=folder))
+    return pins
+
+
+def _of_files(paths: Sequence[str]) -> tuple[list[Pin], list[Finding]]:
+    """The pins of requirements files, and a finding for each line that is none."""
+    pins: list[Pin] = []
+    findings: list[Finding] = []
+    for path in paths:
+        more, other = read_requirements(path)
+        pins += more
+        findings += [Finding("packages", "requirements", NOT_SEEN, what) for what in other]
+    return pins, findings
+
+
+def _working_copy(plan: Plan) -> str:
+    """The working copy that the recipe's code is in, empty where it has none."""
+    option = plan.recipe.values["environment"]["git_option"]
+    folder = plan.spec.recipe_options.get(option) if option else None
+    return absolute(folder, plan.spec.base_dir) if isinstance(folder, str) else ""
 
 
 def _shell() -> list[Finding]:

@@ -88,7 +88,9 @@ def caches(environ: Mapping[str, str]) -> Iterator[Finding]:
     for name, fallback in CACHES:
         value = environ.get(name) or os.path.expanduser(fallback)
         here = nearest_existing(value)
-        if here is None or not _writable(here):
+        if here is None:
+            yield Finding("caches", name, NOT_SEEN, f"{value} is not on this machine")
+        elif not _writable(here):
             yield Finding(
                 "caches",
                 name,

@@ -1,6 +1,7 @@
 """Run by the Python that is examined, in a process of its own: prints one JSON object about it. Standard library only."""
 
 import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -14,17 +15,52 @@ found: Dict[str, Any] = {
     "executable": sys.executable,
     "prefix": sys.prefix,
     "packages": {},
+    "requires": {},
+    "places": {},
+    "urls": {},
+    "environment": {
+        "implementation_name": sys.implementation.name,
+        "implementation_version": platform.python_version(),
+        "os_name": os.name,
+        "platform_machine": platform.machine(),
+        "platform_python_implementation": platform.python_implementation(),
+        "platform_release": platform.release(),
+        "platform_system": platform.system(),
+        "platform_version": platform.version(),
+        "python_full_version": platform.python_version(),
+        "python_version": ".".join(platform.python_version_tuple()[:2]),
+        "sys_platform": sys.platform,
+    },
     "imports": {},
 }
 try:
     from importlib import metadata
 except ImportError:  # Python 3.7 and older
     metadata = None  # type: ignore[assignment]
-for name in WANTED["packages"]:
+
+
+def about(name: str) -> None:
+    """Version, own requirements, origin and place of one package, as far as they can be told."""
+    found["packages"][name] = None
     try:
-        found["packages"][name] = metadata.version(name) if metadata else None
+        package = metadata.distribution(name)
+        found["packages"][name] = package.version
+        found["requires"][name] = list(package.requires or [])
+        url = json.loads(package.read_text("direct_url.json") or "{}").get("url")
+        if url:
+            found["urls"][name] = url
+    except Exception:  # not there, or its files are damaged
+        pass
+    try:
+        spec = importlib.util.find_spec(IMPORTS.get(name, name.replace("-", "_")))
+        if spec and spec.origin and os.path.basename(spec.origin).startswith("__init__."):
+            found["places"][name] = os.path.dirname(os.path.dirname(os.path.realpath(spec.origin)))
     except Exception:
-        found["packages"][name] = None
+        pass
+
+
+for name in WANTED["packages"]:
+    about(name)
 sys.stdout.flush()
 real = os.dup(1)  # what a package prints while it is imported must not get between
 os.dup2(2, 1)

@@ -7,15 +7,13 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
 
-from hpctrain.sites.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding
+from hpctrain.sites.doctor import versions
+from hpctrain.sites.doctor.findings import OK, PROBLEM, WARNING, Finding
+from hpctrain.sites.doctor.versions import Pin
 
 # Compiled against each other, so that only an import tells whether they fit.
 REALLY_IMPORTED = ("numpy", "torch", "flash-attn", "deepspeed", "bitsandbytes", "xformers", "mpi4py")
@@ -25,17 +23,6 @@ _PLATFORM_NAMES = {"cuda": "CUDA", "hip": "ROCm", "xpu": "XPU"}
 _LOCAL_TORCH = re.compile(r"torch(\d+\.\d+)", re.IGNORECASE)
 _LOCAL_ABI = re.compile(r"cxx11abi(true|false)", re.IGNORECASE)
 _LOCAL_CUDA = re.compile(r"cu(\d{2,3})", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Pin:
-    """One wish about a package: by whom (`source`), which versions (empty: any), and why."""
-
-    package: str
-    versions: str
-    source: str
-    why: str = ""
-    required: bool = True
 
 
 def probe(python: Sequence[str], pins: Sequence[Pin], timeout_s: float = 300) -> tuple[dict[str, Any] | None, str]:
@@ -61,125 +48,29 @@ def probe(python: Sequence[str], pins: Sequence[Pin], timeout_s: float = 300) ->
 def judge_python(
     facts: Mapping[str, Any] | None,
     said: str,
-    wanted: str,
+    pythons: Sequence[Pin],
     pins: Sequence[Pin],
     gpu_vendor: str | None,
 ) -> Iterator[Finding]:
-    """Everything about the probed Python.
+    """Everything about the probed Python; `pythons` are the wishes about its own version.
 
     `gpu_vendor` is the maker of the GPUs that the job gets, as the site profile names it (a key of
     _PLATFORMS), empty where the profile does not, None for a job without GPUs.
     """
     if facts is None:
-        yield Finding(
-            "python",
-            "starts",
-            PROBLEM,
-            f"it does not start: {said.splitlines()[-1] if said else 'no answer'}",
-            "name another one with --python",
-        )
-        yield from contradictions(pins)
+        what = f"it does not start: {said.splitlines()[-1] if said else 'no answer'}"
+        yield Finding("python", "starts", PROBLEM, what, "name another one with --python")
+        yield from versions.contradictions(pins)
         return
-    version = str(facts.get("python"))
-    if wanted and not _allows(wanted, version):
-        yield Finding(
-            "python", "version", PROBLEM, f"Python {version} at {facts.get('executable')}; the recipe needs {wanted}"
-        )
-    else:
-        yield Finding(
-            "python",
-            "version",
-            OK,
-            f"Python {version} at {facts.get('executable')}" + (f", needs {wanted}" if wanted else ""),
-        )
-    yield from contradictions(pins)
-    yield from _packages(facts.get("packages") or {}, pins)
-    yield from _imports(facts.get("packages") or {}, facts.get("imports") or {}, pins, said, gpu_vendor)
-
-
-def contradictions(pins: Sequence[Pin]) -> Iterator[Finding]:
-    """Packages about which two sources cannot both be right: an exact version that the other excludes."""
-    by_package: dict[str, list[Pin]] = {}
-    for pin in pins:
-        if pin.versions:
-            by_package.setdefault(canonicalize_name(pin.package), []).append(pin)
-    for package, wishes in sorted(by_package.items()):
-        for index, one in enumerate(wishes):
-            for other in wishes[index + 1 :]:
-                if _exclude_each_other(one.versions, other.versions):
-                    yield Finding("packages", package, PROBLEM, f"{one.source} wants {one.versions}, {other.source} wants {other.versions}: no version is both",
-                                  "decide on one and change the other")  # fmt: skip
-
-
-def _exclude_each_other(one: str, other: str) -> bool:
-    """Whether no version that either names (or one next to it) satisfies both."""
-    try:
-        both = SpecifierSet(one) & SpecifierSet(other)
-    except InvalidSpecifier:
-        return False
-    named = [Version(spec.version.rstrip(".*")) for spec in both if _is_version(spec.version.rstrip(".*"))]
-    nearby = [near for version in named for near in _near(version)]
-    return bool(nearby) and not any(both.contains(version, prereleases=True) for version in nearby)
-
-
-def _near(version: Version) -> list[Version]:
-    """The version itself, a little below and a little above: enough to fall into any interval that it bounds."""
-    release = list(version.release) + [0, 0]
-    out = [version, Version(".".join(map(str, [*release[:-1], release[-1] + 1])))]
-    for index in range(len(version.release)):
-        bumped = [*version.release[:index], version.release[index] + 1]
-        out.append(Version(".".join(map(str, bumped))))
-        if version.release[index]:
-            out.append(Version(".".join(map(str, [*version.release[:index], version.release[index] - 1, 999]))))
-    return out
-
-
-def _is_version(text: str) -> bool:
-    try:
-        Version(text)
-    except InvalidVersion:
-        return False
-    return True
-
-
-def _allows(versions: str, version: str) -> bool:
-    try:
-        return SpecifierSet(versions).contains(Version(version).base_version, prereleases=True)
-    except (InvalidSpecifier, InvalidVersion):
-        return False
-
-
-def _packages(installed: Mapping[str, Any], pins: Sequence[Pin]) -> Iterator[Finding]:
-    for pin in pins:
-        name = canonicalize_name(pin.package)
-        version = installed.get(name)
-        why = f" ({pin.why})" if pin.why else ""
-        if version is None:
-            if pin.required:
-                yield Finding(
-                    "packages",
-                    name,
-                    PROBLEM,
-                    f"not installed; {pin.source} needs it{why}",
-                    f"pip install '{name}{pin.versions}'",
-                )
-            else:
-                yield Finding("packages", name, NOT_SEEN, f"not installed; only needed for {pin.why or 'some options'}")
-        elif pin.versions and not _allows(pin.versions, str(version)):
-            yield Finding(
-                "packages",
-                name,
-                PROBLEM,
-                f"{version} is installed; {pin.source} needs {pin.versions}{why}",
-                f"pip install '{name}{pin.versions}'",
-            )
-        else:
-            yield Finding(
-                "packages",
-                name,
-                OK,
-                str(version) + (f", within {pin.versions} of {pin.source}" if pin.versions else ""),
-            )
+    version, where = str(facts.get("python")), f"at {facts.get('executable')}"
+    wrong = [wish for wish in pythons if versions.fits(wish.versions, version) == versions.MISSES]
+    needs = "; ".join(f"{wish.source} needs {wish.versions}" for wish in wrong or pythons)
+    what = f"Python {version} {where}" + (f"; {needs}" if needs else "")
+    yield Finding("python", "version", PROBLEM if wrong else OK, what)
+    installed = versions.Installed.of(facts)
+    yield from versions.contradictions([pin for pin in pins if installed.applies(pin.marker)])
+    yield from versions.judge(installed, pins)
+    yield from _imports(installed.versions, facts.get("imports") or {}, pins, said, gpu_vendor)
 
 
 def _imports(
@@ -259,21 +150,3 @@ def pairing(flash: str, torch: str, build: Mapping[str, Any]) -> Iterator[Findin
         )
     else:
         yield Finding("imports", "flash-attn", OK, f"flash-attn {flash} fits torch {torch}")
-
-
-def read_requirements(path: str) -> tuple[list[Pin], list[str]]:
-    """The pins of a requirements file, and the lines that are none (options, URLs, nonsense)."""
-    pins, other = [], []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            text = re.sub(r"(^|\s)#.*", "", line).strip()
-            if not text:
-                continue
-            try:
-                wish = Requirement(text)
-            except InvalidRequirement:
-                other.append(f"{path}:{number}")
-                continue
-            if wish.marker is None or wish.marker.evaluate():
-                pins.append(Pin(wish.name, str(wish.specifier), f"{path}:{number}"))
-    return pins, other

@@ -12,7 +12,7 @@ import pytest
 from hpctrain.sites.doctor import places
 from hpctrain.sites.doctor import python as pythons
 from hpctrain.sites.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Finding, score
-from hpctrain.sites.doctor.python import Pin
+from hpctrain.sites.doctor.versions import Pin
 
 
 def results(findings):
@@ -60,7 +60,7 @@ def test_a_package_that_is_installed_and_does_not_import_is_found(fake_site):
         Pin("deepspeed", "", "recipe r", "shards"),
     ]
     facts, said = pythons.probe(python, pins)
-    found = list(pythons.judge_python(facts, said, ">=3.9", pins, "amd"))
+    found = list(pythons.judge_python(facts, said, [Pin("python", ">=3.9", "recipe r")], pins, "amd"))
     got = results(found)
     assert got["python", "version"] == OK
     assert got["packages", "torch"] == OK
@@ -127,36 +127,16 @@ def test_flash_attn_for_another_torch_is_named_by_its_wheels_own_version(fake_si
     python = fake_site(torch__2_8_0=TORCH, flash_attn__2_5_8PLUScu122torch2_3cxx11abiTRUE="")
     facts, said = pythons.probe(python, [])
     found = [
-        f for f in pythons.judge_python(facts, said, "", [], "nvidia") if f.name == "flash-attn" and f.result == PROBLEM
+        f for f in pythons.judge_python(facts, said, [], [], "nvidia") if f.name == "flash-attn" and f.result == PROBLEM
     ]
     assert len(found) == 1
     assert "torch 2.3" in found[0].what and "cxx11abi" in found[0].what
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "contradict"),
-    [("==2.3.1", "==2.8.0", True), ("==1.26.4", ">=2", True), ("<2", ">=2", True), (">=1.22", "<2", False), ("==2.3.1", ">=2.3", False),
-     ("~=2.3.0", "==2.4.0", True), ("~=2.3", "==2.4.0", False), ("!=2.0", ">=1", False), ("", ">=1", False), ("<2", ">=1.26,<1.27", False)],
-)  # fmt: skip
-def test_pins_that_cannot_both_be_right_are_named(one, other, contradict):
-    found = list(pythons.contradictions([Pin("numpy", one, "a"), Pin("NumPy", other, "b")]))
-    assert bool(found) == contradict, found
-
-
-def test_requirements_files_in_every_style(tmp_path):
-    path = tmp_path / "requirements.txt"
-    path.write_text(
-        "torch==2.3.1  # pinned\n\n-r other.txt\nnumpy<2 ; python_version > '3'\nx @ https://a/b.whl\nfoo ; python_version < '3'\n???\n"
-    )
-    pins, other = pythons.read_requirements(str(path))
-    assert [(pin.package, pin.versions) for pin in pins] == [("torch", "==2.3.1"), ("numpy", "<2"), ("x", "")]
-    assert [where.rsplit(":", 1)[1] for where in other] == ["3", "7"]
-
-
 def test_a_python_that_does_not_start_is_a_finding():
     facts, said = pythons.probe(["/nonexistent/python"], [])
     assert facts is None
-    assert results(pythons.judge_python(facts, said, "", [], ""))["python", "starts"] == PROBLEM
+    assert results(pythons.judge_python(facts, said, [], [], ""))["python", "starts"] == PROBLEM
 
 
 def test_lustre_quota():
@@ -187,7 +167,9 @@ def test_a_cache_that_cannot_be_written_is_found_and_nothing_is_left_behind(tmp_
     free = tmp_path / "free"
     free.mkdir()
     before = list(tmp_path.rglob("*"))
-    got = results(places.caches({"HF_HOME": "/proc/x", "TORCH_HOME": str(free / "deep" / "er")}))
+    environ = {"HF_HOME": "/proc/x", "TORCH_HOME": str(free / "deep" / "er"), "PIP_CACHE_DIR": "/nosuch/x"}
+    got = results(places.caches(environ))
+    assert got["caches", "PIP_CACHE_DIR"] == NOT_SEEN  # the site's, seen from a laptop
     assert got["caches", "HF_HOME"] == PROBLEM
     assert got["caches", "TORCH_HOME"] in (OK, WARNING)
     assert list(tmp_path.rglob("*")) == before
@@ -213,3 +195,40 @@ def test_the_command_line(hpctrain, tmp_path):
     bad = hpctrain("doctor", "-r", "requirements.txt", "--python", sys.executable, cwd=tmp_path)
     assert bad.returncode == 1 and "numpy==0.0.1" in bad.stdout
     assert hpctrain("doctor", "none.yaml", cwd=tmp_path).returncode in (2, 3)
+
+
+def finding(out, area, name, result=None):
+    found = [one for one in json.loads(out)["findings"] if (one["area"], one["name"]) == (area, name)]
+    found = [one for one in found if result in (None, one["result"])]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_the_caches_are_those_of_the_run(tmp_path, cli, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "run.yaml").write_text(
+        "name: x\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: ['true']}\n"
+        f"env: {{HF_HOME: {tmp_path}/mine, TORCH_HOME: /nosuch/torch}}\n"
+    )
+    _, out, _ = cli("doctor", tmp_path / "run.yaml", "--python", sys.executable, "--json")
+    assert f"{tmp_path}/mine can be written" in finding(out, "caches", "HF_HOME")["what"]
+    assert finding(out, "caches", "TORCH_HOME")["result"] == NOT_SEEN
+
+
+def test_the_working_copys_own_bounds_and_its_package_count(tmp_path, cli, fake_site):
+    """verl of the package index is not GAD's fork, and what its requirements say is looked at."""
+    copy = tmp_path / "code" / "verl"
+    copy.mkdir(parents=True)
+    (copy / "requirements.txt").write_text("transformers<5\nunused==1\n")
+    (copy / "pyproject.toml").write_text('[project]\nname = "verl"\nrequires-python = "==2.7.*"\n')
+    (python,) = fake_site(verl__0_9_1="", transformers__5_24_0="", vllm__0_33_0="")
+    assert cli("init", tmp_path / "r", "--site", "generic-cuda", "--recipe", "verl-gad")[0] == 0
+    words = ["--set", f"recipe_options.verl={copy}"]
+    code, out, err = cli("doctor", tmp_path / "r" / "run.yaml", *words, "--python", python, "--json")
+    assert code == 1, err
+    verl = finding(out, "packages", "verl", PROBLEM)
+    assert f"trains with {copy}" in verl["what"] and verl["hint"] == f"pip install --no-deps -e {copy}"
+    assert f"{copy}/requirements.txt:1 needs <5" in finding(out, "packages", "transformers", PROBLEM)["what"]
+    assert "needs <=0.8.5" in finding(out, "packages", "vllm", PROBLEM)["what"]
+    assert f"{copy}/pyproject.toml needs ==2.7.*" in finding(out, "python", "version", PROBLEM)["what"]
+    assert "unused" not in out
