@@ -1,6 +1,6 @@
 """The click group. Verbs are loaded only when typed, so that `hpctrain --help` opens few files on Lustre.
 
-A verb is one line in `VERBS` and one module `hpctrain/cli/<module>.py` with a click command named `command`.
+A verb is one line in `SECTIONS` and one module `hpctrain/cli/<module>.py` with a click command named `command`.
 """
 
 from __future__ import annotations
@@ -17,43 +17,56 @@ from hpctrain.base import errors, terminal
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-# verb: (module under hpctrain.cli, one-line help). The order is the flow, and the order of `--help`.
-VERBS: dict[str, tuple[str, str]] = {
-    "init": ("init", "write a commented, valid run.yaml"),
-    "check": ("check", "find every problem of a run at once, without any effect"),
-    "plan": ("plan", "show every decided value with its reason, and the cost"),
-    "render": ("render", "write the run directory; prints the path of job.sbatch"),
-    "ladder": ("ladder", "few steps on 1, 2, 8 GPUs first; the next rung only when triage says GREEN"),
-    "chain": ("chain", "render, bootstrap and queue a whole chain of jobs"),
-    "pipeline": ("pipeline", "runs that hand checkpoints or models on, queued as one graph"),
-    "status": ("status", "what runs are doing: links, progress, time still needed"),
-    "logs": ("logs", "the logs of a run across links and requeues, the first failing rank first"),
-    "triage": ("triage", "what the logs say: GREEN or RED per rule, the cause, what to do next"),
-    "report": ("report", "one self-contained HTML page of a run: curves, links, cost, lost work"),
-    "cost": ("cost", "what a run will cost, or has cost, in GPU-hours and the site's units"),
-    "stop": ("stop", "end a chain after its next checkpoint"),
-    "cancel": ("cancel", "cancel every job of a chain now"),
-    "checkpoint": ("checkpoint", "list, verify, bootstrap and choose checkpoints"),
-    "export": ("export", "write a run's weights as a Hugging Face directory"),
-    "generate": ("generate", "answer prompts with a run's weights"),
-    "doctor": ("doctor", "this environment: Python, packages, disks, caches, secrets, Slurm; a score"),
-    "preflight": ("preflight", "the allocated nodes: ranks, GPUs, cores, clocks, scratch, bandwidth; names slow ones"),
-    "recipe": ("recipe", "what can train: list, show"),
-    "template": ("template", "job script templates: list, show, override by blocks"),
-    "site": ("site", "site profiles: list, show, check, draft a new one"),
-    "shell": ("shell", "an interactive allocation in the site's container"),
-    "upload": ("upload", "send data to the site: resumable, verified"),
-    "schema": ("schema", "JSON Schemas of run.yaml and profiles, for editors"),
-    "completion": ("completion", "Tab completion for bash, zsh and fish"),
-    "tokenize": ("tokenize", "JSONL dialogues to a Megatron/NeoX dataset, as a resumable Slurm array"),
-    "data": ("data", "look at, check, count, pack and merge datasets"),
-    "rehearse": ("rehearse", "the very job, against a real Slurm shaped like its site, on this machine"),
-    "sandbox": ("sandbox", "a real Slurm on this machine, shaped like a site"),
+# Heading: {verb: (module under hpctrain.cli, one-line help)}. The order is that of use, and of `--help`.
+SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
+    "Write a run": {
+        "init": ("init", "write a commented, valid run.yaml"),
+        "recipe": ("recipe", "what can train: list, show"),
+        "check": ("check", "find every problem of a run at once, without any effect"),
+        "plan": ("plan", "show every decided value with its reason, and the cost"),
+        "render": ("render", "write the run directory; prints the path of job.sbatch"),
+        "template": ("template", "job script templates: list, show, override by blocks"),
+    },
+    "Run it": {
+        "ladder": ("ladder", "few steps on 1, 2, 8 GPUs first, each only after GREEN"),
+        "chain": ("chain", "render, bootstrap and queue a whole chain of jobs"),
+        "pipeline": ("pipeline", "runs that hand checkpoints or models on, queued as one graph"),
+        "stop": ("stop", "end a chain after its next checkpoint"),
+        "cancel": ("cancel", "cancel every job of a chain now"),
+        "checkpoint": ("checkpoint", "list, verify, bootstrap and choose checkpoints"),
+        "export": ("export", "write a run's weights as a Hugging Face directory"),
+        "generate": ("generate", "answer prompts with a run's weights"),
+    },
+    "Watch it": {
+        "status": ("status", "what runs are doing: links, progress, time still needed"),
+        "logs": ("logs", "logs across links and requeues, the first failing rank first"),
+        "triage": ("triage", "what the logs say: GREEN or RED, the cause, what to do next"),
+        "report": ("report", "one HTML page of a run: curves, links, cost, lost work"),
+        "cost": ("cost", "what a run will cost or has cost, in hours and billing units"),
+    },
+    "Data": {
+        "tokenize": ("tokenize", "dialogues to a Megatron/NeoX dataset, as a resumable array"),
+        "data": ("data", "look at, check, count, pack and merge datasets"),
+        "upload": ("upload", "send data to the site: resumable, verified"),
+    },
+    "Sites": {
+        "site": ("site", "site profiles: list, show, check, draft a new one"),
+        "doctor": ("doctor", "this environment: Python, packages, disks, caches, Slurm"),
+        "preflight": ("preflight", "the allocated nodes: ranks, GPUs, clocks, bandwidth, slow ones"),
+        "shell": ("shell", "an interactive allocation in the site's container"),
+    },
+    "This machine": {
+        "rehearse": ("rehearse", "the very job, against a real Slurm shaped like its site"),
+        "sandbox": ("sandbox", "a real Slurm, shaped like a site"),
+        "schema": ("schema", "JSON Schemas of run.yaml and profiles, for editors"),
+        "completion": ("completion", "Tab completion for bash, zsh and fish"),
+    },
 }
+VERBS = {verb: entry for verbs in SECTIONS.values() for verb, entry in verbs.items()}
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when typed, and listed from `VERBS` without importing them."""
+    """A group whose commands are imported when typed, and listed from the table without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -86,8 +99,10 @@ class LazyGroup(click.Group):
         return [*verbs, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Verbs"):
-            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+        width = max(map(len, VERBS))  # the same column in every section
+        for heading, verbs in SECTIONS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(verb.ljust(width), text) for verb, (_, text) in verbs.items()])
 
 
 @click.command(
