@@ -143,8 +143,8 @@ _SRUN_INPUTS_OF = {
     "SLURM_TRES_BIND": ("gpu-bind", "tres-bind"),
     "SLURM_TRES_PER_TASK": ("gpus-per-task", "tres-per-task"),
 }
-# The variables from which sbatch takes options before it reads the script (sbatch(1), INPUT ENVIRONMENT
-# VARIABLES), for the options that jobs have here.
+# The variables from which sbatch takes options before it reads the script (sbatch(1), INPUT
+# ENVIRONMENT VARIABLES), for the options that jobs have here.
 _SBATCH_INPUTS = {
     "job-name": "SBATCH_JOB_NAME",
     "mem": "SBATCH_MEM_PER_NODE",
@@ -172,7 +172,7 @@ def inherited_inputs(options: Collection[str]) -> list[str]:
 
 
 def agreeing_inputs(options: Mapping[str, str]) -> dict[str, str]:
-    """The variables that sbatch reads and that change nothing of a job with these options: name -> value, "" for any."""
+    """The variables of sbatch that change nothing of a job with these options: their values, "" for any."""
     own = {_SBATCH_INPUTS[name]: value for name, value in options.items() if name in _SBATCH_INPUTS}
     return {**own, **dict.fromkeys(_SBATCH_HARMLESS, "")}
 

@@ -22,13 +22,13 @@ ENDING = frozenset({"TERM", "INT", "HUP"})
 
 
 def launcher(argv: Sequence[str]) -> str | None:
-    """The launcher that starts the program's own processes, as the command names it; None without one."""
+    """The launcher that starts the program's processes, as the command names it, or None."""
     found = _LAUNCHER.search(" ".join(argv))
     return " ".join((found[1] or found[2]).split()) if found else None
 
 
 def shell_between(argv: Sequence[str]) -> str | None:
-    """What a shell runs as its child: the text after -c, or a script; None when none waits for the program."""
+    """What a shell runs as its child: the text after -c, or a script; None when no shell waits."""
     words = list(argv)
     while words and (os.path.basename(words[0]) == "env" or "=" in words[0]):
         words.pop(0)
@@ -48,5 +48,8 @@ def shell_between(argv: Sequence[str]) -> str | None:
 
 
 def traps(argv: Sequence[str]) -> bool:
-    """Whether a shell in it says what it does with signals; it cannot for one that was ignored when it began (POSIX)."""
+    """Whether a shell in it says what it does with signals.
+
+    It has no say over one that was ignored when it began (POSIX, `trap`).
+    """
     return any(re.search(r"\btrap\s", word) for word in argv)

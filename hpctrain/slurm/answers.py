@@ -48,8 +48,8 @@ def shown_by(words: str) -> str:
     return "`scontrol show partition` shows the limits"
 
 
-# Reasons of a waiting job (man squeue, JOB REASON CODES) that do not pass by themselves: what the job is then, and what
-# changes that. {job} is its id.
+# Reasons of a waiting job (man squeue, JOB REASON CODES) that do not pass by themselves: what the job
+# is then, and what changes that. {job} is its id.
 _STUCK = (
     (r"JobHeldAdmin", "held by the administrators, who alone can release it", ""),
     (
@@ -82,7 +82,7 @@ _HELD_STATES = frozenset({"REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
 
 
 def stuck(job_id: str, state: str, reason: str) -> tuple[str, str]:
-    """(what keeps a waiting job until a person acts, the command that changes it); empty where time will do."""
+    """(what keeps a waiting job until a person acts, the command for it); empty where time will do."""
     if state in _HELD_STATES:
         reason = "held state"
     for pattern, what, command in _STUCK:

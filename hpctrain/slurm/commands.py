@@ -63,7 +63,7 @@ def run(argv: Sequence[str], timeout_s: float = 60, input_text: str | None = Non
 
 
 def ask(argv: Sequence[str], timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-    """The same for a command that asks or tells a daemon. Raises NoAnswer too when its words say that none answered."""
+    """`run`, for a command that asks or tells a daemon: NoAnswer too when it says that none answered."""
     done = run(argv, timeout_s=timeout_s)
     words = said(done)
     hint = answers.no_answer(words) if done.returncode else ""
@@ -80,7 +80,7 @@ def ask_in_utc(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_only(job_script: str) -> tuple[bool, str]:
-    """Ask sbatch whether the cluster would take this script now: (accepted, Slurm's own words). Raises NoAnswer."""
+    """Whether the cluster would take this script now, and Slurm's own words. Raises NoAnswer."""
     done = ask(["sbatch", "--test-only", job_script])
     return done.returncode == 0, said(done)
 
@@ -131,15 +131,17 @@ def _not_here(program: str) -> EnvironmentFault:
 def submit(script: str, arguments: Sequence[str] = (), options: Sequence[str] = ()) -> str:
     """Submit a job script and return its job id.
 
-    Raises EnvironmentFault with Slurm's own message when it is refused, Unsure when it may be queued all the same.
+    Raises EnvironmentFault with Slurm's own message when it is refused, Unsure when it may be queued
+    all the same.
     """
     return submitted(["--parsable", *options, script, *arguments], script)[0]
 
 
 def submitted(words: Sequence[str], script: str, timeout_s: float = 120) -> tuple[str, int]:
-    """Run `sbatch --parsable …` and return (job id, exit code), which `--wait` makes the job's own. Raises as `submit`.
+    """Run `sbatch --parsable …`: (job id, exit code), which `--wait` makes the job's own.
 
-    The id is the one line that is an id: a site's wrapper may print before and after it.
+    The id is the one line that is an id: a site's wrapper may print before and after it. Raises as
+    `submit` does.
     """
     try:
         done = run(["sbatch", *words], timeout_s=timeout_s)

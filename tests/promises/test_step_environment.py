@@ -1,4 +1,7 @@
-"""The step's environment is the job's own, whatever the shell had that ran sbatch. The step is played by a fake srun here."""
+"""The step's environment is the job's own, whatever the shell had that ran sbatch.
+
+The step is played by a fake srun here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Where no Slurm answers, nothing is said about the run: with real commands, of a controller that is down or unknown."""
+"""Where no Slurm answers, nothing is said about the run.
+
+With real commands, of a controller that is down or unknown.
+"""
 
 from __future__ import annotations
 

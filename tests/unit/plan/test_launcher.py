@@ -1,4 +1,4 @@
-"""Who stands between srun and the program is seen in the command, and a signal that would end it is not sent to it."""
+"""Who stands between srun and the program is seen in the command, and a signal passes it by."""
 
 from __future__ import annotations
 
