@@ -5,18 +5,18 @@ import os
 import re
 from typing import Any, BinaryIO, Dict, List, NamedTuple, Optional, Tuple
 
-from .files import OddFile, open_state
+from .files import FileInfo, OddFile, open_state
 from .layout import Expected, Folder, Form, Report
-from .shards import PlainUnpickler
+from .shards import PlainUnpickler, damaged_entries
 
 MAX_INDEX_BYTES = 1 << 30  # the index of a trillion parameters on ten thousand ranks is smaller
 _INDEX = re.compile(r"(?:__\d+)?\.metadata\Z")
 
 
 class Index(NamedTuple):
-    """What an index says: how long each file must be at least, and how many entries it has."""
+    """What an index says: where each file's last entry begins and ends, and how many entries it has."""
 
-    lengths: Dict[str, int]
+    last: Dict[str, Tuple[int, int]]
     num_entries: int
 
 
@@ -42,11 +42,11 @@ def read_index(path: str) -> Index:
         raise
     except Exception as error:  # a cut pickle can fail in any way
         raise BadIndex("is damaged: its end is missing") from error
-    lengths: Dict[str, int] = {}
-    for name, end in entries:
-        if end > lengths.get(name, -1):
-            lengths[name] = end
-    return Index(lengths, len(entries))
+    last: Dict[str, Tuple[int, int]] = {}
+    for name, begin, end in entries:
+        if name not in last or end > last[name][1]:
+            last[name] = (begin, end)
+    return Index(last, len(entries))
 
 
 def _loaded(stream: BinaryIO) -> Any:
@@ -61,7 +61,7 @@ def _loaded(stream: BinaryIO) -> Any:
             gc.enable()
 
 
-def _entries(metadata: Any) -> List[Tuple[str, int]]:
+def _entries(metadata: Any) -> List[Tuple[str, int, int]]:
     storage = getattr(metadata, "storage_data", None)
     if not isinstance(storage, dict):
         raise BadIndex("is no index of a distributed checkpoint")
@@ -71,7 +71,7 @@ def _entries(metadata: Any) -> List[Tuple[str, int]]:
         name, offset, length = (found.get(key) for key in ("relative_path", "offset", "length"))
         if not isinstance(name, str) or not isinstance(offset, int) or not isinstance(length, int):
             raise BadIndex("is an index whose entries name no files")
-        entries.append((name, offset + length))
+        entries.append((name, offset, offset + length))
     return entries
 
 
@@ -94,31 +94,43 @@ def _judge_one(part: Folder, name: str, prefix: str, report: Report) -> Optional
     if part.files[name].size <= 0:
         return "is empty"
     try:
-        lengths = read_index(os.path.join(part.path, name)).lengths
+        last = read_index(os.path.join(part.path, name)).last
     except BadIndex as error:
         return str(error)
-    lost, short, longer = [], [], []
-    for file, length in sorted(lengths.items()):
-        if os.path.isabs(file) or ".." in file.split("/"):
-            report.unknown.append("`{}{}` names files elsewhere".format(prefix, name))
-            return None
-        info = part.files.get(file)
-        if info is None or info.size == -1:
-            lost.append(file)
-        elif info.size < length:
-            short.append("`{}{}` has {} bytes, `.metadata` says {}".format(prefix, file, max(info.size, 0), length))
-        elif info.size > length:
-            longer.append(file)
+    if any(os.path.isabs(file) or ".." in file.split("/") for file in last):
+        report.unknown.append("`{}{}` names files elsewhere".format(prefix, name))
+        return None
+    lost = [file for file in sorted(last) if part.files.get(file, _NO_FILE).size == -1]
     if lost:
         shown = ", ".join("`{}{}`".format(prefix, file) for file in lost[:3])
         more = ", … {} more".format(len(lost) - 3) if len(lost) > 3 else ""
         line = "{} of {} files that `.metadata` names are missing: {}{}"
-        report.torn.append(line.format(len(lost), len(lengths), shown, more))
+        report.torn.append(line.format(len(lost), len(last), shown, more))
+    there = {file: ends for file, ends in last.items() if file not in lost}
+    _judge_lengths(part, there, prefix, report)
+    return None
+
+
+_NO_FILE = FileInfo(-1, 0)
+
+
+def _judge_lengths(part: Folder, last: Dict[str, Tuple[int, int]], prefix: str, report: Report) -> None:
+    """Files that end before their last entry does, or with another end than torch writes."""
+    short = []
+    line = "`{}{}` has {} bytes, `.metadata` says {}"
+    for file, (_, end) in sorted(last.items()):
+        size = part.files[file].size
+        if size < end:
+            short.append(line.format(prefix, file, max(size, 0), end))
     report.torn += short[:3]
-    if longer and not lost and not short:
+    if short:
+        return
+    damaged = damaged_entries(part.path, {file: ends for file, ends in last.items() if ends[1]})
+    report.torn += ["`{}{}` {}".format(prefix, file, fault) for file, fault in damaged[:3]]
+    longer = [file for file, (_, end) in sorted(last.items()) if part.files[file].size > end]
+    if longer and not damaged:
         line = "`{}{}` is longer than `.metadata` says: it may be another save's"
         report.unknown.append(line.format(prefix, longer[0]))
-    return None
 
 
 class Dcp(Form):

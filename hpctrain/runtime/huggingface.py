@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from typing import Dict, List, Optional, Pattern, Set
+from typing import Dict, List, Optional, Pattern, Set, Tuple
 
 from .dcp import judge_index
 from .deepspeed import DeepSpeed
@@ -115,8 +115,10 @@ class HfTrainer(Form):
         if "checkpoint-is-incomplete.txt" in top:
             report.torn.append("`checkpoint-is-incomplete.txt` marks it as interrupted")
         self._judge_state(folder, report)
-        report.torn += whole_files(folder, sorted(top))
         sharded = self._judge_sharded(folder, expected, report)
+        # DeepSpeed loads its own shards, and nobody loads what describes the training.
+        skipped = {"training_args.bin"} | ({"model.safetensors"} if sharded == "deepspeed" else set())
+        report.torn += whole_files(folder, sorted(top - skipped))
         random_states = [name for name in top if name.startswith("rng_state")]
         has_scheduler = bool({"scheduler.pt", "scheduler.bin"} & top)
         has_optimizer = sharded or _any(top, r"optimizer(?:\.pt|\.bin)|rank\d+-of-.*optimizer")
@@ -126,9 +128,12 @@ class HfTrainer(Form):
             )
             return
         lost = [] if has_optimizer else ["the optimizer's state is missing"]
-        if not has_scheduler and not (sharded == "deepspeed" and _own_scheduler(folder)):
+        own_scheduler, num_ranks = False, 0
+        if sharded == "deepspeed":
+            own_scheduler, num_ranks = _said_by_deepspeed(folder)
+        if not has_scheduler and not own_scheduler:
             lost.append("`scheduler.pt` is missing: the Trainer would begin the optimizer anew too")
-        lost += self._random_faults(folder, random_states, report)
+        lost += self._random_faults(folder, random_states, num_ranks, report)
         if "scaler.pt" in folder.previous and "scaler.pt" not in top:
             lost.append("`scaler.pt` is missing")
         lost += self._weight_faults(folder, sharded)
@@ -162,14 +167,15 @@ class HfTrainer(Form):
         if name and step != int(name.group(1)) and not os.path.islink(folder.path):
             report.torn.append("`trainer_state.json` is of step {}".format(step))
 
-    def _random_faults(self, folder: Folder, names: List[str], report: Report) -> List[str]:
+    def _random_faults(self, folder: Folder, names: List[str], num_ranks: int, report: Report) -> List[str]:
         if not names:
             return ["`rng_state.pth` is missing"]
         ranks = {key[0] for key in folder.matching(self._RNG)}
         if not ranks:
             return []
         fewer_ranks(folder, self._RNG, ranks, report)
-        return missing("random states", range(max(ranks) + 1), ranks, "rng_state_{}.pth".format)
+        wanted = range(max(max(ranks) + 1, num_ranks))
+        return missing("random states", wanted, ranks, "rng_state_{}.pth".format)
 
     @staticmethod
     def _judge_sharded(folder: Folder, expected: Expected, report: Report) -> str:
@@ -206,13 +212,16 @@ def judge_fsdp(folder: Folder, parts: List[str], report: Report) -> str:
     return "fsdp" if parts else ""
 
 
-def _own_scheduler(folder: Folder) -> bool:
-    """Whether DeepSpeed keeps the scheduler itself: its configuration, in a model file, has one."""
+def _said_by_deepspeed(folder: Folder) -> Tuple[bool, int]:
+    """Whether DeepSpeed keeps the scheduler itself, by the configuration in a model file, and how many
+    data-parallel ranks there were, 0 where nothing says it."""
     names = sorted(name for name in folder.files if name.endswith("model_states.pt"))
     if not names:
-        return False
-    config = top_values(os.path.join(folder.path, names[0]), ("ds_config",)).get("ds_config")
-    return isinstance(config, dict) and bool(config.get("scheduler"))
+        return False, 0
+    said = top_values(os.path.join(folder.path, names[0]), ("ds_config", "dp_world_size"))
+    config, ranks = said.get("ds_config"), said.get("dp_world_size")
+    own = isinstance(config, dict) and bool(config.get("scheduler"))
+    return own, ranks if isinstance(ranks, int) else 0
 
 
 def deepspeed_tag(folder: Folder) -> Optional[str]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from typing import Optional, Tuple
 
 from .dcp import Dcp
@@ -19,6 +20,7 @@ from .layout import (
     Layout,
     Report,
     Verdict,
+    shape_of,
 )
 from .megatron import MegatronDist, MegatronLegacy
 from .writers import LightningFolder, Nanotron, OlmoCore, SingleFile, Verl
@@ -44,9 +46,30 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR)
 def judge_path(path: str, expected: Optional[Expected] = None) -> Tuple[str, Verdict]:
     """What is at `path`, told by its files alone: the writer's form and the verdict on it.
 
-    Raises FileNotFoundError when there is nothing."""
-    verdict = judge_as(None, os.path.abspath(path), Listing(), expected or Expected())
+    Another checkpoint beside it bears witness to what the program writes. Raises FileNotFoundError
+    when there is nothing."""
+    path = os.path.abspath(path)
+    verdict = judge_as(None, path, Listing(), expected or Expected(), witness_of(path))
     return verdict.form, verdict
+
+
+def witness_of(path: str) -> Optional[str]:
+    """The checkpoint beside the one at `path`, named like it but for its number: the one before it,
+    else the next."""
+    parent, name = os.path.split(path)
+    try:
+        names = [other for other in os.listdir(parent) if shape_of(other) == shape_of(name)]
+    except OSError:
+        return None
+    numbers = sorted((_numbers_in(other), other) for other in names)
+    before = [other for number, other in numbers if number < _numbers_in(name)]
+    after = [other for number, other in numbers if number > _numbers_in(name)]
+    chosen = before[-1:] or after[:1]
+    return os.path.join(parent, chosen[0]) if chosen and re.search(r"\d", name) else None
+
+
+def _numbers_in(name: str) -> Tuple[int, ...]:
+    return tuple(int(text) for text in re.findall(r"\d{1,18}", name))
 
 
 def judge_as(
