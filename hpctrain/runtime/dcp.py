@@ -3,13 +3,15 @@
 import gc
 import os
 import re
-from typing import Any, BinaryIO, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, BinaryIO, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from .files import FileInfo, OddFile, open_state
-from .layout import Expected, Folder, Form, Report
+from .layout import Expected, Folder, Form, Report, missing
 from .shards import PlainUnpickler, damaged_entries
 
 MAX_INDEX_BYTES = 1 << 30  # the index of a trillion parameters on ten thousand ranks is smaller
+_RANK_INDEX = re.compile(r"__(\d+)\.metadata\Z")
+_RANK_FILE = re.compile(r"__(\d+)_\d+\.distcp\Z")
 _INDEX = re.compile(r"(?:__\d+)?\.metadata\Z")
 
 
@@ -49,6 +51,12 @@ def read_index(path: str) -> Index:
     return Index(last, len(entries))
 
 
+def ranks_in(names: Iterable[str]) -> int:
+    """How many ranks the shards' names show at least: `__R_I.distcp` was written by rank R."""
+    ranks = [int(match.group(1)) for match in map(_RANK_FILE.match, names) if match]
+    return max(ranks) + 1 if ranks else 0
+
+
 def _loaded(stream: BinaryIO) -> Any:
     """The pickle's top object. Collecting garbage among a million small objects takes five times as
     long as reading them."""
@@ -84,6 +92,12 @@ def judge_index(folder: Folder, where: str, report: Report) -> None:
     if not indexes:
         report.torn.append("`{}.metadata`, which is written last, is missing".format(prefix))
         return
+    own = {match.group(1) for match in map(_RANK_INDEX.match, indexes) if match}
+    if own:
+        # Saved without collectives: each rank's files have an index of their own.
+        ranks = {match.group(1) for match in map(_RANK_FILE.match, part.files) if match}
+        wanted = sorted(ranks, key=int)
+        report.torn += missing("indexes", wanted, own, (prefix + "__{}.metadata").format)
     for name in sorted(indexes):
         fault = _judge_one(part, name, prefix, report)
         if fault:

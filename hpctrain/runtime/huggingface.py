@@ -5,12 +5,13 @@ import os
 import re
 from typing import Dict, List, Optional, Pattern, Set, Tuple
 
-from .dcp import judge_index
+from .dcp import judge_index, ranks_in
 from .deepspeed import DeepSpeed
 from .files import read_text
 from .layout import Expected, Folder, Form, Report, missing, opened
 from .shards import top_values
 
+CUT_SHORT = "is cut short"
 _MAX_JSON_BYTES = 256 * 1024 * 1024
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = (
@@ -55,7 +56,7 @@ def weight_faults(folder: Folder) -> List[str]:
             found = read_json(folder, index)
             shards_of = found.get("weight_map") if found else None
             if not isinstance(shards_of, dict):
-                return ["`{}` is cut short".format(index)]
+                return ["`{}` {}".format(index, CUT_SHORT)]
             return missing("weight files", sorted(set(map(str, shards_of.values()))), top, str)
     numbered = [match for match in map(_OF.match, sorted(top)) if match]
     if numbered:
@@ -71,6 +72,13 @@ def whole_files(folder: Folder, names: Optional[List[str]] = None) -> List[str]:
     return opened(folder, [name for name in looked_at if name.endswith(_ZIPS)])
 
 
+def _all_numbered(folder: Folder) -> bool:
+    """Whether the weight files are there by the numbers in their names, 1 to N of N."""
+    matches = [match for match in map(_OF.match, folder.top()) if match]
+    numbers = {int(match.group(2)) for match in matches}
+    return bool(matches) and numbers == set(range(1, int(matches[0].group(3)) + 1))
+
+
 class Weights(Form):
     """A model alone, as `save_pretrained` writes it: every file that its index names."""
 
@@ -80,11 +88,11 @@ class Weights(Form):
 
     def judge(self, folder: Folder, expected: Expected, report: Report) -> None:
         faults = weight_faults(folder)
-        if any("missing" in fault for fault in faults):
-            self.lacking(folder, report, faults)
-        else:
-            report.torn += faults
         report.torn += whole_files(folder, sorted(folder.top()))
+        if any(fault.endswith(CUT_SHORT) for fault in faults) and _all_numbered(folder):
+            report.unknown += faults  # some readers ask the shards' own headers, and never the index
+        else:
+            self.lacking(folder, report, faults)
 
 
 class HfTrainer(Form):
@@ -128,7 +136,7 @@ class HfTrainer(Form):
             )
             return
         lost = [] if has_optimizer else ["the optimizer's state is missing"]
-        own_scheduler, num_ranks = False, 0
+        own_scheduler, num_ranks = False, ranks_of_parts(folder)
         if sharded == "deepspeed":
             own_scheduler, num_ranks = _said_by_deepspeed(folder)
         if not has_scheduler and not own_scheduler:
@@ -245,6 +253,12 @@ def judge_deepspeed(folder: Folder, tag: str, expected: Expected, report: Report
     report.refusals += found.refusals
 
 
+def ranks_of_parts(folder: Folder) -> int:
+    """How many ranks FSDP's parts show at least."""
+    parts = [name for name in folder.files if re.match(r"(?:pytorch_model_fsdp|optimizer)_\d+/", name)]
+    return ranks_in(name.split("/", 1)[1] for name in parts)
+
+
 def fewer_ranks(folder: Folder, pattern: Pattern[str], ranks: Set[int], report: Report) -> None:
     """Nothing in such a checkpoint says how many ranks there were: with fewer than in the one before,
     the run may have got smaller, or the last ranks' files were never written."""
@@ -276,7 +290,7 @@ class Accelerate(Form):
         if self.marker and self.marker not in top:
             report.torn.append("`{}` is missing".format(self.marker))
         ranks = {key[0] for key in folder.matching(self._RANDOM)}
-        least = max(ranks) + 1 if ranks else 1
+        least = max([1, ranks_of_parts(folder), *(rank + 1 for rank in ranks)])
         report.torn += missing("random states", range(least), ranks, "random_states_{}.pkl".format)
         fewer_ranks(folder, self._RANDOM, ranks, report)
         report.torn += whole_files(folder, sorted(top))

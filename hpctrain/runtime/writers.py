@@ -6,8 +6,8 @@ from typing import Dict, List, Set, Tuple
 
 from . import shards
 from .dcp import judge_index
-from .huggingface import deepspeed_tag, judge_deepspeed, whole_files
-from .layout import Expected, Folder, Form, Report, missing, opened
+from .huggingface import deepspeed_tag, judge_deepspeed, read_json, whole_files
+from .layout import Expected, Folder, Form, Report, missing, opened, shape_of
 
 
 class Verl(Form):
@@ -156,22 +156,35 @@ class Nanotron(Form):
     def judge(self, folder: Folder, expected: Expected, report: Report) -> None:
         if "checkpoint_metadata.json" not in folder.files:
             report.torn.append("`checkpoint_metadata.json`, which is written last, is missing")
-        parts = [
-            "`{}/` is missing".format(name)
-            for name in ("model", "optimizer", "lr_scheduler")
-            if name not in folder.folders()
-        ]
-        self.lacking(folder, report, parts)
+        needed = ("model/", "optimizer/", "lr_scheduler/", "optimizer/optimizer_config.json")
+        lost = [name for name in needed if not any(file.startswith(name) for file in folder.files)]
+        self.lacking(folder, report, ["`{}` is missing".format(name) for name in lost])
         report.torn += whole_files(folder)
         for names in self._families(folder).values():
             report.torn += self._lost(names)[:3]
+        report.torn += self._parameters(folder)
+        before = {shape_of(name) for name in folder.previous}
+        gone = sorted(before - {shape_of(name) for name in folder.files})
+        report.torn += ["`{}`, as in the one beside it, is missing".format(name) for name in gone[:3]]
 
     def _families(self, folder: Folder) -> Dict[str, List[str]]:
         families: Dict[str, List[str]] = {}
         for name in folder.files:
-            if name.startswith(("optimizer/", "random/")) and self._OF.search(name):
+            if self._OF.search(name):
                 families.setdefault(self._OF.sub(r"*-of-\2", name), []).append(name)
         return families
+
+    def _parameters(self, folder: Folder) -> List[str]:
+        """The weights that the optimizer's configuration names: with ZeRO 1 it lists every parameter."""
+        found = read_json(folder, "optimizer/optimizer_config.json") or {}
+        configs = found.get("configs")
+        shapes = configs.get("orig_param_shapes") if isinstance(configs, dict) else None
+        there = {os.path.dirname(name) for name in folder.files}
+        wanted = [
+            "model/" + str(key).rpartition(".")[0].replace(".", "/")
+            for key in (shapes if isinstance(shapes, dict) else ())
+        ]
+        return missing("parameters", sorted(set(wanted)), there, str)
 
     def _lost(self, names: List[str]) -> List[str]:
         sizes = [int(size) for _, size in self._OF.findall(names[0])]

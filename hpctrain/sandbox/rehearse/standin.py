@@ -190,6 +190,7 @@ def _lightning(number: int, world: int) -> Files:
 def _nanotron(number: int, world: int) -> Files:
     form = "optimizer/optimizer_pp-0-of-1_dp-{}-of-{}_tp-0-of-1_exp-0-of-1.pt"
     names = ["model/model_config.bin", *(form.format(rank, world) for rank in range(world))]
+    names.append("optimizer/optimizer_config.json")
     names += ["lr_scheduler/lr_scheduler.pt", "checkpoint_metadata.json"]
     return str(number), [(name, CONTENT) for name in names], ("latest.txt", str(number))
 
