@@ -38,7 +38,7 @@ class Verl(Form):
             shown = ", ".join(map(str, worlds))
             report.torn.append("shards of world sizes {} lie in one checkpoint".format(shown))
         if expected.data_parallel and worlds != [expected.data_parallel]:
-            line = "was saved by {} ranks, and the plan has {}"
+            line = "was saved by {} ranks, and the plan has {}: no other number can load it"
             report.refuse(line.format(worlds[-1], expected.data_parallel))
         before = self._shards(Folder(folder.path, folder.previous))
         self._judge_roles(folder, shard_files, before, worlds[-1], report)

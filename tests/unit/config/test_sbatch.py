@@ -63,9 +63,8 @@ def test_what_srun_would_take_from_the_submitting_shell():
 
 
 def test_what_sbatch_would_take_instead_of_the_scripts_own():
-    options = {"time": "1h", "job-name": "r", "nodes": "2", "no-requeue": ""}
-    assert overriding_inputs(options) == [
-        ("SBATCH_TIMELIMIT", "1h"),
-        ("SBATCH_JOB_NAME", "r"),
-        ("SBATCH_NO_REQUEUE", ""),
-    ]
+    options = {"time": "1h", "job-name": "r", "nodes": "2", "hint": "nomultithread"}
+    same = {"SBATCH_TIMELIMIT": "1h", "SBATCH_JOB_NAME": "r", "SLURM_HINT": "nomultithread"}
+    assert overriding_inputs({**same, "SBATCH_DEBUG": "1", "HOME": "/root"}, options) == []
+    other = {"SBATCH_TIMELIMIT": "2h", "SBATCH_QOS": "debug", "SLURM_HINT": "multithread"}
+    assert overriding_inputs({**same, **other}, options) == ["SBATCH_QOS", "SBATCH_TIMELIMIT", "SLURM_HINT"]

@@ -169,7 +169,7 @@ def test_an_export_that_exists_is_not_touched_by_a_job_submitted_by_hand(run, ru
     done, _ = run_job(
         run / "export.sbatch", args=[str(tmp_path / "m2"), str(tmp_path / "check points" / "global_step20")]
     )
-    assert done.returncode == 1 and "incomplete" in done.stdout
+    assert done.returncode == 1 and "torn" in done.stdout
 
 
 def test_dry_run_shows_the_job_and_writes_nothing(run, cli, tmp_path):
