@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from hpctrain.base.errors import EnvironmentFault, Refused
-from hpctrain.runtime.files import share_with_group, sync_folder, write_all
+from hpctrain.runtime.files import replace_atomic, sync_folder
 
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -23,29 +23,20 @@ def write_new(path: str, text: str, hint: str = "") -> None:
 
     Raises Refused when anything has that name already, a dangling symlink too; EnvironmentFault when it cannot be written.
     """
-    folder = os.path.dirname(path) or "."
     try:
-        os.makedirs(folder, exist_ok=True)
-        if os.path.lexists(path):
-            raise Refused("is there already, and is left as it is", where=path, hint=hint)
-        handle, temp = tempfile.mkstemp(prefix=f".{os.path.basename(path)[:100]}.", dir=folder)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     except OSError as error:
-        raise EnvironmentFault(f"cannot be written: {error.strerror}", where=path) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(text.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temp, 0o666 & ~umask())
-        _give_name(temp, path)
-        sync_folder(folder)
-    except FileExistsError as error:
-        raise Refused("was made by someone else at this moment", where=path, hint=hint) from error
-    except OSError as error:
-        raise EnvironmentFault(f"cannot be written: {error.strerror}", where=path) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temp)
+        raise disk_fault(error, path) from error
+    if os.path.lexists(path):
+        raise Refused("is there already, and is left as it is", where=path, hint=hint)
+    with temporaries(path) as (temp,):
+        temp.file.write(text.encode("utf-8"))
+        temp.sync()
+        try:
+            _give_name(temp.temp_path, path)
+        except FileExistsError:
+            raise Refused("was made by someone else at this moment", where=path, hint=hint) from None
+        sync_folder(os.path.dirname(path) or ".")
 
 
 def _give_name(temp: str, path: str) -> None:
@@ -67,26 +58,9 @@ def umask() -> int:
 
 
 def write_whole(path: str, content: bytes) -> None:
-    """Replace `path` by `content`, making its folder: after a crash at any instant the old or the new is there.
-
-    A symbolic link at `path` is replaced, never written through. Raises OSError when the disk refuses.
-    """
-    folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)[:80]}.", dir=folder)
-    try:
-        try:
-            write_all(handle, content)
-            os.fchmod(handle, 0o644)
-            share_with_group(handle, folder)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    sync_folder(folder)
+    """`replace_atomic`, which makes the folder too. Raises OSError when the disk refuses."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    replace_atomic(path, content)
 
 
 def open_to_readers(folder: str) -> None:
@@ -131,7 +105,7 @@ class Temp:
         """`path` is this file now, whatever was there."""
         self.sync()
         os.replace(self.temp_path, self.path)
-        sync_name(self.path)
+        sync_folder(os.path.dirname(self.path) or ".")
 
     def commit_new(self) -> bool:
         """`path` is this file now, unless there was one: then False, and nothing changed. The temporary file stays."""
@@ -141,13 +115,13 @@ class Temp:
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            if error.errno not in _NO_HARD_LINKS:
                 raise
             # A file system without hard links; the caller holds a lock.
             if os.path.lexists(self.path):
                 return False
             os.replace(self.temp_path, self.path)
-        sync_name(self.path)
+        sync_folder(os.path.dirname(self.path) or ".")
         return True
 
     def discard(self) -> None:
@@ -217,16 +191,6 @@ def remove(path: str) -> None:
     """`path` is not there (a symlink goes, its target stays)."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-
-
-def sync_name(path: str) -> None:
-    """The name of `path` is on the disk too."""
-    with contextlib.suppress(OSError):
-        handle = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @contextlib.contextmanager

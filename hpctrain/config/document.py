@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,20 @@ class Document:
             else:
                 return default
         return node
+
+    def section(self, *path: Any) -> Document:
+        """The mapping at `path` with its positions, as a document of its own; empty where there is none."""
+        data, depth = self.get(*path), len(path)
+
+        def below(origins: Mapping[Path, Origin]) -> dict[Path, Origin]:
+            return {key[depth:]: origin for key, origin in origins.items() if key[:depth] == path}
+
+        return Document(
+            data if isinstance(data, dict) else {},
+            below(self.origins),
+            below(self.key_origins),
+            self.name,
+        )
 
 
 def load_yaml(path: str | os.PathLike[str], name: str = "") -> Document:

@@ -261,19 +261,8 @@ def user_layers(site: Any) -> list[Document]:
         {key: value for key, value in document.data.items() if key != "sites"},
         document.origins, document.key_origins, path,
     )  # fmt: skip
-    mine = document.get("sites", site) if isinstance(site, str) else None
-    if not isinstance(mine, dict):
-        return [everywhere]
-    depth = 2
-    return [
-        everywhere,
-        Document(
-            mine,
-            {key[depth:]: origin for key, origin in document.origins.items() if key[:depth] == ("sites", site)},
-            {key[depth:]: origin for key, origin in document.key_origins.items() if key[:depth] == ("sites", site)},
-            path,
-        ),
-    ]
+    mine = document.section("sites", site) if isinstance(site, str) else Document({})
+    return [everywhere, mine] if mine.data else [everywhere]
 
 
 def _env_text(value: Any) -> str:

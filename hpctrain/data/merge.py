@@ -20,6 +20,7 @@ from hpctrain.data.dataset.indexed_dataset import chunks, dtype_for, open_datase
 from hpctrain.data.plan import FORMAT, Plan
 from hpctrain.data.sources import same_stat
 from hpctrain.data.worker import finished, segment_sha256, shard_files
+from hpctrain.runtime.files import sync_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -143,7 +144,7 @@ def publish(
             for path in (idx_path, bin_path):
                 if os.path.lexists(path):
                     os.unlink(path)
-                    files.sync_name(path)
+                    sync_folder(os.path.dirname(path) or ".")
         if not bin_temp.commit_new() and not _same_bytes(bin_temp.temp_path, bin_path):
             raise _refused(bin_path)
         json_temp.commit()

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hpctrain.base.units import compress_nodes, expand_nodes
-from hpctrain.runs.records import RunRecords, job_of_log
+from hpctrain.runs.records import RunRecords
 from hpctrain.runs.starts import starts_of
+from hpctrain.triage.records import job_of_log
 
 MIN_FAILURES = 2
 _TAIL_BYTES = 4 * 1024 * 1024

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
 from hpctrain.base.text import text_problem
@@ -47,7 +46,7 @@ def load_plan(path: str, assignments: Sequence[str] = (), out_dir: str | None = 
     except HpctrainError as error:
         problems += error.problems
     if site and site.values["defaults"]:
-        layers.insert(0, _site_defaults(site.document))
+        layers.insert(0, site.document.section("defaults"))
     spec, spec_problems = spec_from_layers(layers, path, handed)
     problems = [*spec_problems, *problems]
     if not site or not recipe:
@@ -120,13 +119,6 @@ def _read_options(
                 ]
         documents[option] = tuple(found)
     return documents, problems
-
-
-def _site_defaults(document: Document) -> Document:
-    def inside(origins: Mapping[Any, Any]) -> dict[Any, Any]:
-        return {path[1:]: origin for path, origin in origins.items() if path[:1] == ("defaults",)}
-
-    return Document(document.get("defaults"), inside(document.origins), inside(document.key_origins), document.name)
 
 
 def site_yaml(site: Site) -> str:

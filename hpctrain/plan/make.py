@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.base.errors import Problem
@@ -108,8 +108,8 @@ def make_plan(spec: RunSpec, site: Site, recipe: Recipe, run_dir: str,
     partition, node = pick_partition(notes)
     gpus, tasks, cpus = decide_shape(notes, node)
     options, option_problems = check_recipe_options(recipe, spec.document)
-    config = Document(spec.config, *_config_origins(spec.document), spec.source)
-    defaults = Document(recipe.values["config"], *_config_origins(recipe.document), recipe.document.name)
+    config = replace(spec.document.section("config"), data=spec.config, name=spec.source)
+    defaults = replace(recipe.document.section("config"), data=recipe.values["config"])
     resolved = Resolved()
     if not option_problems:
         context = Context(spec, site, recipe, options, merge([defaults, config]), read or {}, run_dir, node,
@@ -133,10 +133,3 @@ def make_plan(spec: RunSpec, site: Site, recipe: Recipe, run_dir: str,
         spec, site, recipe, resolved, run_dir, partition, node, gpus, tasks, cpus, directives, srun_options, container,
         env, signal, preflight, cost, (*notes.decisions, *resolved.decisions), tuple(notes.sorted_problems()),
     )  # fmt: skip
-
-
-def _config_origins(document: Document) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    def inside(origins: Mapping[Any, Any]) -> dict[Any, Any]:
-        return {path[1:]: origin for path, origin in origins.items() if path[:1] == ("config",)}
-
-    return inside(document.origins), inside(document.key_origins)

@@ -15,7 +15,7 @@ from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.datafiles import indexed_problems
 from hpctrain.recipes.neox import batch, data, export, launch, model, ranges, saving
 from hpctrain.recipes.neox.configs import MAX_TEXT_BYTES, config_text
-from hpctrain.recipes.neox.draft import Draft, make_draft, section
+from hpctrain.recipes.neox.draft import Draft, make_draft
 from hpctrain.recipes.neox.keys import FLAVOR_NAMES
 
 
@@ -33,9 +33,9 @@ def resolve(context: Context) -> Resolved:
 
     draft = make_draft(
         flavor,
-        section(context.recipe.document, "config"),
+        context.recipe.document.section("config"),
         bases,
-        section(spec.document, "config"),
+        spec.document.section("config"),
         options["extra_keys"],
     )
     ranks_per_node = context.gpus_per_node or context.tasks_per_node

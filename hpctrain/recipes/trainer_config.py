@@ -11,14 +11,13 @@ from hpctrain.config.document import Document, Path, merge
 from hpctrain.config.fields import Field
 from hpctrain.recipes.contract import Context
 from hpctrain.recipes.datafiles import row_problems
-from hpctrain.recipes.neox.draft import section
 
 
 def layered(context: Context, what: str, *key: str) -> tuple[Document, list[Problem]]:
     """base_config under the run's config, with `data.train` at `key`, where `what` is named; and what contradicts."""
     spec, problems = context.spec, []
-    own = section(spec.document, "config")
-    layers = [section(context.recipe.document, "config"), *context.read.get("base_config", ()), own]
+    own = spec.document.section("config")
+    layers = [context.recipe.document.section("config"), *context.read.get("base_config", ()), own]
     given: list[str] = list(spec.data.get("train") or [])
     if given:
         if own.get(*key) is not None:

@@ -6,7 +6,6 @@ started (`scontrol show node`). Only the last start of each is known: what came 
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from hpctrain.base.errors import EnvironmentFault
 from hpctrain.base.units import compress_nodes
 from hpctrain.runs.starts import Start
 from hpctrain.slurm import commands as slurm
+from hpctrain.slurm.jobs import parse_time
 from hpctrain.triage.records import utc
 
 AFTER_S = 60.0  # a daemon that comes back so soon after a start's end was gone during it
@@ -39,14 +39,14 @@ def read_happenings(config: str, nodes: str) -> list[Happening]:
     """Everything told by the text of `scontrol show config` and of `scontrol --oneliner show node …`, in UTC; pure."""
     out = []
     controller = _CONTROLLER.search(config)
-    if controller and (started := _time(controller[1])) is not None:
+    if controller and (started := parse_time(controller[1])) is not None:
         out.append(Happening("Slurm's controller (slurmctld) was started again; jobs run on without it", None, started))
     for line in nodes.splitlines():
         facts = dict(_FIELD.findall(line))
         name = facts.get("NodeName")
         if not name:
             continue
-        booted, daemon = _time(facts.get("BootTime", "")), _time(facts.get("SlurmdStartTime", ""))
+        booted, daemon = parse_time(facts.get("BootTime", "")), parse_time(facts.get("SlurmdStartTime", ""))
         if booted is not None:
             out.append(Happening(f"{name} booted", name, booted))
         if daemon is not None and (booted is None or daemon > booted + 600):
@@ -95,10 +95,3 @@ def remarks(happenings: Iterable[Happening], starts: Sequence[Start], now_s: flo
                 out.append(f"{utc(happening.time_s)}, {when} {start.name} ran: {happening.what}")
                 break
     return out[:_MOST]
-
-
-def _time(text: str) -> float | None:
-    try:
-        return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S").replace(tzinfo=datetime.timezone.utc).timestamp()
-    except ValueError:
-        return None

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from hpctrain.runs.records import RunRecords, job_of_log, list_logs
+from hpctrain.runs.records import RunRecords, list_logs
 from hpctrain.runs.starts import links_of
 from hpctrain.triage.engine import clean
 from hpctrain.triage.judge import Incident
-from hpctrain.triage.records import Event
+from hpctrain.triage.records import Event, job_of_log
 
 _CONTEXT_BEFORE, _CONTEXT_AFTER = 25, 5
 _RANK = re.compile(rb"\[(?:rank|default)\s?(\d+)\]|\[Rank (\d+)\]|^\s*(\d+): ")

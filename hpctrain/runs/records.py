@@ -6,7 +6,6 @@ A run is named by its directory, by its run.yaml, by its name (looked for under 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import re
@@ -18,9 +17,9 @@ from typing import Any
 from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.config.fields import nearest
 from hpctrain.runtime.files import read_lines
+from hpctrain.triage.records import job_of_log
 
 _JOB_ID = re.compile(r"\d+(?:_\d+)?\Z")
-_LOG_JOB = re.compile(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z")
 MARKS = ("plan.json", "ledger.jsonl", "links.jsonl", "job.sbatch")
 PIPELINE = "pipeline.json"
 
@@ -77,12 +76,6 @@ def by_hand(run: RunRecords) -> list[str]:
     ran = dict.fromkeys(str(record.get("job_id")) for record in run.links if record.get("event") == "begin")
     ran.update(dict.fromkeys(filter(None, map(job_of_log, run.logs))))
     return [job_id for job_id in ran if job_id not in queued] if queued else []
-
-
-def job_of_log(path: str) -> str | None:
-    """The id of the job whose log this is, by the file's name."""
-    match = _LOG_JOB.search(path)
-    return match[1] if match else None
 
 
 def is_run_dir(path: str) -> bool:
@@ -324,15 +317,3 @@ def _run_of_job(job_id: str, run_dirs: Iterable[str]) -> str:
         f"no run here submitted job {job_id}", why="looked in ./runs and asked Slurm for its working directory",
         hint="name the run directory, or the log file itself",
     )  # fmt: skip
-
-
-def parse_time(text: object) -> float | None:
-    """UTC seconds of the records' `2026-11-21T01:52:08Z`, None for anything else."""
-    try:
-        return (
-            datetime.datetime.strptime(str(text), "%Y-%m-%dT%H:%M:%SZ")
-            .replace(tzinfo=datetime.timezone.utc)
-            .timestamp()
-        )
-    except ValueError:
-        return None

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.base.units import expand_nodes
-from hpctrain.runs.records import RunRecords, job_of_log, parse_time
+from hpctrain.runs.records import RunRecords
 from hpctrain.runtime.history import RUN_MODES
-from hpctrain.slurm.jobs import Answer, Job
-from hpctrain.triage.records import utc
+from hpctrain.slurm.jobs import Answer, Job, parse_time
+from hpctrain.triage.records import job_of_log, utc
 
 NO_END = "began, no end recorded"
 # What a guard that let nothing train decided, as a state.

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.config import billing
-from hpctrain.runs.records import RunRecords, by_hand, job_of_log, read_run
+from hpctrain.runs.records import RunRecords, by_hand, read_run
 from hpctrain.runs.starts import NO_END, JobHistory, Start, jobs_of
 from hpctrain.slurm.jobs import Answer, query
 from hpctrain.triage.failures import FAILURES
-from hpctrain.triage.records import Event, distinct, utc
+from hpctrain.triage.records import Event, distinct, job_of_log, utc
 
 NOT_SUBMITTED, PENDING, RUNNING, DONE, STOPPED, GAVE_UP, FAILED, ENDED, UNKNOWN = (
     "not submitted", "pending", "running", "done", "stopped", "gave up", "failed", "ended", "unknown",

@@ -12,7 +12,6 @@ import re
 import shutil
 import socket
 import stat
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
+from hpctrain.runtime.files import replace_atomic
 from hpctrain.sandbox.shape import ClusterShape, Place, Ports, check_path
 
 RECORD = "sandbox.json"
@@ -145,19 +145,8 @@ def locked(state: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str, mode: int = 0o600) -> None:
-    """Replace a file whole: temporary name, fsync, rename."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fchmod(stream.fileno(), mode)
-            os.fsync(stream.fileno())
-        os.rename(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    """Replace a file whole."""
+    replace_atomic(str(path), text.encode(), mode)
 
 
 def save(state: Path, record: Record) -> None:

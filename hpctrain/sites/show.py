@@ -11,7 +11,7 @@ from typing import Any
 
 from hpctrain.base.errors import HpctrainError, Problem
 from hpctrain.config import run
-from hpctrain.config.document import Document, walk
+from hpctrain.config.document import walk
 from hpctrain.config.fields import Field, check
 from hpctrain.config.sbatch import check_options
 from hpctrain.config.site import FIELDS, Site, list_sites, load_site
@@ -94,7 +94,7 @@ def find_problems(site: Site, path: str, today: datetime.date) -> list[Problem]:
     known = {key: _optional(field) for key, field in run.FIELDS.items()}
     defaults = values["defaults"]
     if defaults:
-        found += check(_inside(document, ("defaults",)), known)[1]
+        found += check(document.section("defaults"), known)[1]
     if not site.partitions:
         found.append(Problem("no partitions are listed, so no limit can be checked", document.where(), level="note"))
     order = {"error": 0, "warning": 1, "note": 2}
@@ -225,15 +225,6 @@ def _optional(field: Field) -> Field:
         setattr(clone, slot, getattr(field, slot))
     clone.required = False
     return clone
-
-
-def _inside(document: Document, path: tuple[Any, ...]) -> Document:
-    depth = len(path)
-
-    def shift(origins: Mapping[Any, Any]) -> dict[Any, Any]:
-        return {key[depth:]: origin for key, origin in origins.items() if key[:depth] == path}
-
-    return Document(document.get(*path), shift(document.origins), shift(document.key_origins), document.name)
 
 
 def _defaults(fields: Mapping[str, Field], data: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:

@@ -211,9 +211,9 @@ def parse_squeue(text: str) -> list[Job]:
                 state,
                 "squeue",
                 reason="" if reason in ("None", "(null)") else reason,
-                submit_s=_time(submit),
-                start_s=_time(start),
-                end_s=_time(end),
+                submit_s=parse_time(submit),
+                start_s=parse_time(start),
+                end_s=parse_time(end),
                 nodes=_nodes(nodes),
                 num_nodes=_number(num_nodes),
                 work_dir=work_dir,
@@ -243,9 +243,9 @@ def parse_sacct(text: str) -> dict[str, list[Job]]:
                 reason=f"by {who}" if who else "",
                 exit_code=_number(exit_code),
                 signal=_number(signal) or None,
-                submit_s=_time(submit),
-                start_s=_time(start),
-                end_s=_time(end),
+                submit_s=parse_time(submit),
+                start_s=parse_time(start),
+                end_s=parse_time(end),
                 elapsed_s=_number(elapsed),
                 nodes=_nodes(nodes),
                 num_nodes=_number(num_nodes),
@@ -278,11 +278,13 @@ def work_dir_of(job_id: str) -> str | None:
     return job.work_dir or None if job else None
 
 
-def _time(text: str) -> float | None:
+def parse_time(text: object) -> float | None:
+    """UTC seconds of `2026-11-21T01:52:08`, as Slurm writes it under TZ=UTC, or with a Z, as our records do; else None."""
     try:
-        return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S").replace(tzinfo=datetime.timezone.utc).timestamp()
+        time = datetime.datetime.strptime(str(text).removesuffix("Z"), "%Y-%m-%dT%H:%M:%S")
     except ValueError:
         return None
+    return time.replace(tzinfo=datetime.timezone.utc).timestamp()
 
 
 def _number(text: str) -> int | None:

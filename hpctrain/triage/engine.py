@@ -12,7 +12,7 @@ from hpctrain.triage import exceptions
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.formats import STEP_ANCHORS, Parser, tqdm_before
 from hpctrain.triage.patterns import BENIGN, PATTERNS, PRECEDENCE, Pattern
-from hpctrain.triage.records import Event, Place, Step, last_match
+from hpctrain.triage.records import Event, Place, Step, job_of_log, last_match
 from hpctrain.triage.scan import UNIFORM, Hit, LineScanner, Matcher
 from hpctrain.triage.thresholds import Thresholds
 from hpctrain.triage.uniform import skeleton, template_of
@@ -184,7 +184,9 @@ class LogReader:
 
     def _current(self, hit: Hit) -> Attempt:
         if self._attempt is None:
-            self._attempt = Attempt(self.name, self.engine.thresholds, job_id=_job_of(self.name), first_line=hit.number)
+            self._attempt = Attempt(
+                self.name, self.engine.thresholds, job_id=job_of_log(self.name), first_line=hit.number
+            )
             self.engine.attempts.append(self._attempt)
         return self._attempt
 
@@ -404,9 +406,3 @@ def _seconds(found: re.Match[bytes]) -> float | None:
         return datetime.datetime(year, month, day, hour, minute, second, tzinfo=datetime.timezone.utc).timestamp()
     except (ValueError, OverflowError):
         return None
-
-
-def _job_of(name: str) -> str | None:
-    """The job id in a log's name, `<run>-<jobid>.out` or `slurm-<jobid>.out`."""
-    found = re.search(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z", name)
-    return found[1] if found else None

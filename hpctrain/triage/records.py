@@ -110,6 +110,15 @@ def last_match(
     return next(iter(deque(pattern.finditer(text, start, end), maxlen=1)), None)
 
 
+_LOG_JOB = re.compile(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z")
+
+
+def job_of_log(path: str) -> str | None:
+    """The id of the job whose log this is, by the file's name: `<run>-<job>.out`, `slurm-<job>_<task>.out`."""
+    found = _LOG_JOB.search(path)
+    return found[1] if found else None
+
+
 def utc(time_s: float | None) -> str | None:
     """`2026-11-21T01:52:08Z`, or None for a time that is not known or not representable."""
     import datetime

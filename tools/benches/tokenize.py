@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import os
 import random
@@ -34,6 +35,9 @@ MODELS = {
     "bpe32k_no_fallback": dict(model_type="bpe", vocab_size=32000, normalization_rule_name="nmt_nfkc", byte_fallback=False),
     "unigram32k_nmt_nfkc": dict(model_type="unigram", vocab_size=32000, normalization_rule_name="nmt_nfkc", byte_fallback=True),
 }  # fmt: skip
+# Out of mistral-common, which tools/env installs. They have no control pieces but these for our markers.
+REAL = {"mistral_v1": "tokenizer.model.v1", "mistral_v3": "mistral_instruct_tokenizer_240323.model.v3"}
+REAL_WORDS = ("--eod", "</s>", "--control-token", "<<<|user|>>>=<s>", "--control-token", "<<<|assistant|>>>=</s>")
 
 
 def reference(path: str, model: str, prefix: str) -> None:
@@ -47,9 +51,10 @@ def reference(path: str, model: str, prefix: str) -> None:
     import sentencepiece
 
     sp = sentencepiece.SentencePieceProcessor(model_file=model)
-    eod = sp.piece_to_id("<|endoftext|>")
+    real = sp.is_unknown(sp.piece_to_id("<|endoftext|>"))
+    eod = sp.piece_to_id("</s>" if real else "<|endoftext|>")
     special = ["<<<|user|>>>", "<<<|assistant|>>>"]
-    vocab = dict(zip(special, [7, 8]))
+    vocab = dict(zip(special, [sp.piece_to_id("<s>"), eod] if real else [7, 8]))
     pattern = f"({'|'.join(re.escape(token) for token in special)})"
     dtype = np.uint16 if sp.get_piece_size() < 65500 else np.int32
     sizes, doc_idx = [], [0]
@@ -169,12 +174,18 @@ def train(data: Path, work: Path, names: list[str]) -> dict[str, Path]:
         sample.write_text("\n".join(lines[:120_000]))
     found = {}
     for name in names:
-        found[name] = work / f"{name}.model"
+        found[name] = shipped(name) if name in REAL else work / f"{name}.model"
         if not found[name].exists():
             print(f"training {name} …", file=sys.stderr)
             # A process of its own, as a child's peak memory (ru_maxrss) begins with that of the parent it was forked from.
             subprocess.run(child("train", sample, work / name, name), check=True)
     return found
+
+
+def shipped(name: str) -> Path:
+    """A model that came with a package."""
+    files = importlib.metadata.files("mistral-common") or []
+    return next(Path(file.locate()) for file in files if file.name == REAL[name])
 
 
 def train_one(sample: str, prefix: str, name: str) -> None:
@@ -220,7 +231,7 @@ def main() -> None:
         "--big-mb", type=float, default=0, help="also measure memory on this much (3000 for the full claim)"
     )
     parser.add_argument("--work", help="where data and models are kept between runs")
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default=",".join([*MODELS, *REAL]))
     parser.add_argument("--only", default="ratios,two,merge,memory", help="which parts [default: all: %(default)s]")
     parser.add_argument(
         "--neox", help="shell command of GPT-NeoX's own preprocess_sft.py, to measure the original as well"
@@ -273,7 +284,8 @@ def ratios(
             originals.append(run(original(neox, data, model, out / "neox"))[0])
         times["reference"].append(run(child("reference", data, model, out / "ref"))[0])
         times["bare"].append(float(run(child("bare", data, model))[3]))
-        times["hpctrain"].append(run(tokenize(data, model, out / name))[0])
+        words = REAL_WORDS if name in REAL else ()
+        times["hpctrain"].append(run(tokenize(data, model, out / name, *words))[0])
         for path in (out / f"{name}.tokenize").iterdir():
             path.unlink()
         same = digest(out / "ref") == digest(out / f"{name}_text_document")

@@ -211,18 +211,6 @@ def make_draft(
     return draft
 
 
-def section(document: Document, key: str) -> Document:
-    """The part of a document below a top-level key, with its positions."""
-    data = document.get(key)
-
-    def inside(origins: Mapping[Any, Origin]) -> dict[Any, Origin]:
-        return {path[1:]: origin for path, origin in origins.items() if path[:1] == (key,)}
-
-    return Document(
-        data if isinstance(data, dict) else {}, inside(document.origins), inside(document.key_origins), document.name
-    )
-
-
 def slashed(path: str) -> str:
     """A path without double or trailing slashes, to compare."""
     return os.path.normpath(path)

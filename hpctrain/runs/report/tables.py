@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import tempfile
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, missing_package
+from hpctrain.base.files import write_whole
 from hpctrain.runs.report.gather import Report
 from hpctrain.triage.records import utc
 
@@ -83,22 +83,13 @@ def export(report: Report, folder: str, kind: str) -> list[str]:
     """
     paths = []
     try:
-        os.makedirs(folder, exist_ok=True)
         for name, frame in frames(report).items():
-            path = os.path.join(folder, f"{name}.{kind}")
-            with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-                temporary = file.name
-            try:
-                if kind == "csv":
-                    frame.to_csv(temporary, index=False)
-                else:
-                    frame.to_parquet(temporary, index=False)
-                os.chmod(temporary, 0o644)
-                os.replace(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-            paths.append(path)
+            if kind == "csv":
+                content = frame.to_csv(index=False).encode()
+            else:
+                content = frame.to_parquet(index=False)
+            paths.append(os.path.join(folder, f"{name}.{kind}"))
+            write_whole(paths[-1], content)
     except ImportError as error:
         raise missing_package("pyarrow", "parquet") from error
     except OSError as error:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Refused
+from hpctrain.base.files import write_whole
 from hpctrain.runs.report import figures
 from hpctrain.runs.report.gather import Report
 from hpctrain.runs.report.page import MARK, page, pipeline_page
@@ -54,18 +54,7 @@ def _is_report(path: str) -> bool:
 
 
 def _write(path: str, content: bytes) -> None:
-    folder = os.path.dirname(os.path.abspath(path))
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".report.", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        write_whole(path, content)
     except OSError as error:
         raise EnvironmentFault(f"cannot write `{path}`: {error.strerror}") from error

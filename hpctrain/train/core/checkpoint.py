@@ -23,6 +23,7 @@ from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.base.files import sync
+from hpctrain.runtime.files import write_atomic
 
 META = "hpctrain.json"
 _TAG = re.compile(r"global_step(\d+)\Z", re.ASCII)
@@ -152,10 +153,7 @@ def set_aside(path: str) -> str | None:
 
 def write_latest(directory: str, tag: str) -> None:
     """Replace DIR/latest so that every reader sees the old name or the new one, whole."""
-    temporary = os.path.join(directory, f".latest.{os.getpid()}")
-    _write_synced(temporary, tag.encode())
-    os.rename(temporary, os.path.join(directory, "latest"))
-    sync(directory)
+    write_atomic(os.path.join(directory, "latest"), tag)
 
 
 def prune(directory: str, run_id: str, keep: int, pattern: re.Pattern[str] = _TAG) -> list[str]:

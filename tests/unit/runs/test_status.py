@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.runs import cost
-from hpctrain.runs.records import find_runs, parse_time, read_run
+from hpctrain.runs.records import find_runs, read_run
 from hpctrain.runs.status import observe
 from hpctrain.slurm import commands as slurm
 from hpctrain.slurm import jobs
-from hpctrain.slurm.jobs import Answer, parse_sacct, parse_squeue
+from hpctrain.slurm.jobs import Answer, parse_sacct, parse_squeue, parse_time
 from hpctrain.triage.records import utc
 
 S = "\x1f"
