@@ -315,7 +315,10 @@ def _field_schema(field: Field) -> dict[str, Any]:
             schema["propertyNames"] = {"pattern": f"^(?:{field.keys})$"}
     elif field.kind != "any":
         schema["type"] = _JSON_TYPES[field.kind]
-    if field.choices:
+    if field.choices and field.kind == "any":
+        # One of these words, or a mapping that whoever reads the field checks.
+        schema["anyOf"] = [{"enum": [*field.choices, None]}, {"type": "object"}]
+    elif field.choices:
         schema["enum"] = list(field.choices)
     if field.pattern and field.kind == "text":
         schema["pattern"] = f"^(?:{field.pattern})$"

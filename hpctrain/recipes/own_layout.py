@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.config.fields import Field, check, nearest
+from hpctrain.config.fields import Field, check
 from hpctrain.recipes.contract import Context
 from hpctrain.runtime.layouts import LAYOUTS
 
@@ -35,11 +35,11 @@ def read_layout(context: Context) -> tuple[str, dict[str, Any] | None, list[Prob
     path = ("recipe_options", "layout")
     given = context.options["layout"]
     if not isinstance(given, dict):
-        if given in LAYOUTS:
-            return str(given), None, []
-        what = f"`recipe_options.layout: {given}` is not one of them"
-        hint = nearest(str(given), [*LAYOUTS, "{pattern: …}"])
-        return "none", None, [Problem(what, context.spec.where(*path), hint=hint)]
+        if isinstance(given, str) and given in LAYOUTS:
+            return given, None, []
+        what = f"`recipe_options.layout: {given}` is neither a layout's name nor a description"
+        known = given in LAYOUTS or isinstance(given, str)  # such a name was refused with the options
+        return "none", None, [] if known else [Problem(what, context.spec.where(*path))]
     rule, problems = check(context.spec.document, FIELDS, path)
     if problems:
         return "none", None, list(problems)
