@@ -52,7 +52,10 @@ def tied_pieces_meet(scores: Mapping[str, float]) -> bool:
     # By score and symbol: the tied pieces whose left, or right, part the symbol can be.
     lefts: dict[tuple[float, str], set[str]] = defaultdict(set)
     rights: dict[tuple[float, str], set[str]] = defaultdict(set)
+    ends = tuple(tied)
     for piece, score in scores.items():
+        if piece not in tied and not piece.startswith(ends) and not piece.endswith(ends):
+            continue
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left not in scores or right not in scores:
