@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .contract import Leaves, Load, Writer, leaves
+from .contract import Leaves, Load, Writer, leaves, without_gaps
 from .dcp import POISON, model, poisoned, train_step
 from .hf import fsdp_on_cpu, random_states, set_random_states
 
@@ -35,16 +35,21 @@ class Accelerated(Writer):
     def folder(self, step: int) -> str:
         return f"checkpoint_{step}"
 
+    def could_be_whole(self, left: set[str]) -> bool:
+        """A program may have no scheduler and register nothing of its own; nothing tells how many ranks it had."""
+        ranks = without_gaps(left, r"random_states_(\d+)\.pkl")
+        return left >= {"model.safetensors", "optimizer.bin"} and ranks
+
     def plugin(self) -> Any:
         return None
 
-    def parts(self, root: str) -> tuple[Any, Any, Any, Any, Any]:
+    def parts(self, root: str, automatic: bool = True) -> tuple[Any, Any, Any, Any, Any]:
         import torch
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration
 
         project = ProjectConfiguration(
-            project_dir=os.path.dirname(root), automatic_checkpoint_naming=True
+            project_dir=os.path.dirname(root), automatic_checkpoint_naming=automatic
         )
         plugin = self.plugin()
         accelerator = Accelerator(cpu=True, project_config=project, fsdp_plugin=plugin)
@@ -101,6 +106,16 @@ class Fsdp(Accelerated):
         "torch.distributed.checkpoint.state_dict",
     )
 
+    def could_be_whole(self, left: set[str]) -> bool:
+        """As above, but the `.metadata` name the ranks."""
+        folders = ("pytorch_model_fsdp_0", "optimizer_0")
+        shards = {
+            f"{one}/{name}"
+            for one in folders
+            for name in (".metadata", "__0_0.distcp", "__1_0.distcp")
+        }
+        return left >= {*shards, "random_states_0.pkl", "random_states_1.pkl"}
+
     def plugin(self) -> Any:
         from accelerate import FullyShardedDataParallelPlugin
 
@@ -110,4 +125,38 @@ class Fsdp(Accelerated):
         )
 
 
-WRITERS = (Accelerated, Fsdp)
+class OpenInstruct(Accelerated):
+    """open-instruct's finetune.py: `save_state(step_N)`, then the file COMPLETED (finetune.py 967-972, utils.py 789)."""
+
+    name = "open-instruct-1"
+    layout = "open-instruct"
+    marker = "COMPLETED"
+    steps = (2, 4)
+
+    def folder(self, step: int) -> str:
+        return f"step_{step}"
+
+    def write(self, root: str, rank: int) -> None:
+        set_random_states(5)
+        accelerator, net, optimizer, schedule, _ = self.parts(root, automatic=False)
+        for step in range(1, max(self.steps) + 1):
+            train_step(net, optimizer, step)
+            schedule.step()
+            if step in self.steps:
+                path = os.path.join(root, self.folder(step))
+                accelerator.save_state(path)
+                with open(os.path.join(path, "COMPLETED"), "w") as stream:
+                    stream.write("COMPLETED")
+
+    def reader(self, rank: int) -> Load:
+        inner = super().reader(rank)
+
+        def load(root: str, name: str) -> Leaves:
+            if not os.path.exists(os.path.join(root, name, "COMPLETED")):
+                raise FileNotFoundError("get_last_checkpoint does not take it: no COMPLETED")
+            return inner(root, name)
+
+        return load
+
+
+WRITERS = (Accelerated, Fsdp, OpenInstruct)

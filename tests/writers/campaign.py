@@ -4,9 +4,13 @@ The rule:
 
 - the loader restores everything with the right values, and hpctrain says torn: **wrong**;
 - the loader raises, or leaves out something that was saved, or restores another step's, and hpctrain says complete: **wrong**;
-- unknown is never wrong, but counted;
+- unknown is never wrong, but counted; so is a link that refuses to start;
 - where the loader itself notices nothing (bytes inside a file changed, or a file of another step that does not tell its
-  step), both answers pass: *beyond structure*, counted.
+  step), and where what is left is what another program would have written as a whole (its `could_be_whole`), both answers
+  pass: *beyond structure*, counted;
+- over the folder, with its tracker damaged too, the guard must go on from the newest checkpoint that the loader restores.
+  To go on from one that it does not, to pass over a newer one or to start over beside one, or to move one out of the way:
+  **wrong**. Beside a checkpoint that is unknown it may refuse.
 """
 
 from __future__ import annotations
@@ -20,15 +24,18 @@ from typing import Any
 
 from . import ours
 from .contract import Leaves, Writer
-from .damages import Damage, copy_tree, damage
+from .damages import Damage, copy_tree, damage, damage_tracker, files_of
 from .ranks import Team, run
 
 LOAD_TIME_S = 120
+WRONG = {("whole", "torn"), ("torn", "complete"), ("partial", "torn"), ("partial", "complete")}
 
 
 @dataclass(frozen=True)
 class Result:
-    """One damage and its two judges. `truth` is whole, torn or beyond; `state` what hpctrain says."""
+    """One damage and its two judges. `truth` is whole, torn, beyond or partial (left out on purpose); `state` what
+    hpctrain says; `choice` what its guard would do (goes on, refuses, starts over; "" not asked), `fault` what is wrong
+    with that."""
 
     writer: str
     case: str
@@ -38,12 +45,12 @@ class Result:
     why: str
     state: str
     reason: str
+    choice: str = ""
+    fault: str = ""
 
     @property
     def wrong(self) -> bool:
-        if self.state == "unreadable":
-            return True
-        return (self.truth, self.state) in {("whole", "torn"), ("torn", "complete")}
+        return bool(self.fault) or self.state == "unreadable" or (self.truth, self.state) in WRONG
 
 
 class Bench:
@@ -82,7 +89,10 @@ class Bench:
         answers = self.load(root, name)
         texts = [str(value) for kind, value in answers if kind != "ok"]
         if texts:
-            return "torn", next((text for text in texts if text != "hangs"), texts[0])
+            text = next((text for text in texts if text != "hangs"), texts[0])
+            if self.only_untold_lost(root, name):
+                return "beyond", f"another program's whole checkpoint: {text}"
+            return "torn", text
         differing: set[str] = set()
         for rank, (_, found) in enumerate(answers):
             wanted = self.references[name][rank]
@@ -94,7 +104,19 @@ class Bench:
         told = [one for one in done.mixed if self.writer.names_step(one)]
         if done.mixed and not told:
             return "beyond", f"loads with other values: {some}"
+        if self.only_untold_lost(root, name):
+            return "beyond", f"another program's whole checkpoint: without {some}"
         return "torn", f"{len(differing)} values are not restored: {some}"
+
+    def only_untold_lost(self, root: str, name: str) -> bool:
+        """Whether files are gone, the others are as they were, and what is left could be whole."""
+        path, whole = os.path.join(root, name), os.path.join(self.whole, name)
+        left, all_files = set(files_of(path)), set(files_of(whole))
+        same = [
+            os.path.samefile(os.path.join(path, one), os.path.join(whole, one))
+            for one in left & all_files
+        ]
+        return left < all_files and all(same) and self.writer.could_be_whole(left)
 
     def close(self) -> None:
         if self._team:
@@ -111,14 +133,54 @@ class Bench:
             root = os.path.join(top, self.writer.root_name)
             copy_tree(os.path.dirname(self.whole), top)
             done = damage(root, name, other, dice)
-            yield self.judged(root, name, done, f"{seed}/{number}")
+            tracker = damage_tracker(self.writer, root, dice)
+            yield self.judged(root, name, done, f"{seed}/{number}", tracker)
             if keep:
                 target = os.path.join(keep, f"{self.writer.name}-{number}")
                 shutil.copytree(top, target, dirs_exist_ok=True)
             shutil.rmtree(top)
 
-    def judged(self, root: str, name: str, done: Damage, case: str) -> Result:
+    def judged(self, root: str, name: str, done: Damage, case: str, tracker: str = "") -> Result:
         state, reason = ours.answer(os.path.join(root, name), self.writer.layout)
         truth, why = self.truth(root, name, done)
-        what = f"{name}: {done.what}"
-        return Result(self.writer.name, case, done.kind, what, truth, why, state, reason)
+        if truth == "whole" and not self.writer.resumes:
+            truth = "partial"
+        choice, fault = self.chosen(root, name, truth)
+        undamaged = done.kind == "none" and tracker in ("", "kept") and state == "complete"
+        if choice == "refuses" and undamaged:
+            fault = "refuses, though nothing is damaged"
+        told = f"{name}: {done.what}" + (f"; tracker {tracker}" if tracker else "")
+        return Result(
+            self.writer.name, case, done.kind, told, truth, why, state, reason, choice, fault
+        )
+
+    def chosen(self, root: str, name: str, truth: str) -> tuple[str, str]:
+        """What the guard decides over the folder, in a word, and what is wrong with it; "" where it cannot be asked."""
+        decision = ours.decision(root, self.writer.layout)
+        if decision is None:
+            return "", ""
+        marker = self.writer.marker
+        if marker and not os.path.exists(os.path.join(root, name, marker)):
+            truth = "torn"
+        others = "whole" if self.writer.resumes else "partial"
+        fault = folder_fault(decision, dict.fromkeys(self.names, others) | {name: truth})
+        if decision.refusal:
+            return "refuses", fault
+        return ("goes on" if decision.name else "starts over"), fault
+
+
+def folder_fault(decision: ours.Decision, truths: dict[str, str]) -> str:
+    """What is wrong with a decision, given what each checkpoint is, the newest last; "" when nothing is."""
+    if decision.refusal:
+        return ""
+    whole = [name for name, truth in truths.items() if truth == "whole"]
+    moved = [name for name in decision.moved if name in whole]
+    if moved:
+        return f"moves `{moved[0]}` out of the way, which its loader restores"
+    if not decision.name:
+        return f"starts over beside `{whole[-1]}`, which its loader restores" if whole else ""
+    if truths.get(decision.name, "torn") in ("torn", "partial"):
+        return f"goes on from `{decision.name}`, which its loader does not restore"
+    names = list(truths)
+    newer = [name for name in whole if names.index(name) > names.index(decision.name)]
+    return f"goes on from `{decision.name}`, older than `{newer[-1]}`" if newer else ""

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -38,7 +39,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--keep", help="keep the damaged folders in this directory")
     parser.add_argument("--jobs", type=int, default=2, help="writers at the same time")
-    parser.add_argument("--json", help="write every result into this file, one JSON object a line")
+    parser.add_argument("--json", help="add each result to this file, one JSON object a line")
+    parser.add_argument("--times", action="store_true", help="say how long each writer took")
     parser.add_argument("--list", action="store_true", help="only list the writers")
     return parser.parse_args(argv)
 
@@ -52,15 +54,12 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{one.name:30}{'built' if one.built else ''}", about.splitlines()[0])
         return
     began = time.monotonic()
-    import_all(chosen)
+    settle()
     folder = tempfile.mkdtemp(prefix="checkpoints-", dir=SCRATCH)
     try:
         results, failures = campaign(chosen, args, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(asdict(one)) + "\n" for one in results)
     print(table(results))
     print(f"\n{len(results)} damages, {len(chosen)} writers, {time.monotonic() - began:.0f} s")
     tell_wrong([one for one in results if one.wrong], failures)
@@ -71,23 +70,23 @@ def choose(wanted: list[str] | None) -> list[Writer]:
     known = writers()
     if not wanted:
         return list(known.values())
-    exact = [known[name] for name in wanted if name in known]
-    begin = [one for one in known.values() if any(one.name.startswith(name) for name in wanted)]
-    if not (exact or begin):
-        raise SystemExit(f"no writer is called {', '.join(wanted)}; there are: {', '.join(known)}")
-    return exact or begin
+    chosen: dict[str, Writer] = {}
+    for name in wanted:
+        found = [name] if name in known else [one for one in known if one.startswith(name)]
+        if not found:
+            raise SystemExit(f"no writer is called {name}; there are: {', '.join(known)}")
+        chosen.update({one: known[one] for one in found})
+    return list(chosen.values())
 
 
-def import_all(chosen: list[Writer]) -> None:
-    """Import what they need, once, on one thread: the processes forked from this one find it all there."""
+def settle() -> None:
+    """What all processes forked from this one shall find: one thread, no GPU, no network."""
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     find_olmo()
     import torch
 
     torch.set_num_threads(1)
-    for module in dict.fromkeys(name for one in chosen for name in one.preload):
-        importlib.import_module(module)
 
 
 def shares(chosen: list[Writer], num: int) -> dict[str, range]:
@@ -104,7 +103,7 @@ def campaign(
 ) -> tuple[list[Result], list[str]]:
     """All results, and what kept a writer from being judged at all."""
     numbers = shares(chosen, args.num)
-    waiting = sorted(chosen, key=lambda one: (-one.num_readers, one.name))
+    waiting = list(chosen)
     running: dict[Connection, tuple[Any, str]] = {}
     results: list[Result] = []
     failures: list[str] = []
@@ -114,6 +113,8 @@ def campaign(
             todo = (
                 range(args.case, args.case + 1) if args.case is not None else numbers[writer.name]
             )
+            for module in writer.preload:  # here, so that each is imported once
+                importlib.import_module(module)
             ours, theirs = FORK.Pipe(duplex=False)
             process = FORK.Process(target=work, args=(writer, todo, args, folder, theirs))
             process.start()
@@ -132,8 +133,9 @@ def campaign(
                 failures.append(f"{name}: {got}")
             else:
                 results.append(got)
-                if got.wrong:
-                    print("WRONG", told(got), file=sys.stderr, flush=True)
+                if args.json:
+                    with open(args.json, "a", encoding="utf-8") as stream:
+                        stream.write(json.dumps(asdict(got)) + "\n")
     return results, failures
 
 
@@ -142,8 +144,10 @@ def work(
 ) -> None:
     """One writer's part, in a process of its own."""
     bench = Bench(writer, folder)
+    began = ready = time.monotonic()
     try:
         bench.prepare()
+        ready = time.monotonic()
         if args.each_file:
             for result in each_file(bench):
                 end.send(result)
@@ -158,6 +162,12 @@ def work(
         end.send(f"{type(error).__name__}: {error}")
     finally:
         bench.close()
+        if args.times:
+            now = time.monotonic()
+            print(
+                f"{writer.name}: {ready - began:.1f} s to write, {now - ready:.1f} s",
+                file=sys.stderr,
+            )
         end.close()
         os._exit(0)
 
@@ -178,14 +188,18 @@ def each_file(bench: Bench) -> Any:
 
 def table(results: list[Result]) -> str:
     """Writer by writer: how many were whole and how many torn by its loader, and what hpctrain said of each."""
-    head = ("writer", "damages", "whole", "torn", "beyond", "complete", "torn", "unknown", "wrong")
+    loader = ("whole", "torn", "beyond", "partial")
+    states = ("complete", "torn", "unknown", "unreadable")
+    choices = ("goes on", "refuses", "starts over")
+    head = ("writer", "damages", *loader, *(f"said {one}" for one in states), *choices, "wrong")
     rows = [head]
     for name in [*dict.fromkeys(one.writer for one in results), "all"]:
         mine = [one for one in results if name in (one.writer, "all")]
-        truth = Counter(one.truth for one in mine)
-        said = Counter(one.state for one in mine)
-        numbers = [len(mine), truth["whole"], truth["torn"], truth["beyond"], said["complete"]]
-        numbers += [said["torn"], said["unknown"], sum(one.wrong for one in mine)]
+        counts = Counter(value for one in mine for value in ("l " + one.truth, "s " + one.state))
+        counts.update("c " + one.choice for one in mine)
+        keys = [f"l {one}" for one in loader] + [f"s {one}" for one in states]
+        keys += [f"c {one}" for one in choices]
+        numbers = [len(mine), *(counts[key] for key in keys), sum(one.wrong for one in mine)]
         rows.append((name, *map(str, numbers)))
     rows.insert(1, tuple("---" for _ in head))
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -198,9 +212,10 @@ def table(results: list[Result]) -> str:
 def told(one: Result) -> str:
     seed, _, number = one.case.partition("/")
     again = f"--seed {seed} --writer {one.writer} --case {number}" if number else one.case
+    fault = f"\n    its guard {one.fault}" if one.fault else ""
     return (
         f"{one.writer} [{one.kind}] {one.what}\n    its loader: {one.truth} {one.why}\n"
-        f"    hpctrain: {one.state} {one.reason}\n    again: tools/checkpoints {again}"
+        f"    hpctrain: {one.state} {one.reason}{fault}\n    again: tools/checkpoints {again}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -29,17 +30,39 @@ class Writer:
     root_name: ClassVar[str] = "ckpt"  # of the folder that holds the checkpoints
     tracker: ClassVar[str | None] = None  # the file beside the checkpoints that names one
     says_its_step: ClassVar[tuple[str, ...]] = ()  # patterns of files that hold their step in plain
-    weight: ClassVar[int] = 3  # its share of the damages: more where loading costs little
+    slow: ClassVar[bool] = False  # a load takes a second
+    marker = ""  # a file that only this layout asks for: what lacks it is another writer's whole checkpoint
+    resumes = True  # False: what it leaves out on purpose, nobody can go on without
     built = False  # a tree built from the writer's sources, judged by a rule written from them
     preload: ClassVar[tuple[str, ...]] = ()  # imported before any process is forked
 
-    def __init_subclass__(cls) -> None:
-        if cls.num_readers > 1 or not cls.reloads:
-            cls.weight = 1
+    @property
+    def weight(self) -> int:
+        """Its share of the damages: more where loading costs little."""
+        if self.slow:
+            return 2
+        return 10 if self.num_readers == 1 and self.reloads else 3
 
     def folder(self, step: int) -> str:
         """The name of the folder (or file) of a checkpoint."""
         raise NotImplementedError
+
+    def tell(self, root: str, step: int) -> None:
+        """Write the tracker beside the checkpoints as the framework does when it has saved `step`."""
+        if self.tracker:
+            with open(os.path.join(root, self.tracker), "w", encoding="utf-8") as stream:
+                stream.write(self.tracker_text(step))
+
+    def tracker_text(self, step: int) -> str:
+        return self.folder(step)
+
+    def could_be_whole(self, left: set[str]) -> bool:
+        """Whether another program of the same framework could have written exactly these files as a whole checkpoint.
+
+        Then nothing in the checkpoint tells that one was lost: a scheduler that many programs do not have, the state of
+        one rank more.
+        """
+        return False
 
     def write(self, root: str, rank: int) -> None:
         """Train a few steps and save a checkpoint at each of `steps` into `root`, as this rank."""
@@ -51,6 +74,13 @@ class Writer:
     def names_step(self, path: str) -> bool:
         """Whether the file (relative to the checkpoint) tells its step in a form that needs no framework."""
         return any(re.fullmatch(pattern, path) for pattern in self.says_its_step)
+
+
+def without_gaps(names: Iterable[str], pattern: str) -> bool:
+    """Whether the numbers in the names that match the pattern are 0, 1, 2 … and there is one."""
+    found = [re.fullmatch(pattern, name) for name in names]
+    numbers = sorted(int(match.group(1)) for match in found if match)
+    return bool(numbers) and numbers == list(range(len(numbers)))
 
 
 def leaves(tree: Any, path: str = "") -> Leaves:

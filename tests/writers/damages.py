@@ -11,6 +11,8 @@ import re
 import shutil
 from dataclasses import dataclass
 
+from .contract import Writer
+
 PAGE = 4096
 RANK_IN_NAME = (
     r"__(\d+)_\d+\.distcp",
@@ -278,3 +280,39 @@ def damage(root: str, name: str, other: str | None, dice: random.Random) -> Dama
         done = Damager(root, name, other, dice).do(kind)
         if done is not None:
             return done
+
+
+TRACKERS = {"kept": 8, "stale": 4, "gone": 2, "empty": 2, "garbage": 2, "away": 1}
+GARBAGE = (
+    b"\0" * 11,
+    b"\xff\xfe\x80",
+    b"../../etc/passwd",
+    b"nothing of the kind\n",
+    b"99999999999999999999",
+)
+
+
+def damage_tracker(writer: Writer, root: str, dice: random.Random) -> str:
+    """Do to the tracker what crashes do; returns what was done, "" where the writer has none.
+
+    A stale one is what a save leaves that was cut off between its last shard and the tracker: older than that save.
+    """
+    if not writer.tracker:
+        return ""
+    path = os.path.join(root, writer.tracker)
+    kinds = list(TRACKERS)
+    kind = dice.choices(kinds, weights=[TRACKERS[one] for one in kinds])[0]
+    if kind == "kept":
+        return kind
+    os.unlink(path)
+    if kind == "stale":
+        writer.tell(root, writer.steps[0])
+        newest = os.path.join(root, writer.folder(writer.steps[-1]))
+        times = [os.stat(os.path.join(newest, name)).st_mtime for name in files_of(newest)]
+        before = min(times, default=0.0) - 5
+        os.utime(path, (before, before))
+    elif kind != "gone":
+        content = {"empty": b"", "away": writer.tracker_text(777).encode()}
+        with open(path, "wb") as stream:
+            stream.write(content.get(kind, dice.choice(GARBAGE)))
+    return kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -90,17 +91,24 @@ class Dcp(Writer):
         net = model()
         return net, torch.optim.AdamW(net.parameters(), lr=1e-2)
 
-    def reader(self, rank: int) -> Load:
+    def storage(self, path: str) -> Any:
         import torch.distributed.checkpoint as dcp
 
+        return dcp.FileSystemReader(path)
+
+    def load_into(self, state: dict[str, Any], reader: Any) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        dcp.load(state, storage_reader=reader, no_dist=True)
+
+    def reader(self, rank: int) -> Load:
         net, optimizer = self.plain()
         train_step(net, optimizer, 1)
         template = self.state(net, optimizer, 0)
 
         def load(root: str, name: str) -> Leaves:
             state = poisoned(template)
-            reader = dcp.FileSystemReader(os.path.join(root, name))
-            dcp.load(state, storage_reader=reader, no_dist=True)
+            self.load_into(state, self.storage(os.path.join(root, name)))
             return leaves(state)
 
         return load
@@ -249,6 +257,112 @@ class Async(Sharded):
         dcp.async_save(state, storage_writer=writer).result()
 
 
+class NoCollectives(Dcp):
+    """`use_collectives=False`: each rank has a `.metadata` of its own, and none is there for all."""
+
+    name = "dcp-no-collectives-2"
+    num_ranks = num_readers = 2
+    save_options = {"use_collectives": False}
+
+    def load_into(self, state: dict[str, Any], reader: Any) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        dcp.load(state, storage_reader=reader)  # finds out by itself
+
+
+class TorchDcp(Sharded):
+    """Megatron-LM `--ckpt-format torch_dcp`: `FileSystemWriter(iter_N)` and nothing else (checkpointing.py 1000)."""
+
+    name = "megatron-torch-dcp-2"
+    layout = "megatron"
+    num_ranks = 2
+    tracker = "latest_checkpointed_iteration.txt"
+
+    def folder(self, step: int) -> str:
+        return f"iter_{step:07d}"
+
+    def tracker_text(self, step: int) -> str:
+        return str(step)
+
+    def save(self, state: dict[str, Any], path: str) -> None:
+        super().save(state, path)
+        self.tell(os.path.dirname(path), state["trainer"]["step"])
+
+
+class FsdpDtensor(TorchDcp):
+    """`--ckpt-format fsdp_dtensor` (Megatron-FSDP): the same, loaded with `allow_partial_load` (checkpointing.py 2160)."""
+
+    name = "megatron-fsdp-dtensor-2"
+
+    def load_into(self, state: dict[str, Any], reader: Any) -> None:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+        planner = DefaultLoadPlanner(allow_partial_load=True)
+        dcp.load(state, storage_reader=reader, planner=planner, no_dist=True)
+
+
+class HfStorage(Sharded):
+    """torchtitan's `last_save_in_hf`: HuggingFaceStorageWriter, one consolidated file (dcp.py `dcp_save`)."""
+
+    name = "torchtitan-hf-2"
+    layout = "torchtitan"
+    num_ranks = 2
+    mapping: dict[str, int] | None = None
+
+    def state(self, net: Any, optimizer: Any, step: int) -> dict[str, Any]:
+        return dict(super().state(net, optimizer, step)["model"])
+
+    def save(self, state: dict[str, Any], path: str) -> None:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint._consolidate_hf_safetensors import (
+            consolidate_safetensors_files_on_every_rank,
+        )
+
+        sharded = os.path.join(path, "sharded") if self.mapping else path
+        writer = dcp.HuggingFaceStorageWriter(
+            path=sharded,
+            save_distributed=True,
+            fqn_to_index_mapping=self.mapping,
+            enable_consolidation=not self.mapping,
+        )
+        dcp.save(state, storage_writer=writer)
+        if self.mapping:
+            consolidate_safetensors_files_on_every_rank(
+                input_dir=sharded, output_dir=path, fqn_to_index_mapping=self.mapping
+            )
+
+    def reader(self, rank: int) -> Load:
+        """The finished model, as whoever takes it opens it: by its index. torchtitan itself asks for that file alone."""
+        from safetensors.torch import load_file
+
+        def load(root: str, name: str) -> Leaves:
+            path = os.path.join(root, name)
+            with open(
+                os.path.join(path, "model.safetensors.index.json"), encoding="utf-8"
+            ) as stream:
+                files = json.load(stream)["weight_map"]
+            opened = {file: load_file(os.path.join(path, file)) for file in set(files.values())}
+            return leaves({tensor: opened[file][tensor] for tensor, file in files.items()})
+
+        return load
+
+
+class HfStorageFiles(HfStorage):
+    """The same into several files with `model.safetensors.index.json`."""
+
+    name = "torchtitan-hf-shards-2"
+    mapping = {
+        "0.weight": 1,
+        "1.weight": 1,
+        "1.bias": 1,
+        "2.weight": 2,
+        "2.bias": 2,
+        "3.weight": 3,
+        "3.bias": 3,
+    }
+
+
 WRITERS = (
     Plain1,
     Plain3,
@@ -263,4 +377,9 @@ WRITERS = (
     Hsdp,
     Fsdp1,
     Async,
+    NoCollectives,
+    TorchDcp,
+    FsdpDtensor,
+    HfStorage,
+    HfStorageFiles,
 )

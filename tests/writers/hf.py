@@ -6,7 +6,7 @@ import os
 from functools import partial
 from typing import Any
 
-from .contract import Leaves, Load, Writer, leaves
+from .contract import Leaves, Load, Writer, leaves, without_gaps
 from .zero import ENGINE_MODULES, without_shared_memory
 
 
@@ -78,6 +78,7 @@ class HfTrainer(Writer):
     preload = ("transformers.models.llama", "transformers.trainer", "accelerate", "torch._dynamo")
     says_its_step = ("trainer_state.json",)
     arguments: dict[str, Any] = {}
+    slow = True
 
     def folder(self, step: int) -> str:
         return f"checkpoint-{step}"
@@ -193,6 +194,7 @@ class OnlyModel(HfTrainer):
     """Saved on purpose without what a training needs to go on."""
 
     name = "hf-save-only-model"
+    resumes = False
     arguments = {"save_only_model": True}
 
 
@@ -201,6 +203,11 @@ class Ddp(HfTrainer):
     num_ranks = num_readers = 2
     reloads = False
     arguments = {"ddp_backend": "gloo"}
+
+    def could_be_whole(self, left: set[str]) -> bool:
+        """Nothing that the Trainer reads tells how many ranks there were."""
+        kinds = {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
+        return left >= kinds and without_gaps(left, r"rng_state_(\d+)\.pth")
 
 
 class Fsdp(HfTrainer):

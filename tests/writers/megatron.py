@@ -1,8 +1,9 @@
-"""megatron-core's dist_checkpointing (`--ckpt-format torch_dist`), tensor parallel over 1, 2 and 4 ranks."""
+"""megatron-core's dist_checkpointing (`--ckpt-format torch_dist`), tensor parallel over 1 and 2 ranks."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from typing import Any
 
 from .contract import Leaves, Load, Writer, leaves
@@ -17,6 +18,7 @@ class TorchDist(Writer):
     tracker = TRACKER
     preload = ("megatron.core.dist_checkpointing", "torch._dynamo", "torch.distributed.checkpoint")
     reloads = False
+    inside = ""  # the folder of the shards inside the checkpoint's
 
     def folder(self, step: int) -> str:
         return f"iter_{step:07d}"
@@ -51,14 +53,20 @@ class TorchDist(Writer):
 
         join_alone()
         for step in self.steps:
-            path = os.path.join(root, self.folder(step))
+            path = os.path.join(root, self.folder(step), self.inside)
             os.makedirs(path, exist_ok=True)
             torch.distributed.barrier()
             dist_checkpointing.save(self.state(step, rank), path)
             torch.distributed.barrier()
             if rank == 0:
-                with open(os.path.join(root, TRACKER), "w") as stream:
-                    stream.write(str(step))
+                self.named(root, step)
+
+    def named(self, root: str, step: int) -> None:
+        """What rank 0 does when all have written."""
+        self.tell(root, step)
+
+    def tracker_text(self, step: int) -> str:
+        return str(step)
 
     def reader(self, rank: int) -> Load:
         from megatron.core import dist_checkpointing
@@ -66,7 +74,7 @@ class TorchDist(Writer):
         join_alone()
 
         def load(root: str, name: str) -> Leaves:
-            path = os.path.join(root, name)
+            path = os.path.join(root, name, self.inside)
             return leaves(dist_checkpointing.load(self.state(-1, rank), path))
 
         return load
@@ -94,9 +102,65 @@ class TorchDist2(TorchDist):
     num_ranks = num_readers = 2
 
 
-class TorchDist4(TorchDist):
-    name = "megatron-torch-dist-4"
-    num_ranks = num_readers = 4
+class Bridge(TorchDist):
+    """Megatron-Bridge: `train_state.pt` and last `run_config.yaml` in the folder, `latest_train_state.pt` beside.
+
+    After its training/checkpointing.py (1456-1500, 2813); megatron-core writes the shards.
+    """
+
+    name = "megatron-bridge-2"
+    num_ranks = num_readers = 2
+
+    def tell(self, root: str, step: int) -> None:
+        shutil.copy(
+            os.path.join(root, self.folder(step), "train_state.pt"),
+            os.path.join(root, "latest_train_state.pt"),
+        )
+        super().tell(root, step)
+
+    def named(self, root: str, step: int) -> None:
+        import torch
+
+        path = os.path.join(root, self.folder(step))
+        torch.save({"step": torch.tensor(step)}, f"{path}/train_state.pt")
+        self.tell(root, step)
+        with open(f"{path}/run_config.yaml", "w") as stream:
+            stream.write("model: {tensor_model_parallel_size: 2}\ncheckpoint: {save_rng: true}\n")
+
+    def reader(self, rank: int) -> Load:
+        import torch
+        import yaml
+
+        inner = super().reader(rank)
+
+        def load(root: str, name: str) -> Leaves:
+            path = os.path.join(root, name)
+            with open(f"{path}/run_config.yaml") as stream:
+                yaml.safe_load(stream)["model"]["tensor_model_parallel_size"]
+            state = torch.load(f"{path}/train_state.pt", weights_only=True)
+            return {**inner(root, name), **leaves(state, "train_state")}
+
+        return load
 
 
-WRITERS = (TorchDist1, TorchDist2, TorchDist4)
+class Nemo(TorchDist):
+    """NeMo 2: `weights/` (torch_dist) and `context/`, of which a resume reads the first (lightning/ckpt_utils.py)."""
+
+    name = "nemo-2"
+    layout = "nemo"
+    num_ranks = num_readers = 2
+    tracker = None
+    inside = "weights"
+
+    def folder(self, step: int) -> str:
+        return f"model--loss=1.20-step={step}-consumed_samples={8 * step}.0"
+
+    def named(self, root: str, step: int) -> None:
+        path = os.path.join(root, self.folder(step), "context")
+        os.makedirs(path)
+        for name in ("io.json", "model.yaml"):
+            with open(os.path.join(path, name), "w") as stream:
+                stream.write("{}")
+
+
+WRITERS = (TorchDist1, TorchDist2, Bridge, Nemo)

@@ -25,6 +25,7 @@ class Olmo(Writer):
 
     name = "olmo-core-2"
     layout = "olmo-core"
+    slow = True
     num_ranks = num_readers = 2
     reloads = False
     preload = (

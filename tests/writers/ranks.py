@@ -124,7 +124,8 @@ def _serve(
     log: str,
 ) -> None:
     os.setpgid(0, 0)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     other_end.close()
     _become_quiet(log)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -6,7 +6,17 @@ import importlib
 
 from .contract import Writer
 
-MODULES = ("dcp", "hf", "accelerated", "zero", "olmo", "megatron", "pl")
+MODULES = (
+    "dcp",
+    "trees",
+    "megatron",
+    "pl",
+    "zero",
+    "own",
+    "accelerated",
+    "hf",
+    "olmo",
+)
 
 
 def writers() -> dict[str, Writer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .contract import Leaves, Load, Writer, leaves
+from .contract import Leaves, Load, Writer, leaves, without_gaps
 from .dcp import POISON
 
 ENGINE_MODULES = ("deepspeed", "deepspeed.runtime.zero.muon.original_muon", "torch._dynamo")
@@ -228,6 +228,12 @@ class Experts(Engine):
 
     name = "deepspeed-moe-2"
     num_ranks = num_readers = 2
+
+    def could_be_whole(self, left: set[str]) -> bool:
+        """How many ranks shared the experts is told by nothing but the names of their optimizer files."""
+        experts = {f"layer_0_expert_{one}_mp_rank_00_model_states.pt" for one in range(4)}
+        needed = {"mp_rank_00_model_states.pt", *experts}
+        return left >= needed and without_gaps(left, r"expp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
     def net(self) -> Any:
         import torch
