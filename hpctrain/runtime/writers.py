@@ -206,8 +206,9 @@ class SingleFile(Form):
     KEYS = ("global_step", "step", "iteration", "iter", "global_steps")
 
     def could_be(self, folder: Folder) -> bool:
-        """Whether nothing but such files lies there."""
-        return bool(folder.files) and all(self.writes.match(name) for name in folder.files)
+        """Whether nothing but such files lies there, in no folders: a folder of checkpoints is none."""
+        names = list(folder.files)
+        return bool(names) and all(self.writes.match(name) and "/" not in name for name in names)
 
     def judge(self, folder: Folder, expected: Expected, report: Report) -> None:
         report.torn += opened(folder, folder.files)

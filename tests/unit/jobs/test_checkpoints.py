@@ -123,6 +123,17 @@ def test_verify_of_a_folder_of_checkpoints_looks_at_each(cli, tmp_path):
     assert code == 1 and "there is no checkpoint in" in said and "complete" not in said
 
 
+def test_odd_names_are_told_by_what_they_hold(cli, tmp_path):
+    base = checkpoints.save(str(tmp_path / "odd"), 423858, 1, 2, name="_global_step423858_backup")
+    os.unlink(tmp_path / "odd" / "latest")
+    for target in (base, tmp_path / "odd"):
+        code, said = cli("verify", target)
+        assert code == 0 and "_global_step423858_backup: complete (DeepSpeed), 3 files" in said
+    code, said = cli("list", tmp_path / "odd", "--json")
+    assert [row["number"] for row in json.loads(said)["checkpoints"]] == [423858]
+    assert cli("use", tmp_path / "odd", "--to", "423858", "--dry-run")[0] == 0
+
+
 def test_verify_exits_1_when_one_is_not_complete(cli, tmp_path):
     good = checkpoints.save(str(tmp_path), 10, 2, 2)
     assert cli("verify", good)[0] == 0
