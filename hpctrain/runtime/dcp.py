@@ -6,7 +6,7 @@ import re
 from typing import Any, BinaryIO, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from .files import FileInfo, OddFile, open_state
-from .layout import Expected, Folder, Form, Report, missing
+from .layout import Expected, Folder, Form, Report, missing, own_record_faults
 from .shards import PlainUnpickler, damaged_entries
 
 MAX_INDEX_BYTES = 1 << 30  # the index of a trillion parameters on ten thousand ranks is smaller
@@ -158,3 +158,4 @@ class Dcp(Form):
 
     def judge(self, folder: Folder, expected: Expected, report: Report) -> None:
         judge_index(folder, "", report)
+        report.torn += own_record_faults(folder)

@@ -6,7 +6,6 @@ import argparse
 import importlib
 import json
 import os
-import resource
 import shutil
 import sys
 import tempfile

@@ -95,6 +95,19 @@ def test_a_tag_of_ones_own_is_a_checkpoint_that_latest_names(quick):
     assert (quick.ckpt / "latest").read_text() == "epoch3"
 
 
+def test_of_tags_of_ones_own_the_newest_whole_one_is_gone_on_from(quick):
+    for tag, step in (("epoch2", 20), ("epoch4", 40)):
+        quick.save(step, name=tag)
+        model = quick.ckpt / tag / "mp_rank_00_model_states.pt"
+        told = {"dp_world_size": 2, "mp_world_size": 1, "ds_config": {"zero_optimization": {"stage": 1}}}
+        model.write_bytes(checkpoints.torch_file({**told, "global_steps": step}))
+    os.unlink(quick.ckpt / "epoch4" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    found = quick.begin(1)
+    assert (found["mode"], found["iteration"], found["checkpoint"]) == ("resume", "20", str(quick.ckpt / "epoch2"))
+    assert (quick.ckpt / "latest").read_text() == "epoch2"
+    assert "interrupted-epoch4" in names(quick.aside)
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT])
 def test_what_cannot_be_read_decides_nothing_and_changes_nothing(quick, monkeypatch, number):
     quick.save(10)
