@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     help="Steps of each rung; 100 are needed to see the loss fall.  [default: 150]",
 )
-@click.option("--time", help="Time limit of each rung.  [default: 00:30:00]")
+@click.option("--time", help="Time limit of each rung.  [default: what its steps need, or 00:30:00]")
+@click.option(
+    "--threshold", "thresholds", multiple=True, metavar="NAME=VALUE", help="Judge by another limit, as triage does."
+)
 @click.option("--force", is_flag=True, help="Replace what an earlier ladder rendered.")
 @common.dry_run
 @common.as_json
@@ -32,6 +35,7 @@ def command(
     rungs_text: str,
     steps: int | None,
     time: str | None,
+    thresholds: tuple[str, ...],
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -46,7 +50,9 @@ def command(
     """
     from hpctrain.jobs.ladder import climb, parse_rungs, plan_rungs, total
     from hpctrain.runs.bills import AMOUNTS, amounts
+    from hpctrain.triage.thresholds import parse_thresholds
 
+    limits = parse_thresholds(thresholds)
     rungs = plan_rungs(run_yaml, assignments, parse_rungs(rungs_text), steps, time)
     if dry_run:
         fields = [
@@ -66,7 +72,7 @@ def command(
             terminal.table(rows, ("GPUs", *AMOUNTS, "changes", "directory"))
             terminal.next_step(common.typed("ladder"))
         return
-    results = climb(rungs, terminal.info, force)
+    results = climb(rungs, terminal.info, force, limits)
     _show(results, as_json)
     if not all(result.passed for result in results):
         raise click.exceptions.Exit(errors.NO)

@@ -6,12 +6,14 @@ A rung keeps the global batch by gradient accumulation and takes the toggles tha
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import Problem, UsageError
+from hpctrain.base.units import format_time, parse_time_s
 from hpctrain.plan.load import Loaded, load_plan
 from hpctrain.plan.make import Plan
 from hpctrain.plan.render import plan_json
@@ -21,16 +23,21 @@ from hpctrain.runs.records import list_logs
 from hpctrain.slurm import commands as slurm
 from hpctrain.triage.judge import Diagnosis
 from hpctrain.triage.rules import GREEN, RED
+from hpctrain.triage.thresholds import Thresholds
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung: the run as loaded with `changes` (dotted key -> value), and its job's bill at most."""
+    """One rung: the run as loaded with `changes` (dotted key -> value), and its job's bill at most.
+
+    `step_time_s` is what a step of the whole run is said to take, scaled to the rung; None if unsaid.
+    """
 
     num_gpus: int
     changes: Mapping[str, Any]
     loaded: Loaded
     bill: cost.Bill
+    step_time_s: float | None = None
 
     @property
     def run_dir(self) -> str:
@@ -48,7 +55,10 @@ class Result:
     why: str
 
 
-STEPS, TIME = 150, "00:30:00"
+# Of each rung, unless told otherwise. Where the time of a step is known: what the steps take and a
+# quarter more, and ten minutes to start.
+STEPS, TIME_S = 150, 1800
+_SPARE, _START_S = 1.25, 600
 _MOST_TIMES = 1000
 
 
@@ -65,7 +75,7 @@ def plan_rungs(
     """
     full = load_plan(path, assignments).plan
     for again in range(1, _MOST_TIMES):
-        rungs = _plan_once(path, assignments, full, numbers, steps or STEPS, time or TIME, again)
+        rungs = _plan_once(path, assignments, full, numbers, steps or STEPS, time, again)
         if not any(_climbed(rung) for rung in rungs):
             break
     return rungs
@@ -77,13 +87,21 @@ def _climbed(rung: Rung) -> bool:
     return bool(list_logs(rung.run_dir)) or bool(folder and os.path.isdir(folder) and os.listdir(folder))
 
 
-def _plan_once(path: str, assignments: Sequence[str], full: Plan, numbers: Sequence[int], steps: int, time: str,
-               again: int) -> list[Rung]:  # fmt: skip
+def _plan_once(
+    path: str,
+    assignments: Sequence[str],
+    full: Plan,
+    numbers: Sequence[int],
+    steps: int,
+    time: str | None,
+    again: int,
+) -> list[Rung]:
     rungs: list[Rung] = []
     problems: list[Problem] = []
     for number in numbers:
         try:
-            changes = changes_for(full, number, steps, time, again)
+            step_s = _step_time_s(full, number)
+            changes = changes_for(full, number, steps, _time(full, number, steps, step_s, time), again)
             words = [*assignments, *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
             loaded = load_plan(path, words)
         except UsageError as error:
@@ -93,10 +111,40 @@ def _plan_once(path: str, assignments: Sequence[str], full: Plan, numbers: Seque
         job = cost.full_job(plan_json(loaded.plan, loaded.inputs))
         assert job is not None  # a plan that was just made tells its cost
         bill = job.times(1, f"rung of {number} GPU{'s' if number > 1 else ''}", job.note)
-        rungs.append(Rung(number, changes, loaded, bill))
+        rungs.append(Rung(number, changes, loaded, bill, step_s))
     if problems:
         raise UsageError(list(dict.fromkeys(problems)))
     return rungs
+
+
+def _step_time_s(full: Plan, num_gpus: int) -> float | None:
+    """How long a step takes on so many GPUs, by what one of the whole run is said to take.
+
+    The global batch stays the same, so that fewer GPUs take longer in proportion.
+    """
+    whole = full.spec.num_nodes * full.gpus_per_node
+    if not full.spec.step_time_s or not full.recipe.values["ladder"]["accumulation"] or not whole:
+        return None
+    return full.spec.step_time_s * whole / num_gpus
+
+
+def _time(full: Plan, num_gpus: int, steps: int, step_s: float | None, asked: str | None) -> str:
+    """The time limit of a rung. Raises UsageError where its steps do not fit in."""
+    if step_s is None:
+        return asked or format_time(TIME_S)
+    work_s = steps * step_s
+    enough_s = max(math.ceil((_SPARE * work_s + _START_S) / 300) * 300, TIME_S)
+    most_s = parse_time_s(asked) if asked else full.partition.max_time_s
+    if most_s and (work_s if asked else enough_s) > most_s:
+        count = max(int(most_s / _SPARE / step_s), 1)
+        more = "" if asked is None else f"--time {format_time(enough_s)}, or "
+        took, given = format_time(int(work_s)), format_time(most_s)
+        raise UsageError(
+            f"{steps} steps on {num_gpus} GPUs take about {took}, and a rung has {given}",
+            why=f"a step of {full.spec.step_time_s:g} s on all GPUs takes {step_s:,.0f} s there, with the same batch",
+            hint=f"{more}--steps {count}, or larger rungs",
+        )
+    return asked or format_time(enough_s)
 
 
 def changes_for(full: Plan, num_gpus: int, steps: int, time: str, again: int = 1) -> dict[str, Any]:
@@ -121,6 +169,9 @@ def changes_for(full: Plan, num_gpus: int, steps: int, time: str, again: int = 1
     if full.spec.tasks_per_node and full.recipe.tasks == "per_gpu":
         changes["tasks_per_node"] = per_node
     changes.update({key: steps for key in rules["steps"]})
+    step_s = _step_time_s(full, num_gpus)
+    if step_s is not None:
+        changes["estimate.step_time_s"] = round(step_s, 3)
     key, batch_key = rules["accumulation"], rules["global_batch"]
     whole = full.spec.num_nodes * full.gpus_per_node
     if key and whole:
@@ -196,8 +247,13 @@ def decided(plan: Plan, dotted: str) -> Any:
     return value
 
 
-def climb(rungs: Sequence[Rung], say: Callable[[str], None], force: bool = False) -> list[Result]:
-    """Submit rung by rung, wait, triage; stop at the first that is not GREEN with a loss that falls enough."""
+def climb(
+    rungs: Sequence[Rung],
+    say: Callable[[str], None],
+    force: bool = False,
+    thresholds: Thresholds | None = None,
+) -> list[Result]:
+    """Submit rung by rung, wait, triage; stop at the first that is not good enough to climb on."""
     results: list[Result] = []
     for index, rung in enumerate(rungs):
         if results and not results[-1].passed:
@@ -207,7 +263,7 @@ def climb(rungs: Sequence[Rung], say: Callable[[str], None], force: bool = False
         say(f"rung of {rung.num_gpus} GPUs: submitting {rung.run_dir}")
         script = os.path.join(rung.run_dir, "job.sbatch")
         job_id, code = slurm.submitted(["--wait", "--parsable", script], script, timeout_s=7 * 86400)
-        results.append(_judge(rung, job_id, code, last=index + 1 == len(rungs)))
+        results.append(_judge(rung, job_id, code, index + 1 == len(rungs), thresholds))
         say(f"rung of {rung.num_gpus} GPUs: {results[-1].why}")
     return results
 
@@ -237,19 +293,57 @@ def log_path(rung: Rung, job_id: str) -> str:
     return os.path.join(rung.run_dir, "logs", f"{rung.loaded.plan.spec.name}-{job_id}.out")
 
 
-def _judge(rung: Rung, job_id: str, code: int, last: bool) -> Result:
+def _judge(rung: Rung, job_id: str, code: int, last: bool, thresholds: Thresholds | None) -> Result:
     from hpctrain.runs.diagnose import open_target
 
     log = log_path(rung, job_id)
     if not os.path.isfile(log):
         return Result(rung, job_id, None, False, f"job {job_id} left no log (exit code {code})")
-    diagnosis = open_target([log]).diagnose()
-    if diagnosis.verdict != GREEN:
-        return Result(rung, job_id, diagnosis, False, f"{diagnosis.verdict}: {diagnosis.summary}")
-    if code:
-        return Result(rung, job_id, diagnosis, False, f"triage is GREEN, but the job ended with exit code {code}")
-    if not diagnosis.safe_to_scale and not last:
+    diagnosis = open_target([log], thresholds).diagnose()
+    return Result(rung, job_id, diagnosis, *good_enough(diagnosis, code, last))
+
+
+def good_enough(diagnosis: Diagnosis, code: int, last: bool) -> tuple[bool, str]:
+    """Whether a rung that ended with `code` is good enough for the next one, and why.
+
+    A rung that was cut by its time limit counts as long as enough steps were seen and no other rule
+    objects: how long it runs is a guess. After the last rung nothing is scaled up.
+    """
+    seen, wanted = _steps_seen(diagnosis), diagnosis.thresholds.loss_steps
+    cut = _only_cut(diagnosis)
+    if cut and seen < wanted:
+        return False, f"the time limit came after {seen} steps; {wanted} are needed{_enough(diagnosis)}"
+    if diagnosis.verdict != GREEN and not cut:
+        return False, f"{diagnosis.verdict}: {diagnosis.summary}"
+    if code and not cut:
+        return False, f"triage is GREEN, but the job ended with exit code {code}"
+    if not diagnosis.progress.get("loss_drop_enough") and not last:
         drop = diagnosis.progress.get("loss_drop")
         what = "not seen over enough steps" if drop is None else f"only {100 * drop:.1f}%"
-        return Result(rung, job_id, diagnosis, False, f"GREEN, but the loss drop is {what}: not safe to scale up")
-    return Result(rung, job_id, diagnosis, True, "GREEN")
+        hint = "" if drop is None else "; a smaller one will do with --threshold loss_drop_to_scale=…"
+        return False, f"GREEN, but the loss drop is {what}: not safe to scale up{hint}"
+    return True, f"GREEN for {seen} steps, until the time limit" if cut else "GREEN"
+
+
+def _enough(diagnosis: Diagnosis) -> str:
+    """The time limit that would have been enough, by the steps that were seen."""
+    step_s = diagnosis.progress.get("step_time_s")
+    if not step_s:
+        return ""
+    work_s = _SPARE * diagnosis.thresholds.loss_steps * step_s + _START_S
+    return f": --time {format_time(math.ceil(work_s / 300) * 300)}"
+
+
+def _only_cut(diagnosis: Diagnosis) -> bool:
+    """Whether the time limit is all that triage objects to."""
+    cause = diagnosis.cause
+    red = {verdict.rule for verdict in diagnosis.verdicts if verdict.verdict == RED}
+    return bool(cause and cause.event.failure == "time_limit" and red <= {"time_limit", "ending"})
+
+
+def _steps_seen(diagnosis: Diagnosis) -> int:
+    first = diagnosis.progress.get("first_iteration")
+    last = diagnosis.progress.get("last_iteration")
+    if isinstance(first, int) and isinstance(last, int):
+        return max(last - first + 1, 0)
+    return int(diagnosis.progress.get("step_lines") or 0)

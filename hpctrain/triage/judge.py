@@ -48,6 +48,7 @@ class Diagnosis:
     incidents: tuple[Incident, ...] = ()
     remarks: tuple[str, ...] = ()
     progress: Mapping[str, Any] = field(default_factory=dict)
+    thresholds: Thresholds = field(default_factory=Thresholds)
 
     @property
     def safe_to_scale(self) -> bool:
@@ -211,7 +212,7 @@ def _answer(verdicts: list[Verdict], cause: Incident | None, incidents: list[Inc
         recovered = sum(incident.recovered for incident in incidents)
         remarks.append(f"{len(attempts)} attempts, {recovered} earlier failures that a later attempt got over")
     return Diagnosis(verdict, summary, action, advice, cause, tuple(verdicts), tuple(incidents[-_MOST_INCIDENTS:]),
-                     tuple(remarks), progress)  # fmt: skip
+                     tuple(remarks), progress, subject.thresholds)  # fmt: skip
 
 
 def _health_action(rule: str, framework: str | None, running: bool) -> tuple[str, str]:

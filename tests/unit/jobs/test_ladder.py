@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base.errors import UsageError
-from hpctrain.jobs.ladder import checks, plan_rungs, purpose
+from hpctrain.jobs.ladder import checks, good_enough, plan_rungs, purpose
 from hpctrain.triage.engine import Engine
 from hpctrain.triage.judge import judge
+from hpctrain.triage.rules import Circumstances
+from hpctrain.triage.thresholds import Thresholds
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "lumi-neox-sft"
 
@@ -128,3 +130,85 @@ def test_a_ladder_after_one_that_climbed_has_folders_of_its_own(example):
     for before, after in zip(first, second):
         assert before.run_dir != after.run_dir
         assert after.changes["checkpoint.dir"] == before.changes["checkpoint.dir"] + "-2"
+
+
+def planned(path, *words, steps=None, time=None, rungs=(8, 64)):
+    return plan_rungs(path, words, list(rungs), steps, time)
+
+
+def test_a_rung_has_the_time_that_its_steps_need(example):
+    """A step of 17 s on 1,536 GPUs is one of 54 minutes on 8: the same batch, by accumulation."""
+    step = "estimate.step_time_s=17"
+    eight, more = planned(example, step, steps=4)
+    assert [rung.step_time_s for rung in (eight, more)] == [17 * 192, 17 * 24]
+    # A quarter more than the steps take, and ten minutes to start; never less than half an hour.
+    assert eight.loaded.plan.spec.time_s == pytest.approx(1.25 * 4 * 17 * 192 + 600, abs=600)
+    assert more.loaded.plan.spec.time_s == pytest.approx(1.25 * 4 * 17 * 24 + 600, abs=600)
+    assert eight.bill.time_s == eight.loaded.plan.spec.time_s > more.bill.time_s
+    # The rung's own plan counts with the rung's step, not with the whole run's.
+    assert eight.loaded.plan.spec.step_time_s == 17 * 192
+    assert [rung.loaded.plan.spec.time_s for rung in planned(example)] == [1800, 1800]
+    assert planned(example, step, steps=1, time="02:00:00")[0].loaded.plan.spec.time_s == 7200
+
+
+def test_a_rung_that_no_time_is_enough_for_says_so(example):
+    with pytest.raises(UsageError) as caught:
+        planned(example, "estimate.step_time_s=17")
+    text = str(caught.value)
+    assert "150 steps on 8 GPUs take about 5-16:00:00" in text and "--steps" in text
+    assert len(caught.value.problems) == 1  # 64 GPUs do it in 17 hours
+
+
+def test_a_time_that_the_steps_do_not_fit_in_is_refused(example):
+    with pytest.raises(UsageError, match="4 steps on 8 GPUs take about 03:37:36"):
+        planned(example, "estimate.step_time_s=17", steps=4, time="01:00:00")
+
+
+CUT = "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-21T10:17:12 DUE TO TIME LIMIT ***\n"
+
+
+def diagnosed(steps, tail="", drop=0.01, **thresholds):
+    lines = [f"step {i}/2000 loss={2.5 - drop * i:.4f} grad_norm=1.0\n" for i in range(1, steps + 1)]
+    engine = Engine(Thresholds(**thresholds))
+    engine.log("x").feed(("".join(lines) + tail).encode())
+    return judge(engine, Circumstances(running=False))
+
+
+@pytest.mark.parametrize(
+    ("diagnosis", "code", "last", "passed", "words"),
+    [
+        (lambda: diagnosed(150), 0, False, True, "GREEN"),
+        (lambda: diagnosed(150), 1, False, False, "ended with exit code 1"),
+        # Cut by its time limit: what a hundred steps say is said.
+        (lambda: diagnosed(120, CUT), 1, False, True, "GREEN for 120 steps, until the time limit"),
+        (lambda: diagnosed(100, CUT), 1, False, True, "GREEN for 100 steps"),
+        (lambda: diagnosed(99, CUT), 1, False, False, "the time limit came after 99 steps; 100 are needed"),
+        (lambda: diagnosed(120, CUT, drop=-0.02), 1, False, False, "RED"),
+        (lambda: diagnosed(120, "RuntimeError: CUDA out of memory\n"), 1, False, False, "RED"),
+        # The loss must fall by a tenth before more GPUs are worth it, unless told otherwise.
+        (lambda: diagnosed(150, drop=0.001), 0, False, False, "the loss drop is only 3.9%"),
+        (lambda: diagnosed(150, drop=0.001), 0, True, True, "GREEN"),
+        (lambda: diagnosed(150, drop=0.001, loss_drop_to_scale=0.03), 0, False, True, "GREEN"),
+        (lambda: diagnosed(120, CUT, drop=0.001), 1, False, False, "the loss drop is only 3.9%"),
+        (lambda: diagnosed(20), 0, False, False, "not seen over enough steps"),
+    ],
+)
+def test_when_the_next_rung_is_climbed(diagnosis, code, last, passed, words):
+    answer, why = good_enough(diagnosis(), code, last)
+    assert answer == passed and words in why, why
+
+
+def test_a_rung_that_was_cut_too_early_says_which_time_is_enough():
+    text = "".join(
+        f" iteration {i:8d}/2000 | elapsed time per iteration (ms): 36000.0 | lm_loss: {2.5 - 0.01 * i} |\n"
+        for i in range(1, 51)
+    )
+    engine = Engine()
+    engine.log("x").feed((text + CUT).encode())
+    _, why = good_enough(judge(engine, Circumstances(running=False)), 1, False)
+    assert "after 50 steps; 100 are needed" in why and "--time 01:25:00" in why
+
+
+def test_thresholds_reach_the_judgement(cli, example):
+    code, _, err = cli("ladder", example, "--rungs", "8", "--dry-run", "--threshold", "loss_drop_to_scale=x")
+    assert code == 2 and "`x` is not a value for threshold `loss_drop_to_scale`" in err
