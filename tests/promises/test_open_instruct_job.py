@@ -148,9 +148,10 @@ def test_a_chain_survives_a_kill_in_a_save_and_one_before_the_export(tmp_path: P
 
     assert first[0] == 9 and second[0] == 9 and third[0] == fourth[0] == 0, third[1] + fourth[1]
     assert bench.modes() == ["scratch", "resume", "resume", "done"]
-    assert "Resumed from checkpoint: step_2" in second[1] and "is now `interrupted-4`" in second[1]
+    assert "Resumed from checkpoint: step_2" in second[1] and "interrupted-step_4`" in second[1]
     assert "the model is not exported yet" in third[1] and "Resumed from checkpoint: step_6" in third[1]
-    assert sorted(path.name for path in (bench.ckpt / "interrupted-4").iterdir()) == ["pytorch_model.bin"]
+    aside = bench.ckpt.with_name(bench.ckpt.name + ".hpctrain") / "interrupted-step_4"
+    assert sorted(path.name for path in aside.iterdir()) == ["pytorch_model.bin"]
     assert not list(tmp_path.rglob("canary"))
 
 
