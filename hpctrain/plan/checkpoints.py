@@ -23,6 +23,8 @@ def checkpoint_problems(plan: Plan) -> Iterator[Problem]:
     What cannot be read from here is a warning, since it is no verdict on the run.
     """
     where = plan.spec.where("checkpoint", "dir")
+    if not plan.spec.checkpoint_dir:
+        return  # where the recipe needs one, that is said elsewhere
     try:
         settings = parse_settings(plan.guard())._replace(run_dir=plan.run_dir)
         if settings.layout == "none" or not settings.checkpoint_dir:

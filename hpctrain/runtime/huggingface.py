@@ -145,6 +145,8 @@ class HfTrainer(Form):
         if "scaler.pt" in folder.previous and "scaler.pt" not in top:
             lost.append("`scaler.pt` is missing")
         lost += self._weight_faults(folder, sharded)
+        if "config.json" in top and read_json(folder, "config.json") is None:
+            report.torn.append("`config.json` is damaged")
         self.lacking(folder, report, lost)
 
     @staticmethod
@@ -157,11 +159,7 @@ class HfTrainer(Form):
             return ["`pytorch_model_fsdp.bin`, the weights, is missing"] if lacks else []
         if sharded:
             return []
-        config = folder.files.get("config.json")
-        faults = weight_faults(folder)
-        if config is not None and read_json(folder, "config.json") is None:
-            faults.append("`config.json` is damaged")
-        return faults
+        return weight_faults(folder)
 
     @staticmethod
     def _judge_state(folder: Folder, report: Report) -> None:

@@ -15,6 +15,7 @@ from hpctrain.jobs.pipeline.stages import Pipeline
 from hpctrain.plan.load import Loaded
 from hpctrain.plan.make import Plan
 from hpctrain.plan.run_dir import run_files
+from hpctrain.runtime import sidecar
 from hpctrain.runtime.files import read_records
 from hpctrain.sandbox.from_site import node_shape
 from hpctrain.sandbox.rehearse import checks, scene, stage
@@ -395,6 +396,7 @@ def _written(before: Mapping[str, Any], after: Mapping[str, Any], shown: Scene, 
     for plan in plans:
         known = (
             plan.spec.checkpoint_dir,
+            plan.spec.checkpoint_dir and sidecar.beside(plan.spec.checkpoint_dir),
             plan.run_dir,
             plan.resolved.model,
             *(path for _, path in plan.resolved.binds),

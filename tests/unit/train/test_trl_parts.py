@@ -208,7 +208,7 @@ def checkpoint(folder: Path, number: int, whole: bool = True) -> Path:
     path = folder / f"checkpoint-{number}"
     path.mkdir(parents=True)
     (path / "trainer_state.json").write_text(json.dumps({"global_step": number}))
-    for name in ("optimizer.pt", "rng_state.pth", "adapter_model.safetensors")[: None if whole else 2]:
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors")[: None if whole else 3]:
         write_safetensors(path / name, {"w": ("F32", [2])})
     return path
 
