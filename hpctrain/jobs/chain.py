@@ -20,10 +20,10 @@ from hpctrain.plan.load import Loaded
 from hpctrain.plan.run_dir import run_files, write_run_dir
 from hpctrain.runs.records import RunRecords, find_pipeline, find_runs, read_run
 from hpctrain.runs.starts import Start, starts_of
-from hpctrain.runtime import history, sidecar
+from hpctrain.runtime import history
 from hpctrain.runtime.files import read_records, write_atomic
 from hpctrain.runtime.handover import expected
-from hpctrain.runtime.link import decide
+from hpctrain.runtime.link import decide_now
 from hpctrain.runtime.settings import Settings, handed_over, parse_settings
 from hpctrain.runtime.survey import Choice, Survey, choose
 from hpctrain.slurm import commands as slurm
@@ -114,7 +114,7 @@ def is_done(run_dir: str, plan: Mapping[str, Any]) -> bool:
     """Whether a link that starts now would find nothing left to do."""
     settings = _settings(run_dir, plan)
     links = read_records(os.path.join(run_dir, "links.jsonl"))
-    return decide(settings, _choice(settings), links, 10**9, False).decision == "done"
+    return decide_now(settings, _choice(settings), links).decision == "done"
 
 
 def _choice(settings: Settings) -> Choice:
@@ -134,9 +134,7 @@ def _unreadable(what: str) -> EnvironmentFault:
 
 def _require_clear(settings: Settings, choice: Choice, links: list[dict[str, Any]], force: bool) -> None:
     """Refuse to queue links that the guard would not start."""
-    place = sidecar.place_of(settings.checkpoint_dir, settings.run_dir) if settings.checkpoint_dir else ""
-    act = sidecar.last_act(place) if place else None
-    decided = decide(settings, choice, links, 10**9, False, True, act)
+    decided = decide_now(settings, choice, links)
     if decided.decision == "run" and choice.unreadable:
         raise _unreadable(choice.unreadable)
     why = decided.reason if decided.decision == "gave_up" else ""
@@ -266,7 +264,7 @@ def _expectations(plan: Mapping[str, Any], settings: Settings, choice: Choice, l
     if per_link and job["save_every"] and not job["saves_on_signal"]:
         per_link = per_link // job["save_every"] * job["save_every"]
     out: list[Expectation] = []
-    mode = decide(settings, choice, links, 10**9, False).mode
+    mode = decide_now(settings, choice, links).mode
     counts_on = choice.kind == "made" or settings.counter == "greatest_folder" or settings.start_counts
     at: int | None = (choice.number or 0) if counts_on else 0
     if mode == "scratch" and settings.source and settings.source.hand_over != "model":

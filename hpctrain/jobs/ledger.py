@@ -17,6 +17,7 @@ from typing import Any
 
 from hpctrain.base import terminal
 from hpctrain.base.errors import EnvironmentFault, Refused
+from hpctrain.runtime import history
 from hpctrain.runtime.files import append_record, read_records
 from hpctrain.runtime.link import now
 from hpctrain.slurm import commands as slurm
@@ -107,6 +108,7 @@ def submit_all(run_dir: str, wanted: Sequence[Submission], after: str | None = N
     ids = {**ledger.submitted(), **_recover(run_dir, ledger)}
     live = {job.job_id for job in of_user() if job.live} if ids or after else set()
     previous = after
+    last_start = history.last_start(read_records(os.path.join(run_dir, "links.jsonl")))
     for item in wanted:
         key = (item.link, item.kind)
         if key not in ids:
@@ -114,7 +116,7 @@ def submit_all(run_dir: str, wanted: Sequence[Submission], after: str | None = N
             depends_on = depends_on if depends_on in live else None
             tag = f"hpctrain:{uid}:{item.link}:{item.kind}:{secrets.token_hex(4)}"
             record: dict[str, Any] = {"event": "submitting", "link": item.link, "job_id": None, "depends_on": depends_on,
-                                      "time": now(), "kind": item.kind, "tag": tag}  # fmt: skip
+                                      "time": now(), "kind": item.kind, "tag": tag, "last_start": last_start}  # fmt: skip
             _append(path, record)
             options = [f"--comment={tag}", *item.options]
             if depends_on:

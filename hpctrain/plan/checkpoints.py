@@ -7,14 +7,11 @@ from collections.abc import Iterator
 
 from hpctrain.base.errors import Problem
 from hpctrain.plan.make import Plan
-from hpctrain.runtime import sidecar
 from hpctrain.runtime.bootstrap import StartProblem, plan_bootstrap
 from hpctrain.runtime.files import OddFile, read_records
-from hpctrain.runtime.link import decide
+from hpctrain.runtime.link import decide_now
 from hpctrain.runtime.settings import Settings, parse_settings
 from hpctrain.runtime.survey import Choice, Survey, choose
-
-_NO_LINK_YET = 10**9  # a link that nobody has submitted: what gave up before does not bind it
 
 
 def checkpoint_problems(plan: Plan) -> Iterator[Problem]:
@@ -52,8 +49,7 @@ def _folder_problems(plan: Plan, settings: Settings, survey: Survey, choice: Cho
         links = read_records(os.path.join(plan.run_dir, "links.jsonl"))
     except OddFile:
         links = []
-    act = sidecar.last_act(survey.place) if survey.place else None
-    decided = decide(settings, choice, links, _NO_LINK_YET, False, True, act)
+    decided = decide_now(settings, choice, links)
     if decided.decision == "gave_up":
         yield Problem(decided.reason, where, "a link would give up (93)")
     elif decided.decision == "run" and choice.kind == "made" and choice.name:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .contract import Leaves, Load, Writer, leaves, without_gaps
+from .contract import COMMON_MODULES, Leaves, Load, Writer, leaves, without_gaps
 from .dcp import POISON, model, poisoned, train_step
 from .hf import fsdp_on_cpu, random_states, set_random_states
 
@@ -28,7 +28,7 @@ class Accelerated(Writer):
 
     name = "accelerate-1"
     layout = "accelerate"
-    preload = ("accelerate", "torch._dynamo", "torch.utils.data")
+    preload = ("accelerate", *COMMON_MODULES, "torch.utils.data")
     steps = (0, 1)
     root_name = "checkpoints"
 

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -162,11 +163,10 @@ def work(
     finally:
         bench.close()
         if args.times:
-            now = time.monotonic()
-            print(
-                f"{writer.name}: {ready - began:.1f} s to write, {now - ready:.1f} s",
-                file=sys.stderr,
-            )
+            now, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu_s = used.ru_utime + used.ru_stime
+            line = f"{writer.name}: {ready - began:.1f} s to write, {now - ready:.1f} s, {cpu_s:.1f} CPU-s"
+            print(line, file=sys.stderr)
         end.close()
         os._exit(0)
 

@@ -11,6 +11,13 @@ from typing import Any, ClassVar
 Leaves = dict[str, str]  # what a loader restored: the path of each value and a digest of it
 Load = Callable[[str, str], Leaves]  # (checkpoint folder's parent, checkpoint's name)
 
+# What torch would import late, in each process again.
+COMMON_MODULES = (
+    "torch._dynamo",
+    "torch.utils.serialization.config",
+    "torch.profiler._cupti_monitor",
+)
+
 
 class Writer:
     """A framework that saves checkpoints, and the framework's own code that loads them.

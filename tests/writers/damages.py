@@ -154,13 +154,15 @@ class Damager:
         return Damage("mixed", name, (name,))
 
     def _differs(self, name: str) -> bool:
-        return read(self.full(name)) != read(os.path.join(self.other or "", name))
+        return read(self.full(name)) != read(self._theirs(name))
+
+    def _theirs(self, name: str) -> str:
+        return os.path.join(self.other or "", name) if name else str(self.other)
 
     def _take(self, name: str) -> None:
         os.unlink(self.full(name))
-        source = os.path.join(self.other or "", name) if name else str(self.other)
         with open(self.full(name), "wb") as stream:
-            stream.write(read(source))
+            stream.write(read(self._theirs(name)))
 
     def rank_gone(self) -> Damage | None:
         ranks: dict[tuple[str, str], list[str]] = {}

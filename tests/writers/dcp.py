@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from .contract import Leaves, Load, Writer, leaves
+from .contract import COMMON_MODULES, Leaves, Load, Writer, leaves
 
 POISON = -7.0
 
@@ -39,7 +39,7 @@ class Dcp(Writer):
 
     layout = "dcp"
     preload = (
-        "torch._dynamo",
+        *COMMON_MODULES,
         "torch.distributed.checkpoint.state_dict",
         "torch.distributed.fsdp",
         "torch.distributed.device_mesh",

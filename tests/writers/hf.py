@@ -75,7 +75,12 @@ class HfTrainer(Writer):
     """`checkpoint-N`, by `Trainer.train` with `save_steps`; loaded by `train(resume_from_checkpoint=…)` up to its first step."""
 
     layout = "hf-trainer"
-    preload = ("transformers.models.llama", "transformers.trainer", "accelerate", "torch._dynamo")
+    preload = (
+        *ENGINE_MODULES,
+        "transformers.models.llama.modeling_llama",
+        "transformers.trainer",
+        "accelerate",
+    )
     says_its_step = ("trainer_state.json",)
     arguments: dict[str, Any] = {}
     slow = True
@@ -244,7 +249,7 @@ class FsdpFull(Fsdp):
 class DeepSpeed(HfTrainer):
     stage = 0
     reloads = False
-    preload = (*HfTrainer.preload, *ENGINE_MODULES)
+    preload = HfTrainer.preload
 
     def trainer(self, root: str, max_steps: int, seed: int = 3) -> Any:
         without_shared_memory()

@@ -6,7 +6,8 @@ import os
 import shutil
 from typing import Any
 
-from .contract import Leaves, Load, Writer, leaves
+from .contract import COMMON_MODULES, Leaves, Load, Writer, leaves
+from .ranks import FORK
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -16,7 +17,12 @@ class TorchDist(Writer):
 
     layout = "megatron"
     tracker = TRACKER
-    preload = ("megatron.core.dist_checkpointing", "torch._dynamo", "torch.distributed.checkpoint")
+    preload = (
+        *COMMON_MODULES,
+        "megatron.core.dist_checkpointing.strategies.checkpointable",
+        "megatron.core.dist_checkpointing.strategies.torch",
+        "torch.distributed.checkpoint",
+    )
     reloads = False
     inside = ""  # the folder of the shards inside the checkpoint's
 
@@ -50,8 +56,10 @@ class TorchDist(Writer):
     def write(self, root: str, rank: int) -> None:
         import torch
         from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
 
         join_alone()
+        filesystem_async._results_queue = FORK.Manager().Queue()  # its own would import torch anew
         for step in self.steps:
             path = os.path.join(root, self.folder(step), self.inside)
             os.makedirs(path, exist_ok=True)

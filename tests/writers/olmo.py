@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from .contract import Leaves, Load, Writer, leaves
+from .contract import COMMON_MODULES, Leaves, Load, Writer, leaves
 from .dcp import POISON
 from .hf import random_states, set_random_states
 
@@ -32,7 +32,7 @@ class Olmo(Writer):
         "olmo_core.train.train_module",
         "olmo_core.train.callbacks",
         "olmo_core.data",
-        "torch._dynamo",
+        *COMMON_MODULES,
         "torch.distributed.fsdp",
         "torch.distributed.checkpoint.state_dict",
     )

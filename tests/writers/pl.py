@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .contract import Leaves, Load, Writer, leaves
+from .contract import COMMON_MODULES, Leaves, Load, Writer, leaves
 from .dcp import POISON, model
 from .hf import _Stop
 
@@ -15,7 +15,7 @@ class Lightning(Writer):
 
     name = "lightning-1"
     layout = "lightning"
-    preload = ("lightning.pytorch", "torch._dynamo")
+    preload = ("lightning.pytorch", *COMMON_MODULES)
 
     def folder(self, step: int) -> str:
         return f"epoch=0-step={step}.ckpt"

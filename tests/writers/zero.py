@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .contract import Leaves, Load, Writer, leaves, without_gaps
+from .contract import COMMON_MODULES, Leaves, Load, Writer, leaves, without_gaps
 from .dcp import POISON
 
-ENGINE_MODULES = ("deepspeed", "deepspeed.runtime.zero.muon.original_muon", "torch._dynamo")
+ENGINE_MODULES = (
+    *COMMON_MODULES,
+    "deepspeed",
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
 
 
 def without_shared_memory() -> None:

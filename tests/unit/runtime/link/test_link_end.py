@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 
+from hpctrain.runtime import history
+
 
 def test_done_cancels_the_successors_and_not_itself(run):
     run.save(300)
@@ -55,6 +57,23 @@ def test_a_link_submitted_after_the_chain_gave_up_tries_again(quick):
     (quick.dir / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ledger))
     assert [quick.link(number)["decision"] for number in (1, 2, 3, 4, 5)][-2:] == ["gave_up", "gave_up"]
     assert [quick.link(number)["decision"] for number in (6, 7, 8, 9)] == ["run", "run", "run", "gave_up"]
+
+
+def test_starts_from_before_a_link_was_queued_do_not_count_against_it(quick):
+    for number in (1, 2, 3):
+        quick.link(number)  # a person has seen these three when the next two are queued
+    seen = history.last_start(quick.records())
+    ledger = [
+        {"event": "submitted", "link": link, "job_id": str(100 + link), "last_start": seen} for link in (4, 5, 6, 7)
+    ]
+    (quick.dir / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ledger))
+    assert [quick.link(number)["decision"] for number in (4, 5, 6, 7)] == ["run", "run", "run", "gave_up"]
+
+
+def test_a_record_that_names_a_start_which_is_no_more_counts_all(quick):
+    ledger = [{"event": "submitted", "link": 4, "job_id": "104", "last_start": "9.0"}]
+    (quick.dir / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ledger))
+    assert [quick.link(number)["decision"] for number in (1, 2, 3, 4)][-1] == "gave_up"
 
 
 def test_requeues_of_one_link_count_as_one_until_they_are_a_crash_loop(quick):
