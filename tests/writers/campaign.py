@@ -111,6 +111,8 @@ class Bench:
     def only_untold_lost(self, root: str, name: str) -> bool:
         """Whether files are gone, the others are as they were, and what is left could be whole."""
         path, whole = os.path.join(root, name), os.path.join(self.whole, name)
+        if not os.path.isdir(whole):
+            return False  # a checkpoint that is one file has nothing to lose but itself
         left, all_files = set(files_of(path)), set(files_of(whole))
         same = [
             os.path.samefile(os.path.join(path, one), os.path.join(whole, one))
