@@ -119,8 +119,19 @@ def test_what_counts_as_wrong(truth: str, state: str, wrong: bool) -> None:
     ],
 )
 def test_what_counts_as_a_wrong_choice(decision: Decision, old: str, new: str, fault: str) -> None:
-    found = folder_fault(decision, {"old": old, "new": new})
+    found = folder_fault(decision, {"old": old, "new": new}, {"old": 0, "new": 1})
     assert fault in found and bool(fault) == bool(found)
+
+
+def test_a_copy_is_as_good_as_what_it_is_a_copy_of() -> None:
+    ranks = {"old": 0, "new": 1, "last": 1}
+    for chosen in ("new", "last"):
+        truths = {"old": "whole", "new": "whole", "last": "whole"}
+        assert not folder_fault(Decision(chosen, "", ()), truths, ranks)
+    truths["last"] = "torn"
+    assert "goes on from `last`" in folder_fault(Decision("last", "", ()), truths, ranks)
+    truths |= {"new": "torn", "last": "whole"}
+    assert "older than `last`" in folder_fault(Decision("old", "", ()), truths, ranks)
 
 
 def test_300_damages_to_checkpoints_of_every_writer_and_no_wrong_answer() -> None:

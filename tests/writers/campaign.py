@@ -61,7 +61,7 @@ class Bench:
         self.folder = os.path.join(folder, writer.name)
         self.whole = os.path.join(self.folder, "whole", writer.root_name)
         self.log = os.path.join(self.folder, "log")
-        self.names = [writer.folder(step) for step in writer.steps]
+        self.names = [*map(writer.folder, writer.steps), *writer.copies]
         self.references: dict[str, list[Leaves]] = {}
         self._team: Team | None = None
 
@@ -78,6 +78,10 @@ class Bench:
                     f"{self.writer.name}: a whole checkpoint does not load: {texts[0]}"
                 )
             self.references[name] = [value for _, value in answers]
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two names are of one step: a program may save its last one twice."""
+        return self.references[one] == self.references[other]
 
     def load(self, root: str, name: str) -> list[tuple[str, Any]]:
         if self._team is None or self._team.ended:
@@ -129,8 +133,10 @@ class Bench:
     ) -> Iterator[Result]:
         for number in numbers:
             dice = random.Random(f"{seed}/{self.writer.name}/{number}")
-            name = self.names[-1] if dice.random() < 0.8 else self.names[0]
-            other = next((one for one in self.names if one != name), None)
+            newest = self.writer.folder(self.writer.steps[-1])
+            older = [one for one in self.names if one != newest]
+            name = newest if dice.random() < 0.8 or not older else dice.choice(older)
+            other = next((one for one in self.names if not self.same(one, name)), None)
             top = os.path.join(self.folder, f"case-{number}")
             root = os.path.join(top, self.writer.root_name)
             copy_tree(os.path.dirname(self.whole), top)
@@ -156,6 +162,9 @@ class Bench:
             self.writer.name, case, done.kind, told, truth, why, state, reason, choice, fault
         )
 
+    def first_of(self, name: str) -> str:
+        return next(one for one in self.names if self.same(one, name))
+
     def chosen(self, root: str, name: str, truth: str) -> tuple[str, str]:
         """What the guard decides over the folder, in a word, and what is wrong with it; "" where it cannot be asked."""
         decision = ours.decision(root, self.writer.layout)
@@ -165,14 +174,16 @@ class Bench:
         if marker and not os.path.exists(os.path.join(root, name, marker)):
             truth = "torn"
         others = "whole" if self.writer.resumes else "partial"
-        fault = folder_fault(decision, dict.fromkeys(self.names, others) | {name: truth})
+        truths = dict.fromkeys(self.names, others) | {name: truth}
+        ranks = {one: self.names.index(self.first_of(one)) for one in self.names}
+        fault = folder_fault(decision, truths, ranks)
         if decision.refusal:
             return "refuses", fault
         return ("goes on" if decision.name else "starts over"), fault
 
 
-def folder_fault(decision: ours.Decision, truths: dict[str, str]) -> str:
-    """What is wrong with a decision, given what each checkpoint is, the newest last; "" when nothing is."""
+def folder_fault(decision: ours.Decision, truths: dict[str, str], ranks: dict[str, int]) -> str:
+    """What is wrong with a decision, given what each checkpoint is and which are newer; "" when nothing is."""
     if decision.refusal:
         return ""
     whole = [name for name, truth in truths.items() if truth == "whole"]
@@ -183,6 +194,5 @@ def folder_fault(decision: ours.Decision, truths: dict[str, str]) -> str:
         return f"starts over beside `{whole[-1]}`, which its loader restores" if whole else ""
     if truths.get(decision.name, "torn") in ("torn", "partial"):
         return f"goes on from `{decision.name}`, which its loader does not restore"
-    names = list(truths)
-    newer = [name for name in whole if names.index(name) > names.index(decision.name)]
+    newer = [name for name in whole if ranks[name] > ranks[decision.name]]
     return f"goes on from `{decision.name}`, older than `{newer[-1]}`" if newer else ""

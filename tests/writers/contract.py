@@ -34,6 +34,7 @@ class Writer:
     num_readers: ClassVar[int] = 1  # that load
     reloads = True  # a reader process may load many checkpoints, one after the other
     steps: ClassVar[tuple[int, ...]] = (2, 4)
+    copies: ClassVar[tuple[str, ...]] = ()  # names under which a step is saved once more
     root_name: ClassVar[str] = "ckpt"  # of the folder that holds the checkpoints
     tracker: ClassVar[str | None] = None  # the file beside the checkpoints that names one
     says_its_step: ClassVar[tuple[str, ...]] = ()  # patterns of files that hold their step in plain

@@ -15,6 +15,8 @@ class Lightning(Writer):
 
     name = "lightning-1"
     layout = "lightning"
+    copies = ("last.ckpt",)
+    save_last: Any = True
     preload = ("lightning.pytorch", *COMMON_MODULES)
 
     def folder(self, step: int) -> str:
@@ -71,7 +73,7 @@ class Lightning(Writer):
     def write(self, root: str, rank: int) -> None:
         from lightning.pytorch.callbacks import ModelCheckpoint
 
-        keep = ModelCheckpoint(root, every_n_train_steps=2, save_top_k=-1, save_last=True)
+        keep = ModelCheckpoint(root, every_n_train_steps=2, save_top_k=-1, save_last=self.save_last)
         self.fit(root, max(self.steps), [keep], None)
 
     def reader(self, rank: int) -> Load:
@@ -102,4 +104,12 @@ class Lightning(Writer):
         return load
 
 
-WRITERS = (Lightning,)
+class Link(Lightning):
+    """`save_last="link"`: `last.ckpt` leads to the newest, whatever becomes of that."""
+
+    name = "lightning-link-1"
+    copies = ()
+    save_last = "link"
+
+
+WRITERS = (Lightning, Link)
