@@ -1,4 +1,5 @@
-"""Fixtures for all tests: a bare environment, run.yaml writing, and running a job script without a Slurm."""
+"""Fixtures for all tests: a bare environment, run.yaml writing, and running a job script without a
+Slurm."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# The same examples each time, and no limits on wall time: a test that fails on a busy machine only, or one time in a hundred,
-# says nothing about the change under test. HYPOTHESIS_SEARCH=1 looks for new examples.
+# The same examples each time, and no limits on wall time: a test that fails on a busy machine only,
+# or one time in a hundred, says nothing about the change under test. HYPOTHESIS_SEARCH=1 looks for
+# new examples.
 settings.register_profile(
     "steady",
     deadline=None,
@@ -23,11 +25,16 @@ settings.load_profile("steady")
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))  # what several tests share
-sys.path.insert(0, str(TESTS / "standin"))  # stand-ins for what hpctrain works with; jobs of tests use them too
+# stand-ins for what hpctrain works with; jobs of tests use them too
+sys.path.insert(0, str(TESTS / "standin"))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what is rendered now")
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="rewrite tests/golden from what is rendered now",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -41,20 +48,28 @@ def bare_environment(monkeypatch, tmp_path_factory):
 
 @pytest.fixture
 def hpctrain():
-    """Run the command line in a process of its own: `hpctrain("render", …)` gives the CompletedProcess."""
+    """Run the command line in a process of its own: `hpctrain("render", …)` gives the
+    CompletedProcess."""
 
     def run(*args, cwd=None, env=None, **kwargs):
         return subprocess.run(
             [sys.executable, "-m", "hpctrain", *map(str, args)],
-            cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False, **kwargs,
-        )  # fmt: skip
+            cwd=cwd,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            **kwargs,
+        )
 
     return run
 
 
 @pytest.fixture
 def line_of_error():
-    """The line of run.yaml at which the one error of a plan with these words in it points; nothing is rendered beside it."""
+    """The line of run.yaml at which the one error of a plan with these words in it points; nothing
+    is rendered beside it."""
 
     def find(run_yaml, plan, words):
         (problem,) = [problem for problem in plan.errors if words in problem.what]
@@ -67,7 +82,8 @@ def line_of_error():
 
 @pytest.fixture
 def run_job(tmp_path):
-    """Run a job script with fakes for srun, singularity, module and scontrol: gives the process and what they noted."""
+    """Run a job script with fakes for srun, singularity, module and scontrol: gives the process and
+    what they noted."""
 
     def run(job, env=None, args=()):
         log = tmp_path / "fake.log"
@@ -83,8 +99,14 @@ def run_job(tmp_path):
             **(env or {}),
         }
         done = subprocess.run(
-            ["bash", str(job), *args], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-        )  # fmt: skip
+            ["bash", str(job), *args],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         return done, [json.loads(line) for line in log.read_text().splitlines()]
 
     return run
@@ -92,7 +114,8 @@ def run_job(tmp_path):
 
 @pytest.fixture
 def cli(capsys):
-    """Run the command line in this process: `cli("site", "list")` gives (exit code, stdout, stderr). Faster than `hpctrain`."""
+    """Run the command line in this process: `cli("site", "list")` gives (exit code, stdout,
+    stderr). Faster than `hpctrain`."""
     from hpctrain.cli import main
 
     def run(*args):

@@ -1,4 +1,5 @@
-"""For the tokenizer's tests: an oracle written from the reference's documented behaviour, small models, hostile documents.
+"""For the tokenizer's tests: an oracle written from the reference's documented behaviour, small
+models, hostile documents.
 
 The oracle shares no code with hpctrain.data: it splits, encodes and lays out bytes on its own.
 """
@@ -21,20 +22,39 @@ EOD = "<|endoftext|>"
 CONTROL = ["<|r3|>", "<|r4|>", "<|r5|>", "<|r6|>", "<|user|>", "<|assistant|>", EOD]
 
 KINDS = {
-    "bpe_identity": dict(model_type="bpe", normalization_rule_name="identity", byte_fallback=True, remove_extra_whitespaces=False),
+    "bpe_identity": dict(
+        model_type="bpe",
+        normalization_rule_name="identity",
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+    ),
     "bpe_nmt_nfkc": dict(model_type="bpe", normalization_rule_name="nmt_nfkc", byte_fallback=True),
-    "bpe_no_fallback": dict(model_type="bpe", normalization_rule_name="nmt_nfkc", byte_fallback=False, character_coverage=0.99),
+    "bpe_no_fallback": dict(
+        model_type="bpe",
+        normalization_rule_name="nmt_nfkc",
+        byte_fallback=False,
+        character_coverage=0.99,
+    ),
     "bpe_no_prefix": dict(
-        model_type="bpe", normalization_rule_name="identity", byte_fallback=True, add_dummy_prefix=False,
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
     ),
     "bpe_user_defined": dict(
-        model_type="bpe", normalization_rule_name="identity", byte_fallback=True, remove_extra_whitespaces=False,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
         user_defined_symbols=["<sep>", "==>", "▁▁"],
     ),
     "unigram": dict(model_type="unigram", normalization_rule_name="nmt_nfkc", byte_fallback=True),
-    "unigram_identity": dict(model_type="unigram", normalization_rule_name="identity", byte_fallback=False),
-}  # fmt: skip
+    "unigram_identity": dict(
+        model_type="unigram", normalization_rule_name="identity", byte_fallback=False
+    ),
+}
 
 SENTENCES = """The quick brown fox jumps over the lazy dog, and then it sleeps for 12 hours.
 Jātulko šis teikums latviešu valodā: ātrā brūnā lapsa lec pāri slinkajam sunim.
@@ -61,9 +81,15 @@ def model_path(kind: str, vocab_size: int = 900, control: tuple[str, ...] = tupl
             file.write(rng.choice(SENTENCES.splitlines()) + "\n")
             file.write("".join(rng.choices(words, k=12)).replace("\n", " ") + "\n")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / kind), vocab_size=vocab_size, control_symbols=list(control),
-        hard_vocab_limit=False, minloglevel=2, num_threads=1, **KINDS[kind],
-    )  # fmt: skip
+        input=str(text),
+        model_prefix=str(folder / kind),
+        vocab_size=vocab_size,
+        control_symbols=list(control),
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+        **KINDS[kind],
+    )
     return str(folder / f"{kind}.model")
 
 
@@ -72,7 +98,9 @@ def oracle_ids(
 ) -> list[int]:
     """What preprocess_sft.py makes of one document; ValueError where it raises one."""
     table = dict(markers)
-    parts = [part for part in re.split("(" + "|".join(map(re.escape, table)) + ")", text) if part.strip()]
+    parts = [
+        part for part in re.split("(" + "|".join(map(re.escape, table)) + ")", text) if part.strip()
+    ]
     if len(parts) <= 1:
         raise ValueError(text)
     ids: list[int] = []
@@ -84,7 +112,8 @@ def oracle_ids(
 
 
 def oracle(texts: list[str], model: str, append_eod: bool = True) -> tuple[bytes, bytes]:
-    """(.bin, .idx) that the reference writes for these documents; empty ones vanish, as its reader drops them."""
+    """(.bin, .idx) that the reference writes for these documents; empty ones vanish, as its reader
+    drops them."""
     sp = sentencepiece.SentencePieceProcessor(model_file=model)
     documents = [oracle_ids(sp, text, append_eod) for text in texts if text]
     code, width, letter = (8, 2, "H") if sp.get_piece_size() < 65500 else (4, 4, "i")
@@ -94,7 +123,12 @@ def oracle(texts: list[str], model: str, append_eod: bool = True) -> tuple[bytes
     for ids in documents:
         pointers.append(at)
         at += len(ids) * width
-    index = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code) + struct.pack("<QQ", count, count + 1)
+    index = (
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<Q", 1)
+        + struct.pack("<B", code)
+        + struct.pack("<QQ", count, count + 1)
+    )
     index += struct.pack(f"<{count}i", *map(len, documents)) + struct.pack(f"<{count}q", *pointers)
     return data, index + struct.pack(f"<{count + 1}q", *range(count + 1))
 
@@ -104,16 +138,51 @@ def dialogues(count: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     words = re.findall(r"\S+\s*", SENTENCES)
     odd = [
-        "", " ", "\n", "\u00a0", " leading", "trailing ", "a\nb\n\nc", "\t", "\u200b", "\ufeffbom inside", "e\u0301", "\u2028",
-        "<|user|>", "<|assistant|>", "<s>", "</s>", "<unk>", "<0x0A>", "[INST]", "<<<user>>>", "<<<|", "x |>>", "▁▁", "😀👩‍👩‍👧",
-        "\U0010ffff7\U0010ffff", "aaaa" * 50, " " * 30, "==>", "<sep>a <sep>", "\x01\x1f", "ﬁ ２ Å", "\u202eabc", "가 각", "=" * 99,
-    ]  # fmt: skip
+        "",
+        " ",
+        "\n",
+        "\u00a0",
+        " leading",
+        "trailing ",
+        "a\nb\n\nc",
+        "\t",
+        "\u200b",
+        "\ufeffbom inside",
+        "e\u0301",
+        "\u2028",
+        "<|user|>",
+        "<|assistant|>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<0x0A>",
+        "[INST]",
+        "<<<user>>>",
+        "<<<|",
+        "x |>>",
+        "▁▁",
+        "😀👩‍👩‍👧",
+        "\U0010ffff7\U0010ffff",
+        "aaaa" * 50,
+        " " * 30,
+        "==>",
+        "<sep>a <sep>",
+        "\x01\x1f",
+        "ﬁ ２ Å",
+        "\u202eabc",
+        "가 각",
+        "=" * 99,
+    ]
     out = []
     for _ in range(count):
         turns = []
         for _ in range(rng.choice((1, 1, 1, 2, 4))):
             for marker in (U, A):
-                span = rng.choice(odd) if rng.random() < 0.15 else "".join(rng.choices(words, k=rng.randint(1, 40)))
+                span = (
+                    rng.choice(odd)
+                    if rng.random() < 0.15
+                    else "".join(rng.choices(words, k=rng.randint(1, 40)))
+                )
                 turns.append(marker + span + rng.choice(("", "", rng.choice(odd))) + marker)
         between = rng.choice(("", "", "", "\n", " "))
         out.append(between.join(turns))
@@ -121,5 +190,8 @@ def dialogues(count: int, seed: int = 0) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: list[str], ascii: bool = False) -> Path:
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=ascii) + "\n" for text in texts), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=ascii) + "\n" for text in texts),
+        encoding="utf-8",
+    )
     return path

@@ -1,4 +1,5 @@
-"""Runs of `hpctrain tokenize` for its promises' tests: in this process (`do(request(…))`) or as a command (`cli`)."""
+"""Runs of `hpctrain tokenize` for its promises' tests: in this process (`do(request(…))`) or as a
+command (`cli`)."""
 
 from __future__ import annotations
 
@@ -20,8 +21,13 @@ def quiet(*numbers):
 
 def request(tmp_path, *inputs, kind="bpe_identity", tasks=1, prefix="out", options=PLAIN, **kwargs):
     return Request(
-        tuple(map(str, inputs)), model_path(kind), str(tmp_path / prefix), tasks, options=options, **kwargs
-    )  # fmt: skip
+        tuple(map(str, inputs)),
+        model_path(kind),
+        str(tmp_path / prefix),
+        tasks,
+        options=options,
+        **kwargs,
+    )
 
 
 def do(asked, processes=1):
@@ -33,11 +39,17 @@ def do(asked, processes=1):
 
 
 def pair(tmp_path, prefix="out"):
-    return tuple((tmp_path / f"{prefix}_text_document{end}").read_bytes() for end in (".bin", ".idx"))
+    return tuple(
+        (tmp_path / f"{prefix}_text_document{end}").read_bytes() for end in (".bin", ".idx")
+    )
 
 
 def cli(*args, **kwargs):
     return subprocess.run(
         [sys.executable, "-m", "hpctrain", "tokenize", *map(str, args)],
-        capture_output=True, text=True, timeout=120, check=False, **kwargs,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **kwargs,
+    )

@@ -1,4 +1,5 @@
-"""Which module of hpctrain imports which, read from the source; for tests/promises/test_layers.py and tools/size."""
+"""Which module of hpctrain imports which, read from the source; for tests/promises/test_layers.py
+and tools/size."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ def module_files() -> list[Path]:
 
 
 def entries(folder: Path) -> set[str]:
-    """The files of a folder, and its folders that hold any; what Python compiled and builds made is left out."""
+    """The files of a folder, and its folders that hold any; what Python compiled and builds made is
+    left out."""
     names = set()
     for path in folder.iterdir():
         files = [path] if path.is_file() else path.rglob("*")
@@ -37,7 +39,8 @@ def package_of(name: str) -> str:
 
 
 def imported(path: Path) -> list[tuple[int, str]]:
-    """(line, our module without `hpctrain.`) of every import anywhere in a file, inside functions too.
+    """(line, our module without `hpctrain.`) of every import anywhere in a file, inside functions
+    too.
 
     Names of `hpctrain/__init__.py` itself are left out.
     """
@@ -91,7 +94,8 @@ def circles(imports: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def floors(imports: Mapping[str, set[str]]) -> dict[str, int]:
-    """By package, its floor: 1 for one that imports no other, else one above the highest of those it imports.
+    """By package, its floor: 1 for one that imports no other, else one above the highest of those
+    it imports.
 
     Packages in a circle lie where they are first met: ask `circles` first.
     """

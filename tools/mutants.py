@@ -1,14 +1,16 @@
-"""Mutation tests of the core: breaks a line, runs the unit tests of that module, and counts who notices.
+"""Mutation tests of the core: breaks a line, runs the unit tests of that module, and counts who
+notices.
 
     tools/mutants [--each N] [--seed S] [--workers N] [--list FILE] [MODULE…]
 
-The mutants are cosmic-ray's (operators, comparisons, numbers, booleans, `not`, decorators, loops, exceptions);
-of each module `--each` are drawn by the seed. A module is a path such as `plan/shape`, or a package. The tests
-of a module are those of its own name, and what the table below names beside them. Prints a line per module and
-each survivor with its change; exits 1 when fewer than 90 % are noticed.
+The mutants are cosmic-ray's (operators, comparisons, numbers, booleans, `not`, decorators, loops,
+exceptions); of each module `--each` are drawn by the seed. A module is a path such as `plan/shape`,
+or a package. The tests of a module are those of its own name, and what the table below names beside
+them. Prints a line per module and each survivor with its change; exits 1 when fewer than 90 % are
+noticed.
 
-Works in copies under the temporary folder; the working tree stays as it is. Not part of tools/test: 20 mutants
-of each module take half an hour on two cores.
+Works in copies under the temporary folder; the working tree stays as it is. Not part of tools/test:
+20 mutants of each module take half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -112,14 +114,25 @@ def main() -> int:
                     print(f"\n{_survivor(verdict.mutant)}", flush=True)
                 if not len(verdicts) % 25:
                     took = time.monotonic() - began
-                    print(f"{len(verdicts)} of {len(mutants)}, {took:.0f} s", file=sys.stderr, flush=True)
+                    print(
+                        f"{len(verdicts)} of {len(mutants)}, {took:.0f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
     return report(modules, verdicts, time.monotonic() - began, args.list)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help="such as plan/shape, or a package such as slurm")
-    parser.add_argument("--each", type=int, default=20, help="mutants drawn of each module [20]; 0: all")
+    parser.add_argument(
+        "modules",
+        nargs="*",
+        metavar="MODULE",
+        help="such as plan/shape, or a package such as slurm",
+    )
+    parser.add_argument(
+        "--each", type=int, default=20, help="mutants drawn of each module [20]; 0: all"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the draw [1]")
     parser.add_argument("--workers", type=int, default=2, help="mutants tried at a time [2]")
     parser.add_argument("--list", type=Path, metavar="FILE", help="write every verdict as JSON")
@@ -127,7 +140,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def _named(module: str, wanted: Sequence[str]) -> bool:
-    return any(module == name.removesuffix(".py") or module.startswith(name.rstrip("/") + "/") for name in wanted)
+    return any(
+        module == name.removesuffix(".py") or module.startswith(name.rstrip("/") + "/")
+        for name in wanted
+    )
 
 
 def drawn(module: str, count: int, seed: int) -> list[Mutant]:
@@ -149,7 +165,8 @@ def drawn(module: str, count: int, seed: int) -> list[Mutant]:
 
 
 def _changes(source: str) -> Iterator[tuple[str, int, int]]:
-    """(operator, which place, line) of everything that cosmic-ray can change and that can matter."""
+    """(operator, which place, line) of everything that cosmic-ray can change and that can
+    matter."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator, operator_names
 
@@ -165,12 +182,16 @@ def _changes(source: str) -> Iterator[tuple[str, int, int]]:
                 yield name, occurrence, line
 
 
-# Operators that need arguments; and `==` against `is`, which for small numbers and short texts are the same.
-_IDLE = re.compile(r"/(VariableInserter|VariableReplacer|ReplaceComparisonOperator_(.*_Is(Not)?|Is(Not)?_.*Eq))$")
+# Operators that need arguments; and `==` against `is`, which for small numbers and short texts are
+# the same.
+_IDLE = re.compile(
+    r"/(VariableInserter|VariableReplacer|ReplaceComparisonOperator_(.*_Is(Not)?|Is(Not)?_.*Eq))$"
+)
 
 
 def _silent(tree: ast.Module) -> set[int]:
-    """Lines of which no test can notice a change: annotations (never evaluated) and dataclass options."""
+    """Lines of which no test can notice a change: annotations (never evaluated) and dataclass
+    options."""
     lines: set[int] = set()
     for node in ast.walk(tree):
         annotations: list[Any] = [getattr(node, "annotation", None), getattr(node, "returns", None)]
@@ -179,7 +200,11 @@ def _silent(tree: ast.Module) -> set[int]:
         if isinstance(node, ast.ClassDef):
             lines |= {part.lineno for part in node.decorator_list}
     # A line that also holds code that runs is worth trying.
-    runs = {node.lineno for node in ast.walk(tree) if isinstance(node, (ast.Compare, ast.BoolOp, ast.Return, ast.If))}
+    runs = {
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Compare, ast.BoolOp, ast.Return, ast.If))
+    }
     return lines - runs
 
 
@@ -206,7 +231,8 @@ _COPY = Path()
 
 
 def _start(folder: str) -> None:
-    """Make this process's own copy of the tree, and load what every test needs and nothing of ours."""
+    """Make this process's own copy of the tree, and load what every test needs and nothing of
+    ours."""
     global _COPY
     _COPY = _copied(Path(folder))
 
@@ -217,7 +243,9 @@ def _copied(folder: Path) -> Path:
     shutil.copytree(ROOT, copy, symlinks=True, ignore=skipped)
     os.chdir(copy)
     sys.dont_write_bytecode = True
-    os.environ.update(PYTHONDONTWRITEBYTECODE="1", PYTHONPATH=str(copy), HPCTRAIN_NO_USER_CONFIG="1")
+    os.environ.update(
+        PYTHONDONTWRITEBYTECODE="1", PYTHONPATH=str(copy), HPCTRAIN_NO_USER_CONFIG="1"
+    )
     # In front of the installed package, which is the tree that this copy was made of.
     sys.path.insert(0, str(copy))
     import hypothesis  # noqa: F401
@@ -270,7 +298,12 @@ def _pass(tests: Sequence[str], timeout_s: float, out: int | None = None) -> boo
             import pytest
 
             # hypothesis is loaded already, without pytest's rewriting.
-            quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning", "-W", "ignore::SyntaxWarning"]
+            quiet = [
+                "-W",
+                "ignore::pytest.PytestAssertRewriteWarning",
+                "-W",
+                "ignore::SyntaxWarning",
+            ]
             options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *quiet]
             code = int(pytest.main([*options, *tests]))
         finally:
@@ -286,7 +319,9 @@ def _pass(tests: Sequence[str], timeout_s: float, out: int | None = None) -> boo
     return False
 
 
-def report(modules: Sequence[str], verdicts: Sequence[Verdict], took_s: float, path: Path | None) -> int:
+def report(
+    modules: Sequence[str], verdicts: Sequence[Verdict], took_s: float, path: Path | None
+) -> int:
     print(f"\n{'module':24} {'mutants':>7} {'noticed':>7} {'seconds':>7}")
     for module in modules:
         mine = [one for one in verdicts if one.mutant.module == module]
@@ -296,7 +331,10 @@ def report(modules: Sequence[str], verdicts: Sequence[Verdict], took_s: float, p
     share = sum(one.noticed for one in verdicts) / max(len(verdicts), 1)
     print(f"{'all':24} {len(verdicts):7} {100 * share:5.1f} % {took_s:7.0f}")
     if path:
-        rows = [{**one.mutant._asdict(), "text": _change(one.mutant), "noticed": one.noticed} for one in verdicts]
+        rows = [
+            {**one.mutant._asdict(), "text": _change(one.mutant), "noticed": one.noticed}
+            for one in verdicts
+        ]
         path.write_text(json.dumps(rows, indent=1))
     return 0 if share >= WANTED else 1
 

@@ -1,4 +1,5 @@
-"""Builds dialogues.jsonl again, byte for byte, from two Debian packages: python3 examples/dialogues/build.py
+"""Builds dialogues.jsonl again, byte for byte, from two Debian packages: python3
+examples/dialogues/build.py
 
 Needs apt-get (it only downloads) and dpkg-deb. See README.md beside this file for the licence.
 """
@@ -25,7 +26,10 @@ def main() -> None:
     out = os.path.join(os.path.dirname(os.path.abspath(__file__)), "dialogues.jsonl")
     with tempfile.TemporaryDirectory() as work:
         subprocess.run(
-            ["apt-get", "download", "-q", *PACKAGES.values()], cwd=work, check=True, stdout=subprocess.DEVNULL
+            ["apt-get", "download", "-q", *PACKAGES.values()],
+            cwd=work,
+            check=True,
+            stdout=subprocess.DEVNULL,
         )
         debs = sorted(glob.glob(os.path.join(work, "*.deb")))
         for deb in debs:
@@ -35,13 +39,18 @@ def main() -> None:
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in dialogues(pairs)]
     with open(out, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
-    print(f"{len(lines)} dialogues, {os.path.getsize(out)} bytes, from {', '.join(names)}", file=sys.stderr)
+    print(
+        f"{len(lines)} dialogues, {os.path.getsize(out)} bytes, from {', '.join(names)}",
+        file=sys.stderr,
+    )
 
 
 def read_pairs(work: str, code: str) -> dict[str, str]:
     """English to translation, of short plain messages only."""
     found: dict[str, str] = {}
-    for path in sorted(glob.glob(os.path.join(work, "x", "**", code, "**", "*.mo"), recursive=True)):
+    for path in sorted(
+        glob.glob(os.path.join(work, "x", "**", code, "**", "*.mo"), recursive=True)
+    ):
         with open(path, "rb") as file:
             catalogue = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
         for key, value in sorted(catalogue.items(), key=repr):
@@ -73,7 +82,9 @@ def dialogues(pairs: dict[str, dict[str, str]]) -> list[str]:
         turns = [(f"Translate to {LANGUAGES[first]}: {english}", pairs[first][english])]
         if number % 3 == 0:
             turns.append((f"And to {LANGUAGES[second]}?", pairs[second][english]))
-        out.append("".join(f"{USER}{user}{USER}{ASSISTANT}{reply}{ASSISTANT}" for user, reply in turns))
+        out.append(
+            "".join(f"{USER}{user}{USER}{ASSISTANT}{reply}{ASSISTANT}" for user, reply in turns)
+        )
     return out
 
 

@@ -25,17 +25,21 @@ GAVE_UP = 93  # inside jobs: the chain made no progress; not to be requeued
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with every character that does not print (control characters, lone surrogates) shown as an escape."""
+    """`text` with every character that does not print (control characters, lone surrogates) shown
+    as an escape."""
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
+    return "".join(
+        char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text
+    )
 
 
 @dataclass(frozen=True)
 class Problem:
     """One thing the user should know: what, where, why, and what to do about it.
 
-    `where` is `file:line:column` (or any shorter locator), `why` names the limit and where it is set.
+    `where` is `file:line:column` (or any shorter locator), `why` names the limit and where it is
+    set.
     """
 
     what: str
@@ -45,12 +49,21 @@ class Problem:
     level: str = "error"
 
     def __post_init__(self) -> None:
-        # Values of the user's are quoted in messages; none may end the line or speak to the terminal.
+        # Values of the user's are quoted in messages; none may end the line or speak to the
+        # terminal.
         for name in ("what", "where", "why", "hint"):
-            object.__setattr__(self, name, printable(getattr(self, name), keep="\n" if name == "why" else ""))
+            object.__setattr__(
+                self, name, printable(getattr(self, name), keep="\n" if name == "why" else "")
+            )
 
     def __str__(self) -> str:
-        lines = [f"{self.level}: {self.where}: {self.what}" if self.where else f"{self.level}: {self.what}"]
+        lines = [
+            (
+                f"{self.level}: {self.where}: {self.what}"
+                if self.where
+                else f"{self.level}: {self.what}"
+            )
+        ]
         if self.why:
             lines.extend("  " + line for line in self.why.splitlines())
         if self.hint:
@@ -58,7 +71,13 @@ class Problem:
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, str]:
-        return {"level": self.level, "what": self.what, "where": self.where, "why": self.why, "hint": self.hint}
+        return {
+            "level": self.level,
+            "what": self.what,
+            "where": self.where,
+            "why": self.why,
+            "hint": self.hint,
+        }
 
 
 class HpctrainError(Exception):
@@ -66,10 +85,19 @@ class HpctrainError(Exception):
 
     exit_code = NO
 
-    def __init__(self, problems: Problem | str | Iterable[Problem], *, where: str = "", why: str = "", hint: str = ""):
+    def __init__(
+        self,
+        problems: Problem | str | Iterable[Problem],
+        *,
+        where: str = "",
+        why: str = "",
+        hint: str = "",
+    ):
         if isinstance(problems, str):
             problems = Problem(problems, where=where, why=why, hint=hint)
-        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        self.problems: tuple[Problem, ...] = (
+            (problems,) if isinstance(problems, Problem) else tuple(problems)
+        )
         super().__init__("\n".join(map(str, self.problems)))
 
 
@@ -92,7 +120,8 @@ class Refused(HpctrainError):
 
 
 def missing_package(package: str, extra: str) -> EnvironmentFault:
-    """The error for an optional dependency that is not installed, naming the extra that brings it."""
+    """The error for an optional dependency that is not installed, naming the extra that brings
+    it."""
     return EnvironmentFault(
         f"this needs the Python package `{package}`, which is not installed",
         hint=f"pip install 'hpctrain[{extra}]'",

@@ -19,9 +19,11 @@ _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, er
 
 
 def write_new(path: str, text: str, hint: str = "") -> None:
-    """Make the file `path`, and its folders. A crash leaves either nothing or the whole file under that name.
+    """Make the file `path`, and its folders. A crash leaves either nothing or the whole file under
+    that name.
 
-    Raises Refused when anything has that name already, a dangling symlink too; EnvironmentFault when it cannot be written.
+    Raises Refused when anything has that name already, a dangling symlink too; EnvironmentFault
+    when it cannot be written.
     """
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -35,7 +37,9 @@ def write_new(path: str, text: str, hint: str = "") -> None:
         try:
             _give_name(temp.temp_path, path)
         except FileExistsError:
-            raise Refused("was made by someone else at this moment", where=path, hint=hint) from None
+            raise Refused(
+                "was made by someone else at this moment", where=path, hint=hint
+            ) from None
         sync_folder(os.path.dirname(path) or ".")
 
 
@@ -64,7 +68,8 @@ def write_whole(path: str, content: bytes) -> None:
 
 
 def open_to_readers(folder: str) -> None:
-    """Let everyone who may enter `folder` read its files: safetensors writes them for their owner alone (0600)."""
+    """Let everyone who may enter `folder` read its files: safetensors writes them for their owner
+    alone (0600)."""
     for entry in os.scandir(folder):
         if entry.is_file(follow_symlinks=False):
             os.chmod(entry.path, 0o644)
@@ -83,12 +88,14 @@ _TEMP = ".tmp-"
 
 
 class Temp:
-    """A file being written under a temporary name next to `path`; `commit` makes it `path`, `discard` removes it."""
+    """A file being written under a temporary name next to `path`; `commit` makes it `path`,
+    `discard` removes it."""
 
     def __init__(self, path: str):
         self.path = path
         host = socket.gethostname().split(".")[0]
-        # The name tells who writes it, so that leftovers of the dead can be told from files being written.
+        # The name tells who writes it, so that leftovers of the dead can be told from files being
+        # written.
         prefix = f"{os.path.basename(path)}{_TEMP}{host}-{os.getpid()}.{_start_ticks(os.getpid())}-"
         handle, self.temp_path = tempfile.mkstemp(prefix=prefix, dir=os.path.dirname(path) or ".")
         os.chmod(self.temp_path, 0o666 & ~umask())
@@ -108,7 +115,8 @@ class Temp:
         sync_folder(os.path.dirname(self.path) or ".")
 
     def commit_new(self) -> bool:
-        """`path` is this file now, unless there was one: then False, and nothing changed. The temporary file stays."""
+        """`path` is this file now, unless there was one: then False, and nothing changed. The
+        temporary file stays."""
         self.sync()
         try:
             os.link(self.temp_path, self.path)
@@ -134,7 +142,8 @@ class Temp:
 
 @contextlib.contextmanager
 def temporaries(*names: str) -> Iterator[list[Temp]]:
-    """Temporary files for `names`, discarded at the end unless committed. Errors of the disk become EnvironmentFault."""
+    """Temporary files for `names`, discarded at the end unless committed. Errors of the disk become
+    EnvironmentFault."""
     made: list[Temp] = []
     try:
         for name in names:
@@ -151,7 +160,10 @@ def disk_fault(error: OSError, path: str) -> EnvironmentFault:
     """What to say when writing failed."""
     hint = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = "nothing partial was left behind; free some space or quota and run the same command again"
+        hint = (
+            "nothing partial was left behind; free some space or quota and run the same command"
+            " again"
+        )
     return EnvironmentFault(f"cannot be written: {error.strerror or error}", where=path, hint=hint)
 
 
@@ -178,7 +190,8 @@ def read_json(path: str) -> dict[str, Any] | None:
 
 
 def make_folder(path: str) -> None:
-    """`path` is a real folder of ours. Raises Refused when it is a symlink, EnvironmentFault when it cannot be made."""
+    """`path` is a real folder of ours. Raises Refused when it is a symlink, EnvironmentFault when
+    it cannot be made."""
     if os.path.islink(path):
         raise Refused("is a symlink; hpctrain does not write through one", where=path)
     try:
@@ -195,9 +208,11 @@ def remove(path: str) -> None:
 
 @contextlib.contextmanager
 def lock(path: str) -> Iterator[None]:
-    """One process at a time, over all nodes of a shared file system; released when the process dies.
+    """One process at a time, over all nodes of a shared file system; released when the process
+    dies.
 
-    Waits up to a minute. Where the file system has no locks, goes on without: the callers' steps are safe by themselves.
+    Waits up to a minute. Where the file system has no locks, goes on without: the callers' steps
+    are safe by themselves.
     """
     import fcntl
 
@@ -212,7 +227,9 @@ def lock(path: str) -> Iterator[None]:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     break
                 if time.monotonic() > deadline:
-                    raise Refused("another hpctrain is finishing this dataset", where=path) from None
+                    raise Refused(
+                        "another hpctrain is finishing this dataset", where=path
+                    ) from None
                 time.sleep(0.1)
         yield
     finally:
@@ -220,14 +237,16 @@ def lock(path: str) -> Iterator[None]:
 
 
 def sweep(*paths: str) -> None:
-    """Remove what dead writers of these files left beside them: a merge that was killed may have left as much as the dataset."""
+    """Remove what dead writers of these files left beside them: a merge that was killed may have
+    left as much as the dataset."""
     for path in paths:
         for left in leftovers(os.path.dirname(path) or ".", os.path.basename(path)):
             remove(left)
 
 
 def leftovers(folder: str, start: str, max_age_s: float = 86400.0) -> list[str]:
-    """Temporary files in `folder` beginning with `start` whose writer is dead (on this host) or that are old."""
+    """Temporary files in `folder` beginning with `start` whose writer is dead (on this host) or
+    that are old."""
     found = []
     host = socket.gethostname().split(".")[0]
     for name in os.listdir(folder):
@@ -236,7 +255,9 @@ def leftovers(folder: str, start: str, max_age_s: float = 86400.0) -> list[str]:
             continue
         path = os.path.join(folder, name)
         pid, _, ticks = (
-            writer[len(host) + 1 :].split("-")[0].partition(".") if writer.startswith(host + "-") else ("", "", "")
+            writer[len(host) + 1 :].split("-")[0].partition(".")
+            if writer.startswith(host + "-")
+            else ("", "", "")
         )
         with contextlib.suppress(OSError):
             age_s = time.time() - os.lstat(path).st_mtime
@@ -246,7 +267,8 @@ def leftovers(folder: str, start: str, max_age_s: float = 86400.0) -> list[str]:
 
 
 def _start_ticks(pid: int) -> str:
-    """When a process of this host began, in clock ticks after boot (proc(5), field 22 of stat); empty when there is none.
+    """When a process of this host began, in clock ticks after boot (proc(5), field 22 of stat);
+    empty when there is none.
 
     A number that died may be given to another process; the moment it began tells the two apart.
     """

@@ -1,4 +1,5 @@
-"""Where the shipped templates and site profiles lie: inside the wheel, or beside the package in a checkout."""
+"""Where the shipped templates and site profiles lie: inside the wheel, or beside the package in a
+checkout."""
 
 from __future__ import annotations
 
@@ -16,17 +17,21 @@ def shipped_dir(name: str) -> str:
 
 
 def no_user_config() -> bool:
-    """Whether HPCTRAIN_NO_USER_CONFIG asks for the bare tool: shipped profiles and templates, no user defaults."""
+    """Whether HPCTRAIN_NO_USER_CONFIG asks for the bare tool: shipped profiles and templates, no
+    user defaults."""
     return os.environ.get("HPCTRAIN_NO_USER_CONFIG", "0") not in ("", "0")
 
 
 def user_dir() -> str:
     """The folder of the user's own defaults, profiles and templates."""
-    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "hpctrain")
+    return os.path.join(
+        os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "hpctrain"
+    )
 
 
 def cache_home(environ: Mapping[str, str]) -> str:
-    """Where hpctrain keeps what can be made again: `$XDG_CACHE_HOME/hpctrain`, else `~/.cache/hpctrain`."""
+    """Where hpctrain keeps what can be made again: `$XDG_CACHE_HOME/hpctrain`, else
+    `~/.cache/hpctrain`."""
     base = environ.get("XDG_CACHE_HOME", "")
     if not base.startswith("/"):  # the XDG specification: a relative path is to be ignored
         base = os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".cache")
@@ -34,15 +39,21 @@ def cache_home(environ: Mapping[str, str]) -> str:
 
 
 def project_dir(base_dir: str = "") -> str:
-    """The `.hpctrain` that holds for files in `base_dir` (empty: here): the nearest one there or above.
+    """The `.hpctrain` that holds for files in `base_dir` (empty: here): the nearest one there or
+    above.
 
-    It is sought upwards to the root of the git repository, and only in folders of one owner: a template is code, and
-    nobody else's folder above may slip one in. Where there is none, the place for one in `base_dir`.
+    It is sought upwards to the root of the git repository, and only in folders of one owner: a
+    template is code, and nobody else's folder above may slip one in. Where there is none, the place
+    for one in `base_dir`.
     """
     folder = first = os.path.abspath(base_dir)
     while not os.path.isdir(os.path.join(folder, PROJECT_DIR)):
         above = os.path.dirname(folder)
-        if above == folder or os.path.exists(os.path.join(folder, ".git")) or _owner(above) != _owner(first):
+        if (
+            above == folder
+            or os.path.exists(os.path.join(folder, ".git"))
+            or _owner(above) != _owner(first)
+        ):
             return os.path.join(base_dir, PROJECT_DIR)
         folder = above
     return os.path.join(base_dir if folder == first else folder, PROJECT_DIR)
@@ -54,15 +65,23 @@ def own_dir(kind: str, for_user: bool) -> str:
 
 
 def layer_dirs(kind: str, base_dir: str = "") -> list[tuple[str, str]]:
-    """(label, folder) of the layers of `templates` or `site_profiles`, the strongest first; folders may not exist.
+    """(label, folder) of the layers of `templates` or `site_profiles`, the strongest first; folders
+    may not exist.
 
-    The project's layer is that of `base_dir`, the folder of the run.yaml (empty: here), so that a run is rendered
-    alike from wherever it is rendered.
+    The project's layer is that of `base_dir`, the folder of the run.yaml (empty: here), so that a
+    run is rendered alike from wherever it is rendered.
     """
     layers = []
     if not no_user_config():
-        layers = [("project", project_dir(base_dir)), ("user", user_dir()), ("system", "/etc/hpctrain")]
-    return [*((label, os.path.join(folder, kind)) for label, folder in layers), ("shipped", shipped_dir(kind))]
+        layers = [
+            ("project", project_dir(base_dir)),
+            ("user", user_dir()),
+            ("system", "/etc/hpctrain"),
+        ]
+    return [
+        *((label, os.path.join(folder, kind)) for label, folder in layers),
+        ("shipped", shipped_dir(kind)),
+    ]
 
 
 def _owner(folder: str) -> int:
@@ -73,6 +92,9 @@ def _owner(folder: str) -> int:
 
 
 def hub_cache_dir() -> str:
-    """Where Hugging Face libraries keep downloaded models and data (huggingface_hub, HF_HOME and HF_HUB_CACHE)."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    """Where Hugging Face libraries keep downloaded models and data (huggingface_hub, HF_HOME and
+    HF_HUB_CACHE)."""
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.path.expanduser("~"), ".cache", "huggingface"
+    )
     return os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")

@@ -1,8 +1,9 @@
 """The only place where a value becomes shell or #SBATCH text. Two grammars, two filters.
 
-Shell words go through `quote`; `#SBATCH` lines are read by sbatch's own parser (SchedMD/slurm src/sbatch/opt.c,
-`_get_argument`: a backslash escapes even inside single quotes, an unquoted `#` starts a comment, nothing expands), so
-their values go through `sbatch_value`. Text that must expand on the node is a type of its own, made only here.
+Shell words go through `quote`; `#SBATCH` lines are read by sbatch's own parser (SchedMD/slurm
+src/sbatch/opt.c, `_get_argument`: a backslash escapes even inside single quotes, an unquoted `#`
+starts a comment, nothing expands), so their values go through `sbatch_value`. Text that must expand
+on the node is a type of its own, made only here.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ _COMMENT_BREAK = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029]")
 
 
 class ShellText(str):
-    """Text that is shell already and expands where it runs. Made by this module only, from fixed parts."""
+    """Text that is shell already and expands where it runs. Made by this module only, from fixed
+    parts."""
 
 
 def quote(value: object) -> ShellText:
-    """One shell word that means exactly `value`. Raises ValueError for NUL, which no argument can hold."""
+    """One shell word that means exactly `value`. Raises ValueError for NUL, which no argument can
+    hold."""
     text = str(value)
     if "\0" in text:
         raise ValueError("a NUL byte cannot be part of a shell word")
@@ -33,17 +36,23 @@ def quote(value: object) -> ShellText:
 
 def quote_all(values: Iterable[object]) -> ShellText:
     """Shell words, one per value, separated by spaces; a ShellText among them stays as it is."""
-    return ShellText(" ".join(value if isinstance(value, ShellText) else quote(value) for value in values))
+    return ShellText(
+        " ".join(value if isinstance(value, ShellText) else quote(value) for value in values)
+    )
 
 
 def sbatch_value(value: object) -> str:
-    """A directive's value that sbatch reads back as exactly `value`. Raises ValueError for control characters.
+    """A directive's value that sbatch reads back as exactly `value`. Raises ValueError for control
+    characters.
 
     It is no shell text: between double quotes a shell would still expand it.
     """
     text = str(value)
     if not text or text_problem(text):
-        raise ValueError(f"{text!r} cannot be the value of an #SBATCH line: {text_problem(text) or 'it is empty'}")
+        raise ValueError(
+            f"{text!r} cannot be the value of an #SBATCH line:"
+            f" {text_problem(text) or 'it is empty'}"
+        )
     if _PLAIN_SBATCH.fullmatch(text):
         return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
@@ -51,7 +60,8 @@ def sbatch_value(value: object) -> str:
 
 
 def output_pattern(path: str) -> str:
-    """A path for --output in which every literal percent sign is doubled, since sbatch expands %j and the like."""
+    """A path for --output in which every literal percent sign is doubled, since sbatch expands %j
+    and the like."""
     return path.replace("%", "%%")
 
 
@@ -68,7 +78,8 @@ def variable(name: str) -> ShellText:
 
 
 def node_path(pattern: str, tmp: str) -> ShellText:
-    """A double-quoted path in which {tmp}, {user} and {job} become the node's folder, the user and the job's id there."""
+    """A double-quoted path in which {tmp}, {user} and {job} become the node's folder, the user and
+    the job's id there."""
     parts: Mapping[str, str] = {"{user}": "${USER:-$UID}", "{job}": "${SLURM_JOB_ID}"}
     out = []
     for piece in re.split(r"(\{tmp\}|\{user\}|\{job\})", pattern.replace("{tmp}", tmp)):

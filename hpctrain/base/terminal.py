@@ -1,6 +1,7 @@
 """All printing: data to stdout, everything else to stderr; meaning never by colour alone.
 
-Colour follows `--color`, then a non-empty NO_COLOR, then CLICOLOR_FORCE, then whether the stream is a terminal.
+Colour follows `--color`, then a non-empty NO_COLOR, then CLICOLOR_FORCE, then whether the stream is
+a terminal.
 """
 
 from __future__ import annotations
@@ -16,13 +17,22 @@ from typing import IO, Any
 from hpctrain.base.errors import Problem
 
 JSON_SCHEMA_VERSION = 1
-_CODES = {"red": "31", "yellow": "33", "green": "32", "blue": "34", "cyan": "36", "bold": "1", "dim": "2"}
+_CODES = {
+    "red": "31",
+    "yellow": "33",
+    "green": "32",
+    "blue": "34",
+    "cyan": "36",
+    "bold": "1",
+    "dim": "2",
+}
 _LEVEL_COLOUR = {"error": "red", "warning": "yellow", "note": "blue"}
 _choice = "auto"
 
 
 def make_printable() -> None:
-    """Let stdout carry any text: a path's undecodable bytes as they are, what the locale's encoding lacks as an escape."""
+    """Let stdout carry any text: a path's undecodable bytes as they are, what the locale's encoding
+    lacks as an escape."""
     codecs.register_error("hpctrain", _as_bytes_or_escapes)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="hpctrain")
@@ -54,7 +64,8 @@ def wants_color(stream: IO[str]) -> bool:
 
 
 def paint(text: str, style: str, stream: IO[str] | None = None) -> str:
-    """`text` in a style (`red`, `bold`, …) where `stream` (default stdout) takes colour, else unchanged."""
+    """`text` in a style (`red`, `bold`, …) where `stream` (default stdout) takes colour, else
+    unchanged."""
     return f"\033[{_CODES[style]}m{text}\033[0m" if wants_color(stream or sys.stdout) else text
 
 
@@ -71,7 +82,8 @@ def data_json(**fields: Any) -> None:
     text = json.dumps(answer, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair, or letters that the locale lacks: JSON has escapes of its own
+    except UnicodeEncodeError:
+        # half a surrogate pair, or letters that the locale lacks: JSON has escapes of its own
         text = json.dumps(answer, indent=2)
     sys.stdout.write(text + "\n")
 
@@ -102,7 +114,9 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> None:
         return
     everything = ([list(header)] if header else []) + cells
     widths = (
-        [max(len(line[column]) for line in everything) for column in range(len(everything[0]))] if everything else []
+        [max(len(line[column]) for line in everything) for column in range(len(everything[0]))]
+        if everything
+        else []
     )
     for number, line in enumerate(everything):
         text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
@@ -110,9 +124,12 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> None:
 
 
 class Progress:
-    """Progress of long work on stderr: one rewritten line on a terminal, one line per `every_s` otherwise."""
+    """Progress of long work on stderr: one rewritten line on a terminal, one line per `every_s`
+    otherwise."""
 
-    def __init__(self, what: str, total: float | None = None, unit: str = "", every_s: float = 10.0):
+    def __init__(
+        self, what: str, total: float | None = None, unit: str = "", every_s: float = 10.0
+    ):
         self._what, self._total, self._unit = what, total, unit
         self._tty = sys.stderr.isatty()
         self._every_s = 0.1 if self._tty else every_s

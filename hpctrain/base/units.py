@@ -13,10 +13,12 @@ _BRACKET = re.compile(r"([^\[\],]*)(?:\[([^\[\]]*)\])?([^\[\],]*)\Z")
 
 
 def parse_time_s(value: str | int) -> int:
-    """A duration in whole seconds, from Slurm's forms (`20:00:00`, `1-00:00:00`, `90` = minutes) or `20h`, `1d12h`, `90s`.
+    """A duration in whole seconds, from Slurm's forms (`20:00:00`, `1-00:00:00`, `90` = minutes) or
+    `20h`, `1d12h`, `90s`.
 
-    Slurm's forms are those of `man sbatch --time`: minutes, minutes:seconds, hours:minutes:seconds, days-hours,
-    days-hours:minutes, days-hours:minutes:seconds. Raises ValueError for anything else, and for zero.
+    Slurm's forms are those of `man sbatch --time`: minutes, minutes:seconds, hours:minutes:seconds,
+    days-hours, days-hours:minutes, days-hours:minutes:seconds. Raises ValueError for anything else,
+    and for zero.
     """
     text = str(value).strip().lower()
     found = _UNIT_TIME.findall(text)
@@ -64,7 +66,8 @@ def format_duration(time_s: float) -> str:
 
 
 def parse_mem_gib(value: str | int | float) -> float:
-    """Memory in GiB from Slurm's form (`480G`, `60000M`, `1T`; a bare number is MiB, as in `sbatch --mem`)."""
+    """Memory in GiB from Slurm's form (`480G`, `60000M`, `1T`; a bare number is MiB, as in `sbatch
+    --mem`)."""
     match = _MEM.match(str(value).strip())
     if not match:
         raise ValueError(f"`{value}` is not an amount of memory such as 480G")
@@ -87,7 +90,8 @@ def format_size(num_bytes: float) -> str:
 
 
 def expand_nodes(text: str, limit: int = 100_000) -> list[str]:
-    """Host names from Slurm's compressed form: `nid[000001-000003,7],login1`, in order, one bracket a name.
+    """Host names from Slurm's compressed form: `nid[000001-000003,7],login1`, in order, one bracket
+    a name.
 
     Raises ValueError when malformed or when more than `limit` names would come out.
     """
@@ -107,18 +111,23 @@ def expand_nodes(text: str, limit: int = 100_000) -> list[str]:
             first, last = int(low), int(high or low)
             if last < first or last - first >= limit or len(names) + last - first >= limit:
                 raise ValueError(f"`{part}` in `{text}` is not a plausible range of nodes")
-            names.extend(f"{prefix}{number:0{len(low)}d}{suffix}" for number in range(first, last + 1))
+            names.extend(
+                f"{prefix}{number:0{len(low)}d}{suffix}" for number in range(first, last + 1)
+            )
     return names
 
 
 def compress_nodes(names: list[str]) -> str:
-    """Slurm's compressed form of host names, `nid[000001-000003]`; `expand_nodes` gives the same set back."""
+    """Slurm's compressed form of host names, `nid[000001-000003]`; `expand_nodes` gives the same
+    set back."""
     groups: dict[tuple[str, int], list[int]] = {}
     plain: list[str] = []
     for name in dict.fromkeys(names):
         match = re.search(r"(\d+)\Z", name, re.ASCII)
         if match:
-            groups.setdefault((name[: match.start()], len(match.group(1))), []).append(int(match.group(1)))
+            groups.setdefault((name[: match.start()], len(match.group(1))), []).append(
+                int(match.group(1))
+            )
         else:
             plain.append(name)
     out = []

@@ -1,6 +1,8 @@
-"""The click group. Verbs are loaded only when typed, so that `hpctrain --help` opens few files on Lustre.
+"""The click group. Verbs are loaded only when typed, so that `hpctrain --help` opens few files on
+Lustre.
 
-A verb is one line in `SECTIONS` and one module `hpctrain/cli/<module>.py` with a click command named `command`.
+A verb is one line in `SECTIONS` and one module `hpctrain/cli/<module>.py` with a click command
+named `command`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from hpctrain.base import errors, terminal
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-# Heading: {verb: (module under hpctrain.cli, one-line help)}. The order is that of use, and of `--help`.
+# Heading: {verb: (module under hpctrain.cli, one-line help)}. The order is that of use, and of
+# `--help`.
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Write a run": {
         "init": ("init", "write a commented, valid run.yaml"),
@@ -52,7 +55,10 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Sites": {
         "site": ("site", "site profiles: list, show, check, draft a new one"),
         "doctor": ("doctor", "this environment: Python, packages, disks, caches, Slurm"),
-        "preflight": ("preflight", "the allocated nodes: ranks, GPUs, clocks, bandwidth, slow ones"),
+        "preflight": (
+            "preflight",
+            "the allocated nodes: ranks, GPUs, clocks, bandwidth, slow ones",
+        ),
         "shell": ("shell", "an interactive allocation in the site's container"),
     },
     "This machine": {
@@ -66,7 +72,8 @@ VERBS = {verb: entry for verbs in SECTIONS.values() for verb, entry in verbs.ite
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when typed, and listed from the table without importing them."""
+    """A group whose commands are imported when typed, and listed from the table without importing
+    them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -81,7 +88,12 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in VERBS and not args[0].startswith("-") and not ctx.resilient_parsing:
+        if (
+            args
+            and args[0] not in VERBS
+            and not args[0].startswith("-")
+            and not ctx.resilient_parsing
+        ):
             import difflib
 
             near = difflib.get_close_matches(args[0], VERBS, n=1)
@@ -95,7 +107,11 @@ class LazyGroup(click.Group):
         """Verbs from the table, since click would import every verb to ask whether it is hidden."""
         from click.shell_completion import CompletionItem
 
-        verbs = [CompletionItem(verb, help=text) for verb, (_, text) in VERBS.items() if verb.startswith(incomplete)]
+        verbs = [
+            CompletionItem(verb, help=text)
+            for verb, (_, text) in VERBS.items()
+            if verb.startswith(incomplete)
+        ]
         return [*verbs, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -135,7 +151,8 @@ def group(ctx: click.Context, debug: bool, color: str) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit with a code of `hpctrain.base.errors`; never shows a traceback without `--debug`."""
+    """Run the command line and exit with a code of `hpctrain.base.errors`; never shows a traceback
+    without `--debug`."""
     argv = sys.argv[1:] if args is None else args
     debug = "--debug" in argv
     terminal.make_printable()
@@ -154,7 +171,8 @@ def main(args: list[str] | None = None) -> None:
         terminal.info("interrupted")
         code = errors.INTERRUPTED
     except BrokenPipeError:
-        # The reader of our stdout went away (`| head`): not an error; keep Python from complaining at exit.
+        # The reader of our stdout went away (`| head`): not an error; keep Python from complaining
+        # at exit.
         import os
 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -179,9 +197,13 @@ def _report_bug(error: Exception) -> None:
 
     hint = "run it again with --debug"
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="hpctrain-bug-", suffix=".txt", delete=False) as log:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="hpctrain-bug-", suffix=".txt", delete=False
+        ) as log:
             traceback.print_exc(file=log)
         hint = f"the traceback is in {log.name}; please report it"
     except OSError:
         pass
-    terminal.problems([errors.Problem(f"this is a bug in hpctrain: {type(error).__name__}: {error}", hint=hint)])
+    terminal.problems(
+        [errors.Problem(f"this is a bug in hpctrain: {type(error).__name__}: {error}", hint=hint)]
+    )

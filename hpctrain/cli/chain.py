@@ -12,12 +12,21 @@ from hpctrain.cli import common
 @click.command()
 @common.run_yaml
 @click.option(
-    "--jobs", metavar="N|auto", help="Links in all, or as many as the remaining iterations need [default: the run's]."
+    "--jobs",
+    metavar="N|auto",
+    help="Links in all, or as many as the remaining iterations need [default: the run's].",
 )
 @click.option(
-    "--extend", type=click.IntRange(1, 1000), metavar="N", help="Queue N more links behind those that are queued."
+    "--extend",
+    type=click.IntRange(1, 1000),
+    metavar="N",
+    help="Queue N more links behind those that are queued.",
 )
-@click.option("--exclude-bad", is_flag=True, help="Keep new and waiting links off nodes named in two failures.")
+@click.option(
+    "--exclude-bad",
+    is_flag=True,
+    help="Keep new and waiting links off nodes named in two failures.",
+)
 @common.out_dir
 @common.set_option
 @common.force
@@ -36,7 +45,8 @@ def command(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Render, bootstrap and queue a whole chain of jobs; each link decides as it starts what there is to do.
+    """Render, bootstrap and queue a whole chain of jobs; each link decides as it starts what there
+    is to do.
 
     Running it again submits only what is missing.
 
@@ -51,7 +61,8 @@ def command(
     num_links = _number(jobs)
     if jobs and extend:
         raise errors.UsageError(
-            "`--jobs` and `--extend` contradict each other", hint="--extend adds links to those on record"
+            "`--jobs` and `--extend` contradict each other",
+            hint="--extend adds links to those on record",
         )
     loaded = load_plan(run_yaml, assignments, out_dir)
     common.require_valid(loaded.plan)
@@ -64,7 +75,12 @@ def command(
     hours, unit = found.hours
     if not as_json:
         shown = [
-            (e.link, e.job_id or ("new" if dry_run else "to submit"), e.mode, _span(e.first, e.last))
+            (
+                e.link,
+                e.job_id or ("new" if dry_run else "to submit"),
+                e.mode,
+                _span(e.first, e.last),
+            )
             for e in found.links
         ]
         terminal.table(shown, header=("link", "job", "expected", "iterations"))
@@ -73,7 +89,8 @@ def command(
     for node in found.bad_nodes:
         advice = "" if exclude_bad else "; --exclude-bad keeps the links off it"
         terminal.info(
-            f"node {node.name} was named in {len(node.failures)} failures (jobs {', '.join(node.failures)}){advice}"
+            f"node {node.name} was named in {len(node.failures)} failures (jobs"
+            f" {', '.join(node.failures)}){advice}"
         )
     if not dry_run:
         if found.new and chain.ask_needed(found) and not yes:
@@ -90,19 +107,43 @@ def command(
             else "nothing to submit: all links are on record (--extend N adds more)"
         )
     if as_json:
-        terminal.data_json(run=found.run, run_dir=run_dir, submitted=not dry_run, new=list(found.new), gpu_hours=found.gpu_hours,
-                         node_hours=found.node_hours, billed=found.billed, unit=found.unit,
-                         links=[{"link": e.link, "job_id": e.job_id if dry_run else ids.get((e.link, "link")), "expected": e.mode,
-                                 "first": e.first, "last": e.last} for e in found.links],
-                         bad_nodes=[{"name": node.name, "failures": list(node.failures)} for node in found.bad_nodes])  # fmt: skip
-    terminal.next_step(common.typed("chain") if dry_run else f"hpctrain status {shlex.quote(os.path.relpath(run_dir))}")
+        terminal.data_json(
+            run=found.run,
+            run_dir=run_dir,
+            submitted=not dry_run,
+            new=list(found.new),
+            gpu_hours=found.gpu_hours,
+            node_hours=found.node_hours,
+            billed=found.billed,
+            unit=found.unit,
+            links=[
+                {
+                    "link": e.link,
+                    "job_id": e.job_id if dry_run else ids.get((e.link, "link")),
+                    "expected": e.mode,
+                    "first": e.first,
+                    "last": e.last,
+                }
+                for e in found.links
+            ],
+            bad_nodes=[
+                {"name": node.name, "failures": list(node.failures)} for node in found.bad_nodes
+            ],
+        )
+    terminal.next_step(
+        common.typed("chain")
+        if dry_run
+        else f"hpctrain status {shlex.quote(os.path.relpath(run_dir))}"
+    )
 
 
 def _number(jobs: str | None) -> int | None:
     if jobs is None or jobs == "auto":
         return None
     if not jobs.isdigit() or not 1 <= int(jobs) <= 1000:
-        raise errors.UsageError(f"`--jobs {jobs}` is not a number of jobs from 1 to 1000, nor `auto`")
+        raise errors.UsageError(
+            f"`--jobs {jobs}` is not a number of jobs from 1 to 1000, nor `auto`"
+        )
     return int(jobs)
 
 

@@ -11,10 +11,14 @@ from hpctrain.cli import common
 @common.out_dir
 @common.set_option
 @common.as_json
-def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as_json: bool) -> None:
-    """Find every problem of a run, or of every stage of a pipeline.yaml, at once, without any effect.
+def command(
+    run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as_json: bool
+) -> None:
+    """Find every problem of a run, or of every stage of a pipeline.yaml, at once, without any
+    effect.
 
-    Exits 0 without errors, 1 when the machine or Slurm would refuse the run, 2 when run.yaml itself is not valid.
+    Exits 0 without errors, 1 when the machine or Slurm would refuse the run, 2 when run.yaml itself
+    is not valid.
 
     \b
     hpctrain check
@@ -40,7 +44,9 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
         terminal.data_json(ok=not bad, problems=[problem.as_json() for problem in found])
     else:
         terminal.problems(found)
-        terminal.info(f"{len(bad)} errors, {len(found) - len(bad)} other remarks" if found else "no problems")
+        terminal.info(
+            f"{len(bad)} errors, {len(found) - len(bad)} other remarks" if found else "no problems"
+        )
         if not bad and stages:
             terminal.next_step(common.typed("pipeline"))
         elif not bad:

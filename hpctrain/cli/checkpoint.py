@@ -17,7 +17,9 @@ from hpctrain.runtime.layout import COMPLETE, Expected, Verdict
 from hpctrain.runtime.layouts import LAYOUTS
 
 _target = click.argument("target", default="run.yaml", type=click.Path(), metavar="[RUN|FOLDER]")
-_layout = click.option("--layout", type=click.Choice(sorted(LAYOUTS)), help="The layout, for a plain folder.")
+_layout = click.option(
+    "--layout", type=click.Choice(sorted(LAYOUTS)), help="The layout, for a plain folder."
+)
 
 
 def _ranks(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,13 +29,16 @@ def _ranks(function: Callable[..., Any]) -> Callable[..., Any]:
         ("--pp", "pipeline_parallel", "Pipeline stages"),
         ("--tp", "tensor_parallel", "Tensor-parallel ranks"),
     ):
-        function = click.option(option, key, type=click.IntRange(0), help=f"{text} it must have.")(function)
+        function = click.option(option, key, type=click.IntRange(0), help=f"{text} it must have.")(
+            function
+        )
     return function
 
 
 @click.group()
 def command() -> None:
-    """Show, verify and choose checkpoints; RUN is a run directory or a run.yaml, FOLDER a plain checkpoint folder.
+    """Show, verify and choose checkpoints; RUN is a run directory or a run.yaml, FOLDER a plain
+    checkpoint folder.
 
     \b
     hpctrain checkpoint list runs/ft
@@ -48,7 +53,8 @@ def command() -> None:
 @click.option("--names-only", is_flag=True, help="Do not look into the checkpoints.")
 @common.as_json
 def list_(target: str, layout: str | None, names_only: bool, as_json: bool) -> None:
-    """List the checkpoints of a folder, whether each is complete, and which one the next link starts from.
+    """List the checkpoints of a folder, whether each is complete, and which one the next link
+    starts from.
 
     \b
     hpctrain checkpoint list runs/ft
@@ -73,9 +79,14 @@ def list_(target: str, layout: str | None, names_only: bool, as_json: bool) -> N
     )
     if contents.asides:
         names = ", ".join(sorted(contents.asides))
-        terminal.info(f"set aside in {survey.place}: {names} (`hpctrain checkpoint use --to NAME` brings one back)")
+        terminal.info(
+            f"set aside in {survey.place}: {names} (`hpctrain checkpoint use --to NAME` brings one"
+            " back)"
+        )
     if contents.refusal:
-        terminal.problems([errors.Problem(contents.refusal, why="no link would start", level="warning")])
+        terminal.problems(
+            [errors.Problem(contents.refusal, why="no link would start", level="warning")]
+        )
 
 
 def _row(row: checkpoints.Row, tracker: str | None) -> list[str]:
@@ -93,8 +104,11 @@ def _row(row: checkpoints.Row, tracker: str | None) -> list[str]:
 @_layout
 @_ranks
 @common.as_json
-def verify(targets: tuple[str, ...], layout: str | None, as_json: bool, **ranks: int | None) -> None:
-    """Check that checkpoints are complete: every shard there, none cut short; exits with 1 when one is not.
+def verify(
+    targets: tuple[str, ...], layout: str | None, as_json: bool, **ranks: int | None
+) -> None:
+    """Check that checkpoints are complete: every shard there, none cut short; exits with 1 when one
+    is not.
 
     \b
     hpctrain checkpoint verify                            the checkpoints of ./run.yaml
@@ -109,7 +123,11 @@ def verify(targets: tuple[str, ...], layout: str | None, as_json: bool, **ranks:
     bad = [path for path, verdict in found if _is_bad(verdict, asked)]
     if as_json:
         rows = [
-            {"path": path, "complete": verdict.state == COMPLETE, **checkpoints.verdict_json(verdict)}
+            {
+                "path": path,
+                "complete": verdict.state == COMPLETE,
+                **checkpoints.verdict_json(verdict),
+            }
             for path, verdict in found
         ]
         terminal.data_json(checkpoints=rows)
@@ -127,19 +145,26 @@ def verify(targets: tuple[str, ...], layout: str | None, as_json: bool, **ranks:
 
 
 def _is_bad(verdict: Verdict, asked: bool) -> bool:
-    return verdict.state != COMPLETE or bool(verdict.refusals) or (asked and bool(verdict.mismatches))
+    return (
+        verdict.state != COMPLETE or bool(verdict.refusals) or (asked and bool(verdict.mismatches))
+    )
 
 
 @command.command()
 @_target
 @_layout
 @click.option(
-    "--start", type=click.Path(), help="The checkpoint to start from [default: the run's `checkpoint.start`]."
+    "--start",
+    type=click.Path(),
+    help="The checkpoint to start from [default: the run's `checkpoint.start`].",
 )
 @_ranks
 @common.dry_run
-def bootstrap(target: str, layout: str | None, start: str | None, dry_run: bool, **ranks: int | None) -> None:
-    """Bring the start checkpoint into the checkpoint folder: a relative link, and the file that names it.
+def bootstrap(
+    target: str, layout: str | None, start: str | None, dry_run: bool, **ranks: int | None
+) -> None:
+    """Bring the start checkpoint into the checkpoint folder: a relative link, and the file that
+    names it.
 
     The start is verified first and never written to. `hpctrain chain` does the same by itself.
 
@@ -164,11 +189,16 @@ def bootstrap(target: str, layout: str | None, start: str | None, dry_run: bool,
 @_target
 @_layout
 @click.option("--to", metavar="NAME", help="A checkpoint's name or number, or `start`.")
-@click.option("--back", type=click.IntRange(1), metavar="N", help="Go back by N complete checkpoints.")
+@click.option(
+    "--back", type=click.IntRange(1), metavar="N", help="Go back by N complete checkpoints."
+)
 @common.dry_run
 @common.as_json
-def use(target: str, layout: str | None, to: str | None, back: int | None, dry_run: bool, as_json: bool) -> None:
-    """Go back: let the next link start from an earlier checkpoint; newer ones are renamed, never deleted.
+def use(
+    target: str, layout: str | None, to: str | None, back: int | None, dry_run: bool, as_json: bool
+) -> None:
+    """Go back: let the next link start from an earlier checkpoint; newer ones are renamed, never
+    deleted.
 
     \b
     hpctrain checkpoint use runs/ft --back 1

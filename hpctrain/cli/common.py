@@ -1,4 +1,5 @@
-"""Arguments and options that several verbs share, so that the same flag means the same everywhere."""
+"""Arguments and options that several verbs share, so that the same flag means the same
+everywhere."""
 
 from __future__ import annotations
 
@@ -26,7 +27,11 @@ set_option = click.option(
     help="Override a value, e.g. --set config.train_iters=500.",
 )
 out_dir = click.option(
-    "-o", "--out", "out_dir", type=click.Path(), help="The run directory [default: runs/<name> beside run.yaml]."
+    "-o",
+    "--out",
+    "out_dir",
+    type=click.Path(),
+    help="The run directory [default: runs/<name> beside run.yaml].",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 dry_run = click.option("--dry-run", is_flag=True, help="Do everything but the one effect.")
@@ -37,7 +42,8 @@ yes = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def typed(verb: str, *wanted: str) -> str:
     """`hpctrain VERB` with the arguments and options that were typed for this one, shell-quoted.
 
-    Only those named in `wanted`; without it all but --dry-run and --json, which asked for less than the command does.
+    Only those named in `wanted`; without it all but --dry-run and --json, which asked for less than
+    the command does.
     """
     context = click.get_current_context()
     words = ["hpctrain", verb]
@@ -61,7 +67,8 @@ def ask(question: str) -> None:
     """Ask a person. Raises Refused when there is none to ask, or the answer is no."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise Refused(
-            question.rstrip("?") + ": not without being asked", hint="add --yes, or look with --dry-run first"
+            question.rstrip("?") + ": not without being asked",
+            hint="add --yes, or look with --dry-run first",
         )
     if not click.confirm(question, err=True):
         raise Refused("nothing was submitted")

@@ -1,4 +1,5 @@
-"""What Tab offers: names of sites, recipes, templates and partitions, read with as few imports and files as possible."""
+"""What Tab offers: names of sites, recipes, templates and partitions, read with as few imports and
+files as possible."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def partitions(ctx: click.Context, param: click.Parameter, incomplete: str) -> l
     from hpctrain.config.site import load_site
 
     try:
-        # While an option still lacks its value, click has not given the words before it their names yet.
+        # While an option still lacks its value, click has not given the words before it their names
+        # yet.
         named = [word for word in ctx.args if word.endswith((".yaml", ".yml"))]
         run_yaml = ctx.params.get("run_yaml") or (named[0] if named else "run.yaml")
         site = ctx.params.get("site_name")
@@ -66,4 +68,8 @@ def _list(folder: str) -> list[str]:
 
 
 def _matching(names: list[str], incomplete: str) -> list[CompletionItem]:
-    return [CompletionItem(name) for name in sorted(set(names)) if name.startswith(incomplete) and name.isprintable()]
+    return [
+        CompletionItem(name)
+        for name in sorted(set(names))
+        if name.startswith(incomplete) and name.isprintable()
+    ]

@@ -12,18 +12,29 @@ from hpctrain.cli import common
 @click.command()
 @click.argument("target", default="run.yaml", metavar="[RUN_YAML|PIPELINE_YAML|RUN]")
 @common.set_option
-@click.option("--jobs", type=click.IntRange(1), help="Of a chain of this many jobs instead of the run.yaml's.")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Of a chain of this many jobs instead of the run.yaml's."
+)
 @click.option("--array", type=click.IntRange(1), help="Also of an array of this many such jobs.")
 @click.option(
-    "--ladder", metavar="1,2,8", help="Also of a ladder with these numbers of GPUs, as `hpctrain ladder` plans it."
+    "--ladder",
+    metavar="1,2,8",
+    help="Also of a ladder with these numbers of GPUs, as `hpctrain ladder` plans it.",
 )
 @common.as_json
 def command(
-    target: str, assignments: tuple[str, ...], jobs: int | None, array: int | None, ladder: str | None, as_json: bool
+    target: str,
+    assignments: tuple[str, ...],
+    jobs: int | None,
+    array: int | None,
+    ladder: str | None,
+    as_json: bool,
 ) -> None:
-    """Show what a run will cost (a run.yaml), or has cost (a run directory, name or job id); of a pipeline both, stage by stage.
+    """Show what a run will cost (a run.yaml), or has cost (a run directory, name or job id); of a
+    pipeline both, stage by stage.
 
-    Node-hours, GPU-hours as Slurm counts GPUs, and the site's billing units by its profile's formula.
+    Node-hours, GPU-hours as Slurm counts GPUs, and the site's billing units by its profile's
+    formula.
 
     \b
     hpctrain cost run.yaml --jobs 5
@@ -57,10 +68,14 @@ def command(
             found += [*(rung.bill for rung in rungs), total(rungs)]
         left = run_bills.allocation(planned)
         if as_json:
-            terminal.data_json(bills=[bill.as_json() for bill in found], allocation=vars(left) if left else None)
+            terminal.data_json(
+                bills=[bill.as_json() for bill in found], allocation=vars(left) if left else None
+            )
         else:
             run_bills.show_bills(found, left)
-            terminal.next_step("hpctrain chain" if planned.spec.num_links > 1 else "hpctrain render")
+            terminal.next_step(
+                "hpctrain chain" if planned.spec.num_links > 1 else "hpctrain render"
+            )
         return
     from hpctrain.slurm.jobs import query
 

@@ -35,10 +35,18 @@ _prefix = click.argument("prefix", type=click.Path(), metavar="PREFIX")
 
 @command.command("inspect")
 @_prefix
-@click.option("--tokenizer", required=True, type=click.Path(), metavar="MODEL", help="The SentencePiece .model file.")
+@click.option(
+    "--tokenizer",
+    required=True,
+    type=click.Path(),
+    metavar="MODEL",
+    help="The SentencePiece .model file.",
+)
 @click.option("-n", "count", default=100, show_default=True, help="How many documents.")
 @click.option("--first", default=0, show_default=True, help="The number of the first one.")
-@click.option("--mask-pairs", callback=_ids, metavar="IDS", help="NeoX loss_mask_pairs [default: user, user].")
+@click.option(
+    "--mask-pairs", callback=_ids, metavar="IDS", help="NeoX loss_mask_pairs [default: user, user]."
+)
 @click.option(
     "--mask-alternating",
     callback=_ids,
@@ -69,9 +77,13 @@ def inspect_(
     from hpctrain.data.spm import load_model
 
     dataset, model = open_dataset(prefix), load_model(tokenizer)
-    usual = inspect.default_rules((files.read_json(dataset.prefix + ".json") or {}).get("control"), model)
+    usual = inspect.default_rules(
+        (files.read_json(dataset.prefix + ".json") or {}).get("control"), model
+    )
     if mask_pairs is not None and len(mask_pairs) % 2:
-        raise errors.UsageError("an odd number of ids: NeoX wants open, close, open, close, …", where="--mask-pairs")
+        raise errors.UsageError(
+            "an odd number of ids: NeoX wants open, close, open, close, …", where="--mask-pairs"
+        )
     rules = MaskRules(
         pairs=usual.pairs if mask_pairs is None else tuple(zip(mask_pairs[::2], mask_pairs[1::2])),
         alternating=usual.alternating if mask_alternating is None else mask_alternating,
@@ -80,18 +92,27 @@ def inspect_(
     shown = inspect.documents(dataset, model, rules, first, count)
     if as_json:
         terminal.data_json(
-            dataset=dataset.prefix, mask=asdict(rules), documents=[asdict(document) for document in shown]
+            dataset=dataset.prefix,
+            mask=asdict(rules),
+            documents=[asdict(document) for document in shown],
         )
         return
     for document in shown:
-        head = f"document {document.index}: {document.num_tokens} tokens, {document.num_trained} trained"
+        head = (
+            f"document {document.index}: {document.num_tokens} tokens, {document.num_trained}"
+            " trained"
+        )
         terminal.data(terminal.paint(head, "bold"))
         for stretch in document.stretches:
             style = "green" if stretch.trained else "dim"
             terminal.data(
-                f"  {'trained' if stretch.trained else 'masked '}  {terminal.paint(inspect.printable(stretch.text), style)}"
+                f"  {'trained' if stretch.trained else 'masked '} "
+                f" {terminal.paint(inspect.printable(stretch.text), style)}"
             )
-            terminal.data("    pieces " + terminal.paint(" ".join(map(inspect.printable, stretch.pieces)), style))
+            terminal.data(
+                "    pieces "
+                + terminal.paint(" ".join(map(inspect.printable, stretch.pieces)), style)
+            )
             terminal.data("    ids    " + " ".join(map(str, stretch.ids)))
         terminal.problems(document.problems)
     terminal.next_step(shlex.join(["hpctrain", "data", "pack", prefix, "--seq-length", "8192"]))
@@ -99,7 +120,12 @@ def inspect_(
 
 @command.command()
 @_prefix
-@click.option("-o", "--out", type=click.Path(), help="Write tokens per document, one a line (.csv: with numbers).")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(),
+    help="Write tokens per document, one a line (.csv: with numbers).",
+)
 @click.option("--picture", type=click.Path(), help="Write the histogram as .png, .svg or .pdf.")
 @common.as_json
 def count(prefix: str, out: str | None, picture: str | None, as_json: bool) -> None:
@@ -119,7 +145,9 @@ def count(prefix: str, out: str | None, picture: str | None, as_json: bool) -> N
     if picture:
         counting.write_picture(dataset, picture)
     if as_json:
-        terminal.data_json(dataset=dataset.prefix, dtype=dataset.dtype, summary=numbers, histogram=rows)
+        terminal.data_json(
+            dataset=dataset.prefix, dtype=dataset.dtype, summary=numbers, histogram=rows
+        )
         return
     terminal.table([(name, f"{value:,.1f}".removesuffix(".0")) for name, value in numbers.items()])
     for line in counting.bars(rows):
@@ -130,11 +158,16 @@ def count(prefix: str, out: str | None, picture: str | None, as_json: bool) -> N
 
 @command.command()
 @_prefix
-@click.option("--tokenizer", type=click.Path(), metavar="MODEL", help="Also check ids against this model.")
-@click.option("--eod", default="", metavar="PIECE", help="Also check that every document ends with it.")
+@click.option(
+    "--tokenizer", type=click.Path(), metavar="MODEL", help="Also check ids against this model."
+)
+@click.option(
+    "--eod", default="", metavar="PIECE", help="Also check that every document ends with it."
+)
 @common.as_json
 def verify(prefix: str, tokenizer: str | None, eod: str, as_json: bool) -> None:
-    """Check a dataset: structure, lengths, ids, EOD, and the hashes that were recorded when it was made.
+    """Check a dataset: structure, lengths, ids, EOD, and the hashes that were recorded when it was
+    made.
 
     \b
     hpctrain data verify P_text_document
@@ -156,7 +189,8 @@ def verify(prefix: str, tokenizer: str | None, eod: str, as_json: bool) -> None:
     else:
         terminal.problems(problems)
         terminal.data(
-            f"{'ok' if not bad else 'damaged'}: {len(dataset):,} documents, {dataset.num_tokens:,} tokens, {dataset.dtype}"
+            f"{'ok' if not bad else 'damaged'}: {len(dataset):,} documents, {dataset.num_tokens:,}"
+            f" tokens, {dataset.dtype}"
         )
     if bad:
         raise click.exceptions.Exit(errors.NO)
@@ -167,7 +201,12 @@ def verify(prefix: str, tokenizer: str | None, eod: str, as_json: bool) -> None:
 @click.option("--seq-length", required=True, type=int, help="seq_length of the training.")
 @click.option("--micro-batch", default=1, show_default=True, help="train_micro_batch_size_per_gpu.")
 @click.option("--accumulation", default=1, show_default=True, help="gradient_accumulation_steps.")
-@click.option("--data-parallel", default=1, show_default=True, help="Data parallel size: GPUs / model parallel size.")
+@click.option(
+    "--data-parallel",
+    default=1,
+    show_default=True,
+    help="Data parallel size: GPUs / model parallel size.",
+)
 @click.option("--epochs", default=1, show_default=True, help="How often training sees the data.")
 @click.option("--bins", default=16, show_default=True, help="Open bins; 16 in the fork's code.")
 @click.option("--seed", default=1234, show_default=True, help="Seed of the shuffle.")
@@ -183,7 +222,8 @@ def pack(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Simulate k_bin_packed: packing efficiency, documents that training would silently skip, and the train_iters to set.
+    """Simulate k_bin_packed: packing efficiency, documents that training would silently skip, and
+    the train_iters to set.
 
     \b
     hpctrain data pack P_text_document --seq-length 8192 --micro-batch 3 --data-parallel 192
@@ -196,11 +236,16 @@ def pack(
     packings = simulate(dataset.sizes, seq_length, bins, seed, epochs)
     one, plan = packings[0], schedule(packings, micro_batch, accumulation, data_parallel)
     if as_json:
-        terminal.data_json(dataset=dataset.prefix, packing=asdict(one), schedule=asdict(plan), epochs=epochs)
+        terminal.data_json(
+            dataset=dataset.prefix, packing=asdict(one), schedule=asdict(plan), epochs=epochs
+        )
         return
     if one.skipped_documents:
         share = 100 * one.skipped_tokens / max(1, dataset.num_tokens)
-        text = f"{one.skipped_documents:,} of {one.documents:,} documents ({share:.1f}% of the tokens) exceed {seq_length + 1} tokens"
+        text = (
+            f"{one.skipped_documents:,} of {one.documents:,} documents ({share:.1f}% of the tokens)"
+            f" exceed {seq_length + 1} tokens"
+        )
         hint = f"the longest has {one.longest:,}; training skips them with a warning only"
         terminal.problems([errors.Problem(text, where=dataset.prefix, hint=hint, level="warning")])
     terminal.table(
@@ -232,6 +277,8 @@ def merge(prefixes: tuple[str, ...], out: str, force: bool, as_json: bool) -> No
     if as_json:
         terminal.data_json(**merged)
         return
-    terminal.info(f"{merged['documents']:,} documents, {merged['tokens']:,} tokens, {merged['dtype']}")
+    terminal.info(
+        f"{merged['documents']:,} documents, {merged['tokens']:,} tokens, {merged['dtype']}"
+    )
     terminal.data(merged["output"])
     terminal.next_step(shlex.join(["hpctrain", "data", "verify", merged["output"]]))

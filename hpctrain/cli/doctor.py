@@ -12,7 +12,10 @@ from hpctrain.cli import common
 @click.argument("run_yaml", required=False, metavar="[RUN_YAML]")
 @common.set_option
 @click.option(
-    "--python", "python_path", metavar="PATH", help="The Python to examine [default: the run's, or this one]."
+    "--python",
+    "python_path",
+    metavar="PATH",
+    help="The Python to examine [default: the run's, or this one].",
 )
 @click.option("--site", help="Without a run.yaml: compare Slurm here with this profile.")
 @click.option(
@@ -31,9 +34,11 @@ def command(
     requirements: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Examine this environment: Python, packages against the recipe's pins, disks, caches, secrets, Slurm; gives a score.
+    """Examine this environment: Python, packages against the recipe's pins, disks, caches, secrets,
+    Slurm; gives a score.
 
-    The run's own Python is asked, inside its container where it has one. Exits 1 when something must be changed.
+    The run's own Python is asked, inside its container where it has one. Exits 1 when something
+    must be changed.
 
     \b
     hpctrain doctor
@@ -58,9 +63,24 @@ def command(
     else:
         colours = {"ok": "green", "problem": "red", "warning": "yellow"}
         terminal.table(
-            [(f.area, f.name, terminal.paint(f.result, colours[f.result]) if f.result in colours else f.result, f.what, f.hint) for f in found.findings],
+            [
+                (
+                    f.area,
+                    f.name,
+                    (
+                        terminal.paint(f.result, colours[f.result])
+                        if f.result in colours
+                        else f.result
+                    ),
+                    f.what,
+                    f.hint,
+                )
+                for f in found.findings
+            ],
             ("area", "check", "result", "what was seen", "what to do"),
-        )  # fmt: skip
-        terminal.info(f"score: {found.score} %" if found.score is not None else "score: nothing could be seen")
+        )
+        terminal.info(
+            f"score: {found.score} %" if found.score is not None else "score: nothing could be seen"
+        )
     if not found.healthy:
         raise click.exceptions.Exit(errors.NO)

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("source", metavar="RUN_OR_CHECKPOINT", type=click.Path())
-@click.option("-o", "--out", "directory", required=True, type=click.Path(), help="A directory that does not exist yet.")
+@click.option(
+    "-o",
+    "--out",
+    "directory",
+    required=True,
+    type=click.Path(),
+    help="A directory that does not exist yet.",
+)
 @click.option(
     "--precision",
     type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
@@ -25,14 +32,29 @@ if TYPE_CHECKING:
     help="Of the weights; auto: as trained.",
 )
 @click.option("--tokenizer", type=click.Path(), help="SentencePiece model [default: the run's].")
-@click.option("--base", type=click.Path(), help="Where the base of a LoRA update lies [default: as the update says].")
-@click.option("--checkpoint", metavar="NAME", help="GPT-NeoX: this one of the run's checkpoints, not the newest.")
 @click.option(
-    "--sbatch", "options", multiple=True, metavar="OPTION", help="GPT-NeoX: for the job, e.g. --partition=largemem."
+    "--base",
+    type=click.Path(),
+    help="Where the base of a LoRA update lies [default: as the update says].",
+)
+@click.option(
+    "--checkpoint",
+    metavar="NAME",
+    help="GPT-NeoX: this one of the run's checkpoints, not the newest.",
+)
+@click.option(
+    "--sbatch",
+    "options",
+    multiple=True,
+    metavar="OPTION",
+    help="GPT-NeoX: for the job, e.g. --partition=largemem.",
 )
 @click.option("--wait", is_flag=True, help="GPT-NeoX: until the job has ended.")
 @click.option(
-    "--validate", "test_set", type=click.Path(), help="LoRA update: measure the model on these held-out rows."
+    "--validate",
+    "test_set",
+    type=click.Path(),
+    help="LoRA update: measure the model on these held-out rows.",
 )
 @click.option("--max-perplexity", type=float, help="What --validate asks for [default: 10].")
 @common.dry_run
@@ -51,11 +73,13 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write a run's newest weights as a Hugging Face directory, tokenizer and chat template included.
+    """Write a run's newest weights as a Hugging Face directory, tokenizer and chat template
+    included.
 
-    A LoRA update is merged into its full-precision base, and what was written is compared with base + update. With --validate
-    its perplexity on held-out rows and some replies are judged as well: the exit code is 1 when it falls short.
-    For GPT-NeoX a job runs NeoX's own converter, in the run's container and without GPUs, and makes the directory.
+    A LoRA update is merged into its full-precision base, and what was written is compared with base
+    + update. With --validate its perplexity on held-out rows and some replies are judged as well:
+    the exit code is 1 when it falls short. For GPT-NeoX a job runs NeoX's own converter, in the
+    run's container and without GPUs, and makes the directory.
 
     \b
     hpctrain export runs/ft_7 -o models/ft_7
@@ -72,22 +96,32 @@ def command(
         return
     if checkpoint or options or wait:
         raise UsageError(
-            "--checkpoint, --sbatch and --wait are for runs of GPT-NeoX", hint="name the checkpoint itself"
+            "--checkpoint, --sbatch and --wait are for runs of GPT-NeoX",
+            hint="name the checkpoint itself",
         )
     if max_perplexity is not None and not test_set:
-        raise UsageError("`--max-perplexity` without `--validate`", hint="name the held-out rows: --validate FILE")
+        raise UsageError(
+            "`--max-perplexity` without `--validate`",
+            hint="name the held-out rows: --validate FILE",
+        )
     from hpctrain.train.core.source import find_checkpoint
 
     found = find_checkpoint(source)
     if found:
         _of_trl(found, directory, precision, base, test_set, max_perplexity, dry_run, as_json)
     elif test_set:
-        raise UsageError("--validate is for runs of hf-sft", where=source, hint="`hpctrain generate` shows replies")
+        raise UsageError(
+            "--validate is for runs of hf-sft",
+            where=source,
+            hint="`hpctrain generate` shows replies",
+        )
     else:
         _of_sft(source, directory, precision, tokenizer, dry_run, as_json)
 
 
-def _of_sft(source: str, directory: str, precision: str, tokenizer: str | None, dry_run: bool, as_json: bool) -> None:
+def _of_sft(
+    source: str, directory: str, precision: str, tokenizer: str | None, dry_run: bool, as_json: bool
+) -> None:
     from hpctrain.train.core.source import find_source
     from hpctrain.train.sft.export import check_target, export
 
@@ -95,7 +129,9 @@ def _of_sft(source: str, directory: str, precision: str, tokenizer: str | None, 
     check_target(found, directory)
     files = [] if dry_run else export(found, directory, precision, tokenizer)
     if as_json:
-        terminal.data_json(directory=directory, checkpoint=found.path, iteration=found.iteration, files=files)
+        terminal.data_json(
+            directory=directory, checkpoint=found.path, iteration=found.iteration, files=files
+        )
     elif dry_run:
         terminal.info(f"would export {found.path}")
     else:
@@ -104,8 +140,16 @@ def _of_sft(source: str, directory: str, precision: str, tokenizer: str | None, 
         terminal.next_step(f"hpctrain generate {directory} --prompt '…'")
 
 
-def _of_trl(found: Checkpoint, directory: str, precision: str, base: str | None, test_set: str | None, max_perplexity: float | None,
-            dry_run: bool, as_json: bool) -> None:  # fmt: skip
+def _of_trl(
+    found: Checkpoint,
+    directory: str,
+    precision: str,
+    base: str | None,
+    test_set: str | None,
+    max_perplexity: float | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     from hpctrain.train.trl import validate
     from hpctrain.train.trl.export import describe, export_checkpoint
 
@@ -116,11 +160,20 @@ def _of_trl(found: Checkpoint, directory: str, precision: str, base: str | None,
     measured = None
     if test_set:
         measured = validate.validate(
-            directory, test_set, max_perplexity=max_perplexity or validate.MAX_PERPLEXITY, say=terminal.info
+            directory,
+            test_set,
+            max_perplexity=max_perplexity or validate.MAX_PERPLEXITY,
+            say=terminal.info,
         )
     if as_json:
-        terminal.data_json(directory=directory, checkpoint=found.path, iteration=found.iteration, files=files, proof=vars(proof),
-                         validation={**asdict(measured), "faults": measured.faults} if measured else None)  # fmt: skip
+        terminal.data_json(
+            directory=directory,
+            checkpoint=found.path,
+            iteration=found.iteration,
+            files=files,
+            proof=vars(proof),
+            validation={**asdict(measured), "faults": measured.faults} if measured else None,
+        )
     else:
         for line in [*describe(proof), *(validate.describe(measured) if measured else ())]:
             terminal.info(line)
@@ -138,16 +191,28 @@ def _by_job(plan: NeoxExport, wait: bool, dry_run: bool, as_json: bool) -> None:
 
     for note in plan.notes:
         terminal.info(f"note: {note}")
-    terminal.info(f"{plan.checkpoint}: {format_size(plan.weights_bytes)} of weights; the job takes {format_mem_gib(plan.mem_gib)} of memory"
-                f" and up to {format_size(plan.disk_bytes)} of disk")  # fmt: skip
+    terminal.info(
+        f"{plan.checkpoint}: {format_size(plan.weights_bytes)} of weights; the job takes"
+        f" {format_mem_gib(plan.mem_gib)} of memory and up to {format_size(plan.disk_bytes)} of"
+        " disk"
+    )
     job = log = None
     if not dry_run:
         from hpctrain.train.sft.export import export_tokenizer
 
-        job, log = neox_export.submit(plan, neox_export.make_tokenizer(plan, export_tokenizer), wait)
+        job, log = neox_export.submit(
+            plan, neox_export.make_tokenizer(plan, export_tokenizer), wait
+        )
     if as_json:
-        terminal.data_json(directory=plan.out, checkpoint=plan.checkpoint, precision=plan.precision, job_id=job, log=log,
-                         mem_gib=plan.mem_gib, disk_bytes=plan.disk_bytes)  # fmt: skip
+        terminal.data_json(
+            directory=plan.out,
+            checkpoint=plan.checkpoint,
+            precision=plan.precision,
+            job_id=job,
+            log=log,
+            mem_gib=plan.mem_gib,
+            disk_bytes=plan.disk_bytes,
+        )
     elif dry_run:
         terminal.data(plan.command_line())
     elif wait:
@@ -157,5 +222,6 @@ def _by_job(plan: NeoxExport, wait: bool, dry_run: bool, as_json: bool) -> None:
         terminal.info(f"job {job} makes {plan.out}; its log: {log}")
         terminal.data(str(job))
         terminal.next_step(
-            f"tail -F {quote(log)}    # and when it is done: hpctrain generate {quote(plan.out)} --prompt '…'"
+            f"tail -F {quote(log)}    # and when it is done: hpctrain generate {quote(plan.out)}"
+            " --prompt '…'"
         )

@@ -11,15 +11,32 @@ from hpctrain.cli import complete
 
 @click.command()
 @click.argument("folder", default=".", type=click.Path(), metavar="[DIR]")
-@click.option("--recipe", "recipe_name", required=True, metavar="R", shell_complete=complete.recipes,
-              help="What trains: see `hpctrain recipe list`.")  # fmt: skip
-@click.option("--site", "site_name", required=True, metavar="S", shell_complete=complete.sites,
-              help="Where: see `hpctrain site list`, or a path to a profile.")  # fmt: skip
+@click.option(
+    "--recipe",
+    "recipe_name",
+    required=True,
+    metavar="R",
+    shell_complete=complete.recipes,
+    help="What trains: see `hpctrain recipe list`.",
+)
+@click.option(
+    "--site",
+    "site_name",
+    required=True,
+    metavar="S",
+    shell_complete=complete.sites,
+    help="Where: see `hpctrain site list`, or a path to a profile.",
+)
 @click.option("--name", help="The run's name [default: the folder's].")
 @click.option("--account", help="The Slurm account that pays.")
 @click.option("--dry-run", is_flag=True, help="Print it instead of writing it.")
 def command(
-    folder: str, recipe_name: str, site_name: str, name: str | None, account: str | None, dry_run: bool
+    folder: str,
+    recipe_name: str,
+    site_name: str,
+    name: str | None,
+    account: str | None,
+    dry_run: bool,
 ) -> None:
     """Write a commented, valid run.yaml to start from; never replaces one.
 

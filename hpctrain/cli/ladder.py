@@ -16,15 +16,23 @@ if TYPE_CHECKING:
 @click.command()
 @common.run_yaml
 @common.set_option
-@click.option("--rungs", "rungs_text", default="1,2,8", show_default=True, help="Numbers of GPUs, rising.")
+@click.option(
+    "--rungs", "rungs_text", default="1,2,8", show_default=True, help="Numbers of GPUs, rising."
+)
 @click.option(
     "--steps",
     type=click.IntRange(1),
     help="Steps of each rung; 100 are needed to see the loss fall.  [default: 150]",
 )
-@click.option("--time", help="Time limit of each rung.  [default: what its steps need, or 00:30:00]")
 @click.option(
-    "--threshold", "thresholds", multiple=True, metavar="NAME=VALUE", help="Judge by another limit, as triage does."
+    "--time", help="Time limit of each rung.  [default: what its steps need, or 00:30:00]"
+)
+@click.option(
+    "--threshold",
+    "thresholds",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Judge by another limit, as triage does.",
 )
 @click.option("--force", is_flag=True, help="Replace what an earlier ladder rendered.")
 @common.dry_run
@@ -40,9 +48,11 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Try a run on 1, 2 and 8 GPUs before the whole of it: few steps, the same global batch, the next rung only on GREEN.
+    """Try a run on 1, 2 and 8 GPUs before the whole of it: few steps, the same global batch, the
+    next rung only on GREEN.
 
-    Each rung has a run directory and a checkpoint folder of its own, and each further ladder new ones.
+    Each rung has a run directory and a checkpoint folder of its own, and each further ladder new
+    ones.
 
     \b
     hpctrain ladder --dry-run
@@ -67,7 +77,10 @@ def command(
         if as_json:
             terminal.data_json(rungs=fields, total=total(rungs).as_json())
         else:
-            rows = [(str(rung.num_gpus), *amounts(rung.bill), _words(rung.changes), rung.run_dir) for rung in rungs]
+            rows = [
+                (str(rung.num_gpus), *amounts(rung.bill), _words(rung.changes), rung.run_dir)
+                for rung in rungs
+            ]
             rows.append(("the ladder", *amounts(total(rungs)), "", ""))
             terminal.table(rows, ("GPUs", *AMOUNTS, "changes", "directory"))
             terminal.next_step(common.typed("ladder"))
@@ -86,30 +99,59 @@ def _show(results: Sequence[Result], as_json: bool) -> None:
     if as_json:
         terminal.data_json(
             rungs=[
-                {"gpus": r.rung.num_gpus, "job_id": r.job_id, "passed": r.passed, "why": r.why, "run_dir": r.rung.run_dir,
-                 "toggles": toggles(r.rung), "checks": checks(r.diagnosis), "log": log_path(r.rung, r.job_id) if r.job_id else None,
-                 "diagnosis": r.diagnosis.as_json() if r.diagnosis else None}
+                {
+                    "gpus": r.rung.num_gpus,
+                    "job_id": r.job_id,
+                    "passed": r.passed,
+                    "why": r.why,
+                    "run_dir": r.rung.run_dir,
+                    "toggles": toggles(r.rung),
+                    "checks": checks(r.diagnosis),
+                    "log": log_path(r.rung, r.job_id) if r.job_id else None,
+                    "diagnosis": r.diagnosis.as_json() if r.diagnosis else None,
+                }
                 for r in results
             ]
-        )  # fmt: skip
+        )
     else:
         rows = []
         for r in results:
             name, validates = purpose(rungs, r.rung)
             verdict = "pass" if r.passed else "stop" if r.job_id else "not reached"
-            switched = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in toggles(r.rung).items())
-            seen = " ".join(f"{check}:{answer}" for check, answer in checks(r.diagnosis).items()) if r.diagnosis else ""
+            switched = " ".join(
+                f"{key.rpartition('.')[2]}={value}" for key, value in toggles(r.rung).items()
+            )
+            seen = (
+                " ".join(f"{check}:{answer}" for check, answer in checks(r.diagnosis).items())
+                if r.diagnosis
+                else ""
+            )
             figures = _figures(r.diagnosis)
             at_most = " = ".join(amounts(r.rung.bill)[1:])
             why = "" if r.passed else r.why
             row = (r.rung.num_gpus, name, validates, switched, verdict, *figures, seen, at_most)
             rows.append((*row, r.job_id, why))
         terminal.table(
-            rows, ("GPUs", "rung", "validates", "toggles", "result", "loss", "speed", "checks", "at most", "job", "why")
+            rows,
+            (
+                "GPUs",
+                "rung",
+                "validates",
+                "toggles",
+                "result",
+                "loss",
+                "speed",
+                "checks",
+                "at most",
+                "job",
+                "why",
+            ),
         )
         for r in results:
             if r.job_id:
-                terminal.info(f"log of the rung of {r.rung.num_gpus} GPUs: {log_path(r.rung, r.job_id)}")
+                terminal.info(
+                    f"log of the rung of {r.rung.num_gpus} GPUs: {log_path(r.rung, r.job_id)}"
+                )
         terminal.next_step(
             "hpctrain chain"
             if all(r.passed for r in results)
@@ -125,5 +167,7 @@ def _figures(diagnosis: Diagnosis | None) -> tuple[str, str]:
     """The loss from first to last and the speed, as text; empty where they were not seen."""
     seen = diagnosis.progress if diagnosis else {}
     first, last = seen.get("first_loss"), seen.get("last_loss")
-    losses = f"{first:.4g} → {last:.4g}" if isinstance(first, float) and isinstance(last, float) else ""
+    losses = (
+        f"{first:.4g} → {last:.4g}" if isinstance(first, float) and isinstance(last, float) else ""
+    )
     return losses, f"{seen['rate']:.4g} {seen['rate_unit']}" if seen.get("rate") else ""

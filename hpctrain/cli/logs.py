@@ -9,13 +9,24 @@ from hpctrain.base import terminal
 
 @click.command()
 @click.argument("target", metavar="[RUN]", required=False)
-@click.option("-f", "--follow", is_flag=True, help="Go on as the logs grow, also into the next links.")
-@click.option("-n", "--lines", default=40, show_default=True, type=click.IntRange(0), help="Lines of each log's end.")
+@click.option(
+    "-f", "--follow", is_flag=True, help="Go on as the logs grow, also into the next links."
+)
+@click.option(
+    "-n",
+    "--lines",
+    default=40,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Lines of each log's end.",
+)
 @click.option("--link", type=int, help="Only this link's log.")
 def command(target: str | None, follow: bool, lines: int, link: int | None) -> None:
-    """Show the logs of a run across links and requeues: the first failing rank's lines, then the end of each log.
+    """Show the logs of a run across links and requeues: the first failing rank's lines, then the
+    end of each log.
 
-    RUN is a run directory, a run.yaml, a run's name or a job id; without one, the run whose logs grew last.
+    RUN is a run directory, a run.yaml, a run's name or a job id; without one, the run whose logs
+    grew last.
 
     \b
     hpctrain logs runs/ft_latest_7

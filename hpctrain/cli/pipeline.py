@@ -10,9 +10,15 @@ from hpctrain.cli import common
 
 
 @click.command()
-@click.argument("pipeline_yaml", default="pipeline.yaml", type=click.Path(), metavar="[PIPELINE_YAML]")
+@click.argument(
+    "pipeline_yaml", default="pipeline.yaml", type=click.Path(), metavar="[PIPELINE_YAML]"
+)
 @click.option(
-    "--stage", "stages", multiple=True, metavar="STAGE", help="Queue links of this stage only; may be repeated."
+    "--stage",
+    "stages",
+    multiple=True,
+    metavar="STAGE",
+    help="Queue links of this stage only; may be repeated.",
 )
 @click.option(
     "-o",
@@ -22,7 +28,11 @@ from hpctrain.cli import common
     help="The folder of its run directories [default: runs/<name> beside it].",
 )
 @click.option(
-    "--set", "assignments", multiple=True, metavar="STAGE.KEY=VALUE", help="Override a value of a stage's run."
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="STAGE.KEY=VALUE",
+    help="Override a value of a stage's run.",
 )
 @common.force
 @common.dry_run
@@ -38,7 +48,8 @@ def command(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Queue every stage of a pipeline at once; each stage starts from what the one before it hands over.
+    """Queue every stage of a pipeline at once; each stage starts from what the one before it hands
+    over.
 
     Running it again submits only what is missing, at any stage. See docs/pipelines.md.
 
@@ -62,7 +73,10 @@ def command(
     ids: dict[str, dict[int, str]] = {}
     if not dry_run:
         if queue.ask_needed(found) and not yes:
-            common.ask(f"Submit {sum(len(stage.new) for stage in found)} links for up to {hours:.0f} {unit}?")
+            common.ask(
+                f"Submit {sum(len(stage.new) for stage in found)} links for up to {hours:.0f}"
+                f" {unit}?"
+            )
         ids = queue.submit_queue(pipeline, found)
     rows = queue.rows(found, ids)
     if as_json:
@@ -76,10 +90,20 @@ def command(
         )
     else:
         terminal.table(
-            [(r["stage"], r["state"], r["from"] or "", r["hand_over"] or "", len(r["links"]), " ".join(r["new_jobs"]) or len(r["new"]),
-              r["expected"]) for r in rows],
+            [
+                (
+                    r["stage"],
+                    r["state"],
+                    r["from"] or "",
+                    r["hand_over"] or "",
+                    len(r["links"]),
+                    " ".join(r["new_jobs"]) or len(r["new"]),
+                    r["expected"],
+                )
+                for r in rows
+            ],
             header=("stage", "state", "from", "gets", "links", "new", "begins as"),
-        )  # fmt: skip
+        )
     terminal.info(f"{sum(len(stage.new) for stage in found)} new links: at most {hours:.1f} {unit}")
     where = shlex.quote(os.path.relpath(pipeline.folder))
     terminal.next_step(common.typed("pipeline") if dry_run else f"hpctrain status {where}")

@@ -11,8 +11,11 @@ from hpctrain.cli import common
 @common.out_dir
 @common.set_option
 @common.as_json
-def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as_json: bool) -> None:
-    """Show every decided value with its reason and where it comes from, the arithmetic and the cost.
+def command(
+    run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as_json: bool
+) -> None:
+    """Show every decided value with its reason and where it comes from, the arithmetic and the
+    cost.
 
     \b
     hpctrain plan
@@ -36,11 +39,13 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
         jobs = plan.spec.num_links
         cost = plan.cost
         terminal.info(
-            f"one job: {cost.node_hours:,.1f} node-hours, {cost.gpu_hours:,.1f} GPU-hours as Slurm counts GPUs"
+            f"one job: {cost.node_hours:,.1f} node-hours, {cost.gpu_hours:,.1f} GPU-hours as Slurm"
+            " counts GPUs"
         )
         if cost.billed is not None:
             terminal.info(
-                f"billed: {cost.billed:,.1f} {cost.unit}s a job, {cost.billed * jobs:,.1f} at most for {jobs} jobs"
+                f"billed: {cost.billed:,.1f} {cost.unit}s a job, {cost.billed * jobs:,.1f} at most"
+                f" for {jobs} jobs"
             )
         else:
             terminal.info(f"billed: unknown; {cost.formula}")

@@ -12,19 +12,38 @@ from hpctrain.cli import common
 @click.command()
 @common.run_yaml
 @common.set_option
-@click.option("--python", default=None, help="The Python of the step [default: the run's, or python3].")
 @click.option(
-    "--mib", default=8, show_default=True, type=click.IntRange(1, 1024), help="Size of the blocks that are sent."
+    "--python", default=None, help="The Python of the step [default: the run's, or python3]."
 )
-@click.option("--limit", default=300.0, show_default=True, help="Seconds after which a step that hangs is ended.")
+@click.option(
+    "--mib",
+    default=8,
+    show_default=True,
+    type=click.IntRange(1, 1024),
+    help="Size of the blocks that are sent.",
+)
+@click.option(
+    "--limit",
+    default=300.0,
+    show_default=True,
+    help="Seconds after which a step that hangs is ended.",
+)
 @click.option("--submit", is_flag=True, help="As a short job of its own, and wait for it.")
 @common.as_json
 def command(
-    run_yaml: str, assignments: tuple[str, ...], python: str | None, mib: int, limit: float, submit: bool, as_json: bool
+    run_yaml: str,
+    assignments: tuple[str, ...],
+    python: str | None,
+    mib: int,
+    limit: float,
+    submit: bool,
+    as_json: bool,
 ) -> None:
-    """Look at the allocated nodes before training: ranks, GPUs, cores, clocks, scratch, ring and all-reduce; name slow ones.
+    """Look at the allocated nodes before training: ranks, GPUs, cores, clocks, scratch, ring and
+    all-reduce; name slow ones.
 
-    Runs a step with the run's shape, container and Python on the allocation it is called in. Exits 1 when a node is bad.
+    Runs a step with the run's shape, container and Python on the allocation it is called in. Exits
+    1 when a node is bad.
 
     \b
     salloc -N 4 ... hpctrain preflight run.yaml
@@ -53,7 +72,9 @@ def command(
         words += [word for assignment in assignments for word in ("--set", assignment)]
         job_id, code = allocation.submit(plan, words + (["--json"] if as_json else []))
         with open(
-            os.path.join(plan.run_dir, "logs", f"preflight-{job_id}.out"), encoding="utf-8", errors="replace"
+            os.path.join(plan.run_dir, "logs", f"preflight-{job_id}.out"),
+            encoding="utf-8",
+            errors="replace",
         ) as log:
             terminal.data(log.read().rstrip("\n"))
         raise click.exceptions.Exit(code)
@@ -61,8 +82,21 @@ def command(
     if as_json:
         terminal.data_json(**answer)
     else:
-        rows = [(f["rank"], f["node"], f.get("stage"), f.get("gpus"), len(f.get("cpus") or []), _figure(f.get("clock_offset_s"), 1000), _figure(f.get("ring_mib_s")),
-                 _figure(f.get("allreduce_mib_s")), _figure(f.get("scratch_mib_s")), _figure(f.get("compute_s"), 1000)) for f in answer["map"]]  # fmt: skip
+        rows = [
+            (
+                f["rank"],
+                f["node"],
+                f.get("stage"),
+                f.get("gpus"),
+                len(f.get("cpus") or []),
+                _figure(f.get("clock_offset_s"), 1000),
+                _figure(f.get("ring_mib_s")),
+                _figure(f.get("allreduce_mib_s")),
+                _figure(f.get("scratch_mib_s")),
+                _figure(f.get("compute_s"), 1000),
+            )
+            for f in answer["map"]
+        ]
         terminal.table(
             rows,
             (
@@ -81,11 +115,15 @@ def command(
         for level, nodes in (("bad", answer["bad"]), ("slow", answer["slow"])):
             for node, reasons in nodes.items():
                 terminal.info(
-                    f"{terminal.paint(level, 'red' if level == 'bad' else 'yellow', sys.stderr)}: {node}: {'; '.join(reasons)}"
+                    f"{terminal.paint(level, 'red' if level == 'bad' else 'yellow', sys.stderr)}:"
+                    f" {node}: {'; '.join(reasons)}"
                 )
         for remark in answer["remarks"]:
             terminal.info(f"note: {remark}")
-        terminal.info(f"{answer['seen']} of {answer['ranks']} ranks answered, by {answer['comm'] or 'no collectives'}")
+        terminal.info(
+            f"{answer['seen']} of {answer['ranks']} ranks answered, by"
+            f" {answer['comm'] or 'no collectives'}"
+        )
         exclude = [*answer["bad"], *answer["slow"]]
         if exclude:
             terminal.next_step(f"sbatch --exclude={','.join(exclude)} …")

@@ -26,8 +26,10 @@ def list_(as_json: bool) -> None:
     if as_json:
         terminal.data_json(recipes=found)
         return
-    terminal.table([(r["name"], r["layer"], r["title"] or f"does not load: {r['problem']}") for r in found],
-                 ("recipe", "layer", "title"))  # fmt: skip
+    terminal.table(
+        [(r["name"], r["layer"], r["title"] or f"does not load: {r['problem']}") for r in found],
+        ("recipe", "layer", "title"),
+    )
     terminal.next_step("hpctrain recipe show NAME")
 
 

@@ -12,7 +12,10 @@ from hpctrain.cli import common
 @click.command()
 @common.run_yaml
 @click.option(
-    "--nodes", type=click.IntRange(1, 4096), metavar="N", help="Rehearse with so many nodes [default: the run's]."
+    "--nodes",
+    type=click.IntRange(1, 4096),
+    metavar="N",
+    help="Rehearse with so many nodes [default: the run's].",
 )
 @click.option(
     "--jobs",
@@ -23,7 +26,10 @@ from hpctrain.cli import common
 @click.option(
     "--faults",
     metavar="F,F,…",
-    help="What goes wrong in the 1st, 2nd, … start of the step: timeout, node_fail, kill_mid_save, none; of a pipeline, of one stage: STAGE:F,F.",
+    help=(
+        "What goes wrong in the 1st, 2nd, … start of the step: timeout, node_fail, kill_mid_save,"
+        " none; of a pipeline, of one stage: STAGE:F,F."
+    ),
 )
 @click.option(
     "--account-exists",
@@ -33,10 +39,15 @@ from hpctrain.cli import common
     help="An account that exists there [default: the run's]; may be repeated.",
 )
 @click.option(
-    "--accounting/--no-accounting", default=True, show_default=True, help="With accounts and limits on submitted jobs."
+    "--accounting/--no-accounting",
+    default=True,
+    show_default=True,
+    help="With accounts and limits on submitted jobs.",
 )
 @click.option(
-    "--no-check", is_flag=True, help="Submit also what hpctrain itself would refuse, and hear what Slurm says."
+    "--no-check",
+    is_flag=True,
+    help="Submit also what hpctrain itself would refuse, and hear what Slurm says.",
 )
 @click.option(
     "--job",
@@ -56,20 +67,32 @@ from hpctrain.cli import common
     metavar="X",
     help="Seconds of the site in one second here [default: a link in about 4 s].",
 )
-@click.option("--picture", type=click.Path(), metavar="FILE.svg", help="Write the timeline as an SVG picture.")
-@click.option("--keep", is_flag=True, help="Leave the sandbox running and everything it wrote in place.")
 @click.option(
-    "--dir", "directory", type=click.Path(), default="", help="Where to build it [default: hpctrain's state directory]."
+    "--picture", type=click.Path(), metavar="FILE.svg", help="Write the timeline as an SVG picture."
+)
+@click.option(
+    "--keep", is_flag=True, help="Leave the sandbox running and everything it wrote in place."
+)
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(),
+    default="",
+    help="Where to build it [default: hpctrain's state directory].",
 )
 @common.out_dir
 @common.set_option
 @common.as_json
-def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Run the very job against a real Slurm shaped like its site, on this machine, before a GPU-hour is spent.
+def command(
+    run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as_json: bool, **options: Any
+) -> None:
+    """Run the very job against a real Slurm shaped like its site, on this machine, before a
+    GPU-hour is spent.
 
-    Every task is started; the training program is replaced by a stand-in that saves in the recipe's layout, in compressed
-    time. Exits 0 when all is right, 1 when something would have gone wrong at the site. Of a pipeline all stages are queued with
-    their dependencies, and hand on what they made. `hpctrain tokenize --rehearse` plays the array of a tokenization.
+    Every task is started; the training program is replaced by a stand-in that saves in the recipe's
+    layout, in compressed time. Exits 0 when all is right, 1 when something would have gone wrong at
+    the site. Of a pipeline all stages are queued with their dependencies, and hand on what they
+    made. `hpctrain tokenize --rehearse` plays the array of a tokenization.
 
     \b
     hpctrain rehearse --nodes 4
@@ -99,7 +122,9 @@ def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as
             terminal.info(line)
     ok = all(outcome.ok for outcome in outcomes)
     name = "" if run_yaml == "run.yaml" else " " + shlex.quote(run_yaml)
-    terminal.next_step(f"hpctrain {('pipeline' if wanted.pipeline else 'chain') if ok else 'rehearse'}{name}")
+    terminal.next_step(
+        f"hpctrain {('pipeline' if wanted.pipeline else 'chain') if ok else 'rehearse'}{name}"
+    )
     if not ok:
         raise click.exceptions.Exit(errors.NO)
 

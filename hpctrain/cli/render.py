@@ -14,7 +14,9 @@ from hpctrain.cli import common
 @common.set_option
 @common.force
 @common.dry_run
-def command(run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], force: bool, dry_run: bool) -> None:
+def command(
+    run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], force: bool, dry_run: bool
+) -> None:
     """Write the run directory; stdout is the path of job.sbatch and nothing else.
 
     \b

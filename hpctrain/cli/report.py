@@ -9,10 +9,19 @@ from hpctrain.base import errors, terminal
 
 @click.command()
 @click.argument("target", metavar="RUN")
-@click.option("-o", "--out", type=click.Path(), help="The page [default: report.html in the run directory].")
+@click.option(
+    "-o", "--out", type=click.Path(), help="The page [default: report.html in the run directory]."
+)
 @click.option("--png", "png_path", type=click.Path(), help="Also the curves as a picture.")
-@click.option("--csv", "csv_dir", type=click.Path(), help="Also the tables as CSV, into this folder.")
-@click.option("--parquet", "parquet_dir", type=click.Path(), help="Also the tables as Parquet, into this folder.")
+@click.option(
+    "--csv", "csv_dir", type=click.Path(), help="Also the tables as CSV, into this folder."
+)
+@click.option(
+    "--parquet",
+    "parquet_dir",
+    type=click.Path(),
+    help="Also the tables as Parquet, into this folder.",
+)
 @click.option("--no-slurm", is_flag=True, help="From the run directory alone.")
 @click.option("--force", is_flag=True, help="Replace a file that is no report.")
 def command(
@@ -24,10 +33,11 @@ def command(
     no_slurm: bool,
     force: bool,
 ) -> None:
-    """Write one self-contained HTML page of a run: curves, links, cost, lost work, what triage says; stdout is its path.
+    """Write one self-contained HTML page of a run: curves, links, cost, lost work, what triage
+    says; stdout is its path.
 
-    RUN is a run directory, a run.yaml, a run's name or a job id, or a pipeline: then one page for each stage and one that
-    links them, printed first. Needs the extra `report`.
+    RUN is a run directory, a run.yaml, a run's name or a job id, or a pipeline: then one page for
+    each stage and one that links them, printed first. Needs the extra `report`.
 
     \b
     hpctrain report runs/ft_latest_7
@@ -42,7 +52,8 @@ def command(
     if folder:
         if png_path or csv_dir or parquet_dir:
             raise errors.UsageError(
-                "a pipeline has no curves of its own", hint="name one of its stages' run directories"
+                "a pipeline has no curves of its own",
+                hint="name one of its stages' run directories",
             )
         _pipeline(folder, out or os.path.join(folder, "report.html"), no_slurm, force)
         return
@@ -75,8 +86,14 @@ def _pipeline(folder: str, out: str, no_slurm: bool, force: bool) -> None:
     for stage in pipeline["stages"]:
         report = reports.get(stage["run_dir"])
         progress = report.status.progress if report else None
-        rows.append({**stage, "page": paths.get(stage["run_dir"]), "iteration": progress.iteration if progress else None,
-                     "target": progress.target if progress else None})  # fmt: skip
+        rows.append(
+            {
+                **stage,
+                "page": paths.get(stage["run_dir"]),
+                "iteration": progress.iteration if progress else None,
+                "target": progress.target if progress else None,
+            }
+        )
     for what in dict.fromkeys(what for report in reports.values() for what in report.unseen):
         terminal.info(f"could not see: {what}")
     for path in (write_index(pipeline["name"], rows, out, force), *paths.values()):

@@ -14,16 +14,22 @@ from hpctrain.base import errors, terminal, units
 from hpctrain.config.site import load_site
 from hpctrain.sandbox import sandbox, state
 
-_name = click.option("--name", default="default", show_default=True, help="Which sandbox; several run side by side.")
+_name = click.option(
+    "--name", default="default", show_default=True, help="Which sandbox; several run side by side."
+)
 _dir = click.option(
-    "--dir", "directory", default="", help="Its directory [default: $XDG_STATE_HOME/hpctrain/sandbox/NAME]."
+    "--dir",
+    "directory",
+    default="",
+    help="Its directory [default: $XDG_STATE_HOME/hpctrain/sandbox/NAME].",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 
 
 @click.group()
 def command() -> None:
-    """A real Slurm on this machine, shaped like a site: its partitions, limits and nodes. Needs no root.
+    """A real Slurm on this machine, shaped like a site: its partitions, limits and nodes. Needs no
+    root.
 
     \b
     hpctrain sandbox up --site lumi --nodes 4
@@ -33,7 +39,13 @@ def command() -> None:
 
 
 @command.command()
-@click.option("--site", "site_name", default="lumi", show_default=True, help="The site profile to be shaped like.")
+@click.option(
+    "--site",
+    "site_name",
+    default="lumi",
+    show_default=True,
+    help="The site profile to be shaped like.",
+)
 @click.option(
     "--nodes",
     multiple=True,
@@ -42,12 +54,22 @@ def command() -> None:
     help="How many nodes of the site's main kind, or KIND=N; may be repeated.",
 )
 @click.option(
-    "--accounting", is_flag=True, help="With slurmdbd and MariaDB: accounts, limits on submitted jobs, sacct."
+    "--accounting",
+    is_flag=True,
+    help="With slurmdbd and MariaDB: accounts, limits on submitted jobs, sacct.",
 )
 @click.option(
-    "--account", "accounts", multiple=True, help="An account that exists there; may be repeated (with --accounting)."
+    "--account",
+    "accounts",
+    multiple=True,
+    help="An account that exists there; may be repeated (with --accounting).",
 )
-@click.option("--partition", "partitions", multiple=True, help="A partition, for sites whose profile lists none.")
+@click.option(
+    "--partition",
+    "partitions",
+    multiple=True,
+    help="A partition, for sites whose profile lists none.",
+)
 @click.option(
     "--mount",
     "mounts",
@@ -100,9 +122,14 @@ def up(
     meter = terminal.Stages()
     try:
         found, started = sandbox.up(
-            wanted, name, state.state_dir(name, directory, os.environ), os.environ,
-            source=source, report=terminal.info, progress=meter.update,
-        )  # fmt: skip
+            wanted,
+            name,
+            state.state_dir(name, directory, os.environ),
+            os.environ,
+            source=source,
+            report=terminal.info,
+            progress=meter.update,
+        )
     finally:
         meter.close()
     terminal.info(f"{'started' if started else 'already running'}: {sandbox.describe(wanted)}")
@@ -113,7 +140,9 @@ def up(
 
 
 @command.command()
-@click.option("--keep-logs", is_flag=True, help="Leave the daemons' logs in the sandbox's directory.")
+@click.option(
+    "--keep-logs", is_flag=True, help="Leave the daemons' logs in the sandbox's directory."
+)
 @_name
 @_dir
 def down(name: str, directory: str, keep_logs: bool) -> None:
@@ -122,7 +151,9 @@ def down(name: str, directory: str, keep_logs: bool) -> None:
     \b
     hpctrain sandbox down
     """
-    ended = sandbox.down(name, state.state_dir(name, directory, os.environ), os.environ, keep_logs=keep_logs)
+    ended = sandbox.down(
+        name, state.state_dir(name, directory, os.environ), os.environ, keep_logs=keep_logs
+    )
     terminal.info(f"sandbox `{name}` has ended" if ended else f"sandbox `{name}` is not running")
 
 
@@ -140,11 +171,21 @@ def status(name: str, directory: str, as_json: bool) -> None:
     if as_json:
         terminal.data_json(**_as_json(found))
     else:
-        rows: list[tuple[str, object]] = [("name", found.name), ("state", found.phase), ("directory", found.state)]
+        rows: list[tuple[str, object]] = [
+            ("name", found.name),
+            ("state", found.phase),
+            ("directory", found.state),
+        ]
         if found.record is not None:
             rows += [
                 ("shape", sandbox.describe(found.record.shape)),
-                ("slurm", f"{found.record.version} ({'unpacked' if found.record.packages else 'installed'})"),
+                (
+                    "slurm",
+                    (
+                        f"{found.record.version}"
+                        f" ({'unpacked' if found.record.packages else 'installed'})"
+                    ),
+                ),
                 ("partitions", ", ".join(part.name for part in found.record.shape.partitions)),
                 ("nodes", _node_summary(found)),
                 ("jobs", found.num_jobs),
@@ -154,7 +195,9 @@ def status(name: str, directory: str, as_json: bool) -> None:
         terminal.table(rows)
     _tell_dead(found, _which(name, directory))
     if found.phase != "up":
-        terminal.next_step(f"hpctrain sandbox {'up' if found.phase == 'down' else 'down'}{_which(name, directory)}")
+        terminal.next_step(
+            f"hpctrain sandbox {'up' if found.phase == 'down' else 'down'}{_which(name, directory)}"
+        )
         sys.exit(errors.NO)
 
 
@@ -163,7 +206,8 @@ def status(name: str, directory: str, as_json: bool) -> None:
 @_dir
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
 def shell(name: str, directory: str, words: Sequence[str]) -> None:
-    """Open a shell in which plain sbatch, squeue, srun talk to the sandbox, or run one command there.
+    """Open a shell in which plain sbatch, squeue, srun talk to the sandbox, or run one command
+    there.
 
     \b
     hpctrain sandbox shell
@@ -171,9 +215,14 @@ def shell(name: str, directory: str, words: Sequence[str]) -> None:
     """
     record = sandbox.running(name, state.state_dir(name, directory, os.environ))
     environ = sandbox.shell_environ(record, os.environ)
-    argv = sandbox.shell_argv(record, list(words) or [os.environ.get("SHELL") or "/bin/sh"], os.environ)
+    argv = sandbox.shell_argv(
+        record, list(words) or [os.environ.get("SHELL") or "/bin/sh"], os.environ
+    )
     if not words:
-        terminal.info(f"a shell in the sandbox `{name}`: sbatch, squeue, srun, scontrol are its own; `exit` leaves it")
+        terminal.info(
+            f"a shell in the sandbox `{name}`: sbatch, squeue, srun, scontrol are its own; `exit`"
+            " leaves it"
+        )
     try:
         os.execvpe(argv[0], argv, environ)
     except OSError as error:
@@ -182,12 +231,23 @@ def shell(name: str, directory: str, words: Sequence[str]) -> None:
 
 @command.command()
 @click.argument("nodes")
-@click.option("--down", "action", flag_value="down", help="Set it down: its jobs are killed and requeued.")
+@click.option(
+    "--down", "action", flag_value="down", help="Set it down: its jobs are killed and requeued."
+)
 @click.option("--drain", "action", flag_value="drain", help="Let it take no new jobs.")
 @click.option("--resume", "action", flag_value="resume", help="End --down and --drain.")
-@click.option("--crash", "action", flag_value="crash", help="Kill its slurmd and all its tasks, as when power fails.")
-@click.option("--kill-slurmd", "action", flag_value="kill-slurmd", help="Kill its slurmd; its tasks run on.")
-@click.option("--restart-slurmd", "action", flag_value="restart-slurmd", help="Start its slurmd again.")
+@click.option(
+    "--crash",
+    "action",
+    flag_value="crash",
+    help="Kill its slurmd and all its tasks, as when power fails.",
+)
+@click.option(
+    "--kill-slurmd", "action", flag_value="kill-slurmd", help="Kill its slurmd; its tasks run on."
+)
+@click.option(
+    "--restart-slurmd", "action", flag_value="restart-slurmd", help="Start its slurmd again."
+)
 @_name
 @_dir
 def fault(nodes: str, action: str | None, name: str, directory: str) -> None:
@@ -200,9 +260,12 @@ def fault(nodes: str, action: str | None, name: str, directory: str) -> None:
     """
     if action is None:
         raise errors.UsageError(
-            "what shall happen to it?", hint="--down, --drain, --resume, --crash, --kill-slurmd or --restart-slurmd"
+            "what shall happen to it?",
+            hint="--down, --drain, --resume, --crash, --kill-slurmd or --restart-slurmd",
         )
-    changed = sandbox.fault(nodes, action, name, state.state_dir(name, directory, os.environ), os.environ)
+    changed = sandbox.fault(
+        nodes, action, name, state.state_dir(name, directory, os.environ), os.environ
+    )
     terminal.info(f"{action}: {units.compress_nodes(changed)}")
 
 
@@ -214,7 +277,10 @@ def _counts(nodes: Sequence[str], site: Any) -> dict[str, int]:
         kind, equals, number = item.rpartition("=")
         if not number.isdigit():
             problems.append(
-                errors.Problem(f"`--nodes {item}` is not a number of nodes", hint="--nodes 4 or --nodes lumi-c=2")
+                errors.Problem(
+                    f"`--nodes {item}` is not a number of nodes",
+                    hint="--nodes 4 or --nodes lumi-c=2",
+                )
             )
         else:
             counts[kind or main] = int(number)
@@ -232,7 +298,9 @@ def _mounts(words: Sequence[str]) -> list[tuple[str, str]]:
     ]
     if problems:
         raise errors.UsageError(problems)
-    return [(os.path.abspath(os.path.expanduser(pair[0])), os.path.normpath(pair[1])) for pair in pairs]
+    return [
+        (os.path.abspath(os.path.expanduser(pair[0])), os.path.normpath(pair[1])) for pair in pairs
+    ]
 
 
 def _tell_dead(found: sandbox.Status, option: str) -> None:
@@ -240,7 +308,9 @@ def _tell_dead(found: sandbox.Status, option: str) -> None:
     if found.nodes_without_slurmd:
         nodes = units.compress_nodes(list(found.nodes_without_slurmd))
         hint = f"hpctrain sandbox fault {shlex.quote(nodes)} --restart-slurmd{option}"
-        terminal.problems([errors.Problem(f"no slurmd runs for {nodes}", hint=hint, level="warning")])
+        terminal.problems(
+            [errors.Problem(f"no slurmd runs for {nodes}", hint=hint, level="warning")]
+        )
 
 
 def _which(name: str, directory: str) -> str:

@@ -8,7 +8,8 @@ from hpctrain.base import terminal
 @click.command()
 @click.argument("kind", type=click.Choice(["run", "pipeline", "site"]))
 def command(kind: str) -> None:
-    """Print the JSON Schema of run.yaml, of a pipeline.yaml or of a site profile, for editors that complete YAML.
+    """Print the JSON Schema of run.yaml, of a pipeline.yaml or of a site profile, for editors that
+    complete YAML.
 
     \b
     hpctrain schema run > .hpctrain/run.schema.json

@@ -23,9 +23,19 @@ class _Command(click.Command):
 
 @click.command(cls=_Command, options_metavar="[OPTIONS]")
 @click.argument("run_yaml", required=False, type=click.Path(), metavar="[RUN_YAML] [-- CMD...]")
-@click.option("--site", "site_name", metavar="S", shell_complete=complete.sites, help="The site [default: the run's].")
-@click.option("--account", metavar="A", help="The Slurm account [default: the run's, or your config's].")
-@click.option("--container", metavar="C", type=click.Path(), help="The container image [default: the run's].")
+@click.option(
+    "--site",
+    "site_name",
+    metavar="S",
+    shell_complete=complete.sites,
+    help="The site [default: the run's].",
+)
+@click.option(
+    "--account", metavar="A", help="The Slurm account [default: the run's, or your config's]."
+)
+@click.option(
+    "--container", metavar="C", type=click.Path(), help="The container image [default: the run's]."
+)
 @click.option(
     "--partition",
     metavar="P",
@@ -33,15 +43,28 @@ class _Command(click.Command):
     help="The partition [default: the site's for tests].",
 )
 @click.option("--gpus", type=click.IntRange(0, 64), help="GPUs [default: one where there are any].")
-@click.option("--cpus", type=click.IntRange(1, 4096), help="Cores [default: the share of those GPUs].")
+@click.option(
+    "--cpus", type=click.IntRange(1, 4096), help="Cores [default: the share of those GPUs]."
+)
 @click.option("--time", "time", metavar="T", help="Wall time [default: 45 minutes].")
 @common.dry_run
 @click.pass_context
-def command(ctx: click.Context, run_yaml: str | None, site_name: str | None, account: str | None, container: str | None, partition: str | None,
-            gpus: int | None, cpus: int | None, time: str | None, dry_run: bool) -> None:  # fmt: skip
+def command(
+    ctx: click.Context,
+    run_yaml: str | None,
+    site_name: str | None,
+    account: str | None,
+    container: str | None,
+    partition: str | None,
+    gpus: int | None,
+    cpus: int | None,
+    time: str | None,
+    dry_run: bool,
+) -> None:
     """Open an interactive allocation in the site's container; with `-- CMD` run CMD there instead.
 
-    Becomes srun, so that its exit code is the shell's. The environment is rid of SLURM_* and SBATCH_* first.
+    Becomes srun, so that its exit code is the shell's. The environment is rid of SLURM_* and
+    SBATCH_* first.
 
     \b
     hpctrain shell --site lumi --account project_465000000 --container image.sif
@@ -52,7 +75,9 @@ def command(ctx: click.Context, run_yaml: str | None, site_name: str | None, acc
 
     if run_yaml is None and os.path.lexists("run.yaml"):
         run_yaml = "run.yaml"
-    wanted = shell.Wanted(site_name, account, container, partition, gpus, cpus, time, ctx.meta.get(_PROGRAM, ()))
+    wanted = shell.Wanted(
+        site_name, account, container, partition, gpus, cpus, time, ctx.meta.get(_PROGRAM, ())
+    )
     site, spec = shell.read_request(run_yaml, wanted)
     plan = shell.allocation(site, spec, wanted)
     if dry_run:

@@ -28,12 +28,20 @@ def list_(as_json: bool) -> None:
 
     found = summaries()
     if as_json:
-        terminal.data_json(sites=[{**vars(item), "maintainers": list(item.maintainers)} for item in found])
+        terminal.data_json(
+            sites=[{**vars(item), "maintainers": list(item.maintainers)} for item in found]
+        )
         return
     rows = [
-        (item.name, item.layer, item.verified, ", ".join(item.maintainers) or "nobody", item.title or f"does not load: {item.problem}")
+        (
+            item.name,
+            item.layer,
+            item.verified,
+            ", ".join(item.maintainers) or "nobody",
+            item.title or f"does not load: {item.problem}",
+        )
         for item in found
-    ]  # fmt: skip
+    ]
     terminal.table(rows, ("site", "layer", "verified", "maintainers", "title"))
     terminal.next_step("hpctrain site show NAME")
 
@@ -55,7 +63,9 @@ def show(name: str, blame: bool, as_json: bool) -> None:
     rows = site_report.blame(site) if blame else []
     if as_json:
         origins = {dotted: origin for dotted, _, origin in rows}
-        terminal.data_json(site=site.values, files=list(site.files), **({"origins": origins} if blame else {}))
+        terminal.data_json(
+            site=site.values, files=list(site.files), **({"origins": origins} if blame else {})
+        )
     elif blame:
         terminal.table(
             [(origin, dotted, site_report.value_text(value)) for dotted, value, origin in rows],
@@ -84,7 +94,8 @@ def check(names: tuple[str, ...], as_json: bool) -> None:
     bad = any(problem.level == "error" for problems in found.values() for problem in problems)
     if as_json:
         terminal.data_json(
-            ok=not bad, sites={name: [p.as_json() for p in problems] for name, problems in found.items()}
+            ok=not bad,
+            sites={name: [p.as_json() for p in problems] for name, problems in found.items()},
         )
     else:
         for name, problems in found.items():
@@ -101,9 +112,23 @@ def check(names: tuple[str, ...], as_json: bool) -> None:
 
 @command.command()
 @click.argument("name")
-@click.option("--from-scontrol", "files", multiple=True, type=click.Path(allow_dash=True), metavar="FILE",
-              help="Output of scontrol show partition, node or config, or of sinfo; may be repeated [default: ask Slurm here].")  # fmt: skip
-@click.option("--user", "for_user", is_flag=True, help="Into your own config folder instead of .hpctrain here.")
+@click.option(
+    "--from-scontrol",
+    "files",
+    multiple=True,
+    type=click.Path(allow_dash=True),
+    metavar="FILE",
+    help=(
+        "Output of scontrol show partition, node or config, or of sinfo; may be repeated [default:"
+        " ask Slurm here]."
+    ),
+)
+@click.option(
+    "--user",
+    "for_user",
+    is_flag=True,
+    help="Into your own config folder instead of .hpctrain here.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the profile instead of writing it.")
 def new(name: str, files: tuple[str, ...], for_user: bool, dry_run: bool) -> None:
     """Draft a profile from what Slurm says of itself; every value in it is for you to check.
@@ -116,7 +141,9 @@ def new(name: str, files: tuple[str, ...], for_user: bool, dry_run: bool) -> Non
     from hpctrain.base.paths import own_dir
     from hpctrain.sites.draft import draft_from_files, draft_from_slurm
 
-    text, notes = draft_from_files(name, files, sys.stdin.buffer) if files else draft_from_slurm(name)
+    text, notes = (
+        draft_from_files(name, files, sys.stdin.buffer) if files else draft_from_slurm(name)
+    )
     terminal.problems(notes)
     if dry_run:
         terminal.data(text.rstrip("\n"))

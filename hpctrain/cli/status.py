@@ -10,15 +10,24 @@ from hpctrain.cli import common
 
 @click.command()
 @click.argument("target", required=False, metavar="[RUN]")
-@click.option("-w", "--watch", is_flag=True, help="Show it again and again until nothing runs or waits.")
-@click.option("--every", default=30.0, show_default=True, type=click.FloatRange(1), help="Seconds between two looks.")
+@click.option(
+    "-w", "--watch", is_flag=True, help="Show it again and again until nothing runs or waits."
+)
+@click.option(
+    "--every",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(1),
+    help="Seconds between two looks.",
+)
 @click.option("--no-slurm", is_flag=True, help="From the run directory alone.")
 @common.as_json
 def command(target: str | None, watch: bool, every: float, no_slurm: bool, as_json: bool) -> None:
     """Show what a run is doing: every link, the progress, the time and links still needed.
 
-    RUN is a run directory, a run.yaml, a pipeline (its name, folder or YAML), a run's name or a job id; none means all runs here.
-    Exits 0 when done, 1 when it failed or gave up, 8 while it runs or waits.
+    RUN is a run directory, a run.yaml, a pipeline (its name, folder or YAML), a run's name or a job
+    id; none means all runs here. Exits 0 when done, 1 when it failed or gave up, 8 while it runs or
+    waits.
 
     \b
     hpctrain status

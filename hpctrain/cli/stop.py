@@ -12,7 +12,8 @@ from hpctrain.cli import common
 @click.argument("run", default="run.yaml", type=click.Path(), metavar="[RUN]")
 @common.dry_run
 def command(run: str, dry_run: bool) -> None:
-    """End a chain after its next checkpoint; RUN is a run directory, a run.yaml, a pipeline, a name or a job id.
+    """End a chain after its next checkpoint; RUN is a run directory, a run.yaml, a pipeline, a name
+    or a job id.
 
     \b
     hpctrain stop runs/ft
@@ -25,7 +26,8 @@ def command(run: str, dry_run: bool) -> None:
     would = "would end" if dry_run else "end"
     for job in running:
         terminal.info(
-            f"job {job.job_id} runs: it {would} after its next checkpoint where its step can, else at its own end"
+            f"job {job.job_id} runs: it {would} after its next checkpoint where its step can, else"
+            " at its own end"
         )
     terminal.info(f"links that wait {would} as they start")
     if not dry_run:

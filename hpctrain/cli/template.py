@@ -21,7 +21,8 @@ def command() -> None:
 @command.command("list")
 @common.as_json
 def list_(as_json: bool) -> None:
-    """List every template with the layer that wins and its blocks. Exits 1 when one is not valid."""
+    """List every template with the layer that wins and its blocks. Exits 1 when one is not
+    valid."""
     from hpctrain.plan.overrides import list_templates
 
     found = list_templates()
@@ -29,7 +30,12 @@ def list_(as_json: bool) -> None:
         terminal.data_json(templates=[vars(item) for item in found])
     else:
         rows = [
-            (item.name, item.layer, ", ".join(item.shadows), item.problem and "not valid" or " ".join(item.blocks))
+            (
+                item.name,
+                item.layer,
+                ", ".join(item.shadows),
+                item.problem and "not valid" or " ".join(item.blocks),
+            )
             for item in found
         ]
         terminal.table(rows, ("template", "layer", "shadows", "blocks"))
@@ -42,7 +48,8 @@ def list_(as_json: bool) -> None:
 @command.command()
 @click.argument("name", shell_complete=complete.templates)
 def show(name: str) -> None:
-    """Print the template NAME, or the job script of the recipe NAME, as the winning layer has it."""
+    """Print the template NAME, or the job script of the recipe NAME, as the winning layer has
+    it."""
     from hpctrain.plan.overrides import find_template
 
     template = find_template(name)
@@ -53,12 +60,23 @@ def show(name: str) -> None:
 
 @command.command()
 @click.argument("name", shell_complete=complete.templates)
-@click.option("--block", "blocks", multiple=True, metavar="NAME",
-              help="A block to change; may be repeated [default: user_setup].")  # fmt: skip
-@click.option("--user", "for_user", is_flag=True, help="Into your own config folder instead of .hpctrain here.")
+@click.option(
+    "--block",
+    "blocks",
+    multiple=True,
+    metavar="NAME",
+    help="A block to change; may be repeated [default: user_setup].",
+)
+@click.option(
+    "--user",
+    "for_user",
+    is_flag=True,
+    help="Into your own config folder instead of .hpctrain here.",
+)
 @common.dry_run
 def override(name: str, blocks: tuple[str, ...], for_user: bool, dry_run: bool) -> None:
-    """Write a small template that extends NAME (or the job script of the recipe NAME); never replaces one.
+    """Write a small template that extends NAME (or the job script of the recipe NAME); never
+    replaces one.
 
     \b
     hpctrain template override command --block user_setup
@@ -69,7 +87,9 @@ def override(name: str, blocks: tuple[str, ...], for_user: bool, dry_run: bool) 
 
     template = find_template(name)
     if not shipped(template):
-        raise errors.Refused(f"`{template.name}` is a template of yours", where=template.path, hint="edit that file")
+        raise errors.Refused(
+            f"`{template.name}` is a template of yours", where=template.path, hint="edit that file"
+        )
     text = child_text(template, blocks or (USER_BLOCK,))
     path = os.path.join(own_dir("templates", for_user), template.name)
     if dry_run:
@@ -80,6 +100,8 @@ def override(name: str, blocks: tuple[str, ...], for_user: bool, dry_run: bool) 
     terminal.info(f"wrote {path}")
     if template.layer in ("user", "project") and not (template.layer == "user" and for_user):
         terminal.info(
-            f"note: {template.path} no longer counts" if not for_user else f"note: {template.path} still wins"
+            f"note: {template.path} no longer counts"
+            if not for_user
+            else f"note: {template.path} still wins"
         )
     terminal.next_step(f"edit {path}, then `hpctrain render`")

@@ -26,46 +26,95 @@ def _time(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 def _choice(name: str, values: str, help: str) -> common.Decorator:
     """An option that takes one of a few words; the first is the default."""
     words = values.split()
-    return click.option(name, type=click.Choice(words), default=words[0], show_default=True, help=help)
+    return click.option(
+        name, type=click.Choice(words), default=words[0], show_default=True, help=help
+    )
 
 
-_help_allow = "Accept what is an error otherwise: " + "; ".join(f"{kind} ({what})" for kind, what in ALLOWABLE.items())
+_help_allow = "Accept what is an error otherwise: " + "; ".join(
+    f"{kind} ({what})" for kind, what in ALLOWABLE.items()
+)
 
 
 @click.command()
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(), metavar="INPUT...")
-@click.option("--tokenizer", required=True, type=click.Path(), metavar="MODEL", help="The SentencePiece .model file.")
 @click.option(
-    "--output-prefix", required=True, type=click.Path(), metavar="P", help="Writes P_text_document.bin and .idx."
+    "--tokenizer",
+    required=True,
+    type=click.Path(),
+    metavar="MODEL",
+    help="The SentencePiece .model file.",
 )
-@click.option("--tasks", default=1, show_default=True, help="Array tasks, or local processes; the result is the same.")
+@click.option(
+    "--output-prefix",
+    required=True,
+    type=click.Path(),
+    metavar="P",
+    help="Writes P_text_document.bin and .idx.",
+)
+@click.option(
+    "--tasks",
+    default=1,
+    show_default=True,
+    help="Array tasks, or local processes; the result is the same.",
+)
 @click.option("--local", is_flag=True, help="Run on this machine, not in Slurm.")
 @_choice(
     "--engine",
     "auto array local mpi",
     "How tasks run: a Slurm array where there is Slurm, else local; mpi inside srun or mpirun.",
 )
-@_choice("--encoder", "auto fast sentencepiece", "auto takes the fast one where it proves itself exact for the model.")
+@_choice(
+    "--encoder",
+    "auto fast sentencepiece",
+    "auto takes the fast one where it proves itself exact for the model.",
+)
 @click.option(
     "--control-token",
     "control_tokens",
     multiple=True,
     metavar="MARKER=PIECE",
-    help="A marker in the text and its piece in the model; may be repeated [default: <<<|user|>>>=<|user|> with id 7, "
-    "<<<|assistant|>>>=<|assistant|> with id 8].",
+    help=(
+        "A marker in the text and its piece in the model; may be repeated [default:"
+        " <<<|user|>>>=<|user|> with id 7, <<<|assistant|>>>=<|assistant|> with id 8]."
+    ),
 )
-@click.option("--append-eod/--no-append-eod", default=True, show_default=True, help="End each document with EOD.")
-@click.option("--eod", "eod_piece", default=DEFAULT_EOD, show_default=True, help="The end-of-document piece.")
-@click.option("--allow-user-defined", is_flag=True, help="Accept control pieces that are not control symbols.")
-@click.option("--text-key", default="text", show_default=True, help="The key of the marked-up text.")
-@click.option("--messages-key", default="messages", show_default=True, help="The key of chat messages.")
-@click.option("--response-key", default="", help="A key holding the last reply of a chat (GAD: teacher_response).")
+@click.option(
+    "--append-eod/--no-append-eod",
+    default=True,
+    show_default=True,
+    help="End each document with EOD.",
+)
+@click.option(
+    "--eod", "eod_piece", default=DEFAULT_EOD, show_default=True, help="The end-of-document piece."
+)
+@click.option(
+    "--allow-user-defined", is_flag=True, help="Accept control pieces that are not control symbols."
+)
+@click.option(
+    "--text-key", default="text", show_default=True, help="The key of the marked-up text."
+)
+@click.option(
+    "--messages-key", default="messages", show_default=True, help="The key of chat messages."
+)
+@click.option(
+    "--response-key",
+    default="",
+    help="A key holding the last reply of a chat (GAD: teacher_response).",
+)
 @_choice(
     "--system",
     "error prepend",
-    "Chat system messages without a control token of their own: refuse, or put before the user's message.",
+    "Chat system messages without a control token of their own: refuse, or put before the user's"
+    " message.",
 )
-@click.option("--allow", multiple=True, type=click.Choice(list(ALLOWABLE)), metavar="KIND", help=_help_allow + ".")
+@click.option(
+    "--allow",
+    multiple=True,
+    type=click.Choice(list(ALLOWABLE)),
+    metavar="KIND",
+    help=_help_allow + ".",
+)
 @_choice("--on-error", "fail skip", "Bad records: stop, or write them to P.rejects.jsonl.")
 @click.option("--max-errors", default=0, show_default=True, help="How many records may be skipped.")
 @click.option(
@@ -78,9 +127,20 @@ _help_allow = "Accept what is an error otherwise: " + "; ".join(f"{kind} ({what}
 @click.option("--site", help="The site profile: its CPU partition, limits and container.")
 @click.option("--partition", help="The partition [default: the site's CPU partition].")
 @click.option("--account", help="The Slurm account.")
-@click.option("--time", "time_s", callback=_time, help="Time limit of a task [default: from the size of the data].")
-@click.option("--container", type=click.Path(), help="Image in which the tasks run, as the site's profile says.")
-@click.option("--processes", type=int, help="Local processes [default: --tasks, at most the cores].")
+@click.option(
+    "--time",
+    "time_s",
+    callback=_time,
+    help="Time limit of a task [default: from the size of the data].",
+)
+@click.option(
+    "--container",
+    type=click.Path(),
+    help="Image in which the tasks run, as the site's profile says.",
+)
+@click.option(
+    "--processes", type=int, help="Local processes [default: --tasks, at most the cores]."
+)
 @click.option("--no-wait", is_flag=True, help="Return once the jobs are queued.")
 @click.option("--keep-shards", is_flag=True, help="Keep P.tokenize/ whole after the merge.")
 @click.option("--force", is_flag=True, help="Replace another dataset of that name.")
@@ -92,7 +152,8 @@ _help_allow = "Accept what is an error otherwise: " + "; ".join(f"{kind} ({what}
 @common.dry_run
 @common.as_json
 def command(**options: Any) -> None:
-    """Turn JSONL dialogues into a Megatron/NeoX dataset, byte for byte as preprocess_sft.py does, as a resumable array.
+    """Turn JSONL dialogues into a Megatron/NeoX dataset, byte for byte as preprocess_sft.py does,
+    as a resumable array.
 
     \b
     hpctrain tokenize data.jsonl --tokenizer model.model --output-prefix P --tasks 32 --site lumi --account project_465000000
@@ -111,7 +172,9 @@ def command(**options: Any) -> None:
             return
     else:
         with present.Watcher() as watcher:
-            outcome = tokenize(request, how, terminal.info, lambda note: terminal.problems([note]), watcher)
+            outcome = tokenize(
+                request, how, terminal.info, lambda note: terminal.problems([note]), watcher
+            )
     if options["as_json"]:
         terminal.data_json(**present.outcome_json(outcome))
     else:
@@ -132,7 +195,9 @@ def _parse(options: dict[str, Any]) -> tuple[Any, Any]:
         return kind(**{name: options[name] for name in names}, **more)
 
     request = named(Request, options=named(Options, form=named(RecordForm)))
-    options.update(engine="local" if options["local"] else options["engine"], wait=not options["no_wait"])
+    options.update(
+        engine="local" if options["local"] else options["engine"], wait=not options["no_wait"]
+    )
     return request, named(How)
 
 
@@ -152,7 +217,11 @@ def _rehearse(request: Any, how: Any, as_json: bool) -> None:
         for line in tokens.lines(outcome):
             terminal.data(line)
     terminal.problems(outcome.problems)
-    terminal.next_step("the same command without --rehearse, at the site" if outcome.ok else "the same command again")
+    terminal.next_step(
+        "the same command without --rehearse, at the site"
+        if outcome.ok
+        else "the same command again"
+    )
     if not outcome.ok:
         raise click.exceptions.Exit(errors.NO)
 
@@ -165,7 +234,9 @@ def _on_mpi(request: Any, how: Any) -> Any:
     except (ImportError, RuntimeError):
         raise errors.missing_package("mpi4py", "mpi") from None
     try:
-        return tokenize_mpi(request, how, MPI.COMM_WORLD, terminal.info, lambda note: terminal.problems([note]))
+        return tokenize_mpi(
+            request, how, MPI.COMM_WORLD, terminal.info, lambda note: terminal.problems([note])
+        )
     except errors.HpctrainError:
         raise  # told by rank 0 alone, when no rank waits for another
     except BaseException:

@@ -8,14 +8,21 @@ from hpctrain.cli import common
 
 @click.command()
 @click.argument("target", nargs=-1, type=click.Path(), metavar="[RUN_OR_LOG]...")
-@click.option("-f", "--follow", is_flag=True, help="Go on looking; end when the run does or a rule turns RED.")
-@click.option("--threshold", "thresholds", multiple=True, metavar="NAME=VALUE", help="Judge by another limit.")
+@click.option(
+    "-f", "--follow", is_flag=True, help="Go on looking; end when the run does or a rule turns RED."
+)
+@click.option(
+    "--threshold", "thresholds", multiple=True, metavar="NAME=VALUE", help="Judge by another limit."
+)
 @common.as_json
-def command(target: tuple[str, ...], follow: bool, thresholds: tuple[str, ...], as_json: bool) -> None:
-    """Say what the logs of a run tell: GREEN, RED or NOT OBSERVED per rule, the causing line, and what to do next.
+def command(
+    target: tuple[str, ...], follow: bool, thresholds: tuple[str, ...], as_json: bool
+) -> None:
+    """Say what the logs of a run tell: GREEN, RED or NOT OBSERVED per rule, the causing line, and
+    what to do next.
 
-    A target is a run directory, a run's name, a job id, or any log files, whoever wrote them; none means the runs here.
-    Exits 0 when GREEN, 1 when RED, 8 when there is nothing to judge yet.
+    A target is a run directory, a run's name, a job id, or any log files, whoever wrote them; none
+    means the runs here. Exits 0 when GREEN, 1 when RED, 8 when there is nothing to judge yet.
 
     \b
     hpctrain triage runs/ft_latest_7

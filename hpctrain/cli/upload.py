@@ -12,23 +12,54 @@ from hpctrain.cli import common, complete
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(), metavar="FILE...")
 @click.option(
-    "--to", metavar="PATH", help="The folder there [default: that of the run's data, or the site's for data]."
+    "--to",
+    metavar="PATH",
+    help="The folder there [default: that of the run's data, or the site's for data].",
 )
 @click.option(
-    "--run", "run_yaml", type=click.Path(), metavar="RUN_YAML", help="The run [default: ./run.yaml when there is one]."
+    "--run",
+    "run_yaml",
+    type=click.Path(),
+    metavar="RUN_YAML",
+    help="The run [default: ./run.yaml when there is one].",
 )
-@click.option("--site", "site_name", metavar="S", shell_complete=complete.sites, help="The site [default: the run's].")
-@click.option("--account", metavar="A", help="The account in the site's paths [default: the run's].")
+@click.option(
+    "--site",
+    "site_name",
+    metavar="S",
+    shell_complete=complete.sites,
+    help="The site [default: the run's].",
+)
+@click.option(
+    "--account", metavar="A", help="The account in the site's paths [default: the run's]."
+)
 @click.option("--user", metavar="U", help="Your user name there.")
 @click.option("--host", metavar="H", help="The login host [default: the site's].")
 @click.option("--key", metavar="FILE", type=click.Path(), help="The ssh key.")
 @click.option(
-    "--ssh", default="ssh", show_default=True, metavar="COMMAND", help="How to connect, e.g. 'ssh -J jump.example.org'."
+    "--ssh",
+    default="ssh",
+    show_default=True,
+    metavar="COMMAND",
+    help="How to connect, e.g. 'ssh -J jump.example.org'.",
 )
-@click.option("--force", is_flag=True, help="Replace files of other content that are there already.")
+@click.option(
+    "--force", is_flag=True, help="Replace files of other content that are there already."
+)
 @common.dry_run
-def command(files: tuple[str, ...], to: str | None, run_yaml: str | None, site_name: str | None, account: str | None, user: str | None,
-            host: str | None, key: str | None, ssh: str, force: bool, dry_run: bool) -> None:  # fmt: skip
+def command(
+    files: tuple[str, ...],
+    to: str | None,
+    run_yaml: str | None,
+    site_name: str | None,
+    account: str | None,
+    user: str | None,
+    host: str | None,
+    key: str | None,
+    ssh: str,
+    force: bool,
+    dry_run: bool,
+) -> None:
     """Send files or folders to the site with rsync: resumable, and compared by checksum afterwards.
 
     \b

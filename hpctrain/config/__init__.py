@@ -1,1 +1,2 @@
-"""The documents people write (run, site, recipe, pipeline, trainers), read with positions and checked."""
+"""The documents people write (run, site, recipe, pipeline, trainers), read with positions and
+checked."""

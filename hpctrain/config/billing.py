@@ -1,4 +1,5 @@
-"""Arithmetic of a run: what it is billed, how often it should save, how many links it needs. Pure."""
+"""Arithmetic of a run: what it is billed, how often it should save, how many links it needs.
+Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from dataclasses import dataclass
 
 from hpctrain.config.site import Partition
 
-# Failures per 1000 node-days. Meta RSC-1, 16k A100 over 11 months (arXiv 2410.21680): 6.5; RSC-2: 2.34.
+# Failures per 1000 node-days. Meta RSC-1, 16k A100 over 11 months (arXiv 2410.21680): 6.5; RSC-2:
+# 2.34.
 FAILURES_PER_1000_NODE_DAYS = 6.5
 
 
@@ -22,25 +24,42 @@ class Cost:
     formula: str
 
 
-def cost(partition: Partition | None, num_nodes: int, cores_per_node: int, memory_gib_per_node: float,
-         gpus_per_node: int, time_s: int) -> Cost:  # fmt: skip
-    """The bill of one job. `gpu_hours` counts GPUs as Slurm does; `billed` is in the site's unit, None when unknown."""
+def cost(
+    partition: Partition | None,
+    num_nodes: int,
+    cores_per_node: int,
+    memory_gib_per_node: float,
+    gpus_per_node: int,
+    time_s: int,
+) -> Cost:
+    """The bill of one job. `gpu_hours` counts GPUs as Slurm does; `billed` is in the site's unit,
+    None when unknown."""
     hours = time_s / 3600
     node_hours, gpu_hours = num_nodes * hours, num_nodes * gpus_per_node * hours
     billing = partition.billing if partition else None
     if not billing:
-        return Cost(node_hours, gpu_hours, None, "", "the profile does not say how this partition is billed")
+        return Cost(
+            node_hours, gpu_hours, None, "", "the profile does not say how this partition is billed"
+        )
     unit = billing["unit"]
     if billing["per_node_hour"] is not None:
         rate = billing["per_node_hour"]
-        return Cost(node_hours, gpu_hours, rate * node_hours, unit, f"{rate:g} x {num_nodes} nodes x {hours:g} h")
+        return Cost(
+            node_hours,
+            gpu_hours,
+            rate * node_hours,
+            unit,
+            f"{rate:g} x {num_nodes} nodes x {hours:g} h",
+        )
     size = billing["slice"]
     used = {"cores": cores_per_node, "memory_gib": memory_gib_per_node, "gpus": gpus_per_node}
     slices = {key: math.ceil(used[key] / size[key]) for key in used if size.get(key)}
     largest = max(slices, key=lambda key: slices[key]) if slices else "nodes"
     per_node = slices.get(largest, 1)
     rate = billing["per_slice_hour"]
-    formula = f"{rate:g} x {num_nodes} nodes x {per_node} slices a node (by {largest}) x {hours:g} h"
+    formula = (
+        f"{rate:g} x {num_nodes} nodes x {per_node} slices a node (by {largest}) x {hours:g} h"
+    )
     return Cost(node_hours, gpu_hours, rate * num_nodes * per_node * hours, unit, formula)
 
 
@@ -54,11 +73,18 @@ def young_daly_s(save_time_s: float, mttf_s: float) -> float:
     return math.sqrt(2 * save_time_s * mttf_s)
 
 
-def links_needed(iterations: int, step_time_s: float, save_every: int | None, time_s: int, lead_s: int = 0,
-                 saves_on_signal: bool = False) -> int | None:  # fmt: skip
+def links_needed(
+    iterations: int,
+    step_time_s: float,
+    save_every: int | None,
+    time_s: int,
+    lead_s: int = 0,
+    saves_on_signal: bool = False,
+) -> int | None:
     """Links of `time_s` until `iterations` are saved; None when a link never reaches a checkpoint.
 
-    A link keeps what it saved: whole multiples of `save_every`, or all it did where it saves on the signal.
+    A link keeps what it saved: whole multiples of `save_every`, or all it did where it saves on the
+    signal.
     """
     per_link = int(max(time_s - lead_s, 0) / step_time_s)
     kept = per_link if saves_on_signal or not save_every else per_link // save_every * save_every

@@ -1,4 +1,5 @@
-"""The command lines around a run's own program: the container's argv and srun's options. Pure builders."""
+"""The command lines around a run's own program: the container's argv and srun's options. Pure
+builders."""
 
 from __future__ import annotations
 
@@ -26,8 +27,11 @@ def container_argv(site: Site, image: str, binds: Sequence[str]) -> list[str]:
     return argv
 
 
-def bind_list(site: Site, extra: Sequence[str], needed: Sequence[tuple[str, str]]) -> tuple[list[str], list[Decision]]:
-    """The site's binds, the run's own, and one for each needed (what, path) that none of them covers, with reasons."""
+def bind_list(
+    site: Site, extra: Sequence[str], needed: Sequence[tuple[str, str]]
+) -> tuple[list[str], list[Decision]]:
+    """The site's binds, the run's own, and one for each needed (what, path) that none of them
+    covers, with reasons."""
     binds = list(dict.fromkeys([*site.values["container"]["binds"], *extra]))
     decisions = [
         Decision(
@@ -41,16 +45,25 @@ def bind_list(site: Site, extra: Sequence[str], needed: Sequence[tuple[str, str]
         covered = [*(bind.split(":")[0] for bind in binds), *_MOUNTED_BY_DEFAULT]
         if not any(path == known or path.startswith(known.rstrip("/") + "/") for known in covered):
             binds.append(path)
-            decisions.append(Decision("container.binds", path, f"the {what} lies outside the site's binds"))
+            decisions.append(
+                Decision("container.binds", path, f"the {what} lies outside the site's binds")
+            )
     return binds, decisions
 
 
-def cpu_bind(node: NodeType, tasks_per_node: int, cpus_per_task: int, whole_node: bool) -> tuple[str, str] | None:
-    """The site's --cpu-bind value and its reason, when it publishes one for this shape on whole nodes."""
+def cpu_bind(
+    node: NodeType, tasks_per_node: int, cpus_per_task: int, whole_node: bool
+) -> tuple[str, str] | None:
+    """The site's --cpu-bind value and its reason, when it publishes one for this shape on whole
+    nodes."""
     if not whole_node or not node.gpus or tasks_per_node != node.gpus:
         return None
     mask = node.cpu_bind.get(cpus_per_task)
-    return (mask, f"each task on the {cpus_per_task} cores next to its GPU, as the site publishes") if mask else None
+    return (
+        (mask, f"each task on the {cpus_per_task} cores next to its GPU, as the site publishes")
+        if mask
+        else None
+    )
 
 
 def parent_folder(path: str) -> str:

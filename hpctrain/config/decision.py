@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Decision:
-    """One decided value: `name` (dotted), `value`, why, and where it comes from (file:line:column, or a module's rule)."""
+    """One decided value: `name` (dotted), `value`, why, and where it comes from (file:line:column,
+    or a module's rule)."""
 
     name: str
     value: Any

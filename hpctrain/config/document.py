@@ -1,4 +1,5 @@
-"""YAML with file:line:column for every value; duplicate keys refused; layers merge and keep where each value came from."""
+"""YAML with file:line:column for every value; duplicate keys refused; layers merge and keep where
+each value came from."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Origin:
     file: str
     line: int = 0
     column: int = 0
-    written: str = field(default="", compare=False)  # a plain scalar as it stands there: `yes`, where the value is True
+    # a plain scalar as it stands there: `yes`, where the value is True
+    written: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
@@ -41,7 +43,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class Document:
-    """Plain data, and the origin of each value (`origins`) and each key (`key_origins`) by its path."""
+    """Plain data, and the origin of each value (`origins`) and each key (`key_origins`) by its
+    path."""
 
     data: Any
     origins: dict[Path, Origin] = field(default_factory=dict)
@@ -75,7 +78,8 @@ class Document:
         return node
 
     def section(self, *path: Any) -> Document:
-        """The mapping at `path` with its positions, as a document of its own; empty where there is none."""
+        """The mapping at `path` with its positions, as a document of its own; empty where there is
+        none."""
         data, depth = self.get(*path), len(path)
 
         def below(origins: Mapping[Path, Origin]) -> dict[Path, Origin]:
@@ -92,13 +96,18 @@ class Document:
 def load_yaml(path: str | os.PathLike[str], name: str = "") -> Document:
     """Read a YAML file; `name` is what messages call it (default: the path as given).
 
-    Raises UsageError with every duplicate key, or the syntax error; EnvironmentFault when it cannot be read.
+    Raises UsageError with every duplicate key, or the syntax error; EnvironmentFault when it cannot
+    be read.
     """
     name = name or str(path)
     try:
         # Not opened before it is looked at: opening a FIFO waits for a writer.
         if not (stat.S_ISREG(os.stat(path).st_mode) or os.path.isdir(path)):
-            raise UsageError("not a plain file", where=name, hint="write it to a file, which is kept with the run")
+            raise UsageError(
+                "not a plain file",
+                where=name,
+                hint="write it to a file, which is kept with the run",
+            )
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
@@ -109,7 +118,9 @@ def load_yaml(path: str | os.PathLike[str], name: str = "") -> Document:
 def parse_yaml(raw: bytes | str, name: str) -> Document:
     """Like `load_yaml`, from text."""
     if len(raw) > MAX_BYTES:
-        raise UsageError(f"larger than {MAX_BYTES // 1024**2} MiB, which is no configuration file", where=name)
+        raise UsageError(
+            f"larger than {MAX_BYTES // 1024**2} MiB, which is no configuration file", where=name
+        )
     text = raw
     if isinstance(raw, bytes):
         try:
@@ -117,7 +128,9 @@ def parse_yaml(raw: bytes | str, name: str) -> Document:
         except UnicodeDecodeError as error:
             line = raw.count(b"\n", 0, error.start) + 1
             raise UsageError(
-                "not UTF-8 text", where=f"{name}:{line}:1", why=f"byte {error.start} is {raw[error.start]:#04x}"
+                "not UTF-8 text",
+                where=f"{name}:{line}:1",
+                why=f"byte {error.start} is {raw[error.start]:#04x}",
             ) from error
     try:
         loader = _Loader(text)
@@ -131,9 +144,12 @@ def parse_yaml(raw: bytes | str, name: str) -> Document:
         detail = " ".join(filter(None, [error.context, error.problem]))
         raise UsageError(f"not valid YAML: {detail}", where=where) from error
     except yaml.reader.ReaderError as error:
-        line = str(text).count("\n", 0, error.position) + 1 if isinstance(error.position, int) else 0
+        line = (
+            str(text).count("\n", 0, error.position) + 1 if isinstance(error.position, int) else 0
+        )
         raise UsageError(
-            f"not valid YAML: character {error.character!r} is not allowed", where=f"{name}:{line}" if line else name
+            f"not valid YAML: character {error.character!r} is not allowed",
+            where=f"{name}:{line}" if line else name,
         ) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(f"not valid YAML: {error}", where=name) from error
@@ -145,12 +161,14 @@ def parse_yaml(raw: bytes | str, name: str) -> Document:
 
 
 def looks_like_float(value: object) -> bool:
-    """Whether a string is a number in scientific notation that YAML 1.1 did not take for one (`8e-6`)."""
+    """Whether a string is a number in scientific notation that YAML 1.1 did not take for one
+    (`8e-6`)."""
     return isinstance(value, str) and bool(_FLOAT_WITHOUT_DOT.match(value))
 
 
 def merge(layers: Sequence[Document]) -> Document:
-    """One document from layers, last wins: mappings merge key by key, everything else is replaced whole."""
+    """One document from layers, last wins: mappings merge key by key, everything else is replaced
+    whole."""
     if len(layers) == 1:
         return layers[0]
     data: Any = {}
@@ -164,7 +182,8 @@ def merge(layers: Sequence[Document]) -> Document:
 
 
 def parse_set(assignments: Sequence[str]) -> Document:
-    """The layer of `--set key.path=value` options; values are YAML. Raises UsageError for every bad one."""
+    """The layer of `--set key.path=value` options; values are YAML. Raises UsageError for every bad
+    one."""
     data: dict[str, Any] = {}
     origins: dict[Path, Origin] = {}
     key_origins: dict[Path, Origin] = {}
@@ -174,7 +193,10 @@ def parse_set(assignments: Sequence[str]) -> Document:
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
             problems.append(
-                Problem(f"`--set {text}` is not `key.path=value`", hint="for example --set config.train_iters=500")
+                Problem(
+                    f"`--set {text}` is not `key.path=value`",
+                    hint="for example --set config.train_iters=500",
+                )
             )
             continue
         name = f"--set {key.strip()}"
@@ -204,13 +226,24 @@ def parse_set(assignments: Sequence[str]) -> Document:
 def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Every value in a tree with its path, parents first."""
     yield path, value
-    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items: Any = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, child in items:
         yield from walk(child, (*path, key))
 
 
 def _merge_value(
-    base: Any, new: Any, path: Path, layer: Document, origins: dict[Path, Origin], key_origins: dict[Path, Origin]
+    base: Any,
+    new: Any,
+    path: Path,
+    layer: Document,
+    origins: dict[Path, Origin],
+    key_origins: dict[Path, Origin],
 ) -> Any:
     if isinstance(base, dict) and isinstance(new, dict):
         merged = dict(base)
@@ -220,7 +253,9 @@ def _merge_value(
             child = (*path, key)
             if child in layer.key_origins:
                 key_origins[child] = layer.key_origins[child]
-            merged[key] = _merge_value(merged.get(key, _ABSENT), value, child, layer, origins, key_origins)
+            merged[key] = _merge_value(
+                merged.get(key, _ABSENT), value, child, layer, origins, key_origins
+            )
         return merged
     if base is not _ABSENT:
         for known in [known for known in origins if known[: len(path)] == path]:
@@ -246,20 +281,32 @@ class _Builder:
     def build(self, node: Any, path: Path, depth: int, parents: frozenset[int]) -> Any:
         origin = self._origin(node)
         self.origins[path] = (
-            dataclasses.replace(origin, written=node.value) if isinstance(node, yaml.ScalarNode) else origin
+            dataclasses.replace(origin, written=node.value)
+            if isinstance(node, yaml.ScalarNode)
+            else origin
         )
         if id(node) in parents or depth > MAX_DEPTH:
-            raise UsageError("nested too deeply, or an alias that contains itself", where=str(origin))
+            raise UsageError(
+                "nested too deeply, or an alias that contains itself", where=str(origin)
+            )
         if len(self.origins) > MAX_VALUES:
-            raise UsageError(f"more than {MAX_VALUES} values, aliases counted wherever they stand", where=str(origin))
+            raise UsageError(
+                f"more than {MAX_VALUES} values, aliases counted wherever they stand",
+                where=str(origin),
+            )
         parents = parents | {id(node)}
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path, depth, parents)
         if isinstance(node, yaml.SequenceNode):
-            return [self.build(child, (*path, index), depth + 1, parents) for index, child in enumerate(node.value)]
+            return [
+                self.build(child, (*path, index), depth + 1, parents)
+                for index, child in enumerate(node.value)
+            ]
         return self._scalar(node, origin)
 
-    def _mapping(self, node: Any, path: Path, depth: int, parents: frozenset[int]) -> dict[Any, Any]:
+    def _mapping(
+        self, node: Any, path: Path, depth: int, parents: frozenset[int]
+    ) -> dict[Any, Any]:
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
             # `<<: *anchor`: let PyYAML flatten it; keys written here win over merged ones.
             own = {key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
@@ -268,17 +315,29 @@ class _Builder:
             except yaml.constructor.ConstructorError as error:
                 mark = error.problem_mark or node.start_mark
                 origin = Origin(self.name, mark.line + 1, mark.column + 1)
-                self.problems.append(Problem(f"`<<` cannot merge this: {error.problem}", where=str(origin)))
+                self.problems.append(
+                    Problem(f"`<<` cannot merge this: {error.problem}", where=str(origin))
+                )
                 return {}
             except RecursionError:
-                self.problems.append(Problem("`<<` merges a mapping into itself", where=str(self._origin(node))))
+                self.problems.append(
+                    Problem("`<<` merges a mapping into itself", where=str(self._origin(node)))
+                )
                 return {}
             node.value = _without_overridden(node.value, own)
         out: dict[Any, Any] = {}
         for key_node, value_node in node.value:
-            key = self._scalar(key_node, self._origin(key_node)) if isinstance(key_node, yaml.ScalarNode) else None
-            if not isinstance(key_node, yaml.ScalarNode) or not isinstance(key, (str, int, float, bool)):
-                self.problems.append(Problem("a key must be plain text", where=str(self._origin(key_node))))
+            key = (
+                self._scalar(key_node, self._origin(key_node))
+                if isinstance(key_node, yaml.ScalarNode)
+                else None
+            )
+            if not isinstance(key_node, yaml.ScalarNode) or not isinstance(
+                key, (str, int, float, bool)
+            ):
+                self.problems.append(
+                    Problem("a key must be plain text", where=str(self._origin(key_node)))
+                )
                 continue
             if key in out:
                 first = self.key_origins[path + (key,)]
@@ -298,24 +357,39 @@ class _Builder:
     def _scalar(self, node: Any, origin: Origin) -> Any:
         if not node.tag.startswith("tag:yaml.org,2002:"):
             self.problems.append(
-                Problem(f"tag `{node.tag}` is not allowed", where=str(origin), hint="plain YAML values only")
+                Problem(
+                    f"tag `{node.tag}` is not allowed",
+                    where=str(origin),
+                    hint="plain YAML values only",
+                )
             )
             return None
         if node.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:timestamp"):
             return node.value  # a date is text here
         if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ":" in node.value:
-            return node.value  # YAML 1.1 would read the duration 20:00:00 as the base-60 number 72000
+            # YAML 1.1 would read the duration 20:00:00 as the base-60 number 72000
+            return node.value
         if node.tag == "tag:yaml.org,2002:int" and _OCTAL.fullmatch(node.value):
-            plain, octal = int(node.value.replace("_", "")), self._constructor.construct_object(node)
+            plain, octal = (
+                int(node.value.replace("_", "")),
+                self._constructor.construct_object(node),
+            )
             if plain != octal:
-                why = f"a leading zero makes it the octal number {octal} in YAML 1.1, and {plain} in YAML 1.2"
+                why = (
+                    f"a leading zero makes it the octal number {octal} in YAML 1.1, and {plain} in"
+                    " YAML 1.2"
+                )
                 hint = f"write {plain}, or quote it where text is meant"
-                self.problems.append(Problem(f"`{node.value[:60]}` is ambiguous", str(origin), why, hint))
+                self.problems.append(
+                    Problem(f"`{node.value[:60]}` is ambiguous", str(origin), why, hint)
+                )
             return octal
         try:
             return self._constructor.construct_object(node, deep=True)
         except (yaml.YAMLError, ValueError, OverflowError) as error:
-            self.problems.append(Problem(f"cannot read `{node.value[:60]}`: {error}", where=str(origin)))
+            self.problems.append(
+                Problem(f"cannot read `{node.value[:60]}`: {error}", where=str(origin))
+            )
             return None
 
     def _origin(self, node: Any) -> Origin:
@@ -323,7 +397,8 @@ class _Builder:
 
 
 def _without_overridden(pairs: list[Any], own: set[str]) -> list[Any]:
-    """Merged pairs stand first: those whose key the mapping itself has, and so has again later, go."""
+    """Merged pairs stand first: those whose key the mapping itself has, and so has again later,
+    go."""
     kept, later = [], set()
     for key, value in reversed(pairs):
         text = key.value if isinstance(key, yaml.ScalarNode) else None

@@ -1,4 +1,5 @@
-"""Fields declared once: checked with positions and did-you-mean, and turned into JSON Schema for editors."""
+"""Fields declared once: checked with positions and did-you-mean, and turned into JSON Schema for
+editors."""
 
 from __future__ import annotations
 
@@ -41,15 +42,29 @@ class Field:
     """One declared field.
 
     `kind`: text, path, int, number, bool, time (checked value: seconds), memory (GiB), scalar, any,
-    list (of `items`), map (free keys matching `keys`, values `items`), table (the fields in `fields`).
-    `pattern` must match the whole text and is explained by `shape`. `multiline` allows newlines and tabs.
-    A `switch` is a table that may also be written `true` (all its defaults) or `false` (None, as when it is absent).
+    list (of `items`), map (free keys matching `keys`, values `items`), table (the fields in
+    `fields`). `pattern` must match the whole text and is explained by `shape`. `multiline` allows
+    newlines and tabs. A `switch` is a table that may also be written `true` (all its defaults) or
+    `false` (None, as when it is absent).
     """
 
     __slots__ = (
-        "choices", "default", "doc", "fields", "items", "keys", "kind", "maximum", "minimum", "multiline",
-        "nullable", "pattern", "required", "shape", "switch",
-    )  # fmt: skip
+        "choices",
+        "default",
+        "doc",
+        "fields",
+        "items",
+        "keys",
+        "kind",
+        "maximum",
+        "minimum",
+        "multiline",
+        "nullable",
+        "pattern",
+        "required",
+        "shape",
+        "switch",
+    )
 
     def __init__(
         self,
@@ -72,12 +87,21 @@ class Field:
     ) -> None:
         self.kind, self.doc, self.required, self.default = kind, doc, required, default
         self.choices, self.pattern, self.shape = choices, pattern, shape
-        self.minimum, self.maximum, self.items, self.fields, self.keys = minimum, maximum, items, fields, keys
+        self.minimum, self.maximum, self.items, self.fields, self.keys = (
+            minimum,
+            maximum,
+            items,
+            fields,
+            keys,
+        )
         self.multiline, self.nullable, self.switch = multiline, nullable, switch
 
 
-def check(document: Document, fields: Mapping[str, Field], path: Path = ()) -> tuple[dict[str, Any], list[Problem]]:
-    """The checked values of a mapping at `path` (absent ones get their default), and every problem found."""
+def check(
+    document: Document, fields: Mapping[str, Field], path: Path = ()
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The checked values of a mapping at `path` (absent ones get their default), and every problem
+    found."""
     problems: list[Problem] = []
     values = _table(document, document.get(*path, default={}), fields, path, problems)
     return values, problems
@@ -96,7 +120,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def countable(value: int | float) -> bool:
-    """Whether one can calculate with a number: neither NaN nor infinite, and no integer of more than 64 bits."""
+    """Whether one can calculate with a number: neither NaN nor infinite, and no integer of more
+    than 64 bits."""
     return abs(value) < MAX_INTEGER if isinstance(value, int) else math.isfinite(value)
 
 
@@ -129,7 +154,11 @@ def _table(
             values[key] = _value(document, node[key], field, (*path, key), problems)
         elif field.required:
             problems.append(
-                Problem(f"`{_dotted((*path, key))}` is missing", where=document.where(*path), why=field.doc)
+                Problem(
+                    f"`{_dotted((*path, key))}` is missing",
+                    where=document.where(*path),
+                    why=field.doc,
+                )
             )
             values[key] = field.default
         else:
@@ -147,7 +176,9 @@ def _default(field: Field) -> Any:
     return {"list": [], "map": {}, "table": {}}.get(field.kind)
 
 
-def _value(document: Document, value: Any, field: Field, path: Path, problems: list[Problem]) -> Any:
+def _value(
+    document: Document, value: Any, field: Field, path: Path, problems: list[Problem]
+) -> Any:
     count = len(problems)
     out = _typed(document, value, field, path, problems)
     if len(problems) > count or out is None:
@@ -159,7 +190,8 @@ def _value(document: Document, value: Any, field: Field, path: Path, problems: l
             bad = f"is longer than {MAX_PATH_BYTES} bytes, the longest path there is"
         if bad:
             problems.append(Problem(f"`{_dotted(path)}` {bad}", where=document.where(*path)))
-            return printable(out)[:100]  # what is found with it further on is worth telling; the text itself is not
+            # what is found with it further on is worth telling; the text itself is not
+            return printable(out)[:100]
         if not out and field.required:
             what = "is empty"
         elif field.choices and out not in field.choices:
@@ -176,29 +208,48 @@ def _value(document: Document, value: Any, field: Field, path: Path, problems: l
             what = f"is more than {field.maximum:g}"
     if what:
         problems.append(
-            Problem(f"`{_dotted(path)}: {_written(document, value, path)}` {what}", document.where(*path), why, hint)
+            Problem(
+                f"`{_dotted(path)}: {_written(document, value, path)}` {what}",
+                document.where(*path),
+                why,
+                hint,
+            )
         )
         if isinstance(out, (int, float)) and field.default is not None:
-            return field.default  # what follows from a number that cannot be is not worth a second error
+            # what follows from a number that cannot be is not worth a second error
+            return field.default
     return out
 
 
-def _typed(document: Document, value: Any, field: Field, path: Path, problems: list[Problem]) -> Any:
+def _typed(
+    document: Document, value: Any, field: Field, path: Path, problems: list[Problem]
+) -> Any:
     kind = field.kind
     if kind == "any":
         return value
     if kind == "table" and field.switch and not isinstance(value, dict):
         if not isinstance(value, bool):
             problems.append(_wrong_type(document, value, path, "true, false or a mapping"))
-        return {key: _default(sub) for key, sub in (field.fields or {}).items()} if value is True else None
+        return (
+            {key: _default(sub) for key, sub in (field.fields or {}).items()}
+            if value is True
+            else None
+        )
     if kind == "table":
         return _table(document, value, field.fields or {}, path, problems)
     if kind == "list":
         if not isinstance(value, list):
-            problems.append(_wrong_type(document, value, path, "a list", hint="write [a, b], or one `- item` a line"))
+            problems.append(
+                _wrong_type(
+                    document, value, path, "a list", hint="write [a, b], or one `- item` a line"
+                )
+            )
             return []
         assert field.items
-        return [_value(document, item, field.items, (*path, index), problems) for index, item in enumerate(value)]
+        return [
+            _value(document, item, field.items, (*path, index), problems)
+            for index, item in enumerate(value)
+        ]
     if kind == "map":
         return _map(document, value, field, path, problems)
     if kind in ("time", "memory"):
@@ -207,7 +258,8 @@ def _typed(document: Document, value: Any, field: Field, path: Path, problems: l
                 raise ValueError("it is empty")
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
                 raise ValueError(
-                    f"`{_short(value)}` is not {'a duration' if kind == 'time' else 'an amount of memory'}"
+                    f"`{_short(value)}` is not"
+                    f" {'a duration' if kind == 'time' else 'an amount of memory'}"
                 )
             return units.parse_time_s(value) if kind == "time" else units.parse_mem_gib(value)  # type: ignore[arg-type]
         except ValueError as error:
@@ -234,7 +286,9 @@ def _typed(document: Document, value: Any, field: Field, path: Path, problems: l
     return field.default
 
 
-def _map(document: Document, value: Any, field: Field, path: Path, problems: list[Problem]) -> dict[Any, Any]:
+def _map(
+    document: Document, value: Any, field: Field, path: Path, problems: list[Problem]
+) -> dict[Any, Any]:
     if not isinstance(value, dict):
         problems.append(_wrong_type(document, value, path, "a mapping"))
         return {}

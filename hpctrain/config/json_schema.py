@@ -1,7 +1,8 @@
-"""JSON Schemas of run.yaml, pipeline.yaml and site profiles, so that editors complete and check them while one types.
+"""JSON Schemas of run.yaml, pipeline.yaml and site profiles, so that editors complete and check
+them while one types.
 
-Made from the same declared fields that hpctrain checks with, plus the options of the shipped recipes. The files under
-`hpctrain/config/schemas/` are these, written out; a test holds them equal.
+Made from the same declared fields that hpctrain checks with, plus the options of the shipped
+recipes. The files under `hpctrain/config/schemas/` are these, written out; a test holds them equal.
 """
 
 from __future__ import annotations
@@ -20,16 +21,21 @@ FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "schemas")
 
 
 def schema_text(kind: str, shipped_only: bool = False) -> str:
-    """The schema of `run`, `pipeline` or `site` as JSON text; that of runs knows the options of every recipe there is."""
+    """The schema of `run`, `pipeline` or `site` as JSON text; that of runs knows the options of
+    every recipe there is."""
     if kind == "pipeline":
-        schema = json_schema(pipeline.FIELDS, "hpctrain pipeline.yaml", "Runs that hand checkpoints or models on.")
+        schema = json_schema(
+            pipeline.FIELDS, "hpctrain pipeline.yaml", "Runs that hand checkpoints or models on."
+        )
     else:
         schema = _run_schema(shipped_only) if kind == "run" else _site_schema()
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def _run_schema(shipped_only: bool) -> dict[str, Any]:
-    schema = json_schema(run.FIELDS, "hpctrain run.yaml", "One training run: what trains, where, and how long.")
+    schema = json_schema(
+        run.FIELDS, "hpctrain run.yaml", "One training run: what trains, where, and how long."
+    )
     # These may also come from the user's config or the site's defaults.
     schema["required"] = ["name", "recipe"]
     choices = []
@@ -54,9 +60,12 @@ def _run_schema(shipped_only: bool) -> dict[str, Any]:
 
 
 def _site_schema() -> dict[str, Any]:
-    full = json_schema(site.FIELDS, "hpctrain site profile", "What hpctrain knows about one machine, as data.")
+    full = json_schema(
+        site.FIELDS, "hpctrain site profile", "What hpctrain knows about one machine, as data."
+    )
     head = {key: full.pop(key) for key in ("$schema", "title", "description")}
-    # A profile with `extends` is laid over another one, so that nothing but its name is required of it.
+    # A profile with `extends` is laid over another one, so that nothing but its name is required of
+    # it.
     partial = {**_without_required(full), "required": ["name"]}
     return {
         **head,

@@ -19,18 +19,23 @@ def summaries() -> list[dict[str, str]]:
             title = load_recipe(name).title
         except HpctrainError as error:
             problem = error.problems[0].what
-        found.append({"name": name, "layer": layer, "title": title, "path": folder, "problem": problem})
+        found.append(
+            {"name": name, "layer": layer, "title": title, "path": folder, "problem": problem}
+        )
     return found
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A recipe as plain data: its title, how it is started, the signal it saves on, and its options."""
+    """A recipe as plain data: its title, how it is started, the signal it saves on, and its
+    options."""
     recipe = load_recipe(name)
     signal = recipe.values["signal"]
     options = []
     for option, field in recipe.options.items():
         declared = recipe.values["options"][option]
-        default = "required" if field.required else "" if field.default is None else flow(field.default)
+        default = (
+            "required" if field.required else "" if field.default is None else flow(field.default)
+        )
         kind = f"list of {declared['items']}" if field.kind == "list" else field.kind
         options.append(
             {
@@ -47,10 +52,18 @@ def describe(name: str) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "title": recipe.title,
-        "tasks": {"per_gpu": "one per GPU", "per_node": "one per node, which starts the others"}.get(recipe.tasks, "as many as the run says"),
-        "signal": f"SIG{signal['name']}, {signal['lead_s']} s before the limit" if signal["name"] else "none",
+        "tasks": (
+            {"per_gpu": "one per GPU", "per_node": "one per node, which starts the others"}.get(
+                recipe.tasks, "as many as the run says"
+            )
+        ),
+        "signal": (
+            f"SIG{signal['name']}, {signal['lead_s']} s before the limit"
+            if signal["name"]
+            else "none"
+        ),
         "proven": recipe.values["proven"],
         "path": os.path.join(recipe.folder, "recipe.yaml"),
         "config": recipe.values["config"],
         "options": options,
-    }  # fmt: skip
+    }

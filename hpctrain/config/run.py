@@ -1,4 +1,5 @@
-"""run.yaml: the one file a person edits, read with its layers into a frozen RunSpec, all problems at once."""
+"""run.yaml: the one file a person edits, read with its layers into a frozen RunSpec, all problems
+at once."""
 
 from __future__ import annotations
 
@@ -16,28 +17,59 @@ from hpctrain.config.sbatch import check_options
 from hpctrain.config.site import ENV_NAME, NAME
 
 _SLURM_WORD = r"[A-Za-z0-9_][A-Za-z0-9_@.+-]{0,127}"
-# Set by hpctrain or by Slurm in every job; a value of the user's would break the rendezvous or the guard.
+# Set by hpctrain or by Slurm in every job; a value of the user's would break the rendezvous or the
+# guard.
 RESERVED_ENV = re.compile(
-    r"(SLURM|SBATCH|SRUN|HPCTRAIN|PMIX?)_.*|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT"
+    r"(SLURM|SBATCH|SRUN|HPCTRAIN|PMIX?)_.*|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE"
+    r"|MASTER_ADDR|MASTER_PORT"
     r"|NODE_RANK|BASH_ENV|ENV|SHELLOPTS|BASHOPTS|IFS|PATH_SEPARATOR"
 )
-SECRET_ENV = re.compile(r".*(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY).*", re.IGNORECASE)
+SECRET_ENV = re.compile(
+    r".*(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY).*", re.IGNORECASE
+)
 NOT_SECRET_ENV = re.compile(
     r"TOKENIZERS?_.*|.*_TOKENS?_PER_.*|.*MAX_TOKENS?.*|HF_TOKEN_PATH|.*_(FILE|PATH)", re.IGNORECASE
 )
 
 FIELDS: dict[str, Field] = {
-    "name": Field("text", "the run's name: its folder, its job name", required=True, pattern=NAME, shape="a name"),
+    "name": Field(
+        "text",
+        "the run's name: its folder, its job name",
+        required=True,
+        pattern=NAME,
+        shape="a name",
+    ),
     "site": Field("text", "a site profile's name, or a path to one", required=True),
-    "recipe": Field("text", "what trains: see `hpctrain recipe list`", required=True, pattern=NAME, shape="a recipe's name"),
-    "account": Field("text", "the Slurm account that pays", pattern=_SLURM_WORD, shape="a Slurm account"),
-    "partition": Field("text", "the Slurm partition; omitted: hpctrain picks one", pattern=_SLURM_WORD, shape="a partition"),
+    "recipe": Field(
+        "text",
+        "what trains: see `hpctrain recipe list`",
+        required=True,
+        pattern=NAME,
+        shape="a recipe's name",
+    ),
+    "account": Field(
+        "text", "the Slurm account that pays", pattern=_SLURM_WORD, shape="a Slurm account"
+    ),
+    "partition": Field(
+        "text",
+        "the Slurm partition; omitted: hpctrain picks one",
+        pattern=_SLURM_WORD,
+        shape="a partition",
+    ),
     "nodes": Field("int", "number of nodes", default=1, minimum=1, maximum=100_000),
     "time": Field("time", "wall time of one job: 20:00:00, 20h, 1-00:00:00", required=True),
-    "gpus_per_node": Field("int", "GPUs a node, when fewer than all (as Slurm counts them)", minimum=0, maximum=64),
-    "tasks_per_node": Field("int", "tasks a node, where the recipe leaves it open", minimum=1, maximum=4096),
+    "gpus_per_node": Field(
+        "int", "GPUs a node, when fewer than all (as Slurm counts them)", minimum=0, maximum=64
+    ),
+    "tasks_per_node": Field(
+        "int", "tasks a node, where the recipe leaves it open", minimum=1, maximum=4096
+    ),
     "container": Field("path", "the container image"),
-    "container_binds": Field("list", "more paths bound into it", items=Field("path", "src[:dst[:opts]]", pattern=r"[^,]+", shape="one path")),
+    "container_binds": Field(
+        "list",
+        "more paths bound into it",
+        items=Field("path", "src[:dst[:opts]]", pattern=r"[^,]+", shape="one path"),
+    ),
     "checkpoint": Field(
         "table",
         "where the run begins and saves",
@@ -50,7 +82,11 @@ FIELDS: dict[str, Field] = {
         "table",
         "the input data",
         fields={
-            key: Field("list", f"{what} data: prefixes of .bin/.idx pairs, or files", items=Field("path", "a prefix or file"))
+            key: Field(
+                "list",
+                f"{what} data: prefixes of .bin/.idx pairs, or files",
+                items=Field("path", "a prefix or file"),
+            )
             for key, what in (("train", "training"), ("valid", "validation"), ("test", "test"))
         },
     ),
@@ -59,8 +95,16 @@ FIELDS: dict[str, Field] = {
         "the chain of jobs",
         fields={
             "jobs": Field("int", "links queued at once", default=1, minimum=1, maximum=1000),
-            "give_up_after": Field("int", "links without a new checkpoint until it gives up", default=3, minimum=1, maximum=1000),
-            "after_each": Field("path", "a job script to run after each link that made a new checkpoint"),
+            "give_up_after": Field(
+                "int",
+                "links without a new checkpoint until it gives up",
+                default=3,
+                minimum=1,
+                maximum=1000,
+            ),
+            "after_each": Field(
+                "path", "a job script to run after each link that made a new checkpoint"
+            ),
         },
     ),
     "preflight": Field(
@@ -68,12 +112,36 @@ FIELDS: dict[str, Field] = {
         "look at the nodes as the job's first step: true, or a mapping",
         switch=True,
         fields={
-            "policy": Field("text", "what to do about bad nodes: warn, exclude (and requeue), stop; omitted: exclude where the job may be requeued, else warn",
-                            choices=("warn", "exclude", "stop")),
-            "slow_is_bad": Field("bool", "nodes at less than half of the others' speed count as bad", default=False),
-            "requeues": Field("int", "how often one job may put itself back for the sake of its nodes", default=3, minimum=1, maximum=20),
-            "limit_s": Field("int", "seconds after which the look is ended, and ranks that are not done count as bad", default=300, minimum=10, maximum=7200),
-            "mib": Field("int", "size of the blocks that ranks send each other", default=8, minimum=1, maximum=1024),
+            "policy": Field(
+                "text",
+                "what to do about bad nodes: warn, exclude (and requeue), stop; omitted: exclude"
+                " where the job may be requeued, else warn",
+                choices=("warn", "exclude", "stop"),
+            ),
+            "slow_is_bad": Field(
+                "bool", "nodes at less than half of the others' speed count as bad", default=False
+            ),
+            "requeues": Field(
+                "int",
+                "how often one job may put itself back for the sake of its nodes",
+                default=3,
+                minimum=1,
+                maximum=20,
+            ),
+            "limit_s": Field(
+                "int",
+                "seconds after which the look is ended, and ranks that are not done count as bad",
+                default=300,
+                minimum=10,
+                maximum=7200,
+            ),
+            "mib": Field(
+                "int",
+                "size of the blocks that ranks send each other",
+                default=8,
+                minimum=1,
+                maximum=1024,
+            ),
             "python": Field("text", "the Python that measures [default: the recipe's]"),
         },
     ),
@@ -85,20 +153,39 @@ FIELDS: dict[str, Field] = {
             "save_time_s": Field("number", "seconds a checkpoint takes", minimum=0),
         },
     ),
-    "config": Field("map", "overlaid on the recipe's training configuration", items=Field("any", "any value")),
-    "recipe_options": Field("map", "what the recipe declares: see `hpctrain recipe show`", items=Field("any", "any value")),
-    "env": Field("map", "environment variables of the job", keys=ENV_NAME, items=Field("scalar", "the value", multiline=True)),
-    "sbatch": Field("map", "more sbatch options, by long name", keys="[a-z][a-z0-9-]*", items=Field("scalar", "the value")),
-    "secrets": Field("path", "file of KEY=VALUE lines, mode 0600, sourced inside the job, never copied"),
-}  # fmt: skip
+    "config": Field(
+        "map", "overlaid on the recipe's training configuration", items=Field("any", "any value")
+    ),
+    "recipe_options": Field(
+        "map",
+        "what the recipe declares: see `hpctrain recipe show`",
+        items=Field("any", "any value"),
+    ),
+    "env": Field(
+        "map",
+        "environment variables of the job",
+        keys=ENV_NAME,
+        items=Field("scalar", "the value", multiline=True),
+    ),
+    "sbatch": Field(
+        "map",
+        "more sbatch options, by long name",
+        keys="[a-z][a-z0-9-]*",
+        items=Field("scalar", "the value"),
+    ),
+    "secrets": Field(
+        "path", "file of KEY=VALUE lines, mode 0600, sourced inside the job, never copied"
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Handed:
     """What an earlier stage of a pipeline hands to a run when it starts; paths absolute.
 
-    `hand_over` is `checkpoint` or `model`; `way`: symlink, copy or hardlink. `checkpoint` is what is expected, None where
-    the earlier stage does not say at which iteration it ends; `checkpoint_dir` holds it. `model`: a model's folder.
+    `hand_over` is `checkpoint` or `model`; `way`: symlink, copy or hardlink. `checkpoint` is what
+    is expected, None where the earlier stage does not say at which iteration it ends;
+    `checkpoint_dir` holds it. `model`: a model's folder.
     """
 
     stage: str
@@ -112,7 +199,8 @@ class Handed:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A checked run.yaml. Times in seconds; paths absolute (relative ones were relative to run.yaml)."""
+    """A checked run.yaml. Times in seconds; paths absolute (relative ones were relative to
+    run.yaml)."""
 
     name: str
     site: str
@@ -146,7 +234,8 @@ class RunSpec:
 
     @property
     def has_start(self) -> bool:
-        """Whether the first link starts from a checkpoint, one that an earlier stage is yet to make included.
+        """Whether the first link starts from a checkpoint, one that an earlier stage is yet to make
+        included.
 
         `checkpoint_start` is None where that one's iteration is not known before the link starts.
         """
@@ -158,23 +247,34 @@ class RunSpec:
         return self.document.where(*path)
 
 
-def read_layers(path: str, assignments: Sequence[str] = (), overlay: Document | None = None) -> list[Document]:
-    """The layers above the recipe and the site, weakest first: user config, run.yaml, a pipeline's overlay, `--set`."""
+def read_layers(
+    path: str, assignments: Sequence[str] = (), overlay: Document | None = None
+) -> list[Document]:
+    """The layers above the recipe and the site, weakest first: user config, run.yaml, a pipeline's
+    overlay, `--set`."""
     try:
         run = load_yaml(path)
     except EnvironmentFault as error:
         if not os.path.exists(path):
             raise EnvironmentFault(
-                f"there is no `{path}`", hint="name the file, or write one with `hpctrain init --recipe R --site S`"
+                f"there is no `{path}`",
+                hint="name the file, or write one with `hpctrain init --recipe R --site S`",
             ) from error
         raise
     if run.data is None:
-        raise UsageError("the file is empty", where=path, hint="`hpctrain init` writes one to start from")
+        raise UsageError(
+            "the file is empty", where=path, hint="`hpctrain init` writes one to start from"
+        )
     if not isinstance(run.data, dict):
         raise UsageError("a run.yaml is a mapping of keys to values", where=run.where())
     if isinstance(run.data.get("stages"), dict) and "recipe" not in run.data:
-        raise UsageError(f"`{path}` is a pipeline, and this needs a run", where=run.where_key("stages"),
-                         hint="`hpctrain pipeline --dry-run` plans all its stages; name one stage's run.yaml here")  # fmt: skip
+        raise UsageError(
+            f"`{path}` is a pipeline, and this needs a run",
+            where=run.where_key("stages"),
+            hint=(
+                "`hpctrain pipeline --dry-run` plans all its stages; name one stage's run.yaml here"
+            ),
+        )
     above = [*([overlay] if overlay else []), parse_set(assignments)]
     user = user_layers(merge([run, *above]).get("site"))
     return [*user, run, *above]
@@ -183,7 +283,8 @@ def read_layers(path: str, assignments: Sequence[str] = (), overlay: Document | 
 def spec_from_layers(
     layers: Sequence[Document], source: str, handed: Handed | None = None
 ) -> tuple[RunSpec, list[Problem]]:
-    """The RunSpec of merged layers and every problem. With problems it is a best guess, good for finding more of them."""
+    """The RunSpec of merged layers and every problem. With problems it is a best guess, good for
+    finding more of them."""
     document = merge(layers)
     values, problems = check(document, FIELDS)
     problems += list(_env_problems(document, values["env"]))
@@ -198,11 +299,13 @@ def spec_from_layers(
 
     start = path(checkpoint.get("start"))
     if handed and handed.hand_over == "checkpoint":
-        # A start in the earlier stage's own folder says the same, for when the run is queued without the pipeline.
+        # A start in the earlier stage's own folder says the same, for when the run is queued
+        # without the pipeline.
         if start and not (start + "/").startswith((handed.checkpoint_dir or "\0") + "/"):
             problems.append(
                 Problem(
-                    f"`checkpoint.start` is given, and stage `{handed.stage}` hands over a checkpoint",
+                    f"`checkpoint.start` is given, and stage `{handed.stage}` hands over a"
+                    " checkpoint",
                     where=document.where("checkpoint", "start"),
                     hint="delete one of them",
                 )
@@ -222,7 +325,10 @@ def spec_from_layers(
         container_binds=tuple(filter(None, values["container_binds"])),
         checkpoint_start=start,
         checkpoint_dir=path(checkpoint.get("dir")),
-        data={key: tuple(absolute(item, base_dir) for item in items if item) for key, items in data.items()},
+        data={
+            key: tuple(absolute(item, base_dir) for item in items if item)
+            for key, items in data.items()
+        },
         num_links=chain.get("jobs") or 1,
         give_up_after=chain.get("give_up_after") or 3,
         after_each=path(chain.get("after_each")),
@@ -243,7 +349,8 @@ def spec_from_layers(
 
 
 def absolute(path: str, base_dir: str) -> str:
-    """`path` made absolute against the folder of run.yaml, `~` expanded, slashes and dots tidied; links not resolved."""
+    """`path` made absolute against the folder of run.yaml, `~` expanded, slashes and dots tidied;
+    links not resolved."""
     return os.path.normpath(os.path.join(base_dir, os.path.expanduser(path)))
 
 
@@ -259,8 +366,10 @@ def user_layers(site: Any) -> list[Document]:
         raise UsageError("the user's config is a mapping of run.yaml keys to values", where=path)
     everywhere = Document(
         {key: value for key, value in document.data.items() if key != "sites"},
-        document.origins, document.key_origins, path,
-    )  # fmt: skip
+        document.origins,
+        document.key_origins,
+        path,
+    )
     mine = document.section("sites", site) if isinstance(site, str) else Document({})
     return [everywhere, mine] if mine.data else [everywhere]
 
@@ -273,10 +382,15 @@ def _env_problems(document: Document, env: Mapping[str, Any]) -> Iterator[Proble
     for name in env:
         where = document.where_key("env", name)
         if RESERVED_ENV.fullmatch(name):
-            yield Problem(f"`env.{name}` is set by hpctrain or Slurm in every job", where=where, hint="delete it")
+            yield Problem(
+                f"`env.{name}` is set by hpctrain or Slurm in every job",
+                where=where,
+                hint="delete it",
+            )
         elif SECRET_ENV.fullmatch(name) and not NOT_SECRET_ENV.fullmatch(name):
             yield Problem(
-                f"`env.{name}` looks like a secret, and what is in run.yaml ends up in the job script",
+                f"`env.{name}` looks like a secret, and what is in run.yaml ends up in the job"
+                " script",
                 where=where,
                 hint=f"put the line {name}=… into a file of mode 0600 and name it under `secrets:`",
             )

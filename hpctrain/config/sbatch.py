@@ -1,4 +1,5 @@
-"""The sbatch options that `sbatch:` may hold, and which of them hpctrain keeps to itself. Source: man sbatch (22.05–24.11)."""
+"""The sbatch options that `sbatch:` may hold, and which of them hpctrain keeps to itself. Source:
+man sbatch (22.05–24.11)."""
 
 from __future__ import annotations
 
@@ -10,15 +11,17 @@ from hpctrain.config.fields import nearest
 
 # Options that replace a value of the plan.
 REPLACES = frozenset(
-    "cpus-per-task ntasks-per-node mem mem-per-cpu mem-per-gpu exclusive gpus-per-node gres hint signal constraint qos".split()
+    "cpus-per-task ntasks-per-node mem mem-per-cpu mem-per-gpu exclusive gpus-per-node gres hint"
+    " signal constraint qos".split()
 )
 FREE = frozenset(
-    "acctg-freq batch bb bbf begin clusters cluster-constraint contiguous core-spec cores-per-socket cpu-freq deadline "
-    "delay-boot distribution exclude extra extra-node-info get-user-env gid gpu-bind gpu-freq gres-flags ignore-pbs "
-    "licenses mail-type mail-user mcs-label mem-bind mincpus network nice nodefile nodelist "
-    "ntasks-per-core ntasks-per-socket overcommit power prefer priority profile reservation reboot "
-    "segment sockets-per-node spread-job switches thread-spec threads-per-core time-min tmp "
-    "uid use-min-nodes wait-all-nodes wckey x11".split()
+    "acctg-freq batch bb bbf begin clusters cluster-constraint contiguous core-spec"
+    " cores-per-socket cpu-freq deadline delay-boot distribution exclude extra extra-node-info"
+    " get-user-env gid gpu-bind gpu-freq gres-flags ignore-pbs licenses mail-type mail-user"
+    " mcs-label mem-bind mincpus network nice nodefile nodelist ntasks-per-core ntasks-per-socket"
+    " overcommit power prefer priority profile reservation reboot segment sockets-per-node"
+    " spread-job switches thread-spec threads-per-core time-min tmp uid use-min-nodes"
+    " wait-all-nodes wckey x11".split()
 )
 # Options that would contradict what hpctrain decides elsewhere: what to use instead.
 OWNED = {
@@ -67,7 +70,9 @@ def check_options(options: Mapping[str, Any], where: Callable[[str], str]) -> li
     problems = []
     for name, value in options.items():
         if name in OWNED:
-            problems.append(Problem(f"`sbatch.{name}` cannot be set here", where=where(name), hint=OWNED[name]))
+            problems.append(
+                Problem(f"`sbatch.{name}` cannot be set here", where=where(name), hint=OWNED[name])
+            )
         elif name not in REPLACES and name not in FREE and name not in SWITCHES:
             known = sorted({*REPLACES, *FREE, *SWITCHES, *OWNED})
             problems.append(
@@ -78,14 +83,17 @@ def check_options(options: Mapping[str, Any], where: Callable[[str], str]) -> li
                 )
             )
         elif name in SWITCHES and not isinstance(value, bool):
-            problems.append(Problem(f"`sbatch.{name}` is a switch: true or false", where=where(name)))
+            problems.append(
+                Problem(f"`sbatch.{name}` is a switch: true or false", where=where(name))
+            )
         elif value == "":
             problems.append(Problem(f"`sbatch.{name}` is empty", where=where(name)))
     return problems
 
 
 def option_text(name: str, value: Any) -> str | None:
-    """The text after `--name=`, an empty string for a switch that is on, None for one that is off."""
+    """The text after `--name=`, an empty string for a switch that is on, None for one that is
+    off."""
     if value is True:
         return ""
     if value is False or value is None:
@@ -153,8 +161,8 @@ _SBATCH_INPUTS = {
     **{
         option: "SBATCH_" + option.upper().replace("-", "_")
         for option in "account constraint distribution exclusive gpus-per-node gres hint mem-per-cpu "
-        "mem-per-gpu network no-requeue open-mode output partition qos requeue reservation "
-        "signal".split()
+        "mem-per-gpu network no-requeue open-mode output partition qos requeue "
+        "reservation signal".split()
     },
 }
 # What says nothing about the job, or what Slurm itself sets in it (SBATCH_MEM_BIND…).
@@ -166,13 +174,15 @@ _SBATCH_HARMLESS = (
 
 
 def inherited_inputs(options: Collection[str]) -> list[str]:
-    """The variables from which srun would take what is not of a job submitted with these options."""
+    """The variables from which srun would take what is not of a job submitted with these
+    options."""
     own = {name for name, setters in _SRUN_INPUTS_OF.items() if set(setters) & set(options)}
     return sorted((_SRUN_INPUTS | set(_SRUN_INPUTS_OF)) - own)
 
 
 def agreeing_inputs(options: Mapping[str, str]) -> dict[str, str]:
-    """The variables of sbatch that change nothing of a job with these options: their values, "" for any."""
+    """The variables of sbatch that change nothing of a job with these options: their values, "" for
+    any."""
     own = {_SBATCH_INPUTS[name]: value for name, value in options.items() if name in _SBATCH_INPUTS}
     return {**own, **dict.fromkeys(_SBATCH_HARMLESS, "")}
 
@@ -183,6 +193,8 @@ def overriding_inputs(environment: Mapping[str, str], options: Mapping[str, str]
     return [
         name
         for name, value in sorted(environment.items())
-        if (name.startswith("SBATCH_") or name in ("SLURM_HINT", "SLURM_CLUSTERS", "SLURM_HOSTFILE"))
+        if (
+            name.startswith("SBATCH_") or name in ("SLURM_HINT", "SLURM_CLUSTERS", "SLURM_HOSTFILE")
+        )
         and (name not in agreeing or agreeing[name] not in ("", value))
     ]

@@ -1,4 +1,5 @@
-"""A site as data: frozen values from `site_profiles/<site>/profile.yaml`, layered, each value with its origin.
+"""A site as data: frozen values from `site_profiles/<site>/profile.yaml`, layered, each value with
+its origin.
 
 Nothing is run and nothing is read from the environment's Slurm when a profile is loaded.
 """
@@ -30,7 +31,11 @@ _NODE_TYPE = {
     "numa_domains": Field("int", "NUMA domains", default=1, minimum=1),
     "gpus": Field("int", "GPUs as Slurm counts them", default=0, minimum=0, maximum=64),
     "gpu_type": Field(
-        "text", "gres type of the GPUs, as in gpu:<type>:8", default="", pattern=f"({_WORD})?", shape="a word"
+        "text",
+        "gres type of the GPUs, as in gpu:<type>:8",
+        default="",
+        pattern=f"({_WORD})?",
+        shape="a word",
     ),
     "gpu_vendor": Field("text", "maker of the GPUs", choices=("amd", "nvidia", "intel")),
     "gpu_memory_gib": Field("number", "memory of one GPU, in GiB", minimum=0.1),
@@ -40,7 +45,10 @@ _NODE_TYPE = {
         "srun --cpu-bind value by cores per task, for whole nodes with one task per GPU",
         keys="[0-9]+",
         items=Field(
-            "text", "as in srun --cpu-bind", pattern=r"[A-Za-z_]+(:[0-9a-fA-Fx,]+)?", shape="a value of --cpu-bind"
+            "text",
+            "as in srun --cpu-bind",
+            pattern=r"[A-Za-z_]+(:[0-9a-fA-Fx,]+)?",
+            shape="a value of --cpu-bind",
         ),
     ),
     "tmp": Field(
@@ -48,7 +56,9 @@ _NODE_TYPE = {
         "the node's own temporary storage",
         fields={
             "path": Field("path", "where it is", default="/tmp"),
-            "kind": Field("text", "what it is made of", default="disk", choices=("ram", "disk", "nvme")),
+            "kind": Field(
+                "text", "what it is made of", default="disk", choices=("ram", "disk", "nvme")
+            ),
             "size_gib": Field("number", "its size, in GiB", minimum=0),
         },
     ),
@@ -60,7 +70,8 @@ _BILLING = {
     "per_slice_hour": Field("number", "units for one slice-hour", minimum=0),
     "slice": Field(
         "table",
-        "one slice; a job is billed for the largest of cores, memory and GPUs in slices, rounded up",
+        "one slice; a job is billed for the largest of cores, memory and GPUs in slices,"
+        " rounded up",
         fields={
             "cores": Field("number", "cores in a slice", minimum=0.01),
             "memory_gib": Field("number", "memory in a slice", minimum=0.01),
@@ -85,7 +96,10 @@ _PARTITION = {
 _ENV = {
     "value": Field("text", "the value", required=True),
     "from_nodes": Field(
-        "map", "values for jobs of at least so many nodes", keys="[0-9]+", items=Field("text", "the value")
+        "map",
+        "values for jobs of at least so many nodes",
+        keys="[0-9]+",
+        items=Field("text", "the value"),
     ),
     "why": Field("text", "the reason, printed beside it in the job script", required=True),
 }
@@ -95,11 +109,21 @@ _STORAGE = {
     "kind": Field("text", "file system"),
     "quota_gib": Field("number", "quota, in GiB", minimum=0),
     "max_files": Field("int", "inode quota", minimum=1),
-    "holds": Field("list", "what belongs here", items=Field("text", "", choices=("checkpoints", "data", "code"))),
+    "holds": Field(
+        "list",
+        "what belongs here",
+        items=Field("text", "", choices=("checkpoints", "data", "code")),
+    ),
 }
 
 FIELDS: dict[str, Field] = {
-    "name": Field("text", "the profile's name, equal to its folder's", required=True, pattern=NAME, shape="a name"),
+    "name": Field(
+        "text",
+        "the profile's name, equal to its folder's",
+        required=True,
+        pattern=NAME,
+        shape="a name",
+    ),
     "extends": Field("text", "a profile to start from", pattern=NAME, shape="a name"),
     "title": Field("text", "what people call the machine", required=True),
     "docs_url": Field("text", "the site's documentation"),
@@ -119,7 +143,9 @@ FIELDS: dict[str, Field] = {
         "how to recognise the site",
         fields={
             "cluster_name": Field("text", "ClusterName of its Slurm"),
-            "hostnames": Field("list", "regular expressions of login host names", items=Field("text", "")),
+            "hostnames": Field(
+                "list", "regular expressions of login host names", items=Field("text", "")
+            ),
         },
     ),
     "account": Field(
@@ -136,30 +162,60 @@ FIELDS: dict[str, Field] = {
         "how this Slurm wants its jobs",
         fields={
             "gpu_request": Field(
-                "text", "option that asks for GPUs", default="gres", choices=("gpus-per-node", "gres", "none")
+                "text",
+                "option that asks for GPUs",
+                default="gres",
+                choices=("gpus-per-node", "gres", "none"),
             ),
-            "array_counts_as_jobs": Field("bool", "array tasks count against max_submitted", default=False),
-            "max_array_size": Field("int", "MaxArraySize (highest index + 1)", default=1001, minimum=1),
+            "array_counts_as_jobs": Field(
+                "bool", "array tasks count against max_submitted", default=False
+            ),
+            "max_array_size": Field(
+                "int", "MaxArraySize (highest index + 1)", default=1001, minimum=1
+            ),
             "requeue": Field("bool", "jobs go back to the queue when a node fails", default=True),
             "hint": Field("text", "value of --hint", pattern="[a-z_]+", shape="a hint"),
             "constraint": Field("text", "value of --constraint"),
             "always": Field(
-                "map", "sbatch options every job gets", keys="[a-z][a-z0-9-]*", items=Field("scalar", "the value")
+                "map",
+                "sbatch options every job gets",
+                keys="[a-z][a-z0-9-]*",
+                items=Field("scalar", "the value"),
             ),
             "srun": Field(
                 "table",
                 "options of every step",
                 fields={
                     "kill_on_bad_exit": Field("bool", "a failed task ends the step", default=True),
-                    "wait_s": Field("int", "seconds until the rest is ended after the first task left", default=60, minimum=0),
-                    "extra": Field("list", "more options", items=Field("text", "one option", pattern="--.+", shape="an option")),
+                    "wait_s": Field(
+                        "int",
+                        "seconds until the rest is ended after the first task left",
+                        default=60,
+                        minimum=0,
+                    ),
+                    "extra": Field(
+                        "list",
+                        "more options",
+                        items=Field("text", "one option", pattern="--.+", shape="an option"),
+                    ),
                 },
             ),
         },
     ),
-    "node_types": Field("map", "kinds of node", required=True, keys=NAME, items=Field("table", "a kind of node", fields=_NODE_TYPE)),
+    "node_types": Field(
+        "map",
+        "kinds of node",
+        required=True,
+        keys=NAME,
+        items=Field("table", "a kind of node", fields=_NODE_TYPE),
+    ),
     "default_node_type": Field("text", "kind of node of partitions that are not listed"),
-    "partitions": Field("map", "partitions; none listed: any is accepted", keys=_WORD, items=Field("table", "a partition", fields=_PARTITION)),
+    "partitions": Field(
+        "map",
+        "partitions; none listed: any is accepted",
+        keys=_WORD,
+        items=Field("table", "a partition", fields=_PARTITION),
+    ),
     "modules": Field(
         "table",
         "environment modules of the job",
@@ -170,26 +226,52 @@ FIELDS: dict[str, Field] = {
             "why": Field("text", "the reason", default=""),
         },
     ),
-    "env": Field("map", "environment of the job", keys=ENV_NAME, items=Field("table", "a variable", fields=_ENV)),
-    "unset_env": Field("list", "variables removed first", items=Field("text", "", pattern=ENV_NAME, shape="a variable name")),
+    "env": Field(
+        "map",
+        "environment of the job",
+        keys=ENV_NAME,
+        items=Field("table", "a variable", fields=_ENV),
+    ),
+    "unset_env": Field(
+        "list",
+        "variables removed first",
+        items=Field("text", "", pattern=ENV_NAME, shape="a variable name"),
+    ),
     "node_dirs": Field(
         "map",
-        "variables naming a folder that every task makes on its own node; {tmp} {user} {job} are filled in there",
+        "variables naming a folder that every task makes on its own node; {tmp} {user} {job} are"
+        " filled in there",
         keys=ENV_NAME,
         items=Field(
             "table",
             "a folder",
-            fields={"path": Field("path", "its path", required=True), "why": Field("text", "the reason", required=True)},
+            fields={
+                "path": Field("path", "its path", required=True),
+                "why": Field("text", "the reason", required=True),
+            },
         ),
     ),
     "container": Field(
         "table",
         "how containers run",
         fields={
-            "runtime": Field("text", "the program", default="none", choices=("singularity", "apptainer", "none")),
-            "entry": Field("text", "exec, or run where the image's entrypoint activates it", default="exec", choices=("exec", "run")),
-            "gpu_flag": Field("text", "for example --nv", default="", choices=("", "--nv", "--rocm")),
-            "binds": Field("list", "paths bound into it", items=Field("path", "src[:dst[:opts]]", pattern=r"[^,]+", shape="one path")),
+            "runtime": Field(
+                "text", "the program", default="none", choices=("singularity", "apptainer", "none")
+            ),
+            "entry": Field(
+                "text",
+                "exec, or run where the image's entrypoint activates it",
+                default="exec",
+                choices=("exec", "run"),
+            ),
+            "gpu_flag": Field(
+                "text", "for example --nv", default="", choices=("", "--nv", "--rocm")
+            ),
+            "binds": Field(
+                "list",
+                "paths bound into it",
+                items=Field("path", "src[:dst[:opts]]", pattern=r"[^,]+", shape="one path"),
+            ),
             "activate": Field("text", "shell line run inside first", default=""),
         },
     ),
@@ -197,33 +279,64 @@ FIELDS: dict[str, Field] = {
         "table",
         "rendezvous of the ranks",
         fields={
-            "rendezvous_suffix": Field("text", "added to the first host's name", default="", pattern=r"[A-Za-z0-9.-]*", shape="part of a host name"),
-            "port_base": Field("int", "lowest rendezvous port", default=20000, minimum=1024, maximum=65000),
-            "port_range": Field("int", "how many ports from there", default=12768, minimum=1, maximum=60000),
+            "rendezvous_suffix": Field(
+                "text",
+                "added to the first host's name",
+                default="",
+                pattern=r"[A-Za-z0-9.-]*",
+                shape="part of a host name",
+            ),
+            "port_base": Field(
+                "int", "lowest rendezvous port", default=20000, minimum=1024, maximum=65000
+            ),
+            "port_range": Field(
+                "int", "how many ports from there", default=12768, minimum=1, maximum=60000
+            ),
         },
     ),
-    "storage": Field("map", "file systems", keys=NAME, items=Field("table", "a file system", fields=_STORAGE)),
-    "login": Field("table", "the login nodes", fields={"host": Field("text", "host name", pattern=HOST, shape="a host name")}),
-    "defaults": Field("map", "run.yaml values for every run here", items=Field("any", "as in run.yaml")),
+    "storage": Field(
+        "map", "file systems", keys=NAME, items=Field("table", "a file system", fields=_STORAGE)
+    ),
+    "login": Field(
+        "table",
+        "the login nodes",
+        fields={"host": Field("text", "host name", pattern=HOST, shape="a host name")},
+    ),
+    "defaults": Field(
+        "map", "run.yaml values for every run here", items=Field("any", "as in run.yaml")
+    ),
     "tools": Field(
         "table",
         "where hpctrain's own jobs go",
         fields={
             "cpu_partition": Field("text", "for tokenizing and merging"),
             "debug_partition": Field("text", "for `hpctrain shell`"),
-            "allocation": Field("table", "tells what is left of a project", nullable=True, fields={
-                "command": Field("list", "the site's tool", required=True, items=Field("text", "")),
-                "patterns": Field("map", "by billing unit: a regex with groups `used` and `granted`; {account} is the project",
-                                  required=True, items=Field("text", "")),
-            }),
+            "allocation": Field(
+                "table",
+                "tells what is left of a project",
+                nullable=True,
+                fields={
+                    "command": Field(
+                        "list", "the site's tool", required=True, items=Field("text", "")
+                    ),
+                    "patterns": Field(
+                        "map",
+                        "by billing unit: a regex with groups `used` and `granted`; {account} is"
+                        " the project",
+                        required=True,
+                        items=Field("text", ""),
+                    ),
+                },
+            ),
         },
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class NodeType:
-    """A kind of node. `usable_cores` is what jobs may ask for; memory in GiB; `cpu_bind` by cores per task."""
+    """A kind of node. `usable_cores` is what jobs may ask for; memory in GiB; `cpu_bind` by cores
+    per task."""
 
     name: str
     sockets: int
@@ -261,7 +374,8 @@ class Partition:
 
 @dataclass(frozen=True)
 class Site:
-    """One site. `values` holds the checked profile as in `FIELDS`; `document` tells where each value was written."""
+    """One site. `values` holds the checked profile as in `FIELDS`; `document` tells where each
+    value was written."""
 
     name: str
     title: str
@@ -272,7 +386,8 @@ class Site:
     files: tuple[str, ...]
 
     def partition(self, name: str) -> Partition | None:
-        """The partition of that name; on sites that list none, any name, with the default kind of node."""
+        """The partition of that name; on sites that list none, any name, with the default kind of
+        node."""
         if name in self.partitions:
             return self.partitions[name]
         if self.partitions or not self.node_types:
@@ -282,7 +397,8 @@ class Site:
 
 
 def list_sites(base_dir: str = "") -> Iterator[tuple[str, str, str]]:
-    """(name, layer, path of its profile) of every profile there is; a name appears once, the strongest layer's."""
+    """(name, layer, path of its profile) of every profile there is; a name appears once, the
+    strongest layer's."""
     seen = set()
     for label, folder in layer_dirs("site_profiles", base_dir):
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
@@ -294,16 +410,19 @@ def list_sites(base_dir: str = "") -> Iterator[tuple[str, str, str]]:
 
 
 def load_site(name_or_path: str, base_dir: str = "", where: str = "") -> Site:
-    """The site of that name, or of the profile file or folder at that path (relative to `base_dir`).
+    """The site of that name, or of the profile file or folder at that path (relative to
+    `base_dir`).
 
-    A profile with `extends: other` is laid over the other one. Raises UsageError with every problem at once.
+    A profile with `extends: other` is laid over the other one. Raises UsageError with every problem
+    at once.
     """
     layers = _layers(name_or_path, base_dir, base_dir, where, ())
     return site_from_document(merge(layers), tuple(layer.name for layer in layers))
 
 
 def site_from_document(document: Document, files: tuple[str, ...] = ()) -> Site:
-    """A checked Site from a merged profile document. Raises UsageError with every problem at once."""
+    """A checked Site from a merged profile document. Raises UsageError with every problem at
+    once."""
     values, problems = check(document, FIELDS)
     if problems:
         raise UsageError(problems)
@@ -318,15 +437,26 @@ def site_from_document(document: Document, files: tuple[str, ...] = ()) -> Site:
             max_time_s=fields["max_time"],
             **{
                 key: fields[key]
-                for key in ("whole_nodes", "debug", "qos", "max_nodes", "min_nodes", "max_submitted", "max_running", "billing")
+                for key in (
+                    "whole_nodes",
+                    "debug",
+                    "qos",
+                    "max_nodes",
+                    "min_nodes",
+                    "max_submitted",
+                    "max_running",
+                    "billing",
+                )
             },
         )
         for name, fields in values["partitions"].items()
-    }  # fmt: skip
+    }
     return Site(values["name"], values["title"], node_types, partitions, values, document, files)
 
 
-def _layers(name_or_path: str, base_dir: str, project: str, where: str, chain: tuple[str, ...]) -> list[Document]:
+def _layers(
+    name_or_path: str, base_dir: str, project: str, where: str, chain: tuple[str, ...]
+) -> list[Document]:
     path = _find(name_or_path, base_dir, project, where)
     file = os.path.realpath(path)
     if file in chain:
@@ -342,7 +472,9 @@ def _layers(name_or_path: str, base_dir: str, project: str, where: str, chain: t
         parent_path = os.path.join(shipped_dir("site_profiles"), parent, "profile.yaml")
         below = [load_yaml(parent_path, name=_display(parent_path))] if parent_path != path else []
     else:
-        below = _layers(parent, os.path.dirname(path), project, document.where("extends"), (*chain, file))
+        below = _layers(
+            parent, os.path.dirname(path), project, document.where("extends"), (*chain, file)
+        )
     return [*below, document]
 
 
@@ -358,16 +490,20 @@ def _find(name_or_path: str, base_dir: str, project: str, where: str) -> str:
         names[name] = path
         if name == name_or_path:
             return path
-    raise UsageError(f"there is no site profile `{name_or_path}`", where=where, hint=nearest(name_or_path, names))
+    raise UsageError(
+        f"there is no site profile `{name_or_path}`", where=where, hint=nearest(name_or_path, names)
+    )
 
 
 def layer_name(file: str) -> str:
-    """How rendered files name a profile's file: from its layer's folder on, for the rest is this machine's."""
+    """How rendered files name a profile's file: from its layer's folder on, for the rest is this
+    machine's."""
     return "/".join(file.split(os.sep)[-3:])
 
 
 def _display(path: str) -> str:
-    """How messages call a profile: shipped ones by their place in the project, which is the same everywhere."""
+    """How messages call a profile: shipped ones by their place in the project, which is the same
+    everywhere."""
     shipped = shipped_dir("site_profiles")
     if path.startswith(shipped + os.sep):
         return "site_profiles" + path[len(shipped) :]
@@ -386,9 +522,18 @@ def _node_type(name: str, fields: Mapping[str, Any]) -> NodeType:
         tmp_size_gib=fields["tmp"]["size_gib"],
         **{
             key: fields[key]
-            for key in ("sockets", "cores", "threads_per_core", "memory_gib", "gpus", "gpu_type", "gpu_memory_gib", "tasks_per_node")
+            for key in (
+                "sockets",
+                "cores",
+                "threads_per_core",
+                "memory_gib",
+                "gpus",
+                "gpu_type",
+                "gpu_memory_gib",
+                "tasks_per_node",
+            )
         },
-    )  # fmt: skip
+    )
 
 
 def _contradictions(
@@ -410,7 +555,8 @@ def _contradictions(
     for name, node in node_types.items():
         if node.usable_cores > node.cores:
             yield Problem(
-                f"node type `{name}` has more usable cores ({node.usable_cores}) than cores ({node.cores})",
+                f"node type `{name}` has more usable cores ({node.usable_cores}) than cores"
+                f" ({node.cores})",
                 where=document.where("node_types", name, "usable_cores"),
             )
     for key in ("cpu_partition", "debug_partition"):
@@ -423,9 +569,16 @@ def _contradictions(
             )
     default = values["default_node_type"]
     if default and default not in node_types:
-        yield Problem(f"default_node_type `{default}` is unknown", where=document.where("default_node_type"))
-    patterns: list[tuple[tuple[Any, ...], str]] = [(("account", "pattern"), values["account"]["pattern"])]
-    patterns += [(("match", "hostnames", index), text) for index, text in enumerate(values["match"]["hostnames"])]
+        yield Problem(
+            f"default_node_type `{default}` is unknown", where=document.where("default_node_type")
+        )
+    patterns: list[tuple[tuple[Any, ...], str]] = [
+        (("account", "pattern"), values["account"]["pattern"])
+    ]
+    patterns += [
+        (("match", "hostnames", index), text)
+        for index, text in enumerate(values["match"]["hostnames"])
+    ]
     for path, pattern in patterns:
         if pattern and not _compiles(pattern):
             yield Problem(f"`{pattern}` is not a regular expression", where=document.where(*path))

@@ -1,4 +1,5 @@
-"""Values as YAML text for people, with comments between; `document` reads back exactly what was written."""
+"""Values as YAML text for people, with comments between; `document` reads back exactly what was
+written."""
 
 from __future__ import annotations
 
@@ -31,12 +32,17 @@ def flow(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(flow, value))}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{scalar(str(key))}: {flow(item)}" for key, item in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{scalar(str(key))}: {flow(item)}" for key, item in value.items())
+            + "}"
+        )
     return scalar(value)
 
 
 def scalar(value: Any) -> str:
-    """A YAML scalar: plain where that is safe, else quoted. Raises ValueError for text that YAML cannot hold."""
+    """A YAML scalar: plain where that is safe, else quoted. Raises ValueError for text that YAML
+    cannot hold."""
     if isinstance(value, float):
         # YAML 1.1 takes a number in scientific notation for text unless it has a dot.
         text = repr(value).replace("inf", ".inf").replace("nan", ".nan")
@@ -45,7 +51,10 @@ def scalar(value: Any) -> str:
         return json.dumps(value)
     if text_problem(value, multiline=True):
         raise ValueError(f"{value[:60]!r} {text_problem(value, multiline=True)}")
-    if re.fullmatch(r"[A-Za-z_./~][A-Za-z0-9_./~+-]*", value) and parse_yaml(value, "").data == value:
+    if (
+        re.fullmatch(r"[A-Za-z_./~][A-Za-z0-9_./~+-]*", value)
+        and parse_yaml(value, "").data == value
+    ):
         return value
     return json.dumps(value, ensure_ascii=False)
 

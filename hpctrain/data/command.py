@@ -1,4 +1,5 @@
-"""What `hpctrain tokenize` does, from a request to a dataset: prepare, scan, run the way that fits this place, report."""
+"""What `hpctrain tokenize` does, from a request to a dataset: prepare, scan, run the way that fits
+this place, report."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ SMALL_BYTES = 1 << 30  # read in a minute by the workers themselves, so no scan 
 
 @dataclass(frozen=True)
 class How:
-    """Where and how to run. `engine` is auto, array, local or mpi; `scan` is sample, full or none."""
+    """Where and how to run. `engine` is auto, array, local or mpi; `scan` is sample, full or
+    none."""
 
     engine: str = "auto"
     processes: int | None = None
@@ -41,7 +43,8 @@ class How:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`status`: done, unchanged (it was there), queued, planned (dry run). `manifest` describes the dataset when it is there."""
+    """`status`: done, unchanged (it was there), queued, planned (dry run). `manifest` describes the
+    dataset when it is there."""
 
     status: str
     plan: Plan
@@ -54,9 +57,14 @@ class Outcome:
 
 
 def tokenize(
-    request: Request, how: How, say: Callable[[str], None], tell: Callable[[Problem], None], watch: run.Watch
+    request: Request,
+    how: How,
+    say: Callable[[str], None],
+    tell: Callable[[Problem], None],
+    watch: run.Watch,
 ) -> Outcome:
-    """Make the dataset, or what is missing of it. `tell` gets notes as they arise, `watch` the progress.
+    """Make the dataset, or what is missing of it. `tell` gets notes as they arise, `watch` the
+    progress.
 
     Raises UsageError, EnvironmentFault, Refused, or the errors of the tasks.
     """
@@ -79,23 +87,40 @@ def tokenize(
     if how.scan == "full" or (how.scan == "sample" and _deserves_scan(prepared, engine)):
         scan(plan, 0 if how.scan == "full" else 64 << 20)
     if how.dry_run:
-        return Outcome("planned", plan, engine, notes, prepared.done, shape=cluster.shape if cluster else None)
+        return Outcome(
+            "planned", plan, engine, notes, prepared.done, shape=cluster.shape if cluster else None
+        )
     path = write_plan(plan)
     if cluster:
         ids = run.submit(plan, path, cluster, request.force, how.keep_shards, say)
         if not how.wait:
-            return Outcome("queued", plan, engine, notes, prepared.done, job_ids=tuple(ids), shape=cluster.shape)
+            return Outcome(
+                "queued",
+                plan,
+                engine,
+                notes,
+                prepared.done,
+                job_ids=tuple(ids),
+                shape=cluster.shape,
+            )
         manifest = run.wait(plan, watch)
-        return Outcome("done", plan, engine, notes, prepared.done, manifest, tuple(ids), cluster.shape)
+        return Outcome(
+            "done", plan, engine, notes, prepared.done, manifest, tuple(ids), cluster.shape
+        )
     processes = how.processes or min(request.tasks, len(os.sched_getaffinity(0)))
     manifest = run.run_here(plan, processes, request.force, how.keep_shards, watch)
     return Outcome("done", plan, engine, notes, prepared.done, manifest)
 
 
 def tokenize_mpi(
-    request: Request, how: How, communicator: Any, say: Callable[[str], None], tell: Callable[[Problem], None]
+    request: Request,
+    how: How,
+    communicator: Any,
+    say: Callable[[str], None],
+    tell: Callable[[Problem], None],
 ) -> Outcome | None:
-    """The same on the ranks of an MPI communicator, which all call it; rank 0 gets the outcome, the others None."""
+    """The same on the ranks of an MPI communicator, which all call it; rank 0 gets the outcome, the
+    others None."""
     prepared: Prepared | Exception | None = None
     if communicator.Get_rank() == 0:
         try:
@@ -118,7 +143,9 @@ def tokenize_mpi(
         say(f"{communicator.Get_size()} ranks")
     if prepared.finished is not None or how.dry_run:
         status = "unchanged" if prepared.finished is not None else "planned"
-        outcome = Outcome(status, prepared.plan, "mpi", prepared.notes, prepared.done, prepared.finished)
+        outcome = Outcome(
+            status, prepared.plan, "mpi", prepared.notes, prepared.done, prepared.finished
+        )
         return outcome if communicator.Get_rank() == 0 else None
     manifest = run.run_mpi(prepared.plan, communicator, request.force, how.keep_shards)
     if manifest is None:
@@ -167,7 +194,11 @@ def _check_account(site: Site | None, account: str | None) -> None:
         raise UsageError(
             f"`{account}` is not an account of `{site.name}`",
             where="--account",
-            hint=f"for example {rule['example']}" if rule["example"] else f"it must match {rule['pattern']}",
+            hint=(
+                f"for example {rule['example']}"
+                if rule["example"]
+                else f"it must match {rule['pattern']}"
+            ),
         )
 
 

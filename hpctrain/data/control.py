@@ -1,7 +1,9 @@
-"""Control tokens as configuration: which marker in the text stands for which piece, checked against the model.
+"""Control tokens as configuration: which marker in the text stands for which piece, checked against
+the model.
 
-A marker (`<<<|user|>>>`) exists only in the data; the piece (`<|user|>`) only in the model. Text between markers must never be
-able to become a control token, so a piece has to be a control symbol: SentencePiece never makes one from text.
+A marker (`<<<|user|>>>`) exists only in the data; the piece (`<|user|>`) only in the model. Text
+between markers must never be able to become a control token, so a piece has to be a control symbol:
+SentencePiece never makes one from text.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ DEFAULT_EOD = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class ControlToken:
-    """A marker, the piece it stands for, its id in the model, and the chat role that it wraps (`user`)."""
+    """A marker, the piece it stands for, its id in the model, and the chat role that it wraps
+    (`user`)."""
 
     marker: str
     piece: str
@@ -31,7 +34,8 @@ class ControlToken:
 class Control:
     """The checked control tokens. `eod_id` is None when no end-of-document token is appended.
 
-    `forgeable` are the ids of user-defined control pieces, which text can spell; encoded text holding one is an error.
+    `forgeable` are the ids of user-defined control pieces, which text can spell; encoded text
+    holding one is an error.
     """
 
     tokens: tuple[ControlToken, ...]
@@ -56,10 +60,12 @@ def resolve(
     eod_piece: str = DEFAULT_EOD,
     allow_user_defined: bool = False,
 ) -> Control:
-    """Control tokens looked up in `model`; with none given, user=7 and assistant=8 are verified, as the reference has them.
+    """Control tokens looked up in `model`; with none given, user=7 and assistant=8 are verified, as
+    the reference has them.
 
-    Each of `tokens` is MARKER=PIECE, or MARKER=PIECE=ID to demand an id. Raises UsageError with every problem at once: a piece
-    that is absent, that is not a control symbol, or that has another id; markers that are equal, empty or inside each other.
+    Each of `tokens` is MARKER=PIECE, or MARKER=PIECE=ID to demand an id. Raises UsageError with
+    every problem at once: a piece that is absent, that is not a control symbol, or that has another
+    id; markers that are equal, empty or inside each other.
     """
     problems: list[Problem] = []
     wanted = [_parse(text, problems) for text in tokens] or list(DEFAULT_TOKENS)
@@ -70,7 +76,9 @@ def resolve(
         if item is None:
             continue
         marker, piece, want_id = item
-        number = _look_up(model, ids, piece, f"the control token of `{marker}`", allow_user_defined, problems)
+        number = _look_up(
+            model, ids, piece, f"the control token of `{marker}`", allow_user_defined, problems
+        )
         if number is None:
             continue
         if want_id is not None and number != want_id:
@@ -88,7 +96,9 @@ def resolve(
     problems.extend(_clashes(found))
     eod_id = None
     if append_eod:
-        eod_id = _look_up(model, ids, eod_piece, "the end-of-document token", allow_user_defined, problems)
+        eod_id = _look_up(
+            model, ids, eod_piece, "the end-of-document token", allow_user_defined, problems
+        )
     if problems:
         raise UsageError(problems)
     return Control(tuple(found), eod_piece if append_eod else "", eod_id, tuple(forgeable))
@@ -112,7 +122,12 @@ def _parse(text: str, problems: list[Problem]) -> tuple[str, str, int | None] | 
 
 
 def _look_up(
-    model: SpmModel, ids: Mapping[str, int], piece: str, what: str, allow_user_defined: bool, problems: list[Problem]
+    model: SpmModel,
+    ids: Mapping[str, int],
+    piece: str,
+    what: str,
+    allow_user_defined: bool,
+    problems: list[Problem],
 ) -> int | None:
     number = ids.get(piece)
     if number is None:
@@ -122,7 +137,11 @@ def _look_up(
                 where=model.path,
                 why="its id would silently be that of the unknown token",
                 hint=_similar(model, piece)
-                or ("give another with --eod, or --no-append-eod" if "end-of" in what else "see --control-token"),
+                or (
+                    "give another with --eod, or --no-append-eod"
+                    if "end-of" in what
+                    else "see --control-token"
+                ),
             )
         )
         return None
@@ -130,14 +149,25 @@ def _look_up(
     if kind == CONTROL or (kind == USER_DEFINED and allow_user_defined):
         return number
     if kind == USER_DEFINED:
-        why = "text that spells a user-defined piece becomes that token, so that data could forge a turn"
+        why = (
+            "text that spells a user-defined piece becomes that token, so that data could forge a"
+            " turn"
+        )
         hint = "--allow-user-defined accepts it; every span is then checked for forged tokens"
     else:
-        why = "text can become this token" if kind not in (BYTE, UNKNOWN) else "it stands for other text"
-        hint = "train the model with it in control_symbols, or choose another piece with --control-token"
+        why = (
+            "text can become this token"
+            if kind not in (BYTE, UNKNOWN)
+            else "it stands for other text"
+        )
+        hint = (
+            "train the model with it in control_symbols, or choose another piece with"
+            " --control-token"
+        )
     problems.append(
         Problem(
-            f"`{piece}` (id {number}), {what}, is not a control symbol of this model but {TYPE_NAMES.get(kind, kind)}",
+            f"`{piece}` (id {number}), {what}, is not a control symbol of this model but"
+            f" {TYPE_NAMES.get(kind, kind)}",
             where=model.path,
             why=why,
             hint=hint,
@@ -158,10 +188,14 @@ def _clashes(tokens: list[ControlToken]) -> Iterable[Problem]:
     for index, token in enumerate(tokens):
         for other in tokens[index + 1 :]:
             if token.marker in other.marker or other.marker in token.marker:
-                yield Problem(f"the markers `{token.marker}` and `{other.marker}` overlap", where="--control-token")
+                yield Problem(
+                    f"the markers `{token.marker}` and `{other.marker}` overlap",
+                    where="--control-token",
+                )
             if token.id == other.id:
                 yield Problem(
-                    f"`{token.marker}` and `{other.marker}` both stand for id {token.id}", where="--control-token"
+                    f"`{token.marker}` and `{other.marker}` both stand for id {token.id}",
+                    where="--control-token",
                 )
 
 

@@ -1,4 +1,5 @@
-"""How many array tasks a site lets one user submit, and how many may run: pure arithmetic on the profile."""
+"""How many array tasks a site lets one user submit, and how many may run: pure arithmetic on the
+profile."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ STARTUP_S = 300
 
 @dataclass(frozen=True)
 class ArrayLimits:
-    """What a partition allows; None where the profile sets no limit. `counts_as_jobs`: every array task is a job."""
+    """What a partition allows; None where the profile sets no limit. `counts_as_jobs`: every array
+    task is a job."""
 
     partition: str | None = None
     max_submitted: int | None = None
@@ -29,7 +31,8 @@ class ArrayLimits:
 
 @dataclass(frozen=True)
 class ArrayShape:
-    """An array of `num_tasks`, of which `parallel` may run at once, each for `time_s` at most; `notes` say what was decided."""
+    """An array of `num_tasks`, of which `parallel` may run at once, each for `time_s` at most;
+    `notes` say what was decided."""
 
     num_tasks: int
     parallel: int
@@ -38,7 +41,8 @@ class ArrayShape:
 
 
 def limits_of(site: Site | None, partition: str | None) -> ArrayLimits:
-    """The limits of `partition` at `site`; without one, the site's CPU partition (GPU partitions bill GPUs for CPU work).
+    """The limits of `partition` at `site`; without one, the site's CPU partition (GPU partitions
+    bill GPUs for CPU work).
 
     Raises UsageError when the site has no such partition.
     """
@@ -60,17 +64,27 @@ def limits_of(site: Site | None, partition: str | None) -> ArrayLimits:
         max_array_size=slurm["max_array_size"],
         counts_as_jobs=slurm["array_counts_as_jobs"],
         max_time_s=found.max_time_s if found else None,
-        where=site.document.where("partitions", name, "max_submitted") if found and site.partitions else "",
+        where=(
+            site.document.where("partitions", name, "max_submitted")
+            if found and site.partitions
+            else ""
+        ),
     )
 
 
 def shape_array(
-    limits: ArrayLimits, num_tasks: int, num_shards: int, megabytes: float, queued: int, time_s: int | None = None
+    limits: ArrayLimits,
+    num_tasks: int,
+    num_shards: int,
+    megabytes: float,
+    queued: int,
+    time_s: int | None = None,
 ) -> ArrayShape:
-    """The array for `num_shards` shards of `megabytes` in all, when `queued` of the user's jobs are in that partition.
+    """The array for `num_shards` shards of `megabytes` in all, when `queued` of the user's jobs are
+    in that partition.
 
-    One slot is kept for the merge. Fewer tasks do several shards each: the result is the same. Raises Refused when no task
-    can be submitted now.
+    One slot is kept for the merge. Fewer tasks do several shards each: the result is the same.
+    Raises Refused when no task can be submitted now.
     """
     notes = []
     tasks = min(num_tasks, num_shards)
@@ -80,14 +94,18 @@ def shape_array(
         slots = limits.max_submitted - queued - 1
         if slots < 1:
             raise Refused(
-                f"{queued} of your jobs are queued in `{limits.partition}`, which allows {limits.max_submitted}",
+                f"{queued} of your jobs are queued in `{limits.partition}`, which allows"
+                f" {limits.max_submitted}",
                 where=limits.where,
                 why="a tokenization needs at least two: one task and the merge",
                 hint="wait, or use --partition or --local",
             )
         if limits.counts_as_jobs and slots < allowed:
             allowed = slots
-            why = f"`{limits.partition}` allows {limits.max_submitted} submitted jobs, every array task is one, {queued} are queued"
+            why = (
+                f"`{limits.partition}` allows {limits.max_submitted} submitted jobs, every array"
+                f" task is one, {queued} are queued"
+            )
     if tasks > allowed:
         notes.append(f"{allowed} array tasks for {num_shards} shards: {why}")
         tasks = allowed
@@ -102,7 +120,8 @@ def shape_array(
         time_s = max(1800, -(-time_s // 1800) * 1800)
     if limits.max_time_s is not None and time_s > limits.max_time_s:
         notes.append(
-            "the time is cut to the partition's limit; a task that runs out of it is queued again, and goes on"
+            "the time is cut to the partition's limit; a task that runs out of it is queued again,"
+            " and goes on"
         )
         time_s = limits.max_time_s
     return ArrayShape(tasks, parallel, time_s, tuple(notes))

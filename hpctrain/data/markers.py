@@ -1,7 +1,9 @@
-"""The marker grammar: a document is turns `M text M`, each wrapped in one marker used both as opener and as closer.
+"""The marker grammar: a document is turns `M text M`, each wrapped in one marker used both as
+opener and as closer.
 
-Splitting follows GPT-NeoX's preprocess_sft.py: `re.split` on the literal markers, parts with nothing but whitespace vanish, no
-other stripping. On top come checks that the reference lacks: what does not fit the grammar is a `Fault`, with its offset.
+Splitting follows GPT-NeoX's preprocess_sft.py: `re.split` on the literal markers, parts with
+nothing but whitespace vanish, no other stripping. On top come checks that the reference lacks: what
+does not fit the grammar is a `Fault`, with its offset.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ _LOOKS_LIKE_MARKER = re.compile(r"<<<\|(?:(?!\|>>>)[^\n]){0,64}\|>>>")
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a document does not fit: a kind, words for a person, where in the text (in characters), and what to do."""
+    """Why a document does not fit: a kind, words for a person, where in the text (in characters),
+    and what to do."""
 
     kind: str
     what: str
@@ -36,7 +39,8 @@ class Fault:
 
 
 class Splitter:
-    """Splits documents into control tokens and spans, counting in `special` whatever was out of the ordinary."""
+    """Splits documents into control tokens and spans, counting in `special` whatever was out of the
+    ordinary."""
 
     def __init__(self, ids: Mapping[str, int], allow: Iterable[str] = ()):
         self.special: Counter[str] = Counter()
@@ -47,20 +51,40 @@ class Splitter:
         self._turn = {marker: (number, SPAN, number) for marker, number in ids.items()}
         self._usual: tuple[str, str, str, int, tuple[int, ...]] | None = None
         if len(ids) >= 2 and all(marker.startswith("<<<|") for marker in ids) and self._prefixed:
-            # With "<<<|" four times in a text, and these markers at its start, in its middle and at its end, there are no others.
+            # With "<<<|" four times in a text, and these markers at its start, in its middle and at
+            # its end, there are no others.
             (one, first), (two, second) = list(ids.items())[:2]
-            self._usual = (one, one + two, two, len(one), (first, SPAN, first, second, SPAN, second))
+            self._usual = (
+                one,
+                one + two,
+                two,
+                len(one),
+                (first, SPAN, first, second, SPAN, second),
+            )
         self._empty_turn = {marker: (number, number) for marker, number in ids.items()}
 
     def split(self, text: str, layout: list[int], spans: list[str]) -> Fault | None:
-        """Append the document's control ids and `SPAN`s to `layout` and its spans to `spans`; on a fault append nothing."""
+        """Append the document's control ids and `SPAN`s to `layout` and its spans to `spans`; on a
+        fault append nothing."""
         if self._usual:
-            # By far the most documents are one question and one answer: the general way below, in fewer steps.
+            # By far the most documents are one question and one answer: the general way below, in
+            # fewer steps.
             first, between, last, skip, both = self._usual
             middle = text.find(between, skip)
-            if middle > 0 and text.startswith(first) and text.endswith(last) and text.count("<<<|") == 4:
+            if (
+                middle > 0
+                and text.startswith(first)
+                and text.endswith(last)
+                and text.count("<<<|") == 4
+            ):
                 question, answer = text[skip:middle], text[middle + len(between) : -len(last)]
-                if not question.isspace() and question and not answer.isspace() and answer and "\0" not in text:
+                if (
+                    not question.isspace()
+                    and question
+                    and not answer.isspace()
+                    and answer
+                    and "\0" not in text
+                ):
                     layout += both
                     spans.append(question)
                     spans.append(answer)
@@ -89,14 +113,19 @@ class Splitter:
                 self.special["empty turns"] += 1
         return None
 
-    def chat(self, turns: Iterable[tuple[int, str]], layout: list[int], spans: list[str]) -> Fault | None:
-        """As `split`, from (control id, text) of each message; text holding a marker is a fault, as it would end the turn."""
+    def chat(
+        self, turns: Iterable[tuple[int, str]], layout: list[int], spans: list[str]
+    ) -> Fault | None:
+        """As `split`, from (control id, text) of each message; text holding a marker is a fault, as
+        it would end the turn."""
         new_layout: list[int] = []
         new_spans: list[str] = []
         for number, text in turns:
             found = self._pattern.search(text)
             if found:
-                return Fault("marker", f"a message holds the marker `{found.group()}`", found.start())
+                return Fault(
+                    "marker", f"a message holds the marker `{found.group()}`", found.start()
+                )
             fault = self._span_fault(text, 0)
             if fault:
                 return fault
@@ -110,8 +139,11 @@ class Splitter:
         spans += new_spans
         return None
 
-    def _slow(self, text: str, parts: list[str], layout: list[int], spans: list[str]) -> Fault | None:
-        """The same for documents that are not plain turns: find the fault, or, where all of it is allowed, split as is."""
+    def _slow(
+        self, text: str, parts: list[str], layout: list[int], spans: list[str]
+    ) -> Fault | None:
+        """The same for documents that are not plain turns: find the fault, or, where all of it is
+        allowed, split as is."""
         fault = self._grammar_fault(parts)
         offset = 0
         for index, part in enumerate(parts):
@@ -141,8 +173,14 @@ class Splitter:
             found = _LOOKS_LIKE_MARKER.search(text)
             if found:
                 if "unknown-marker" not in self._allow:
-                    return Fault("unknown-marker", f"unknown marker `{found.group()}`", offset + found.start())
-                self.special["unknown markers kept as text"] += len(_LOOKS_LIKE_MARKER.findall(text))
+                    return Fault(
+                        "unknown-marker",
+                        f"unknown marker `{found.group()}`",
+                        offset + found.start(),
+                    )
+                self.special["unknown markers kept as text"] += len(
+                    _LOOKS_LIKE_MARKER.findall(text)
+                )
         return None
 
     def _grammar_fault(self, parts: list[str]) -> Fault | None:
@@ -156,7 +194,9 @@ class Splitter:
         for index, part in enumerate(parts):
             if index % 2 == 0:
                 if not open_marker and part.strip():
-                    fault = self._judge("outside-text", f"text outside turns: `{part.strip()[:40]}`", offset)
+                    fault = self._judge(
+                        "outside-text", f"text outside turns: `{part.strip()[:40]}`", offset
+                    )
                     if fault:
                         return fault
             elif not open_marker:
@@ -164,13 +204,17 @@ class Splitter:
             elif open_marker == part:
                 open_marker = ""
             else:
-                fault = self._judge("unbalanced", f"`{part}` inside a turn opened by `{open_marker}`", offset)
+                fault = self._judge(
+                    "unbalanced", f"`{part}` inside a turn opened by `{open_marker}`", offset
+                )
                 if fault:
                     return fault
                 open_marker, opened_at = part, offset
             offset += len(part)
         if open_marker:
-            return self._judge("unbalanced", f"the turn opened by `{open_marker}` is never closed", opened_at)
+            return self._judge(
+                "unbalanced", f"the turn opened by `{open_marker}` is never closed", opened_at
+            )
         return None
 
     def _judge(self, kind: str, what: str, offset: int) -> Fault | None:

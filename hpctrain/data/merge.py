@@ -1,7 +1,8 @@
-"""Shards to the final pair, proven complete and written so that a reader sees the old pair, none, or the new one.
+"""Shards to the final pair, proven complete and written so that a reader sees the old pair, none,
+or the new one.
 
-The `.idx` appears last and makes the dataset: a killed merge leaves at most a `.bin` that no reader opens, and the next run
-finishes it.
+The `.idx` appears last and makes the dataset: a killed merge leaves at most a `.bin` that no reader
+opens, and the next run finishes it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 from hpctrain import __version__
 from hpctrain.base import files
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, Refused, UsageError
-from hpctrain.data.dataset.indexed_dataset import chunks, dtype_for, open_dataset, paths, verify, write_index
+from hpctrain.data.dataset.indexed_dataset import (
+    chunks,
+    dtype_for,
+    open_dataset,
+    paths,
+    verify,
+    write_index,
+)
 from hpctrain.data.plan import FORMAT, Plan
 from hpctrain.data.sources import same_stat
 from hpctrain.data.worker import finished, segment_sha256, shard_files
@@ -31,8 +39,9 @@ _COPY_BYTES = 64 << 20
 def merge_shards(plan: Plan, force: bool = False) -> dict[str, Any]:
     """Write `PREFIX_text_document.bin/.idx/.json` from all shards, and give the dataset's manifest.
 
-    Doing it twice, or at once from two places, gives the same files. Raises HpctrainError when shards are missing or do not sum
-    up, UsageError when more records were bad than allowed, Refused when another dataset is there and not `force`.
+    Doing it twice, or at once from two places, gives the same files. Raises HpctrainError when
+    shards are missing or do not sum up, UsageError when more records were bad than allowed, Refused
+    when another dataset is there and not `force`.
     """
     with files.lock(os.path.join(plan.work_dir, "lock")):
         remove_leftovers(plan)
@@ -43,7 +52,8 @@ def merge_shards(plan: Plan, force: bool = False) -> dict[str, Any]:
         missing = [str(index) for index, manifest in enumerate(manifests) if manifest is None]
         if missing:
             raise HpctrainError(
-                f"{len(missing)} of {len(manifests)} shards are not done: {', '.join(missing[:20])}",
+                f"{len(missing)} of {len(manifests)} shards are not done:"
+                f" {', '.join(missing[:20])}",
                 where=plan.work_dir,
                 hint="run the same command again: only these are done",
             )
@@ -54,21 +64,34 @@ def merge_shards(plan: Plan, force: bool = False) -> dict[str, Any]:
         _publish_rejects(plan, manifest, force)
         dtype = dtype_for(plan.vocab_size)
         sizes = (part for one in named for part in _sizes(one.sizes))
-        publish(plan.dataset, dtype, [one.bin for one in named], sizes, manifest["documents"], manifest, force)
+        publish(
+            plan.dataset,
+            dtype,
+            [one.bin for one in named],
+            sizes,
+            manifest["documents"],
+            manifest,
+            force,
+        )
     return manifest
 
 
 def prove(plan: Plan, shards: Sequence[dict[str, Any]]) -> None:
-    """Every unit of every input was read exactly once, and every record is a document, rejected, or counted as empty.
+    """Every unit of every input was read exactly once, and every record is a document, rejected, or
+    counted as empty.
 
-    Raises HpctrainError naming what does not sum up, UsageError when the rejected are more than allowed.
+    Raises HpctrainError naming what does not sum up, UsageError when the rejected are more than
+    allowed.
     """
     problems: list[Problem] = []
     expected = [0] * len(plan.inputs)
     for shard, manifest in zip(plan.shards, shards):
         for segment, found in zip(shard.segments, manifest["segments"]):
             if found["first"] != expected[segment.input]:
-                text = f"shard {shard.index} began at {found['first']}, but the one before ended at {expected[segment.input]}"
+                text = (
+                    f"shard {shard.index} began at {found['first']}, but the one before ended at"
+                    f" {expected[segment.input]}"
+                )
                 problems.append(Problem(text, where=plan.inputs[segment.input].path))
             expected[segment.input] = found["last"]
     for source, end in zip(plan.inputs, expected):
@@ -77,12 +100,17 @@ def prove(plan: Plan, shards: Sequence[dict[str, Any]]) -> None:
     for manifest in shards:
         empty = manifest["blank_lines"] + manifest["special"].get("empty documents, dropped", 0)
         if manifest["records"] != manifest["documents"] + manifest["rejected"] + empty:
-            text = f"{manifest['records']} records, but {manifest['documents']} documents, {manifest['rejected']} rejected and {empty} empty"
+            text = (
+                f"{manifest['records']} records, but {manifest['documents']} documents,"
+                f" {manifest['rejected']} rejected and {empty} empty"
+            )
             problems.append(Problem(text, where=f"shard {manifest['shard']}"))
         if manifest["model_sha256"] != plan.model_sha256:
             problems.append(Problem("made with another model", where=f"shard {manifest['shard']}"))
         if manifest["sizes_bytes"] != 4 * manifest["documents"]:
-            problems.append(Problem("its sizes do not match its documents", where=f"shard {manifest['shard']}"))
+            problems.append(
+                Problem("its sizes do not match its documents", where=f"shard {manifest['shard']}")
+            )
     if problems:
         raise HpctrainError(problems)
     rejected = sum(manifest["rejected"] for manifest in shards)
@@ -95,9 +123,14 @@ def prove(plan: Plan, shards: Sequence[dict[str, Any]]) -> None:
 
 
 def up_to_date(plan: Plan) -> dict[str, Any] | None:
-    """The dataset's manifest when the final pair is there and is what `plan` would make, else None."""
+    """The dataset's manifest when the final pair is there and is what `plan` would make, else
+    None."""
     manifest = files.read_json(plan.dataset + ".json")
-    if not manifest or manifest.get("content_key") != plan.content_key or not _complete(plan.dataset, manifest):
+    if (
+        not manifest
+        or manifest.get("content_key") != plan.content_key
+        or not _complete(plan.dataset, manifest)
+    ):
         return None
     recorded = [source["mtime_ns"] for source in manifest["inputs"]]
     touched = any(source.mtime_ns != mtime for source, mtime in zip(plan.inputs, recorded))
@@ -105,12 +138,17 @@ def up_to_date(plan: Plan) -> dict[str, Any] | None:
 
 
 def in_the_way(plan: Plan) -> str:
-    """Why the final pair cannot be written without --force (another dataset is there), or nothing."""
+    """Why the final pair cannot be written without --force (another dataset is there), or
+    nothing."""
     there = [path for path in paths(plan.dataset) if os.path.lexists(path)]
     if not there:
         return ""
-    if there == [paths(plan.dataset)[0]] and os.path.isfile(os.path.join(plan.work_dir, f"{plan.key}.plan.json")):
-        return ""  # a .bin alone may be our own merge, killed before its last step: `publish` compares the bytes
+    if there == [paths(plan.dataset)[0]] and os.path.isfile(
+        os.path.join(plan.work_dir, f"{plan.key}.plan.json")
+    ):
+        # a .bin alone may be our own merge, killed before its last step: `publish` compares the
+        # bytes
+        return ""
     return f"`{os.path.basename(there[-1])}` is there already"
 
 
@@ -123,24 +161,32 @@ def publish(
     manifest: dict[str, Any],
     force: bool = False,
 ) -> None:
-    """Write DATASET.bin/.idx/.json whole. Raises Refused when a pair is there and not `force`, EnvironmentFault on a full disk."""
+    """Write DATASET.bin/.idx/.json whole. Raises Refused when a pair is there and not `force`,
+    EnvironmentFault on a full disk."""
     import numpy as np
 
     bin_path, idx_path = paths(dataset)
     if not force and os.path.lexists(idx_path):
         raise _refused(idx_path)
-    with files.temporaries(bin_path, idx_path, dataset + ".json") as (bin_temp, idx_temp, json_temp):
+    with files.temporaries(bin_path, idx_path, dataset + ".json") as (
+        bin_temp,
+        idx_temp,
+        json_temp,
+    ):
         for path in bins:
             append(path, bin_temp.file.fileno())
         tokens = write_index(idx_temp.file, dtype, sizes, num_documents)
         size = os.fstat(bin_temp.file.fileno()).st_size
         if size != tokens * np.dtype(dtype).itemsize or tokens != manifest["tokens"]:
-            raise EnvironmentFault(f"{size} bytes were written for {tokens} tokens of {dtype}", where=bin_path)
+            raise EnvironmentFault(
+                f"{size} bytes were written for {tokens} tokens of {dtype}", where=bin_path
+            )
         json_temp.file.write(files.to_json_bytes({**manifest, "bin_bytes": size}))
         for temp in (bin_temp, idx_temp, json_temp):
             temp.sync()
         if force:
-            # Without its index the old pair is no dataset: between here and the last step there is none, never a mixed one.
+            # Without its index the old pair is no dataset: between here and the last step there is
+            # none, never a mixed one.
             for path in (idx_path, bin_path):
                 if os.path.lexists(path):
                     os.unlink(path)
@@ -153,7 +199,8 @@ def publish(
 
 
 def merge_datasets(prefixes: Sequence[str], output: str, force: bool = False) -> dict[str, Any]:
-    """Concatenate datasets into one, in the order given. All must open, verify and share one dtype; problems come at once."""
+    """Concatenate datasets into one, in the order given. All must open, verify and share one dtype;
+    problems come at once."""
     problems: list[Problem] = []
     opened = []
     for prefix in prefixes:
@@ -168,7 +215,8 @@ def merge_datasets(prefixes: Sequence[str], output: str, force: bool = False) ->
     if len(kinds) > 1:
         problems.append(
             Problem(
-                "the datasets have different dtypes: " + ", ".join(f"`{d.prefix}` is {d.dtype}" for d in opened),
+                "the datasets have different dtypes: "
+                + ", ".join(f"`{d.prefix}` is {d.dtype}" for d in opened),
                 hint="different dtypes come from different tokenizers",
             )
         )
@@ -179,7 +227,10 @@ def merge_datasets(prefixes: Sequence[str], output: str, force: bool = False) ->
             models.setdefault(facts["model_sha256"], dataset.prefix)
     if len(models) > 1:
         problems.append(
-            Problem("made with different tokenizer models: " + ", ".join(f"`{name}`" for name in models.values()))
+            Problem(
+                "made with different tokenizer models: "
+                + ", ".join(f"`{name}`" for name in models.values())
+            )
         )
     target = paths(output)[0][:-4]
     if any(os.path.realpath(dataset.prefix) == os.path.realpath(target) for dataset in opened):
@@ -199,14 +250,24 @@ def merge_datasets(prefixes: Sequence[str], output: str, force: bool = False) ->
     }
     sizes = (part for dataset in opened for part in chunks(dataset.sizes))
     files.sweep(target + ".")
-    publish(target, kinds[0], [paths(dataset.prefix)[0] for dataset in opened], sizes, documents, manifest, force)
+    publish(
+        target,
+        kinds[0],
+        [paths(dataset.prefix)[0] for dataset in opened],
+        sizes,
+        documents,
+        manifest,
+        force,
+    )
     return {"output": target, **manifest}
 
 
 def append(path: str, target: int) -> None:
-    """Append the file at `path` to the open file `target`: copy_file_range, else sendfile, else read and write.
+    """Append the file at `path` to the open file `target`: copy_file_range, else sendfile, else
+    read and write.
 
-    Lustre and copies across file systems refuse the first two with different errors, so any error but a full disk falls through.
+    Lustre and copies across file systems refuse the first two with different errors, so any error
+    but a full disk falls through.
     """
     with open(path, "rb") as file:
         left = os.fstat(file.fileno()).st_size
@@ -215,7 +276,10 @@ def append(path: str, target: int) -> None:
                 try:
                     num_bytes = copy(file.fileno(), target, min(left, _COPY_BYTES))
                 except OSError as error:
-                    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) or copy is _read_write:
+                    if (
+                        error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+                        or copy is _read_write
+                    ):
                         raise
                     break
                 if not num_bytes:
@@ -231,7 +295,8 @@ def remove_leftovers(plan: Plan) -> None:
 
 
 def clean_up(plan: Plan) -> None:
-    """Remove the shards of a plan whose dataset is complete; their manifests stay, as the record of what was done."""
+    """Remove the shards of a plan whose dataset is complete; their manifests stay, as the record of
+    what was done."""
     for shard in plan.shards:
         one = shard_files(plan, shard)
         for path in (one.bin, one.sizes, one.rejects, one.reasons, one.failure):
@@ -291,7 +356,9 @@ def _dataset_manifest(plan: Plan, shards: Sequence[dict[str, Any]]) -> dict[str,
         "unknown_tokens": total("unknown_tokens"),
         "special": dict(sorted(special.items())),
         "encoders": sorted({manifest["encoder"] for manifest in shards if manifest["encoder"]}),
-        "encoder_notes": sorted({note for manifest in shards for note in manifest["encoder_notes"]}),
+        "encoder_notes": sorted(
+            {note for manifest in shards for note in manifest["encoder_notes"]}
+        ),
         "model_path": plan.model_path,
         "model_sha256": plan.model_sha256,
         "vocab_size": plan.vocab_size,
@@ -299,7 +366,10 @@ def _dataset_manifest(plan: Plan, shards: Sequence[dict[str, Any]]) -> dict[str,
         "options": asdict(plan.options),
         "inputs": [asdict(source) for source in plan.inputs],
         "shards": [
-            {name: manifest[name] for name in ("shard", "documents", "tokens", "bin_sha256", "segments")}
+            {
+                name: manifest[name]
+                for name in ("shard", "documents", "tokens", "bin_sha256", "segments")
+            }
             for manifest in shards
         ],
         "cpu_s": round(total("cpu_s"), 3),
@@ -337,10 +407,20 @@ def _same_content(plan: Plan, manifest: dict[str, Any]) -> bool:
 
     for shard in manifest["shards"]:
         for segment in shard["segments"]:
-            index = next((i for i, source in enumerate(manifest["inputs"]) if source["path"] == segment["path"]), None)
+            index = next(
+                (
+                    i
+                    for i, source in enumerate(manifest["inputs"])
+                    if source["path"] == segment["path"]
+                ),
+                None,
+            )
             if index is None or not same_stat(plan.inputs[index]):
                 return False
-            if segment_sha256(plan, Segment(index, segment["begin"], segment["end"])) != segment["sha256"]:
+            if (
+                segment_sha256(plan, Segment(index, segment["begin"], segment["end"]))
+                != segment["sha256"]
+            ):
                 return False
     return True
 
@@ -361,4 +441,8 @@ def _same_bytes(one: str, other: str) -> bool:
 
 
 def _refused(path: str) -> Refused:
-    return Refused("is there already", where=path, hint="give another --output-prefix, or --force to replace it")
+    return Refused(
+        "is there already",
+        where=path,
+        hint="give another --output-prefix, or --force to replace it",
+    )

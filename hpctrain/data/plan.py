@@ -1,6 +1,8 @@
-"""What a tokenization is: inputs as they are now, options, model, control tokens, and how the work is cut into shards.
+"""What a tokenization is: inputs as they are now, options, model, control tokens, and how the work
+is cut into shards.
 
-The same inputs and options give the same `key`, whatever the number of tasks that run the shards; nothing here writes.
+The same inputs and options give the same `key`, whatever the number of tasks that run the shards;
+nothing here writes.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a worker needs; `work_dir` holds the shards, `prefix` is the dataset's, without .bin."""
+    """Everything a worker needs; `work_dir` holds the shards, `prefix` is the dataset's, without
+    .bin."""
 
     prefix: str
     work_dir: str
@@ -58,7 +61,8 @@ class Plan:
 
     @cached_property
     def content_key(self) -> str:
-        """Names the result: other inputs, options or model have another. Paths, times and the number of shards do not matter."""
+        """Names the result: other inputs, options or model have another. Paths, times and the
+        number of shards do not matter."""
         options = {**asdict(self.options), "encoder": ""}
         del options["max_line_mib"]
         facts = {
@@ -66,7 +70,10 @@ class Plan:
             "model": self.model_sha256,
             "control": asdict(self.control),
             "options": options,
-            "inputs": [[source.kind, source.size, source.units, source.fingerprint] for source in self.inputs],
+            "inputs": [
+                [source.kind, source.size, source.units, source.fingerprint]
+                for source in self.inputs
+            ],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -83,9 +90,11 @@ class Plan:
 
 
 def cut(inputs: Sequence[Input], num_shards: int) -> tuple[Shard, ...]:
-    """`num_shards` shards of about equal weight, in input order; .gz and .zst are never cut, parquet between row groups.
+    """`num_shards` shards of about equal weight, in input order; .gz and .zst are never cut,
+    parquet between row groups.
 
-    Every unit of every input is in exactly one segment. Shards may be empty when there are few files that can be cut.
+    Every unit of every input is in exactly one segment. Shards may be empty when there are few
+    files that can be cut.
     """
     total = sum(source.weight for source in inputs)
     pieces: list[list[Segment]] = [[] for _ in range(num_shards)]
@@ -98,7 +107,8 @@ def cut(inputs: Sequence[Input], num_shards: int) -> tuple[Shard, ...]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """In words, what differs between two plans written with `to_json`, other than where the pieces are cut."""
+    """In words, what differs between two plans written with `to_json`, other than where the pieces
+    are cut."""
     out = []
     new = json.loads(json.dumps(new, ensure_ascii=True))  # tuples are lists in what was written
     before = {source["path"]: source for source in old.get("inputs", ())}
@@ -161,7 +171,9 @@ def from_json(data: dict[str, Any]) -> Plan:
     )
 
 
-def _owners(source: Input, before: int, total: int, num_shards: int) -> Iterator[tuple[int, int, int]]:
+def _owners(
+    source: Input, before: int, total: int, num_shards: int
+) -> Iterator[tuple[int, int, int]]:
     """(shard, begin, end) of the pieces of one input whose weight starts at `before` of `total`."""
     if not source.units:
         yield min(before * num_shards // total, num_shards - 1), 0, 0
@@ -172,7 +184,8 @@ def _owners(source: Input, before: int, total: int, num_shards: int) -> Iterator
         return
     begin = 0
     for owner in range(first, num_shards):
-        # Shard `owner` ends at weight total * (owner + 1) / num_shards; rounded up, so that the last one takes the rest.
+        # Shard `owner` ends at weight total * (owner + 1) / num_shards; rounded up, so that the
+        # last one takes the rest.
         end = -(-(total * (owner + 1) // num_shards - before) * source.units // source.weight)
         end = source.units if owner == num_shards - 1 else max(begin, min(end, source.units))
         if end > begin:

@@ -1,4 +1,5 @@
-"""From a command line to a Plan: every check that can be made before hours are spent, and reuse of what an earlier run did."""
+"""From a command line to a Plan: every check that can be made before hours are spent, and reuse of
+what an earlier run did."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A plan, what is done of it already, and what the user should know. `finished` is the dataset's manifest if it is there."""
+    """A plan, what is done of it already, and what the user should know. `finished` is the
+    dataset's manifest if it is there."""
 
     plan: Plan
     done: int
@@ -50,7 +52,8 @@ class Prepared:
 
 
 def prepare(request: Request) -> Prepared:
-    """Check everything and plan, writing nothing. Raises UsageError, EnvironmentFault, or Refused when a dataset is in the way."""
+    """Check everything and plan, writing nothing. Raises UsageError, EnvironmentFault, or Refused
+    when a dataset is in the way."""
     problems: list[Problem] = []
     found: list[str] = []
     model = control = None
@@ -98,28 +101,42 @@ def prepare(request: Request) -> Prepared:
             raise Refused(
                 reason,
                 where=plan.dataset,
-                why=f"it was made from something else: {why}" if why else "it was not made by this command",
+                why=(
+                    f"it was made from something else: {why}"
+                    if why
+                    else "it was not made by this command"
+                ),
                 hint="give another --output-prefix, or --force to replace it",
             )
-    done = sum(1 for shard in plan.shards if finished(plan, shard)) if whole is None else len(plan.shards)
+    done = (
+        sum(1 for shard in plan.shards if finished(plan, shard))
+        if whole is None
+        else len(plan.shards)
+    )
     return Prepared(plan, done, tuple(notes), whole)
 
 
 def scan(plan: Plan, limit_bytes: int = SCAN_BYTES) -> None:
-    """Read about `limit_bytes` of the inputs, heads and windows spread evenly, as a task would; 0 means all of it.
+    """Read about `limit_bytes` of the inputs, heads and windows spread evenly, as a task would; 0
+    means all of it.
 
-    Raises UsageError with the bad records found, so that most mistakes in the data show before anything is queued.
+    Raises UsageError with the bad records found, so that most mistakes in the data show before
+    anything is queued.
     """
     problems: list[Problem] = []
     share = max(_WINDOW, limit_bytes // len(plan.inputs))
     for number, source in enumerate(plan.inputs):
         if limit_bytes == 0 or source.kind != "lines" or source.size <= share:
-            problems += check_segment(plan, Segment(number, 0, source.units), share if limit_bytes else None)
+            problems += check_segment(
+                plan, Segment(number, 0, source.units), share if limit_bytes else None
+            )
         else:
             count = max(1, share // _WINDOW)
             for index in range(count):
                 begin = source.size * index // count
-                problems += check_segment(plan, Segment(number, begin, min(begin + _WINDOW, source.size)), None)
+                problems += check_segment(
+                    plan, Segment(number, begin, min(begin + _WINDOW, source.size)), None
+                )
         if len(problems) >= 20:
             break
     if problems and plan.options.on_error == "fail":
@@ -137,7 +154,8 @@ def write_plan(plan: Plan) -> str:
 
 
 def _reuse(plan: Plan) -> tuple[Plan, list[Problem]]:
-    """Keep the cuts of an unfinished run of the same content, so that its shards count; name what changed otherwise."""
+    """Keep the cuts of an unfinished run of the same content, so that its shards count; name what
+    changed otherwise."""
     old = files.read_json(os.path.join(plan.work_dir, "plan.json"))
     if old is None:
         return plan, []
@@ -146,13 +164,18 @@ def _reuse(plan: Plan) -> tuple[Plan, list[Problem]]:
         text = "this is not what the last run here did: " + "; ".join(
             changed or ["another version of hpctrain made it"]
         )
-        return plan, [Problem(text, where=plan.work_dir, hint="all of it is done again", level="note")]
+        return plan, [
+            Problem(text, where=plan.work_dir, hint="all of it is done again", level="note")
+        ]
     try:
         shards: tuple[Shard, ...] = from_json(old).shards
     except (KeyError, TypeError):
         return plan, []
     again = replace(plan, shards=shards)
-    notes = [Problem(text, where=plan.work_dir, level="note") for text in differences(old, to_json(again))]
+    notes = [
+        Problem(text, where=plan.work_dir, level="note")
+        for text in differences(old, to_json(again))
+    ]
     if len(shards) != len(plan.shards):
         text = f"going on with the {len(shards)} shards of the last run"
         notes.append(Problem(text, where=plan.work_dir, level="note"))
@@ -164,21 +187,33 @@ def _option_problems(request: Request) -> list[Problem]:
     for kind in request.options.allow:
         if kind not in ALLOWABLE:
             problems.append(
-                Problem(f"`{kind}` cannot be allowed", where="--allow", hint="known: " + ", ".join(ALLOWABLE))
+                Problem(
+                    f"`{kind}` cannot be allowed",
+                    where="--allow",
+                    hint="known: " + ", ".join(ALLOWABLE),
+                )
             )
     if request.tasks < 1:
         problems.append(Problem(f"`{request.tasks}` tasks", where="--tasks", hint="at least 1"))
     if request.options.max_errors and request.options.on_error != "skip":
         problems.append(Problem("--max-errors needs --on-error skip", where="--max-errors"))
     if request.options.max_line_mib < 1:
-        problems.append(Problem(f"`{request.options.max_line_mib}` MiB", where="--max-line-mib", hint="at least 1"))
+        problems.append(
+            Problem(
+                f"`{request.options.max_line_mib}` MiB", where="--max-line-mib", hint="at least 1"
+            )
+        )
     name = os.path.basename(request.output_prefix)
     if not name or name in (".", ".."):
-        problems.append(Problem(f"`{request.output_prefix}` names no file", where="--output-prefix"))
+        problems.append(
+            Problem(f"`{request.output_prefix}` names no file", where="--output-prefix")
+        )
     elif name.endswith((".bin", ".idx")):
         problems.append(
             Problem(
-                f"`{request.output_prefix}` ends in {name[-4:]}", where="--output-prefix", hint="give the prefix only"
+                f"`{request.output_prefix}` ends in {name[-4:]}",
+                where="--output-prefix",
+                hint="give the prefix only",
             )
         )
     if any(ord(char) < 32 for char in request.output_prefix):

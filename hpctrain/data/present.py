@@ -33,14 +33,18 @@ class Watcher:
         elapsed = max(time.monotonic() - self._start, 1e-3)
         rate = (num_bytes - self._first[0]) / elapsed / 1e6
         speed = (documents - self._first[1]) / elapsed
-        self._progress.update(documents, f"{speed:,.0f} documents/s, {rate:.1f} MB/s, {shards} shards done")
+        self._progress.update(
+            documents, f"{speed:,.0f} documents/s, {rate:.1f} MB/s, {shards} shards done"
+        )
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
     """An outcome as the fields of a JSON answer."""
     plan = outcome.plan
     manifest = {
-        key: value for key, value in (outcome.manifest or {}).items() if key not in ("shards", "inputs", "format")
+        key: value
+        for key, value in (outcome.manifest or {}).items()
+        if key not in ("shards", "inputs", "format")
     }
     return {
         "status": outcome.status,
@@ -62,15 +66,22 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def outcome(result: Outcome) -> None:
-    """An outcome for a person: the dataset's path to stdout, the summary to stderr, the next command last."""
+    """An outcome for a person: the dataset's path to stdout, the summary to stderr, the next
+    command last."""
     plan = result.plan
     if result.status == "planned":
         total = sum(source.size for source in plan.inputs)
         terminal.info(
-            f"{len(plan.inputs)} inputs, {units.format_size(total)}, in {len(plan.shards)} shards, {result.done_before} done"
+            f"{len(plan.inputs)} inputs, {units.format_size(total)}, in {len(plan.shards)} shards,"
+            f" {result.done_before} done"
         )
-        terminal.info(f"control tokens: {', '.join(f'{token.marker} = {token.id}' for token in plan.control.tokens)}")
-        terminal.info(f"end of document: {plan.control.eod_piece or 'none'} = {plan.control.eod_id}")
+        terminal.info(
+            "control tokens:"
+            f" {', '.join(f'{token.marker} = {token.id}' for token in plan.control.tokens)}"
+        )
+        terminal.info(
+            f"end of document: {plan.control.eod_piece or 'none'} = {plan.control.eod_id}"
+        )
         terminal.info(f"would write {plan.dataset}.bin and .idx ({result.engine})")
         return
     if result.status == "queued":
@@ -83,7 +94,8 @@ def outcome(result: Outcome) -> None:
         terminal.info("the dataset is there already and nothing has changed")
     documents, tokens = manifest.get("documents", 0), manifest.get("tokens", 0)
     terminal.info(
-        f"{documents:,} documents, {tokens:,} tokens ({tokens / max(1, documents):,.0f} a document), {manifest.get('dtype')}"
+        f"{documents:,} documents, {tokens:,} tokens ({tokens / max(1, documents):,.0f} a"
+        f" document), {manifest.get('dtype')}"
     )
     terminal.info(f"encoder: {', '.join(manifest.get('encoders', ())) or 'none needed'}")
     notes = manifest.get("encoder_notes", ())
@@ -99,7 +111,10 @@ def outcome(result: Outcome) -> None:
         terminal.info(f"  {count:,} {name}")
     if manifest.get("rejects_file"):
         terminal.info(
-            f"rejected records: {manifest['rejects_file']} (why: {manifest['rejects_file'][:-6]}.reasons.jsonl)"
+            f"rejected records: {manifest['rejects_file']} (why:"
+            f" {manifest['rejects_file'][:-6]}.reasons.jsonl)"
         )
     terminal.data(plan.dataset)
-    terminal.next_step(shlex.join(["hpctrain", "data", "inspect", plan.dataset, "--tokenizer", plan.model_path]))
+    terminal.next_step(
+        shlex.join(["hpctrain", "data", "inspect", plan.dataset, "--tokenizer", plan.model_path])
+    )

@@ -19,10 +19,11 @@ _ONE_A_LINE = "JSONL has one JSON object a line"
 
 @dataclass(frozen=True)
 class RecordForm:
-    """Where a record keeps its dialogue: `text_key`, or `messages_key` (chat), and perhaps `response_key` for the last reply.
+    """Where a record keeps its dialogue: `text_key`, or `messages_key` (chat), and perhaps
+    `response_key` for the last reply.
 
-    `system` says what becomes of system messages when no control token has that role: `error`, or `prepend` (put before the
-    next user message, with an empty line between).
+    `system` says what becomes of system messages when no control token has that role: `error`, or
+    `prepend` (put before the next user message, with an empty line between).
     """
 
     text_key: str = "text"
@@ -41,11 +42,14 @@ def json_reader() -> tuple[Callable[[bytes], Any], bool]:
 
 
 def read_line(line: bytes) -> tuple[Any, Fault | None]:
-    """The record in a line that the fast parser refused, or why it is none. NaN and Infinity in other keys are fine."""
+    """The record in a line that the fast parser refused, or why it is none. NaN and Infinity in
+    other keys are fine."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        what = "UTF-16 text" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else "bytes that are not UTF-8"
+        what = (
+            "UTF-16 text" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else "bytes that are not UTF-8"
+        )
         return None, Fault("utf-8", what, error.start)
     if text.startswith("\ufeff"):
         return None, Fault("bom", "a byte order mark", 0)
@@ -56,7 +60,9 @@ def read_line(line: bytes) -> tuple[Any, Fault | None]:
     except json.JSONDecodeError as error:
         offset = len(text[: error.pos].encode("utf-8", "surrogatepass"))
         if "\0" in text:
-            return None, Fault("nul", "a raw NUL byte, which JSON does not allow", line.index(b"\0"))
+            return None, Fault(
+                "nul", "a raw NUL byte, which JSON does not allow", line.index(b"\0")
+            )
         return None, Fault("json", f"not JSON: {error.msg}", offset, _ONE_A_LINE)
     except ValueError:
         return None, Fault("json", "not JSON: a number with thousands of digits")
@@ -69,11 +75,13 @@ class Extractor:
         self._form, self._splitter = form, splitter
         self._roles = control.roles()
         self._special = splitter.special
-        # Only json lets lone surrogates through; orjson refuses them, and checking every text again costs time.
+        # Only json lets lone surrogates through; orjson refuses them, and checking every text again
+        # costs time.
         self.suspicious = True
 
     def add(self, record: Any, layout: list[int], spans: list[str]) -> Fault | None:
-        """Append what `record` holds to `layout` and `spans`; an empty text appends nothing, and is counted."""
+        """Append what `record` holds to `layout` and `spans`; an empty text appends nothing, and is
+        counted."""
         if type(record) is not dict:
             return Fault("json", f"the record is {_kind(record)}, not an object", 0, _ONE_A_LINE)
         text = record.get(self._form.text_key)
@@ -81,7 +89,9 @@ class Extractor:
             if self.suspicious and _has_surrogate(text):
                 return _surrogate(text)
             if self._form.messages_key in record:
-                self._special[f"records with a text and {self._form.messages_key}: the text was taken"] += 1
+                self._special[
+                    f"records with a text and {self._form.messages_key}: the text was taken"
+                ] += 1
             if not text:
                 self._special["empty documents, dropped"] += 1
                 return None
@@ -92,7 +102,9 @@ class Extractor:
             return self._chat(record, layout, spans)
         if self._form.text_key in record:
             return Fault("text", f"`{self._form.text_key}` is null")
-        return Fault("text", f"neither `{self._form.text_key}` nor `{self._form.messages_key}` is there")
+        return Fault(
+            "text", f"neither `{self._form.text_key}` nor `{self._form.messages_key}` is there"
+        )
 
     def _chat(self, record: dict[str, Any], layout: list[int], spans: list[str]) -> Fault | None:
         key = self._form.messages_key
@@ -119,8 +131,15 @@ class Extractor:
                 wrong = "role" if not isinstance(role, str) else "content"
                 hint = ""
                 if isinstance(content, list):
-                    hint = "parts of a message become one string before this, and only text has tokens"
-                return Fault("text", f"`{where}.{wrong}` is {_kind(message.get(wrong))}, not a string", 0, hint)
+                    hint = (
+                        "parts of a message become one string before this, and only text has tokens"
+                    )
+                return Fault(
+                    "text",
+                    f"`{where}.{wrong}` is {_kind(message.get(wrong))}, not a string",
+                    0,
+                    hint,
+                )
             if self.suspicious and _has_surrogate(content):
                 return _surrogate(content)
             control_id = self._roles.get(role)
@@ -130,13 +149,20 @@ class Extractor:
                 continue
             if control_id is None:
                 known = ", ".join(self._roles)
-                hint = "give the role a token: --control-token " + shlex.quote(f"<<<|{role}|>>>=<|{role}|>")
+                hint = "give the role a token: --control-token " + shlex.quote(
+                    f"<<<|{role}|>>>=<|{role}|>"
+                )
                 if role == "system":
                     hint += "; or --system prepend puts it before the user's message"
-                text = f"`{where}` has the role `{role}`, which no control token stands for (known: {known})"
+                text = (
+                    f"`{where}` has the role `{role}`, which no control token stands for (known:"
+                    f" {known})"
+                )
                 return Fault("role", text, 0, hint)
             if system and role != "user":
-                return Fault("role", f"`{where}`: a system message is not followed by one of the user")
+                return Fault(
+                    "role", f"`{where}`: a system message is not followed by one of the user"
+                )
             turns.append((control_id, system + content))
             system = ""
         if system:
@@ -154,7 +180,11 @@ def _has_surrogate(text: str) -> bool:
 
 def _surrogate(text: str) -> Fault:
     offset = next(index for index, char in enumerate(text) if "\ud800" <= char <= "\udfff")
-    return Fault("surrogate", f"the lone surrogate `\\u{ord(text[offset]):04x}`, which is no character", offset)
+    return Fault(
+        "surrogate",
+        f"the lone surrogate `\\u{ord(text[offset]):04x}`, which is no character",
+        offset,
+    )
 
 
 def _kind(value: Any) -> str:

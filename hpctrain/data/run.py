@@ -1,4 +1,5 @@
-"""Runs a prepared tokenization: in this process, in local processes, as a Slurm array, or on MPI ranks. The shards are the same."""
+"""Runs a prepared tokenization: in this process, in local processes, as a Slurm array, or on MPI
+ranks. The shards are the same."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from hpctrain.config.site import Site
 
 MEM_GIB = 2
-LINE_COPIES = 30  # in memory, of the longest line: its text, SentencePiece's work on it, its ids (27 measured)
+# in memory, of the longest line: its text, SentencePiece's work on it, its ids (27 measured)
+LINE_COPIES = 30
 _SAFE_PATH = re.compile(r"[A-Za-z0-9_./+=@:,-]+")
 
 Say = Callable[[str], None]
@@ -35,7 +37,8 @@ Watch = Callable[[int, int, int], None]  # (shards done, bytes read, documents)
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where and as whom the array runs. `python` is the command that starts Python in a task (it may enter a container)."""
+    """Where and as whom the array runs. `python` is the command that starts Python in a task (it
+    may enter a container)."""
 
     partition: str | None
     account: str | None
@@ -55,8 +58,11 @@ def pending(plan: Plan) -> list[int]:
     return [shard.index for shard in plan.shards if finished(plan, shard) is None]
 
 
-def run_here(plan: Plan, processes: int, force: bool, keep_shards: bool, watch: Watch) -> dict[str, Any]:
-    """Do what is missing with `processes` local processes, merge, and give the dataset's manifest. Raises the tasks' errors."""
+def run_here(
+    plan: Plan, processes: int, force: bool, keep_shards: bool, watch: Watch
+) -> dict[str, Any]:
+    """Do what is missing with `processes` local processes, merge, and give the dataset's manifest.
+    Raises the tasks' errors."""
     tasks.forget_failures(plan)
     todo = pending(plan)
     done = len(plan.shards) - len(todo)
@@ -69,7 +75,8 @@ def run_here(plan: Plan, processes: int, force: bool, keep_shards: bool, watch: 
 
 
 def run_mpi(plan: Plan, communicator: Any, force: bool, keep_shards: bool) -> dict[str, Any] | None:
-    """Do what is missing on all ranks of `communicator`; rank 0 merges and gives the manifest, the others None."""
+    """Do what is missing on all ranks of `communicator`; rank 0 merges and gives the manifest, the
+    others None."""
     rank, size = communicator.Get_rank(), communicator.Get_size()
     todo = None
     if rank == 0:
@@ -84,14 +91,20 @@ def run_mpi(plan: Plan, communicator: Any, force: bool, keep_shards: bool) -> di
     return _finish(plan, force, keep_shards)
 
 
-def submit(plan: Plan, plan_path: str, cluster: Cluster, force: bool, keep_shards: bool, say: Say) -> list[str]:
+def submit(
+    plan: Plan, plan_path: str, cluster: Cluster, force: bool, keep_shards: bool, say: Say
+) -> list[str]:
     """Queue an array for what is missing, and the merge after it; the job ids.
 
-    Raises Refused while jobs of the same work are still queued, EnvironmentFault when Slurm does not take the jobs.
+    Raises Refused while jobs of the same work are still queued, EnvironmentFault when Slurm does
+    not take the jobs.
     """
     active = queued(f"--name={job_name(plan)}")
     if active:
-        raise Refused(f"{len(active)} jobs are already at work on this", hint=f"squeue --name={job_name(plan)}")
+        raise Refused(
+            f"{len(active)} jobs are already at work on this",
+            hint=f"squeue --name={job_name(plan)}",
+        )
     tasks.forget_failures(plan)
     todo = pending(plan)
     executor = _executor(plan, cluster)
@@ -120,29 +133,46 @@ def submit(plan: Plan, plan_path: str, cluster: Cluster, force: bool, keep_shard
                 count = min(cluster.shape.num_tasks, len(todo))
                 executor.update_parameters(**parameters)
                 with executor.batch():
-                    jobs = [executor.submit(tasks.ShardTask(plan_path, todo[index::count])) for index in range(count)]
+                    jobs = [
+                        executor.submit(tasks.ShardTask(plan_path, todo[index::count]))
+                        for index in range(count)
+                    ]
                 ids.append(str(jobs[0].job_id).split("_")[0])
                 say(f"queued {count} tasks for {len(todo)} shards: job {ids[0]}")
-                # afterany, as afterok would never start once a task failed; the merge itself says what is missing.
-                parameters["slurm_additional_parameters"] = {**dict(cluster.extra), "dependency": f"afterany:{ids[0]}"}
+                # afterany, as afterok would never start once a task failed; the merge itself says
+                # what is missing.
+                parameters["slurm_additional_parameters"] = {
+                    **dict(cluster.extra),
+                    "dependency": f"afterany:{ids[0]}",
+                }
             executor.update_parameters(**parameters)
             job = executor.submit(tasks.MergeTask(plan_path, force, keep_shards))
         except Exception as error:
-            if type(error).__name__ not in ("FailedJobError", "FailedSubmissionError", "CalledProcessError"):
+            if type(error).__name__ not in (
+                "FailedJobError",
+                "FailedSubmissionError",
+                "CalledProcessError",
+            ):
                 raise
             text = str(error).strip().splitlines()
             raise EnvironmentFault(
                 f"Slurm did not take the job: {text[-1] if text else error}",
                 why=f"what is queued already goes on: {', '.join(ids)}" if ids else "",
-                hint="see --partition, --account and --time; `AssocMaxSubmitJobLimit` means too many jobs or a wrong account",
+                hint=(
+                    "see --partition, --account and --time; `AssocMaxSubmitJobLimit` means too many"
+                    " jobs or a wrong account"
+                ),
             ) from None
     ids.append(str(job.job_id))
     say(f"queued the merge after it: job {ids[-1]}")
     return ids
 
 
-def wait(plan: Plan, watch: Watch, every_s: float = 5.0, sleep: Callable[[float], None] = time.sleep) -> dict[str, Any]:
-    """Until the jobs of this plan have left the queue; the dataset's manifest. Raises the tasks' errors, all at once."""
+def wait(
+    plan: Plan, watch: Watch, every_s: float = 5.0, sleep: Callable[[float], None] = time.sleep
+) -> dict[str, Any]:
+    """Until the jobs of this plan have left the queue; the dataset's manifest. Raises the tasks'
+    errors, all at once."""
     while True:
         watch(*tasks.progress(plan))
         if not queued(f"--name={job_name(plan)}"):
@@ -154,7 +184,8 @@ def wait(plan: Plan, watch: Watch, every_s: float = 5.0, sleep: Callable[[float]
     if manifest is None:
         left = pending(plan)
         raise HpctrainError(
-            f"the jobs have ended, but {len(left)} of {len(plan.shards)} shards are not done: {', '.join(map(str, left[:20]))}",
+            f"the jobs have ended, but {len(left)} of {len(plan.shards)} shards are not done:"
+            f" {', '.join(map(str, left[:20]))}",
             where=_log_dir(plan),
             why="tasks were killed, ran out of time or memory, or their node failed",
             hint="run the same command again: only these are done",
@@ -168,7 +199,8 @@ def job_name(plan: Plan) -> str:
 
 
 def container_python(site: Site, image: str, needed: Sequence[str]) -> str:
-    """The command that starts Python inside the site's container; raises EnvironmentFault when the site has no runtime."""
+    """The command that starts Python inside the site's container; raises EnvironmentFault when the
+    site has no runtime."""
     from hpctrain.config.container import bind_list, container_argv
 
     if site.values["container"]["runtime"] == "none":
@@ -237,17 +269,21 @@ def _raise_failures(plan: Plan) -> None:
 
 
 def _log_dir(plan: Plan) -> str:
-    """Where submitit keeps its files. Slurm's file name patterns cannot carry every path, so odd ones get a plain place."""
+    """Where submitit keeps its files. Slurm's file name patterns cannot carry every path, so odd
+    ones get a plain place."""
     folder = os.path.join(plan.work_dir, "logs")
     if not _SAFE_PATH.fullmatch(folder):
-        folder = os.path.join(os.path.expanduser("~"), ".cache", "hpctrain", f"tokenize-{plan.content_key}")
+        folder = os.path.join(
+            os.path.expanduser("~"), ".cache", "hpctrain", f"tokenize-{plan.content_key}"
+        )
     os.makedirs(folder, exist_ok=True)
     return folder
 
 
 def _staged_code(plan: Plan) -> str:
-    """A folder with copies of the pure Python packages that a task needs, for containers: only numpy and sentencepiece (and
-    the extra `fast`, if it is to be used) must be in the image. Our own site-packages hold libraries built for this machine.
+    """A folder with copies of the pure Python packages that a task needs, for containers: only
+    numpy and sentencepiece (and the extra `fast`, if it is to be used) must be in the image. Our
+    own site-packages hold libraries built for this machine.
     """
     import importlib.util
     import shutil
@@ -277,7 +313,8 @@ def _python_path() -> str:
 
 @contextlib.contextmanager
 def _scrubbed_environment(extra: dict[str, str] | None = None) -> Iterator[None]:
-    """submitit hands our environment to sbatch and to local processes: take out what would override the job's own options."""
+    """submitit hands our environment to sbatch and to local processes: take out what would override
+    the job's own options."""
     saved = dict(os.environ)
     try:
         for name in slurm.leaking(os.environ):
@@ -291,5 +328,7 @@ def _scrubbed_environment(extra: dict[str, str] | None = None) -> Iterator[None]
 
 def describe_shape(shape: ArrayShape) -> list[Problem]:
     """The array's decisions as notes."""
-    first = f"{shape.num_tasks} tasks, {shape.parallel} at once, {units.format_time(shape.time_s)} each"
+    first = (
+        f"{shape.num_tasks} tasks, {shape.parallel} at once, {units.format_time(shape.time_s)} each"
+    )
     return [Problem(first, level="note"), *(Problem(note, level="note") for note in shape.notes)]

@@ -1,4 +1,5 @@
-"""Input files as streams of raw records: byte ranges of JSONL, whole .gz and .zst files, row groups of parquet.
+"""Input files as streams of raw records: byte ranges of JSONL, whole .gz and .zst files, row groups
+of parquet.
 
 A range owns the lines that start in it. Readers hold one block in memory, whatever the file's size.
 """
@@ -16,15 +17,25 @@ from hpctrain.base.errors import EnvironmentFault, Problem, UsageError, missing_
 
 BLOCK_BYTES = 2 << 20
 MAX_LINE_MIB = 64
-SUFFIXES = {".jsonl": "lines", ".json": "lines", ".ndjson": "lines", ".gz": "gz", ".zst": "zst", ".parquet": "parquet"}
+SUFFIXES = {
+    ".jsonl": "lines",
+    ".json": "lines",
+    ".ndjson": "lines",
+    ".gz": "gz",
+    ".zst": "zst",
+    ".parquet": "parquet",
+}
 _FINGERPRINT_BYTES = 1 << 16
-_NO_FILE = "not a regular file: an input is read in parts, by several tasks, and again when it is checked"
+_NO_FILE = (
+    "not a regular file: an input is read in parts, by several tasks, and again when it is checked"
+)
 _MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"PAR1": "parquet"}
 
 
 @dataclass(frozen=True)
 class Input:
-    """One input file as it was when planned. `units` is what ranges count: bytes, or row groups of parquet.
+    """One input file as it was when planned. `units` is what ranges count: bytes, or row groups of
+    parquet.
 
     `fingerprint` is the sha256 of the first and last 64 KiB and of the size.
     """
@@ -38,7 +49,8 @@ class Input:
 
     @property
     def weight(self) -> int:
-        """Roughly how many bytes of text are in it (compressed text is about a quarter of its size)."""
+        """Roughly how many bytes of text are in it (compressed text is about a quarter of its
+        size)."""
         return max(1, self.size if self.kind == "lines" else 4 * self.size)
 
 
@@ -55,7 +67,8 @@ class Segment:
 class Block:
     """Consecutive raw records: lines as bytes (without the newline), or parquet rows as dicts.
 
-    `offset` is the byte offset of the first line (in the uncompressed text), or the number of the first row.
+    `offset` is the byte offset of the first line (in the uncompressed text), or the number of the
+    first row.
     """
 
     records: Sequence[Any]
@@ -74,15 +87,22 @@ class _Readable(Protocol):
 
 
 def expand(paths: Sequence[str]) -> list[str]:
-    """Files from files and folders (a folder: its known files, sorted). Raises UsageError with every problem at once."""
+    """Files from files and folders (a folder: its known files, sorted). Raises UsageError with
+    every problem at once."""
     files: list[str] = []
     problems: list[Problem] = []
     for path in paths:
         if os.path.isdir(path):
-            inside = [name for name in sorted(os.listdir(path)) if os.path.splitext(name)[1] in SUFFIXES]
+            inside = [
+                name for name in sorted(os.listdir(path)) if os.path.splitext(name)[1] in SUFFIXES
+            ]
             if not inside:
                 problems.append(
-                    Problem("no input files in this folder", where=path, hint=f"known: {' '.join(SUFFIXES)}")
+                    Problem(
+                        "no input files in this folder",
+                        where=path,
+                        hint=f"known: {' '.join(SUFFIXES)}",
+                    )
                 )
             for file in (os.path.join(path, name) for name in inside):
                 if os.path.exists(file) and not os.path.isfile(file):
@@ -91,12 +111,18 @@ def expand(paths: Sequence[str]) -> list[str]:
         elif os.path.exists(path) and not os.path.isfile(path):
             problems.append(Problem(_NO_FILE, where=path, hint="write it to a file first"))
         elif not os.path.isfile(path):
-            hint = f"did you mean {glob.escape(path)}.jsonl?" if os.path.isfile(path + ".jsonl") else ""
+            hint = (
+                f"did you mean {glob.escape(path)}.jsonl?"
+                if os.path.isfile(path + ".jsonl")
+                else ""
+            )
             problems.append(Problem("there is no such file", where=path, hint=hint))
         elif os.path.splitext(path)[1] not in SUFFIXES:
             problems.append(
                 Problem(
-                    "the name does not tell what kind of file this is", where=path, hint=f"known: {' '.join(SUFFIXES)}"
+                    "the name does not tell what kind of file this is",
+                    where=path,
+                    hint=f"known: {' '.join(SUFFIXES)}",
                 )
             )
         else:
@@ -105,7 +131,9 @@ def expand(paths: Sequence[str]) -> list[str]:
     for file in files:
         real = os.path.realpath(file)
         if real in seen:
-            problems.append(Problem(f"the same file twice: also given as `{seen[real]}`", where=file))
+            problems.append(
+                Problem(f"the same file twice: also given as `{seen[real]}`", where=file)
+            )
         seen[real] = file
     if not paths:
         problems.append(Problem("no input given"))
@@ -115,7 +143,8 @@ def expand(paths: Sequence[str]) -> list[str]:
 
 
 def describe(path: str) -> Input:
-    """The Input at `path`, as it is now. Raises EnvironmentFault when it cannot be read, UsageError when its name lies."""
+    """The Input at `path`, as it is now. Raises EnvironmentFault when it cannot be read, UsageError
+    when its name lies."""
     kind = SUFFIXES[os.path.splitext(path)[1]]
     digest = hashlib.sha256()
     try:
@@ -136,7 +165,9 @@ def describe(path: str) -> Input:
             hint=f"rename it so that it ends in .{really}",
         )
     units = _parquet(path).num_row_groups if kind == "parquet" else stat.st_size
-    return Input(os.path.abspath(path), kind, stat.st_size, stat.st_mtime_ns, units, digest.hexdigest())
+    return Input(
+        os.path.abspath(path), kind, stat.st_size, stat.st_mtime_ns, units, digest.hexdigest()
+    )
 
 
 def same_stat(source: Input) -> bool:
@@ -149,11 +180,13 @@ def same_stat(source: Input) -> bool:
 
 
 class SegmentReader:
-    """Blocks of one segment. After the last one, `first` and `last` are the units where it really began and ended.
+    """Blocks of one segment. After the last one, `first` and `last` are the units where it really
+    began and ended.
 
-    The ends of consecutive segments meet exactly (`last` of one is `first` of the next): the merge checks it.
-    Of parquet only `columns` are read (None: all), as others may be large, or of kinds that Python has not.
-    Raises UsageError for a broken compressed file or a line of more than `max_line_mib`, EnvironmentFault where the disk fails.
+    The ends of consecutive segments meet exactly (`last` of one is `first` of the next): the merge
+    checks it. Of parquet only `columns` are read (None: all), as others may be large, or of kinds
+    that Python has not. Raises UsageError for a broken compressed file or a line of more than
+    `max_line_mib`, EnvironmentFault where the disk fails.
     """
 
     def __init__(
@@ -184,13 +217,19 @@ class SegmentReader:
 
     def _lines(self, file: _Readable, begin: int, end: int | None) -> Iterator[Block]:
         if begin > 0:
-            # A line belongs to the range in which it starts, so look at the byte before: it may end the previous line.
+            # A line belongs to the range in which it starts, so look at the byte before: it may end
+            # the previous line.
             file.seek(begin - 1)
             begin += self._skip_line(file, begin) - 1
         self.first, offset, rest = begin, begin, b""
         while end is None or offset < end:
-            size = BLOCK_BYTES if end is None else min(BLOCK_BYTES, max(end - offset - len(rest), 1 << 16))
-            # Of a long line ever more at once, as `rest + data` copies it each time; never more than may be in a line.
+            size = (
+                BLOCK_BYTES
+                if end is None
+                else min(BLOCK_BYTES, max(end - offset - len(rest), 1 << 16))
+            )
+            # Of a long line ever more at once, as `rest + data` copies it each time; never more
+            # than may be in a line.
             data = file.read(min(max(size, len(rest)), self._max_line + 1 - len(rest)))
             if not data:
                 if rest:
@@ -228,7 +267,10 @@ class SegmentReader:
         return UsageError(
             f"a line of more than {self._max_line >> 20} MiB",
             where=f"{self._source.path}: byte {offset}",
-            why="a task needs up to 30 times its longest line in memory; the limit is --max-line-mib",
+            why=(
+                "a task needs up to 30 times its longest line in memory; the limit is"
+                " --max-line-mib"
+            ),
             hint="is this JSONL, one record a line? then raise --max-line-mib",
         )
 
@@ -257,11 +299,17 @@ class SegmentReader:
     def _rows(self) -> Iterator[Block]:
         file = _parquet(self._source.path)
         metadata = file.metadata
-        columns = None if self._columns is None else [name for name in self._columns if name in file.schema_arrow.names]
+        columns = (
+            None
+            if self._columns is None
+            else [name for name in self._columns if name in file.schema_arrow.names]
+        )
         row = sum(metadata.row_group(index).num_rows for index in range(self._segment.begin))
         for group in range(self._segment.begin, self._segment.end):
             num_bytes = metadata.row_group(group).total_byte_size
-            self._digest.update(f"{group}:{metadata.row_group(group).num_rows}:{num_bytes}\n".encode())
+            self._digest.update(
+                f"{group}:{metadata.row_group(group).num_rows}:{num_bytes}\n".encode()
+            )
             per_row = num_bytes // max(1, metadata.row_group(group).num_rows)
             size = max(1, min(1024, BLOCK_BYTES // max(1, per_row)))
             for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=columns):
@@ -271,7 +319,8 @@ class SegmentReader:
 
 
 def line_number(source: Input, offset: int) -> int:
-    """The number (from 1) of the line that starts at `offset` of an uncompressed file; reads the file up to there."""
+    """The number (from 1) of the line that starts at `offset` of an uncompressed file; reads the
+    file up to there."""
     count, left = 1, offset
     with open(source.path, "rb") as file:
         while left > 0:
@@ -284,11 +333,14 @@ def line_number(source: Input, offset: int) -> int:
 
 
 class _ZstdFile:
-    """Reads .zst, several frames too; unlike zstandard's stream_reader it notices a truncated file."""
+    """Reads .zst, several frames too; unlike zstandard's stream_reader it notices a truncated
+    file."""
 
     def __init__(self, raw: IO[bytes], zstandard: Any):
         self._raw = raw
-        self._new: Callable[[], Any] = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        self._new: Callable[[], Any] = lambda: zstandard.ZstdDecompressor(
+            max_window_size=1 << 31
+        ).decompressobj()
         self._frame = self._new()
         self._started = False
         self._rest = b""

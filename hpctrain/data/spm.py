@@ -1,7 +1,8 @@
-"""A SentencePiece model file as data: pieces, scores, types and the options that decide how text becomes ids.
+"""A SentencePiece model file as data: pieces, scores, types and the options that decide how text
+becomes ids.
 
-Reads the protobuf itself (sentencepiece's `sentencepiece_model.proto`, 40 lines of wire format), so that neither protobuf nor
-the model's trainer is needed. Never encodes anything.
+Reads the protobuf itself (sentencepiece's `sentencepiece_model.proto`, 40 lines of wire format), so
+that neither protobuf nor the model's trainer is needed. Never encodes anything.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 @dataclass(frozen=True)
 class SpmModel:
-    """What a model file says. `pieces[i]`, `scores[i]`, `types[i]` belong to id i; `data` is the file itself."""
+    """What a model file says. `pieces[i]`, `scores[i]`, `types[i]` belong to id i; `data` is the
+    file itself."""
 
     path: str
     data: bytes
@@ -55,7 +57,8 @@ class SpmModel:
 
 
 def load_model(path: str) -> SpmModel:
-    """The model at `path`. Raises EnvironmentFault when unreadable, UsageError when it is not a SentencePiece model."""
+    """The model at `path`. Raises EnvironmentFault when unreadable, UsageError when it is not a
+    SentencePiece model."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise EnvironmentFault("the tokenizer model is not a regular file", where=path)
     try:
@@ -63,10 +66,14 @@ def load_model(path: str) -> SpmModel:
             stat = os.fstat(file.fileno())
             return _load(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
     except OSError as error:
-        raise EnvironmentFault(f"the tokenizer model cannot be read: {error.strerror}", where=path) from None
+        raise EnvironmentFault(
+            f"the tokenizer model cannot be read: {error.strerror}", where=path
+        ) from None
     except (ValueError, IndexError, struct.error):
         raise UsageError(
-            "this is not a SentencePiece model", where=path, hint="give the .model file, not tokenizer.json or .vocab"
+            "this is not a SentencePiece model",
+            where=path,
+            hint="give the .model file, not tokenizer.json or .vocab",
         ) from None
 
 
@@ -77,7 +84,8 @@ def _load(path: str, size: int, mtime_ns: int) -> SpmModel:
 
 
 def parse_model(data: bytes, path: str = "") -> SpmModel:
-    """An SpmModel from the bytes of a .model file. Raises ValueError, IndexError or struct.error when malformed."""
+    """An SpmModel from the bytes of a .model file. Raises ValueError, IndexError or struct.error
+    when malformed."""
     pieces: list[str] = []
     scores: list[float] = []
     types = bytearray()
@@ -114,22 +122,33 @@ def parse_model(data: bytes, path: str = "") -> SpmModel:
 
 
 def _piece(value: bytes) -> tuple[str, float, int]:
-    """(piece, score, type) of a SentencePiece message; the usual order of fields is read without a loop."""
+    """(piece, score, type) of a SentencePiece message; the usual order of fields is read without a
+    loop."""
     end = 2 + value[1] if len(value) > 1 and value[0] == 0x0A and value[1] < 128 else 0
     if end and value[end : end + 1] == b"\x15":
         rest = len(value) - end - 5
         if rest == 0 or (rest == 2 and value[-2] == 0x18):
-            return value[2:end].decode("utf-8"), _FLOAT.unpack_from(value, end + 1)[0], value[-1] if rest else NORMAL
+            return (
+                value[2:end].decode("utf-8"),
+                _FLOAT.unpack_from(value, end + 1)[0],
+                value[-1] if rest else NORMAL,
+            )
     fields = dict(_fields(value))
     score = _FLOAT.unpack(_bytes(fields.get(2, b"\0\0\0\0")))[0]
     return _bytes(fields.get(1, b"")).decode("utf-8"), score, _int(fields.get(3, NORMAL))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (field number, value) of a protobuf message: ints for varints, bytes for everything else."""
+    """Yield (field number, value) of a protobuf message: ints for varints, bytes for everything
+    else."""
     index, end = 0, len(data)
     while index < end:
-        if data[index] < 0x80 and index + 1 < end and data[index] & 7 == 2 and data[index + 1] < 0x80:
+        if (
+            data[index] < 0x80
+            and index + 1 < end
+            and data[index] & 7 == 2
+            and data[index + 1] < 0x80
+        ):
             # The common case: a short string or message.
             key, length, index = data[index], data[index + 1], index + 2
             if index + length > end:

@@ -1,6 +1,7 @@
 """What runs in an array task, a local process or an MPI rank: some shards of a plan, or the merge.
 
-A task reads the plan's own file, so that it never sees another plan; what it did is in the shards' manifests, not in its result.
+A task reads the plan's own file, so that it never sees another plan; what it did is in the shards'
+manifests, not in its result.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from hpctrain.data.worker import Report, run_shard, shard_files
 
 
 class ShardTask:
-    """A callable for submitit: do these shards, in order. Called again after a time limit or a requeue, it goes on."""
+    """A callable for submitit: do these shards, in order. Called again after a time limit or a
+    requeue, it goes on."""
 
     def __init__(self, plan_path: str, shards: Sequence[int]):
         self.plan_path, self.shards = plan_path, tuple(shards)
@@ -28,7 +30,8 @@ class ShardTask:
         return run_shards(load_plan(self.plan_path), self.shards)
 
     def checkpoint(self) -> Any:
-        """submitit's question when the time is up: the same task again (done shards are skipped)."""
+        """submitit's question when the time is up: the same task again (done shards are
+        skipped)."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -60,8 +63,11 @@ def load_plan(path: str) -> Plan:
     return plan
 
 
-def run_shards(plan: Plan, shards: Sequence[int], report: Callable[[int, int], None] | None = None) -> int:
-    """Do `shards` in order; the number that failed (0 or 1, as the first failure of any task stops all of them).
+def run_shards(
+    plan: Plan, shards: Sequence[int], report: Callable[[int, int], None] | None = None
+) -> int:
+    """Do `shards` in order; the number that failed (0 or 1, as the first failure of any task stops
+    all of them).
 
     A failure is written next to the shard, for the command that started the tasks to show.
     """
@@ -89,7 +95,8 @@ def run_shards(plan: Plan, shards: Sequence[int], report: Callable[[int, int], N
 
 
 def merge(plan: Plan, force: bool, keep_shards: bool) -> dict[str, Any] | None:
-    """Merge, then remove the shards; None when it failed, with the failure written for the waiting command."""
+    """Merge, then remove the shards; None when it failed, with the failure written for the waiting
+    command."""
     try:
         manifest = merge_shards(plan, force)
     except HpctrainError as error:
@@ -101,8 +108,12 @@ def merge(plan: Plan, force: bool, keep_shards: bool) -> dict[str, Any] | None:
 
 
 def write_failure(plan: Plan, index: int, error: HpctrainError) -> None:
-    """Keep the problems of a failed task where `failures` finds them; a full disk must not hide the first error."""
-    data = {"exit_code": error.exit_code, "problems": [problem.as_json() for problem in error.problems]}
+    """Keep the problems of a failed task where `failures` finds them; a full disk must not hide the
+    first error."""
+    data = {
+        "exit_code": error.exit_code,
+        "problems": [problem.as_json() for problem in error.problems],
+    }
     with contextlib.suppress(HpctrainError):
         files.write_json(_failure_path(plan, index), data)
 
@@ -113,7 +124,10 @@ def failures(plan: Plan) -> list[tuple[int, Problem]]:
     for name in sorted(os.listdir(plan.work_dir)):
         if name.startswith(plan.key) and name.endswith(".failed.json"):
             data = files.read_json(os.path.join(plan.work_dir, name)) or {}
-            found += [(data.get("exit_code", 1), Problem(**problem)) for problem in data.get("problems", ())]
+            found += [
+                (data.get("exit_code", 1), Problem(**problem))
+                for problem in data.get("problems", ())
+            ]
     return found
 
 
@@ -174,4 +188,13 @@ def _failure_path(plan: Plan, index: int) -> str:
     return os.path.join(plan.work_dir, f"{plan.key}-{name}.failed.json")
 
 
-__all__ = ["MergeTask", "Report", "ShardTask", "failures", "load_plan", "merge", "progress", "run_shards"]
+__all__ = [
+    "MergeTask",
+    "Report",
+    "ShardTask",
+    "failures",
+    "load_plan",
+    "merge",
+    "progress",
+    "run_shards",
+]

@@ -1,7 +1,8 @@
-"""One shard: read its segments, encode, write to temporary names, fsync, rename, and only then describe it in a manifest.
+"""One shard: read its segments, encode, write to temporary names, fsync, rename, and only then
+describe it in a manifest.
 
-A shard is done if and only if its manifest is there and fits. Killing a worker at any instruction leaves no manifest, or a
-right one.
+A shard is done if and only if its manifest is there and fits. Killing a worker at any instruction
+leaves no manifest, or a right one.
 """
 
 from __future__ import annotations
@@ -60,45 +61,60 @@ class ShardFiles:
 
 def shard_files(plan: Plan, shard: Shard) -> ShardFiles:
     base = os.path.join(plan.work_dir, f"{plan.key}-{shard.index:05d}")
-    return ShardFiles(*(base + end for end in (".bin", ".sizes", ".rejects", ".reasons", ".json", ".failed.json")))
+    return ShardFiles(
+        *(base + end for end in (".bin", ".sizes", ".rejects", ".reasons", ".json", ".failed.json"))
+    )
 
 
 def finished(plan: Plan, shard: Shard) -> dict[str, Any] | None:
-    """The manifest of a shard that is done, else None: it must fit the plan, the inputs as they are, and its own files."""
+    """The manifest of a shard that is done, else None: it must fit the plan, the inputs as they
+    are, and its own files."""
     paths = shard_files(plan, shard)
     manifest = files.read_json(paths.manifest)
     if manifest is None or manifest.get("format") != FORMAT or manifest.get("key") != plan.key:
         return None
     try:
-        for path, size in ((paths.bin, "bin_bytes"), (paths.sizes, "sizes_bytes"), (paths.rejects, "rejects_bytes")):
+        for path, size in (
+            (paths.bin, "bin_bytes"),
+            (paths.sizes, "sizes_bytes"),
+            (paths.rejects, "rejects_bytes"),
+        ):
             if os.stat(path).st_size != manifest[size]:
                 return None
     except (OSError, KeyError):
         return None
     for segment, described in zip(shard.segments, manifest["segments"]):
         source = plan.inputs[segment.input]
-        if described["mtime_ns"] != source.mtime_ns and described["sha256"] != segment_sha256(plan, segment):
+        if described["mtime_ns"] != source.mtime_ns and described["sha256"] != segment_sha256(
+            plan, segment
+        ):
             return None
     return manifest
 
 
-def run_shard(plan: Plan, shard: Shard, report: Report = lambda num_bytes, documents: None) -> dict[str, Any]:
+def run_shard(
+    plan: Plan, shard: Shard, report: Report = lambda num_bytes, documents: None
+) -> dict[str, Any]:
     """Do one shard, unless it is done, and give its manifest.
 
-    Raises UsageError with the bad records (at most 20), EnvironmentFault for a changed input, a full disk or a broken file.
+    Raises UsageError with the bad records (at most 20), EnvironmentFault for a changed input, a
+    full disk or a broken file.
     """
     done = finished(plan, shard)
     if done is not None:
         return done
     model = load_model(plan.model_path)
     if model.sha256 != plan.model_sha256:
-        raise EnvironmentFault("the tokenizer model changed since the run was planned", where=plan.model_path)
+        raise EnvironmentFault(
+            "the tokenizer model changed since the run was planned", where=plan.model_path
+        )
     memory.keep()
     with _without_collector():
         try:
             return _Work(plan, shard, model, report).run()
         except EncoderDisagrees as error:
-            # Whatever it wrote is gone with its temporary file; the reference does the whole shard, and those to come.
+            # Whatever it wrote is gone with its temporary file; the reference does the whole shard,
+            # and those to come.
             notes = (f"the fast encoder was dropped: {error}",)
             _encoders[model.sha256, plan.options.encoder] = SentencePieceEncoder(model, notes)
             return _Work(plan, shard, model, report).run()
@@ -106,7 +122,8 @@ def run_shard(plan: Plan, shard: Shard, report: Report = lambda num_bytes, docum
 
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-    """Millions of short-lived lists without a cycle among them: the collector would only look at them again and again."""
+    """Millions of short-lived lists without a cycle among them: the collector would only look at
+    them again and again."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -156,8 +173,13 @@ class _Work:
             segments = [self._segment(segment) for segment in self.shard.segments]
             if self.total.problems and (self.plan.options.on_error == "fail" or self.unreadable):
                 raise UsageError(self.total.problems)
-            if self.total.rejected > self.plan.options.max_errors and self.plan.options.on_error == "skip":
-                raise _too_many(self.total.rejected, self.plan.options.max_errors, self.total.problems)
+            if (
+                self.total.rejected > self.plan.options.max_errors
+                and self.plan.options.on_error == "skip"
+            ):
+                raise _too_many(
+                    self.total.rejected, self.plan.options.max_errors, self.total.problems
+                )
             rejects_bytes, sizes_bytes = self.rejects.tell(), self.sizes.tell()
             for temp in temps:
                 temp.sync()
@@ -229,20 +251,28 @@ class _Work:
         }
 
     def _blocks(self, reader: SegmentReader) -> Iterator[Block]:
-        """The segment's blocks; one that cannot be read to its end is a problem among the others, and none of it is kept."""
+        """The segment's blocks; one that cannot be read to its end is a problem among the others,
+        and none of it is kept."""
         try:
             yield from reader.blocks()
         except UsageError as error:
             self.total.problems += error.problems
             self.unreadable = True
 
-    def read(self, block: Block, source: Input, lines: int) -> tuple[list[int], list[str], list[int]]:
-        """Control ids and `SPAN`s of a block's documents, its spans, and how many entries of the first each document has."""
+    def read(
+        self, block: Block, source: Input, lines: int
+    ) -> tuple[list[int], list[str], list[int]]:
+        """Control ids and `SPAN`s of a block's documents, its spans, and how many entries of the
+        first each document has."""
         layout: list[int] = []
         spans: list[str] = []
         counts: list[int] = []
         loads, add, eod = self.loads, self.extractor.add, self.plan.control.eod_id
-        is_lines, lenient, forgeable = source.kind != "parquet", self.lenient, bool(self.plan.control.forgeable)
+        is_lines, lenient, forgeable = (
+            source.kind != "parquet",
+            self.lenient,
+            bool(self.plan.control.forgeable),
+        )
         if is_lines and block.offset == 0 and block.records and block.records[0][:3] == _BOM:
             block = self._without_bom(block)
         begin = 0
@@ -292,9 +322,13 @@ class _Work:
         if self.plan.options.on_error == "skip" and problem and self.writes:
             raw = block.records[number]
             self.rejects.write((raw if isinstance(raw, bytes) else _as_json(raw)) + b"\n")
-            self.reasons.write(_as_json({"where": problem.where, "kind": fault.kind, "what": problem.what}) + b"\n")
+            self.reasons.write(
+                _as_json({"where": problem.where, "kind": fault.kind, "what": problem.what}) + b"\n"
+            )
             if self.total.rejected > self.plan.options.max_errors:
-                raise _too_many(self.total.rejected, self.plan.options.max_errors, self.total.problems)
+                raise _too_many(
+                    self.total.rejected, self.plan.options.max_errors, self.total.problems
+                )
 
     def _encoder(self, samples: Sequence[str]) -> Encoder:
         key = (self.model.sha256, self.plan.options.encoder)
@@ -324,12 +358,17 @@ class _Work:
 
 
 def assemble(
-    layout: Sequence[int], counts: Sequence[int], ids: NDArray[Any], lengths: NDArray[Any], dtype: str
+    layout: Sequence[int],
+    counts: Sequence[int],
+    ids: NDArray[Any],
+    lengths: NDArray[Any],
+    dtype: str,
 ) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """Tokens of all documents, and tokens per document (int32), from control ids and `SPAN`s and the encoded spans.
+    """Tokens of all documents, and tokens per document (int32), from control ids and `SPAN`s and
+    the encoded spans.
 
-    `counts[d]` entries of `layout` belong to document d; `lengths[s]` of `ids` to span s. Raises UsageError for a document of
-    more than 2**31 - 1 tokens, the limit of the index.
+    `counts[d]` entries of `layout` belong to document d; `lengths[s]` of `ids` to span s. Raises
+    UsageError for a document of more than 2**31 - 1 tokens, the limit of the index.
     """
     import numpy as np
 
@@ -366,19 +405,27 @@ class _ForgeryCheck:
             text = self._sp.normalize(span)
             for piece in self._pieces:
                 if piece in text or piece in span:
-                    return Fault("forged", f"the text spells `{piece}`, which would become a control token")
+                    return Fault(
+                        "forged", f"the text spells `{piece}`, which would become a control token"
+                    )
         return None
 
 
 def _problem(fault: Fault, block: Block, number: int, source: Input, lines: int) -> Problem:
     if source.kind == "parquet":
-        return Problem(f"{fault.what} (character {fault.offset})", where=f"{source.path}: row {block.offset + number}")
+        return Problem(
+            f"{fault.what} (character {fault.offset})",
+            where=f"{source.path}: row {block.offset + number}",
+        )
     offset = block.offset + sum(len(raw) + 1 for raw in block.records[:number])
     line = lines + number + 1
     if source.kind == "lines":
-        # A range does not know how many lines came before it; only an error needs to, so count them now.
+        # A range does not know how many lines came before it; only an error needs to, so count them
+        # now.
         line = line_number(source, offset)
-    if fault.kind in ("json", "utf-8", "bom", "text", "role") or (fault.kind == "nul" and "raw" in fault.what):
+    if fault.kind in ("json", "utf-8", "bom", "text", "role") or (
+        fault.kind == "nul" and "raw" in fault.what
+    ):
         where = f"byte {offset + fault.offset}"
     else:
         where = f"character {fault.offset} of the text, in the line at byte {offset}"
@@ -394,7 +441,9 @@ def _too_many(rejected: int, limit: int, problems: Sequence[Problem]) -> UsageEr
 
 def _changed(source: Input) -> HpctrainError:
     return EnvironmentFault(
-        "the input changed since the run was planned", where=source.path, hint="run the same command again"
+        "the input changed since the run was planned",
+        where=source.path,
+        hint="run the same command again",
     )
 
 
@@ -409,7 +458,9 @@ def segment_sha256(plan: Plan, segment: Segment) -> str:
 def _reader(plan: Plan, segment: Segment, digest: Any) -> SegmentReader:
     form = plan.options.form
     columns = [name for name in (form.text_key, form.messages_key, form.response_key) if name]
-    return SegmentReader(plan.inputs[segment.input], segment, digest, plan.options.max_line_mib, columns)
+    return SegmentReader(
+        plan.inputs[segment.input], segment, digest, plan.options.max_line_mib, columns
+    )
 
 
 def _itemsize(plan: Plan) -> int:
@@ -421,14 +472,19 @@ def _as_json(value: Any) -> bytes:
 
 
 def check_segment(plan: Plan, segment: Segment, limit_bytes: int | None) -> list[Problem]:
-    """The bad records of a segment (at most 20, of at most the first `limit_bytes`), found without encoding."""
-    work = _Work(plan, Shard(0, (segment,)), load_model(plan.model_path), lambda num_bytes, documents: None)
+    """The bad records of a segment (at most 20, of at most the first `limit_bytes`), found without
+    encoding."""
+    work = _Work(
+        plan, Shard(0, (segment,)), load_model(plan.model_path), lambda num_bytes, documents: None
+    )
     source = plan.inputs[segment.input]
     lines = seen = 0
     for block in work._blocks(_reader(plan, segment, hashlib.sha256())):
         work.read(block, source, lines)
         lines += len(block.records)
         seen += block.num_bytes
-        if len(work.total.problems) >= SHOWN_PROBLEMS or (limit_bytes is not None and seen >= limit_bytes):
+        if len(work.total.problems) >= SHOWN_PROBLEMS or (
+            limit_bytes is not None and seen >= limit_bytes
+        ):
             break
     return work.total.problems

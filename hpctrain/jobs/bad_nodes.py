@@ -14,9 +14,10 @@ from hpctrain.triage.records import job_of_log
 
 MIN_FAILURES = 2
 _TAIL_BYTES = 4 * 1024 * 1024
-# What Slurm says of one node: `srun: error: nid000003: task 5: Killed`, `Node failure on nid000003`; and the job script of
-# the first task that failed. Only deaths by a signal: an exit code is the program's own, and the same on any node. Nor by
-# one that somebody sends, as the job script does before the time limit (HUP, INT, USR1, USR2, TERM: 129, 130, 138, 140, 143).
+# What Slurm says of one node: `srun: error: nid000003: task 5: Killed`, `Node failure on
+# nid000003`; and the job script of the first task that failed. Only deaths by a signal: an exit
+# code is the program's own, and the same on any node. Nor by one that somebody sends, as the job
+# script does before the time limit (HUP, INT, USR1, USR2, TERM: 129, 130, 138, 140, 143).
 _SENT = "Terminated|Exited|Interrupt|Hangup|User defined signal"
 _NAMED = (
     re.compile(rf"srun: error: (?P<nodes>[\w.,\[\]-]+): tasks? [\d,-]+: (?!{_SENT})[^\n]+"),
@@ -42,8 +43,8 @@ class BadNode:
 def find(run: RunRecords) -> list[BadNode]:
     """The nodes that the logs of at least two failed starts name, worst first.
 
-    A start failed when it has an end with another exit code than 0, or no end at all. A failure that
-    names more than two nodes, or half of them, says nothing about any one of them.
+    A start failed when it has an end with another exit code than 0, or no end at all. A failure
+    that names more than two nodes, or half of them, says nothing about any one of them.
     """
     logs: dict[str, list[str]] = {}
     for path in run.logs:
@@ -55,12 +56,17 @@ def find(run: RunRecords) -> list[BadNode]:
             for node in named(_part_of(_tail(path), start.restart), start.nodes):
                 restart = f".{start.restart}" if start.restart else ""
                 blamed.setdefault(node, []).append(start.job_id + restart)
-    bad = [BadNode(node, tuple(starts)) for node, starts in blamed.items() if len(starts) >= MIN_FAILURES]
+    bad = [
+        BadNode(node, tuple(starts))
+        for node, starts in blamed.items()
+        if len(starts) >= MIN_FAILURES
+    ]
     return sorted(bad, key=lambda node: (-len(node.failures), node.name))
 
 
 def named(log: str, whole: Sequence[str]) -> list[str]:
-    """The nodes that one start's log blames, if few enough of `whole`, all it had, to mean something."""
+    """The nodes that one start's log blames, if few enough of `whole`, all it had, to mean
+    something."""
     found: dict[str, None] = {}
     for pattern in _NAMED:
         for match in pattern.finditer(log):
@@ -69,7 +75,11 @@ def named(log: str, whole: Sequence[str]) -> list[str]:
             except ValueError:
                 continue
     names = [node for node in found if not whole or node in whole]
-    return names if 0 < len(names) <= 2 and (not whole or 2 * len(names) < len(whole) or len(whole) == 1) else []
+    return (
+        names
+        if 0 < len(names) <= 2 and (not whole or 2 * len(names) < len(whole) or len(whole) == 1)
+        else []
+    )
 
 
 def merged(present: str, bad: Iterable[BadNode]) -> str:
@@ -90,5 +100,7 @@ def _part_of(log: str, restart: int) -> str:
     marks = list(_BEGIN.finditer(log))
     for index, mark in enumerate(marks):
         if int(mark["restart"]) == restart:
-            return log[mark.start() : marks[index + 1].start() if index + 1 < len(marks) else len(log)]
+            return log[
+                mark.start() : marks[index + 1].start() if index + 1 < len(marks) else len(log)
+            ]
     return log if not marks else ""

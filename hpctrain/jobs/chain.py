@@ -1,4 +1,5 @@
-"""A chain: all links queued at once, each deciding for itself when it starts; stopping, cancelling and extending it."""
+"""A chain: all links queued at once, each deciding for itself when it starts; stopping, cancelling
+and extending it."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ from hpctrain.jobs import bad_nodes as badnodes
 from hpctrain.jobs import checkpoints
 from hpctrain.jobs import side as sidejobs
 from hpctrain.jobs.checkpoints import read_plan
-from hpctrain.jobs.ledger import MAIN, SIDE, Ledger, Submission, only_one, read_ledger, record_cancelled, submit_all
+from hpctrain.jobs.ledger import (
+    MAIN,
+    SIDE,
+    Ledger,
+    Submission,
+    only_one,
+    read_ledger,
+    record_cancelled,
+    submit_all,
+)
 from hpctrain.plan.load import Loaded
 from hpctrain.plan.run_dir import run_files, write_run_dir
 from hpctrain.runs.records import RunRecords, find_pipeline, find_runs, read_run
@@ -35,7 +45,8 @@ ASK_ABOVE_HOURS = 200.0
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a link is expected to do: its mode, and between which iterations where that can be told."""
+    """What a link is expected to do: its mode, and between which iterations where that can be
+    told."""
 
     link: int
     job_id: str | None
@@ -46,7 +57,8 @@ class Expectation:
 
 @dataclass(frozen=True)
 class ChainPlan:
-    """What `chain` would submit, and what that costs. `new` are the link numbers that are not queued yet."""
+    """What `chain` would submit, and what that costs. `new` are the link numbers that are not
+    queued yet."""
 
     run_dir: str
     run: str
@@ -65,20 +77,29 @@ class ChainPlan:
         return (self.gpu_hours, "GPU-hours") if self.gpu_hours else (self.node_hours, "node-hours")
 
 
-def plan_chain(run_dir: str, plan: Mapping[str, Any], num_links: int | None = None, extend: int | None = None,
-               auto: bool = False, force: bool = False) -> ChainPlan:  # fmt: skip
-    """Decide which links to submit. `plan` is plan.json's content; reads the run directory and the checkpoint folder.
+def plan_chain(
+    run_dir: str,
+    plan: Mapping[str, Any],
+    num_links: int | None = None,
+    extend: int | None = None,
+    auto: bool = False,
+    force: bool = False,
+) -> ChainPlan:
+    """Decide which links to submit. `plan` is plan.json's content; reads the run directory and the
+    checkpoint folder.
 
-    `num_links` is the whole number of links (those on record count), `extend` a number of links more, `auto` as many as
-    the remaining iterations need. Raises UsageError, Refused while a STOP file would end every link at once or the guard
-    would refuse the checkpoints (but for `force`), EnvironmentFault when they cannot be read.
+    `num_links` is the whole number of links (those on record count), `extend` a number of links
+    more, `auto` as many as the remaining iterations need. Raises UsageError, Refused while a STOP
+    file would end every link at once or the guard would refuse the checkpoints (but for `force`),
+    EnvironmentFault when they cannot be read.
     """
     settings = _settings(run_dir, plan)
     ledger = read_ledger(run_dir)
     links = read_records(os.path.join(run_dir, "links.jsonl"))
     if os.path.exists(os.path.join(run_dir, "STOP")):
         raise Refused(
-            f"`{run_dir}/STOP` is there, so every link would end as it starts", hint="remove that file, then try again"
+            f"`{run_dir}/STOP` is there, so every link would end as it starts",
+            hint="remove that file, then try again",
         )
     choice = _choice(settings)
     _require_clear(settings, choice, links, force)
@@ -87,7 +108,11 @@ def plan_chain(run_dir: str, plan: Mapping[str, Any], num_links: int | None = No
     submitted = {link for link, kind in ledger.submitted() if kind == MAIN}
     unsure = {link for link, kind in ledger.open() if kind == MAIN}
     if auto:
-        more = _links_needed(plan, settings, choice, step_time_s) - len(live_links(ledger)) - len(unsure)
+        more = (
+            _links_needed(plan, settings, choice, step_time_s)
+            - len(live_links(ledger))
+            - len(unsure)
+        )
     elif extend:
         more = extend
     else:
@@ -96,10 +121,17 @@ def plan_chain(run_dir: str, plan: Mapping[str, Any], num_links: int | None = No
     new = tuple(sorted({*unsure, *range(known + 1, known + max(more, 0) + 1)}))
     cost, jobs = plan["cost"], len(new)
     return ChainPlan(
-        run_dir, str(plan["run"]), new, _expectations(plan, settings, choice, links, ledger, new, step_time_s), settings.after_each,
-        cost["gpu_hours"] * jobs, cost["node_hours"] * jobs, None if cost["billed"] is None else cost["billed"] * jobs, cost["unit"],
+        run_dir,
+        str(plan["run"]),
+        new,
+        _expectations(plan, settings, choice, links, ledger, new, step_time_s),
+        settings.after_each,
+        cost["gpu_hours"] * jobs,
+        cost["node_hours"] * jobs,
+        None if cost["billed"] is None else cost["billed"] * jobs,
+        cost["unit"],
         tuple(badnodes.find(run)),
-    )  # fmt: skip
+    )
 
 
 def _settings(run_dir: str, plan: Mapping[str, Any]) -> Settings:
@@ -132,7 +164,9 @@ def _unreadable(what: str) -> EnvironmentFault:
     return EnvironmentFault(what, hint=hint)
 
 
-def _require_clear(settings: Settings, choice: Choice, links: list[dict[str, Any]], force: bool) -> None:
+def _require_clear(
+    settings: Settings, choice: Choice, links: list[dict[str, Any]], force: bool
+) -> None:
     """Refuse to queue links that the guard would not start."""
     decided = decide_now(settings, choice, links)
     if decided.decision == "run" and choice.unreadable:
@@ -146,10 +180,14 @@ def _require_clear(settings: Settings, choice: Choice, links: list[dict[str, Any
         raise Refused(Problem(why, why="every link would end as it starts", hint=hint))
 
 
-def prepare(loaded: Loaded, force: bool = False, dry_run: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """Render and bootstrap a run: what `chain` does before it submits. Returns plan.json's content and what to tell.
+def prepare(
+    loaded: Loaded, force: bool = False, dry_run: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """Render and bootstrap a run: what `chain` does before it submits. Returns plan.json's content
+    and what to tell.
 
-    Raises UsageError when the start checkpoint cannot be used, Refused when the run directory holds another rendering.
+    Raises UsageError when the start checkpoint cannot be used, Refused when the run directory holds
+    another rendering.
     """
     plan, said = loaded.plan, []
     files = run_files(plan, loaded.inputs)
@@ -160,9 +198,15 @@ def prepare(loaded: Loaded, force: bool = False, dry_run: bool = False) -> tuple
     settled = choice.refusal or choice.unreadable or choice.kind == "made"
     if settings.start and not settled and not Survey(settings).made:
         done = checkpoints.bootstrap(settings, dry_run)
-        said += [*done.notes, f"the start checkpoint `{done.start}` is complete: {done.num_files} files"]
+        said += [
+            *done.notes,
+            f"the start checkpoint `{done.start}` is complete: {done.num_files} files",
+        ]
         if done.target:
-            said.append(f"{'would link' if dry_run else 'linked'} `{os.path.join(done.folder, done.link or '')}` to it")
+            said.append(
+                f"{'would link' if dry_run else 'linked'}"
+                f" `{os.path.join(done.folder, done.link or '')}` to it"
+            )
     content: dict[str, Any] = json.loads(files["plan.json"])
     return content, said
 
@@ -173,18 +217,25 @@ def readable(run_dir: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EnvironmentFault(f"cannot use `{error.filename or run_dir}`: {error.strerror}") from error
+        raise EnvironmentFault(
+            f"cannot use `{error.filename or run_dir}`: {error.strerror}"
+        ) from error
 
 
 def ask_needed(chain: ChainPlan) -> bool:
-    """Whether the whole cost is above what is submitted without a question; a sandbox costs nothing."""
+    """Whether the whole cost is above what is submitted without a question; a sandbox costs
+    nothing."""
     return chain.hours[0] > ASK_ABOVE_HOURS and not os.environ.get("HPCTRAIN_SANDBOX")
 
 
-def submit_chain(chain: ChainPlan, exclude: str = "", after: str | None = None) -> dict[tuple[int, str], str]:
-    """Queue the new links, each after the one before it, with their side jobs; returns all job ids by (link, kind).
+def submit_chain(
+    chain: ChainPlan, exclude: str = "", after: str | None = None
+) -> dict[tuple[int, str], str]:
+    """Queue the new links, each after the one before it, with their side jobs; returns all job ids
+    by (link, kind).
 
-    Where no link of the run waits or runs, the first new one waits for the job `after`, another run's.
+    Where no link of the run waits or runs, the first new one waits for the job `after`, another
+    run's.
     """
     script = os.path.join(chain.run_dir, "job.sbatch")
     options = (f"--exclude={exclude}",) if exclude else ()
@@ -192,7 +243,8 @@ def submit_chain(chain: ChainPlan, exclude: str = "", after: str | None = None) 
         ledger = read_ledger(chain.run_dir)
         live = live_links(ledger)
         wanted: list[Submission] = []
-        # Live links too: their side jobs may be what a crash left out. What is on record is not submitted again.
+        # Live links too: their side jobs may be what a crash left out. What is on record is not
+        # submitted again.
         for link in sorted({*chain.new, *live}):
             wanted.append(Submission(link, MAIN, script, (str(link),), options))
             if chain.side_script:
@@ -202,8 +254,11 @@ def submit_chain(chain: ChainPlan, exclude: str = "", after: str | None = None) 
 
 
 def live_links(ledger: Ledger) -> dict[int, str]:
-    """The links that wait or run now, with their jobs. Asks Slurm only when something was submitted."""
-    submitted = {link: job_id for (link, kind), job_id in ledger.submitted().items() if kind == MAIN}
+    """The links that wait or run now, with their jobs. Asks Slurm only when something was
+    submitted."""
+    submitted = {
+        link: job_id for (link, kind), job_id in ledger.submitted().items() if kind == MAIN
+    }
     if not submitted:
         return {}
     live = {job.job_id for job in of_user(submitted.values()) if job.live} - ledger.cancelled()
@@ -211,9 +266,11 @@ def live_links(ledger: Ledger) -> dict[int, str]:
 
 
 def measured_step_time_s(starts: Sequence[Start]) -> float | None:
-    """Seconds an iteration took in the starts whose end is on record, start-up included; None without one.
+    """Seconds an iteration took in the starts whose end is on record, start-up included; None
+    without one.
 
-    A begin and its end come from one host, so the difference of their times is right whatever its clock says.
+    A begin and its end come from one host, so the difference of their times is right whatever its
+    clock says.
     """
     seconds = iterations = 0.0
     for start in starts:
@@ -232,7 +289,9 @@ def _remaining(settings: Settings, plan: Mapping[str, Any], choice: Choice) -> i
     return max(settings.target - (choice.number or 0), 0) if made and choice.number else whole
 
 
-def _links_needed(plan: Mapping[str, Any], settings: Settings, choice: Choice, step_time_s: float | None) -> int:
+def _links_needed(
+    plan: Mapping[str, Any], settings: Settings, choice: Choice, step_time_s: float | None
+) -> int:
     remaining = _remaining(settings, plan, choice)
     if remaining is None or not step_time_s:
         what = "the step time" if remaining is not None else "the target"
@@ -241,23 +300,40 @@ def _links_needed(plan: Mapping[str, Any], settings: Settings, choice: Choice, s
             hint="set `estimate: {step_time_s: …}` in run.yaml, or give a number of jobs",
         )
     job = plan["job"]
-    needed = billing.links_needed(remaining, step_time_s, job["save_every"], job["time_s"],
-                                   job["signal"].get("lead_s", 0) if job["saves_on_signal"] else 0, bool(job["saves_on_signal"]))  # fmt: skip
+    needed = billing.links_needed(
+        remaining,
+        step_time_s,
+        job["save_every"],
+        job["time_s"],
+        job["signal"].get("lead_s", 0) if job["saves_on_signal"] else 0,
+        bool(job["saves_on_signal"]),
+    )
     if needed is None:
         raise UsageError(
-            f"no link of {job['time_s']} s would reach a checkpoint: saving every {job['save_every']} iterations of {step_time_s:.1f} s",
+            f"no link of {job['time_s']} s would reach a checkpoint: saving every"
+            f" {job['save_every']} iterations of {step_time_s:.1f} s",
             hint="save more often, or ask for more time",
         )
     return max(needed, 1)
 
 
-def _expectations(plan: Mapping[str, Any], settings: Settings, choice: Choice, links: list[dict[str, Any]], ledger: Ledger,
-                  new: Sequence[int], step_time_s: float | None) -> tuple[Expectation, ...]:  # fmt: skip
-    """What each link that is waiting or new will do, if all goes well: the first from what lies there, the next on from it."""
+def _expectations(
+    plan: Mapping[str, Any],
+    settings: Settings,
+    choice: Choice,
+    links: list[dict[str, Any]],
+    ledger: Ledger,
+    new: Sequence[int],
+    step_time_s: float | None,
+) -> tuple[Expectation, ...]:
+    """What each link that is waiting or new will do, if all goes well: the first from what lies
+    there, the next on from it."""
     submitted, ended = ledger.submitted(), {r.get("link") for r in links if r.get("event") == "end"}
     gone = ledger.cancelled()
     waiting = [
-        link for (link, kind), job_id in submitted.items() if kind == MAIN and job_id not in gone and link not in ended
+        link
+        for (link, kind), job_id in submitted.items()
+        if kind == MAIN and job_id not in gone and link not in ended
     ]
     job = plan["job"]
     per_link = int(job["time_s"] / step_time_s) if step_time_s else None
@@ -265,10 +341,13 @@ def _expectations(plan: Mapping[str, Any], settings: Settings, choice: Choice, l
         per_link = per_link // job["save_every"] * job["save_every"]
     out: list[Expectation] = []
     mode = decide_now(settings, choice, links).mode
-    counts_on = choice.kind == "made" or settings.counter == "greatest_folder" or settings.start_counts
+    counts_on = (
+        choice.kind == "made" or settings.counter == "greatest_folder" or settings.start_counts
+    )
     at: int | None = (choice.number or 0) if counts_on else 0
     if mode == "scratch" and settings.source and settings.source.hand_over != "model":
-        # Which checkpoint is handed over will be seen when the first link begins; without one it does not start.
+        # Which checkpoint is handed over will be seen when the first link begins; without one it
+        # does not start.
         mode, at = "finetune", None if settings.start_counts else 0
     for link in sorted({*waiting, *new}):
         last = None
@@ -292,7 +371,8 @@ def _expectations(plan: Mapping[str, Any], settings: Settings, choice: Choice, l
 
 
 def stop(run_dir: str, dry_run: bool = False) -> list[Job]:
-    """End the chain after the next checkpoint: queued links end as they start, and a step that saves on its signal gets it.
+    """End the chain after the next checkpoint: queued links end as they start, and a step that
+    saves on its signal gets it.
 
     Returns the running jobs. Never cancels anything.
     """
@@ -314,7 +394,9 @@ def cancel(run_dir: str, dry_run: bool = False) -> list[Job]:
     with only_one(run_dir):
         ledger = read_ledger(run_dir)
         order = {job_id: key for key, job_id in ledger.submitted().items()}
-        found = sorted(_live_jobs(run_dir), key=lambda job: order.get(job.job_id, (0, MAIN)), reverse=True)
+        found = sorted(
+            _live_jobs(run_dir), key=lambda job: order.get(job.job_id, (0, MAIN)), reverse=True
+        )
         if not dry_run and found:
             slurm.cancel([job.job_id for job in found])
             record_cancelled(run_dir, [job.job_id for job in found])
@@ -322,12 +404,15 @@ def cancel(run_dir: str, dry_run: bool = False) -> list[Job]:
 
 
 def exclude_bad(run_dir: str, bad: Sequence[badnodes.BadNode]) -> list[str]:
-    """Keep the waiting links off the bad nodes, beside those they avoid already; returns the jobs that were changed."""
+    """Keep the waiting links off the bad nodes, beside those they avoid already; returns the jobs
+    that were changed."""
     changed = []
     for job in _live_jobs(run_dir):
         if job.state == "PENDING":
             try:
-                slurm.exclude_nodes(job.job_id, badnodes.merged(slurm.excluded_nodes(job.job_id), bad))
+                slurm.exclude_nodes(
+                    job.job_id, badnodes.merged(slurm.excluded_nodes(job.job_id), bad)
+                )
             except EnvironmentFault:
                 if any(now.state == "PENDING" for now in of_user([job.job_id])):
                     raise
@@ -349,12 +434,14 @@ def _live_jobs(run_dir: str) -> list[Job]:
 
 
 def find_chains(target: str) -> list[str]:
-    """The run directories whose chains `target` names: one run's, or all of a pipeline's in their order. Raises UsageError."""
+    """The run directories whose chains `target` names: one run's, or all of a pipeline's in their
+    order. Raises UsageError."""
     return find_runs(target) if find_pipeline(target) else [find_run(target)]
 
 
 def find_run(target: str) -> str:
-    """The one run directory that `target` names (see `records.find_runs`). Raises UsageError when it names several, or none."""
+    """The one run directory that `target` names (see `records.find_runs`). Raises UsageError when
+    it names several, or none."""
     found = find_runs(target)
     if len(found) > 1:
         names = ", ".join(os.path.relpath(path) for path in found[:5])

@@ -1,4 +1,5 @@
-"""The checkpoint folder, from the login node: what is in it, is it whole, bring a start in, go back. Same code as the guard's."""
+"""The checkpoint folder, from the login node: what is in it, is it whole, bring a start in, go
+back. Same code as the guard's."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.runtime import sidecar
-from hpctrain.runtime.bootstrap import Bootstrap, StartProblem, do_bootstrap, plan_bootstrap, write_tracker
+from hpctrain.runtime.bootstrap import (
+    Bootstrap,
+    StartProblem,
+    do_bootstrap,
+    plan_bootstrap,
+    write_tracker,
+)
 from hpctrain.runtime.files import Listing, is_folder, sync_folder
 from hpctrain.runtime.huggingface import Weights
 from hpctrain.runtime.layout import COMPLETE, TORN, UNREADABLE, Expected, Verdict
@@ -25,7 +32,8 @@ MODEL_ALONE = Weights.name
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint of a folder. `kind` is `made`, `start` or `link`; `verdict` is None where it was not looked into."""
+    """One checkpoint of a folder. `kind` is `made`, `start` or `link`; `verdict` is None where it
+    was not looked into."""
 
     name: str
     number: int | None
@@ -37,7 +45,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint folder holds: its checkpoints, what was set aside (name: path), and why no link would start."""
+    """What a checkpoint folder holds: its checkpoints, what was set aside (name: path), and why no
+    link would start."""
 
     rows: tuple[Row, ...]
     asides: Mapping[str, str]
@@ -47,8 +56,8 @@ class Contents:
 
 @dataclass(frozen=True)
 class Use:
-    """Going back: which checkpoint the next link will start from, what is set aside so that it does, and from where it is
-    brought back where it was set aside before."""
+    """Going back: which checkpoint the next link will start from, what is set aside so that it
+    does, and from where it is brought back where it was set aside before."""
 
     folder: str
     place: str
@@ -61,11 +70,16 @@ class Use:
 
 
 def settings_of(
-    target: str, layout: str | None = None, start: str | None = None, expected: Expected | None = None
+    target: str,
+    layout: str | None = None,
+    start: str | None = None,
+    expected: Expected | None = None,
 ) -> Settings:
-    """What is known of the checkpoints of `target`: a run directory, a run.yaml, or a plain folder with its layout.
+    """What is known of the checkpoints of `target`: a run directory, a run.yaml, or a plain folder
+    with its layout.
 
-    `layout` may be left out for a plain folder where the names in it leave no doubt. Raises UsageError.
+    `layout` may be left out for a plain folder where the names in it leave no doubt. Raises
+    UsageError.
     """
     if os.path.isfile(os.path.join(target, "plan.json")):
         try:
@@ -81,20 +95,28 @@ def settings_of(
         return _plain_settings(target, layout, start, expected)
     if layout and layout != found.layout:
         raise UsageError(
-            f"`{target}` keeps checkpoints in layout `{found.layout}`, not `{layout}`", hint="leave --layout out"
+            f"`{target}` keeps checkpoints in layout `{found.layout}`, not `{layout}`",
+            hint="leave --layout out",
         )
     if start:
         found = found._replace(start=os.path.abspath(start))
     if not found.checkpoint_dir:
         raise UsageError(
-            f"run `{found.run}` has no checkpoint folder", where=target, hint="set `checkpoint: {dir: …}` in run.yaml"
+            f"run `{found.run}` has no checkpoint folder",
+            where=target,
+            hint="set `checkpoint: {dir: …}` in run.yaml",
         )
     return found
 
 
-def _plain_settings(target: str, layout: str | None, start: str | None, expected: Expected | None) -> Settings:
+def _plain_settings(
+    target: str, layout: str | None, start: str | None, expected: Expected | None
+) -> Settings:
     if target.endswith((".yaml", ".yml")) and not os.path.isdir(target):
-        raise UsageError(f"there is no `{target}`", hint="name a run directory, a run.yaml or a checkpoint folder")
+        raise UsageError(
+            f"there is no `{target}`",
+            hint="name a run directory, a run.yaml or a checkpoint folder",
+        )
     own = None
     if layout is None and os.path.isdir(target):
         layout = layout_of_folder(target)
@@ -118,15 +140,16 @@ def _plain_settings(target: str, layout: str | None, start: str | None, expected
         give_up_after=3,
         after_each=None,
         quarantine=True,
-        # Nothing is known of what the run will reach, and the seed's folders use the framework's own
-        # name for the link.
+        # Nothing is known of what the run will reach, and the seed's folders use the framework's
+        # own name for the link.
         counter="greatest_folder" if layout == "deepspeed" else "latest",
         own=own,
     )
 
 
 def layout_of_folder(folder: str) -> str | None:
-    """The layout of the checkpoints in a folder, told by their files first and their names then; None where neither does."""
+    """The layout of the checkpoints in a folder, told by their files first and their names then;
+    None where neither does."""
     listing = Listing()
     forms: dict[str, str] = {}
     for name, entry in _entries(listing, folder).items():
@@ -172,8 +195,8 @@ def list_checkpoints(settings: Settings, verify: bool = True) -> Contents:
 def verify(target: str, layout: str | None, expected: Expected) -> list[tuple[str, Verdict]]:
     """The verdict on one checkpoint, or on each of a run's or of a folder's, whatever their names.
 
-    An empty answer means that there is no checkpoint. Raises UsageError for an invalid run and an unknown layout,
-    EnvironmentFault when there is nothing or it cannot be read.
+    An empty answer means that there is no checkpoint. Raises UsageError for an invalid run and an
+    unknown layout, EnvironmentFault when there is nothing or it cannot be read.
     """
     path = os.path.normpath(target)
     if os.path.isfile(os.path.join(path, "plan.json")) or path.endswith((".yaml", ".yml")):
@@ -194,7 +217,8 @@ def verify(target: str, layout: str | None, expected: Expected) -> list[tuple[st
 
 
 def _inside(folder: str, layout: str | None, expected: Expected) -> list[tuple[str, Verdict]]:
-    """The verdicts on the checkpoints in a folder: those with a layout's names, else any with a writer's files."""
+    """The verdicts on the checkpoints in a folder: those with a layout's names, else any with a
+    writer's files."""
     listing = Listing()
     entries = _entries(listing, folder)
     rules = [LAYOUTS[layout]] if layout else list(LAYOUTS.values())
@@ -215,12 +239,15 @@ def _inside(folder: str, layout: str | None, expected: Expected) -> list[tuple[s
 
 
 def layout_of_name(path: str) -> str:
-    """The layout of the checkpoint at `path`, told by its files, else by its name. Raises UsageError when neither does."""
+    """The layout of the checkpoint at `path`, told by its files, else by its name. Raises
+    UsageError when neither does."""
     name = os.path.basename(os.path.abspath(path))
     form = ""
     if os.path.isdir(path):
         form = judge_as(None, os.path.abspath(path), Listing(), Expected()).form
-    writing = [rules.name for rules in LAYOUTS.values() if form in {one.name for one in rules.forms}]
+    writing = [
+        rules.name for rules in LAYOUTS.values() if form in {one.name for one in rules.forms}
+    ]
     fitting = [one for one in resembling({name: form}) if not writing or one in writing] or writing
     if not fitting:
         raise UsageError(
@@ -230,25 +257,36 @@ def layout_of_name(path: str) -> str:
     return fitting[0]
 
 
-def bootstrap(settings: Settings, dry_run: bool = False, ranks: Expected | None = None) -> Bootstrap:
-    """Bring the start checkpoint into the folder: a relative link and the tracker, after the start was verified.
+def bootstrap(
+    settings: Settings, dry_run: bool = False, ranks: Expected | None = None
+) -> Bootstrap:
+    """Bring the start checkpoint into the folder: a relative link and the tracker, after the start
+    was verified.
 
-    Does nothing when that was done before. Raises UsageError when the start cannot be used or was not saved by exactly
-    `ranks`, where they are given; Refused when the folder holds checkpoints of a later training already. Writes nothing
-    with `dry_run`.
+    Does nothing when that was done before. Raises UsageError when the start cannot be used or was
+    not saved by exactly `ranks`, where they are given; Refused when the folder holds checkpoints of
+    a later training already. Writes nothing with `dry_run`.
     """
     if not settings.start:
         raise UsageError(
-            "there is no start checkpoint to bootstrap from", hint="set `checkpoint: {start: …}`, or give --start"
+            "there is no start checkpoint to bootstrap from",
+            hint="set `checkpoint: {start: …}`, or give --start",
         )
     survey = Survey(settings)
     if survey.made:
         newest = survey.made[-1]
         raise Refused(
             Problem(
-                f"`{settings.checkpoint_dir}` already holds newer work: {len(survey.made)} checkpoints up to `{newest.name}`",
-                why=f"pointing `{survey.layout.tracker or 'the framework'}` back at the start would throw it away",
-                hint="`hpctrain checkpoint use --to start` goes back to the start and keeps the others aside",
+                f"`{settings.checkpoint_dir}` already holds newer work: {len(survey.made)}"
+                f" checkpoints up to `{newest.name}`",
+                why=(
+                    f"pointing `{survey.layout.tracker or 'the framework'}` back at the start would"
+                    " throw it away"
+                ),
+                hint=(
+                    "`hpctrain checkpoint use --to start` goes back to the start and keeps the"
+                    " others aside"
+                ),
             )
         )
     try:
@@ -258,19 +296,24 @@ def bootstrap(settings: Settings, dry_run: bool = False, ranks: Expected | None 
             if other:
                 raise StartProblem(f"the start checkpoint `{settings.start}` {'; '.join(other)}")
     except StartProblem as problem:
-        raise UsageError(str(problem), hint="give another `checkpoint.start`, or finish copying it") from problem
+        raise UsageError(
+            str(problem), hint="give another `checkpoint.start`, or finish copying it"
+        ) from problem
     if not dry_run:
         try:
             do_bootstrap(plan)
         except StartProblem as problem:
             raise UsageError(str(problem)) from problem
         except OSError as error:
-            raise EnvironmentFault(f"cannot write into `{plan.folder}`: {error.strerror}") from error
+            raise EnvironmentFault(
+                f"cannot write into `{plan.folder}`: {error.strerror}"
+            ) from error
     return plan
 
 
 def plan_use(settings: Settings, to: str | None = None, back: int | None = None) -> Use:
-    """Decide how to go back to checkpoint `to` (a name, a number, or `start`) or by `back` complete checkpoints.
+    """Decide how to go back to checkpoint `to` (a name, a number, or `start`) or by `back` complete
+    checkpoints.
 
     Raises UsageError when there is no such complete checkpoint.
     """
@@ -288,7 +331,9 @@ def _plan_return(survey: Survey, aside: str, path: str) -> Use:
     """Bring back a checkpoint that was set aside, and start from it."""
     name = sidecar.original_name(aside)
     if os.path.lexists(survey.path(name)):
-        raise UsageError(f"`{name}` is in `{survey.folder}` again, beside `{aside}`", hint=f"--to {name}")
+        raise UsageError(
+            f"`{name}` is in `{survey.folder}` again, beside `{aside}`", hint=f"--to {name}"
+        )
     _require_complete(aside, judge_as(survey.layout, path, Listing(), survey.settings.expected))
     found = Candidate(name, survey.layout.number(name), False, False)
     return _use_of(survey, found, name, path)
@@ -299,7 +344,9 @@ def _require_complete(name: str, verdict: Verdict) -> None:
         raise EnvironmentFault(f"`{name}`: {verdict.reason}")
     if verdict.state != COMPLETE:
         words = "is not complete" if verdict.state == TORN else "cannot be told to be complete"
-        raise UsageError(f"`{name}` {words}: {verdict.faults[0]}", hint="see `hpctrain checkpoint list`")
+        raise UsageError(
+            f"`{name}` {words}: {verdict.faults[0]}", hint="see `hpctrain checkpoint list`"
+        )
 
 
 def _use_of(survey: Survey, found: Candidate, name: str, brought_from: str | None) -> Use:
@@ -325,8 +372,8 @@ def _use_of(survey: Survey, found: Candidate, name: str, brought_from: str | Non
 def do_use(settings: Settings, use: Use) -> list[tuple[str, str]]:
     """Go back; returns what was set aside, and where it is now.
 
-    The decision is recorded first, then the tracker: whatever is cut off after that, the next link does the rest as it
-    starts. Raises Refused while a link works in the folder.
+    The decision is recorded first, then the tracker: whatever is cut off after that, the next link
+    does the rest as it starts. Raises Refused while a link works in the folder.
     """
     holder = Lock(use.place, this_holder(settings.run, os.environ), older=use.folder).holder()
     if holder and state_of(holder) != "dead":
@@ -355,7 +402,8 @@ def do_use(settings: Settings, use: Use) -> list[tuple[str, str]]:
 def _survey(settings: Settings) -> Survey:
     if not os.path.isdir(settings.checkpoint_dir or ""):
         raise EnvironmentFault(
-            f"there is no folder `{settings.checkpoint_dir}`", hint="no link has run yet, or it is on another machine"
+            f"there is no folder `{settings.checkpoint_dir}`",
+            hint="no link has run yet, or it is on another machine",
         )
     try:
         return Survey(settings)
@@ -375,7 +423,8 @@ def _named(survey: Survey, to: str) -> Candidate:
             return found
     names = ", ".join(found.name for found in survey.candidates[-5:])
     raise UsageError(
-        f"there is no checkpoint `{to}` in `{survey.folder}`", hint=f"there are: {names}" if names else "it holds none"
+        f"there is no checkpoint `{to}` in `{survey.folder}`",
+        hint=f"there are: {names}" if names else "it holds none",
     )
 
 
@@ -389,9 +438,11 @@ def _back(survey: Survey, current: str | None, back: int) -> Candidate:
         if len(complete) > back:
             return complete[back]
     raise UsageError(
-        f"there are not {back} complete checkpoints before `{current}`"
-        if current
-        else "there is no complete checkpoint",
+        (
+            f"there are not {back} complete checkpoints before `{current}`"
+            if current
+            else "there is no complete checkpoint"
+        ),
         hint="see `hpctrain checkpoint list`; `--to start` goes back to the start",
     )
 
@@ -430,4 +481,6 @@ def read_plan(run_dir: str) -> dict[str, Any]:
         return {"guard": found["guard"], "job": found["job"], "cost": found["cost"], **found}
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"its plan.json has no {error}" if isinstance(error, KeyError) else str(error)
-        raise UsageError(f"`{run_dir}` is no run directory: {why}", hint="`hpctrain render` makes one") from error
+        raise UsageError(
+            f"`{run_dir}` is no run directory: {why}", hint="`hpctrain render` makes one"
+        ) from error

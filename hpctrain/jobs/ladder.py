@@ -1,6 +1,8 @@
-"""Sanity rungs before the whole run: 1 -> 2 -> 8 GPUs, each with its own output, the next only when triage says GREEN.
+"""Sanity rungs before the whole run: 1 -> 2 -> 8 GPUs, each with its own output, the next only when
+triage says GREEN.
 
-A rung keeps the global batch by gradient accumulation and takes the toggles that the recipe declares for one GPU or more.
+A rung keeps the global batch by gradient accumulation and takes the toggles that the recipe
+declares for one GPU or more.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from hpctrain.triage.thresholds import Thresholds
 class Rung:
     """One rung: the run as loaded with `changes` (dotted key -> value), and its job's bill at most.
 
-    `step_time_s` is what a step of the whole run is said to take, scaled to the rung; None if unsaid.
+    `step_time_s` is what a step of the whole run is said to take, scaled to the rung; None if
+    unsaid.
     """
 
     num_gpus: int
@@ -71,7 +74,8 @@ def plan_rungs(
 ) -> list[Rung]:
     """Every rung, planned; raises UsageError with the problems of all of them when one cannot be.
 
-    Each ladder has folders of its own: one that climbed before left checkpoints, from which a rung would only go on.
+    Each ladder has folders of its own: one that climbed before left checkpoints, from which a rung
+    would only go on.
     """
     full = load_plan(path, assignments).plan
     for again in range(1, _MOST_TIMES):
@@ -84,7 +88,9 @@ def plan_rungs(
 def _climbed(rung: Rung) -> bool:
     """Whether a job of an earlier ladder wrote in the rung's folders."""
     folder = rung.changes.get("checkpoint.dir")
-    return bool(list_logs(rung.run_dir)) or bool(folder and os.path.isdir(folder) and os.listdir(folder))
+    return bool(list_logs(rung.run_dir)) or bool(
+        folder and os.path.isdir(folder) and os.listdir(folder)
+    )
 
 
 def _plan_once(
@@ -101,8 +107,13 @@ def _plan_once(
     for number in numbers:
         try:
             step_s = _step_time_s(full, number)
-            changes = changes_for(full, number, steps, _time(full, number, steps, step_s, time), again)
-            words = [*assignments, *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
+            changes = changes_for(
+                full, number, steps, _time(full, number, steps, step_s, time), again
+            )
+            words = [
+                *assignments,
+                *(f"{key}={json.dumps(value)}" for key, value in changes.items()),
+            ]
             loaded = load_plan(path, words)
         except UsageError as error:
             problems += error.problems
@@ -141,14 +152,18 @@ def _time(full: Plan, num_gpus: int, steps: int, step_s: float | None, asked: st
         took, given = format_time(int(work_s)), format_time(most_s)
         raise UsageError(
             f"{steps} steps on {num_gpus} GPUs take about {took}, and a rung has {given}",
-            why=f"a step of {full.spec.step_time_s:g} s on all GPUs takes {step_s:,.0f} s there, with the same batch",
+            why=(
+                f"a step of {full.spec.step_time_s:g} s on all GPUs takes {step_s:,.0f} s there,"
+                " with the same batch"
+            ),
             hint=f"{more}--steps {count}, or larger rungs",
         )
     return asked or format_time(enough_s)
 
 
 def changes_for(full: Plan, num_gpus: int, steps: int, time: str, again: int = 1) -> dict[str, Any]:
-    """What a rung changes in the run: shape, name, output, steps, batch and the recipe's toggles; `again` counts ladders.
+    """What a rung changes in the run: shape, name, output, steps, batch and the recipe's toggles;
+    `again` counts ladders.
 
     Raises UsageError when the global batch cannot be kept with whole accumulation steps.
     """
@@ -156,13 +171,18 @@ def changes_for(full: Plan, num_gpus: int, steps: int, time: str, again: int = 1
     rules = full.recipe.values["ladder"]
     if not rules["steps"]:
         raise UsageError(
-            f"recipe `{full.recipe.name}` does not say which key holds the number of steps, so a rung cannot be short",
+            f"recipe `{full.recipe.name}` does not say which key holds the number of steps, so a"
+            " rung cannot be short",
             why=f"no `ladder: {{steps: …}}` in {full.recipe.document.name}",
         )
     tag = f"ladder-{num_gpus}gpu" + (f"-{again}" if again > 1 else "")
     changes: dict[str, Any] = {
-        "name": f"{full.spec.name}-{tag}", "nodes": nodes, "gpus_per_node": per_node, "time": time, "chain.jobs": 1,
-    }  # fmt: skip
+        "name": f"{full.spec.name}-{tag}",
+        "nodes": nodes,
+        "gpus_per_node": per_node,
+        "time": time,
+        "chain.jobs": 1,
+    }
     if full.spec.checkpoint_dir:
         # A folder of its own: rungs that share one would resume each other's checkpoints.
         changes["checkpoint.dir"] = f"{full.spec.checkpoint_dir.rstrip('/')}-{tag}"
@@ -180,7 +200,10 @@ def changes_for(full: Plan, num_gpus: int, steps: int, time: str, again: int = 1
         if accumulation * whole % num_gpus:
             raise UsageError(
                 f"the global batch of {whole} GPUs cannot be kept on {num_gpus}",
-                why=f"{accumulation} accumulation steps x {whole} GPUs are no multiple of {num_gpus}",
+                why=(
+                    f"{accumulation} accumulation steps x {whole} GPUs are no multiple of"
+                    f" {num_gpus}"
+                ),
                 hint="choose rungs that divide the run's number of GPUs",
             )
         changes[key] = accumulation * whole // num_gpus
@@ -205,12 +228,15 @@ def parse_rungs(text: str) -> list[int]:
 def shape_of_rung(num_gpus: int, per_node: int) -> tuple[int, int]:
     """(nodes, GPUs a node) of a rung. Raises UsageError where it does not fill its nodes evenly."""
     if per_node < 1:
-        raise UsageError("this site's nodes have no GPUs to climb with", hint="a ladder needs a GPU partition")
+        raise UsageError(
+            "this site's nodes have no GPUs to climb with", hint="a ladder needs a GPU partition"
+        )
     if num_gpus <= per_node:
         return 1, num_gpus
     if num_gpus % per_node:
         raise UsageError(
-            f"{num_gpus} GPUs do not fill nodes of {per_node}", hint=f"use multiples of {per_node} above one node"
+            f"{num_gpus} GPUs do not fill nodes of {per_node}",
+            hint=f"use multiples of {per_node} above one node",
         )
     return num_gpus // per_node, per_node
 
@@ -222,7 +248,8 @@ def total(rungs: Sequence[Rung]) -> cost.Bill:
 
 
 def purpose(rungs: Sequence[Rung], rung: Rung) -> tuple[str, str]:
-    """(name, what it validates) of a rung, as the guides have it: data on one GPU, sharding on the first few, then all."""
+    """(name, what it validates) of a rung, as the guides have it: data on one GPU, sharding on the
+    first few, then all."""
     if rung.num_gpus == 1:
         return "sanity", "data loading, falling loss, no NaN"
     if rung is next(other for other in rungs if other.num_gpus > 1):
@@ -262,7 +289,9 @@ def climb(
         write_run_dir(rung.run_dir, run_files(rung.loaded.plan, rung.loaded.inputs), force)
         say(f"rung of {rung.num_gpus} GPUs: submitting {rung.run_dir}")
         script = os.path.join(rung.run_dir, "job.sbatch")
-        job_id, code = slurm.submitted(["--wait", "--parsable", script], script, timeout_s=7 * 86400)
+        job_id, code = slurm.submitted(
+            ["--wait", "--parsable", script], script, timeout_s=7 * 86400
+        )
         results.append(_judge(rung, job_id, code, index + 1 == len(rungs), thresholds))
         say(f"rung of {rung.num_gpus} GPUs: {results[-1].why}")
     return results
@@ -275,7 +304,7 @@ CHECKS = (
     ("memory", ("gpu_memory", "host_memory")),
     ("gradients", ("gradients",)),
     ("steps", ("hang", "program", "communication")),
-)  # fmt: skip
+)
 
 
 def checks(diagnosis: Diagnosis | None) -> dict[str, str]:
@@ -312,7 +341,10 @@ def good_enough(diagnosis: Diagnosis, code: int, last: bool) -> tuple[bool, str]
     seen, wanted = _steps_seen(diagnosis), diagnosis.thresholds.loss_steps
     cut = _only_cut(diagnosis)
     if cut and seen < wanted:
-        return False, f"the time limit came after {seen} steps; {wanted} are needed{_enough(diagnosis)}"
+        return (
+            False,
+            f"the time limit came after {seen} steps; {wanted} are needed{_enough(diagnosis)}",
+        )
     if diagnosis.verdict != GREEN and not cut:
         return False, f"{diagnosis.verdict}: {diagnosis.summary}"
     if code and not cut:
@@ -320,7 +352,9 @@ def good_enough(diagnosis: Diagnosis, code: int, last: bool) -> tuple[bool, str]
     if not diagnosis.progress.get("loss_drop_enough") and not last:
         drop = diagnosis.progress.get("loss_drop")
         what = "not seen over enough steps" if drop is None else f"only {100 * drop:.1f}%"
-        hint = "" if drop is None else "; a smaller one will do with --threshold loss_drop_to_scale=…"
+        hint = (
+            "" if drop is None else "; a smaller one will do with --threshold loss_drop_to_scale=…"
+        )
         return False, f"GREEN, but the loss drop is {what}: not safe to scale up{hint}"
     return True, f"GREEN for {seen} steps, until the time limit" if cut else "GREEN"
 

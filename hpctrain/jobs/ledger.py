@@ -1,7 +1,9 @@
-"""Submits links and writes the ledger: a line before each sbatch and one after, so that a rerun neither loses nor doubles one.
+"""Submits links and writes the ledger: a line before each sbatch and one after, so that a rerun
+neither loses nor doubles one.
 
-Each job carries a tag of its own in `--comment`. When a crash or a lost connection falls between the two lines, the next
-run looks for the tag, in the queue, in accounting and among the links that have begun, before it submits again.
+Each job carries a tag of its own in `--comment`. When a crash or a lost connection falls between
+the two lines, the next run looks for the tag, in the queue, in accounting and among the links that
+have begun, before it submits again.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ MAIN, SIDE = "link", "side"
 
 @dataclass(frozen=True)
 class Submission:
-    """One job to submit: the link it is (or serves), its script with arguments, and the job it waits for."""
+    """One job to submit: the link it is (or serves), its script with arguments, and the job it
+    waits for."""
 
     link: int
     kind: str  # MAIN, or SIDE for a job that follows a link
@@ -54,16 +57,28 @@ class Ledger:
 
     def submitted(self) -> dict[tuple[int, str], str]:
         """Job ids by what they are, cancelled ones included."""
-        return {_key(record): str(record["job_id"]) for record in self.records if record.get("event") == "submitted"}
+        return {
+            _key(record): str(record["job_id"])
+            for record in self.records
+            if record.get("event") == "submitted"
+        }
 
     def open(self) -> dict[tuple[int, str], dict[str, Any]]:
         """Submissions of which it is not known whether Slurm got them."""
         done = self.submitted()
-        return {_key(r): r for r in self.records if r.get("event") == "submitting" and _key(r) not in done}
+        return {
+            _key(r): r
+            for r in self.records
+            if r.get("event") == "submitting" and _key(r) not in done
+        }
 
     def cancelled(self) -> set[str]:
         """Ids of the jobs that were cancelled."""
-        return {str(record.get("job_id")) for record in self.records if record.get("event") == "cancelled"}
+        return {
+            str(record.get("job_id"))
+            for record in self.records
+            if record.get("event") == "cancelled"
+        }
 
     def last_link(self) -> int:
         """The greatest number of a link that was submitted, 0 before the first."""
@@ -72,13 +87,18 @@ class Ledger:
 
 def read_ledger(run_dir: str) -> Ledger:
     """The ledger of a run directory, torn lines left out."""
-    known = [r for r in read_records(os.path.join(run_dir, "ledger.jsonl")) if isinstance(r.get("link"), int)]
+    known = [
+        r
+        for r in read_records(os.path.join(run_dir, "ledger.jsonl"))
+        if isinstance(r.get("link"), int)
+    ]
     return Ledger(tuple(known))
 
 
 @contextlib.contextmanager
 def only_one(run_dir: str) -> Iterator[None]:
-    """Hold the run's submission lock; the kernel lets it go when this process ends, however it ends.
+    """Hold the run's submission lock; the kernel lets it go when this process ends, however it
+    ends.
 
     Raises Refused when another hpctrain submits for this run now.
     """
@@ -89,18 +109,26 @@ def only_one(run_dir: str) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise Refused(
-                    f"another hpctrain is submitting jobs of `{run_dir}` now", hint="wait for it to end"
+                    f"another hpctrain is submitting jobs of `{run_dir}` now",
+                    hint="wait for it to end",
                 ) from error
-            terminal.info("note: this file system has no locks; do not run two `hpctrain chain` for one run at once")
+            terminal.info(
+                "note: this file system has no locks; do not run two `hpctrain chain` for one run"
+                " at once"
+            )
         yield
 
 
-def submit_all(run_dir: str, wanted: Sequence[Submission], after: str | None = None) -> dict[tuple[int, str], str]:
-    """Submit what the ledger does not have yet, in order, each link after the one before it; returns all job ids by key.
+def submit_all(
+    run_dir: str, wanted: Sequence[Submission], after: str | None = None
+) -> dict[tuple[int, str], str]:
+    """Submit what the ledger does not have yet, in order, each link after the one before it;
+    returns all job ids by key.
 
-    The first link waits for the job `after`, another run's, where that is given. A job that has ended is waited for by
-    nobody: Slurm may have forgotten it. Call it within `only_one`. Raises EnvironmentFault when Slurm refuses, and Unsure
-    when its answer was lost; what was submitted until then is on record, and calling again goes on from there.
+    The first link waits for the job `after`, another run's, where that is given. A job that has
+    ended is waited for by nobody: Slurm may have forgotten it. Call it within `only_one`. Raises
+    EnvironmentFault when Slurm refuses, and Unsure when its answer was lost; what was submitted
+    until then is on record, and calling again goes on from there.
     """
     path = os.path.join(run_dir, "ledger.jsonl")
     ledger = read_ledger(run_dir)
@@ -115,8 +143,16 @@ def submit_all(run_dir: str, wanted: Sequence[Submission], after: str | None = N
             depends_on = previous if item.kind == MAIN else ids[item.link, MAIN]
             depends_on = depends_on if depends_on in live else None
             tag = f"hpctrain:{uid}:{item.link}:{item.kind}:{secrets.token_hex(4)}"
-            record: dict[str, Any] = {"event": "submitting", "link": item.link, "job_id": None, "depends_on": depends_on,
-                                      "time": now(), "kind": item.kind, "tag": tag, "last_start": last_start}  # fmt: skip
+            record: dict[str, Any] = {
+                "event": "submitting",
+                "link": item.link,
+                "job_id": None,
+                "depends_on": depends_on,
+                "time": now(),
+                "kind": item.kind,
+                "tag": tag,
+                "last_start": last_start,
+            }
             _append(path, record)
             options = [f"--comment={tag}", *item.options]
             if depends_on:
@@ -134,16 +170,23 @@ def _submit(item: Submission, options: Sequence[str]) -> str:
     try:
         return slurm.submit(item.script, item.arguments, options)
     except slurm.Unsure as error:
-        hint = "run the same command again: it looks for the job, and submits it only if it is not there"
+        hint = (
+            "run the same command again: it looks for the job, and submits it only if it is not"
+            " there"
+        )
         raise slurm.Unsure(replace(error.problems[0], hint=hint)) from error
     except EnvironmentFault as error:
-        why = f"link {item.link}: those before it stay queued, and the same command goes on from there"
+        why = (
+            f"link {item.link}: those before it stay queued, and the same command goes on from"
+            " there"
+        )
         first = error.problems[0]
         raise EnvironmentFault(replace(first, why=why if item.link > 1 else first.why)) from error
 
 
 def _recover(run_dir: str, ledger: Ledger) -> dict[tuple[int, str], str]:
-    """Jobs that Slurm has and the ledger does not, because the last run was cut off in between; puts them on record."""
+    """Jobs that Slurm has and the ledger does not, because the last run was cut off in between;
+    puts them on record."""
     unsure = ledger.open()
     if not unsure:
         return {}
@@ -161,9 +204,12 @@ def _recover(run_dir: str, ledger: Ledger) -> dict[tuple[int, str], str]:
         if job_id is None and key[1] == MAIN and begun.get(key[0]) not in (None, "", *known):
             job_id = begun[key[0]]
         if job_id:
-            terminal.info(f"link {key[0]} was submitted before as job {job_id}, though its record was cut off")
+            terminal.info(
+                f"link {key[0]} was submitted before as job {job_id}, though its record was cut off"
+            )
             _append(
-                os.path.join(run_dir, "ledger.jsonl"), {**record, "event": "submitted", "job_id": job_id, "time": now()}
+                os.path.join(run_dir, "ledger.jsonl"),
+                {**record, "event": "submitted", "job_id": job_id, "time": now()},
             )
             found[key] = job_id
     return found
@@ -174,8 +220,17 @@ def record_cancelled(run_dir: str, ids: Sequence[str]) -> None:
     by_id = {job_id: key for key, job_id in read_ledger(run_dir).submitted().items()}
     for job_id in ids:
         link, kind = by_id.get(job_id, (0, MAIN))
-        _append(os.path.join(run_dir, "ledger.jsonl"), {"event": "cancelled", "link": link, "job_id": job_id,
-                                                        "depends_on": None, "time": now(), "kind": kind})  # fmt: skip
+        _append(
+            os.path.join(run_dir, "ledger.jsonl"),
+            {
+                "event": "cancelled",
+                "link": link,
+                "job_id": job_id,
+                "depends_on": None,
+                "time": now(),
+                "kind": kind,
+            },
+        )
 
 
 def _key(record: dict[str, Any]) -> tuple[int, str]:
@@ -186,4 +241,6 @@ def _append(path: str, record: dict[str, Any]) -> None:
     try:
         append_record(path, record)
     except OSError as error:
-        raise EnvironmentFault(f"cannot write `{path}`: {error.strerror}", hint="nothing more was submitted") from error
+        raise EnvironmentFault(
+            f"cannot write `{path}`: {error.strerror}", hint="nothing more was submitted"
+        ) from error

@@ -1,6 +1,8 @@
-"""`hpctrain export` for a GPT-NeoX run: NeoX's own converter as a job, from the run directory's export.sbatch.
+"""`hpctrain export` for a GPT-NeoX run: NeoX's own converter as a job, from the run directory's
+export.sbatch.
 
-Here, on the login node: which checkpoint, whether it fits memory and disk, and a tokenizer, which the converter leaves out.
+Here, on the login node: which checkpoint, whether it fits memory and disk, and a tokenizer, which
+the converter leaves out.
 """
 
 from __future__ import annotations
@@ -25,14 +27,17 @@ from hpctrain.slurm.jobs import of_user
 
 RECIPE = "neox-sft"
 SCRIPT = "export.sbatch"
-_WEIGHTS = re.compile(r"(?:layer_\d+-model_\d+-|(?:zero_pp_rank_\d+_)?mp_rank_\d+_)model_states\.pt\Z")
+_WEIGHTS = re.compile(
+    r"(?:layer_\d+-model_\d+-|(?:zero_pp_rank_\d+_)?mp_rank_\d+_)model_states\.pt\Z"
+)
 _POLL_S = 2.0
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
 class NeoxExport:
-    """A conversion that can be submitted: sizes in bytes; `tokenizer` is a SentencePiece model, or None; `notes` for people."""
+    """A conversion that can be submitted: sizes in bytes; `tokenizer` is a SentencePiece model, or
+    None; `notes` for people."""
 
     run_dir: str
     checkpoint: str
@@ -48,11 +53,25 @@ class NeoxExport:
     def argv(self, tokenizer_dir: str) -> list[str]:
         """The sbatch and its arguments."""
         script = os.path.join(self.run_dir, SCRIPT)
-        return ["sbatch", *self.options, script, self.out, self.checkpoint, tokenizer_dir, self.precision]
+        return [
+            "sbatch",
+            *self.options,
+            script,
+            self.out,
+            self.checkpoint,
+            tokenizer_dir,
+            self.precision,
+        ]
 
     def command_line(self) -> str:
         """The same as one line for a terminal."""
-        return str(quote_all(self.argv("" if self.tokenizer is None else os.path.join(self.run_dir, "exports", "…"))))
+        return str(
+            quote_all(
+                self.argv(
+                    "" if self.tokenizer is None else os.path.join(self.run_dir, "exports", "…")
+                )
+            )
+        )
 
 
 def is_neox_run(path: str) -> bool:
@@ -65,18 +84,28 @@ def is_neox_run(path: str) -> bool:
     return isinstance(plan, dict) and plan.get("recipe") == RECIPE
 
 
-def plan_export(run_dir: str, out: str, name: str | None = None, precision: str = "auto", tokenizer: str | None = None,
-                options: Sequence[str] = ()) -> NeoxExport:  # fmt: skip
-    """Decide a conversion; writes nothing. `name`: a checkpoint of the run instead of the newest complete one.
+def plan_export(
+    run_dir: str,
+    out: str,
+    name: str | None = None,
+    precision: str = "auto",
+    tokenizer: str | None = None,
+    options: Sequence[str] = (),
+) -> NeoxExport:
+    """Decide a conversion; writes nothing. `name`: a checkpoint of the run instead of the newest
+    complete one.
 
-    Raises UsageError where the model has no Hugging Face class or the checkpoint is not complete, Refused when `out` exists,
-    EnvironmentFault when the disk has no room for the model.
+    Raises UsageError where the model has no Hugging Face class or the checkpoint is not complete,
+    Refused when `out` exists, EnvironmentFault when the disk has no room for the model.
     """
     run_dir, out = os.path.abspath(run_dir), os.path.abspath(out)
     script = os.path.join(run_dir, SCRIPT)
     if not os.path.isfile(script):
-        raise UsageError(f"`{run_dir}` has no {SCRIPT}", why=_refusal(run_dir),
-                         hint="`hpctrain render --force` writes one where the model allows it")  # fmt: skip
+        raise UsageError(
+            f"`{run_dir}` has no {SCRIPT}",
+            why=_refusal(run_dir),
+            hint="`hpctrain render --force` writes one where the model allows it",
+        )
     if os.path.lexists(out):
         raise Refused(f"`{out}` exists", hint="name a directory that does not")
     found, notes = _find_checkpoint(run_dir, name)
@@ -84,18 +113,36 @@ def plan_export(run_dir: str, out: str, name: str | None = None, precision: str 
     trained = {"bfloat16": "bf16", "fp16": "fp16"}.get(str(config.get("precision") or ""), "fp32")
     wanted = trained if precision == "auto" else precision
     weights = _weights_bytes(found)
-    # The converter writes fp32; a cast then goes file by file, so that a second copy of one file is all that it adds.
+    # The converter writes fp32; a cast then goes file by file, so that a second copy of one file is
+    # all that it adds.
     disk = weights // _BYTES[trained] * 4 * 11 // 10
     _check_disk(out, disk)
     memory = memory_gib(weights, trained)
     model, tokenizer_notes = _find_tokenizer(config, tokenizer)
-    given = [f"--mem={format_mem_gib(memory)}"] if not any(option.startswith("--mem") for option in options) else []
-    return NeoxExport(run_dir, found, out, wanted, weights, disk, memory, model, (*given, *options),
-                      (*notes, *tokenizer_notes))  # fmt: skip
+    given = (
+        [f"--mem={format_mem_gib(memory)}"]
+        if not any(option.startswith("--mem") for option in options)
+        else []
+    )
+    return NeoxExport(
+        run_dir,
+        found,
+        out,
+        wanted,
+        weights,
+        disk,
+        memory,
+        model,
+        (*given, *options),
+        (*notes, *tokenizer_notes),
+    )
 
 
-def make_tokenizer(plan: NeoxExport, write: Callable[[str, Mapping[str, Any], str, str], None]) -> str:
-    """A new folder of the run directory for the tokenizer, filled by `write(model, config, checkpoint, folder)`; "" without one."""
+def make_tokenizer(
+    plan: NeoxExport, write: Callable[[str, Mapping[str, Any], str, str], None]
+) -> str:
+    """A new folder of the run directory for the tokenizer, filled by `write(model, config,
+    checkpoint, folder)`; "" without one."""
     if plan.tokenizer is None:
         return ""
     parent = os.path.join(plan.run_dir, "exports")
@@ -109,7 +156,8 @@ def make_tokenizer(plan: NeoxExport, write: Callable[[str, Mapping[str, Any], st
 def submit(plan: NeoxExport, folder: str, wait: bool = False) -> tuple[str, str]:
     """Submit the job with the tokenizer in `folder` (may be ""): (its id, the path of its log).
 
-    With `wait`, until it has ended. Raises EnvironmentFault when Slurm refuses it, or when it fails while waited for.
+    With `wait`, until it has ended. Raises EnvironmentFault when Slurm refuses it, or when it fails
+    while waited for.
     """
     argv = plan.argv(folder)
     job = slurm.submit(argv[-5], argv[-4:], argv[1:-5])
@@ -117,7 +165,9 @@ def submit(plan: NeoxExport, folder: str, wait: bool = False) -> tuple[str, str]
     while wait and any(found.live for found in of_user([job])):
         time.sleep(_POLL_S)
     if wait and not os.path.isdir(plan.out):
-        raise EnvironmentFault(f"job {job} made no `{plan.out}`", where=log, hint=f"its log says why: tail {log}")
+        raise EnvironmentFault(
+            f"job {job} made no `{plan.out}`", where=log, hint=f"its log says why: tail {log}"
+        )
     return job, log
 
 
@@ -132,23 +182,35 @@ def _find_checkpoint(run_dir: str, name: str | None) -> tuple[str, list[str]]:
     """The checkpoint a link would resume from, or the one of that name or number."""
     settings = checkpoint.settings_of(run_dir)
     if not os.path.isdir(settings.checkpoint_dir or ""):
-        raise EnvironmentFault(f"there is no folder `{settings.checkpoint_dir}`",
-                               hint="no link has run yet, or it is on another machine")  # fmt: skip
+        raise EnvironmentFault(
+            f"there is no folder `{settings.checkpoint_dir}`",
+            hint="no link has run yet, or it is on another machine",
+        )
     survey = Survey(settings)
     if name is None:
         choice = choose(survey)
         if choice.kind != "made" or choice.name is None:
-            raise UsageError("the run has no complete checkpoint yet", where=survey.folder,
-                             hint="see `hpctrain checkpoint list`; --checkpoint names another one, such as the start's")  # fmt: skip
+            raise UsageError(
+                "the run has no complete checkpoint yet",
+                where=survey.folder,
+                hint=(
+                    "see `hpctrain checkpoint list`; --checkpoint names another one, such as the"
+                    " start's"
+                ),
+            )
         return survey.path(choice.name), list(choice.notes)
     for candidate in survey.candidates:
         if name in (candidate.name, str(candidate.number)):
             faults = survey.verdict(candidate.name).faults
             if faults:
-                raise UsageError(f"`{candidate.name}` is not complete: {faults[0]}", where=survey.folder)
+                raise UsageError(
+                    f"`{candidate.name}` is not complete: {faults[0]}", where=survey.folder
+                )
             return survey.path(candidate.name), []
-    raise UsageError(f"there is no checkpoint `{name}` in `{survey.folder}`",
-                     hint="`hpctrain checkpoint list` shows what there is")  # fmt: skip
+    raise UsageError(
+        f"there is no checkpoint `{name}` in `{survey.folder}`",
+        hint="`hpctrain checkpoint list` shows what there is",
+    )
 
 
 def _read_config(run_dir: str) -> dict[str, Any]:
@@ -159,7 +221,8 @@ def _read_config(run_dir: str) -> dict[str, Any]:
 
 
 def _weights_bytes(path: str) -> int:
-    """Bytes of the files that the converter reads: the layers where there are any, else the model states."""
+    """Bytes of the files that the converter reads: the layers where there are any, else the model
+    states."""
     names = [name for name in os.listdir(path) if _WEIGHTS.match(name)]
     layers = [name for name in names if name.startswith("layer_")]
     return sum(os.path.getsize(os.path.join(path, name)) for name in layers or names)
@@ -172,9 +235,11 @@ def _check_disk(out: str, needed: int) -> None:
     facts = os.statvfs(folder)
     free = facts.f_bavail * facts.f_frsize
     if free < needed:
-        raise EnvironmentFault(f"`{folder}` has {format_size(free)} left and the model takes {format_size(needed)}",
-                               why="NeoX's converter writes fp32, whatever precision is asked for",
-                               hint="name another place with -o")  # fmt: skip
+        raise EnvironmentFault(
+            f"`{folder}` has {format_size(free)} left and the model takes {format_size(needed)}",
+            why="NeoX's converter writes fp32, whatever precision is asked for",
+            hint="name another place with -o",
+        )
 
 
 def _find_tokenizer(config: dict[str, Any], given: str | None) -> tuple[str | None, list[str]]:
@@ -185,8 +250,16 @@ def _find_tokenizer(config: dict[str, Any], given: str | None) -> tuple[str | No
         return os.path.abspath(given), []
     kind, path = config.get("tokenizer_type"), config.get("vocab_file")
     if kind != "SPMTokenizer":
-        return None, [f"the converter itself writes the tokenizer of {kind}" if kind == "HFTokenizer" else
-                      f"no tokenizer is written for {kind}: copy yours beside the weights"]  # fmt: skip
+        return None, [
+            (
+                f"the converter itself writes the tokenizer of {kind}"
+                if kind == "HFTokenizer"
+                else f"no tokenizer is written for {kind}: copy yours beside the weights"
+            )
+        ]
     if not isinstance(path, str) or not os.path.isfile(path):
-        return None, [f"`vocab_file: {path}` cannot be read here, so no tokenizer is written: name it with --tokenizer"]
+        return None, [
+            f"`vocab_file: {path}` cannot be read here, so no tokenizer is written: name it with"
+            " --tokenizer"
+        ]
     return path, []

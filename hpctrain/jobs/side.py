@@ -1,4 +1,5 @@
-"""Side jobs: a script of the user's after every link that made a new checkpoint. Its failure never stops the chain."""
+"""Side jobs: a script of the user's after every link that made a new checkpoint. Its failure never
+stops the chain."""
 
 from __future__ import annotations
 
@@ -25,9 +26,10 @@ class SideJob:
 def submission(run_dir: str, run: str, link: int, script: str) -> SideJob:
     """Write the side job of a link, `side/after-N.sbatch`, and return it.
 
-    It has the `#SBATCH` lines of the user's script, asks whether the link made a checkpoint, ends well if it did not, and
-    otherwise runs the script, in the run directory, with HPCTRAIN_CHECKPOINT, HPCTRAIN_LINK and HPCTRAIN_RUN_DIR set. Raises UsageError when the
-    script is not there or no script.
+    It has the `#SBATCH` lines of the user's script, asks whether the link made a checkpoint, ends
+    well if it did not, and otherwise runs the script, in the run directory, with
+    HPCTRAIN_CHECKPOINT, HPCTRAIN_LINK and HPCTRAIN_RUN_DIR set. Raises UsageError when the script
+    is not there or no script.
     """
     text = side_text(run_dir, link, script)
     folder = os.path.join(run_dir, "side")
@@ -56,10 +58,13 @@ def side_text(run_dir: str, link: int, script: str) -> str:
         with open(script, encoding="utf-8") as file:
             lines = file.read().split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the script of `chain.after_each`, `{script}`: {error}") from error
+        raise UsageError(
+            f"cannot read the script of `chain.after_each`, `{script}`: {error}"
+        ) from error
     if not lines[0].startswith("#!"):
         raise UsageError(
-            f"`{script}` does not begin with `#!`", hint="its first line names what runs it, such as #!/bin/bash"
+            f"`{script}` does not begin with `#!`",
+            hint="its first line names what runs it, such as #!/bin/bash",
         )
     directives = []
     for line in lines[1:]:
@@ -67,21 +72,32 @@ def side_text(run_dir: str, link: int, script: str) -> str:
             break  # sbatch reads no directive after the first command
         if _DIRECTIVE.match(line):
             directives.append(line)
-    runtime, interpreter = os.path.join(run_dir, "runtime", "__main__.py"), shlex.split(lines[0][2:])
+    runtime, interpreter = (
+        os.path.join(run_dir, "runtime", "__main__.py"),
+        shlex.split(lines[0][2:]),
+    )
     program = " ".join(map(quote, [*interpreter, script]))
-    return "\n".join([
-        "#!/bin/bash",
-        *directives,
-        "# Made by `hpctrain chain`: runs a script after a link that made a new checkpoint, and only then.",
-        f"export HPCTRAIN_RUN_DIR={quote(run_dir)} HPCTRAIN_LINK={link}",
-        f'if ! HPCTRAIN_CHECKPOINT=$(python3 -B {quote(runtime)} made --run-dir "$HPCTRAIN_RUN_DIR" --link {link}); then',
-        f"  echo 'hpctrain: link {link} made no new checkpoint: nothing to do after it'",
-        "  exit 0",
-        "fi",
-        "export HPCTRAIN_CHECKPOINT",
-        f"exec {program}",
-        "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *directives,
+            (
+                "# Made by `hpctrain chain`: runs a script after a link that made a new checkpoint,"
+                " and only then."
+            ),
+            f"export HPCTRAIN_RUN_DIR={quote(run_dir)} HPCTRAIN_LINK={link}",
+            (
+                f"if ! HPCTRAIN_CHECKPOINT=$(python3 -B {quote(runtime)} made --run-dir"
+                f' "$HPCTRAIN_RUN_DIR" --link {link}); then'
+            ),
+            f"  echo 'hpctrain: link {link} made no new checkpoint: nothing to do after it'",
+            "  exit 0",
+            "fi",
+            "export HPCTRAIN_CHECKPOINT",
+            f"exec {program}",
+            "",
+        ]
+    )
 
 
 def _options(text: str) -> set[str]:

@@ -1,4 +1,5 @@
-"""What only the machine at hand can tell about a plan: files, the shell's environment, and Slurm's own opinion."""
+"""What only the machine at hand can tell about a plan: files, the shell's environment, and Slurm's
+own opinion."""
 
 from __future__ import annotations
 
@@ -55,20 +56,25 @@ def find_problems(loaded: Loaded) -> list[Problem]:
 
 
 def at_site(site: Site) -> bool:
-    """Whether this machine is the site: by its Slurm's name, a login host's name, or, for a profile that names neither, any Slurm."""
+    """Whether this machine is the site: by its Slurm's name, a login host's name, or, for a profile
+    that names neither, any Slurm."""
     match = site.values["match"]
     names = {socket.gethostname(), socket.gethostname().split(".")[0]}
     if any(re.fullmatch(pattern, name) for pattern in match["hostnames"] for name in names):
         return True
     if match["cluster_name"]:
         # A sandbox takes the site's name but has none of its file systems.
-        return "HPCTRAIN_SANDBOX" not in os.environ and bool(slurm.cluster_name() == match["cluster_name"])
+        return "HPCTRAIN_SANDBOX" not in os.environ and bool(
+            slurm.cluster_name() == match["cluster_name"]
+        )
     return not match["hostnames"] and slurm.have("sbatch")
 
 
 def _files(plan: Plan, here: bool) -> Iterator[Problem]:
     spec = plan.spec
-    level, suffix = ("error", "") if here else ("note", f", which is no surprise away from {plan.site.name}")
+    level, suffix = (
+        ("error", "") if here else ("note", f", which is no surprise away from {plan.site.name}")
+    )
 
     def missing(what: str, path: str, where: str, hint: str = "") -> Problem:
         return Problem(f"the {what} `{path}` is not there{suffix}", where, hint=hint, level=level)
@@ -82,10 +88,15 @@ def _files(plan: Plan, here: bool) -> Iterator[Problem]:
         parent = _nearest_existing(spec.checkpoint_dir)
         if not os.access(parent, os.W_OK):
             yield missing(
-                "checkpoint folder", spec.checkpoint_dir, spec.where("checkpoint", "dir"), "and it cannot be made here"
+                "checkpoint folder",
+                spec.checkpoint_dir,
+                spec.where("checkpoint", "dir"),
+                "and it cannot be made here",
             )
     if spec.after_each and not os.path.isfile(spec.after_each):
-        yield missing("script of `chain.after_each`", spec.after_each, spec.where("chain", "after_each"))
+        yield missing(
+            "script of `chain.after_each`", spec.after_each, spec.where("chain", "after_each")
+        )
     told: set[str] = set()
     named = {path for _, path, _ in plan.resolved.paths}  # the recipe reads these as they are
     for kind, paths in spec.data.items():
@@ -109,7 +120,9 @@ def _files(plan: Plan, here: bool) -> Iterator[Problem]:
         if not os.path.exists(path) and not _yet_to_be_made(spec, path) and path not in told:
             yield missing(what, path, where)
     for repo in plan.resolved.hub:
-        for path in hubcache.missing(repo.home, hubcache.Repo(repo.kind, repo.repo_id, repo.revision)):
+        for path in hubcache.missing(
+            repo.home, hubcache.Repo(repo.kind, repo.repo_id, repo.revision)
+        ):
             yield missing(f"{repo.what} `{repo.repo_id}`:", path, repo.where, _download_hint(repo))
 
 
@@ -124,12 +137,16 @@ def _placeholders(plan: Plan) -> Iterator[Problem]:
     if example and plan.spec.account == example:
         where = plan.spec.where("account")
         yield Problem(
-            f"`account: {example}` is only the profile's example", where, level="warning", hint="name your own"
+            f"`account: {example}` is only the profile's example",
+            where,
+            level="warning",
+            hint="name your own",
         )
 
 
 def secret_problems(plan: Plan) -> Iterator[Problem]:
-    """What is wrong with the run's secrets file: missing, no plain file, readable by others, not KEY=VALUE."""
+    """What is wrong with the run's secrets file: missing, no plain file, readable by others, not
+    KEY=VALUE."""
     spec = plan.spec
     if not spec.secrets:
         return
@@ -139,17 +156,25 @@ def secret_problems(plan: Plan) -> Iterator[Problem]:
         status = os.lstat(path)
     except OSError as error:
         level = "error" if at_site(plan.site) else "note"
-        yield Problem(f"the secrets file `{spec.secrets}` cannot be read: {error.strerror}", where, level=level)
+        yield Problem(
+            f"the secrets file `{spec.secrets}` cannot be read: {error.strerror}",
+            where,
+            level=level,
+        )
         return
     if not stat.S_ISREG(status.st_mode):
         yield Problem(
-            f"the secrets file `{spec.secrets}` is not a plain file", where, hint="no symlinks: name the file itself"
+            f"the secrets file `{spec.secrets}` is not a plain file",
+            where,
+            hint="no symlinks: name the file itself",
         )
     elif status.st_mode & 0o077:
         yield Problem(
-            f"others can read the secrets file `{spec.secrets}` (mode {stat.S_IMODE(status.st_mode):04o})", where,
+            f"others can read the secrets file `{spec.secrets}` (mode"
+            f" {stat.S_IMODE(status.st_mode):04o})",
+            where,
             hint=f"chmod 600 {spec.secrets}",
-        )  # fmt: skip
+        )
     elif status.st_uid != os.getuid():
         yield Problem(f"the secrets file `{spec.secrets}` belongs to someone else", where)
     else:
@@ -160,17 +185,23 @@ def _secret_lines(path: str, where: str) -> Iterator[Problem]:
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             text = line.strip()
-            if text and not text.startswith("#") and not re.match(r"(export\s+)?[A-Za-z_][A-Za-z0-9_]*=", text):
+            if (
+                text
+                and not text.startswith("#")
+                and not re.match(r"(export\s+)?[A-Za-z_][A-Za-z0-9_]*=", text)
+            ):
                 # Never show the line: it may hold half of a secret.
                 yield Problem(f"line {number} of the secrets file is not KEY=VALUE", where)
 
 
 def shell_problems(environment: Mapping[str, str], asked: Mapping[str, str]) -> Iterator[Problem]:
-    """Variables of this shell that would change a job with the options `asked`, submitted with plain sbatch."""
+    """Variables of this shell that would change a job with the options `asked`, submitted with
+    plain sbatch."""
     names = overriding_inputs(environment, asked)
     if names:
         yield Problem(
-            f"this shell sets {', '.join(names)}, which sbatch takes before the job script's own options",
+            f"this shell sets {', '.join(names)}, which sbatch takes before the job script's own"
+            " options",
             level="warning",
             why="`hpctrain chain` submits without them; a plain sbatch does not (man sbatch)",
             hint=f"unset {' '.join(names)}",
@@ -189,14 +220,18 @@ def _ask_slurm(plan: Plan, job: str, here: bool) -> Iterator[Problem]:
         except slurm.NoAnswer as error:
             silent = error.problems[0]
             level = "warning" if here else "note"
-            yield Problem(f"{silent.what}; its own opinion is not known", hint=silent.hint, level=level)
+            yield Problem(
+                f"{silent.what}; its own opinion is not known", hint=silent.hint, level=level
+            )
             return
     if accepted:
         yield Problem(f"Slurm would take it: {words.split('; ')[-1]}", level="note")
     elif here or slurm.cluster_name() == plan.site.values["match"]["cluster_name"]:
         yield Problem(f"Slurm would refuse it: {words}", hint=answers.shown_by(words))
     else:
-        yield Problem(f"the Slurm here is not {plan.site.name}'s, and would refuse it: {words}", level="note")
+        yield Problem(
+            f"the Slurm here is not {plan.site.name}'s, and would refuse it: {words}", level="note"
+        )
 
 
 def _download_hint(repo: HubRepo) -> str:
@@ -205,7 +240,10 @@ def _download_hint(repo: HubRepo) -> str:
         load = f"import datasets; datasets.load_dataset({repo.repo_id!r})"
         return f'where the hub can be reached: HF_HOME={shlex.quote(repo.home)} python -c "{load}"'
     revision = "" if repo.revision == "main" else f" --revision {shlex.quote(repo.revision)}"
-    return f"where the hub can be reached: HF_HOME={shlex.quote(repo.home)} hf download {repo.repo_id}{revision}"
+    return (
+        f"where the hub can be reached: HF_HOME={shlex.quote(repo.home)} hf download"
+        f" {repo.repo_id}{revision}"
+    )
 
 
 def _nearest_existing(path: str) -> str:

@@ -1,4 +1,5 @@
-"""What the guard would say of the run's checkpoints if a link began now: told before anything is queued."""
+"""What the guard would say of the run's checkpoints if a link began now: told before anything is
+queued."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from hpctrain.runtime.survey import Choice, Survey, choose
 
 
 def checkpoint_problems(plan: Plan) -> Iterator[Problem]:
-    """Why a link would refuse the checkpoint folder or the start, by the guard's own rules; reads only.
+    """Why a link would refuse the checkpoint folder or the start, by the guard's own rules; reads
+    only.
 
     What cannot be read from here is a warning, since it is no verdict on the run.
     """
@@ -39,7 +41,9 @@ def checkpoint_problems(plan: Plan) -> Iterator[Problem]:
         yield Problem(what, where, why, level="warning")
 
 
-def _folder_problems(plan: Plan, settings: Settings, survey: Survey, choice: Choice) -> Iterator[Problem]:
+def _folder_problems(
+    plan: Plan, settings: Settings, survey: Survey, choice: Choice
+) -> Iterator[Problem]:
     where = plan.spec.where("checkpoint", "dir")
     if choice.unreadable:
         why = "nothing can be said of it; a link would not start"

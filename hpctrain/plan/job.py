@@ -1,4 +1,5 @@
-"""What the job script says: #SBATCH options, signal, srun options, container and environment. Pure."""
+"""What the job script says: #SBATCH options, signal, srun options, container and environment.
+Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from hpctrain.plan import launcher
 from hpctrain.plan.notes import Notes
 from hpctrain.recipes.contract import EnvVar, Resolved
 
-# The batch shell needs this long to write down how a link ended; Slurm may send a signal up to 60 s early.
+# The batch shell needs this long to write down how a link ended; Slurm may send a signal up to 60 s
+# early.
 NOTICE_LEAD_S = 60
 
 
@@ -46,9 +48,17 @@ def decide_signal(notes: Notes, recipe: Recipe, resolved: Resolved) -> dict[str,
     if override is not None:
         match = re.fullmatch(r"(?:B:)?(?:SIG)?([A-Z0-9]+)(?:@(\d{1,5}))?", str(override))
         path = ("sbatch", "signal")
-        if not match or match[1] not in ("USR1", "USR2", "TERM", "INT", "HUP") or int(match[2] or 60) > 65535:
-            notes.error(f"`signal: {override}` is not [B:]SIGNAL[@seconds] with USR1, USR2, TERM, INT or HUP", *path,
-                       hint="for example B:USR1@300")  # fmt: skip
+        if (
+            not match
+            or match[1] not in ("USR1", "USR2", "TERM", "INT", "HUP")
+            or int(match[2] or 60) > 65535
+        ):
+            notes.error(
+                f"`signal: {override}` is not [B:]SIGNAL[@seconds] with USR1, USR2, TERM, INT"
+                " or HUP",
+                *path,
+                hint="for example B:USR1@300",
+            )
         else:
             name, lead, reason = match[1], int(match[2] or 60), "as the run says"
     if override is None and lead > notes.spec.time_s // 4:
@@ -56,9 +66,11 @@ def decide_signal(notes: Notes, recipe: Recipe, resolved: Resolved) -> dict[str,
         reason += "; a quarter of this short job"
     if lead >= notes.spec.time_s:
         notes.error(
-            f"the signal would come {lead} s before the end of a job of {notes.spec.time_s} s", *(path or ("time",)),
-            why="Slurm sends it at once then", hint="ask for more time, or for less lead",
-        )  # fmt: skip
+            f"the signal would come {lead} s before the end of a job of {notes.spec.time_s} s",
+            *(path or ("time",)),
+            why="Slurm sends it at once then",
+            hint="ask for more time, or for less lead",
+        )
     passed_by = _passed_by(notes, name, resolved.argv) if forward else None
     if passed_by:
         reason += f"; `{passed_by}` is started with it ignored, so that only the program takes it"
@@ -67,7 +79,8 @@ def decide_signal(notes: Notes, recipe: Recipe, resolved: Resolved) -> dict[str,
 
 
 def _passed_by(notes: Notes, name: str, argv: Sequence[str]) -> str | None:
-    """The launcher that must ignore the signal which is meant for the program; notes what cannot be helped from here."""
+    """The launcher that must ignore the signal which is meant for the program; notes what cannot be
+    helped from here."""
     found, shell = launcher.launcher(argv), launcher.shell_between(argv)
     if found and name in launcher.ENDING:
         notes.error(
@@ -89,7 +102,8 @@ def _passed_by(notes: Notes, name: str, argv: Sequence[str]) -> str | None:
         )
     elif shell and not launcher.traps(argv):
         notes.error(
-            f"SIG{name} also reaches the shell that runs `{shell.splitlines()[0][:60]}`, and ends it",
+            f"SIG{name} also reaches the shell that runs `{shell.splitlines()[0][:60]}`, and"
+            " ends it",
             "recipe_options",
             level="note" if shell in argv and len(shell.split()) == 1 else "warning",
             why="srun then ends the step, whatever the program under the shell is still saving",
@@ -98,8 +112,18 @@ def _passed_by(notes: Notes, name: str, argv: Sequence[str]) -> str | None:
     return None
 
 
-def decide_directives(notes: Notes, partition: Partition, node: NodeType, run_dir: str, gpus: int, tasks: int, cpus: int,
-               memory_gib: float, whole: bool, signal: Mapping[str, Any]) -> tuple[Directive, ...]:  # fmt: skip
+def decide_directives(
+    notes: Notes,
+    partition: Partition,
+    node: NodeType,
+    run_dir: str,
+    gpus: int,
+    tasks: int,
+    cpus: int,
+    memory_gib: float,
+    whole: bool,
+    signal: Mapping[str, Any],
+) -> tuple[Directive, ...]:
     spec, slurm = notes.spec, notes.site.values["slurm"]
     out: dict[str, Directive] = {}
 
@@ -117,19 +141,34 @@ def decide_directives(notes: Notes, partition: Partition, node: NodeType, run_di
     add("ntasks-per-node", tasks)
     add("cpus-per-task", cpus)
     if gpus:
-        typed = f"{node.gpu_type}:{gpus}" if node.gpu_type and slurm["gpu_request"] == "gres" else str(gpus)
+        typed = (
+            f"{node.gpu_type}:{gpus}"
+            if node.gpu_type and slurm["gpu_request"] == "gres"
+            else str(gpus)
+        )
         if slurm["gpu_request"] == "gpus-per-node":
             add("gpus-per-node", typed)
         elif slurm["gpu_request"] == "gres":
             add("gres", f"gpu:{typed}")
-    add("mem", format_mem_gib(memory_gib), "explicit, so that nodes with leaked memory are avoided" if whole else "")
+    add(
+        "mem",
+        format_mem_gib(memory_gib),
+        "explicit, so that nodes with leaked memory are avoided" if whole else "",
+    )
     if whole and not partition.whole_nodes:
         add("exclusive", True, "whole nodes, which CPU masks and RCCL/NCCL need")
     add("time", format_time(spec.time_s))
     add("hint", slurm["hint"], "one hardware thread a core")
     add("constraint", slurm["constraint"])
-    add("signal", f"B:{signal['name']}@{signal['lead_s']}", "to the batch script, which passes it on where the step saves on it"
-        if signal["forward"] else "to the batch script, which notes that the time limit came")  # fmt: skip
+    add(
+        "signal",
+        f"B:{signal['name']}@{signal['lead_s']}",
+        (
+            "to the batch script, which passes it on where the step saves on it"
+            if signal["forward"]
+            else "to the batch script, which notes that the time limit came"
+        ),
+    )
     if spec.sbatch.get("no-requeue") is True or not slurm["requeue"]:
         add("no-requeue", True, "a failed node ends the job; the next link of the chain goes on")
     else:
@@ -139,7 +178,9 @@ def decide_directives(notes: Notes, partition: Partition, node: NodeType, run_di
     add("output", f"{output_pattern(run_dir)}/logs/{output_pattern(spec.name)}-%j.out")
     for option, value in slurm["always"].items():
         add(option, value, "the site's rule")
-        notes.decide(f"sbatch.{option}", value, "the site's rule", "slurm", "always", option, site=True)
+        notes.decide(
+            f"sbatch.{option}", value, "the site's rule", "slurm", "always", option, site=True
+        )
     for option, value in spec.sbatch.items():
         if option in ("signal", "no-requeue"):
             continue
@@ -154,28 +195,49 @@ def decide_directives(notes: Notes, partition: Partition, node: NodeType, run_di
     return tuple(out.values())
 
 
-def decide_srun(notes: Notes, node: NodeType, tasks: int, cpus: int, whole: bool) -> tuple[Directive, ...]:
+def decide_srun(
+    notes: Notes, node: NodeType, tasks: int, cpus: int, whole: bool
+) -> tuple[Directive, ...]:
     rules, out = notes.site.values["slurm"]["srun"], []
     if rules["kill_on_bad_exit"]:
-        out.append(Directive("kill-on-bad-exit", "1", "a crashed rank ends the step instead of leaving it hanging"))
+        out.append(
+            Directive(
+                "kill-on-bad-exit",
+                "1",
+                "a crashed rank ends the step instead of leaving it hanging",
+            )
+        )
     if rules["wait_s"]:
         out.append(
-            Directive("wait", str(rules["wait_s"]), "the rest is ended so many seconds after the first task left")
+            Directive(
+                "wait",
+                str(rules["wait_s"]),
+                "the rest is ended so many seconds after the first task left",
+            )
         )
     bind = container.cpu_bind(node, tasks, cpus, whole)
     if bind:
-        # A mask and --cpus-per-task on the same srun contradict each other (LUMI course, "Process and thread binding").
+        # A mask and --cpus-per-task on the same srun contradict each other (LUMI course, "Process
+        # and thread binding").
         out.append(Directive("cpu-bind", bind[0], bind[1]))
-        notes.decide("srun.cpu-bind", bind[0], bind[1], "node_types", node.name, "cpu_bind", cpus, site=True)
+        notes.decide(
+            "srun.cpu-bind", bind[0], bind[1], "node_types", node.name, "cpu_bind", cpus, site=True
+        )
     for option in rules["extra"]:
         name, _, value = option[2:].partition("=")
         out.append(Directive(name, value, "the site's rule"))
     return tuple(out)
 
 
-def decide_preflight(notes: Notes, directives: tuple[Directive, ...], options: Mapping[str, Any], gpus: int,
-                     tasks: int) -> dict[str, Any] | None:  # fmt: skip
-    """The look at the nodes that the job begins with, as plan.json and the job script carry it; None without one."""
+def decide_preflight(
+    notes: Notes,
+    directives: tuple[Directive, ...],
+    options: Mapping[str, Any],
+    gpus: int,
+    tasks: int,
+) -> dict[str, Any] | None:
+    """The look at the nodes that the job begins with, as plan.json and the job script carry it;
+    None without one."""
     asked = notes.spec.preflight
     if asked is None:
         return None
@@ -183,22 +245,38 @@ def decide_preflight(notes: Notes, directives: tuple[Directive, ...], options: M
     policy, why = asked["policy"], "as the run says"
     if policy is None:
         policy = "warn" if fixed else "exclude"
-        why = "the job may not be requeued" if fixed else "bad nodes are left out and the job goes back into the queue"
+        why = (
+            "the job may not be requeued"
+            if fixed
+            else "bad nodes are left out and the job goes back into the queue"
+        )
     elif policy == "exclude" and fixed:
-        notes.error("`preflight: {policy: exclude}` puts the job back into the queue, and `no-requeue` forbids that", "preflight", "policy",
-                    hint="choose warn or stop, or let the job be requeued")  # fmt: skip
+        notes.error(
+            "`preflight: {policy: exclude}` puts the job back into the queue, and `no-requeue`"
+            " forbids that",
+            "preflight",
+            "policy",
+            hint="choose warn or stop, or let the job be requeued",
+        )
     if asked["limit_s"] >= notes.spec.time_s:
         notes.error(
-            f"a preflight of up to {asked['limit_s']} s does not fit into a job of {notes.spec.time_s} s",
+            f"a preflight of up to {asked['limit_s']} s does not fit into a job of"
+            f" {notes.spec.time_s} s",
             "preflight",
             "limit_s",
         )
     notes.decide("preflight.policy", policy, why, "preflight")
     python = str(asked["python"] or options.get("python") or "python3")
     return {
-        "policy": policy, "requeues": asked["requeues"], "slow_is_bad": asked["slow_is_bad"], "limit_s": asked["limit_s"],
-        "mib": asked["mib"], "python": python, "gpus_per_task": max(gpus // tasks, 1) if gpus else None, "tasks_per_node": tasks,
-    }  # fmt: skip
+        "policy": policy,
+        "requeues": asked["requeues"],
+        "slow_is_bad": asked["slow_is_bad"],
+        "limit_s": asked["limit_s"],
+        "mib": asked["mib"],
+        "python": python,
+        "gpus_per_task": max(gpus // tasks, 1) if gpus else None,
+        "tasks_per_node": tasks,
+    }
 
 
 def decide_container(notes: Notes, resolved: Resolved, run_dir: str) -> tuple[str, ...]:
@@ -206,14 +284,18 @@ def decide_container(notes: Notes, resolved: Resolved, run_dir: str) -> tuple[st
     if not spec.container:
         if spec.container_binds:
             notes.error(
-                "`container_binds` without a `container`", "container_binds", hint="set `container:` or delete it"
+                "`container_binds` without a `container`",
+                "container_binds",
+                hint="set `container:` or delete it",
             )
         return ()
     if site.values["container"]["runtime"] == "none":
         notes.error(
-            f"site `{site.name}` runs no containers", "container",
-            why=f"container.runtime is none in {site.document.where('container', 'runtime')}", hint="delete `container:`",
-        )  # fmt: skip
+            f"site `{site.name}` runs no containers",
+            "container",
+            why=f"container.runtime is none in {site.document.where('container', 'runtime')}",
+            hint="delete `container:`",
+        )
         return ()
     if ":" in spec.container or "," in spec.container:
         notes.error("a container image path cannot hold `:` or `,`", "container")
@@ -224,20 +306,27 @@ def decide_container(notes: Notes, resolved: Resolved, run_dir: str) -> tuple[st
         needed.append(("start checkpoint", container.parent_folder(spec.checkpoint_start)))
     elif spec.has_start and spec.handed and spec.handed.checkpoint_dir:
         needed.append(("checkpoints of the stage before", spec.handed.checkpoint_dir))
-    needed += [("data", container.parent_folder(path)) for paths in spec.data.values() for path in paths]
+    needed += [
+        ("data", container.parent_folder(path)) for paths in spec.data.values() for path in paths
+    ]
     needed += [(what, path) for what, path, _ in resolved.paths]
     needed += resolved.binds
     for what, path in needed:
         if ":" in path or "," in path:
-            notes.error(f"the {what} `{path}` cannot be bound into a container: its path holds `:` or `,`")
+            notes.error(
+                f"the {what} `{path}` cannot be bound into a container: its path holds `:` or `,`"
+            )
     binds, decisions = container.bind_list(site, spec.container_binds, needed)
     notes.decisions += decisions
-    notes.decide("container", spec.container, f"run with {site.values['container']['runtime']}", "container")
+    notes.decide(
+        "container", spec.container, f"run with {site.values['container']['runtime']}", "container"
+    )
     return tuple(container.container_argv(site, spec.container, binds))
 
 
 def decide_env(notes: Notes, resolved: Resolved) -> tuple[EnvVar, ...]:
-    """The job's variables: the site's, the recipe's, then the run's, each winning over those before it."""
+    """The job's variables: the site's, the recipe's, then the run's, each winning over those before
+    it."""
     out: dict[str, EnvVar] = {}
     found: dict[str, Decision] = {}
 
@@ -258,14 +347,23 @@ def decide_env(notes: Notes, resolved: Resolved) -> tuple[EnvVar, ...]:
     for name, value in notes.spec.env.items():
         why = "from run.yaml"
         if name in out:
-            why = out[name].why if out[name].value == value else f"from run.yaml, instead of {out[name].value}"
+            why = (
+                out[name].why
+                if out[name].value == value
+                else f"from run.yaml, instead of {out[name].value}"
+            )
         take(name, value, why, notes.spec.where("env", name))
     notes.decisions += found.values()
     for name in notes.site.values["node_dirs"]:
         if name in notes.spec.env:
-            notes.error(f"`env.{name}` is a folder the site makes on every node", "env", name, level="warning",
-                       why=f"set in {notes.site.document.where('node_dirs', name)}; the site's wins",
-                       hint="delete it")  # fmt: skip
+            notes.error(
+                f"`env.{name}` is a folder the site makes on every node",
+                "env",
+                name,
+                level="warning",
+                why=f"set in {notes.site.document.where('node_dirs', name)}; the site's wins",
+                hint="delete it",
+            )
     return tuple(out.values())
 
 
@@ -274,14 +372,19 @@ def _account(notes: Notes, add: Any) -> None:
     if not spec.account:
         if rules["required"]:
             notes.error(
-                f"site `{notes.site.name}` needs an account", why=f"set in {notes.site.document.where('account')}",
+                f"site `{notes.site.name}` needs an account",
+                why=f"set in {notes.site.document.where('account')}",
                 hint=f"set `account: {rules['example'] or '…'}` in run.yaml or in your config",
-            )  # fmt: skip
+            )
         return
     if rules["pattern"] and not re.fullmatch(rules["pattern"], spec.account):
         notes.error(
-            f"`account: {spec.account}` is not an account of `{notes.site.name}`", "account",
-            why=f"accounts look like {rules['example'] or rules['pattern']}, set in {notes.site.document.where('account', 'pattern')}",
-        )  # fmt: skip
+            f"`account: {spec.account}` is not an account of `{notes.site.name}`",
+            "account",
+            why=(
+                f"accounts look like {rules['example'] or rules['pattern']}, set in"
+                f" {notes.site.document.where('account', 'pattern')}"
+            ),
+        )
     notes.decide("account", spec.account, "as the run says", "account")
     add("account", spec.account)

@@ -1,7 +1,8 @@
-"""What stands between srun and the program, and what it does with a signal meant for the program. Pure.
+"""What stands between srun and the program, and what it does with a signal meant for the program.
+Pure.
 
-Slurm sends a step's signal to every process in it. A launcher or a shell that does not handle the signal ends with it,
-and srun then ends the step while the program still saves.
+Slurm sends a step's signal to every process in it. A launcher or a shell that does not handle the
+signal ends with it, and srun then ends the step while the program still saves.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import os
 import re
 from collections.abc import Sequence
 
-_COMMAND = r"(?:^|[;&|(\n]\s*|\s-[a-z]*c\s+|exec\s+|run\s+)(?:\S*/)?"  # where a shell expects a command
+_COMMAND = (  # where a shell expects a command
+    r"(?:^|[;&|(\n]\s*|\s-[a-z]*c\s+|exec\s+|run\s+)(?:\S*/)?"
+)
 _LAUNCHER = re.compile(
     r"(?:^|[\s/;&|(])(torchrun|accelerate\s+launch|accelerate-launch|accelerate\.commands\.launch"
     r"|torch\.distributed\.(?:run|launch))(?=\s|$)"
     rf"|{_COMMAND}(deepspeed)(?=\s|$)"
 )
 _SHELLS = frozenset({"bash", "sh", "dash", "zsh", "ksh"})
-# torch (elastic/multiprocessing/api.py) and DeepSpeed (launcher/launch.py) end their workers at these.
+# torch (elastic/multiprocessing/api.py) and DeepSpeed (launcher/launch.py) end their workers at
+# these.
 ENDING = frozenset({"TERM", "INT", "HUP"})
 
 
@@ -39,7 +43,8 @@ def shell_between(argv: Sequence[str]) -> str | None:
     for index, word in enumerate(words[1:], 1):
         if re.fullmatch(r"-[a-z]*c", word):
             text = words[index + 1] if index + 1 < len(words) else ""
-            # A shell becomes the command it is given, when that is the only one, or comes after `exec`.
+            # A shell becomes the command it is given, when that is the only one, or comes after
+            # `exec`.
             waits = re.search(r"[;&|\n]", text) and not re.search(r"\bexec\s", text)
             return text if waits else None
         if not word.startswith("-"):

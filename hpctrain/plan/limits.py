@@ -1,4 +1,5 @@
-"""Whether a run fits: the partition's limits, the checkpoint folder, the bill, and how often it must save. Pure."""
+"""Whether a run fits: the partition's limits, the checkpoint folder, the bill, and how often it
+must save. Pure."""
 
 from __future__ import annotations
 
@@ -16,8 +17,11 @@ from hpctrain.recipes.contract import Resolved
 def check_checkpoint(notes: Notes) -> None:
     spec = notes.spec
     if spec.has_start and not spec.checkpoint_dir:
-        notes.error("`checkpoint.start` without `checkpoint.dir`: there is no folder to save to", "checkpoint",
-                   hint="set `checkpoint: {start: …, dir: …}`")  # fmt: skip
+        notes.error(
+            "`checkpoint.start` without `checkpoint.dir`: there is no folder to save to",
+            "checkpoint",
+            hint="set `checkpoint: {start: …, dir: …}`",
+        )
     if spec.checkpoint_dir:
         notes.decide("checkpoint.dir", spec.checkpoint_dir, "as the run says", "checkpoint", "dir")
         if spec.checkpoint_start:
@@ -25,10 +29,15 @@ def check_checkpoint(notes: Notes) -> None:
             notes.decide("checkpoint.start", spec.checkpoint_start, why, "checkpoint", "start")
             if (spec.checkpoint_start + "/").startswith(spec.checkpoint_dir + "/"):
                 notes.error(
-                    "`checkpoint.start` lies inside `checkpoint.dir`", "checkpoint", "start",
-                    why="the new run would save beside the checkpoint it starts from, and could overwrite it",
+                    "`checkpoint.start` lies inside `checkpoint.dir`",
+                    "checkpoint",
+                    "start",
+                    why=(
+                        "the new run would save beside the checkpoint it starts from, and could"
+                        " overwrite it"
+                    ),
                     hint="give the run a new, empty `checkpoint.dir`",
-                )  # fmt: skip
+                )
         if spec.checkpoint_dir == spec.base_dir:
             notes.error(
                 "`checkpoint.dir` is the folder of run.yaml itself",
@@ -39,7 +48,8 @@ def check_checkpoint(notes: Notes) -> None:
 
 
 def check_storage(notes: Notes, node: NodeType) -> None:
-    """Whether checkpoints and data lie where the site wants them: not on small file systems, not on one node's own disk."""
+    """Whether checkpoints and data lie where the site wants them: not on small file systems, not on
+    one node's own disk."""
     spec = notes.spec
     if spec.checkpoint_dir:
         _check_place(notes, node, "checkpoints", spec.checkpoint_dir, "error", "checkpoint", "dir")
@@ -48,11 +58,14 @@ def check_storage(notes: Notes, node: NodeType) -> None:
             _check_place(notes, node, "data", path, "warning", "data", kind, index)
 
 
-def _check_place(notes: Notes, node: NodeType, what: str, path: str, level: str, *where: Any) -> None:
+def _check_place(
+    notes: Notes, node: NodeType, what: str, path: str, level: str, *where: Any
+) -> None:
     site, account = notes.site, notes.spec.account or ""
 
     def under(folder: str) -> bool:
-        # Up to the first part that differs per user or project: every project's folder is of the same kind.
+        # Up to the first part that differs per user or project: every project's folder is of the
+        # same kind.
         fixed = folder.split("{")[0].rstrip("/")
         return bool(fixed) and (path == fixed or path.startswith(fixed + "/"))
 
@@ -70,15 +83,23 @@ def _check_place(notes: Notes, node: NodeType, what: str, path: str, level: str,
                 else ""
             )
             notes.error(
-                f"{what} do not belong on `{name}`: `{path}`", *where, level=level,
-                why=f"{fields['path']} is small{quota}, set in {site.document.where('storage', name)}",
+                f"{what} do not belong on `{name}`: `{path}`",
+                *where,
+                level=level,
+                why=(
+                    f"{fields['path']} is small{quota}, set in"
+                    f" {site.document.where('storage', name)}"
+                ),
                 hint=f"use {' or '.join(good)}",
-            )  # fmt: skip
+            )
     if storage and under(node.tmp_path):
         notes.error(
-            f"`{path}` lies on each node's own {node.tmp_path}, which is gone when the job ends", *where, level="warning",
-            why=f"set in {site.document.where('node_types', node.name, 'tmp')}", hint=f"use {' or '.join(good)}" if good else "",
-        )  # fmt: skip
+            f"`{path}` lies on each node's own {node.tmp_path}, which is gone when the job ends",
+            *where,
+            level="warning",
+            why=f"set in {site.document.where('node_types', node.name, 'tmp')}",
+            hint=f"use {' or '.join(good)}" if good else "",
+        )
 
 
 def check_limits(notes: Notes, partition: Partition) -> None:
@@ -88,36 +109,74 @@ def check_limits(notes: Notes, partition: Partition) -> None:
 
     def over(what: str, limit: str, key: str, field: str, hint: str) -> None:
         notes.error(
-            f"{what} than partition `{partition.name}` allows ({limit})", key,
+            f"{what} than partition `{partition.name}` allows ({limit})",
+            key,
             why=f"limit set in {site.document.where('partitions', partition.name, field)}",
             hint="; ".join(filter(None, [hint, others])),
-        )  # fmt: skip
+        )
 
     if partition.max_time_s and spec.time_s > partition.max_time_s:
         links = -(-spec.time_s // partition.max_time_s)
-        over(f"`time: {spec.document.get('time', default=format_time(spec.time_s))}` is longer", format_time(partition.max_time_s), "time", "max_time",
-             f"set `time: {format_time(partition.max_time_s)}` and `chain: {{jobs: {links}}}`")  # fmt: skip
+        over(
+            f"`time: {spec.document.get('time', default=format_time(spec.time_s))}` is longer",
+            format_time(partition.max_time_s),
+            "time",
+            "max_time",
+            f"set `time: {format_time(partition.max_time_s)}` and `chain: {{jobs: {links}}}`",
+        )
     if partition.max_nodes and spec.num_nodes > partition.max_nodes:
-        over(f"`nodes: {spec.num_nodes}` is more", str(partition.max_nodes), "nodes", "max_nodes", "")
+        over(
+            f"`nodes: {spec.num_nodes}` is more", str(partition.max_nodes), "nodes", "max_nodes", ""
+        )
     if partition.min_nodes and spec.num_nodes < partition.min_nodes:
-        over(f"`nodes: {spec.num_nodes}` is less", f"at least {partition.min_nodes}", "nodes", "min_nodes", "")
+        over(
+            f"`nodes: {spec.num_nodes}` is less",
+            f"at least {partition.min_nodes}",
+            "nodes",
+            "min_nodes",
+            "",
+        )
     if partition.max_submitted and spec.num_links > partition.max_submitted:
-        over(f"a chain of {spec.num_links} jobs is more", f"{partition.max_submitted} submitted jobs a user", "chain",
-             "max_submitted", f"queue at most {partition.max_submitted}, then `hpctrain chain --extend`")  # fmt: skip
+        over(
+            f"a chain of {spec.num_links} jobs is more",
+            f"{partition.max_submitted} submitted jobs a user",
+            "chain",
+            "max_submitted",
+            f"queue at most {partition.max_submitted}, then `hpctrain chain --extend`",
+        )
     if partition.debug:
-        notes.error(f"partition `{partition.name}` is for short tests", "partition", level="note",
-                   why=f"{limit_line(notes, partition)}")  # fmt: skip
+        notes.error(
+            f"partition `{partition.name}` is for short tests",
+            "partition",
+            level="note",
+            why=f"{limit_line(notes, partition)}",
+        )
 
 
 def decide_cost(
-    notes: Notes, partition: Partition, node: NodeType, gpus: int, cores: int, memory_gib: float, whole: bool
+    notes: Notes,
+    partition: Partition,
+    node: NodeType,
+    gpus: int,
+    cores: int,
+    memory_gib: float,
+    whole: bool,
 ) -> billing.Cost:
     if whole:
         cores, memory_gib, gpus = node.usable_cores, node.memory_gib, node.gpus
-    result = billing.cost(partition, notes.spec.num_nodes, cores, memory_gib, gpus, notes.spec.time_s)
+    result = billing.cost(
+        partition, notes.spec.num_nodes, cores, memory_gib, gpus, notes.spec.time_s
+    )
     if result.billed is not None:
-        notes.decide("cost.job", f"{result.billed:,.1f} {result.unit}s", result.formula,
-                    "partitions", partition.name, "billing", site=True)  # fmt: skip
+        notes.decide(
+            "cost.job",
+            f"{result.billed:,.1f} {result.unit}s",
+            result.formula,
+            "partitions",
+            partition.name,
+            "billing",
+            site=True,
+        )
         if notes.spec.num_links > 1:
             total = result.billed * notes.spec.num_links
             notes.decide(
@@ -143,14 +202,25 @@ def check_cadence(notes: Notes, resolved: Resolved, signal: Mapping[str, Any]) -
         and work_s > spec.time_s
     ):
         notes.error(
-            f"a checkpoint every {cadence.save_every} iterations of {spec.step_time_s:g} s never comes within "
-            f"`time: {format_time(spec.time_s)}`", "time",
-            why=f"the first would be saved after {format_time(int(cadence.save_every * spec.step_time_s))}, so no link makes progress",
+            f"a checkpoint every {cadence.save_every} iterations of {spec.step_time_s:g} s never"
+            f" comes within `time: {format_time(spec.time_s)}`",
+            "time",
+            why=(
+                "the first would be saved after"
+                f" {format_time(int(cadence.save_every * spec.step_time_s))}, so no link makes"
+                " progress"
+            ),
             hint=f"save every {max(int(spec.time_s / spec.step_time_s / 4), 1)} iterations or so",
-        )  # fmt: skip
+        )
         return
-    links = billing.links_needed(cadence.iterations, spec.step_time_s, cadence.save_every, spec.time_s,
-                                  signal["lead_s"] if saves else 0, saves)  # fmt: skip
+    links = billing.links_needed(
+        cadence.iterations,
+        spec.step_time_s,
+        cadence.save_every,
+        spec.time_s,
+        signal["lead_s"] if saves else 0,
+        saves,
+    )
     if links:
         notes.decide(
             "chain.links_needed",
@@ -160,8 +230,12 @@ def check_cadence(notes: Notes, resolved: Resolved, signal: Mapping[str, Any]) -
             "step_time_s",
         )
         if links > spec.num_links:
-            notes.error(f"{links} links are needed, and `chain.jobs` queues {spec.num_links}", "chain", level="note",
-                       hint=f"`hpctrain chain --jobs {links}`")  # fmt: skip
+            notes.error(
+                f"{links} links are needed, and `chain.jobs` queues {spec.num_links}",
+                "chain",
+                level="note",
+                hint=f"`hpctrain chain --jobs {links}`",
+            )
     if cadence.save_every:
         lost = cadence.save_every * spec.step_time_s
         notes.decide(
@@ -171,5 +245,9 @@ def check_cadence(notes: Notes, resolved: Resolved, signal: Mapping[str, Any]) -
         )
         mttf = billing.mean_time_to_failure_s(spec.num_nodes)
         best = billing.young_daly_s(spec.save_time_s or 120, mttf)
-        notes.decide("checkpoint.best_interval", format_time(int(best)),
-                    f"Young-Daly: sqrt(2 x {spec.save_time_s or 120:g} s save x {mttf / 3600:.0f} h between failures)")  # fmt: skip
+        notes.decide(
+            "checkpoint.best_interval",
+            format_time(int(best)),
+            f"Young-Daly: sqrt(2 x {spec.save_time_s or 120:g} s save x {mttf / 3600:.0f} h between"
+            " failures)",
+        )

@@ -1,4 +1,5 @@
-"""Reads everything a run names and makes its plan: the one way from a run.yaml on disk to a Plan."""
+"""Reads everything a run names and makes its plan: the one way from a run.yaml on disk to a
+Plan."""
 
 from __future__ import annotations
 
@@ -17,18 +18,26 @@ from hpctrain.plan.make import Plan, make_plan
 
 @dataclass(frozen=True)
 class Loaded:
-    """A plan and the bytes of what it was made from (`run.yaml`, `site.yaml`, base configs), by name."""
+    """A plan and the bytes of what it was made from (`run.yaml`, `site.yaml`, base configs), by
+    name."""
 
     plan: Plan
     inputs: Mapping[str, bytes]
 
 
-def load_plan(path: str, assignments: Sequence[str] = (), out_dir: str | None = None, overlay: Document | None = None,
-              handed: Handed | None = None) -> Loaded:  # fmt: skip
+def load_plan(
+    path: str,
+    assignments: Sequence[str] = (),
+    out_dir: str | None = None,
+    overlay: Document | None = None,
+    handed: Handed | None = None,
+) -> Loaded:
     """Read `path` with its layers, site, recipe and base configs, and plan it.
 
-    `overlay` and `handed` are a pipeline's: values laid over run.yaml, and what the earlier stage hands over. The run directory is `out_dir`, or `runs/<name>` beside run.yaml. The plan may hold errors: see `Plan.errors`.
-    Raises UsageError or EnvironmentFault, with every problem that could be found.
+    `overlay` and `handed` are a pipeline's: values laid over run.yaml, and what the earlier stage
+    hands over. The run directory is `out_dir`, or `runs/<name>` beside run.yaml. The plan may hold
+    errors: see `Plan.errors`. Raises UsageError or EnvironmentFault, with every problem that could
+    be found.
     """
     layers = read_layers(path, assignments, overlay)
     merged = merge(layers)
@@ -36,12 +45,18 @@ def load_plan(path: str, assignments: Sequence[str] = (), out_dir: str | None = 
     problems: list[Problem] = []
     site = recipe = None
     try:
-        site = load_site(_text(merged, "site"), base_dir, merged.where("site")) if _text(merged, "site") else None
+        site = (
+            load_site(_text(merged, "site"), base_dir, merged.where("site"))
+            if _text(merged, "site")
+            else None
+        )
     except HpctrainError as error:
         problems += error.problems
     try:
         recipe = (
-            load_recipe(_text(merged, "recipe"), merged.where("recipe"), base_dir) if _text(merged, "recipe") else None
+            load_recipe(_text(merged, "recipe"), merged.where("recipe"), base_dir)
+            if _text(merged, "recipe")
+            else None
         )
     except HpctrainError as error:
         problems += error.problems
@@ -60,19 +75,26 @@ def load_plan(path: str, assignments: Sequence[str] = (), out_dir: str | None = 
 
 
 def _check_folders(run_dir: str, base_dir: str) -> None:
-    """Refuse folders whose paths no job script can carry; paths in run.yaml are taken from the folder it lies in."""
+    """Refuse folders whose paths no job script can carry; paths in run.yaml are taken from the
+    folder it lies in."""
     problems = []
     if "\\" in run_dir:
         what = (
-            f"the run directory {run_dir!r} has a backslash in its path, which Slurm's file name patterns cannot carry"
+            f"the run directory {run_dir!r} has a backslash in its path, which Slurm's file name"
+            " patterns cannot carry"
         )
         problems.append(Problem(what, hint="name another one with -o"))
-    for what, folder, hint in (("the run directory", run_dir, "name another one with -o"),
-                               ("the folder of run.yaml", base_dir, "put it into a folder with a plain name")):  # fmt: skip
+    for what, folder, hint in (
+        ("the run directory", run_dir, "name another one with -o"),
+        ("the folder of run.yaml", base_dir, "put it into a folder with a plain name"),
+    ):
         found = text_problem(folder)
         if found and not problems:
             problems.append(
-                Problem(f"{what} {folder!r} cannot be written into a job script: its path {found}", hint=hint)
+                Problem(
+                    f"{what} {folder!r} cannot be written into a job script: its path {found}",
+                    hint=hint,
+                )
             )
     if problems:
         raise UsageError(problems)
@@ -91,7 +113,8 @@ def _read(path: str) -> bytes:
 def _read_options(
     spec: RunSpec, recipe: Recipe, inputs: dict[str, bytes]
 ) -> tuple[dict[str, tuple[Document, ...]], list[Problem]]:
-    """The YAML documents of the options that the recipe declares `reads: yaml`, and the problems of all files."""
+    """The YAML documents of the options that the recipe declares `reads: yaml`, and the problems of
+    all files."""
     documents: dict[str, tuple[Document, ...]] = {}
     problems: list[Problem] = []
     for option, declared in recipe.values["options"].items():
@@ -111,7 +134,10 @@ def _read_options(
                 problems += [
                     Problem(
                         f"`recipe_options.{option}`: {problem.what}",
-                        where=f"{problem.where} (named at {spec.where('recipe_options', option, index)})",
+                        where=(
+                            f"{problem.where} (named at"
+                            f" {spec.where('recipe_options', option, index)})"
+                        ),
                         why=problem.why,
                         hint=problem.hint or "paths are relative to run.yaml",
                     )
@@ -134,5 +160,7 @@ def _site_bytes(site: Site) -> bytes:
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     head = f"# merged from {', '.join(map(layer_name, site.files))}\n"
-    text: str = yaml.dump(site.document.data, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
+    text: str = yaml.dump(
+        site.document.data, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120
+    )
     return (head + text).encode("utf-8")

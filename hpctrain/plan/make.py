@@ -1,6 +1,8 @@
-"""RunSpec x Site x Recipe -> Plan: every decided value with its reason. Pure: same input, same plan.
+"""RunSpec x Site x Recipe -> Plan: every decided value with its reason. Pure: same input, same
+plan.
 
-`make_plan` never stops at the first problem; the plan it returns holds all of them, and is renderable only without errors.
+`make_plan` never stops at the first problem; the plan it returns holds all of them, and is
+renderable only without errors.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from hpctrain.config.document import Document, merge
 from hpctrain.config.recipe import Recipe, check_recipe_options
 from hpctrain.config.run import RunSpec
 from hpctrain.config.site import NodeType, Partition, Site
-from hpctrain.plan.job import (  # fmt: skip
+from hpctrain.plan.job import (
     Directive,
     decide_container,
     decide_directives,
@@ -25,7 +27,13 @@ from hpctrain.plan.job import (  # fmt: skip
     decide_signal,
     decide_srun,
 )
-from hpctrain.plan.limits import check_cadence, check_checkpoint, check_limits, check_storage, decide_cost
+from hpctrain.plan.limits import (
+    check_cadence,
+    check_checkpoint,
+    check_limits,
+    check_storage,
+    decide_cost,
+)
 from hpctrain.plan.notes import Notes
 from hpctrain.plan.shape import decide_memory_gib, decide_shape, pick_partition, wants_whole_nodes
 from hpctrain.recipes.contract import Context, EnvVar, Resolved, resolve
@@ -85,24 +93,50 @@ class Plan:
         }
         if facts.start_needs:
             out["start_needs"] = list(facts.start_needs)
-        out.update({key: value for key, value in (("start_takes", facts.start_takes), ("start_counts", facts.start_counts),
-                                                  ("scratch_from", facts.scratch_from)) if value})  # fmt: skip
+        out.update(
+            {
+                key: value
+                for key, value in (
+                    ("start_takes", facts.start_takes),
+                    ("start_counts", facts.start_counts),
+                    ("scratch_from", facts.scratch_from),
+                )
+                if value
+            }
+        )
         if facts.start_folder and not handed:
             out["start"], out["start_as"] = None, facts.start_as
-            out["from"] = {"stage": "", "run_dir": facts.start_folder, "hand_over": "folder",
-                           "checkpoint": facts.start_checkpoint, "model": None}  # fmt: skip
+            out["from"] = {
+                "stage": "",
+                "run_dir": facts.start_folder,
+                "hand_over": "folder",
+                "checkpoint": facts.start_checkpoint,
+                "model": None,
+            }
         if handed:
             out["start_as"] = handed.way
-            out["from"] = {"stage": handed.stage, "run_dir": handed.run_dir, "hand_over": handed.hand_over,
-                           "checkpoint": handed.checkpoint, "model": handed.model}  # fmt: skip
+            out["from"] = {
+                "stage": handed.stage,
+                "run_dir": handed.run_dir,
+                "hand_over": handed.hand_over,
+                "checkpoint": handed.checkpoint,
+                "model": handed.model,
+            }
             if handed.hand_over == "model":
                 out["start"] = self.spec.checkpoint_start
         return out
 
 
-def make_plan(spec: RunSpec, site: Site, recipe: Recipe, run_dir: str,
-              read: Mapping[str, tuple[Document, ...]] | None = None, problems: Sequence[Problem] = ()) -> Plan:  # fmt: skip
-    """Decide everything about the run. `problems` are those already found; the plan holds them and its own."""
+def make_plan(
+    spec: RunSpec,
+    site: Site,
+    recipe: Recipe,
+    run_dir: str,
+    read: Mapping[str, tuple[Document, ...]] | None = None,
+    problems: Sequence[Problem] = (),
+) -> Plan:
+    """Decide everything about the run. `problems` are those already found; the plan holds them and
+    its own."""
     notes = Notes(spec, site, recipe)
     notes.problems += problems
     partition, node = pick_partition(notes)
@@ -112,8 +146,19 @@ def make_plan(spec: RunSpec, site: Site, recipe: Recipe, run_dir: str,
     defaults = replace(recipe.document.section("config"), data=recipe.values["config"])
     resolved = Resolved()
     if not option_problems:
-        context = Context(spec, site, recipe, options, merge([defaults, config]), read or {}, run_dir, node,
-                          spec.num_nodes, gpus, tasks)  # fmt: skip
+        context = Context(
+            spec,
+            site,
+            recipe,
+            options,
+            merge([defaults, config]),
+            read or {},
+            run_dir,
+            node,
+            spec.num_nodes,
+            gpus,
+            tasks,
+        )
         resolved = resolve(context)
     notes.problems += [*option_problems, *resolved.problems]
     check_checkpoint(notes)
@@ -121,7 +166,9 @@ def make_plan(spec: RunSpec, site: Site, recipe: Recipe, run_dir: str,
     whole = bool(partition.whole_nodes or wants_whole_nodes(notes, partition, node, gpus))
     memory_gib = decide_memory_gib(notes, node, gpus, cpus * tasks, whole)
     signal = decide_signal(notes, recipe, resolved)
-    directives = decide_directives(notes, partition, node, run_dir, gpus, tasks, cpus, memory_gib, whole, signal)
+    directives = decide_directives(
+        notes, partition, node, run_dir, gpus, tasks, cpus, memory_gib, whole, signal
+    )
     srun_options = decide_srun(notes, node, tasks, cpus, whole)
     container = decide_container(notes, resolved, run_dir)
     env = decide_env(notes, resolved)
@@ -130,6 +177,23 @@ def make_plan(spec: RunSpec, site: Site, recipe: Recipe, run_dir: str,
     cost = decide_cost(notes, partition, node, gpus, tasks * cpus, memory_gib, whole)
     check_cadence(notes, resolved, signal)
     return Plan(
-        spec, site, recipe, resolved, run_dir, partition, node, gpus, tasks, cpus, directives, srun_options, container,
-        env, signal, preflight, cost, (*notes.decisions, *resolved.decisions), tuple(notes.sorted_problems()),
-    )  # fmt: skip
+        spec,
+        site,
+        recipe,
+        resolved,
+        run_dir,
+        partition,
+        node,
+        gpus,
+        tasks,
+        cpus,
+        directives,
+        srun_options,
+        container,
+        env,
+        signal,
+        preflight,
+        cost,
+        (*notes.decisions, *resolved.decisions),
+        tuple(notes.sorted_problems()),
+    )

@@ -12,7 +12,8 @@ from hpctrain.config.site import Site
 
 
 class Notes:
-    """Collects the decisions and problems of one plan, each with its place in run.yaml or in the profile."""
+    """Collects the decisions and problems of one plan, each with its place in run.yaml or in the
+    profile."""
 
     def __init__(self, spec: RunSpec, site: Site, recipe: Recipe) -> None:
         self.spec, self.site, self.recipe = spec, site, recipe
@@ -24,7 +25,9 @@ class Notes:
         self.decisions.append(Decision(name, value, reason, document.where(*path) if path else ""))
         return value
 
-    def error(self, what: str, *path: Any, why: str = "", hint: str = "", level: str = "error") -> None:
+    def error(
+        self, what: str, *path: Any, why: str = "", hint: str = "", level: str = "error"
+    ) -> None:
         self.problems.append(Problem(what, self.spec.where(*path), why, hint, level))
 
     def sorted_problems(self) -> list[Problem]:

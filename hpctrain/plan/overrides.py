@@ -1,4 +1,5 @@
-"""The job script templates there are, which layer wins, and a small child that overrides blocks of one."""
+"""The job script templates there are, which layer wins, and a small child that overrides blocks of
+one."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ USER_BLOCK = "user_setup"
 
 @dataclass(frozen=True)
 class Template:
-    """One template name: the layer that wins, those it shadows, the blocks one may override, and why it is not valid."""
+    """One template name: the layer that wins, those it shadows, the blocks one may override, and
+    why it is not valid."""
 
     name: str
     layer: str
@@ -41,7 +43,8 @@ def list_templates() -> list[Template]:
 
 
 def find_template(name: str) -> Template:
-    """The template of that name; a recipe's name means its job script. Raises UsageError with the nearest name."""
+    """The template of that name; a recipe's name means its job script. Raises UsageError with the
+    nearest name."""
     known = {template.name: template for template in list_templates()}
     for wanted in (name, f"{name}/{JOB}"):
         if wanted in known:
@@ -50,20 +53,33 @@ def find_template(name: str) -> Template:
 
 
 def child_text(template: Template, blocks: Sequence[str]) -> str:
-    """A template that extends the shipped one and repeats the named blocks unchanged, ready for lines of one's own.
+    """A template that extends the shipped one and repeats the named blocks unchanged, ready for
+    lines of one's own.
 
     Raises UsageError for blocks that there are not, all at once.
     """
-    # Those of the shipped one, which the child extends; what shadows it now may have others, or be broken.
+    # Those of the shipped one, which the child extends; what shadows it now may have others, or be
+    # broken.
     known = _blocks(make_environment(), f"!builtin/{template.name}")
     unknown = [block for block in blocks if block not in known]
     if unknown:
         raise UsageError(
-            [Problem(f"template `{template.name}` has no block `{block}`", hint=nearest(block, known)) for block in unknown]
-        )  # fmt: skip
+            [
+                Problem(
+                    f"template `{template.name}` has no block `{block}`", hint=nearest(block, known)
+                )
+                for block in unknown
+            ]
+        )
     lines = [
-        f"{{## Changes blocks of {template.name}; the rest stays as hpctrain ships it. Every expression ends in a",
-        "    quoting filter: q for shell words, qjoin for lists of them, sbatch for #SBATCH values. ##}",
+        (
+            f"{{## Changes blocks of {template.name}; the rest stays as hpctrain ships it. Every"
+            " expression ends in a"
+        ),
+        (
+            "    quoting filter: q for shell words, qjoin for lists of them, sbatch for #SBATCH"
+            " values. ##}"
+        ),
         f'{{% extends "!builtin/{template.name}" %}}',
     ]
     for block in dict.fromkeys(blocks):
@@ -85,7 +101,14 @@ def _template(name: str, places: Sequence[tuple[str, str]]) -> Template:
     try:
         return Template(name, layer, path, shadows, tuple(_blocks(make_environment(), name)))
     except jinja2.TemplateSyntaxError as error:
-        return Template(name, layer, path, shadows, (), f"{error.filename or path}:{error.lineno}: {error.message}")
+        return Template(
+            name,
+            layer,
+            path,
+            shadows,
+            (),
+            f"{error.filename or path}:{error.lineno}: {error.message}",
+        )
     except (jinja2.TemplateError, UnicodeDecodeError, OSError) as error:
         return Template(name, layer, path, shadows, (), f"{path}: {error}")
 
@@ -102,7 +125,9 @@ def _blocks(environment: jinja2.Environment, name: str) -> list[str]:
         tree = environment.parse(source, name, path)
         chain.append([block.name for block in tree.find_all(nodes.Block)])
         extends = tree.find(nodes.Extends)
-        name = extends.template.value if extends and isinstance(extends.template, nodes.Const) else ""
+        name = (
+            extends.template.value if extends and isinstance(extends.template, nodes.Const) else ""
+        )
     return list(dict.fromkeys(block for blocks in reversed(chain) for block in blocks))
 
 
@@ -110,5 +135,9 @@ def _files(folder: str) -> list[str]:
     found = []
     for top, folders, names in os.walk(folder):
         folders.sort()
-        found += [os.path.relpath(os.path.join(top, name), folder) for name in names if name.endswith(".j2")]
+        found += [
+            os.path.relpath(os.path.join(top, name), folder)
+            for name in names
+            if name.endswith(".j2")
+        ]
     return [name for name in sorted(found) if name.isprintable()]

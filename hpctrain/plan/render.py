@@ -1,4 +1,5 @@
-"""Plan -> {path: text}. Pure and deterministic: the same plan gives the same bytes, wherever it is rendered."""
+"""Plan -> {path: text}. Pure and deterministic: the same plan gives the same bytes, wherever it is
+rendered."""
 
 from __future__ import annotations
 
@@ -29,8 +30,11 @@ _OVERRIDE = " (an override)"
 _EXTENDS = re.compile(r"""\{%-?\s*extends\s+["']([^"']+)["']""")
 
 
-def render(plan: Plan, inputs: Mapping[str, bytes], compiled: jinja2.BytecodeCache | None = None) -> dict[str, str]:
-    """The files of the run directory by name, without `runtime/`. `inputs`: name -> bytes of what the plan was made from.
+def render(
+    plan: Plan, inputs: Mapping[str, bytes], compiled: jinja2.BytecodeCache | None = None
+) -> dict[str, str]:
+    """The files of the run directory by name, without `runtime/`. `inputs`: name -> bytes of what
+    the plan was made from.
 
     `compiled` keeps what compiling the templates gives; the files are the same with and without it.
 
@@ -76,7 +80,11 @@ def _render_script(
             modules=values["modules"],
             inherited=inherited_inputs(asked),
             as_asked=sorted(agreeing_inputs(asked).items()),
-            unset_env=[name for name in values["unset_env"] if name not in {variable.name for variable in plan.env}],
+            unset_env=[
+                name
+                for name in values["unset_env"]
+                if name not in {variable.name for variable in plan.env}
+            ],
             export_cpus=needs_cpus,
             secrets=_secrets_path(spec.secrets, spec.base_dir) if spec.secrets else None,
             config_for=sorted(plan.resolved.config_for.items()),
@@ -84,13 +92,19 @@ def _render_script(
             port_base=values["network"]["port_base"],
             port_range=values["network"]["port_range"],
             node_dirs=[
-                {"name": name, "path": node_path(fields["path"], plan.node_type.tmp_path), "why": fields["why"]}
+                {
+                    "name": name,
+                    "path": node_path(fields["path"], plan.node_type.tmp_path),
+                    "why": fields["why"],
+                }
                 for name, fields in values["node_dirs"].items()
             ],
             workdir=plan.resolved.workdir or plan.run_dir,
             signals=list(dict.fromkeys([plan.signal["name"], "TERM"])),
             # Of the same container without its GPUs, for a job that needs none.
-            cpu_container=[word for word in plan.container if word != values["container"]["gpu_flag"]],
+            cpu_container=[
+                word for word in plan.container if word != values["container"]["gpu_flag"]
+            ],
             container_runtime=values["container"]["runtime"],
             recipe=plan.resolved.template,
         )
@@ -99,26 +113,37 @@ def _render_script(
             f"template: {error.message}", where=f"{error.filename or error.name}:{error.lineno}"
         ) from error
     except jinja2.TemplateNotFound as error:
-        raise UsageError(f"template `{name}`: there is no template `{error}`", where=_place(error)) from error
+        raise UsageError(
+            f"template `{name}`: there is no template `{error}`", where=_place(error)
+        ) from error
     except jinja2.TemplateError as error:
         raise UsageError(f"template `{name}`: {error}", where=_place(error)) from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"template `{name}`, or one that it extends, is not UTF-8 text: {error}") from error
+        raise UsageError(
+            f"template `{name}`, or one that it extends, is not UTF-8 text: {error}"
+        ) from error
     except RecursionError as error:
         hint = f'an override extends the shipped one as "!builtin/{name}"'
-        raise UsageError(f"template `{name}` extends or includes itself", where=_place(error), hint=hint) from error
+        raise UsageError(
+            f"template `{name}` extends or includes itself", where=_place(error), hint=hint
+        ) from error
     except Exception as error:
         if not any(used_one.endswith(_OVERRIDE) for used_one in used):
             raise  # a shipped template that fails is a bug of ours
-        raise UsageError(f"template `{name}`: {type(error).__name__}: {error}", where=_place(error)) from error
+        raise UsageError(
+            f"template `{name}`: {type(error).__name__}: {error}", where=_place(error)
+        ) from error
     if not text.startswith("#!"):
         hint = f'an override extends the shipped one: {{% extends "!builtin/{name}" %}}'
-        raise UsageError(f"template `{name}` gives no script: the first line is not `#!`", hint=hint)
+        raise UsageError(
+            f"template `{name}` gives no script: the first line is not `#!`", hint=hint
+        )
     return text
 
 
 def _place(error: BaseException) -> str:
-    """`file:line` of the template where rendering failed; Jinja puts the templates' own lines into the traceback."""
+    """`file:line` of the template where rendering failed; Jinja puts the templates' own lines into
+    the traceback."""
     place, trace = "", error.__traceback__
     while trace:
         file = trace.tb_frame.f_code.co_filename
@@ -130,12 +155,15 @@ def _place(error: BaseException) -> str:
 def make_environment(base_dir: str = "") -> jinja2.Environment:
     """The Jinja environment of all templates.
 
-    Undefined is an error; comments are `{## ##}` because bash has `${#x[@]}`; a user's template of the same name shadows
-    the shipped one and extends it as `!builtin/<name>`.
+    Undefined is an error; comments are `{## ##}` because bash has `${#x[@]}`; a user's template of
+    the same name shadows the shipped one and extends it as `!builtin/<name>`.
     """
     layers = layer_dirs("templates", base_dir)
-    folders = tuple(folder for label, folder in layers if label != "shipped" and os.path.isdir(folder))
-    # A user's templates may change, appear, or be another project's at any time; only the shipped ones are kept compiled.
+    folders = tuple(
+        folder for label, folder in layers if label != "shipped" and os.path.isdir(folder)
+    )
+    # A user's templates may change, appear, or be another project's at any time; only the shipped
+    # ones are kept compiled.
     return _environment(folders) if folders else _shipped_environment()
 
 
@@ -147,7 +175,10 @@ def _shipped_environment() -> jinja2.Environment:
 def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
     shipped = shipped_dir("templates")
     loaders: list[jinja2.BaseLoader] = [jinja2.FileSystemLoader(folder) for folder in folders]
-    loaders += [jinja2.PrefixLoader({"!builtin": jinja2.FileSystemLoader(shipped)}), jinja2.FileSystemLoader(shipped)]
+    loaders += [
+        jinja2.PrefixLoader({"!builtin": jinja2.FileSystemLoader(shipped)}),
+        jinja2.FileSystemLoader(shipped),
+    ]
     environment = (_Sandboxed if folders else _Linted)(
         loader=jinja2.ChoiceLoader(loaders),
         undefined=jinja2.StrictUndefined,
@@ -158,7 +189,8 @@ def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
         comment_end_string="##}",
         autoescape=False,
         auto_reload=True,
-        optimized=False,  # folding constants takes longer than it saves for a template that is rendered once
+        # folding constants takes longer than it saves for a template that is rendered once
+        optimized=False,
     )
     environment.filters.update(
         q=_shell_word, qjoin=quote_all, sbatch=sbatch_value, comment=comment, raw_shell=_raw_shell
@@ -180,7 +212,8 @@ def template_name(environment: jinja2.Environment, recipe: str) -> str:
 
 
 def plan_json(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, Any]:
-    """What plan.json holds: the guard's facts, the shape, every decision, and the hashes of what it was made from."""
+    """What plan.json holds: the guard's facts, the shape, every decision, and the hashes of what it
+    was made from."""
     return {
         "schema_version": 1,
         "hpctrain": __version__,
@@ -212,11 +245,18 @@ def plan_json(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, Any]:
         },
         **({"preflight": dict(plan.preflight)} if plan.preflight else {}),
         "decisions": [
-            {"name": d.name, "value": d.value, "reason": _portable(d.reason, plan), "origin": _portable(d.origin, plan)}
+            {
+                "name": d.name,
+                "value": d.value,
+                "reason": _portable(d.reason, plan),
+                "origin": _portable(d.origin, plan),
+            }
             for d in plan.decisions
         ],
         "notes": [_portable_problem(problem, plan) for problem in plan.problems],
-        "inputs": {name: {"sha256": _sha256(raw), "size": len(raw)} for name, raw in sorted(inputs.items())},
+        "inputs": {
+            name: {"sha256": _sha256(raw), "size": len(raw)} for name, raw in sorted(inputs.items())
+        },
     }
 
 
@@ -240,7 +280,8 @@ def _shell_word(value: object) -> ShellText:
 
 
 def _raw_shell(value: object) -> str:
-    """A number, or a word of letters, digits, `_` and `-`: the same in quotes, comments and commands."""
+    """A number, or a word of letters, digits, `_` and `-`: the same in quotes, comments and
+    commands."""
     text = str(value)
     if isinstance(value, int) or text.replace("-", "_").isidentifier():
         return text
@@ -268,11 +309,14 @@ def _secrets_path(path: str, base_dir: str) -> ShellText:
 
 
 def _portable(text: str, plan: Plan) -> str:
-    """A text without this machine's paths: the run's file is called run.yaml, wherever it lies, and profiles alike."""
+    """A text without this machine's paths: the run's file is called run.yaml, wherever it lies, and
+    profiles alike."""
     names = {file: layer_name(file) for file in plan.site.files}
     names[plan.spec.source] = "run.yaml"
     for file in filter(None, names):
-        text = re.sub(rf"(?<![\w/.-]){re.escape(file)}(?=:\d)", names[file].replace("\\", r"\\"), text)
+        text = re.sub(
+            rf"(?<![\w/.-]){re.escape(file)}(?=:\d)", names[file].replace("\\", r"\\"), text
+        )
     return text
 
 

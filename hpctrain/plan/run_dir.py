@@ -1,7 +1,9 @@
-"""Writes and reads a run directory: all of it or nothing, never over something else without being told.
+"""Writes and reads a run directory: all of it or nothing, never over something else without being
+told.
 
-A new run directory appears by one rename. A changed one is staged whole in `.render-new`, which one rename commits as
-`.render-commit`; then its files move into place. Whoever finds a commit that was cut off moves the rest first.
+A new run directory appears by one rename. A changed one is staged whole in `.render-new`, which one
+rename commits as `.render-commit`; then its files move into place. Whoever finds a commit that was
+cut off moves the rest first.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ STAGED = ".render-new"
 
 def run_files(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
     """Every file of the plan's run directory by relative path, `runtime/` included."""
-    files = {name: text.encode("utf-8") for name, text in render(plan, inputs, template_cache(os.environ)).items()}
+    files = {
+        name: text.encode("utf-8")
+        for name, text in render(plan, inputs, template_cache(os.environ)).items()
+    }
     files["run.yaml"] = inputs["run.yaml"]
     files["site.yaml"] = inputs["site.yaml"]
     runtime = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "runtime")
@@ -36,9 +41,11 @@ def run_files(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def write_run_dir(run_dir: str, files: Mapping[str, bytes], force: bool = False) -> bool:
-    """Make `run_dir` hold exactly these files (beside logs, ledgers and whatever else is there). True when it changed.
+    """Make `run_dir` hold exactly these files (beside logs, ledgers and whatever else is there).
+    True when it changed.
 
-    Raises Refused when it holds other content of the same names and `force` is not set, with the differences.
+    Raises Refused when it holds other content of the same names and `force` is not set, with the
+    differences.
     """
     if os.path.isdir(os.path.join(run_dir, COMMIT)):
         _finish_commit(run_dir)
@@ -55,14 +62,18 @@ def write_run_dir(run_dir: str, files: Mapping[str, bytes], force: bool = False)
     others = [name for name in os.listdir(run_dir) if name not in ("logs", STAGED)]
     is_run_dir = present.get("plan.json") is not None or not others
     if not is_run_dir:
-        raise Refused(f"`{run_dir}` holds files that are not a run's", hint="name another folder with -o")
+        raise Refused(
+            f"`{run_dir}` holds files that are not a run's", hint="name another folder with -o"
+        )
     if not force and others:
         raise Refused(
             Problem(
                 f"`{run_dir}` was rendered from something else",
                 why="\n".join(_difference(name, present[name], files[name]) for name in changed),
-                hint="render with --force to replace these files, or give the run another name; "
-                "jobs that are already queued read the configs as they are when they start",
+                hint=(
+                    "render with --force to replace these files, or give the run another name; "
+                    "jobs that are already queued read the configs as they are when they start"
+                ),
             )
         )
     _replace(run_dir, files)
@@ -81,7 +92,8 @@ def _create(run_dir: str, files: Mapping[str, bytes]) -> None:
             os.rename(staged, run_dir)
         except OSError as error:
             raise Refused(
-                f"`{run_dir}` was made by someone else at this moment: {error.strerror}", hint="render again"
+                f"`{run_dir}` was made by someone else at this moment: {error.strerror}",
+                hint="render again",
             ) from error
         sync_folder(parent)
     except BaseException:
@@ -100,7 +112,8 @@ def _replace(run_dir: str, files: Mapping[str, bytes]) -> None:
 
 
 def _finish_commit(run_dir: str) -> None:
-    """Move what is left of a committed render into place; the job script last, so that it never runs on half of it."""
+    """Move what is left of a committed render into place; the job script last, so that it never
+    runs on half of it."""
     commit = os.path.join(run_dir, COMMIT)
     found = []
     for folder, _, names in os.walk(commit):
@@ -147,8 +160,13 @@ def _difference(name: str, old: bytes | None, new: bytes) -> str:
     import difflib  # only needed for a refusal
 
     lines = difflib.unified_diff(
-        old.decode("utf-8", "replace").splitlines(), new.decode("utf-8", "replace").splitlines(), name, name, lineterm="", n=0
-    )  # fmt: skip
+        old.decode("utf-8", "replace").splitlines(),
+        new.decode("utf-8", "replace").splitlines(),
+        name,
+        name,
+        lineterm="",
+        n=0,
+    )
     shown = [line for line in lines if not line.startswith(("---", "+++"))]
     more = [f"… {len(shown) - 12} more lines"] if len(shown) > 12 else []
     return "\n".join([f"{name}:", *("  " + line for line in shown[:12] + more)])

@@ -16,9 +16,11 @@ def pick_partition(notes: Notes) -> tuple[Partition, NodeType]:
         found = site.partition(spec.partition)
         if not found:
             notes.error(
-                f"site `{site.name}` has no partition `{spec.partition}`", "partition",
-                why=f"partitions are set in {site.document.where('partitions')}", hint=nearest(spec.partition, site.partitions),
-            )  # fmt: skip
+                f"site `{site.name}` has no partition `{spec.partition}`",
+                "partition",
+                why=f"partitions are set in {site.document.where('partitions')}",
+                hint=nearest(spec.partition, site.partitions),
+            )
             found = Partition(spec.partition, _any_node(notes))
         notes.decide("partition", found.name, "as the run says", "partition")
         return found, found.node_type
@@ -28,7 +30,9 @@ def pick_partition(notes: Notes) -> tuple[Partition, NodeType]:
             default = site.partition("")
             assert default
             notes.decide(
-                "partition", "", "the site's default partition, since neither the run nor the profile names one"
+                "partition",
+                "",
+                "the site's default partition, since neither the run nor the profile names one",
             )
             return default, default.node_type
         _none_fits(notes)
@@ -50,7 +54,8 @@ def _none_fits(notes: Notes) -> None:
     smaller = "ask for fewer nodes or less time, or name a `partition:`"
     asked = "name a `partition:`, or say with `gpus_per_node:` how many GPUs it takes"
     notes.error(
-        f"no partition of `{notes.site.name}` fits {spec.num_nodes} nodes for {format_time(spec.time_s)}",
+        f"no partition of `{notes.site.name}` fits {spec.num_nodes} nodes for"
+        f" {format_time(spec.time_s)}",
         "nodes",
         why="\n".join(lines),
         hint=asked if only_kind else smaller,
@@ -58,7 +63,8 @@ def _none_fits(notes: Notes) -> None:
 
 
 def fitting_partitions(notes: Notes, like: Partition | None = None) -> list[Partition]:
-    """The partitions that the run fits into, of the kind of nodes that it needs, or that `like` has; the best first."""
+    """The partitions that the run fits into, of the kind of nodes that it needs, or that `like`
+    has; the best first."""
     wants = bool(like.node_type.gpus) if like else _wants_gpus(notes)
     found = [p for p in notes.site.partitions.values() if not _misfits(notes, p, wants)]
     # Shorter partitions drain faster; among equals the one made for small jobs.
@@ -68,7 +74,11 @@ def fitting_partitions(notes: Notes, like: Partition | None = None) -> list[Part
 def _wants_gpus(notes: Notes) -> bool | None:
     """Whether the run goes to nodes with GPUs; None where the site has one kind of nodes for it."""
     kinds = {bool(p.node_type.gpus) for p in notes.site.partitions.values() if not p.debug}
-    return notes.recipe.values["needs_gpus"] or bool(notes.spec.gpus_per_node) if len(kinds) > 1 else None
+    return (
+        notes.recipe.values["needs_gpus"] or bool(notes.spec.gpus_per_node)
+        if len(kinds) > 1
+        else None
+    )
 
 
 def _misfits(notes: Notes, partition: Partition, wants_gpus: bool | None) -> list[str]:
@@ -106,11 +116,20 @@ def decide_shape(notes: Notes, node: NodeType) -> tuple[int, int, int]:
     if gpus > node.gpus:
         notes.error(
             f"`gpus_per_node: {gpus}` is more than a `{node.name}` node has ({node.gpus})",
-            "gpus_per_node", why=f"set in {notes.site.document.where('node_types', node.name, 'gpus')}",
-        )  # fmt: skip
+            "gpus_per_node",
+            why=f"set in {notes.site.document.where('node_types', node.name, 'gpus')}",
+        )
         gpus = node.gpus
     if spec.gpus_per_node is None:
-        notes.decide("gpus_per_node", gpus, f"all of a `{node.name}` node", "node_types", node.name, "gpus", site=True)
+        notes.decide(
+            "gpus_per_node",
+            gpus,
+            f"all of a `{node.name}` node",
+            "node_types",
+            node.name,
+            "gpus",
+            site=True,
+        )
     else:
         notes.decide("gpus_per_node", gpus, "as the run says", "gpus_per_node")
     tasks = _tasks(notes, node, gpus)
@@ -118,11 +137,16 @@ def decide_shape(notes: Notes, node: NodeType) -> tuple[int, int, int]:
     if tasks * cpus > node.usable_cores:
         where = (
             node.name,
-            "usable_cores" if ("node_types", node.name, "usable_cores") in notes.site.document.origins else "cores",
+            (
+                "usable_cores"
+                if ("node_types", node.name, "usable_cores") in notes.site.document.origins
+                else "cores"
+            ),
         )
         key = ("sbatch", "cpus-per-task") if "cpus-per-task" in spec.sbatch else ("tasks_per_node",)
         notes.error(
-            f"{tasks} tasks x {cpus} cpus = {tasks * cpus} cores a node, and a `{node.name}` node has {node.usable_cores} usable ones",
+            f"{tasks} tasks x {cpus} cpus = {tasks * cpus} cores a node, and a `{node.name}` node"
+            f" has {node.usable_cores} usable ones",
             *key,
             why=f"set in {notes.site.document.where('node_types', *where)}"
             + (
@@ -130,13 +154,18 @@ def decide_shape(notes: Notes, node: NodeType) -> tuple[int, int, int]:
                 if node.usable_cores < node.cores
                 else ""
             ),
-            hint=f"at most `cpus-per-task: {max(node.usable_cores // tasks, 1)}` with {tasks} tasks a node",
+            hint=(
+                f"at most `cpus-per-task: {max(node.usable_cores // tasks, 1)}` with {tasks} tasks"
+                " a node"
+            ),
         )
     return gpus, tasks, cpus
 
 
 def wants_whole_nodes(notes: Notes, partition: Partition, node: NodeType, gpus: int) -> bool:
-    asked = notes.spec.sbatch.get("exclusive", notes.site.values["slurm"]["always"].get("exclusive"))
+    asked = notes.spec.sbatch.get(
+        "exclusive", notes.site.values["slurm"]["always"].get("exclusive")
+    )
     if asked is not None:
         return asked not in (False, "false")
     return bool(node.gpus) and gpus == node.gpus and not partition.whole_nodes
@@ -155,23 +184,33 @@ def decide_memory_gib(notes: Notes, node: NodeType, gpus: int, cores: int, whole
             return node.memory_gib
         if asked > node.memory_gib:
             notes.error(
-                f"`mem: {text}` is more than a `{node.name}` node gives ({node.memory_gib:g} GiB)", "sbatch", "mem",
+                f"`mem: {text}` is more than a `{node.name}` node gives ({node.memory_gib:g} GiB)",
+                "sbatch",
+                "mem",
                 why=f"set in {notes.site.document.where('node_types', node.name, 'memory_gib')}",
-            )  # fmt: skip
+            )
         return asked
-    return node.memory_gib if whole or str(text) == "0" else max(round(node.memory_gib * share, 3), 0.01)
+    return (
+        node.memory_gib
+        if whole or str(text) == "0"
+        else max(round(node.memory_gib * share, 3), 0.01)
+    )
 
 
 def _any_node(notes: Notes) -> NodeType:
     nodes = list(notes.site.node_types.values())
-    return next((node for node in nodes if node.gpus and notes.recipe.values["needs_gpus"]), nodes[0])
+    return next(
+        (node for node in nodes if node.gpus and notes.recipe.values["needs_gpus"]), nodes[0]
+    )
 
 
 def _tasks(notes: Notes, node: NodeType, gpus: int) -> int:
     spec, mode = notes.spec, notes.recipe.tasks
     override = spec.sbatch.get("ntasks-per-node")
     if override is not None and not _positive(override):
-        notes.error(f"`ntasks-per-node: {override}` is not a number of tasks", "sbatch", "ntasks-per-node")
+        notes.error(
+            f"`ntasks-per-node: {override}` is not a number of tasks", "sbatch", "ntasks-per-node"
+        )
         override = None
     wanted = spec.tasks_per_node or (int(override) if override else None)
     key = ("tasks_per_node",) if spec.tasks_per_node else ("sbatch", "ntasks-per-node")
@@ -186,9 +225,11 @@ def _tasks(notes: Notes, node: NodeType, gpus: int) -> int:
         return 1
     if mode == "per_gpu" and gpus and wanted and wanted != gpus:
         notes.error(
-            f"{wanted} tasks a node with {gpus} GPUs: recipe `{notes.recipe.name}` needs one task per GPU", *key,
+            f"{wanted} tasks a node with {gpus} GPUs: recipe `{notes.recipe.name}` needs one task"
+            " per GPU",
+            *key,
             hint=f"delete it, or set `gpus_per_node: {wanted}`",
-        )  # fmt: skip
+        )
     if wanted:
         return int(notes.decide("tasks_per_node", wanted, "as the run says", *key))
     if gpus:
@@ -201,13 +242,28 @@ def _cpus(notes: Notes, node: NodeType, gpus: int, tasks: int) -> int:
     override = notes.spec.sbatch.get("cpus-per-task")
     if override is not None:
         if not _positive(override):
-            notes.error(f"`cpus-per-task: {override}` is not a number of cpus", "sbatch", "cpus-per-task")
+            notes.error(
+                f"`cpus-per-task: {override}` is not a number of cpus", "sbatch", "cpus-per-task"
+            )
             return 1
-        return int(notes.decide("cpus_per_task", int(override), "as the run says", "sbatch", "cpus-per-task"))
+        return int(
+            notes.decide(
+                "cpus_per_task", int(override), "as the run says", "sbatch", "cpus-per-task"
+            )
+        )
     share = node.usable_cores * gpus // node.gpus if gpus and node.gpus else node.usable_cores
     cpus = max(share // tasks, 1)
-    return int(notes.decide("cpus_per_task", cpus, f"{share} usable cores shared by {tasks} tasks",
-                           "node_types", node.name, "usable_cores", site=True))  # fmt: skip
+    return int(
+        notes.decide(
+            "cpus_per_task",
+            cpus,
+            f"{share} usable cores shared by {tasks} tasks",
+            "node_types",
+            node.name,
+            "usable_cores",
+            site=True,
+        )
+    )
 
 
 def _positive(value: Any) -> bool:

@@ -1,4 +1,5 @@
-"""Compiled templates kept in the user's cache, as Python keeps its modules: half of what `render` computes otherwise."""
+"""Compiled templates kept in the user's cache, as Python keeps its modules: half of what `render`
+computes otherwise."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from hpctrain.base.paths import cache_home
 def template_cache(environ: Mapping[str, str]) -> jinja2.BytecodeCache | None:
     """The cache of compiled templates, or None where there is no safe place for one.
 
-    It is never needed: a damaged, foreign or unwritable one is passed over in silence. A template is compiled anew when
-    its text, hpctrain's version, Jinja's format or Python's version differs (jinja2.bccache compares the last two).
+    It is never needed: a damaged, foreign or unwritable one is passed over in silence. A template
+    is compiled anew when its text, hpctrain's version, Jinja's format or Python's version differs
+    (jinja2.bccache compares the last two).
     """
     home = cache_home(environ)
     folder = os.path.join(home, f"templates-{__version__}")
@@ -33,7 +35,9 @@ def template_cache(environ: Mapping[str, str]) -> jinja2.BytecodeCache | None:
 
 
 class _Cache(jinja2.FileSystemBytecodeCache):
-    def get_bucket(self, environment: jinja2.Environment, name: str, filename: str | None, source: str) -> Bucket:
+    def get_bucket(
+        self, environment: jinja2.Environment, name: str, filename: str | None, source: str
+    ) -> Bucket:
         # What is compiled for a sandbox asks it before every call; others cannot be asked.
         kind = "sandboxed " if environment.sandboxed else ""
         return super().get_bucket(environment, kind + name, filename, source)

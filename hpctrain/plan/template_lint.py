@@ -5,8 +5,8 @@ each ending in a filter that quotes. And each filter has its place: what is safe
 in a command.
 
 Places are judged line by line, with the text of the template alone; quotes that span lines and here
-documents are read as if each line began outside of them. Where branches of an `if` lead to different
-text before a value, every one of them is looked at.
+documents are read as if each line began outside of them. Where branches of an `if` lead to
+different text before a value, every one of them is looked at.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _NAMES = {
 _RESERVED = frozenset({"super", "caller", "self"})
 _NO_FILTER = "an expression that does not end in a quoting filter (q, qjoin, sbatch, comment)"
 
-# What changes the context in bash; a backslash takes the next letter with it, and `#` begins a comment
-# only where a word could begin.
+# What changes the context in bash; a backslash takes the next letter with it, and `#` begins a
+# comment only where a word could begin.
 _SHELL = re.compile(r"""\\.|\$\(|\$\{|["'(){}]|(?<![^\s;|&()])#""")
 _CLOSES = {'"': '"', "(": ")", "$(": ")", "${": "}"}
 
@@ -82,7 +82,10 @@ def _statements(tree: nodes.Template) -> Iterator[Finding]:
         if not isinstance(node, _STATEMENTS):
             # Jinja gives no line to `autoescape`, but to what is in it.
             lines = [node.lineno, *[inner.lineno for inner in node.find_all(nodes.Stmt)]]
-            yield min(filter(None, lines), default=1), f"`{name}`, which can let a value out unquoted"
+            yield (
+                min(filter(None, lines), default=1),
+                f"`{name}`, which can let a value out unquoted",
+            )
         if isinstance(node, (nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport)):
             if not isinstance(node.template, nodes.Const):
                 yield node.lineno, f"`{name.lower()}` of an expression: name the template itself"

@@ -1,1 +1,2 @@
-"""The rules of each recipe, one module a recipe with one pure function `resolve(context) -> Resolved`."""
+"""The rules of each recipe, one module a recipe with one pure function `resolve(context) ->
+Resolved`."""

@@ -20,7 +20,11 @@ def resolve(context: Context) -> Resolved:
     problems = []
     if not options["argv"]:
         problems.append(
-            Problem("`recipe_options.argv` is empty", where=where, hint="name the program: [python3, train.py]")
+            Problem(
+                "`recipe_options.argv` is empty",
+                where=where,
+                hint="name the program: [python3, train.py]",
+            )
         )
     elif options["argv"][0] == "":
         problems.append(Problem("`recipe_options.argv` names an empty program", where=where))
@@ -37,20 +41,30 @@ def resolve(context: Context) -> Resolved:
     if spec.num_links > 1 and layout == "none" and not wrong:
         problems.append(
             Problem(
-                f"a chain of {spec.num_links} jobs needs to know the checkpoints, and `layout` is none",
+                f"a chain of {spec.num_links} jobs needs to know the checkpoints, and `layout` is"
+                " none",
                 where=spec.where("chain", "jobs"),
-                hint="name whose checkpoints it writes, `recipe_options: {layout: …}`, or describe its own: "
-                "`layout: {pattern: 'ckpt_{iteration}', marker: DONE}` (`hpctrain recipe show command`)",
+                hint=(
+                    "name whose checkpoints it writes, `recipe_options: {layout: …}`, or describe"
+                    " its own: `layout: {pattern: 'ckpt_{iteration}', marker: DONE}` (`hpctrain"
+                    " recipe show command`)"
+                ),
             )
         )
     problems += [
-        Problem(f"`config` {bad}", where=spec.where("config")) for bad in [_config_problem(spec.config)] if bad
+        Problem(f"`config` {bad}", where=spec.where("config"))
+        for bad in [_config_problem(spec.config)]
+        if bad
     ]
     workdir = absolute(options["workdir"], spec.base_dir) if options["workdir"] else spec.base_dir
     config = (
         {}
         if problems
-        else {"config.json": json.dumps(spec.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}
+        else {
+            "config.json": (
+                json.dumps(spec.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+            )
+        }
     )
     return Resolved(
         argv=tuple(options["argv"]),
@@ -63,7 +77,9 @@ def resolve(context: Context) -> Resolved:
             target=options["target_iteration"],
             start_takes="of which the program takes what it likes",
         ),
-        cadence=Cadence(options["target_iteration"], options["save_every"], saves_on_signal=options["signal"]),
+        cadence=Cadence(
+            options["target_iteration"], options["save_every"], saves_on_signal=options["signal"]
+        ),
         template={"forward_signal": options["signal"]},
         model=absolute(options["model_dir"], spec.base_dir) if options["model_dir"] else None,
         paths=(("working directory", workdir, spec.where("recipe_options", "workdir")),),

@@ -1,7 +1,8 @@
 """What a recipe is asked and what it answers.
 
-A recipe module has one function, `resolve(context) -> Resolved`, pure: it turns the run's options and configuration into
-the step's argv, its config files, the guard's facts, decisions with reasons, and problems.
+A recipe module has one function, `resolve(context) -> Resolved`, pure: it turns the run's options
+and configuration into the step's argv, its config files, the guard's facts, decisions with reasons,
+and problems.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class EnvVar:
 
 @dataclass(frozen=True)
 class Context:
-    """What a recipe may look at: the run, the site, the shape that the plan chose, and the YAML files it reads.
+    """What a recipe may look at: the run, the site, the shape that the plan chose, and the YAML
+    files it reads.
 
     `read` maps an option with `reads: yaml` to its documents. `gpus_per_node` is 0 on CPU nodes.
     """
@@ -57,16 +59,18 @@ class Context:
 class Guard:
     """What the runtime guard must know of the recipe's checkpoints, see `hpctrain/runtime`.
 
-    `target`: number in the folder name of the checkpoint that ends the run. `counter`: whether the framework
-    continues from `latest` or from the greatest folder name. `retention`: it deletes old checkpoints by their names.
-    `exported`: the run is done only when the framework has also exported its model into the checkpoint folder.
-    `start_needs`: names that a start checkpoint must hold, beside what the layout asks for (verl's `critic`).
-    `start_as`: symlink, hardlink or copy, how a start comes into the checkpoint folder. `start_folder`: another run's
-    checkpoint folder, whose tracker names the start when the first link begins, or which holds `start_checkpoint`.
-    `start_takes`: the words for what the framework takes from a start checkpoint [default: its weights alone];
-    `start_counts`: it goes on at the start's number, and not from 0. `scratch_from`: the words for what a run without a
-    start begins from, such as a model's name [default: nothing]. `own_layout`: the layout that run.yaml describes, where
-    `layout` is `own`. `any_ranks`: the framework lays a checkpoint out anew for another number of data-parallel ranks.
+    `target`: number in the folder name of the checkpoint that ends the run. `counter`: whether the
+    framework continues from `latest` or from the greatest folder name. `retention`: it deletes old
+    checkpoints by their names. `exported`: the run is done only when the framework has also
+    exported its model into the checkpoint folder. `start_needs`: names that a start checkpoint must
+    hold, beside what the layout asks for (verl's `critic`). `start_as`: symlink, hardlink or copy,
+    how a start comes into the checkpoint folder. `start_folder`: another run's checkpoint folder,
+    whose tracker names the start when the first link begins, or which holds `start_checkpoint`.
+    `start_takes`: the words for what the framework takes from a start checkpoint [default: its
+    weights alone]; `start_counts`: it goes on at the start's number, and not from 0.
+    `scratch_from`: the words for what a run without a start begins from, such as a model's name
+    [default: nothing]. `own_layout`: the layout that run.yaml describes, where `layout` is `own`.
+    `any_ranks`: the framework lays a checkpoint out anew for another number of data-parallel ranks.
     """
 
     layout: str = "none"
@@ -92,7 +96,8 @@ class Guard:
 
 @dataclass(frozen=True)
 class HubRepo:
-    """A repository of the Hugging Face hub that the job needs in the cache below `home` (an HF_HOME).
+    """A repository of the Hugging Face hub that the job needs in the cache below `home` (an
+    HF_HOME).
 
     `kind`: model, tokenizer or dataset, which decides the files. `where`: the place that names it.
     """
@@ -107,7 +112,8 @@ class HubRepo:
 
 @dataclass(frozen=True)
 class Cadence:
-    """Iterations in all, and between two checkpoints; None where unknown. `saves_on_signal`: before the time limit."""
+    """Iterations in all, and between two checkpoints; None where unknown. `saves_on_signal`: before
+    the time limit."""
 
     iterations: int | None = None
     save_every: int | None = None
@@ -118,13 +124,13 @@ class Cadence:
 class Resolved:
     """What a recipe decided.
 
-    `argv`: the step, run by every task. `configs`: text by file name, `config_for` the file of each mode.
-    `files`: more files of the run directory. `template`: values for the recipe's own template.
-    `paths`: (what, path, where) that the job needs at the site; `hub`: what it needs of the Hugging Face hub there.
-    `binds`: (what, path) that the job makes itself and a container must see.
-    `placeholders`: path -> what a rehearsal writes there, where the job reads more than the file's name.
-    `model`: the folder in which the finished run leaves its model in Hugging Face format, which a later stage of a
-    pipeline may take; None where it leaves none.
+    `argv`: the step, run by every task. `configs`: text by file name, `config_for` the file of each
+    mode. `files`: more files of the run directory. `template`: values for the recipe's own
+    template. `paths`: (what, path, where) that the job needs at the site; `hub`: what it needs of
+    the Hugging Face hub there. `binds`: (what, path) that the job makes itself and a container must
+    see. `placeholders`: path -> what a rehearsal writes there, where the job reads more than the
+    file's name. `model`: the folder in which the finished run leaves its model in Hugging Face
+    format, which a later stage of a pipeline may take; None where it leaves none.
     """
 
     argv: tuple[str, ...] = ()

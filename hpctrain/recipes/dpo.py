@@ -1,4 +1,5 @@
-"""The built-in DPO trainer as a recipe: run.yaml and a config_dpo.yaml -> one config for every mode."""
+"""The built-in DPO trainer as a recipe: run.yaml and a config_dpo.yaml -> one config for every
+mode."""
 
 from __future__ import annotations
 
@@ -18,42 +19,67 @@ CONFIG = "config_dpo.yaml"
 
 
 def resolve(context: Context) -> Resolved:
-    """The trainer's config with all that follows from the run; its problems name the line of run.yaml or base_config."""
+    """The trainer's config with all that follows from the run; its problems name the line of
+    run.yaml or base_config."""
     spec, options = context.spec, context.options
     document, problems = trainer_config.layered(context, "pairs are", "dataset", "dataset_name")
     config, found = parse_config(document, spec.base_dir)
     problems += found
     training = config.training
     if not spec.checkpoint_dir:
-        problems.append(Problem("the trainer needs a folder for its checkpoints", where=spec.where("checkpoint"),
-                                hint="set `checkpoint: {dir: …}`"))  # fmt: skip
+        problems.append(
+            Problem(
+                "the trainer needs a folder for its checkpoints",
+                where=spec.where("checkpoint"),
+                hint="set `checkpoint: {dir: …}`",
+            )
+        )
     if training["max_steps"] is None and spec.num_links > 1:
         problems.append(
             Problem(
-                f"a chain of {spec.num_links} jobs must know when the run is done, and `epochs` does not tell",
+                f"a chain of {spec.num_links} jobs must know when the run is done, and `epochs`"
+                " does not tell",
                 where=document.where("dpo_training", "epochs"),
                 hint="give `dpo_training.max_steps`: epochs x pairs / train_batch_size",
             )
         )
     handed = spec.handed
-    if handed and handed.model == config.policy_name and config.ref_name not in (None, handed.model):
+    if (
+        handed
+        and handed.model == config.policy_name
+        and config.ref_name not in (None, handed.model)
+    ):
         problems.append(
-            Problem(f"the reference model `{config.ref_name}` is not the one that stage `{handed.stage}` hands over",
-                    document.where("ref_name"), level="warning",
-                    why="DPO holds the policy to its reference, which is the model that it starts from unless you mean another",
-                    hint="set: {config.ref_name: null} in pipeline.yaml takes the policy itself")
-        )  # fmt: skip
+            Problem(
+                f"the reference model `{config.ref_name}` is not the one that stage"
+                f" `{handed.stage}` hands over",
+                document.where("ref_name"),
+                level="warning",
+                why=(
+                    "DPO holds the policy to its reference, which is the model that it starts from"
+                    " unless you mean another"
+                ),
+                hint="set: {config.ref_name: null} in pipeline.yaml takes the policy itself",
+            )
+        )
     if training["fsdp"] and context.world_size == 1:
         problems.append(
-            Problem("`fsdp: true` with one process shards nothing", document.where("dpo_training", "fsdp"), level="warning",
-                    hint="give the run more GPUs, or set it to false")
-        )  # fmt: skip
+            Problem(
+                "`fsdp: true` with one process shards nothing",
+                document.where("dpo_training", "fsdp"),
+                level="warning",
+                hint="give the run more GPUs, or set it to false",
+            )
+        )
     signal = signal_name(spec.sbatch.get("signal"))
     if signal and document.get("dpo_training", "stop_signal") is None:
         config = dataclasses.replace(config, training={**training, "stop_signal": signal})
     if spec.checkpoint_start and config.ref_name is None:
-        # Once there are checkpoints of its own, a link no longer starts from this one and could not find it.
-        config = dataclasses.replace(config, ref_name=absolute(spec.checkpoint_start, spec.base_dir))
+        # Once there are checkpoints of its own, a link no longer starts from this one and could not
+        # find it.
+        config = dataclasses.replace(
+            config, ref_name=absolute(spec.checkpoint_start, spec.base_dir)
+        )
     failed = any(problem.level == "error" for problem in problems)
     return Resolved(
         argv=(options["python"], "-u", "-m", "hpctrain.train.dpo"),
@@ -76,7 +102,9 @@ def resolve(context: Context) -> Resolved:
 
 def config_text(config: DpoConfig, name: str) -> str:
     """The trainer's config as YAML, every key with its sentence."""
-    return trainer_config.config_text("hpctrain.train.dpo", name, FIELDS, config.as_dict(), lambda key, value: False)
+    return trainer_config.config_text(
+        "hpctrain.train.dpo", name, FIELDS, config.as_dict(), lambda key, value: False
+    )
 
 
 def _paths(config: DpoConfig, document: Document) -> tuple[tuple[str, str, str], ...]:
@@ -84,26 +112,55 @@ def _paths(config: DpoConfig, document: Document) -> tuple[tuple[str, str, str],
     named = [
         ("policy model", config.policy_name, document.where("policy_name")),
         ("reference model", config.ref_name, document.where("ref_name")),
-        ("preference pairs", config.dataset["dataset_name"], document.where("dataset", "dataset_name")),
+        (
+            "preference pairs",
+            config.dataset["dataset_name"],
+            document.where("dataset", "dataset_name"),
+        ),
     ]
     return tuple((what, path, where) for what, path, where in named if path and os.path.isabs(path))
 
 
 def _decisions(config: DpoConfig, document: Document, context: Context) -> tuple[Decision, ...]:
     training, ranks = config.training, context.world_size
-    product = f"{training['batch_size']} x {training['gradient_accumulation_steps']} accumulation x {ranks} ranks"
+    product = (
+        f"{training['batch_size']} x {training['gradient_accumulation_steps']} accumulation x"
+        f" {ranks} ranks"
+    )
     where = document.where
     model = config.ref_name or config.policy_name
     reason = "`ref_name`" if document.get("ref_name") else "the policy before training"
     sharding = "FSDP2 over all ranks" if training["fsdp"] else "a whole copy on each rank"
     return (
         Decision("step.program", "hpctrain.train.dpo", "the built-in trainer", "recipe dpo"),
-        Decision("batch.train_batch_size", config.train_batch_size(ranks), product + ", in pairs",
-                 where("dpo_training", "batch_size")),
-        Decision("batch.data_parallel_size", ranks, "one rank per task", context.spec.where("nodes")),
-        Decision("dpo.sharding", "fsdp" if training["fsdp"] else "none", sharding, where("dpo_training", "fsdp")),
-        Decision("dpo.reference", os.path.basename(model), f"{reason}; its log-probabilities are cached once",
-                 where("ref_name") if document.get("ref_name") else ""),
-        Decision("checkpoint.every", training["save_steps"], "`save_steps`", where("dpo_training", "save_steps")),
-        Decision("model", os.path.basename(config.policy_name), "as the run says", where("policy_name")),
-    )  # fmt: skip
+        Decision(
+            "batch.train_batch_size",
+            config.train_batch_size(ranks),
+            product + ", in pairs",
+            where("dpo_training", "batch_size"),
+        ),
+        Decision(
+            "batch.data_parallel_size", ranks, "one rank per task", context.spec.where("nodes")
+        ),
+        Decision(
+            "dpo.sharding",
+            "fsdp" if training["fsdp"] else "none",
+            sharding,
+            where("dpo_training", "fsdp"),
+        ),
+        Decision(
+            "dpo.reference",
+            os.path.basename(model),
+            f"{reason}; its log-probabilities are cached once",
+            where("ref_name") if document.get("ref_name") else "",
+        ),
+        Decision(
+            "checkpoint.every",
+            training["save_steps"],
+            "`save_steps`",
+            where("dpo_training", "save_steps"),
+        ),
+        Decision(
+            "model", os.path.basename(config.policy_name), "as the run says", where("policy_name")
+        ),
+    )

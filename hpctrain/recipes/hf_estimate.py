@@ -1,4 +1,5 @@
-"""Time and cost of a run from what its owner states, and which of the statements cannot both hold. Pure."""
+"""Time and cost of a run from what its owner states, and which of the statements cannot both hold.
+Pure."""
 
 from __future__ import annotations
 
@@ -10,15 +11,19 @@ from hpctrain.config.document import Document
 from hpctrain.config.trainers.trl import HfSftConfig
 from hpctrain.recipes.contract import Context
 
-# Two figures for one quantity are taken for the same within a quarter: a first measurement is no better than that.
+# Two figures for one quantity are taken for the same within a quarter: a first measurement is no
+# better than that.
 TOLERANCE = 1.25
 
 
-def estimate(config: HfSftConfig, context: Context, document: Document) -> tuple[list[Decision], list[Problem]]:
+def estimate(
+    config: HfSftConfig, context: Context, document: Document
+) -> tuple[list[Decision], list[Problem]]:
     """Decisions `estimate.*`, and a problem for each pair of stated figures that contradict.
 
-    Stated may be: rows an hour of the whole run (`samples_per_hour`), seconds a step (`estimate.step_time_s`), how long
-    all of it takes (`expected_time`), the price of a GPU-hour, and what all of it costs (`expected_cost`).
+    Stated may be: rows an hour of the whole run (`samples_per_hour`), seconds a step
+    (`estimate.step_time_s`), how long all of it takes (`expected_time`), the price of a GPU-hour,
+    and what all of it costs (`expected_cost`).
     """
     spec, options = context.spec, context.options
     batch = config.train_batch_size(context.world_size)
@@ -38,31 +43,56 @@ def estimate(config: HfSftConfig, context: Context, document: Document) -> tuple
         # A job starts by loading; the figure is the training alone.
         decisions.append(
             Decision(
-                "estimate.training_time", _hours(hours), f"{_work(config, rows)} at {rate:,.0f} an hour", where_rate
+                "estimate.training_time",
+                _hours(hours),
+                f"{_work(config, rows)} at {rate:,.0f} an hour",
+                where_rate,
             )
         )
         if stated_s and not _same(stated_s, hours * 3600):
             problems.append(
                 Problem(
-                    f"{rate:,.0f} rows an hour and {_hours(stated_s / 3600)} for the whole run cannot both hold", where=where_time,
-                    why=f"{_work(config, rows)} take {_hours(hours)} at that rate ({where_rate}); "
-                    f"{_hours(stated_s / 3600)} would need {rows / stated_s * 3600:,.0f} an hour",
-                    hint="measure one of them, for example with `hpctrain ladder`, and correct the other",
+                    f"{rate:,.0f} rows an hour and {_hours(stated_s / 3600)} for the whole run"
+                    " cannot both hold",
+                    where=where_time,
+                    why=(
+                        f"{_work(config, rows)} take {_hours(hours)} at that rate ({where_rate});"
+                        f" {_hours(stated_s / 3600)} would need {rows / stated_s * 3600:,.0f} an"
+                        " hour"
+                    ),
+                    hint=(
+                        "measure one of them, for example with `hpctrain ladder`, and correct the"
+                        " other"
+                    ),
                 )
-            )  # fmt: skip
+            )
         elif hours * 3600 > spec.time_s * spec.num_links:
-            links = arithmetic.links_needed(config.max_steps or 1, hours * 3600 / (config.max_steps or 1), config.save_steps,
-                                            spec.time_s, min(180, spec.time_s // 4), True)  # fmt: skip
+            links = arithmetic.links_needed(
+                config.max_steps or 1,
+                hours * 3600 / (config.max_steps or 1),
+                config.save_steps,
+                spec.time_s,
+                min(180, spec.time_s // 4),
+                True,
+            )
             problems.append(
                 Problem(
-                    f"{_hours(hours)} of training do not fit into {spec.num_links} x {format_time(spec.time_s)}",
-                    where=spec.where("chain") if spec.num_links > 1 else spec.where("time"), level="warning",
+                    f"{_hours(hours)} of training do not fit into {spec.num_links} x"
+                    f" {format_time(spec.time_s)}",
+                    where=spec.where("chain") if spec.num_links > 1 else spec.where("time"),
+                    level="warning",
                     hint=f"`chain: {{jobs: {links}}}`" if links else "",
                 )
-            )  # fmt: skip
+            )
     elif rate and stated_s and not rows:
-        problems.append(Problem("how long the run takes cannot be told without the number of rows", where=where_time, level="note",
-                                hint="give `config.dataset_rows` or `config.max_steps`"))  # fmt: skip
+        problems.append(
+            Problem(
+                "how long the run takes cannot be told without the number of rows",
+                where=where_time,
+                level="note",
+                hint="give `config.dataset_rows` or `config.max_steps`",
+            )
+        )
     if rate:
         between = config.save_steps * batch / rate
         formula = f"{config.save_steps:,} steps of {batch} rows at {rate:,.0f} an hour"
@@ -74,28 +104,45 @@ def estimate(config: HfSftConfig, context: Context, document: Document) -> tuple
                 document.where("save_steps"),
             )
         )
-        if between * 3600 > spec.time_s and (config.max_steps or config.save_steps) >= config.save_steps:
+        if (
+            between * 3600 > spec.time_s
+            and (config.max_steps or config.save_steps) >= config.save_steps
+        ):
             problems.append(
                 Problem(
-                    f"no checkpoint comes within `time: {format_time(spec.time_s)}` but the one on the signal", where=document.where("save_steps"),
-                    why=f"{formula} take {_hours(between)}", level="warning",
-                    hint=f"`save_steps: {max(int(spec.time_s / 3600 * rate / batch / 4), 1)}` or so",
+                    f"no checkpoint comes within `time: {format_time(spec.time_s)}` but the one on"
+                    " the signal",
+                    where=document.where("save_steps"),
+                    why=f"{formula} take {_hours(between)}",
+                    level="warning",
+                    hint=(
+                        f"`save_steps: {max(int(spec.time_s / 3600 * rate / batch / 4), 1)}` or so"
+                    ),
                 )
-            )  # fmt: skip
+            )
     price = options["gpu_hour_price"]
     if hours and price:
         gpus = max(spec.num_nodes * context.gpus_per_node, 1)
         cost = hours * gpus * price
         formula = f"{hours:,.1f} h x {gpus} GPUs x {price:g} a GPU-hour"
         decisions.append(
-            Decision("estimate.cost", f"{cost:,.2f}", formula, spec.where("recipe_options", "gpu_hour_price"))
+            Decision(
+                "estimate.cost",
+                f"{cost:,.2f}",
+                formula,
+                spec.where("recipe_options", "gpu_hour_price"),
+            )
         )
         stated = options["expected_cost"]
         if stated and not _same(stated, cost):
             problems.append(
-                Problem(f"a cost of {stated:g} and {price:g} a GPU-hour cannot both hold", where=spec.where("recipe_options", "expected_cost"),
-                        why=f"{formula} = {cost:,.2f}", hint="correct one of them")
-            )  # fmt: skip
+                Problem(
+                    f"a cost of {stated:g} and {price:g} a GPU-hour cannot both hold",
+                    where=spec.where("recipe_options", "expected_cost"),
+                    why=f"{formula} = {cost:,.2f}",
+                    hint="correct one of them",
+                )
+            )
     return decisions, problems
 
 
@@ -119,9 +166,13 @@ def _rate(context: Context, batch: int) -> tuple[float | None, list[Problem]]:
     if stated and measured and not _same(stated, measured):
         return stated, [
             Problem(
-                f"`samples_per_hour: {stated:g}` and `step_time_s: {spec.step_time_s:g}` cannot both hold",
+                f"`samples_per_hour: {stated:g}` and `step_time_s: {spec.step_time_s:g}` cannot"
+                " both hold",
                 where=spec.where("recipe_options", "samples_per_hour"),
-                why=f"a step has {batch} rows, which is {measured:,.0f} an hour at {spec.where('estimate', 'step_time_s')}",
+                why=(
+                    f"a step has {batch} rows, which is {measured:,.0f} an hour at"
+                    f" {spec.where('estimate', 'step_time_s')}"
+                ),
                 hint="delete the one that was not measured",
             )
         ]

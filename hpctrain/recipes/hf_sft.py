@@ -1,4 +1,5 @@
-"""SFT of a full-precision base through TRL as a recipe: run.yaml -> one config for every mode, estimates, refusals."""
+"""SFT of a full-precision base through TRL as a recipe: run.yaml -> one config for every mode,
+estimates, refusals."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ from hpctrain.base.shell import ShellText, node_path
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document
 from hpctrain.config.run import absolute
-from hpctrain.config.trainers.trl import FIELDS, HfSftConfig, parse_config, quantised_name, quantised_problem
+from hpctrain.config.trainers.trl import (
+    FIELDS,
+    HfSftConfig,
+    parse_config,
+    quantised_name,
+    quantised_problem,
+)
 from hpctrain.recipes import hf_estimate, trainer_config
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.sft import signal_name
@@ -21,20 +28,27 @@ _STAGE = "{tmp}/{user}-{job}-data"
 
 
 def resolve(context: Context) -> Resolved:
-    """The trainer's config with all that follows from the run; its problems name the line of run.yaml or base_config."""
+    """The trainer's config with all that follows from the run; its problems name the line of
+    run.yaml or base_config."""
     spec, options = context.spec, context.options
     document, problems = trainer_config.layered(context, "data is", "dataset_path")
     config, found = parse_config(document, spec.base_dir)
     problems += found
     problems += _base_problems(config, document, context)
     if not spec.checkpoint_dir:
-        problems.append(Problem("the trainer needs a folder for its checkpoints", where=spec.where("checkpoint"),
-                                hint="set `checkpoint: {dir: …}`"))  # fmt: skip
+        problems.append(
+            Problem(
+                "the trainer needs a folder for its checkpoints",
+                where=spec.where("checkpoint"),
+                hint="set `checkpoint: {dir: …}`",
+            )
+        )
     config = _with_steps(config, context)
     if config.max_steps is None and spec.num_links > 1:
         problems.append(
             Problem(
-                f"a chain of {spec.num_links} jobs must know when the run is done, and `num_train_epochs` does not tell",
+                f"a chain of {spec.num_links} jobs must know when the run is done, and"
+                " `num_train_epochs` does not tell",
                 where=document.where("num_train_epochs"),
                 hint="give `dataset_rows`, from which the steps follow, or `max_steps`",
             )
@@ -42,12 +56,17 @@ def resolve(context: Context) -> Resolved:
     if document.get("start") is not None:
         problems.append(
             Problem(
-                "`config.start` is set as `checkpoint.start`", where=document.where_key("start"), hint="move it there"
+                "`config.start` is set as `checkpoint.start`",
+                where=document.where_key("start"),
+                hint="move it there",
             )
         )
     elif spec.checkpoint_start:
-        # Later links no longer start from it, but a whole model there stays what the update belongs to.
-        config = HfSftConfig({**config.values, "start": absolute(spec.checkpoint_start, spec.base_dir)})
+        # Later links no longer start from it, but a whole model there stays what the update belongs
+        # to.
+        config = HfSftConfig(
+            {**config.values, "start": absolute(spec.checkpoint_start, spec.base_dir)}
+        )
     signal = signal_name(spec.sbatch.get("signal"))
     if signal and document.get("stop_signal") is None:
         config = HfSftConfig({**config.values, "stop_signal": signal})
@@ -63,7 +82,11 @@ def resolve(context: Context) -> Resolved:
         guard=Guard(
             layout="hf-trainer",
             target=config.max_steps,
-            scratch_from=f"the base model `{config.values['model_name']}`" if config.values["model_name"] else "",
+            scratch_from=(
+                f"the base model `{config.values['model_name']}`"
+                if config.values["model_name"]
+                else ""
+            ),
         ),
         cadence=Cadence(config.max_steps, config.save_steps, saves_on_signal=True),
         template={"stage": stage},
@@ -85,9 +108,11 @@ def config_text(config: HfSftConfig, name: str) -> str:
 
 
 def _base_problems(config: HfSftConfig, document: Document, context: Context) -> list[Problem]:
-    """A base, or a start, whose own files say that it is quantised; asked only where they can be seen from here.
+    """A base, or a start, whose own files say that it is quantised; asked only where they can be
+    seen from here.
 
-    The trainer asks again before it loads anything, so a base that is not visible here is refused there.
+    The trainer asks again before it loads anything, so a base that is not visible here is refused
+    there.
     """
     found = []
     spec = context.spec
@@ -103,11 +128,21 @@ def _base_problems(config: HfSftConfig, document: Document, context: Context) ->
         if not why and quantised_name(base):
             why = f"its adapter_config.json is of the base `{base}`"
         if why:
-            found.append(Problem(f"the {what} `{path}` is quantised: {why}", where=where,
-                                 hint="name the full-precision model it was made from"))  # fmt: skip
+            found.append(
+                Problem(
+                    f"the {what} `{path}` is quantised: {why}",
+                    where=where,
+                    hint="name the full-precision model it was made from",
+                )
+            )
         elif adapter and what == "base":
-            found.append(Problem(f"the base `{path}` is an adapter of `{base}`, no model", where=where,
-                                 hint=f"`model_name: {base}`, and the adapter as `checkpoint.start`"))  # fmt: skip
+            found.append(
+                Problem(
+                    f"the base `{path}` is an adapter of `{base}`, no model",
+                    where=where,
+                    hint=f"`model_name: {base}`, and the adapter as `checkpoint.start`",
+                )
+            )
     return found
 
 
@@ -123,7 +158,12 @@ def _json(path: str) -> dict[str, Any]:
 
 def _with_steps(config: HfSftConfig, context: Context) -> HfSftConfig:
     if config.max_steps is None and config.dataset_rows:
-        return HfSftConfig({**config.values, "max_steps": config.steps_for(config.dataset_rows, context.world_size)})
+        return HfSftConfig(
+            {
+                **config.values,
+                "max_steps": config.steps_for(config.dataset_rows, context.world_size),
+            }
+        )
     return config
 
 
@@ -133,19 +173,35 @@ def _stage(context: Context) -> tuple[ShellText | None, Decision, list[Problem]]
     kind, tmp = context.node_type.tmp_kind, context.node_type.tmp_path
     if wish == "none" or (wish == "auto" and kind != "disk"):
         reason = (
-            "as the run says" if wish == "none" else f"{tmp} of the nodes is {kind or 'of an unknown kind'}, no disk"
+            "as the run says"
+            if wish == "none"
+            else f"{tmp} of the nodes is {kind or 'of an unknown kind'}, no disk"
         )
         return None, Decision("data.stage", "none", reason, where), []
     if wish in ("auto", "node"):
-        reason = f"each node's own {tmp}; checked by hash" if wish == "node" else f"{tmp} is each node's own disk"
-        return node_path(_STAGE, tmp), Decision("data.stage", _STAGE.replace("{tmp}", tmp), reason, where), []
+        reason = (
+            f"each node's own {tmp}; checked by hash"
+            if wish == "node"
+            else f"{tmp} is each node's own disk"
+        )
+        return (
+            node_path(_STAGE, tmp),
+            Decision("data.stage", _STAGE.replace("{tmp}", tmp), reason, where),
+            [],
+        )
     if not wish.startswith("/"):
         problem = Problem(
-            f"`stage: {wish}` is no folder of a node", where=where, hint="auto, node, none, or a path such as /local"
+            f"`stage: {wish}` is no folder of a node",
+            where=where,
+            hint="auto, node, none, or a path such as /local",
         )
-        return None, Decision("data.stage", wish, "", where), [problem]  # fmt: skip
+        return None, Decision("data.stage", wish, "", where), [problem]
     pattern = wish.rstrip("/") + "/{user}-{job}-data"
-    return node_path(pattern, tmp), Decision("data.stage", pattern, "as the run says; checked by hash", where), []
+    return (
+        node_path(pattern, tmp),
+        Decision("data.stage", pattern, "as the run says; checked by hash", where),
+        [],
+    )
 
 
 def _binds(config: HfSftConfig, stage: str) -> tuple[tuple[str, str], ...]:
@@ -168,23 +224,52 @@ def _paths(config: HfSftConfig, document: Document) -> tuple[tuple[str, str, str
 def _decisions(config: HfSftConfig, document: Document, context: Context) -> tuple[Decision, ...]:
     ranks, where = context.world_size, document.where
     accumulation = config.gradient_accumulation_steps
-    product = f"{config.per_device_train_batch_size} x {accumulation} accumulation x {ranks} ranks, in rows"
+    product = (
+        f"{config.per_device_train_batch_size} x {accumulation} accumulation x {ranks} ranks, in"
+        " rows"
+    )
     lora = config.lora
     update = f"LoRA r {lora['r']}, alpha {lora['alpha']:g}" if lora else "all weights"
     steps = (
-        f"{config.dataset_rows:,} rows x {config.num_train_epochs:g} epochs" if config.dataset_rows else "`max_steps`"
+        f"{config.dataset_rows:,} rows x {config.num_train_epochs:g} epochs"
+        if config.dataset_rows
+        else "`max_steps`"
     )
     found = [
         Decision("step.program", "hpctrain.train.trl", "TRL's SFTTrainer, driven", "recipe hf-sft"),
-        Decision("model", os.path.basename(config.model_name), "as the run says", where("model_name")),
+        Decision(
+            "model", os.path.basename(config.model_name), "as the run says", where("model_name")
+        ),
         Decision("model.trained", update, "of a full-precision base", where("lora")),
-        Decision("batch.train_batch_size", config.train_batch_size(ranks), product, where("per_device_train_batch_size")),
-        Decision("batch.data_parallel_size", ranks, "one rank per task, a whole copy of the model on each", context.spec.where("nodes")),
-        Decision("config.gradient_accumulation_steps", accumulation, "as the run says", where("gradient_accumulation_steps")),
+        Decision(
+            "batch.train_batch_size",
+            config.train_batch_size(ranks),
+            product,
+            where("per_device_train_batch_size"),
+        ),
+        Decision(
+            "batch.data_parallel_size",
+            ranks,
+            "one rank per task, a whole copy of the model on each",
+            context.spec.where("nodes"),
+        ),
+        Decision(
+            "config.gradient_accumulation_steps",
+            accumulation,
+            "as the run says",
+            where("gradient_accumulation_steps"),
+        ),
         Decision("checkpoint.every", config.save_steps, "`save_steps`", where("save_steps")),
-    ]  # fmt: skip
+    ]
     if config.max_steps:
         given = document.get("max_steps") is not None
         reason = "`max_steps`" if given else f"{steps} / {config.train_batch_size(ranks)} a step"
-        found.append(Decision("max_steps", config.max_steps, reason, where("max_steps" if given else "dataset_rows")))
+        found.append(
+            Decision(
+                "max_steps",
+                config.max_steps,
+                reason,
+                where("max_steps" if given else "dataset_rows"),
+            )
+        )
     return tuple(found)

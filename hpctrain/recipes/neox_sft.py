@@ -1,4 +1,5 @@
-"""Supervised fine-tuning with GPT-NeoX, upstream or the Tilde fork: run.yaml and base configs -> one config per mode.
+"""Supervised fine-tuning with GPT-NeoX, upstream or the Tilde fork: run.yaml and base configs ->
+one config per mode.
 
 The rules are in `hpctrain/recipes/neox/`; here they are put in order.
 """
@@ -20,9 +21,11 @@ from hpctrain.recipes.neox.keys import FLAVOR_NAMES
 
 
 def resolve(context: Context) -> Resolved:
-    """Everything decided about a NeoX run: its configs, the step, the guard's facts, and all problems at once.
+    """Everything decided about a NeoX run: its configs, the step, the guard's facts, and all
+    problems at once.
 
-    A config is written only when there is no error. `template` holds what templates/neox-sft/job.sbatch.j2 needs.
+    A config is written only when there is no error. `template` holds what
+    templates/neox-sft/job.sbatch.j2 needs.
     """
     spec, options = context.spec, context.options
     flavor, starter = options["flavor"], options["launch"]
@@ -76,11 +79,15 @@ def resolve(context: Context) -> Resolved:
         for key in by_mode["resume"]
         if any(values.get(key) != by_mode["resume"][key] for values in by_mode.values())
     ]
-    configs = {f"config.{mode}.yml": _config(draft, mode, values, differs) for mode, values in by_mode.items()}
+    configs = {
+        f"config.{mode}.yml": _config(draft, mode, values, differs)
+        for mode, values in by_mode.items()
+    }
     longest = max(len(text.encode("utf-8", "replace")) for text in configs.values())
     if longest > MAX_TEXT_BYTES:
         draft.error(
-            f"the NeoX config would have {longest} bytes, and at most {MAX_TEXT_BYTES} can be handed to the ranks",
+            f"the NeoX config would have {longest} bytes, and at most {MAX_TEXT_BYTES} can be"
+            " handed to the ranks",
             where=spec.where("config"),
             why="NeoX carries it to every rank as one argument, which Linux limits to 128 KiB",
             hint="merge the data sets with `hpctrain data merge`, so that fewer paths are needed",
@@ -116,10 +123,13 @@ def resolve(context: Context) -> Resolved:
             "python": options["python"],
             "neox_dir": folder,
             "train_script": train_script,
-            "activate": absolute(options["activate"], spec.base_dir) if options["activate"] else None,
+            "activate": (
+                absolute(options["activate"], spec.base_dir) if options["activate"] else None
+            ),
             "export": exporting,
         },
-        paths=launch.needed_paths(draft, spec, folder, train_script, starter) + _activation(context),
+        paths=launch.needed_paths(draft, spec, folder, train_script, starter)
+        + _activation(context),
         decisions=(
             *_own_decisions(context, folder, start, offset, target),
             *draft.all_decisions(),
@@ -142,12 +152,20 @@ def mode_values(draft: Draft, mode: str, override: bool) -> dict[str, Any]:
 def _config(draft: Draft, mode: str, values: dict[str, Any], differs: list[str]) -> str:
     what = {
         "scratch": "the first link of a run from scratch",
-        "finetune": "the first link: weights of the start checkpoint, a fresh optimizer, iterations from 0",
-        "resume": "every later link: weights, optimizer, schedule and iteration of the newest complete checkpoint",
+        "finetune": (
+            "the first link: weights of the start checkpoint, a fresh optimizer, iterations from 0"
+        ),
+        "resume": (
+            "every later link: weights, optimizer, schedule and iteration of the newest complete"
+            " checkpoint"
+        ),
     }[mode]
     header = (
         f"Configuration for {FLAVOR_NAMES[draft.flavor]}, mode `{mode}`: {what}.",
-        "Made by hpctrain render from run.yaml, its base configs and the recipe neox-sft: edit run.yaml instead.",
+        (
+            "Made by hpctrain render from run.yaml, its base configs and the recipe neox-sft: edit"
+            " run.yaml instead."
+        ),
         "Complete in itself; `hpctrain plan` says why each value is as it is.",
         f"The modes differ in: {', '.join(sorted(differs)) or 'nothing'}.",
     )
@@ -155,7 +173,8 @@ def _config(draft: Draft, mode: str, values: dict[str, Any], differs: list[str])
 
 
 def _argv(python: str, starter: str, folder: str, train_script: str) -> tuple[str, ...]:
-    """What runs: every task's train.py, or deepy.py once. The job template adds the configuration when the job starts."""
+    """What runs: every task's train.py, or deepy.py once. The job template adds the configuration
+    when the job starts."""
     if starter == launch.DEEPY:
         return (python, os.path.join(folder, "deepy.py"), train_script)
     return (python, "-u", train_script)
@@ -168,7 +187,10 @@ def _check_launch(draft: Draft, context: Context) -> None:
             draft.error(
                 "`launch: deepy` does not work with `container`",
                 where=spec.where("container"),
-                why="NeoX's launcher issues srun itself, which is not inside containers, and starts the ranks outside of it",
+                why=(
+                    "NeoX's launcher issues srun itself, which is not inside containers, and starts"
+                    " the ranks outside of it"
+                ),
                 hint="recipe_options: {launch: srun}, or leave `container` out and give `activate`",
             )
     elif options["activate"]:
@@ -185,15 +207,27 @@ def _own_decisions(
 ) -> tuple[Decision, ...]:
     spec, options = context.spec, context.options
     launch_reason = {
-        launch.SRUN: "hpctrain's srun: CPU binding, kill-on-bad-exit and container are the job script's",
+        launch.SRUN: (
+            "hpctrain's srun: CPU binding, kill-on-bad-exit and container are the job script's"
+        ),
         launch.DEEPY: "NeoX's own launcher, with a hostfile made in each job",
     }[options["launch"]]
     out = [
-        Decision("neox.dir", folder, "NeoX working copy; tasks run in it", spec.where("recipe_options", "dir")),
         Decision(
-            "neox.flavor", options["flavor"], FLAVOR_NAMES[options["flavor"]], spec.where("recipe_options", "flavor")
+            "neox.dir",
+            folder,
+            "NeoX working copy; tasks run in it",
+            spec.where("recipe_options", "dir"),
         ),
-        Decision("neox.launch", options["launch"], launch_reason, spec.where("recipe_options", "launch")),
+        Decision(
+            "neox.flavor",
+            options["flavor"],
+            FLAVOR_NAMES[options["flavor"]],
+            spec.where("recipe_options", "flavor"),
+        ),
+        Decision(
+            "neox.launch", options["launch"], launch_reason, spec.where("recipe_options", "launch")
+        ),
     ]
     if start:
         out.append(
@@ -205,9 +239,17 @@ def _own_decisions(
             )
         )
     if target is not None:
-        reason = f"iteration_offset {offset} + train_iters {target - offset}" if offset else "train_iters"
+        reason = (
+            f"iteration_offset {offset} + train_iters {target - offset}"
+            if offset
+            else "train_iters"
+        )
         out.append(
-            Decision("checkpoint.last", f"global_step{target}", f"{reason}: the run is done when it is complete")
+            Decision(
+                "checkpoint.last",
+                f"global_step{target}",
+                f"{reason}: the run is done when it is complete",
+            )
         )
     return tuple(out)
 
@@ -226,7 +268,8 @@ def _mode_decisions(modes: tuple[str, ...], override: bool) -> tuple[Decision, .
             Decision(
                 "config.override_lr_scheduler",
                 {"resume": True},
-                "a resume takes the schedule from the config; else any change of it stops NeoX (learning_rates.py:114-147)",
+                "a resume takes the schedule from the config; else any change of it stops NeoX"
+                " (learning_rates.py:114-147)",
                 "recipe neox-sft",
             )
         )
@@ -236,7 +279,8 @@ def _mode_decisions(modes: tuple[str, ...], override: bool) -> tuple[Decision, .
 def _export_decision(exporting: dict[str, Any]) -> Decision:
     reason = (
         exporting["refused"]
-        or "the Hugging Face class that NeoX's converter fills with this norm, activation and positions"
+        or "the Hugging Face class that NeoX's converter fills with this norm, activation "
+        "and positions"
     )
     return Decision("export.architecture", exporting["architecture"], reason, "recipe neox-sft")
 
@@ -252,7 +296,11 @@ def _activation(context: Context) -> tuple[tuple[str, str, str], ...]:
     if not path:
         return ()
     return (
-        ("activation script", absolute(path, context.spec.base_dir), context.spec.where("recipe_options", "activate")),
+        (
+            "activation script",
+            absolute(path, context.spec.base_dir),
+            context.spec.where("recipe_options", "activate"),
+        ),
     )
 
 

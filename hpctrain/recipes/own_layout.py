@@ -18,8 +18,12 @@ FIELDS = {
         pattern=r"[^/{}]*\{iteration\}[^/{}]*",
         shape="a name with `{iteration}` in it once",
     ),
-    "marker": Field("text", "a file whose presence makes one complete", pattern=_NAME, shape="a file's name"),
-    "files": Field("list", "files that a complete one holds, whole", items=Field("text", "a path inside it")),
+    "marker": Field(
+        "text", "a file whose presence makes one complete", pattern=_NAME, shape="a file's name"
+    ),
+    "files": Field(
+        "list", "files that a complete one holds, whole", items=Field("text", "a path inside it")
+    ),
     "tracker": Field(
         "text",
         "the file beside the checkpoints that names the one to resume from",
@@ -38,7 +42,8 @@ def read_layout(context: Context) -> tuple[str, dict[str, Any] | None, list[Prob
         if isinstance(given, str) and given in LAYOUTS:
             return given, None, []
         what = f"`recipe_options.layout: {given}` is neither a layout's name nor a description"
-        known = given in LAYOUTS or isinstance(given, str)  # such a name was refused with the options
+        # such a name was refused with the options
+        known = given in LAYOUTS or isinstance(given, str)
         return "none", None, [] if known else [Problem(what, context.spec.where(*path))]
     rule, problems = check(context.spec.document, FIELDS, path)
     if problems:

@@ -1,4 +1,5 @@
-"""The built-in SFT trainer as a recipe: run.yaml -> one config for every mode, and the command each rank runs."""
+"""The built-in SFT trainer as a recipe: run.yaml -> one config for every mode, and the command each
+rank runs."""
 
 from __future__ import annotations
 
@@ -26,10 +27,15 @@ _ELSEWHERE = {
 
 
 def resolve(context: Context) -> Resolved:
-    """The trainer's config with all that follows from the run; its problems name the line of run.yaml."""
+    """The trainer's config with all that follows from the run; its problems name the line of
+    run.yaml."""
     spec, options = context.spec, context.options
     problems = [
-        Problem(f"`config.{key}` is set as `{place}`", where=context.config.where_key(key), hint="move it there")
+        Problem(
+            f"`config.{key}` is set as `{place}`",
+            where=context.config.where_key(key),
+            hint="move it there",
+        )
         for key, place in _ELSEWHERE.items()
         if context.config.get(key) is not None
     ]
@@ -38,15 +44,26 @@ def resolve(context: Context) -> Resolved:
     problems += [problem for problem in found if not problem.what.endswith("is missing")]
     problems += indexed_problems(spec)
     if not spec.data.get("train"):
-        problems.append(Problem("no training data", where=spec.where("data"),
-                                hint="data: {train: [/path/to/sft_text_document]}, a prefix without .bin"))  # fmt: skip
+        problems.append(
+            Problem(
+                "no training data",
+                where=spec.where("data"),
+                hint="data: {train: [/path/to/sft_text_document]}, a prefix without .bin",
+            )
+        )
     if not spec.checkpoint_dir:
-        problems.append(Problem("the trainer needs a folder for its checkpoints", where=spec.where("checkpoint"),
-                                hint="set `checkpoint: {dir: …}`"))  # fmt: skip
+        problems.append(
+            Problem(
+                "the trainer needs a folder for its checkpoints",
+                where=spec.where("checkpoint"),
+                hint="set `checkpoint: {dir: …}`",
+            )
+        )
     if config.train_iters is None and spec.num_links > 1:
         problems.append(
             Problem(
-                f"a chain of {spec.num_links} jobs must know when the run is done, and `train_epochs` does not tell",
+                f"a chain of {spec.num_links} jobs must know when the run is done, and"
+                " `train_epochs` does not tell",
                 where=document.where("train_epochs"),
                 hint="give `train_iters`; `hpctrain data count` shows how many rows an epoch has",
             )
@@ -57,7 +74,9 @@ def resolve(context: Context) -> Resolved:
     try:
         batch = resolve_batch(config, context.world_size, context.config.where("train_batch_size"))
         config = dataclasses.replace(
-            config, train_batch_size=batch.train_batch_size, gradient_accumulation_steps=batch.accumulation
+            config,
+            train_batch_size=batch.train_batch_size,
+            gradient_accumulation_steps=batch.accumulation,
         )
     except UsageError as error:
         problems += error.problems
@@ -67,7 +86,9 @@ def resolve(context: Context) -> Resolved:
         paths.append(("tokenizer", config.tokenizer, spec.where("recipe_options", "tokenizer")))
     for number, prefix in enumerate(config.train_data_paths):
         where = spec.where("data", "train", number)
-        paths += [(f"training data ({ending})", f"{prefix}.{ending}", where) for ending in ("bin", "idx")]
+        paths += [
+            (f"training data ({ending})", f"{prefix}.{ending}", where) for ending in ("bin", "idx")
+        ]
     return Resolved(
         argv=(options["python"], "-u", "-m", "hpctrain.train.sft"),
         workdir=context.run_dir,
@@ -80,11 +101,17 @@ def resolve(context: Context) -> Resolved:
             data_parallel=context.world_size,
             zero_stage=config.zero_stage,
             # A config alone has no weights.
-            scratch_from=_FRESH["random" if config.model.endswith(".json") else config.init].format(config.model),
+            scratch_from=_FRESH["random" if config.model.endswith(".json") else config.init].format(
+                config.model
+            ),
         ),
         cadence=Cadence(config.train_iters, config.checkpoint_factor, saves_on_signal=True),
         paths=tuple(paths),
-        binds=(("folder of the exported model", os.path.dirname(config.export_dir)),) if config.export_dir else (),
+        binds=(
+            (("folder of the exported model", os.path.dirname(config.export_dir)),)
+            if config.export_dir
+            else ()
+        ),
         model=config.export_dir,
         decisions=_decisions(config, context),
         problems=tuple(problems),
@@ -100,8 +127,11 @@ _FRESH = {
 
 
 def config_text(config: SftConfig, name: str) -> str:
-    """The trainer's config as YAML, every key with its sentence, so that the file explains itself."""
-    lines = text.comment(f"The training of run {name}, read by `python -m hpctrain.train.sft` on every rank.")
+    """The trainer's config as YAML, every key with its sentence, so that the file explains
+    itself."""
+    lines = text.comment(
+        f"The training of run {name}, read by `python -m hpctrain.train.sft` on every rank."
+    )
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         value = list(value) if isinstance(value, tuple) else value
@@ -116,10 +146,15 @@ def _with_paths(context: Context) -> Document:
     document, spec = context.config, context.spec
     data = dict(document.data or {})
     origins, keys = dict(document.origins), dict(document.key_origins)
-    given: dict[str, Any] = {key: absolute(context.options[key], spec.base_dir) for key in ("model", "tokenizer")
-                             if context.options[key]}  # fmt: skip
+    given: dict[str, Any] = {
+        key: absolute(context.options[key], spec.base_dir)
+        for key in ("model", "tokenizer")
+        if context.options[key]
+    }
     if spec.data.get("train"):
-        given["train_data_paths"] = [re.sub(r"\.(bin|idx)\Z", "", path) for path in spec.data["train"]]
+        given["train_data_paths"] = [
+            re.sub(r"\.(bin|idx)\Z", "", path) for path in spec.data["train"]
+        ]
     for key, value in given.items():
         data[key] = value
     for key in _ELSEWHERE:
@@ -144,12 +179,30 @@ def signal_name(override: Any) -> str | None:
 
 def _decisions(config: SftConfig, context: Context) -> tuple[Decision, ...]:
     total, gas = config.train_batch_size, config.gradient_accumulation_steps
-    product = f"{config.train_micro_batch_size_per_gpu} x {gas} accumulation x {context.world_size} ranks"
+    product = (
+        f"{config.train_micro_batch_size_per_gpu} x {gas} accumulation x {context.world_size} ranks"
+    )
     return (
         Decision("step.program", "hpctrain.train.sft", "the built-in trainer", "recipe sft"),
-        Decision("batch.train_batch_size", total, product, context.config.where("train_batch_size")),
-        Decision("batch.data_parallel_size", context.world_size, "one rank per task", context.spec.where("nodes")),
-        Decision("checkpoint.every", config.checkpoint_factor, "`checkpoint_factor`",
-                 context.config.where("checkpoint_factor")),
-        Decision("model", os.path.basename(config.model), "as the run says", context.spec.where("recipe_options", "model")),
-    )  # fmt: skip
+        Decision(
+            "batch.train_batch_size", total, product, context.config.where("train_batch_size")
+        ),
+        Decision(
+            "batch.data_parallel_size",
+            context.world_size,
+            "one rank per task",
+            context.spec.where("nodes"),
+        ),
+        Decision(
+            "checkpoint.every",
+            config.checkpoint_factor,
+            "`checkpoint_factor`",
+            context.config.where("checkpoint_factor"),
+        ),
+        Decision(
+            "model",
+            os.path.basename(config.model),
+            "as the run says",
+            context.spec.where("recipe_options", "model"),
+        ),
+    )

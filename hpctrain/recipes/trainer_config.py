@@ -1,4 +1,5 @@
-"""What the recipes of trainers with a YAML config share: the layers it is made from, and its text."""
+"""What the recipes of trainers with a YAML config share: the layers it is made from, and its
+text."""
 
 from __future__ import annotations
 
@@ -14,36 +15,63 @@ from hpctrain.recipes.datafiles import row_problems
 
 
 def layered(context: Context, what: str, *key: str) -> tuple[Document, list[Problem]]:
-    """base_config under the run's config, with `data.train` at `key`, where `what` is named; and what contradicts."""
+    """base_config under the run's config, with `data.train` at `key`, where `what` is named; and
+    what contradicts."""
     spec, problems = context.spec, []
     own = spec.document.section("config")
     layers = [context.recipe.document.section("config"), *context.read.get("base_config", ()), own]
     given: list[str] = list(spec.data.get("train") or [])
     if given:
         if own.get(*key) is not None:
-            problems.append(Problem(f"the {what} named twice", where=spec.where("data", "train"),
-                                    why=f"`{'.'.join(key)}` at {own.where(*key)}", hint="delete one of them"))  # fmt: skip
+            problems.append(
+                Problem(
+                    f"the {what} named twice",
+                    where=spec.where("data", "train"),
+                    why=f"`{'.'.join(key)}` at {own.where(*key)}",
+                    hint="delete one of them",
+                )
+            )
         if len(given) > 1:
-            problems.append(Problem(f"`data.train` has {len(given)} entries", where=spec.where("data", "train", 1),
-                                    hint="name the folder that holds the files"))  # fmt: skip
+            problems.append(
+                Problem(
+                    f"`data.train` has {len(given)} entries",
+                    where=spec.where("data", "train", 1),
+                    hint="name the folder that holds the files",
+                )
+            )
         problems += row_problems(given[0], spec.where("data", "train", 0))
         places: dict[Path, Path] = {key[:depth]: ("data", "train") for depth in range(1, len(key))}
         places[key] = ("data", "train", 0)
         origins = {
-            inner: spec.document.origins[place] for inner, place in places.items() if place in spec.document.origins
+            inner: spec.document.origins[place]
+            for inner, place in places.items()
+            if place in spec.document.origins
         }
         data: Any = given[0]
         for part in reversed(key):
             data = {part: data}
         layers.append(Document(data, origins, {}, spec.source))
     document = merge(layers)
-    return Document(document.data, document.origins, document.key_origins, context.config.name or spec.source), problems
+    return (
+        Document(
+            document.data,
+            document.origins,
+            document.key_origins,
+            context.config.name or spec.source,
+        ),
+        problems,
+    )
 
 
 def config_text(
-    module: str, name: str, fields: Mapping[str, Field], values: Mapping[str, Any], left_out: Callable[[str, Any], bool]
+    module: str,
+    name: str,
+    fields: Mapping[str, Field],
+    values: Mapping[str, Any],
+    left_out: Callable[[str, Any], bool],
 ) -> str:
-    """The config of run `name` as YAML for `python -m module`, every key with its sentence, so that the file explains itself.
+    """The config of run `name` as YAML for `python -m module`, every key with its sentence, so that
+    the file explains itself.
 
     Keys without a value, and those that `left_out` says, are not written.
     """

@@ -1,6 +1,8 @@
-"""Generative adversarial distillation on verl: run.yaml -> one command line of hydra overrides, run on a Ray of the job's own.
+"""Generative adversarial distillation on verl: run.yaml -> one command line of hydra overrides, run
+on a Ray of the job's own.
 
-The rules are in `hpctrain/recipes/verl/`; here they are put in order. What runs in the job: `templates/verl-gad/*.py`.
+The rules are in `hpctrain/recipes/verl/`; here they are put in order. What runs in the job:
+`templates/verl-gad/*.py`.
 """
 
 from __future__ import annotations
@@ -30,8 +32,11 @@ OVERRIDES, RESUME = "overrides.txt", "overrides.resume.txt"
 SCRIPTS = ("ray_node.py", "check_verl.py", "merge_start.py")
 MODELS = ("actor_rollout_ref.model.path", "critic.model.path")
 LAYOUT = LAYOUTS["verl"]
-START_MODEL = "start-model"  # the folder in checkpoint.dir with the start's student and critic as whole models
-# The ranks of one node where a site has no GPUs: then only a rehearsal runs, in the shape of GAD's own scripts.
+START_MODEL = (  # the folder in checkpoint.dir with the start's student and critic as whole models
+    "start-model"
+)
+# The ranks of one node where a site has no GPUs: then only a rehearsal runs, in the shape of GAD's
+# own scripts.
 _RANKS_WITHOUT_GPUS = 8
 # Keys that the job decides, and where the run says them instead.
 _ELSEWHERE = {
@@ -44,15 +49,20 @@ _ELSEWHERE = {
     "data.val_files": "`data: {valid: […]}` says it",
     "actor_rollout_ref.model.path": "`recipe_options: {model: …}` says it",
     "critic.model.path": "`recipe_options: {reward_model: …}` says it",
-    "ray_kwargs.ray_init.num_cpus": "the job starts Ray with all of its nodes' cores, and Ray refuses the key then",
-    "ray_init.num_cpus": "the job starts Ray with all of its nodes' cores, and Ray refuses the key then",
+    "ray_kwargs.ray_init.num_cpus": (
+        "the job starts Ray with all of its nodes' cores, and Ray refuses the key then"
+    ),
+    "ray_init.num_cpus": (
+        "the job starts Ray with all of its nodes' cores, and Ray refuses the key then"
+    ),
     "ray_kwargs.ray_init.address": "the job starts a Ray of its own",
     "hydra.run.dir": "hydra writes into the run directory",
 }
 
 
 def resolve(context: Context) -> Resolved:
-    """Everything decided about a GAD run, and all problems at once. `template` is what templates/verl-gad needs."""
+    """Everything decided about a GAD run, and all problems at once. `template` is what
+    templates/verl-gad needs."""
     spec, options = context.spec, context.options
     stage, size = options["stage"], SIZES[options["size"]]
     problems = [*_model_problems(context), *_place_problems(spec, stage)]
@@ -64,9 +74,14 @@ def resolve(context: Context) -> Resolved:
     per_node = context.gpus_per_node or _RANKS_WITHOUT_GPUS
     ranks = context.num_nodes * per_node
     if not context.gpus_per_node:
-        problems.append(Problem(f"site `{context.site.name}` has no GPUs here, and verl trains on nothing else",
-                                spec.where("site"), hint=f"`hpctrain rehearse` runs it as with {per_node} a node",
-                                level="warning"))  # fmt: skip
+        problems.append(
+            Problem(
+                f"site `{context.site.name}` has no GPUs here, and verl trains on nothing else",
+                spec.where("site"),
+                hint=f"`hpctrain rehearse` runs it as with {per_node} a node",
+                level="warning",
+            )
+        )
     checker = checks.Checker(values, where, ranks, per_node, shape)
     memory: tuple[Decision, ...] = ()
     if checker.counts_are_numbers():
@@ -91,34 +106,60 @@ def resolve(context: Context) -> Resolved:
     failed = any(problem.level == "error" for problem in problems)
     return Resolved(
         argv=(
-            python, "-u", os.path.join(context.run_dir, "ray_node.py"), "--gpus", str(context.gpus_per_node),
-            "--timeout", str(options["ray_timeout_s"]), "--tmp", context.node_type.tmp_path, "--",
-            python, "-u", "-m", "verl.trainer.main_ppo",
+            python,
+            "-u",
+            os.path.join(context.run_dir, "ray_node.py"),
+            "--gpus",
+            str(context.gpus_per_node),
+            "--timeout",
+            str(options["ray_timeout_s"]),
+            "--tmp",
+            context.node_type.tmp_path,
+            "--",
+            python,
+            "-u",
+            "-m",
+            "verl.trainer.main_ppo",
         ),
         workdir=context.run_dir,
         configs={} if failed else configs,
         config_for={"scratch": OVERRIDES, "finetune": OVERRIDES, "resume": RESUME},
         files={name: _shipped(name) for name in SCRIPTS},
         guard=Guard(
-            layout=LAYOUT.name, target=target, data_parallel=ranks, start_needs=("actor", "critic", "data.pt"),
-            start_as=options["handover"], start_folder=begin.folder, start_checkpoint=begin.checkpoint,
-            start_takes=checks.start_takes(values), start_counts=True,
-            scratch_from=" and ".join(dict.fromkeys(f"the model `{values[key]}`" for key in MODELS)),
+            layout=LAYOUT.name,
+            target=target,
+            data_parallel=ranks,
+            start_needs=("actor", "critic", "data.pt"),
+            start_as=options["handover"],
+            start_folder=begin.folder,
+            start_checkpoint=begin.checkpoint,
+            start_takes=checks.start_takes(values),
+            start_counts=True,
+            scratch_from=" and ".join(
+                dict.fromkeys(f"the model `{values[key]}`" for key in MODELS)
+            ),
         ),
         cadence=Cadence(target - (start or 0) if target else None, values.get("trainer.save_freq")),
         template={
-            "verl": verl, "branch": branch, "python": python, "stage": stage,
+            "verl": verl,
+            "branch": branch,
+            "python": python,
+            "stage": stage,
             "merge": _merge(options, python, spec) if stage == ADVERSARIAL else (),
             "start_model": os.path.join(spec.checkpoint_dir or "", START_MODEL),
         },
         paths=_paths(context, verl),
-        decisions=(*_decisions(context, values, where, target, steps, start, branch, per_node, own), *memory),
+        decisions=(
+            *_decisions(context, values, where, target, steps, start, branch, per_node, own),
+            *memory,
+        ),
         problems=tuple(problems),
-    )  # fmt: skip
+    )
 
 
 def _values(context: Context) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]], list[Problem]]:
-    """(overrides by key, the path in run.yaml of those that it sets, problems): preset, then the job's, then the run's."""
+    """(overrides by key, the path in run.yaml of those that it sets, problems): preset, then the
+    job's, then the run's."""
     spec, options = context.spec, context.options
     stage, problems = options["stage"], []
     values = overrides_of(stage, SIZES[options["size"]])
@@ -127,34 +168,49 @@ def _values(context: Context) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]
         student, critic = (os.path.join(folder, START_MODEL, role) for role in ("actor", "critic"))
     else:
         student = absolute(options["model"], spec.base_dir) if options["model"] else ""
-        critic = absolute(options["reward_model"], spec.base_dir) if options["reward_model"] else student
+        critic = (
+            absolute(options["reward_model"], spec.base_dir) if options["reward_model"] else student
+        )
     online = bool(spec.secrets) or "WANDB_MODE" in spec.env
-    values.update({
-        "data.train_files": list(spec.data.get("train", ())),
-        "data.val_files": list(spec.data.get("valid", ())),
-        "actor_rollout_ref.model.path": student,
-        "critic.model.path": critic,
-        "trainer.logger": ["console", "wandb"] if online else ["console"],
-        "trainer.experiment_name": spec.name,
-        "trainer.nnodes": context.num_nodes,
-        "trainer.n_gpus_per_node": context.gpus_per_node or _RANKS_WITHOUT_GPUS,
-        "trainer.default_local_dir": folder,
-        "trainer.resume_mode": "auto",
-        "hydra.run.dir": "logs/hydra",
-    })  # fmt: skip
+    values.update(
+        {
+            "data.train_files": list(spec.data.get("train", ())),
+            "data.val_files": list(spec.data.get("valid", ())),
+            "actor_rollout_ref.model.path": student,
+            "critic.model.path": critic,
+            "trainer.logger": ["console", "wandb"] if online else ["console"],
+            "trainer.experiment_name": spec.name,
+            "trainer.nnodes": context.num_nodes,
+            "trainer.n_gpus_per_node": context.gpus_per_node or _RANKS_WITHOUT_GPUS,
+            "trainer.default_local_dir": folder,
+            "trainer.resume_mode": "auto",
+            "hydra.run.dir": "logs/hydra",
+        }
+    )
     own: dict[str, tuple[Any, ...]] = {}
     given = (
-        {**spec.document.get("config", default={})} if isinstance(spec.document.get("config", default={}), dict) else {}
+        {**spec.document.get("config", default={})}
+        if isinstance(spec.document.get("config", default={}), dict)
+        else {}
     )
     for key, path, value in hydra.flatten(given):
         where = spec.where("config", *path)
         bare = key.lstrip("+~")
         bad = hydra.key_problem(key)
         if bad:
-            problems.append(Problem(f"`config.{key}` {bad}", where, hint="for example `trainer: {save_freq: 50}`"))
+            problems.append(
+                Problem(
+                    f"`config.{key}` {bad}", where, hint="for example `trainer: {save_freq: 50}`"
+                )
+            )
         elif bare in _ELSEWHERE:
             problems.append(
-                Problem(f"`config.{bare}` is not the run's to set", where, why=_ELSEWHERE[bare], hint="delete it")
+                Problem(
+                    f"`config.{bare}` is not the run's to set",
+                    where,
+                    why=_ELSEWHERE[bare],
+                    hint="delete it",
+                )
             )
         else:
             problems += keys.key_problems(key, where)
@@ -168,7 +224,8 @@ def _values(context: Context) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]
 def _configs(
     values: Mapping[str, Any], where: Where, name: str, validates: bool
 ) -> tuple[dict[str, str], list[Problem]]:
-    """The overrides as text, one a line, for the first link and for those that resume; and values that cannot be said."""
+    """The overrides as text, one a line, for the first link and for those that resume; and values
+    that cannot be said."""
     lines, problems = [], []
     for key, value in values.items():
         try:
@@ -176,23 +233,34 @@ def _configs(
         except ValueError as error:
             problems.append(Problem(f"`config.{key}`: {error}", where(key)))
             continue
-        bad = text_problem(word) or ("holds `${`, which verl takes for a reference" if "${" in word else "")
+        bad = text_problem(word) or (
+            "holds `${`, which verl takes for a reference" if "${" in word else ""
+        )
         if bad:
             problems.append(Problem(f"`config.{key}` {bad}", where(key)))
         lines.append(word)
-    head = [f"# What verl's configuration is changed to in run {name}: one override of hydra's a line, handed over word by word.",
-            "# Made by hpctrain render: edit run.yaml instead. `hpctrain plan` says why."]  # fmt: skip
+    head = [
+        (
+            f"# What verl's configuration is changed to in run {name}: one override of hydra's a"
+            " line, handed over word by word."
+        ),
+        "# Made by hpctrain render: edit run.yaml instead. `hpctrain plan` says why.",
+    ]
     first = "\n".join([*head, *lines]) + "\n"
     again = (
         ""
         if validates
-        else "# A link that resumes does not validate first: the one before it has.\ntrainer.val_before_train=false\n"
+        else (
+            "# A link that resumes does not validate first: the one before it"
+            " has.\ntrainer.val_before_train=false\n"
+        )
     )
     return {OVERRIDES: first, RESUME: first + again}, problems
 
 
 def _locator(spec: RunSpec, own: Mapping[str, tuple[Any, ...]]) -> Where:
-    """Where a key's value was said: in `config`, else the option whose preset it is; run.yaml's own keys as they are."""
+    """Where a key's value was said: in `config`, else the option whose preset it is; run.yaml's own
+    keys as they are."""
 
     def where(key: str) -> str:
         bare = key.lstrip("+~")
@@ -210,39 +278,90 @@ def _model_problems(context: Context) -> list[Problem]:
     for name in ("model", "reward_model"):
         given, where = options[name], spec.where("recipe_options", name)
         if options["stage"] == ADVERSARIAL and given:
-            problems.append(Problem(f"`{name}` with `stage: adversarial`: it takes the warmup's own", where,
-                                    why="student and critic come out of `checkpoint.start`", hint="delete it"))  # fmt: skip
+            problems.append(
+                Problem(
+                    f"`{name}` with `stage: adversarial`: it takes the warmup's own",
+                    where,
+                    why="student and critic come out of `checkpoint.start`",
+                    hint="delete it",
+                )
+            )
         elif given:
             problems += checks.check_model_name(given, where)
     if options["stage"] == WARMUP and not options["model"]:
-        problems.append(Problem("`recipe_options.model` is missing", spec.where("recipe_options"),
-                                why="the warmup needs a student to begin with", hint="name its folder"))  # fmt: skip
+        problems.append(
+            Problem(
+                "`recipe_options.model` is missing",
+                spec.where("recipe_options"),
+                why="the warmup needs a student to begin with",
+                hint="name its folder",
+            )
+        )
     if options["stage"] == WARMUP and options["merge_script"]:
-        problems.append(Problem("`merge_script` with `stage: warmup` does nothing", spec.where("recipe_options", "merge_script"),
-                                level="warning", hint="delete it"))  # fmt: skip
+        problems.append(
+            Problem(
+                "`merge_script` with `stage: warmup` does nothing",
+                spec.where("recipe_options", "merge_script"),
+                level="warning",
+                hint="delete it",
+            )
+        )
     return problems
 
 
 def _place_problems(spec: RunSpec, stage: str) -> list[Problem]:
     problems = []
     if not spec.checkpoint_dir:
-        problems.append(Problem("verl needs a folder for its checkpoints", spec.where("checkpoint"),
-                                hint="set `checkpoint: {dir: …}`, on a file system that every node sees"))  # fmt: skip
+        problems.append(
+            Problem(
+                "verl needs a folder for its checkpoints",
+                spec.where("checkpoint"),
+                hint="set `checkpoint: {dir: …}`, on a file system that every node sees",
+            )
+        )
     if stage == ADVERSARIAL and not spec.has_start:
-        problems.append(Problem("`stage: adversarial` needs the warmup's checkpoint", spec.where("checkpoint"),
-                                hint="`checkpoint: {start: <the warmup's checkpoint.dir>}`; its newest step is taken"))  # fmt: skip
+        problems.append(
+            Problem(
+                "`stage: adversarial` needs the warmup's checkpoint",
+                spec.where("checkpoint"),
+                hint=(
+                    "`checkpoint: {start: <the warmup's checkpoint.dir>}`; its newest step is taken"
+                ),
+            )
+        )
     if spec.checkpoint_start and spec.checkpoint_start == spec.checkpoint_dir:
-        problems.append(Problem("`checkpoint.start` and `checkpoint.dir` are the same folder", spec.where("checkpoint", "start"),
-                                why="the stages would write over each other's steps", hint="give this stage a folder of its own"))  # fmt: skip
+        problems.append(
+            Problem(
+                "`checkpoint.start` and `checkpoint.dir` are the same folder",
+                spec.where("checkpoint", "start"),
+                why="the stages would write over each other's steps",
+                hint="give this stage a folder of its own",
+            )
+        )
     for kind in ("train", "valid"):
         if not spec.data.get(kind):
-            problems.append(Problem(f"no {'training' if kind == 'train' else 'validation'} data", spec.where("data"),
-                                    why="verl reads both before it starts", hint=f"data: {{{kind}: [/path/to/{kind}.parquet]}}"))  # fmt: skip
+            problems.append(
+                Problem(
+                    f"no {'training' if kind == 'train' else 'validation'} data",
+                    spec.where("data"),
+                    why="verl reads both before it starts",
+                    hint=f"data: {{{kind}: [/path/to/{kind}.parquet]}}",
+                )
+            )
         for index, path in enumerate(spec.data.get(kind, ())):
             if not path.endswith(".parquet"):
-                problems.append(Problem(f"`{path}` does not look like a parquet file", spec.where("data", kind, index),
-                                        why="verl reads parquet only",
-                                        hint="name a .parquet whose columns are `content`, the messages, and `teacher_response`", level="warning"))  # fmt: skip
+                problems.append(
+                    Problem(
+                        f"`{path}` does not look like a parquet file",
+                        spec.where("data", kind, index),
+                        why="verl reads parquet only",
+                        hint=(
+                            "name a .parquet whose columns are `content`, the messages, and"
+                            " `teacher_response`"
+                        ),
+                        level="warning",
+                    )
+                )
     return problems
 
 
@@ -253,7 +372,13 @@ def _shape(context: Context, preset: ModelShape) -> tuple[ModelShape, list[Probl
         where = spec.where("recipe_options", "model_shape", key)
         whole = isinstance(value, int) or (key == "parameters" and isinstance(value, float))
         if key not in shape:
-            problems.append(Problem(f"unknown key `model_shape.{key}`", where, hint=f"known: {', '.join(SHAPE_KEYS)}"))
+            problems.append(
+                Problem(
+                    f"unknown key `model_shape.{key}`",
+                    where,
+                    hint=f"known: {', '.join(SHAPE_KEYS)}",
+                )
+            )
         elif isinstance(value, bool) or not whole or not 0 < value < 1e15:
             problems.append(Problem(f"`model_shape.{key}: {value}` is not a number above 0", where))
         else:
@@ -262,10 +387,17 @@ def _shape(context: Context, preset: ModelShape) -> tuple[ModelShape, list[Probl
 
 
 def _positions(context: Context, shape: ModelShape, values: Mapping[str, Any]) -> tuple[int, str]:
-    """The longest sequence that the student knows, and where that is said: the run, the student's own config, or its size."""
+    """The longest sequence that the student knows, and where that is said: the run, the student's
+    own config, or its size."""
     spec, given = context.spec, context.options["model_shape"] or {}
     if "positions" in given:
-        return shape.positions, f"`model_shape.positions` at {spec.where('recipe_options', 'model_shape', 'positions')}"
+        return (
+            shape.positions,
+            (
+                "`model_shape.positions` at"
+                f" {spec.where('recipe_options', 'model_shape', 'positions')}"
+            ),
+        )
     student = str(values[MODELS[0]])
     own = checks.known_positions(student) if os.path.isabs(student) else None
     if own is not None:
@@ -273,13 +405,17 @@ def _positions(context: Context, shape: ModelShape, values: Mapping[str, Any]) -
     size = context.options["size"]
     return (
         shape.positions,
-        f"as Qwen's model of size {size} has it; `recipe_options.model_shape: {{positions: …}}` says another",
+        (
+            f"as Qwen's model of size {size} has it; `recipe_options.model_shape: {{positions: …}}`"
+            " says another"
+        ),
     )
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where the first link starts: a checkpoint folder of another run's, and the checkpoint in it where the run names one."""
+    """Where the first link starts: a checkpoint folder of another run's, and the checkpoint in it
+    where the run names one."""
 
     folder: str | None = None
     checkpoint: str | None = None
@@ -290,7 +426,8 @@ class Start:
 
 
 def _start(context: Context) -> tuple[Start, list[Problem]]:
-    """`checkpoint.start` names one checkpoint, or the folder whose tracker will; `resume_step` chooses one of the folder's."""
+    """`checkpoint.start` names one checkpoint, or the folder whose tracker will; `resume_step`
+    chooses one of the folder's."""
     spec, step = context.spec, context.options["resume_step"]
     where = spec.where("recipe_options", "resume_step")
     if spec.handed or not spec.checkpoint_start:
@@ -300,16 +437,31 @@ def _start(context: Context) -> tuple[Start, list[Problem]]:
                 if spec.handed
                 else "there is no `checkpoint.start`"
             )
-            return Start(), [Problem(f"`resume_step: {step}` chooses nothing", where, why=why, hint="delete it")]
+            return Start(), [
+                Problem(f"`resume_step: {step}` chooses nothing", where, why=why, hint="delete it")
+            ]
         return Start(checkpoint=spec.checkpoint_start), []
     path = spec.checkpoint_start
-    if LAYOUT.number(os.path.basename(path)) is None and not re.search(r"global_?step", os.path.basename(path)):
+    if LAYOUT.number(os.path.basename(path)) is None and not re.search(
+        r"global_?step", os.path.basename(path)
+    ):
         return Start(path, os.path.join(path, LAYOUT.folder_name(step)) if step else None), []
     named = start_number(path)
     if named is None:
-        return Start(os.path.dirname(path), path), [Problem(f"the start checkpoint's name `{os.path.basename(path)}` has no step",
-                                                            spec.where("checkpoint", "start"), hint="global_step_N")]  # fmt: skip
-    wrong = [Problem(f"`resume_step: {step}` is not the step of `{os.path.basename(path)}`", where, hint="delete it")]
+        return Start(os.path.dirname(path), path), [
+            Problem(
+                f"the start checkpoint's name `{os.path.basename(path)}` has no step",
+                spec.where("checkpoint", "start"),
+                hint="global_step_N",
+            )
+        ]
+    wrong = [
+        Problem(
+            f"`resume_step: {step}` is not the step of `{os.path.basename(path)}`",
+            where,
+            hint="delete it",
+        )
+    ]
     return Start(os.path.dirname(path), path), wrong if step and step != named else []
 
 
@@ -340,19 +492,38 @@ def _length_problems(
     if not isinstance(values.get(LENGTHS[1]), int) or not isinstance(batch, int):
         return []  # said already, and nothing follows from it
     if records and records < batch:
-        return [Problem(f"{records} rows of training data are less than one batch of {batch}", spec.where("recipe_options", "records"),
-                        why="verl leaves out the last short batch, so there is no step to make",
-                        hint=f"more data, or a smaller `config.{checks.TRAIN_BATCH}`")]  # fmt: skip
+        return [
+            Problem(
+                f"{records} rows of training data are less than one batch of {batch}",
+                spec.where("recipe_options", "records"),
+                why="verl leaves out the last short batch, so there is no step to make",
+                hint=f"more data, or a smaller `config.{checks.TRAIN_BATCH}`",
+            )
+        ]
     if target is None and spec.num_links > 1:
-        return [Problem(f"a chain of {spec.num_links} jobs must know when the run is done, and `total_epochs` does not tell",
-                        where("trainer.total_epochs"), hint="give `recipe_options: {records: …}`, the rows of the training data")]  # fmt: skip
+        return [
+            Problem(
+                f"a chain of {spec.num_links} jobs must know when the run is done, and"
+                " `total_epochs` does not tell",
+                where("trainer.total_epochs"),
+                hint="give `recipe_options: {records: …}`, the rows of the training data",
+            )
+        ]
     if target is not None and target < 1:
         return [Problem(f"the run would end at step {target}", at)]
     if target is not None and start is not None and start >= target:
-        return [Problem(f"nothing to train: the start is at step {start}, and the run ends at step {target}",
-                        at,
-                        why="verl counts steps on from the start: epochs and steps are totals of both stages",
-                        hint="more `trainer.total_epochs`, or more `trainer.total_training_steps`")]  # fmt: skip
+        return [
+            Problem(
+                f"nothing to train: the start is at step {start}, and the run ends at step"
+                f" {target}",
+                at,
+                why=(
+                    "verl counts steps on from the start: epochs and steps are totals of both"
+                    " stages"
+                ),
+                hint="more `trainer.total_epochs`, or more `trainer.total_training_steps`",
+            )
+        ]
     return []
 
 
@@ -378,31 +549,83 @@ def _paths(context: Context, verl: str) -> tuple[tuple[str, str, str], ...]:
     """(what, path, where) of everything that must exist at the site."""
     spec, options = context.spec, context.options
     out = [("verl working copy", verl, spec.where("recipe_options", "verl"))]
-    for name, what in (("model", "student"), ("reward_model", "critic's model"), ("merge_script", "merge script")):
+    for name, what in (
+        ("model", "student"),
+        ("reward_model", "critic's model"),
+        ("merge_script", "merge script"),
+    ):
         if options[name]:
-            out.append((what, absolute(options[name], spec.base_dir), spec.where("recipe_options", name)))
+            out.append(
+                (what, absolute(options[name], spec.base_dir), spec.where("recipe_options", name))
+            )
     for kind, what in (("train", "training data"), ("valid", "validation data")):
-        out += [(what, path, spec.where("data", kind, index)) for index, path in enumerate(spec.data.get(kind, ()))]
+        out += [
+            (what, path, spec.where("data", kind, index))
+            for index, path in enumerate(spec.data.get(kind, ()))
+        ]
     return tuple(out)
 
 
-def _decisions(context: Context, values: Mapping[str, Any], where: Where, target: int | None, steps: int | None,
-               start: int | None, branch: str, per_node: int, own: Mapping[str, Any]) -> tuple[Decision, ...]:  # fmt: skip
+def _decisions(
+    context: Context,
+    values: Mapping[str, Any],
+    where: Where,
+    target: int | None,
+    steps: int | None,
+    start: int | None,
+    branch: str,
+    per_node: int,
+    own: Mapping[str, Any],
+) -> tuple[Decision, ...]:
     spec, options = context.spec, context.options
     ranks = context.num_nodes * per_node
     train, samples = values.get(checks.TRAIN_BATCH), values.get(checks.SAMPLES)
     size_at, stage_at = spec.where("recipe_options", "size"), spec.where("recipe_options", "stage")
     out = [
-        Decision("step.program", "verl.trainer.main_ppo", f"GAD's stage {options['stage']}", stage_at),
-        Decision("code.branch", branch, "the stage's branch; the job compares it with the package it imports", stage_at),
-        Decision("ranks", ranks, f"{context.num_nodes} nodes x {per_node} GPUs; a checkpoint needs as many again", spec.where("nodes")),
-        Decision("batch.train_batch_size", train, f"prompts a step, {samples} answers each", where(checks.TRAIN_BATCH)),
-        Decision("checkpoint.every", values.get("trainer.save_freq"), "`trainer.save_freq`", where("trainer.save_freq")),
-        Decision("trainer.logger", values["trainer.logger"], "as the run says" if "trainer.logger" in own else "wandb where the run has `secrets` or WANDB_MODE",
-                 where("trainer.logger")),
-    ]  # fmt: skip
+        Decision(
+            "step.program", "verl.trainer.main_ppo", f"GAD's stage {options['stage']}", stage_at
+        ),
+        Decision(
+            "code.branch",
+            branch,
+            "the stage's branch; the job compares it with the package it imports",
+            stage_at,
+        ),
+        Decision(
+            "ranks",
+            ranks,
+            f"{context.num_nodes} nodes x {per_node} GPUs; a checkpoint needs as many again",
+            spec.where("nodes"),
+        ),
+        Decision(
+            "batch.train_batch_size",
+            train,
+            f"prompts a step, {samples} answers each",
+            where(checks.TRAIN_BATCH),
+        ),
+        Decision(
+            "checkpoint.every",
+            values.get("trainer.save_freq"),
+            "`trainer.save_freq`",
+            where("trainer.save_freq"),
+        ),
+        Decision(
+            "trainer.logger",
+            values["trainer.logger"],
+            (
+                "as the run says"
+                if "trainer.logger" in own
+                else "wandb where the run has `secrets` or WANDB_MODE"
+            ),
+            where("trainer.logger"),
+        ),
+    ]
     if spec.has_start:
-        step = f"step {start}" if start else f"the step that {LAYOUT.tracker} names when the first link begins"
+        step = (
+            f"step {start}"
+            if start
+            else f"the step that {LAYOUT.tracker} names when the first link begins"
+        )
         way = spec.handed.way if spec.handed else options["handover"]
         out.append(
             Decision(
@@ -418,11 +641,30 @@ def _decisions(context: Context, values: Mapping[str, Any], where: Where, target
             if steps and "trainer.total_training_steps" not in values
             else "as the run says"
         )
-        new = f"; {target - start} of them new" if start else "; those of the warmup count" if spec.has_start else ""
+        new = (
+            f"; {target - start} of them new"
+            if start
+            else "; those of the warmup count"
+            if spec.has_start
+            else ""
+        )
         out.append(Decision("steps.target", target, epochs + new, where("trainer.total_epochs")))
-    out += [Decision(key, values[key], "as the run says" if key in own else f"size {options['size']}", where(key) if key in own else size_at)
-            for key in (checks.TENSOR, checks.MINI_BATCH, "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
-                        "critic.ppo_max_token_len_per_gpu", checks.KEEP_GPU) if key in values]  # fmt: skip
+    out += [
+        Decision(
+            key,
+            values[key],
+            "as the run says" if key in own else f"size {options['size']}",
+            where(key) if key in own else size_at,
+        )
+        for key in (
+            checks.TENSOR,
+            checks.MINI_BATCH,
+            "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+            "critic.ppo_max_token_len_per_gpu",
+            checks.KEEP_GPU,
+        )
+        if key in values
+    ]
     return tuple(out)
 
 

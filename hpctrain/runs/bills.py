@@ -1,4 +1,5 @@
-"""Prices a run.yaml and a ladder with the planner, asks what is left of the allocation, and prints bills."""
+"""Prices a run.yaml and a ladder with the planner, asks what is left of the allocation, and prints
+bills."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from hpctrain.runs.cost import Allocation, Bill, Spent
 AMOUNTS = ("node-hours", "GPU-hours", "billed")
 
 
-def planned(path: str, assignments: Sequence[str], jobs: int | None, array: int | None) -> tuple[Plan, list[Bill]]:
+def planned(
+    path: str, assignments: Sequence[str], jobs: int | None, array: int | None
+) -> tuple[Plan, list[Bill]]:
     """The plan of a run.yaml and its bills. Raises UsageError with the plan's errors."""
     loaded = load_plan(path, assignments)
     if loaded.plan.errors:
@@ -26,7 +29,8 @@ def planned(path: str, assignments: Sequence[str], jobs: int | None, array: int 
 
 
 def allocation(plan: Plan) -> Allocation | None:
-    """What is left of the run's account, where the site's profile names a tool that tells it and the tool is here."""
+    """What is left of the run's account, where the site's profile names a tool that tells it and
+    the tool is here."""
     rules = plan.site.values["tools"].get("allocation")
     unit = plan.cost.unit
     if not rules or not plan.spec.account or unit not in rules["patterns"]:
@@ -41,11 +45,14 @@ def show_bills(bills: Sequence[Bill], left: Allocation | None) -> None:
         ("of", "time", *AMOUNTS, "note"),
     )
     if left is not None:
-        terminal.info(f"left of {left.account}: {left.left:,.0f} of {left.granted:,.0f} {left.unit}s")
+        terminal.info(
+            f"left of {left.account}: {left.left:,.0f} of {left.granted:,.0f} {left.unit}s"
+        )
         most = max((bill.billed or 0.0 for bill in bills), default=0.0)
         if most > left.left:
             terminal.info(
-                f"{terminal.paint('warning', 'yellow')}: this may need {most:,.0f} {left.unit}s, more than is left"
+                f"{terminal.paint('warning', 'yellow')}: this may need {most:,.0f} {left.unit}s,"
+                " more than is left"
             )
 
 

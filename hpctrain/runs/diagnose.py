@@ -1,4 +1,5 @@
-"""What to triage: a run's logs with what Slurm and the run directory know of them, or any log files."""
+"""What to triage: a run's logs with what Slurm and the run directory know of them, or any log
+files."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Subject:
         self.engine = Engine(self.thresholds, self.run.tasks_per_node if self.run else None)
 
     def diagnose(self, on_progress: Callable[[int, int, str], None] | None = None) -> Diagnosis:
-        """Read all logs to their ends and judge. `on_progress` is told (bytes read, of how many, the failure seen first)."""
+        """Read all logs to their ends and judge. `on_progress` is told (bytes read, of how many,
+        the failure seen first)."""
         total, done = sum(map(_size, self.paths)), 0
 
         def on_bytes(count: int) -> None:
@@ -46,7 +48,9 @@ class Subject:
             if on_progress:
                 on_progress(done, max(total, done), self._first_failure())
 
-        read_logs(self.engine, self.paths, on_bytes, unreadable=self.unreadable if self.run else None)
+        read_logs(
+            self.engine, self.paths, on_bytes, unreadable=self.unreadable if self.run else None
+        )
         return self.judge()
 
     def _first_failure(self) -> str:
@@ -57,14 +61,27 @@ class Subject:
         if not events:
             return ""
         first = min(events, key=lambda event: event.order)
-        who = f", rank {first.rank}" if first.rank is not None else f", node {first.node}" if first.node else ""
+        who = (
+            f", rank {first.rank}"
+            if first.rank is not None
+            else f", node {first.node}"
+            if first.node
+            else ""
+        )
         return f"{first.failure} at {os.path.basename(first.place.file)}:{first.place.number}{who}"
 
     @property
     def unseen(self) -> list[str]:
         """What could not be asked or read."""
-        forgotten = self.slurm.forgotten(self.run.job_ids(), self.run.ended_jobs()) if self.run else []
-        return [*(self.run.unseen if self.run else ()), *self.slurm.unseen, *forgotten, *self.unreadable]
+        forgotten = (
+            self.slurm.forgotten(self.run.job_ids(), self.run.ended_jobs()) if self.run else []
+        )
+        return [
+            *(self.run.unseen if self.run else ()),
+            *self.slurm.unseen,
+            *forgotten,
+            *self.unreadable,
+        ]
 
     def judge(self) -> Diagnosis:
         """Judge what was read so far, with what is known now."""
@@ -73,9 +90,15 @@ class Subject:
         starts = {(start.job_id, start.restart): start for start in known}
         for attempt in attempts:
             self._complete(attempt, starts.get((attempt.job_id or "", attempt.restart)))
-        around = self._circumstances(attempts[-1]) if attempts else Circumstances(running=self._anything_runs())
+        around = (
+            self._circumstances(attempts[-1])
+            if attempts
+            else Circumstances(running=self._anything_runs())
+        )
         diagnosis = judge(self.engine, around, self.run.recipe if self.run else None)
-        return dataclasses.replace(diagnosis, remarks=(*diagnosis.remarks, *self._beside_the_logs(attempts)))
+        return dataclasses.replace(
+            diagnosis, remarks=(*diagnosis.remarks, *self._beside_the_logs(attempts))
+        )
 
     def ask_slurm(self) -> None:
         """Ask squeue, sacct and scontrol of the run's jobs and nodes, each once."""
@@ -106,9 +129,17 @@ class Subject:
             for job_id in by_hand(self.run)
         ]
         told = {attempt.job_id for attempt in attempts}
-        cancelled = {str(record.get("job_id")) for record in self.run.ledger if record.get("event") == "cancelled"}
+        cancelled = {
+            str(record.get("job_id"))
+            for record in self.run.ledger
+            if record.get("event") == "cancelled"
+        }
         for job_id, state in self.slurm.jobs.items():
-            silent = job_id not in told and job_id not in cancelled and not (state.running or state.pending)
+            silent = (
+                job_id not in told
+                and job_id not in cancelled
+                and not (state.running or state.pending)
+            )
             if silent and state.state != "COMPLETED":
                 out.append(f"job {job_id} ended without a log; Slurm says {state.state}")
         if self.happenings:
@@ -116,7 +147,8 @@ class Subject:
         return out
 
     def _complete(self, attempt: Attempt, start: Start | None) -> None:
-        """Give an attempt what its log does not say: link, mode, nodes, exit code, and how Slurm ended it."""
+        """Give an attempt what its log does not say: link, mode, nodes, exit code, and how Slurm
+        ended it."""
         if start is None:
             return
         attempt.link = start.link if attempt.link is None else attempt.link
@@ -141,7 +173,9 @@ class Subject:
         if state.running and last.exit_code is None:
             silent = max(time.time() - modified, 0.0) if modified is not None else None
             return Circumstances(running=True, silent_s=silent)
-        return Circumstances(running=False, ended_s=state.end_s if _same_clock(last, state.end_s) else None)
+        return Circumstances(
+            running=False, ended_s=state.end_s if _same_clock(last, state.end_s) else None
+        )
 
 
 def _size(path: str) -> int:
@@ -152,7 +186,8 @@ def _size(path: str) -> int:
 
 
 def _same_clock(attempt: Attempt, end_s: float | None) -> bool:
-    """Whether the log's times can be set against Slurm's, which are UTC; logs may be in local time, which only shows at hours' distance."""
+    """Whether the log's times can be set against Slurm's, which are UTC; logs may be in local time,
+    which only shows at hours' distance."""
     if end_s is None or attempt.last_step_time_s is None:
         return False
     return 0 <= end_s - attempt.last_step_time_s
@@ -161,11 +196,15 @@ def _same_clock(attempt: Attempt, end_s: float | None) -> bool:
 def open_target(target: Sequence[str], thresholds: Thresholds | None = None) -> Subject:
     """The logs that the words name. Raises UsageError when they name nothing."""
     thresholds = thresholds or Thresholds()
-    if target and all(os.path.isfile(path) and not path.endswith((".yaml", ".yml")) for path in target):
+    if target and all(
+        os.path.isfile(path) and not path.endswith((".yaml", ".yml")) for path in target
+    ):
         return Subject(list(target), thresholds, run=_run_of_logs(target), slurm=Answer({}, {}))
     if len(target) > 1:
         missing = [path for path in target if not os.path.isfile(path)]
-        raise UsageError(f"`{missing[0]}` is not a log file", hint="name one run, or log files only")
+        raise UsageError(
+            f"`{missing[0]}` is not a log file", hint="name one run, or log files only"
+        )
     run = read_run(find_one(target[0] if target else None))
     subject = Subject(list(run.logs), thresholds, run)
     subject.ask_slurm()
@@ -185,7 +224,8 @@ def _run_of_logs(paths: Sequence[str]) -> RunRecords | None:
 
 
 def watch(subject: Subject, say: Callable[[str], None], every_s: float = 5.0) -> Diagnosis:
-    """Follow the logs, say each change of the verdict, and return when a rule is RED or no job is left."""
+    """Follow the logs, say each change of the verdict, and return when a rule is RED or no job is
+    left."""
     run = subject.run
 
     def paths() -> list[str]:

@@ -19,16 +19,22 @@ def as_fields(subject: Subject, diagnosis: Diagnosis) -> dict[str, Any]:
         "run": subject.run.name if subject.run else None,
         "run_dir": subject.run.run_dir if subject.run else None,
         "logs": [
-            {"file": name, "bytes": reader.num_bytes, "lines": reader.num_lines, "binary": reader.binary}
+            {
+                "file": name,
+                "bytes": reader.num_bytes,
+                "lines": reader.num_lines,
+                "binary": reader.binary,
+            }
             for name, reader in subject.engine.logs.items()
         ],
         **diagnosis.as_json(),
         "unseen": subject.unseen,
-    }  # fmt: skip
+    }
 
 
 def diagnose(subject: Subject) -> Diagnosis:
-    """Read and judge, with a line of progress (and the first failure so far) where reading takes long."""
+    """Read and judge, with a line of progress (and the first failure so far) where reading takes
+    long."""
     lines: list[terminal.Progress] = []
 
     def on_progress(done: int, total: int, first: str) -> None:
@@ -44,7 +50,8 @@ def diagnose(subject: Subject) -> Diagnosis:
 
 
 def show(subject: Subject, diagnosis: Diagnosis) -> None:
-    """The answer as text: verdict, cause, advice to stdout; the rules as a table; remarks to stderr."""
+    """The answer as text: verdict, cause, advice to stdout; the rules as a table; remarks to
+    stderr."""
     verdict = terminal.paint(diagnosis.verdict, _COLOUR.get(diagnosis.verdict, "yellow"))
     terminal.data(f"{verdict}  {diagnosis.summary}")
     cause = diagnosis.cause
@@ -65,15 +72,25 @@ def show(subject: Subject, diagnosis: Diagnosis) -> None:
             if progress.get("first_loss") is not None
             else ""
         )
-        terminal.data(f"seen: iterations {progress['first_iteration']} to {progress['last_iteration']}{total}{losses}")
+        terminal.data(
+            f"seen: iterations {progress['first_iteration']} to"
+            f" {progress['last_iteration']}{total}{losses}"
+        )
     terminal.data("")
     terminal.table(
         [
-            (rule.rule, rule.verdict, rule.detail + (f"  [{rule.text}]" if rule.text else ""), rule.place or "")
-            for rule in sorted(diagnosis.verdicts, key=lambda rule: (rule.verdict != RED, rule.verdict == GREEN))
+            (
+                rule.rule,
+                rule.verdict,
+                rule.detail + (f"  [{rule.text}]" if rule.text else ""),
+                rule.place or "",
+            )
+            for rule in sorted(
+                diagnosis.verdicts, key=lambda rule: (rule.verdict != RED, rule.verdict == GREEN)
+            )
         ],
         ("rule", "verdict", "what was seen", "line"),
-    )  # fmt: skip
+    )
     for incident in diagnosis.incidents:
         if incident is not cause:
             event = incident.event

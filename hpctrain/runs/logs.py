@@ -1,4 +1,5 @@
-"""A run's logs as one: over links and requeues, with the first failing rank's lines first. Any bytes, fixed memory."""
+"""A run's logs as one: over links and requeues, with the first failing rank's lines first. Any
+bytes, fixed memory."""
 
 from __future__ import annotations
 
@@ -30,8 +31,11 @@ class Section:
     lines: list[str]
 
 
-def failing_lines(incident: Incident, before: int = _CONTEXT_BEFORE, after: int = _CONTEXT_AFTER) -> Section:
-    """The lines around the cause; where lines carry ranks, those of the failing rank (and those that carry none)."""
+def failing_lines(
+    incident: Incident, before: int = _CONTEXT_BEFORE, after: int = _CONTEXT_AFTER
+) -> Section:
+    """The lines around the cause; where lines carry ranks, those of the failing rank (and those
+    that carry none)."""
     event = incident.event
     kept: deque[tuple[int, str]] = deque(maxlen=before + 1)
     tail: list[tuple[int, str]] = []
@@ -41,21 +45,35 @@ def failing_lines(incident: Incident, before: int = _CONTEXT_BEFORE, after: int 
                 break
             if event.rank is not None and number != event.place.number:
                 found = _RANK.search(line)
-                other = next((int(group) for group in found.groups() if group), None) if found else None
+                other = (
+                    next((int(group) for group in found.groups() if group), None) if found else None
+                )
                 if other is not None and other != event.rank:
                     continue
             (kept if number <= event.place.number else tail).append((number, clean(line)))
-    where = ", ".join(filter(None, [
-        f"rank {event.rank}" if event.rank is not None else "", f"node {event.node}" if event.node else "",
-        f"link {incident.attempt.link}" if incident.attempt.link is not None else "",
-        f"job {incident.attempt.job_id}" if incident.attempt.job_id else "",
-    ]))  # fmt: skip
-    lines = [f"{'>' if number == event.place.number else ' '} {number}: {text}" for number, text in [*kept, *tail]]
-    return Section(f"first failure ({event.failure}): {event.place}{', ' + where if where else ''}", lines)
+    where = ", ".join(
+        filter(
+            None,
+            [
+                f"rank {event.rank}" if event.rank is not None else "",
+                f"node {event.node}" if event.node else "",
+                f"link {incident.attempt.link}" if incident.attempt.link is not None else "",
+                f"job {incident.attempt.job_id}" if incident.attempt.job_id else "",
+            ],
+        )
+    )
+    lines = [
+        f"{'>' if number == event.place.number else ' '} {number}: {text}"
+        for number, text in [*kept, *tail]
+    ]
+    return Section(
+        f"first failure ({event.failure}): {event.place}{', ' + where if where else ''}", lines
+    )
 
 
 def _go_near(file: BinaryIO, event: Event) -> int:
-    """Put `file` to the start of a line some way above the event's; returns that line's number. Never reads it line by line."""
+    """Put `file` to the start of a line some way above the event's; returns that line's number.
+    Never reads it line by line."""
     target = event.offset
     lines_before = event.place.number - 1
     if target is None or target > os.fstat(file.fileno()).st_size:
@@ -81,7 +99,8 @@ def _line_start(file: BinaryIO, number: int) -> tuple[int, int]:
 
 
 def _lines(file: object) -> Iterator[bytes]:
-    """Lines of bounded length: junk without line ends comes in pieces of 64 KiB, counted as one line."""
+    """Lines of bounded length: junk without line ends comes in pieces of 64 KiB, counted as one
+    line."""
     pending = b""
     while True:
         piece = file.readline(65536)  # type: ignore[attr-defined]
@@ -96,7 +115,8 @@ def _lines(file: object) -> Iterator[bytes]:
 
 
 def last_lines(path: str, count: int) -> list[str]:
-    """The last `count` lines of a file, read from its end; carriage returns start their line anew, as on a terminal."""
+    """The last `count` lines of a file, read from its end; carriage returns start their line anew,
+    as on a terminal."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         read, text = 0, b""
@@ -118,7 +138,9 @@ def as_shown(line: bytes) -> str:
 def clean_long(line: bytes) -> str:
     """Printable text of a line, without the length limit of `clean` that tables need."""
     text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", line[:65536]).decode("utf-8", "replace")
-    return "".join(char if char.isprintable() or char == "\t" else "\ufffd" for char in text).rstrip()
+    return "".join(
+        char if char.isprintable() or char == "\t" else "\ufffd" for char in text
+    ).rstrip()
 
 
 def sections(run: RunRecords, count: int, link: int | None = None) -> Iterator[Section]:
@@ -133,11 +155,16 @@ def sections(run: RunRecords, count: int, link: int | None = None) -> Iterator[S
         try:
             yield Section(f"{title}job {job_id or '?'}: {path}", last_lines(path, count))
         except OSError as error:
-            yield Section(f"{title}job {job_id or '?'}: {path} cannot be read: {error.strerror}", [])
+            yield Section(
+                f"{title}job {job_id or '?'}: {path} cannot be read: {error.strerror}", []
+            )
 
 
-def follow_run(run_dir: str, emit: Callable[[str], None], alive: Callable[[], bool], every_s: float = 1.0) -> None:
-    """Emit every new line of every log of the run, also of logs that appear, until `alive` says no job is left."""
+def follow_run(
+    run_dir: str, emit: Callable[[str], None], alive: Callable[[], bool], every_s: float = 1.0
+) -> None:
+    """Emit every new line of every log of the run, also of logs that appear, until `alive` says no
+    job is left."""
     offsets: dict[str, int] = {path: os.path.getsize(path) for path in list_logs(run_dir)}
     pending: dict[str, bytes] = {}
     current = ""

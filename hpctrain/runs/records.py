@@ -1,6 +1,8 @@
-"""Finds run directories and reads what they hold, however little: a torn ledger or a missing plan.json is no error here.
+"""Finds run directories and reads what they hold, however little: a torn ledger or a missing
+plan.json is no error here.
 
-A run is named by its directory, by its run.yaml, by its name (looked for under ./runs and here) or by a job id.
+A run is named by its directory, by its run.yaml, by its name (looked for under ./runs and here) or
+by a job id.
 """
 
 from __future__ import annotations
@@ -55,7 +57,11 @@ class RunRecords:
     def ended_jobs(self) -> set[str]:
         """The jobs whose end, or whose cancelling, the run directory itself records."""
         records = (*self.ledger, *self.links)
-        return {str(record.get("job_id")) for record in records if record.get("event") in ("end", "cancelled")}
+        return {
+            str(record.get("job_id"))
+            for record in records
+            if record.get("event") in ("end", "cancelled")
+        }
 
     def job_ids(self) -> list[str]:
         """Every job id that the ledger, the links or the logs name, oldest first."""
@@ -71,9 +77,14 @@ class RunRecords:
 
 
 def by_hand(run: RunRecords) -> list[str]:
-    """The jobs that ran this run's script though nothing of ours queued them, where a ledger says what was queued."""
-    queued = {str(record.get("job_id")) for record in run.ledger if record.get("event") == "submitted"}
-    ran = dict.fromkeys(str(record.get("job_id")) for record in run.links if record.get("event") == "begin")
+    """The jobs that ran this run's script though nothing of ours queued them, where a ledger says
+    what was queued."""
+    queued = {
+        str(record.get("job_id")) for record in run.ledger if record.get("event") == "submitted"
+    }
+    ran = dict.fromkeys(
+        str(record.get("job_id")) for record in run.links if record.get("event") == "begin"
+    )
     ran.update(dict.fromkeys(filter(None, map(job_of_log, run.logs))))
     return [job_id for job_id in ran if job_id not in queued] if queued else []
 
@@ -100,7 +111,9 @@ def read_run(run_dir: str) -> RunRecords:
     version = plan.get("schema_version", 1)
     if version != 1:
         newer = (
-            ": a newer hpctrain wrote it, and may see more in it" if isinstance(version, int) and version > 1 else ""
+            ": a newer hpctrain wrote it, and may see more in it"
+            if isinstance(version, int) and version > 1
+            else ""
         )
         unseen.append(f"plan.json has schema_version {version!r}, and 1 is known here{newer}")
     records = {}
@@ -110,7 +123,9 @@ def read_run(run_dir: str) -> RunRecords:
             found, torn = read_lines(path)
             records[name] = tuple(map(_usable, found))
             if torn:
-                unseen.append(f"{name}: {torn} torn or foreign {'line' if torn == 1 else 'lines'}, left out")
+                unseen.append(
+                    f"{name}: {torn} torn or foreign {'line' if torn == 1 else 'lines'}, left out"
+                )
         except (OSError, ValueError) as error:
             records[name] = ()
             unseen.append(f"{name}: {error}")
@@ -119,17 +134,32 @@ def read_run(run_dir: str) -> RunRecords:
     unseen += _moved(run_dir)
     planned = plan.get("run")
     return RunRecords(
-        os.path.abspath(run_dir), planned if isinstance(planned, str) else os.path.basename(os.path.abspath(run_dir)), plan,
-        records["ledger.jsonl"], records["links.jsonl"], tuple(list_logs(run_dir)),
-        os.path.lexists(os.path.join(run_dir, "STOP")), tuple(unseen),
-    )  # fmt: skip
+        os.path.abspath(run_dir),
+        planned if isinstance(planned, str) else os.path.basename(os.path.abspath(run_dir)),
+        plan,
+        records["ledger.jsonl"],
+        records["links.jsonl"],
+        tuple(list_logs(run_dir)),
+        os.path.lexists(os.path.join(run_dir, "STOP")),
+        tuple(unseen),
+    )
 
 
 # What each field of a record is, whoever wrote it; job ids are also written as numbers.
 _FIELDS: Mapping[str, type] = {
-    "event": str, "link": int, "job_id": str, "depends_on": str, "restart": int, "mode": str, "checkpoint": str, "iteration": int,
-    "exit_code": int, "nodes": str, "reason": str, "time": str,
-}  # fmt: skip
+    "event": str,
+    "link": int,
+    "job_id": str,
+    "depends_on": str,
+    "restart": int,
+    "mode": str,
+    "checkpoint": str,
+    "iteration": int,
+    "exit_code": int,
+    "nodes": str,
+    "reason": str,
+    "time": str,
+}
 
 
 def _usable(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +188,8 @@ def _moved(run_dir: str) -> list[str]:
     if len(words) != 1 or os.path.realpath(words[0]) == os.path.realpath(run_dir):
         return []
     return [
-        f"this folder was moved or copied: its job.sbatch works in {words[0]}, and what jobs do there is not seen here"
+        f"this folder was moved or copied: its job.sbatch works in {words[0]}, and what jobs do"
+        " there is not seen here"
     ]
 
 
@@ -186,7 +217,8 @@ def find_runs(target: str | None, base: str = ".") -> list[str]:
         found = _runs_under(base)
         if not found:
             raise UsageError(
-                "there are no runs here", hint="name a run directory, a run or a job id; `hpctrain render` makes one"
+                "there are no runs here",
+                hint="name a run directory, a run or a job id; `hpctrain render` makes one",
             )
         return found
     if os.path.isfile(target) and os.path.basename(target).endswith((".yaml", ".yml")):
@@ -205,22 +237,34 @@ def find_runs(target: str | None, base: str = ".") -> list[str]:
         if os.path.isdir(os.path.join(target, "logs")):
             return [os.path.abspath(target)]
         raise UsageError(
-            f"`{target}` is no run directory and holds none", hint="a run directory has a plan.json or a ledger.jsonl"
+            f"`{target}` is no run directory and holds none",
+            hint="a run directory has a plan.json or a ledger.jsonl",
         )
     everything = _runs_under(base)
-    named = [path for path in everything if os.path.basename(path) == target or read_run(path).name == target]
+    named = [
+        path
+        for path in everything
+        if os.path.basename(path) == target or read_run(path).name == target
+    ]
     if named:
         return named[:1]
     if _JOB_ID.match(target):
         return [_run_of_job(target, everything)]
     if target.endswith((".yaml", ".yml")):
-        raise UsageError(f"there is no file `{target}`", hint="name a run.yaml, a run directory, a run or a job id")
+        raise UsageError(
+            f"there is no file `{target}`",
+            hint="name a run.yaml, a run directory, a run or a job id",
+        )
     names = [os.path.basename(path) for path in everything]
-    raise UsageError(f"there is no run `{target}` here", hint=nearest(target, names) if names else "name its directory")
+    raise UsageError(
+        f"there is no run `{target}` here",
+        hint=nearest(target, names) if names else "name its directory",
+    )
 
 
 def find_one(target: str | None, base: str = ".") -> str:
-    """The one run directory that `target` names; of several (a pipeline's) the one whose logs grew last. Raises as `find_runs`."""
+    """The one run directory that `target` names; of several (a pipeline's) the one whose logs grew
+    last. Raises as `find_runs`."""
     return max(find_runs(target, base), key=last_change)
 
 
@@ -234,7 +278,8 @@ def last_change(run_dir: str) -> float:
 
 
 def find_pipeline(target: str, base: str = ".") -> str | None:
-    """The folder of the pipeline that `target` names (its folder, its pipeline.yaml or its name), None when it names none."""
+    """The folder of the pipeline that `target` names (its folder, its pipeline.yaml or its name),
+    None when it names none."""
     folders = [target, os.path.join(base, "runs", target)]
     if os.path.isfile(target):
         if os.path.basename(target) == PIPELINE:
@@ -245,8 +290,15 @@ def find_pipeline(target: str, base: str = ".") -> str | None:
             document = load_yaml(target)
             if not isinstance(document.get("stages"), dict):
                 return None
-            folders = [os.path.join(os.path.dirname(os.path.abspath(target)), "runs", str(document.get("name")))]
-    return next((os.path.abspath(path) for path in folders if os.path.isfile(os.path.join(path, PIPELINE))), None)
+            folders = [
+                os.path.join(
+                    os.path.dirname(os.path.abspath(target)), "runs", str(document.get("name"))
+                )
+            ]
+    return next(
+        (os.path.abspath(path) for path in folders if os.path.isfile(os.path.join(path, PIPELINE))),
+        None,
+    )
 
 
 def read_pipeline_index(folder: str) -> dict[str, Any]:
@@ -255,7 +307,10 @@ def read_pipeline_index(folder: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
-        return {"pipeline": str(found["pipeline"]), "stages": [dict(stage) for stage in found["stages"]]}
+        return {
+            "pipeline": str(found["pipeline"]),
+            "stages": [dict(stage) for stage in found["stages"]],
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EnvironmentFault(
             f"`{path}` cannot be read: {error}", hint="`hpctrain pipeline` writes it again"
@@ -264,7 +319,10 @@ def read_pipeline_index(folder: str) -> dict[str, Any]:
 
 def stage_dirs(folder: str) -> list[str]:
     """The run directories of a pipeline that are there, in the order of its stages."""
-    found = [os.path.join(folder, str(stage["run_dir"])) for stage in read_pipeline_index(folder)["stages"]]
+    found = [
+        os.path.join(folder, str(stage["run_dir"]))
+        for stage in read_pipeline_index(folder)["stages"]
+    ]
     return [os.path.abspath(path) for path in found if is_run_dir(path)]
 
 
@@ -280,7 +338,9 @@ def _beside(run_yaml: str) -> list[str]:
     path = os.path.join(folder, "runs", str(name))
     if not os.path.isdir(path):
         raise UsageError(
-            f"`{run_yaml}` has no run directory yet", why=f"looked for {path}", hint=f"`hpctrain {verb}` makes it"
+            f"`{run_yaml}` has no run directory yet",
+            why=f"looked for {path}",
+            hint=f"`hpctrain {verb}` makes it",
         )
     return [path]
 
@@ -292,7 +352,9 @@ def _runs_under(base: str) -> list[str]:
     for folder in (os.path.join(base, "runs"), base):
         try:
             names = sorted(
-                entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
+                entry.name
+                for entry in os.scandir(folder)
+                if entry.is_dir() and not entry.name.startswith(".")
             )
         except OSError:
             continue
@@ -314,6 +376,7 @@ def _run_of_job(job_id: str, run_dirs: Iterable[str]) -> str:
     if folder and os.path.isdir(folder) and is_run_dir(folder):
         return folder
     raise UsageError(
-        f"no run here submitted job {job_id}", why="looked in ./runs and asked Slurm for its working directory",
+        f"no run here submitted job {job_id}",
+        why="looked in ./runs and asked Slurm for its working directory",
         hint="name the run directory, or the log file itself",
-    )  # fmt: skip
+    )

@@ -29,9 +29,9 @@ _CLOCKS_DIFFER_S = 60.0  # between a batch host and slurmctld, at most
 class Start:
     """One start of a job: a link, or the same link again after a requeue.
 
-    Times are UTC seconds since 1970. `state` is Slurm's word in capitals where Slurm told it, else what the run directory tells;
-    `source` says which. `exit_code` is the step's own where it is on record. `found` is what the
-    guard found before it let the start train.
+    Times are UTC seconds since 1970. `state` is Slurm's word in capitals where Slurm told it, else
+    what the run directory tells; `source` says which. `exit_code` is the step's own where it is on
+    record. `found` is what the guard found before it let the start train.
     """
 
     link: int | None
@@ -68,7 +68,9 @@ class Start:
 
     @property
     def name(self) -> str:
-        return f"job {self.job_id}" if self.link is None else f"link {self.link} (job {self.job_id})"
+        return (
+            f"job {self.job_id}" if self.link is None else f"link {self.link} (job {self.job_id})"
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -110,7 +112,8 @@ def starts_of(run: RunRecords, answer: Answer | None = None, now_s: float = 0.0)
 def jobs_of(run: RunRecords, answer: Answer | None = None, now_s: float = 0.0) -> list[JobHistory]:
     """Every job that the ledger, links.jsonl or a log names, by link number and job id.
 
-    Jobs of no link come last. `answer` is what Slurm told of them, `now_s` (UTC seconds) how late it is for the running ones.
+    Jobs of no link come last. `answer` is what Slurm told of them, `now_s` (UTC seconds) how late
+    it is for the running ones.
     """
     answer = answer or Answer({}, {})
     links = links_of(run)
@@ -125,7 +128,9 @@ def jobs_of(run: RunRecords, answer: Answer | None = None, now_s: float = 0.0) -
         newest = answer.jobs.get(job_id)
         told = [*answer.earlier.get(job_id, ()), *([newest] if newest else ())]
         first = Start(links.get(job_id), job_id, 0, NO_END, "links.jsonl")
-        starts = _starts(first, records.get(job_id, ()), list(filter(_began, told)), counts_on, now_s)
+        starts = _starts(
+            first, records.get(job_id, ()), list(filter(_began, told)), counts_on, now_s
+        )
         queued, cancelled = (job_id, "submitted") in events, (job_id, "cancelled") in events
         starts = _bounded(starts, logs.get(job_id))
         jobs.append(JobHistory(job_id, first.link, queued, cancelled, newest, tuple(starts)))
@@ -134,7 +139,9 @@ def jobs_of(run: RunRecords, answer: Answer | None = None, now_s: float = 0.0) -
 
 def links_of(run: RunRecords) -> dict[str, int]:
     """Job id -> link number, from the ledger and links.jsonl."""
-    records = [record for record in (*run.links, *run.ledger) if isinstance(record.get("link"), int)]
+    records = [
+        record for record in (*run.links, *run.ledger) if isinstance(record.get("link"), int)
+    ]
     return {str(record["job_id"]): record["link"] for record in records if record.get("job_id")}
 
 
@@ -150,7 +157,8 @@ def _starts(
     counts_on: bool,
     now_s: float,
 ) -> list[Start]:
-    """The starts of the job that `like` is of, from the guard's records and from what Slurm told."""
+    """The starts of the job that `like` is of, from the guard's records and from what Slurm
+    told."""
     begins, ends = _by_restart(records, "begin"), _by_restart(records, "end")
     by_slurm = dict(zip(_restarts(begins, told), told))
     starts = []
@@ -195,7 +203,9 @@ def _within(time_s: float, job: Job) -> bool:
     return job.running or job.end_s is None or time_s <= job.end_s + _CLOCKS_DIFFER_S
 
 
-def _recorded(start: Start, begin: Mapping[str, Any], end: Mapping[str, Any] | None, counts_on: bool) -> Start:
+def _recorded(
+    start: Start, begin: Mapping[str, Any], end: Mapping[str, Any] | None, counts_on: bool
+) -> Start:
     """The start as the guard recorded its begin, and its end where it came to one."""
     mode = begin.get("mode")
     reason = str((end or begin).get("reason") or "")

@@ -1,6 +1,7 @@
 """What a run is doing: the run directory, squeue and sacct put together, each of them optional.
 
-One squeue and one sacct call serve any number of runs and links. Whatever could not be asked is named in `unseen`.
+One squeue and one sacct call serve any number of runs and links. Whatever could not be asked is
+named in `unseen`.
 """
 
 from __future__ import annotations
@@ -19,22 +20,42 @@ from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.records import Event, distinct, job_of_log, utc
 
 NOT_SUBMITTED, PENDING, RUNNING, DONE, STOPPED, GAVE_UP, FAILED, ENDED, UNKNOWN = (
-    "not submitted", "pending", "running", "done", "stopped", "gave up", "failed", "ended", "unknown",
-)  # fmt: skip
+    "not submitted",
+    "pending",
+    "running",
+    "done",
+    "stopped",
+    "gave up",
+    "failed",
+    "ended",
+    "unknown",
+)
 _TAIL = 512 * 1024  # bytes of the newest log that tell the last iteration and step time
 
 
-_CAUSE_TAIL, _MOST_CAUSES = 64 * 1024, 50  # bytes of a failed link's log, and links, that tell why in the table
-_FAILED_STATES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
-                  NO_END)  # fmt: skip
+# bytes of a failed link's log, and links, that tell why in the table
+_CAUSE_TAIL, _MOST_CAUSES = (64 * 1024, 50)
+_FAILED_STATES = (
+    "FAILED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "CANCELLED",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+    NO_END,
+)
 
 
 @dataclass(frozen=True)
 class LinkStatus:
-    """One link. `state` is Slurm's word in capitals where Slurm was asked, else what the run directory tells.
+    """One link. `state` is Slurm's word in capitals where Slurm was asked, else what the run
+    directory tells.
 
-    Iterations count completed checkpoints for ended links, log lines for a running one. `start_s` is the first start,
-    `elapsed_s` the time of all `starts` together. Times: UTC seconds since 1970.
+    Iterations count completed checkpoints for ended links, log lines for a running one. `start_s`
+    is the first start, `elapsed_s` the time of all `starts` together. Times: UTC seconds since
+    1970.
     """
 
     link: int | None
@@ -120,16 +141,26 @@ class RunStatus:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "run": self.run.name, "run_dir": self.run.run_dir, "state": self.state, "site": self.run.plan.get("site"),
-            "recipe": self.run.recipe, "links": [link.as_json() for link in self.links],
-            "progress": self.progress.as_json(), "notes": list(self.notes), "unseen": list(self.unseen),
-        }  # fmt: skip
+            "run": self.run.name,
+            "run_dir": self.run.run_dir,
+            "state": self.state,
+            "site": self.run.plan.get("site"),
+            "recipe": self.run.recipe,
+            "links": [link.as_json() for link in self.links],
+            "progress": self.progress.as_json(),
+            "notes": list(self.notes),
+            "unseen": list(self.unseen),
+        }
 
 
 def observe(
-    run_dirs: Sequence[str], ask_slurm: bool = True, now_s: float | None = None, read_logs: bool = True
+    run_dirs: Sequence[str],
+    ask_slurm: bool = True,
+    now_s: float | None = None,
+    read_logs: bool = True,
 ) -> list[RunStatus]:
-    """The status of each run, in the order given, with one squeue and one sacct call for all of them."""
+    """The status of each run, in the order given, with one squeue and one sacct call for all of
+    them."""
     now_s = time.time() if now_s is None else now_s
     runs = [read_run(run_dir) for run_dir in run_dirs]
     ids = list(dict.fromkeys(job_id for run in runs for job_id in run.job_ids()))
@@ -138,10 +169,12 @@ def observe(
 
 
 def status_of(run: RunRecords, answer: Answer, now_s: float, read_logs: bool = True) -> RunStatus:
-    """The status of one run from its records and Slurm's answer. Reads the tail of its newest log and its checkpoint folder."""
+    """The status of one run from its records and Slurm's answer. Reads the tail of its newest log
+    and its checkpoint folder."""
     tail = _tail_of_log(run.logs[-1]) if read_logs and run.logs else {}
     if read_logs and len(run.logs) > 1 and not tail.get("step_time_s"):
-        # A link that has just begun has not told yet; the one before it is the same program on as many nodes.
+        # A link that has just begun has not told yet; the one before it is the same program on as
+        # many nodes.
         tail = {**tail, "step_time_s": _tail_of_log(run.logs[-2]).get("step_time_s")}
     tails = {tail["job_id"]: tail} if tail.get("job_id") else {}
     jobs = jobs_of(run, answer, now_s)
@@ -157,13 +190,22 @@ def status_of(run: RunRecords, answer: Answer, now_s: float, read_logs: bool = T
     if not run.ledger and not run.links and not run.logs:
         unseen = [what for what in unseen if "is not there" not in what]
     return RunStatus(
-        run, overall_state(run, links, progress), links, progress, tuple(unseen), tuple(_notes(run, links))
+        run,
+        overall_state(run, links, progress),
+        links,
+        progress,
+        tuple(unseen),
+        tuple(_notes(run, links)),
     )
 
 
 def _without_end(run: RunRecords, jobs: Sequence[JobHistory]) -> dict[str, str]:
     """Job id -> log of the jobs whose end neither Slurm nor links.jsonl tells: their logs may."""
-    silent = {job.job_id for job in jobs if job.slurm is None and not any(start.ended for start in job.starts)}
+    silent = {
+        job.job_id
+        for job in jobs
+        if job.slurm is None and not any(start.ended for start in job.starts)
+    }
     return {job_id: path for path in run.logs if (job_id := job_of_log(path)) and job_id in silent}
 
 
@@ -181,7 +223,11 @@ def _links(jobs: Sequence[JobHistory], tails: Mapping[str, Mapping[str, Any]]) -
     return out
 
 
-_NOT_NEEDED = {"done": "found nothing left to do", "stopped": "stopped, as asked", "gave_up": "gave up"}
+_NOT_NEEDED = {
+    "done": "found nothing left to do",
+    "stopped": "stopped, as asked",
+    "gave_up": "gave up",
+}
 
 
 def _not_needed(before: Sequence[LinkStatus]) -> str:
@@ -257,7 +303,8 @@ def _plain_reason(reason: str, code: int | None) -> str:
 
 
 def overall_state(run: RunRecords, links: Sequence[LinkStatus], progress: Progress) -> str:
-    """One word for the run, from its links: what runs now wins, then what waits, then how the last one ended."""
+    """One word for the run, from its links: what runs now wins, then what waits, then how the last
+    one ended."""
     if any(link.active for link in links):
         return RUNNING
     if any(link.pending for link in links):
@@ -267,7 +314,10 @@ def overall_state(run: RunRecords, links: Sequence[LinkStatus], progress: Progre
     modes = [link.mode for link in links if link.mode]
     # Ended links count checkpoints, so they tell also where the checkpoint folder cannot be seen.
     saved = max(
-        [progress.checkpoint_iteration or 0, *(link.iteration_to or 0 for link in links if link.exit_code == 0)]
+        [
+            progress.checkpoint_iteration or 0,
+            *(link.iteration_to or 0 for link in links if link.exit_code == 0),
+        ]
     )
     reached = progress.target is not None and saved >= progress.target
     if "done" in modes or reached:
@@ -287,11 +337,23 @@ def overall_state(run: RunRecords, links: Sequence[LinkStatus], progress: Progre
     return UNKNOWN
 
 
-def _progress(run: RunRecords, links: Sequence[LinkStatus], tail: Mapping[str, Any], checkpoint: str | None,
-              number: int | None) -> Progress:  # fmt: skip
+def _progress(
+    run: RunRecords,
+    links: Sequence[LinkStatus],
+    tail: Mapping[str, Any],
+    checkpoint: str | None,
+    number: int | None,
+) -> Progress:
     job, guard = run.section("job"), run.section("guard")
-    target = _whole(guard.get("target")) or _whole(job.get("iterations")) or _whole(tail.get("total"))
-    known = [value for link in links for value in (link.iteration_from, link.iteration_to) if value is not None]
+    target = (
+        _whole(guard.get("target")) or _whole(job.get("iterations")) or _whole(tail.get("total"))
+    )
+    known = [
+        value
+        for link in links
+        for value in (link.iteration_from, link.iteration_to)
+        if value is not None
+    ]
     iteration = max(
         [
             *known,
@@ -322,7 +384,8 @@ def _progress(run: RunRecords, links: Sequence[LinkStatus], tail: Mapping[str, A
 
 
 def _newest_checkpoint(run: RunRecords, unseen: list[str]) -> tuple[str | None, int | None]:
-    """The newest complete checkpoint by the guard's own rules; nothing when the folder cannot be seen from here."""
+    """The newest complete checkpoint by the guard's own rules; nothing when the folder cannot be
+    seen from here."""
     from hpctrain.runtime.settings import GuardError, read_settings
     from hpctrain.runtime.survey import Survey
 
@@ -341,15 +404,22 @@ def _newest_checkpoint(run: RunRecords, unseen: list[str]) -> tuple[str | None, 
 
 
 def _with_causes(run: RunRecords, links: Sequence[LinkStatus]) -> list[LinkStatus]:
-    """Failed links with what the end of their logs says was the cause, in a few words; only the last so many are read."""
+    """Failed links with what the end of their logs says was the cause, in a few words; only the
+    last so many are read."""
     from hpctrain.triage.cause import causes_of
     from hpctrain.triage.engine import Engine
     from hpctrain.triage.rules import Circumstances
 
     logs = {job_id: path for path in run.logs if (job_id := job_of_log(path))}
-    failed = {link.job_id for link in links if link.exit_code not in (0, None) or link.state in _FAILED_STATES}
+    failed = {
+        link.job_id
+        for link in links
+        if link.exit_code not in (0, None) or link.state in _FAILED_STATES
+    }
     wanted = {link.job_id for link in links if link.job_id in failed or link.restarts} & set(logs)
-    wanted = set(sorted(wanted, key=lambda job_id: tuple(map(int, job_id.split("_"))))[-_MOST_CAUSES:])
+    wanted = set(
+        sorted(wanted, key=lambda job_id: tuple(map(int, job_id.split("_"))))[-_MOST_CAUSES:]
+    )
     out = []
     for link in links:
         if link.job_id in wanted:
@@ -365,7 +435,12 @@ def _with_causes(run: RunRecords, links: Sequence[LinkStatus]) -> list[LinkStatu
                 for attempt, later in zip(attempts, attempts[1:])
                 if (words := _in_words(causes[id(attempt)]))
             ]
-            if attempts and link.job_id in failed and not unknown or link.state == _FAILED_STATES[-1]:
+            if (
+                attempts
+                and link.job_id in failed
+                and not unknown
+                or link.state == _FAILED_STATES[-1]
+            ):
                 last = _in_words(causes[id(attempts[-1])]) if attempts else ""
                 told = [last, *told]
             why = link.reason
@@ -380,7 +455,13 @@ def _in_words(cause: Event | None) -> str:
     """What failed and where, for a table; empty where nothing is known."""
     if cause is None or cause.failure == "unknown":
         return ""
-    where = f" on {cause.node}" if cause.node else f" on rank {cause.rank}" if cause.rank is not None else ""
+    where = (
+        f" on {cause.node}"
+        if cause.node
+        else f" on rank {cause.rank}"
+        if cause.rank is not None
+        else ""
+    )
     return FAILURES[cause.failure].title + where
 
 
@@ -406,27 +487,46 @@ def _tail_of_log(path: str) -> dict[str, Any]:
     trained = [attempt for attempt in engine.attempts if attempt.num_steps and attempt.last]
     if not trained:
         newest = engine.attempts[-1] if engine.attempts else None
-        return {"job_id": newest.job_id, "end": _end_of(newest), "exit_code": newest.exit_code} if newest else {}
+        return (
+            {"job_id": newest.job_id, "end": _end_of(newest), "exit_code": newest.exit_code}
+            if newest
+            else {}
+        )
     last = trained[-1]
     assert last.last is not None
     times = last.step_times.last()
     return {
         "end": _end_of(engine.attempts[-1]) if engine.attempts[-1].job_id == last.job_id else None,
-        "exit_code": engine.attempts[-1].exit_code if engine.attempts[-1].job_id == last.job_id else None,
-        "job_id": last.job_id, "iteration": last.last.iteration, "total": last.total,
+        "exit_code": (
+            engine.attempts[-1].exit_code if engine.attempts[-1].job_id == last.job_id else None
+        ),
+        "job_id": last.job_id,
+        "iteration": last.last.iteration,
+        "total": last.total,
         "step_time_s": median(times) if times else None,
-    }  # fmt: skip
+    }
 
 
 def _end_of(attempt: Any) -> str | None:
-    """How a log's last attempt ended, where it tells: Slurm's word for the reason, or the exit code."""
+    """How a log's last attempt ended, where it tells: Slurm's word for the reason, or the exit
+    code."""
     from hpctrain.triage.cause import find_cause
     from hpctrain.triage.rules import Circumstances
 
-    words = {"time_limit": "TIMEOUT", "node": "NODE_FAIL", "cancelled": "CANCELLED", "preemption": "PREEMPTED",
-             "script_killed": "FAILED"}  # fmt: skip
+    words = {
+        "time_limit": "TIMEOUT",
+        "node": "NODE_FAIL",
+        "cancelled": "CANCELLED",
+        "preemption": "PREEMPTED",
+        "script_killed": "FAILED",
+    }
     cause = find_cause(attempt, Circumstances())
-    if cause is not None and FAILURES[cause.failure].external or cause is not None and cause.failure == "node":
+    if (
+        cause is not None
+        and FAILURES[cause.failure].external
+        or cause is not None
+        and cause.failure == "node"
+    ):
         return words[cause.failure]
     if attempt.exit_code is not None:
         return f"ended with exit code {attempt.exit_code}"
@@ -437,18 +537,27 @@ def _notes(run: RunRecords, links: Sequence[LinkStatus]) -> list[str]:
     out = []
     if run.stop:
         out.append("the STOP file is there: the chain ends after the next checkpoint")
-    unfinished = {record.get("link") for record in run.ledger if record.get("event") == "submitting"}
-    unfinished -= {record.get("link") for record in run.ledger if record.get("event") == "submitted"}
+    unfinished = {
+        record.get("link") for record in run.ledger if record.get("event") == "submitting"
+    }
+    unfinished -= {
+        record.get("link") for record in run.ledger if record.get("event") == "submitted"
+    }
     if unfinished:
         listed = ", ".join(str(link) for link in sorted(unfinished, key=str))
         out.append(
-            f"link {listed} was being submitted when that was cut off; `hpctrain chain` finds out whether it is queued"
+            f"link {listed} was being submitted when that was cut off; `hpctrain chain` finds out"
+            " whether it is queued"
         )
     out += [
         f"job {job_id} is none that `hpctrain chain` queued: job.sbatch was submitted by hand"
         for job_id in by_hand(run)
     ]
-    out += [_preflight_note(record) for record in run.links if record.get("event") == "preflight" and record.get("bad")]
+    out += [
+        _preflight_note(record)
+        for record in run.links
+        if record.get("event") == "preflight" and record.get("bad")
+    ]
     out += [f"job {link.job_id} waits for you: {link.release}" for link in links if link.release]
     return out
 
@@ -462,7 +571,9 @@ _AFTER_PREFLIGHT = {
 
 def _preflight_note(record: Mapping[str, Any]) -> str:
     bad = record["bad"] if isinstance(record["bad"], Mapping) else {}
-    named = "; ".join(f"{node}: {', '.join(map(str, why))}" for node, why in bad.items() if isinstance(why, list))
+    named = "; ".join(
+        f"{node}: {', '.join(map(str, why))}" for node, why in bad.items() if isinstance(why, list)
+    )
     after = _AFTER_PREFLIGHT.get(str(record.get("action")), "")
     return f"the preflight of job {record.get('job_id')} found bad nodes ({named}); {after}"
 

@@ -31,21 +31,34 @@ def exit_code(statuses: Sequence[RunStatus]) -> int:
     """8 while any run lives, 1 when one failed, else 0."""
     if any(status.live for status in statuses):
         return errors.PENDING
-    return errors.DONE if all(status.state in (DONE, ENDED, STOPPED) for status in statuses) else errors.NO
+    return (
+        errors.DONE
+        if all(status.state in (DONE, ENDED, STOPPED) for status in statuses)
+        else errors.NO
+    )
 
 
 def of_pipeline(folder: str, statuses: Sequence[RunStatus]) -> dict[str, Any]:
-    """A pipeline's stages in their order, each with its state and what it got, for `--json` and the table."""
+    """A pipeline's stages in their order, each with its state and what it got, for `--json` and the
+    table."""
     index = read_pipeline_index(folder)
     by_dir = {status.run.run_dir: status for status in statuses}
     stages = []
     for stage in index["stages"]:
         run_dir = os.path.abspath(os.path.join(folder, str(stage["run_dir"])))
         status = by_dir.get(run_dir)
-        stages.append({
-            "stage": stage["stage"], "run": stage.get("run"), "run_dir": run_dir, "from": stage.get("from"), "hand_over": stage.get("hand_over"),
-            "as": stage.get("as"), "state": status.state if status else NOT_SUBMITTED, "got": _got(run_dir),
-        })  # fmt: skip
+        stages.append(
+            {
+                "stage": stage["stage"],
+                "run": stage.get("run"),
+                "run_dir": run_dir,
+                "from": stage.get("from"),
+                "hand_over": stage.get("hand_over"),
+                "as": stage.get("as"),
+                "state": status.state if status else NOT_SUBMITTED,
+                "got": _got(run_dir),
+            }
+        )
     return {"name": index["pipeline"], "folder": folder, "stages": stages}
 
 
@@ -64,12 +77,21 @@ def show_pipeline(pipeline: Mapping[str, Any], statuses: Sequence[RunStatus]) ->
     for stage in pipeline["stages"]:
         status = by_dir.get(stage["run_dir"])
         got = os.path.basename(stage["got"]) if stage["got"] else stage["hand_over"] or ""
-        table.append((
-            stage["stage"], stage["state"], f"{got} of {stage['from']}" if stage["from"] else "", _jobs(status) if status else "",
-            _progress(status) if status else "", _eta(status) if status else "", stage["run_dir"],
-        ))  # fmt: skip
+        table.append(
+            (
+                stage["stage"],
+                stage["state"],
+                f"{got} of {stage['from']}" if stage["from"] else "",
+                _jobs(status) if status else "",
+                _progress(status) if status else "",
+                _eta(status) if status else "",
+                stage["run_dir"],
+            )
+        )
     terminal.data(f"pipeline {pipeline['name']}")
-    terminal.table(table, ("stage", "state", "gets", "links", "iteration", "still needs", "directory"))
+    terminal.table(
+        table, ("stage", "state", "gets", "links", "iteration", "still needs", "directory")
+    )
     for status in statuses:
         if status.state in (FAILED, GAVE_UP):
             why = status.links[-1].reason if status.links else ""
@@ -84,27 +106,50 @@ def show(statuses: Sequence[RunStatus], now_s: float) -> None:
         _one(statuses[0], now_s)
     else:
         terminal.table(
-            [(s.run.name, s.state, _jobs(s), _progress(s), _eta(s), s.run.run_dir) for s in statuses],
+            [
+                (s.run.name, s.state, _jobs(s), _progress(s), _eta(s), s.run.run_dir)
+                for s in statuses
+            ],
             ("run", "state", "links", "iteration", "still needs", "directory"),
-        )  # fmt: skip
+        )
         for status in statuses:
             for link in status.links:
                 if link.release:
-                    terminal.info(f"{status.run.name}: job {link.job_id} waits for you: {link.release}")
+                    terminal.info(
+                        f"{status.run.name}: job {link.job_id} waits for you: {link.release}"
+                    )
     for what in dict.fromkeys(what for status in statuses for what in status.unseen):
         terminal.info(f"could not see: {what}")
 
 
 def _one(status: RunStatus, now_s: float) -> None:
-    state = terminal.paint(status.state, _COLOUR[status.state]) if status.state in _COLOUR else status.state
-    terminal.data(f"{status.run.name}: {state}, iteration {_progress(status)}, still needs {_eta(status)}")
+    state = (
+        terminal.paint(status.state, _COLOUR[status.state])
+        if status.state in _COLOUR
+        else status.state
+    )
+    terminal.data(
+        f"{status.run.name}: {state}, iteration {_progress(status)}, still needs {_eta(status)}"
+    )
     progress = status.progress
     if progress.checkpoint:
         terminal.data(f"newest complete checkpoint: {progress.checkpoint}")
     if status.links:
         terminal.data("")
-        terminal.table([_row(link, now_s) for link in status.links],
-                     ("link", "job", "state", "mode", "iterations", "checkpoint", "elapsed", "nodes", "why / when"))  # fmt: skip
+        terminal.table(
+            [_row(link, now_s) for link in status.links],
+            (
+                "link",
+                "job",
+                "state",
+                "mode",
+                "iterations",
+                "checkpoint",
+                "elapsed",
+                "nodes",
+                "why / when",
+            ),
+        )
     for note in status.notes:
         terminal.info(f"note: {note}")
     if status.state in (FAILED, GAVE_UP):
@@ -125,15 +170,26 @@ def _row(link: LinkStatus, now_s: float) -> tuple[object, ...]:
     else:
         why = link.reason
     return (
-        "" if link.link is None else link.link, link.job_id, link.state + restarts, link.mode or "", iterations, link.checkpoint or "",
-        "" if link.elapsed_s is None else format_duration(link.elapsed_s), nodes if len(nodes) < 40 else nodes[:37] + "…", why,
-    )  # fmt: skip
+        "" if link.link is None else link.link,
+        link.job_id,
+        link.state + restarts,
+        link.mode or "",
+        iterations,
+        link.checkpoint or "",
+        "" if link.elapsed_s is None else format_duration(link.elapsed_s),
+        nodes if len(nodes) < 40 else nodes[:37] + "…",
+        why,
+    )
 
 
 def _jobs(status: RunStatus) -> str:
     running = sum(link.active for link in status.links)
     pending = sum(link.pending for link in status.links)
-    return f"{len(status.links)} ({running} running, {pending} pending)" if status.live else str(len(status.links))
+    return (
+        f"{len(status.links)} ({running} running, {pending} pending)"
+        if status.live
+        else str(len(status.links))
+    )
 
 
 def _progress(status: RunStatus) -> str:
@@ -142,7 +198,10 @@ def _progress(status: RunStatus) -> str:
         return "unknown"
     if not progress.target:
         return str(progress.iteration)
-    return f"{progress.iteration} of {progress.target} ({100 * progress.iteration / progress.target:.0f}%)"
+    return (
+        f"{progress.iteration} of {progress.target}"
+        f" ({100 * progress.iteration / progress.target:.0f}%)"
+    )
 
 
 def _eta(status: RunStatus) -> str:

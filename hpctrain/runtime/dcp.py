@@ -16,7 +16,8 @@ _INDEX = re.compile(r"(?:__\d+)?\.metadata\Z")
 
 
 class Index(NamedTuple):
-    """What an index says: where each file's last entry begins and ends, and how many entries it has."""
+    """What an index says: where each file's last entry begins and ends, and how many entries it
+    has."""
 
     last: Dict[str, Tuple[int, int]]
     num_entries: int
@@ -30,8 +31,8 @@ def read_index(path: str) -> Index:
     """The files that a `.metadata` names, each with the end of its last entry in bytes.
 
     Nothing of the pickle is run: every class in it is replaced by an empty one, so the storage
-    entries (torch/distributed/checkpoint/filesystem.py `_StorageInfo`) are read as plain attributes.
-    Raises BadIndex when it is cut or names no files, OSError when it cannot be read.
+    entries (torch/distributed/checkpoint/filesystem.py `_StorageInfo`) are read as plain
+    attributes. Raises BadIndex when it is cut or names no files, OSError when it cannot be read.
     """
     try:
         with os.fdopen(open_state(path), "rb") as stream:
@@ -128,7 +129,9 @@ def _judge_one(part: Folder, name: str, prefix: str, report: Report) -> Optional
 _NO_FILE = FileInfo(-1, 0)
 
 
-def _judge_lengths(part: Folder, last: Dict[str, Tuple[int, int]], prefix: str, report: Report) -> None:
+def _judge_lengths(
+    part: Folder, last: Dict[str, Tuple[int, int]], prefix: str, report: Report
+) -> None:
     """Files that end before their last entry does, or with another end than torch writes."""
     short = []
     line = "`{}{}` has {} bytes, `.metadata` says {}"

@@ -26,7 +26,8 @@ _OF = re.compile(r"(model|pytorch_model)-(\d{5})-of-(\d{5})\.(safetensors|bin)\Z
 # What save_pretrained leaves beside the weights of any model, tokenizer, processor or adapter.
 _DESCRIBES = (
     r"(?:[\w.-]*config|generation_config|tokenizer[\w.-]*|special_tokens_map|added_tokens|vocab"
-    r"|chat_template[\w.-]*|preprocessor_config|processor_config|merges)\.(?:json|txt|jinja|model)\Z"
+    r"|chat_template[\w.-]*|preprocessor_config|processor_config|merges)\.(?:json|txt"
+    r"|jinja|model)\Z"
     r"|tokenizer\.model\Z|spiece\.model\Z|[\w.-]*\.spm\Z|README\.md\Z|chat_template\.jinja\Z"
     r"|training_args\.bin\Z|.*\.(?:py|md|txt)\Z|additional_chat_templates/.*"
 )
@@ -61,7 +62,9 @@ def weight_faults(folder: Folder) -> List[str]:
     numbered = [match for match in map(_OF.match, sorted(top)) if match]
     if numbered:
         # Shards are never written without their index, which names what is in each.
-        ending = "model.safetensors" if numbered[0].group(4) == "safetensors" else "pytorch_model.bin"
+        ending = (
+            "model.safetensors" if numbered[0].group(4) == "safetensors" else "pytorch_model.bin"
+        )
         return ["`{}.index.json` is missing".format(ending)]
     return [] if any(name in top for name in _WEIGHTS) else ["the weights are missing"]
 
@@ -90,7 +93,9 @@ class Weights(Form):
         faults = weight_faults(folder)
         report.torn += whole_files(folder, sorted(folder.top()))
         if any(fault.endswith(CUT_SHORT) for fault in faults) and _all_numbered(folder):
-            report.unknown += faults  # some readers ask the shards' own headers, and never the index
+            report.unknown += (
+                faults  # some readers ask the shards' own headers, and never the index
+            )
         else:
             self.lacking(folder, report, faults)
 
@@ -101,10 +106,10 @@ class HfTrainer(Form):
 
     Complete when `trainer_state.json`, which is written last, is of step N, the weights are whole,
     and nothing is missing that the Trainer would begin anew without a word: the optimizer and the
-    scheduler (it loads both or none), the random state of each rank, the scaler where the checkpoint
-    before has one. Under FSDP weights and optimizer are distributed checkpoints, under DeepSpeed
-    shards in the folder that `latest` names. One that was saved without any of them on purpose
-    (`save_only_model`) cannot be resumed, and is not damaged.
+    scheduler (it loads both or none), the random state of each rank, the scaler where the
+    checkpoint before has one. Under FSDP weights and optimizer are distributed checkpoints, under
+    DeepSpeed shards in the folder that `latest` names. One that was saved without any of them on
+    purpose (`save_only_model`) cannot be resumed, and is not damaged.
     """
 
     name = "Hugging Face Trainer"
@@ -113,7 +118,15 @@ class HfTrainer(Form):
         r"|checkpoint-is-incomplete\.txt\Z"
     )
     writes = re.compile(
-        "|".join([marks.pattern, _MODEL_FILES, _DESCRIBES, _FSDP, r"scaler\.pt\Z|optimizer\.bin\Z|latest\Z"])
+        "|".join(
+            [
+                marks.pattern,
+                _MODEL_FILES,
+                _DESCRIBES,
+                _FSDP,
+                r"scaler\.pt\Z|optimizer\.bin\Z|latest\Z",
+            ]
+        )
         + r"|(?:global_step|step)_?\d+/.*|zero_to_fp32\.py\Z|rank\d+-of-\d+-.*|scheduler\.bin\Z"
     )
     _RNG = re.compile(r"rng_state_(\d+)\.pth\Z")
@@ -125,14 +138,17 @@ class HfTrainer(Form):
         self._judge_state(folder, report)
         sharded = self._judge_sharded(folder, expected, report)
         # DeepSpeed loads its own shards, and nobody loads what describes the training.
-        skipped = {"training_args.bin"} | ({"model.safetensors"} if sharded == "deepspeed" else set())
+        skipped = {"training_args.bin"} | (
+            {"model.safetensors"} if sharded == "deepspeed" else set()
+        )
         report.torn += whole_files(folder, sorted(top - skipped))
         random_states = [name for name in top if name.startswith("rng_state")]
         has_scheduler = bool({"scheduler.pt", "scheduler.bin"} & top)
         has_optimizer = sharded or _any(top, r"optimizer(?:\.pt|\.bin)|rank\d+-of-.*optimizer")
         if not (random_states or has_scheduler or has_optimizer) and "trainer_state.json" in top:
             report.unknown.append(
-                "it holds a model and no optimizer (`save_only_model`): no training can go on from it"
+                "it holds a model and no optimizer (`save_only_model`): no training can go on"
+                " from it"
             )
             return
         lost = [] if has_optimizer else ["the optimizer's state is missing"]
@@ -165,7 +181,9 @@ class HfTrainer(Form):
     def _judge_state(folder: Folder, report: Report) -> None:
         state = read_json(folder, "trainer_state.json")
         if state is None:
-            report.torn.append("`trainer_state.json`, which is written last, is missing or cut short")
+            report.torn.append(
+                "`trainer_state.json`, which is written last, is missing or cut short"
+            )
             return
         step = state.get("global_step")
         report.iteration = step if isinstance(step, int) else None
@@ -173,7 +191,9 @@ class HfTrainer(Form):
         if name and step != int(name.group(1)) and not os.path.islink(folder.path):
             report.torn.append("`trainer_state.json` is of step {}".format(step))
 
-    def _random_faults(self, folder: Folder, names: List[str], num_ranks: int, report: Report) -> List[str]:
+    def _random_faults(
+        self, folder: Folder, names: List[str], num_ranks: int, report: Report
+    ) -> List[str]:
         if not names:
             return ["`rng_state.pth` is missing"]
         ranks = {key[0] for key in folder.matching(self._RNG)}
@@ -187,14 +207,20 @@ class HfTrainer(Form):
     def _judge_sharded(folder: Folder, expected: Expected, report: Report) -> str:
         """Judge FSDP's and DeepSpeed's parts; returns which of the two wrote them, "" for none."""
         folders = folder.folders()
-        parts = [name for name in sorted(folders) if re.match(r"(pytorch_model_fsdp|optimizer)_\d+\Z", name)]
+        parts = [
+            name
+            for name in sorted(folders)
+            if re.match(r"(pytorch_model_fsdp|optimizer)_\d+\Z", name)
+        ]
         if parts or any("fsdp" in name for name in folder.top()):
             return judge_fsdp(folder, parts, report)
         tag = deepspeed_tag(folder)
         if tag is None:
             return ""
         if not (read_text(os.path.join(folder.path, "latest"), 4096) or "").strip():
-            report.torn.append("`latest`, without which DeepSpeed loads nothing, is missing or empty")
+            report.torn.append(
+                "`latest`, without which DeepSpeed loads nothing, is missing or empty"
+            )
         if tag not in folders:
             report.torn.append("`latest` names `{}`, which is not there".format(tag))
             return "deepspeed"
@@ -203,8 +229,8 @@ class HfTrainer(Form):
 
 
 def judge_fsdp(folder: Folder, parts: List[str], report: Report) -> str:
-    """The distributed checkpoints of FSDP in a Hugging Face checkpoint (accelerate/utils/fsdp_utils.py).
-    Returns "fsdp" when the optimizer is among them."""
+    """The distributed checkpoints of FSDP in a Hugging Face checkpoint
+    (accelerate/utils/fsdp_utils.py). Returns "fsdp" when the optimizer is among them."""
     for part in parts:
         judge_index(folder, part, report)
     if any(name.startswith("optimizer_") for name in parts):
@@ -219,8 +245,8 @@ def judge_fsdp(folder: Folder, parts: List[str], report: Report) -> str:
 
 
 def _said_by_deepspeed(folder: Folder) -> Tuple[bool, int]:
-    """Whether DeepSpeed keeps the scheduler itself, by the configuration in a model file, and how many
-    data-parallel ranks there were, 0 where nothing says it."""
+    """Whether DeepSpeed keeps the scheduler itself, by the configuration in a model file, and how
+    many data-parallel ranks there were, 0 where nothing says it."""
     names = sorted(name for name in folder.files if name.endswith("model_states.pt"))
     if not names:
         return False, 0
@@ -232,8 +258,14 @@ def _said_by_deepspeed(folder: Folder) -> Tuple[bool, int]:
 
 def deepspeed_tag(folder: Folder) -> Optional[str]:
     """The sub-folder with DeepSpeed's shards, None where there are none."""
-    named = read_text(os.path.join(folder.path, "latest"), 4096) if "latest" in folder.files else None
-    shards = {name.split("/")[0] for name in folder.files if name.endswith(("_states.pt",)) and "/" in name}
+    named = (
+        read_text(os.path.join(folder.path, "latest"), 4096) if "latest" in folder.files else None
+    )
+    shards = {
+        name.split("/")[0]
+        for name in folder.files
+        if name.endswith(("_states.pt",)) and "/" in name
+    }
     if named and named.strip() and "/" not in named:
         return named.strip()
     return min(shards) if shards else None
@@ -253,13 +285,15 @@ def judge_deepspeed(folder: Folder, tag: str, expected: Expected, report: Report
 
 def ranks_of_parts(folder: Folder) -> int:
     """How many ranks FSDP's parts show at least."""
-    parts = [name for name in folder.files if re.match(r"(?:pytorch_model_fsdp|optimizer)_\d+/", name)]
+    parts = [
+        name for name in folder.files if re.match(r"(?:pytorch_model_fsdp|optimizer)_\d+/", name)
+    ]
     return ranks_in(name.split("/", 1)[1] for name in parts)
 
 
 def fewer_ranks(folder: Folder, pattern: Pattern[str], ranks: Set[int], report: Report) -> None:
-    """Nothing in such a checkpoint says how many ranks there were: with fewer than in the one before,
-    the run may have got smaller, or the last ranks' files were never written."""
+    """Nothing in such a checkpoint says how many ranks there were: with fewer than in the one
+    before, the run may have got smaller, or the last ranks' files were never written."""
     before = {int(match.group(1)) for match in map(pattern.match, folder.previous) if match}
     if before and ranks and len(ranks) < len(before):
         line = "it has random states of {} ranks, the one before of {}"
@@ -273,7 +307,8 @@ class Accelerate(Form):
     name = "accelerate"
     marks = re.compile(
         r"random_states_\d+\.pkl\Z|custom_checkpoint_\d+\.pkl\Z|optimizer(?:_\d+)?\.bin\Z"
-        r"|scheduler(?:_\d+)?\.bin\Z|sampler(?:_\d+)?\.bin\Z|dl_state_dict(?:_\d+)?\.bin\Z|COMPLETED\Z"
+        r"|scheduler(?:_\d+)?\.bin\Z|sampler(?:_\d+)?\.bin\Z|dl_state_dict(?:_\d+)?\.bin\Z"
+        r"|COMPLETED\Z"
     )
     writes = re.compile(
         "|".join([marks.pattern, _MODEL_FILES, _DESCRIBES, _FSDP, r"scaler\.pt\Z"])
@@ -332,7 +367,8 @@ class OpenInstruct(Accelerate):
 
 
 class Completed(OpenInstruct):
-    """open-instruct's, told from accelerate's by the marker alone: for a folder of no known layout."""
+    """open-instruct's, told from accelerate's by the marker alone: for a folder of no known
+    layout."""
 
     marks = re.compile(r"COMPLETED\Z")
 

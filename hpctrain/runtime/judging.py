@@ -79,7 +79,8 @@ def judge_as(
     expected: Expected,
     previous: Optional[str] = None,
 ) -> Verdict:
-    """The verdict on a checkpoint that is said to be of `layout` (None: of any). See Layout.verdict."""
+    """The verdict on a checkpoint that is said to be of `layout` (None: of any). See
+    Layout.verdict."""
     try:
         folder = _folder_at(path, listing, previous)
         form = form_of(layout, folder)
@@ -123,8 +124,9 @@ def _folder_at(path: str, listing: Listing, previous: Optional[str]) -> Folder:
 
 
 def form_of(layout: Optional[Layout], folder: Folder) -> Optional[Form]:
-    """The form that the files show: one of the layout's own, else any that recognises them, else one
-    of the layout's whose save was cut off early. None when there is no rule for what lies there."""
+    """The form that the files show: one of the layout's own, else any that recognises them, else
+    one of the layout's whose save was cut off early. None when there is no rule for what lies
+    there."""
     own = layout.forms if layout else ()
     for form in own:
         if form.recognises(folder):

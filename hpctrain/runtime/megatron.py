@@ -32,8 +32,8 @@ class Shape:
 
 class MegatronLegacy(Form):
     """`--ckpt-format torch`: a `model_optim_rng.pt` (or `model_rng.pt`) for every rank, in
-    `mp_rank_TT[_PPP][_EEE]/` (megatron/training/checkpointing.py `get_checkpoint_name`): `_PPP` with
-    pipeline stages, `_EEE` with expert ranks.
+    `mp_rank_TT[_PPP][_EEE]/` (megatron/training/checkpointing.py `get_checkpoint_name`): `_PPP`
+    with pipeline stages, `_EEE` with expert ranks.
 
     The sizes are those in the arguments that each file holds, else the plan's, else the names must
     be without gaps.
@@ -70,7 +70,9 @@ class MegatronLegacy(Form):
             report.torn += missing("optimizer files", wanted, with_optimizer, form.format)
 
 
-def _missing_ranks(ranks: Dict[Tuple[int, ...], str], shape: Shape, expected: Expected) -> List[str]:
+def _missing_ranks(
+    ranks: Dict[Tuple[int, ...], str], shape: Shape, expected: Expected
+) -> List[str]:
     """The product of the sizes, or, where they are not known, no gap in the numbers."""
     width = max(len(key) for key in ranks)
     seen = [max(key[place] for key in ranks if len(key) == width) + 1 for place in range(width)]
@@ -148,7 +150,8 @@ class MegatronDist(Form):
 
     @staticmethod
     def _bridge(folder: Folder, report: Report) -> None:
-        """Megatron-Bridge adds `train_state.pt` and `run_config.yaml`; both or none, or as before."""
+        """Megatron-Bridge adds `train_state.pt` and `run_config.yaml`; both or none, or as
+        before."""
         own = ("train_state.pt", "run_config.yaml")
         there = [name for name in own if name in folder.files or name in folder.previous]
         if there:

@@ -56,7 +56,8 @@ def _spare(run_dir: str) -> str:
 
 
 def set_aside(folder: str, place: str, name: str, kind: str) -> str:
-    """Move `name` out of the framework's folder, to the first free name there; returns its new path.
+    """Move `name` out of the framework's folder, to the first free name there; returns its new
+    path.
 
     A link is made anew, so that it still leads where it led. Where `place` is on another file
     system, it stays in the folder under a hidden name. Raises FileNotFoundError when it is gone.
@@ -82,7 +83,8 @@ def set_aside(folder: str, place: str, name: str, kind: str) -> str:
 
 
 def kept_aside(folder: str, place: str) -> Dict[str, str]:
-    """What was set aside, by name, with its path: in `place`, and by older versions in the folder."""
+    """What was set aside, by name, with its path: in `place`, and by older versions in the
+    folder."""
     found: Dict[str, str] = {}
     for where, hidden in ((place, ""), (folder, "."), (folder, "")):
         try:

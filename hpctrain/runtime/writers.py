@@ -11,16 +11,19 @@ from .layout import Expected, Folder, Form, Report, missing, opened, shape_of
 
 
 class Verl(Form):
-    """verl's `global_step_N/`: `actor/` (and `critic/`, where there is one) hold `model`, `optim` and
-    `extra_state` files `…_world_size_W_rank_R.pt` for every rank of one world size W, the same in
-    both, and `data.pt`, the position in the data, is there
-    (verl/utils/checkpoint/fsdp_checkpoint_manager.py, trainer/ppo/ray_trainer.py `_save_checkpoint`).
+    """verl's `global_step_N/`: `actor/` (and `critic/`, where there is one) hold `model`, `optim`
+    and `extra_state` files `…_world_size_W_rank_R.pt` for every rank of one world size W, the same
+    in both, and `data.pt`, the position in the data, is there
+    (verl/utils/checkpoint/fsdp_checkpoint_manager.py, trainer/ppo/ray_trainer.py
+    `_save_checkpoint`).
     """
 
     name = "verl"
     marks = re.compile(r"(?:actor|critic)/.*|transfer_queue/.*|data\.pt\Z")
     writes = marks
-    _SHARD = re.compile(r"(actor|critic)/(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt\Z")
+    _SHARD = re.compile(
+        r"(actor|critic)/(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt\Z"
+    )
 
     def judge(self, folder: Folder, expected: Expected, report: Report) -> None:
         shard_files = self._shards(folder)
@@ -88,9 +91,9 @@ class Verl(Form):
 
 
 class OlmoCore(Form):
-    """OLMo-core's `stepN/` (olmo_core/train/checkpoint.py `dir_is_checkpoint`, `load`): `train/rank0.pt`,
-    which stands in for a rank whose own is not there, `model_and_optim/` with the files that its `.metadata` names, and `.metadata.json`,
-    which is written last."""
+    """OLMo-core's `stepN/` (olmo_core/train/checkpoint.py `dir_is_checkpoint`, `load`):
+    `train/rank0.pt`, which stands in for a rank whose own is not there, `model_and_optim/` with the
+    files that its `.metadata` names, and `.metadata.json`, which is written last."""
 
     name = "OLMo-core"
     marks = re.compile(r"\.metadata\.json\Z|model_and_optim/.*|train/rank\d+\.pt\Z")
@@ -112,7 +115,9 @@ class OlmoCore(Form):
             self.lacking(folder, report, ["`train/rank0.pt` is missing"])
             return
         if 0 not in ranks:
-            report.torn.append("`train/rank0.pt`, which stands in for every other rank's, is missing")
+            report.torn.append(
+                "`train/rank0.pt`, which stands in for every other rank's, is missing"
+            )
         path = os.path.join(folder.path, ranks[min(ranks)])
         step = shards.top_values(path, ("global_step",)).get("global_step")
         report.iteration = step if isinstance(step, int) else None
@@ -123,7 +128,9 @@ class OlmoCore(Form):
 
 class LightningFolder(Form):
     """A Lightning `.ckpt` that is a folder: of FSDP (`meta.pt` and a distributed checkpoint,
-    lightning/fabric/strategies/fsdp.py `save_checkpoint`) or of DeepSpeed (`checkpoint/`, `latest`)."""
+    lightning/fabric/strategies/fsdp.py `save_checkpoint`) or of DeepSpeed (`checkpoint/`,
+    `latest`).
+    """
 
     name = "Lightning sharded"
     marks = re.compile(r"meta\.pt\Z|checkpoint/.*_states\.pt\Z")
@@ -143,10 +150,14 @@ class LightningFolder(Form):
 
 class Nanotron(Form):
     """nanotron's `checkpoints/N/` (nanotron/serialize/): every `…-R-of-N…` file in `model/`,
-    `optimizer/` and `random/`, the scheduler, and `checkpoint_metadata.json`, which is written last."""
+    `optimizer/` and `random/`, the scheduler, and `checkpoint_metadata.json`, which is written
+    last.
+    """
 
     name = "nanotron"
-    marks = re.compile(r"checkpoint_metadata\.json\Z|optimizer/optimizer_.*-of-.*\.pt\Z|optimizer/.*")
+    marks = re.compile(
+        r"checkpoint_metadata\.json\Z|optimizer/optimizer_.*-of-.*\.pt\Z|optimizer/.*"
+    )
     writes = re.compile(
         r"checkpoint_metadata\.json\Z|(?:model|optimizer|lr_scheduler|random)/.*"
         r"|(?:model_)?config\.(?:json|yaml)\Z"
@@ -165,7 +176,9 @@ class Nanotron(Form):
         report.torn += self._parameters(folder)
         before = {shape_of(name) for name in folder.previous}
         gone = sorted(before - {shape_of(name) for name in folder.files})
-        report.torn += ["`{}`, as in the one beside it, is missing".format(name) for name in gone[:3]]
+        report.torn += [
+            "`{}`, as in the one beside it, is missing".format(name) for name in gone[:3]
+        ]
 
     def _families(self, folder: Folder) -> Dict[str, List[str]]:
         families: Dict[str, List[str]] = {}
@@ -175,7 +188,8 @@ class Nanotron(Form):
         return families
 
     def _parameters(self, folder: Folder) -> List[str]:
-        """The weights that the optimizer's configuration names: with ZeRO 1 it lists every parameter."""
+        """The weights that the optimizer's configuration names: with ZeRO 1 it lists every
+        parameter."""
         found = read_json(folder, "optimizer/optimizer_config.json") or {}
         configs = found.get("configs")
         shapes = configs.get("orig_param_shapes") if isinstance(configs, dict) else None
@@ -206,7 +220,8 @@ class SingleFile(Form):
     KEYS = ("global_step", "step", "iteration", "iter", "global_steps")
 
     def could_be(self, folder: Folder) -> bool:
-        """Whether nothing but such files lies there, in no folders: a folder of checkpoints is none."""
+        """Whether nothing but such files lies there, in no folders: a folder of checkpoints is
+        none."""
         names = list(folder.files)
         return bool(names) and all(self.writes.match(name) and "/" not in name for name in names)
 

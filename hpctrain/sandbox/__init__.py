@@ -1,1 +1,2 @@
-"""A real Slurm on this machine, shaped like a site: same partitions, limits and node shape, simulated nodes."""
+"""A real Slurm on this machine, shaped like a site: same partitions, limits and node shape,
+simulated nodes."""

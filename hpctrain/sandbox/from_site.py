@@ -1,4 +1,5 @@
-"""A site profile becomes the shape of a sandbox: same partitions, limits and kinds of node, as many nodes as asked."""
+"""A site profile becomes the shape of a sandbox: same partitions, limits and kinds of node, as many
+nodes as asked."""
 
 from __future__ import annotations
 
@@ -24,19 +25,28 @@ def shape_from_site(
     lean: bool = False,
     runs_nodes: bool = True,
 ) -> ClusterShape:
-    """The shape of `site` with `num_nodes` nodes of its main kind (that of its first partition), or by kind of node.
+    """The shape of `site` with `num_nodes` nodes of its main kind (that of its first partition), or
+    by kind of node.
 
-    Kinds of node that are not named get up to `OTHER_NODES`, so that every partition of the site is there; a kind
-    given 0 leaves its partitions out. `partitions` names the ones of a site that lists none. Raises UsageError for
-    an unknown kind of node, and when no node is left.
+    Kinds of node that are not named get up to `OTHER_NODES`, so that every partition of the site is
+    there; a kind given 0 leaves its partitions out. `partitions` names the ones of a site that
+    lists none. Raises UsageError for an unknown kind of node, and when no node is left.
     """
     found = [site.partitions[name] for name in site.partitions]
     if not found:
-        found = [part for name in (partitions or ("main",)) for part in [site.partition(name)] if part is not None]
+        found = [
+            part
+            for name in partitions or ("main",)
+            for part in [site.partition(name)]
+            if part is not None
+        ]
     main = found[0].node_type.name
     counts = dict(num_nodes) if isinstance(num_nodes, Mapping) else {main: num_nodes}
     problems = [
-        Problem(f"site `{site.name}` has no node type `{name}`", hint=f"it has {', '.join(site.node_types)}")
+        Problem(
+            f"site `{site.name}` has no node type `{name}`",
+            hint=f"it has {', '.join(site.node_types)}",
+        )
         for name in counts
         if name not in site.node_types
     ]
@@ -94,15 +104,21 @@ def shape_from_site(
 
 def _node_dirs(site: Site, node_types: Set[str]) -> tuple[str, ...]:
     """The folders that a job of this site makes on its nodes for itself alone."""
-    patterns = [fields["path"] for fields in site.values["node_dirs"].values() if "{job}" in fields["path"]]
+    patterns = [
+        fields["path"] for fields in site.values["node_dirs"].values() if "{job}" in fields["path"]
+    ]
     places = [site.node_types[name].tmp_path for name in sorted(node_types)]
-    return tuple(dict.fromkeys(pattern.replace("{tmp}", tmp) for tmp in places for pattern in patterns))
+    return tuple(
+        dict.fromkeys(pattern.replace("{tmp}", tmp) for tmp in places for pattern in patterns)
+    )
 
 
 def node_shape(kind: NodeType) -> NodeShape:
-    """A kind of node as Slurm shall see it; the cores that jobs may not use are the first of equal groups.
+    """A kind of node as Slurm shall see it; the cores that jobs may not use are the first of equal
+    groups.
 
-    On LUMI-G 8 of 64 cores are reserved: core 0 of each group of 8, the ones its published CPU masks leave out.
+    On LUMI-G 8 of 64 cores are reserved: core 0 of each group of 8, the ones its published CPU
+    masks leave out.
     """
     reserved = kind.cores - kind.usable_cores
     sockets = kind.sockets if kind.cores % kind.sockets == 0 else 1

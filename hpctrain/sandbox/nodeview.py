@@ -1,9 +1,11 @@
-"""What a simulated node sees: its own host name, the names of the other nodes, and the site's file systems.
+"""What a simulated node sees: its own host name, the names of the other nodes, and the site's file
+systems.
 
-With user namespaces every slurmd runs in a view of its own (bubblewrap: mount and UTS namespace): hostname(1) and
-getaddrinfo answer as on the node, with no trace in the job's environment, and directories of this machine can stand
-at the site's paths (/scratch, /project …). Without them libnss_wrapper, preloaded into every task, answers for the
-names; its table holds about 100 entries, so beyond 40 nodes it knows the first node of a job and the node itself.
+With user namespaces every slurmd runs in a view of its own (bubblewrap: mount and UTS namespace):
+hostname(1) and getaddrinfo answer as on the node, with no trace in the job's environment, and
+directories of this machine can stand at the site's paths (/scratch, /project …). Without them
+libnss_wrapper, preloaded into every task, answers for the names; its table holds about 100 entries,
+so beyond 40 nodes it knows the first node of a job and the node itself.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from hpctrain.sandbox.packages import Toolbox
 
 NSS_WRAPPER_NODES = 40
 _ALLOW = (
-    "an administrator can allow it: `sysctl kernel.unprivileged_userns_clone=1` on Debian, "
-    "`sysctl kernel.apparmor_restrict_unprivileged_userns=0` on Ubuntu; or use another machine, such as your own"
+    "an administrator can allow it: `sysctl kernel.unprivileged_userns_clone=1` on Debian, `sysctl"
+    " kernel.apparmor_restrict_unprivileged_userns=0` on Ubuntu; or use another machine, such as"
+    " your own"
 )
 
 
@@ -26,20 +29,36 @@ def unavailable(box: Toolbox) -> str:
     """Why no view can be made here; "" when it can."""
     if "bwrap" not in box.programs:
         return "bubblewrap is not installed and could not be unpacked"
-    argv = [*box.argv("bwrap"), "--dev-bind", "/", "/", "--unshare-uts", "--hostname", "probe", "--", "/bin/true"]
+    argv = [
+        *box.argv("bwrap"),
+        "--dev-bind",
+        "/",
+        "/",
+        "--unshare-uts",
+        "--hostname",
+        "probe",
+        "--",
+        "/bin/true",
+    ]
     try:
-        probe = subprocess.run(argv, capture_output=True, text=True, errors="replace", check=False, timeout=20)
+        probe = subprocess.run(
+            argv, capture_output=True, text=True, errors="replace", check=False, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"bubblewrap does not run here ({error})"
     last = (probe.stderr.strip().splitlines() or ["it says nothing"])[-1]
-    return f"this machine does not let bubblewrap make namespaces ({last})" if probe.returncode else ""
+    return (
+        f"this machine does not let bubblewrap make namespaces ({last})" if probe.returncode else ""
+    )
 
 
 def view_argv(
     bwrap: Sequence[str], mounts: Sequence[tuple[str, str]], *, hosts: str = "", hostname: str = ""
 ) -> list[str]:
-    """The words before a command that give it the view; `mounts` are (directory of this machine, path of the site)."""
-    # Not --die-with-parent: bubblewrap then also dies with its own parent, which for daemons ends right away.
+    """The words before a command that give it the view; `mounts` are (directory of this machine,
+    path of the site)."""
+    # Not --die-with-parent: bubblewrap then also dies with its own parent, which for daemons ends
+    # right away.
     argv = [*bwrap]
     if mounts:
         # A new root in memory, so that /scratch can appear where / may not be written.
@@ -63,9 +82,11 @@ def view_argv(
 
 
 def _mount_points(targets: Sequence[str]) -> list[str]:
-    """What makes places for mounts below folders of this machine that do not have them, without writing to those folders.
+    """What makes places for mounts below folders of this machine that do not have them, without
+    writing to those folders.
 
-    bubblewrap would make such a folder for real; instead its nearest parent becomes one in memory with the same entries.
+    bubblewrap would make such a folder for real; instead its nearest parent becomes one in memory
+    with the same entries.
     """
     parents = set()
     for target in targets:
@@ -88,9 +109,12 @@ def _mount_points(targets: Sequence[str]) -> list[str]:
 
 
 def check_mounts(mounts: Sequence[tuple[str, str]], problem: str) -> None:
-    """Raise EnvironmentFault when mounts were asked for and cannot be had, or their directories are not there."""
+    """Raise EnvironmentFault when mounts were asked for and cannot be had, or their directories are
+    not there."""
     if mounts and problem:
-        raise EnvironmentFault("the site's paths cannot be mounted into the sandbox", why=problem, hint=_ALLOW)
+        raise EnvironmentFault(
+            "the site's paths cannot be mounted into the sandbox", why=problem, hint=_ALLOW
+        )
     for source, _ in mounts:
         if not os.path.isdir(source):
             raise EnvironmentFault("there is no such directory to mount", where=source)

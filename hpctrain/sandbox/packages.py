@@ -1,9 +1,11 @@
-"""Finds Slurm on this machine, or unpacks Debian's packages of it into a cache of our own, without root.
+"""Finds Slurm on this machine, or unpacks Debian's packages of it into a cache of our own, without
+root.
 
-The packages come from apt's own configured sources (so from the distribution this machine already trusts), are
-checked against the SHA256 of apt's signed index, unpacked into a temporary directory and published by one rename.
-Unpacked programs are started through the dynamic loader with `--library-path`: an LD_LIBRARY_PATH would be
-inherited by the user's jobs, because sbatch and srun hand their environment on.
+The packages come from apt's own configured sources (so from the distribution this machine already
+trusts), are checked against the SHA256 of apt's signed index, unpacked into a temporary directory
+and published by one rename. Unpacked programs are started through the dynamic loader with
+`--library-path`: an LD_LIBRARY_PATH would be inherited by the user's jobs, because sbatch and srun
+hand their environment on.
 """
 
 from __future__ import annotations
@@ -28,12 +30,18 @@ from hpctrain.base.paths import cache_home
 # What has to be unpacked; the shared libraries these need are found from their Depends fields.
 SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge")
 HELPER_PACKAGES = ("bubblewrap", "libnss-wrapper")
-ACCOUNTING_PACKAGES = ("slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server-core", "mariadb-client-core")
+ACCOUNTING_PACKAGES = (
+    "slurmdbd",
+    "slurm-wlm-mysql-plugin",
+    "mariadb-server-core",
+    "mariadb-client-core",
+)
 # Every Debian and Ubuntu has these, and mixing another libc with the running loader cannot work.
 BASE_PACKAGES = frozenset({"libc6", "libgcc-s1", "libc-bin"})
 
 CLIENTS = (
-    "sbatch srun salloc squeue sacct scancel scontrol sinfo sacctmgr sprio sshare sstat sattach sbcast sreport strigger"
+    "sbatch srun salloc squeue sacct scancel scontrol sinfo sacctmgr sprio sshare sstat sattach"
+    " sbcast sreport strigger"
 ).split()
 DAEMONS = ("slurmctld", "slurmd", "slurmstepd", "munged")
 ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd")
@@ -52,7 +60,8 @@ class Program:
     loader: tuple[str, ...] = ()
 
     def argv(self, *arguments: str, name: str = "") -> list[str]:
-        """The command line that starts it; `name` is what it sees as argv[0] where the loader can say so."""
+        """The command line that starts it; `name` is what it sees as argv[0] where the loader can
+        say so."""
         if not self.loader:
             return [self.path, *arguments]
         shown = ("--argv0", name or os.path.basename(self.path)) if "--argv0" in self.loader else ()
@@ -77,17 +86,25 @@ class Toolbox:
 
     @property
     def has_lua(self) -> bool:
-        """Whether its job_submit/lua plugin is there; the system's plugins lie in one of the usual places."""
+        """Whether its job_submit/lua plugin is there; the system's plugins lie in one of the usual
+        places."""
         folders = (
-            [self.plugin_dir] if self.plugin_dir else glob.glob("/usr/lib*/slurm*") + glob.glob("/usr/lib/*/slurm*")
+            [self.plugin_dir]
+            if self.plugin_dir
+            else glob.glob("/usr/lib*/slurm*") + glob.glob("/usr/lib/*/slurm*")
         )
         return any(os.path.isfile(os.path.join(folder, "job_submit_lua.so")) for folder in folders)
 
 
 def find(
-    environ: Mapping[str, str], *, source: str = "auto", accounting: bool = False, report: Report = lambda text: None
+    environ: Mapping[str, str],
+    *,
+    source: str = "auto",
+    accounting: bool = False,
+    report: Report = lambda text: None,
 ) -> Toolbox:
-    """A complete Slurm: the system's where its daemons are installed, else an unpacked one (unpacked now if needed).
+    """A complete Slurm: the system's where its daemons are installed, else an unpacked one
+    (unpacked now if needed).
 
     `source` is `auto`, `system` or `unpacked`. Raises EnvironmentFault that names what is missing.
     """
@@ -105,33 +122,49 @@ def find(
             )
     cache = Path(cache_home(environ))
     box_or_none = _newest_unpacked(cache, accounting)
-    return box_or_none if box_or_none is not None else unpack(cache, accounting=accounting, report=report)
+    return (
+        box_or_none
+        if box_or_none is not None
+        else unpack(cache, accounting=accounting, report=report)
+    )
 
 
 def reopen(root: str, environ: Mapping[str, str]) -> Toolbox:
-    """The toolbox a running sandbox was started with: the unpacked one in `root`, or the system's where it is empty."""
+    """The toolbox a running sandbox was started with: the unpacked one in `root`, or the system's
+    where it is empty."""
     box = _unpacked(Path(root)) if root else _system()
     if box is None:
-        raise EnvironmentFault("the unpacked Slurm of this sandbox is gone", where=root, hint="hpctrain sandbox down")
+        raise EnvironmentFault(
+            "the unpacked Slurm of this sandbox is gone", where=root, hint="hpctrain sandbox down"
+        )
     return box
 
 
-def unpack(cache: Path, *, accounting: bool = False, helpers_only: bool = False, report: Report) -> Toolbox:
-    """Download, check and unpack the packages into `cache`; the directory appears complete or not at all.
+def unpack(
+    cache: Path, *, accounting: bool = False, helpers_only: bool = False, report: Report
+) -> Toolbox:
+    """Download, check and unpack the packages into `cache`; the directory appears complete or not
+    at all.
 
-    Raises EnvironmentFault where there is no apt or dpkg-deb, no network, a wrong hash, or a full disk.
+    Raises EnvironmentFault where there is no apt or dpkg-deb, no network, a wrong hash, or a full
+    disk.
     """
     tools = [f"`{tool}`" for tool in ("apt-get", "apt-cache", "dpkg-deb") if not shutil.which(tool)]
     if tools:
         raise EnvironmentFault(
-            f"Slurm is not installed, and {', '.join(tools)} {'are' if len(tools) > 1 else 'is'} not here to fetch it",
+            f"Slurm is not installed, and {', '.join(tools)} {'are' if len(tools) > 1 else 'is'}"
+            " not here to fetch it",
             why=_NOT_HERE,
-            hint="install Slurm's daemons and munge (slurmctld, slurmd, munged), then run this again",
+            hint=(
+                "install Slurm's daemons and munge (slurmctld, slurmd, munged), then run this again"
+            ),
         )
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise EnvironmentFault(f"cannot make the cache: {error.strerror}", where=str(cache)) from error
+        raise EnvironmentFault(
+            f"cannot make the cache: {error.strerror}", where=str(cache)
+        ) from error
     _check_owner(cache)
     roots = list(HELPER_PACKAGES)
     if not helpers_only:
@@ -139,7 +172,9 @@ def unpack(cache: Path, *, accounting: bool = False, helpers_only: bool = False,
     apt = _Apt(cache, report)
     wanted = apt.closure(roots)
     key = "bubblewrap" if helpers_only else "slurmctld"
-    final = cache / _directory_name(wanted[key]["Version"], wanted[key]["Architecture"], accounting, helpers_only)
+    final = cache / _directory_name(
+        wanted[key]["Version"], wanted[key]["Architecture"], accounting, helpers_only
+    )
     size = sum(int(fields.get("Size", 0)) for fields in wanted.values())
     report(f"unpacking {len(wanted)} Debian packages ({size / 1e6:.0f} MB) into {final}")
     work = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=cache))
@@ -149,14 +184,19 @@ def unpack(cache: Path, *, accounting: bool = False, helpers_only: bool = False,
         root.mkdir()
         for name, deb in sorted(debs.items()):
             _run(["dpkg-deb", "-x", str(deb), str(root)], f"cannot unpack {name}")
-        packages = {name: {"version": fields["Version"], "sha256": fields["SHA256"]} for name, fields in wanted.items()}
+        packages = {
+            name: {"version": fields["Version"], "sha256": fields["SHA256"]}
+            for name, fields in wanted.items()
+        }
         _write_manifest(root, packages)
         _publish(root, final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     box = _unpacked(final)
     if box is None:
-        raise EnvironmentFault("the unpacked Slurm is not complete", where=str(final), hint="delete it and try again")
+        raise EnvironmentFault(
+            "the unpacked Slurm is not complete", where=str(final), hint="delete it and try again"
+        )
     return box
 
 
@@ -166,7 +206,8 @@ def _directory_name(version: str, arch: str, accounting: bool, helpers_only: boo
 
 
 def _with_helpers(box: Toolbox, environ: Mapping[str, str], report: Report) -> Toolbox:
-    """The system's Slurm, completed with an unpacked bubblewrap and libnss_wrapper where those are not installed.
+    """The system's Slurm, completed with an unpacked bubblewrap and libnss_wrapper where those are
+    not installed.
 
     Neither is needed to run jobs, so a machine where they cannot be had still gets its sandbox.
     """
@@ -183,11 +224,14 @@ def _with_helpers(box: Toolbox, environ: Mapping[str, str], report: Report) -> T
             report(f"without bubblewrap and libnss_wrapper: {error.problems[0].what}")
             return box
     programs = {**helpers.programs, **box.programs}
-    return Toolbox(box.version, programs, box.plugin_dir, "", box.nss_wrapper or helpers.nss_wrapper)
+    return Toolbox(
+        box.version, programs, box.plugin_dir, "", box.nss_wrapper or helpers.nss_wrapper
+    )
 
 
 class _Apt:
-    """apt's view of the packages: its own lists, or, where it has none yet, lists of ours fetched without root."""
+    """apt's view of the packages: its own lists, or, where it has none yet, lists of ours fetched
+    without root."""
 
     def __init__(self, cache: Path, report: Report) -> None:
         self._options: list[str] = []
@@ -211,7 +255,9 @@ class _Apt:
                     hint="enable that archive in /etc/apt/sources.list and run apt-get update",
                 )
             found.update(fields)
-            wanted = sorted({name for entry in fields.values() for name in libraries_of(entry)} - set(found))
+            wanted = sorted(
+                {name for entry in fields.values() for name in libraries_of(entry)} - set(found)
+            )
         return found
 
     def download(self, wanted: Mapping[str, Mapping[str, str]], folder: Path) -> dict[str, Path]:
@@ -219,8 +265,21 @@ class _Apt:
         folder.mkdir()
         names = [f"{name}={fields['Version']}" for name, fields in wanted.items()]
         # As root apt would download as the user _apt, who may not write here.
-        command = ["apt-get", "-q", *self._options, "-o", "APT::Sandbox::User=root", "download", *names]
-        _run(command, "cannot download Slurm's packages", cwd=folder, hint="is there a network? try apt-get update")
+        command = [
+            "apt-get",
+            "-q",
+            *self._options,
+            "-o",
+            "APT::Sandbox::User=root",
+            "download",
+            *names,
+        ]
+        _run(
+            command,
+            "cannot download Slurm's packages",
+            cwd=folder,
+            hint="is there a network? try apt-get update",
+        )
         debs: dict[str, Path] = {}
         by_hash = {sha256_of(path): path for path in folder.glob("*.deb")}
         for name, fields in wanted.items():
@@ -235,12 +294,18 @@ class _Apt:
 
     def _show(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         command = ["apt-cache", *self._options, "show", "--no-all-versions", *names]
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False
+        )
         return parse_index(result.stdout)
 
     def _update_private_lists(self) -> None:
-        """Fetch lists into our cache: on a fresh container apt has none, and an ordinary user may not update them."""
-        self._report("apt has no lists of packages yet: fetching them into the cache (signatures are checked)")
+        """Fetch lists into our cache: on a fresh container apt has none, and an ordinary user may
+        not update them."""
+        self._report(
+            "apt has no lists of packages yet: fetching them into the cache (signatures are"
+            " checked)"
+        )
         state = self._cache / "apt"
         for folder in (state / "lists" / "partial", state / "cache" / "archives" / "partial"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -251,11 +316,16 @@ class _Apt:
             *("-o", "APT::Update::Post-Invoke-Success::="),
             *("-o", "APT::Update::Post-Invoke::="),
         ]
-        _run(["apt-get", "-q", *self._options, "update"], "cannot fetch apt's lists", hint="is there a network?")
+        _run(
+            ["apt-get", "-q", *self._options, "update"],
+            "cannot fetch apt's lists",
+            hint="is there a network?",
+        )
 
 
 def parse_index(text: str) -> dict[str, dict[str, str]]:
-    """`apt-cache show`'s stanzas by package name; the first stanza of a name (the candidate) wins."""
+    """`apt-cache show`'s stanzas by package name; the first stanza of a name (the candidate)
+    wins."""
     found: dict[str, dict[str, str]] = {}
     for stanza in text.split("\n\n"):
         fields: dict[str, str] = {}
@@ -269,7 +339,8 @@ def parse_index(text: str) -> dict[str, dict[str, str]]:
 
 
 def libraries_of(fields: Mapping[str, str]) -> list[str]:
-    """The library packages an index entry depends on (first alternatives); data and maintainer tools are not needed."""
+    """The library packages an index entry depends on (first alternatives); data and maintainer
+    tools are not needed."""
     names = []
     for key in ("Pre-Depends", "Depends"):
         for item in filter(None, fields.get(key, "").split(",")):
@@ -289,9 +360,11 @@ def sha256_of(path: Path) -> str:
 
 
 def interpreter_of(path: Path) -> str:
-    """The dynamic loader an ELF64 little-endian executable asks for (its PT_INTERP), "" for anything else.
+    """The dynamic loader an ELF64 little-endian executable asks for (its PT_INTERP), "" for
+    anything else.
 
-    The layout is that of elf(5): e_phoff at byte 32, e_phentsize and e_phnum at 54, p_type 3 is PT_INTERP.
+    The layout is that of elf(5): e_phoff at byte 32, e_phentsize and e_phnum at 54, p_type 3 is
+    PT_INTERP.
     """
     try:
         with open(path, "rb") as stream:
@@ -325,7 +398,8 @@ def _write_manifest(root: Path, packages: Mapping[str, Mapping[str, str]]) -> No
 
 
 def _publish(root: Path, final: Path) -> None:
-    """Rename into place; a broken older one is moved aside first, a complete one made meanwhile is kept."""
+    """Rename into place; a broken older one is moved aside first, a complete one made meanwhile is
+    kept."""
     for _ in range(3):
         try:
             os.rename(root, final)
@@ -340,7 +414,8 @@ def _publish(root: Path, final: Path) -> None:
 
 
 def _is_whole(root: Path) -> bool:
-    """Whether a published directory still has every file it had, by size (its content was checked when unpacked)."""
+    """Whether a published directory still has every file it had, by size (its content was checked
+    when unpacked)."""
     try:
         _check_owner(root)
         files = json.loads((root / "hpctrain-manifest.json").read_text())["files"]
@@ -369,7 +444,9 @@ def _candidates(cache: Path, pattern: str) -> list[Path]:
 
 def _newest_unpacked(cache: Path, accounting: bool) -> Toolbox | None:
     for path in _candidates(cache, "slurm-*"):
-        box = _unpacked(path, needed=(*_NEEDED, "bwrap", *(ACCOUNTING_PROGRAMS if accounting else ())))
+        box = _unpacked(
+            path, needed=(*_NEEDED, "bwrap", *(ACCOUNTING_PROGRAMS if accounting else ()))
+        )
         if box is not None:
             return box
     return None
@@ -390,11 +467,24 @@ def _unpacked(root: Path, needed: Sequence[str] = ()) -> Toolbox | None:
     if _loader_knows_argv0(loader_path):
         loader = (*loader, "--argv0")
     programs = {}
-    for name in (*CLIENTS, *DAEMONS, *ACCOUNTING_PROGRAMS, "mariadb", "bwrap", "mungekey", "mysql_install_db"):
-        for candidate in (root / prefix / (name + suffix) for prefix in _PREFIXES for suffix in ("-wlm", "")):
-            # Debian's alternatives make `sbatch` of `sbatch-wlm` at installation; in an unpacked tree only -wlm exists.
+    for name in (
+        *CLIENTS,
+        *DAEMONS,
+        *ACCOUNTING_PROGRAMS,
+        "mariadb",
+        "bwrap",
+        "mungekey",
+        "mysql_install_db",
+    ):
+        for candidate in (
+            root / prefix / (name + suffix) for prefix in _PREFIXES for suffix in ("-wlm", "")
+        ):
+            # Debian's alternatives make `sbatch` of `sbatch-wlm` at installation; in an unpacked
+            # tree only -wlm exists.
             if candidate.is_file():
-                programs[name] = Program(str(candidate), loader if interpreter_of(candidate) else ())
+                programs[name] = Program(
+                    str(candidate), loader if interpreter_of(candidate) else ()
+                )
                 break
     if any(name not in programs for name in needed):
         return None
@@ -406,25 +496,43 @@ def _unpacked(root: Path, needed: Sequence[str] = ()) -> Toolbox | None:
 
 
 def _loader_knows_argv0(loader: str) -> bool:
-    """glibc's loader has `--argv0` since 2.33; without it a program sees its whole path as its name."""
+    """glibc's loader has `--argv0` since 2.33; without it a program sees its whole path as its
+    name."""
     result = subprocess.run(
-        [loader, "--help"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False
+        [loader, "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=False,
     )
     return "--argv0" in result.stdout
 
 
 def _system() -> Toolbox:
-    """The programs that are installed; `sbin` is searched too because ordinary users do not have it on PATH."""
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin", "/usr/local/sbin"])
+    """The programs that are installed; `sbin` is searched too because ordinary users do not have it
+    on PATH."""
+    path = os.pathsep.join(
+        [os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin", "/usr/local/sbin"]
+    )
     programs = {}
-    for name in (*CLIENTS, *DAEMONS, *ACCOUNTING_PROGRAMS, "mariadb", "bwrap", "mungekey", "mysql_install_db"):
+    for name in (
+        *CLIENTS,
+        *DAEMONS,
+        *ACCOUNTING_PROGRAMS,
+        "mariadb",
+        "bwrap",
+        "mungekey",
+        "mysql_install_db",
+    ):
         found = shutil.which(name, path=path)
         if found:
             programs[name] = Program(found)
     wrapper = next(iter(sorted(Path("/usr/lib").glob("*-linux-gnu*/libnss_wrapper.so*"))), None)
     version = ""
     if "slurmctld" in programs:
-        shown = subprocess.run([programs["slurmctld"].path, "-V"], stdout=subprocess.PIPE, text=True, check=False)
+        shown = subprocess.run(
+            [programs["slurmctld"].path, "-V"], stdout=subprocess.PIPE, text=True, check=False
+        )
         version = shown.stdout.strip().rpartition(" ")[2]
     return Toolbox(version, programs, "", "", str(wrapper) if wrapper else "")
 
@@ -432,9 +540,16 @@ def _system() -> Toolbox:
 def _run(command: Sequence[str], what: str, *, cwd: Path | None = None, hint: str = "") -> None:
     environ = {**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
     result = subprocess.run(
-        command, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", check=False,
-    )  # fmt: skip
+        command,
+        cwd=cwd,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
     if result.returncode:
         tail = "\n".join(line for line in result.stdout.splitlines()[-6:] if line.strip())
         if os.strerror(errno.ENOSPC) in tail:

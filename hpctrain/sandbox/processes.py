@@ -1,10 +1,11 @@
 """Starts, recognizes and ends the processes of one sandbox, and never anybody else's.
 
-A process is ours when its environment or its working directory says so: every daemon is started with
-`HPCTRAIN_SANDBOX_PROCESS=<state directory>` in its environment and `<run directory>/here` as working directory, and
-every task of a job gets the same variable. slurmstepd overwrites its environment block with its title, so the
-working directory is the mark that stays. A process id alone is never trusted: it is read together with the
-process's start time, and checked again just before a signal (a recycled id is somebody else's process).
+A process is ours when its environment or its working directory says so: every daemon is started
+with `HPCTRAIN_SANDBOX_PROCESS=<state directory>` in its environment and `<run directory>/here` as
+working directory, and every task of a job gets the same variable. slurmstepd overwrites its
+environment block with its title, so the working directory is the mark that stays. A process id
+alone is never trusted: it is read together with the process's start time, and checked again just
+before a signal (a recycled id is somebody else's process).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Process:
-    """One running process: its id with its start time in clock ticks since boot (proc(5), stat field 22)."""
+    """One running process: its id with its start time in clock ticks since boot (proc(5), stat
+    field 22)."""
 
     pid: int
     start_ticks: int
@@ -55,12 +57,21 @@ def read(pid: int) -> Process | None:
 
 
 def start(
-    role: str, argv: Sequence[str], *, state: str, run: str, environ: Mapping[str, str], log: Path, folder: str = ""
+    role: str,
+    argv: Sequence[str],
+    *,
+    state: str,
+    run: str,
+    environ: Mapping[str, str],
+    log: Path,
+    folder: str = "",
 ) -> None:
-    """Start a daemon in a session of its own, marked as this sandbox's; its output is appended to `log`.
+    """Start a daemon in a session of its own, marked as this sandbox's; its output is appended to
+    `log`.
 
-    `setsid --fork` makes it init's child at once (we never have a zombie to wait for), and the shell notes the id of
-    the very process that becomes the daemon in `<run>/<role>.pid`; `of_role` reads it.
+    `setsid --fork` makes it init's child at once (we never have a zombie to wait for), and the
+    shell notes the id of the very process that becomes the daemon in `<run>/<role>.pid`; `of_role`
+    reads it.
     """
     note = 'echo $$ >"$0.new" && mv "$0.new" "$0" && exec "$@"'
     pid_file = os.path.join(run, f"{role}.pid")
@@ -83,22 +94,30 @@ def start(
     deadline = time.monotonic() + 30
     while not os.path.exists(pid_file):
         if time.monotonic() > deadline:
-            raise EnvironmentFault(f"{role} was not started within 30 s", where=str(log), hint="is the disk full?")
+            raise EnvironmentFault(
+                f"{role} was not started within 30 s", where=str(log), hint="is the disk full?"
+            )
         time.sleep(0.002)
 
 
 def of_role(role: str, *, state: str, run: str) -> Process | None:
-    """The live daemon that was started as `role`, None when it ended; an id that is now another process is not it."""
+    """The live daemon that was started as `role`, None when it ended; an id that is now another
+    process is not it."""
     try:
         pid = int(Path(run, f"{role}.pid").read_text())
     except (OSError, ValueError):
         return None
     process = read(pid)
-    return process if process is not None and _is_marked(pid, state, os.path.join(run, "here")) else None
+    return (
+        process
+        if process is not None and _is_marked(pid, state, os.path.join(run, "here"))
+        else None
+    )
 
 
 def of_sandbox(state: str, run: str) -> list[Process]:
-    """Every live process of the sandbox: the marked ones and all their descendants, without ourselves."""
+    """Every live process of the sandbox: the marked ones and all their descendants, without
+    ourselves."""
     everything = {process.pid: process for process in _all()}
     here = os.path.join(run, "here")
     ours = {pid for pid in everything if _is_marked(pid, state, here)}
@@ -115,16 +134,21 @@ def of_sandbox(state: str, run: str) -> list[Process]:
 
 
 def out_of_sight(state: str, run: str) -> str:
-    """Why processes of the sandbox cannot be told or ended from here though some are running, "" when none is hidden.
+    """Why processes of the sandbox cannot be told or ended from here though some are running, ""
+    when none is hidden.
 
-    In another user namespace their environment and working directory may not be read, in another PID namespace they are
-    not there at all; but the socket of their munged lies in a file system, and answers whoever may open it.
+    In another user namespace their environment and working directory may not be read, in another
+    PID namespace they are not there at all; but the socket of their munged lies in a file system,
+    and answers whoever may open it.
     """
     for path in sorted(Path(run).glob("*.pid")):
         with contextlib.suppress(OSError, ValueError):
             pid = int(path.read_text())
             if state.encode() in (PROC / str(pid) / "cmdline").read_bytes() and not _may_look(pid):
-                return f"{path.name[:-4]} (process {pid}) runs in another user namespace, and may not be looked at from this one"
+                return (
+                    f"{path.name[:-4]} (process {pid}) runs in another user namespace, and may not"
+                    " be looked at from this one"
+                )
     if of_role("munged", state=state, run=run):
         return ""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -132,7 +156,9 @@ def out_of_sight(state: str, run: str) -> str:
             probe.connect(os.path.join(run, "munge.socket"))
         except OSError:
             return ""
-    return "its munged answers and is not among the processes here: it runs in another PID namespace"
+    return (
+        "its munged answers and is not among the processes here: it runs in another PID namespace"
+    )
 
 
 def _may_look(pid: int) -> bool:
@@ -146,12 +172,17 @@ def _may_look(pid: int) -> bool:
 
 
 def of_node(node: str, state: str, run: str) -> list[Process]:
-    """Everything that runs on one simulated node: its slurmd, the slurmstepds it started, and all their tasks."""
+    """Everything that runs on one simulated node: its slurmd, the slurmstepds it started, and all
+    their tasks."""
     everything = of_sandbox(state, run)
     children: dict[int, list[Process]] = {}
     for process in everything:
         children.setdefault(process.parent, []).append(process)
-    queue = [process for process in everything if _is_on(process.pid, node, os.path.join(run, "here", node))]
+    queue = [
+        process
+        for process in everything
+        if _is_on(process.pid, node, os.path.join(run, "here", node))
+    ]
     found = {process.pid: process for process in queue}
     while queue:
         for child in children.get(queue.pop().pid, ()):
@@ -162,14 +193,18 @@ def of_node(node: str, state: str, run: str) -> list[Process]:
 
 
 def steps_of_node(node: str, state: str, run: str) -> list[Process]:
-    """What runs on a simulated node beside its slurmd: the slurmstepds, which leave slurmd's family at once, and their tasks."""
+    """What runs on a simulated node beside its slurmd: the slurmstepds, which leave slurmd's family
+    at once, and their tasks."""
     slurmd = of_role(f"slurmd-{node}", state=state, run=run)
     found = of_node(node, state, run)
     if slurmd is None:
         return found
-    # Above slurmd there is the bubblewrap of its view, if it has one; below it what it has just started.
+    # Above slurmd there is the bubblewrap of its view, if it has one; below it what it has just
+    # started.
     return [
-        process for process in found if slurmd.pid not in (process.pid, process.parent) and process.pid != slurmd.parent
+        process
+        for process in found
+        if slurmd.pid not in (process.pid, process.parent) and process.pid != slurmd.parent
     ]
 
 
@@ -180,9 +215,11 @@ def kill(processes: Iterable[Process]) -> None:
 
 
 def end(processes: Iterable[Process], run: str, *, grace_s: float = 3.0) -> list[Process]:
-    """End daemons at once and tasks with SIGTERM, then SIGKILL after `grace_s`; returns those that survived even that.
+    """End daemons at once and tasks with SIGTERM, then SIGKILL after `grace_s`; returns those that
+    survived even that.
 
-    The daemons' files are deleted right after, so they need no time to put them in order; the tasks are the user's.
+    The daemons' files are deleted right after, so they need no time to put them in order; the tasks
+    are the user's.
     """
     here = os.path.join(run, "here")
     daemons: list[Process] = []
@@ -206,7 +243,8 @@ def _wait(processes: list[Process], limit_s: float) -> list[Process]:
 
 
 def _signal(process: Process, number: int) -> bool:
-    """Send a signal to exactly this process. With a pidfd (Linux 5.3, Python 3.9) there is no moment in between."""
+    """Send a signal to exactly this process. With a pidfd (Linux 5.3, Python 3.9) there is no
+    moment in between."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except (OSError, AttributeError):
@@ -244,7 +282,8 @@ def _is_marked(pid: int, state: str, here: str) -> bool:
 
 
 def _is_below(pid: int, here: str) -> bool:
-    """Whether a process works in `here` or below: only daemons do (also when the directory was deleted meanwhile)."""
+    """Whether a process works in `here` or below: only daemons do (also when the directory was
+    deleted meanwhile)."""
     try:
         where = os.readlink(PROC / str(pid) / "cwd")
     except OSError:

@@ -1,4 +1,5 @@
-"""Sandboxes: up, down, status, fault. Each call leaves a sandbox either running and recorded, or gone."""
+"""Sandboxes: up, down, status, fault. Each call leaves a sandbox either running and recorded, or
+gone."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Status:
-    """What a sandbox is now. `phase` is up, half-alive, starting, down, elsewhere (on another machine) or out of
-    sight (in another namespace of this one)."""
+    """What a sandbox is now. `phase` is up, half-alive, starting, down, elsewhere (on another
+    machine) or out of sight (in another namespace of this one)."""
 
     name: str
     state: Path
@@ -38,7 +39,8 @@ class Status:
     nodes: Mapping[str, str] | None = None
     num_jobs: int = 0
     num_processes: int = 0
-    nodes_without_slurmd: tuple[str, ...] = ()  # Slurm itself notices a dead slurmd only after SlurmdTimeout
+    # Slurm itself notices a dead slurmd only after SlurmdTimeout
+    nodes_without_slurmd: tuple[str, ...] = ()
 
     @property
     def slurm_conf(self) -> str:
@@ -61,9 +63,9 @@ def up(
 ) -> tuple[Status, bool]:
     """A running sandbox of this shape in `directory`, and whether it had to be started.
 
-    Whatever an earlier, crashed `up` left there is ended first. Any failure, also Ctrl-C, SIGTERM and SIGHUP, ends
-    every process that was started and removes the files but the logs. Raises Refused when a sandbox of another shape
-    is running there.
+    Whatever an earlier, crashed `up` left there is ended first. Any failure, also Ctrl-C, SIGTERM
+    and SIGHUP, ends every process that was started and removes the files but the logs. Raises
+    Refused when a sandbox of another shape is running there.
     """
     shape.check(wanted)
     state.claim(directory)
@@ -82,10 +84,14 @@ def up(
                 f"a sandbox of another shape is running: {describe(before.record.shape)}",
                 where=str(directory),
                 why=f"asked for: {describe(wanted)}",
-                hint=f"hpctrain sandbox down --name {name}, or start this one beside it with --name",
+                hint=(
+                    f"hpctrain sandbox down --name {name}, or start this one beside it with --name"
+                ),
             )
         run = state.run_dir(directory, environ)
-        if before.phase in ("starting", "half-alive") or processes.of_sandbox(str(directory), str(run)):
+        if before.phase in ("starting", "half-alive") or processes.of_sandbox(
+            str(directory), str(run)
+        ):
             report("clearing away what an earlier sandbox left here")
         _clear(directory, run, keep_logs=False)
         box = packages.find(environ, source=source, accounting=wanted.accounting, report=report)
@@ -101,14 +107,20 @@ def up(
             raise
 
 
-def down(name: str, directory: Path, environ: Mapping[str, str], *, keep_logs: bool = False) -> bool:
+def down(
+    name: str, directory: Path, environ: Mapping[str, str], *, keep_logs: bool = False
+) -> bool:
     """End a sandbox: exactly its own processes and files; whether there was anything to end."""
     if not directory.is_dir():
         return False
     with state.locked(directory):
         found = _look(name, directory)
         if found.phase == "elsewhere" and found.record is not None:
-            raise Refused(f"this sandbox runs on `{found.record.host}`", where=str(directory), hint="end it there")
+            raise Refused(
+                f"this sandbox runs on `{found.record.host}`",
+                where=str(directory),
+                hint="end it there",
+            )
         run = Path(found.record.place.run) if found.record else state.run_dir(directory, environ)
         had = found.record is not None or bool(processes.of_sandbox(str(directory), str(run)))
         if not had and not (directory / "etc").is_dir():
@@ -123,20 +135,27 @@ def status(name: str, directory: Path, environ: Mapping[str, str]) -> Status:
     found = _look(name, directory)
     if found.record is None or found.phase != "up":
         return found
-    daemons = Daemons(found.record.shape, found.record.place, _toolbox(found.record, environ), environ)
+    daemons = Daemons(
+        found.record.shape, found.record.place, _toolbox(found.record, environ), environ
+    )
     jobs = daemons.run("squeue", "-h", "-o", "%A", timeout_s=20).stdout.split()
     count = len(processes.of_sandbox(str(directory), found.record.place.run))
     names = found.record.shape.node_names if found.record.shape.runs_nodes else []
     silent = tuple(node for node in names if not daemons.is_running(f"slurmd-{node}"))
-    return Status(name, directory, found.phase, found.record, daemons.node_states(), len(jobs), count, silent)
+    return Status(
+        name, directory, found.phase, found.record, daemons.node_states(), len(jobs), count, silent
+    )
 
 
-def fault(names: str, action: str, name: str, directory: Path, environ: Mapping[str, str]) -> list[str]:
+def fault(
+    names: str, action: str, name: str, directory: Path, environ: Mapping[str, str]
+) -> list[str]:
     """Make nodes fail or come back; returns their names. Actions:
 
-    `down`: the administrator sets the node down, its jobs are killed and requeued. `drain`: it takes no new jobs.
-    `resume`: both ended. `kill-slurmd`: its daemon is gone, its tasks run on. `crash`: daemon and tasks are gone, as
-    when a node loses power; the controller notices after SlurmdTimeout. `restart-slurmd`: its daemon is started again.
+    `down`: the administrator sets the node down, its jobs are killed and requeued. `drain`: it
+    takes no new jobs. `resume`: both ended. `kill-slurmd`: its daemon is gone, its tasks run on.
+    `crash`: daemon and tasks are gone, as when a node loses power; the controller notices after
+    SlurmdTimeout. `restart-slurmd`: its daemon is started again.
     """
     record = running(name, directory)
     try:
@@ -146,14 +165,18 @@ def fault(names: str, action: str, name: str, directory: Path, environ: Mapping[
     unknown = [node for node in nodes if node not in set(record.shape.node_names)]
     if unknown or not nodes:
         there = units.compress_nodes(record.shape.node_names)
-        raise UsageError(f"there is no node {', '.join(map(repr, unknown))}", hint=f"the sandbox has {there}")
+        raise UsageError(
+            f"there is no node {', '.join(map(repr, unknown))}", hint=f"the sandbox has {there}"
+        )
     daemons = Daemons(record.shape, record.place, _toolbox(record, environ), environ)
     if action in ("down", "drain", "resume"):
         arguments = ["update", f"nodename={units.compress_nodes(nodes)}", f"state={action}"]
         arguments += [] if action == "resume" else ["reason=hpctrain sandbox fault"]
         result = daemons.run("scontrol", *arguments)
         if result.returncode:
-            raise EnvironmentFault(f"scontrol could not {action} {names}", why=(result.stdout + result.stderr).strip())
+            raise EnvironmentFault(
+                f"scontrol could not {action} {names}", why=(result.stdout + result.stderr).strip()
+            )
         return nodes
     with state.locked(directory):
         for node in nodes:
@@ -172,17 +195,24 @@ def running(name: str, directory: Path) -> Record:
     """The record of a running sandbox. Raises EnvironmentFault when it is not up."""
     found = _look(name, directory)
     if found.record is None or found.phase != "up":
-        word = {"down": "not running", "elsewhere": "running on another machine"}.get(found.phase, found.phase)
+        word = {"down": "not running", "elsewhere": "running on another machine"}.get(
+            found.phase, found.phase
+        )
         raise EnvironmentFault(
-            f"the sandbox `{name}` is {word}", where=str(directory), hint=f"hpctrain sandbox up --name {name}"
+            f"the sandbox `{name}` is {word}",
+            where=str(directory),
+            hint=f"hpctrain sandbox up --name {name}",
         )
     return found.record
 
 
 def shell_environ(record: Record, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment in which plain sbatch, squeue, srun talk to the sandbox; options of other Slurms are dropped."""
+    """The environment in which plain sbatch, squeue, srun talk to the sandbox; options of other
+    Slurms are dropped."""
     kept = {
-        key: value for key, value in environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SRUN_", "SALLOC_"))
+        key: value
+        for key, value in environ.items()
+        if not key.startswith(("SLURM_", "SBATCH_", "SRUN_", "SALLOC_"))
     }
     bin_dir = f"{record.place.state}/bin"
     path = [entry for entry in kept.get("PATH", os.defpath).split(":") if entry != bin_dir]
@@ -193,7 +223,8 @@ def shell_environ(record: Record, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def shell_argv(record: Record, words: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """The command line that runs `words` as on the login node: where the site's paths are mounted, they are there."""
+    """The command line that runs `words` as on the login node: where the site's paths are mounted,
+    they are there."""
     if not record.shape.mounts:
         return list(words)
     box = _toolbox(record, environ)
@@ -221,7 +252,9 @@ def _look(name: str, directory: Path) -> Status:
     if record.phase != "up":
         return Status(name, directory, "starting", record)
     core = ["munged", "slurmctld", *(("mariadbd", "slurmdbd") if record.shape.accounting else ())]
-    alive = all(processes.of_role(role, state=str(directory), run=record.place.run) for role in core)
+    alive = all(
+        processes.of_role(role, state=str(directory), run=record.place.run) for role in core
+    )
     if not alive and processes.out_of_sight(str(directory), record.place.run):
         return Status(name, directory, "out of sight", record)
     return Status(name, directory, "up" if alive else "half-alive", record)
@@ -262,7 +295,9 @@ def _start(
         daemons.start_controller()
         total = wanted.num_nodes
         if wanted.runs_nodes:
-            daemons.start_nodes(wanted.node_names, lambda done: progress("starting nodes", done, total))
+            daemons.start_nodes(
+                wanted.node_names, lambda done: progress("starting nodes", done, total)
+            )
             daemons.wait_idle(lambda done: progress("nodes idle", done, total))
         state.save(directory, record.in_phase("up"))
 
@@ -290,7 +325,11 @@ def _write_files(record: Record, box: Toolbox, no_views: str) -> None:
         {processes.MARK: place.state, "SLURM_CONF": f"{place.state}/etc/slurm.conf"},
         nss_wrapper=box.nss_wrapper if no_views else "",
         hosts_dir=str(run / "hosts"),
-        hosts=str(directory / "etc" / "hosts") if wanted.num_nodes <= nodeview.NSS_WRAPPER_NODES else "",
+        hosts=(
+            str(directory / "etc" / "hosts")
+            if wanted.num_nodes <= nodeview.NSS_WRAPPER_NODES
+            else ""
+        ),
     )
     state.write_text(directory / "etc" / "task_prolog", prolog, 0o700)
     state.write_text(directory / "etc" / "slurmstepd", standins.stepd_script(box), 0o700)
@@ -300,28 +339,39 @@ def _write_files(record: Record, box: Toolbox, no_views: str) -> None:
     program = str(directory / "etc" / "singularity.pyc")
     source = Path(__file__).parent / "standins" / "singularity.py"
     py_compile.compile(
-        str(source), program, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+        str(source),
+        program,
+        doraise=True,
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
     )
     config = str(directory / "etc" / "container.conf")
     for runtime in ("singularity", "apptainer"):
-        scripts[runtime] = standins.container_script(os.path.realpath(sys.executable), program, config, runtime)
+        scripts[runtime] = standins.container_script(
+            os.path.realpath(sys.executable), program, config, runtime
+        )
     for command, text in scripts.items():
         state.write_text(directory / "bin" / command, text, 0o700)
-    files = [box.nss_wrapper, str(directory / "etc" / "hosts"), str(run / "hosts")] if no_views else []
+    files = (
+        [box.nss_wrapper, str(directory / "etc" / "hosts"), str(run / "hosts")] if no_views else []
+    )
     state.write_text(Path(config), _container_config(box, files, no_views))
 
 
 def _container_config(box: Toolbox, node_files: Sequence[str], unavailable: str) -> str:
-    """Where the image's interpreter comes from, and why containers cannot be run here where they cannot."""
+    """Where the image's interpreter comes from, and why containers cannot be run here where they
+    cannot."""
     prefixes = dict.fromkeys(os.path.realpath(path) for path in (sys.prefix, sys.base_prefix))
     outside = [path for path in prefixes if not path.startswith("/usr/") and path != "/usr"]
     bwrap = box.argv("bwrap") if "bwrap" in box.programs else []
     files = [path for path in node_files if path]
-    return standins.container_config(bwrap, outside, os.path.join(sys.prefix, "bin"), files, unavailable)
+    return standins.container_config(
+        bwrap, outside, os.path.join(sys.prefix, "bin"), files, unavailable
+    )
 
 
 def _clear(directory: Path, run: Path, *, keep_logs: bool) -> None:
-    """End every process of the sandbox and delete its files. May be repeated, and may follow any crash."""
+    """End every process of the sandbox and delete its files. May be repeated, and may follow any
+    crash."""
     for _ in range(20):
         found = processes.of_sandbox(str(directory), str(run))
         if not found:
@@ -336,9 +386,11 @@ def _clear(directory: Path, run: Path, *, keep_logs: bool) -> None:
     hidden = processes.out_of_sight(str(directory), str(run))
     if hidden:  # deleting the files of a living sandbox would leave it running for ever
         raise EnvironmentFault(
-            "the sandbox runs and cannot be ended from here", where=str(directory), why=hidden,
+            "the sandbox runs and cannot be ended from here",
+            where=str(directory),
+            why=hidden,
             hint="end it where it was started, outside of this container or `unshare`",
-        )  # fmt: skip
+        )
     leftovers.remove_node_dirs(directory)
     state.remove(directory, run, keep_logs=keep_logs)
 
@@ -371,7 +423,9 @@ def _signals_interrupt() -> Iterator[None]:
 @contextlib.contextmanager
 def _signals_ignored() -> Iterator[None]:
     """A second Ctrl-C must not stop the clearing away."""
-    with _handlers({number: signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}):
+    with _handlers(
+        {number: signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ):
         yield
 
 

@@ -1,4 +1,5 @@
-"""The shape of a simulated cluster, and the Slurm configuration files that give a real Slurm that shape.
+"""The shape of a simulated cluster, and the Slurm configuration files that give a real Slurm that
+shape.
 
 Pure: the same shape and place give the same text. Nothing here starts a process or reads a file.
 """
@@ -13,8 +14,9 @@ from typing import Any
 from hpctrain.base import units
 from hpctrain.base.errors import Problem, UsageError
 
-# The site's rules that slurm.conf cannot express. A job that says nothing about hardware threads gets one per core; `--hint=multithread` is visible only in its
-# environment (sbatch), `--threads-per-core` in the request itself.
+# The site's rules that slurm.conf cannot express. A job that says nothing about hardware threads
+# gets one per core; `--hint=multithread` is visible only in its environment (sbatch),
+# `--threads-per-core` in the request itself.
 _JOB_SUBMIT = """\
 function slurm_job_submit(job, partitions, uid)
 @RULES@
@@ -43,7 +45,8 @@ MAX_NODES = 4096
 
 @dataclass(frozen=True)
 class NodeShape:
-    """What Slurm believes a node of one type to be. `reserved_cores` are closed to jobs (LUMI: core 0 of each CCD)."""
+    """What Slurm believes a node of one type to be. `reserved_cores` are closed to jobs (LUMI: core
+    0 of each CCD)."""
 
     sockets: int = 1
     cores_per_socket: int = 1
@@ -65,7 +68,8 @@ class NodeShape:
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """`num_nodes` nodes of one type, named prefix + number with leading zeros, as the site names them."""
+    """`num_nodes` nodes of one type, named prefix + number with leading zeros, as the site names
+    them."""
 
     type_name: str
     node: NodeShape
@@ -76,12 +80,16 @@ class NodeGroup:
 
     @property
     def names(self) -> list[str]:
-        return [f"{self.prefix}{number:0{self.digits}d}" for number in range(self.first, self.first + self.num_nodes)]
+        return [
+            f"{self.prefix}{number:0{self.digits}d}"
+            for number in range(self.first, self.first + self.num_nodes)
+        ]
 
 
 @dataclass(frozen=True)
 class PartitionShape:
-    """A partition and its limits; None is no limit. `max_submit` and `max_running` (per user) need accounting."""
+    """A partition and its limits; None is no limit. `max_submit` and `max_running` (per user) need
+    accounting."""
 
     name: str
     node_types: tuple[str, ...]
@@ -97,7 +105,11 @@ class PartitionShape:
     @property
     def qos(self) -> str:
         """The QOS that carries this partition's per-user limits, "" when it has none."""
-        return f"part-{self.name}" if self.max_submit is not None or self.max_running is not None else ""
+        return (
+            f"part-{self.name}"
+            if self.max_submit is not None or self.max_running is not None
+            else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -116,13 +128,15 @@ class ClusterShape:
     requeue: bool = True
     one_thread_per_core: bool = False  # jobs that say nothing get --hint=nomultithread, as on LUMI
     account_required: bool = False  # with accounting: a job without --account is refused
-    mounts: tuple[tuple[str, str], ...] = ()  # (directory of this machine, the site's path it stands at)
-    node_dirs: tuple[str, ...] = ()  # what every job makes on its nodes for itself, with {user} and {job}
+    # (directory of this machine, the site's path it stands at)
+    mounts: tuple[tuple[str, str], ...] = ()
+    # what every job makes on its nodes for itself, with {user} and {job}
+    node_dirs: tuple[str, ...] = ()
     host_suffixes: tuple[str, ...] = ()  # node names also resolve with these added (JSC's `i`)
-    runs_nodes: bool = (
-        True  # False: only the controller, which knows all nodes, accepts and refuses jobs, and starts none
-    )
-    lean: bool = False  # for thousands of tasks: tasks are known by process group, their memory is not measured
+    # False: only the controller, which knows all nodes, accepts and refuses jobs, and starts none
+    runs_nodes: bool = True
+    # for thousands of tasks: tasks are known by process group, their memory is not measured
+    lean: bool = False
 
     @property
     def node_names(self) -> list[str]:
@@ -138,21 +152,28 @@ class ClusterShape:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> ClusterShape:
-        """The shape of `as_json`. Raises UsageError when the data is of another version of hpctrain."""
+        """The shape of `as_json`. Raises UsageError when the data is of another version of
+        hpctrain."""
         try:
             groups = tuple(
-                NodeGroup(**{**group, "node": NodeShape(**_tuples(group["node"]))}) for group in data["groups"]
+                NodeGroup(**{**group, "node": NodeShape(**_tuples(group["node"]))})
+                for group in data["groups"]
             )
-            partitions = tuple(PartitionShape(**_tuples(partition)) for partition in data["partitions"])
+            partitions = tuple(
+                PartitionShape(**_tuples(partition)) for partition in data["partitions"]
+            )
             mounts = tuple((source, target) for source, target in data.get("mounts", ()))
-            return ClusterShape(**{**_tuples(data), "groups": groups, "partitions": partitions, "mounts": mounts})
+            return ClusterShape(
+                **{**_tuples(data), "groups": groups, "partitions": partitions, "mounts": mounts}
+            )
         except (KeyError, TypeError) as error:
             raise UsageError(f"not the shape of a sandbox: {error}") from error
 
 
 @dataclass(frozen=True)
 class Ports:
-    """TCP ports of one sandbox: the controller's, the accounting daemon's, and one per node from `slurmd_first`."""
+    """TCP ports of one sandbox: the controller's, the accounting daemon's, and one per node from
+    `slurmd_first`."""
 
     slurmctld: int
     slurmdbd: int
@@ -161,7 +182,8 @@ class Ports:
 
 @dataclass(frozen=True)
 class Place:
-    """Where on this machine a shape is built. `state` keeps, `run` holds sockets (a short path: 108 bytes at most)."""
+    """Where on this machine a shape is built. `state` keeps, `run` holds sockets (a short path: 108
+    bytes at most)."""
 
     state: str
     run: str
@@ -180,10 +202,13 @@ def check(shape: ClusterShape) -> None:
     words += [("partition", partition.name) for partition in shape.partitions]
     words += [("node type", group.type_name) for group in shape.groups]
     words += [("GPU type", group.node.gpu_type) for group in shape.groups if group.node.gpu_type]
-    words += [("node name prefix", group.prefix) for group in shape.groups] + [("qos", name) for name in shape.qos]
+    words += [("node name prefix", group.prefix) for group in shape.groups] + [
+        ("qos", name) for name in shape.qos
+    ]
     problems += [
         Problem(
-            f"{what} `{word}` has a character that Slurm's configuration does not take", hint="letters, digits, _ . @ -"
+            f"{what} `{word}` has a character that Slurm's configuration does not take",
+            hint="letters, digits, _ . @ -",
         )
         for what, word in words
         if not _WORD.match(word)
@@ -197,21 +222,43 @@ def check(shape: ClusterShape) -> None:
         unknown = sorted(set(partition.node_types) - types)
         if unknown or not partition.node_types:
             problems.append(
-                Problem(f"partition `{partition.name}` is on unknown nodes {', '.join(unknown) or '(none)'}")
+                Problem(
+                    f"partition `{partition.name}` is on unknown nodes"
+                    f" {', '.join(unknown) or '(none)'}"
+                )
             )
     for group in shape.groups:
         node = group.node
-        if min(node.sockets, node.cores_per_socket, node.threads_per_core) < 1 or node.mem_gib <= 0 or node.gpus < 0:
+        if (
+            min(node.sockets, node.cores_per_socket, node.threads_per_core) < 1
+            or node.mem_gib <= 0
+            or node.gpus < 0
+        ):
             problems.append(
-                Problem(f"node type `{group.type_name}` has no cores, no memory or a negative number of GPUs")
+                Problem(
+                    f"node type `{group.type_name}` has no cores, no memory or a negative number of"
+                    " GPUs"
+                )
             )
-        elif node.usable_cores < 1 or any(not 0 <= core < node.cores for core in node.reserved_cores):
-            problems.append(Problem(f"node type `{group.type_name}` reserves cores it does not have, or all of them"))
+        elif node.usable_cores < 1 or any(
+            not 0 <= core < node.cores for core in node.reserved_cores
+        ):
+            problems.append(
+                Problem(
+                    f"node type `{group.type_name}` reserves cores it does not have, or all of them"
+                )
+            )
     problems += [
-        Problem(f"`{source}:{target}` is not a mount", hint="two absolute paths, the second below / but not / itself")
+        Problem(
+            f"`{source}:{target}` is not a mount",
+            hint="two absolute paths, the second below / but not / itself",
+        )
         for source, target in shape.mounts
         if not (
-            source.startswith("/") and target.startswith("/") and target.strip("/") and ".." not in target.split("/")
+            source.startswith("/")
+            and target.startswith("/")
+            and target.strip("/")
+            and ".." not in target.split("/")
         )
     ]
     if len(set(shape.node_names)) != shape.num_nodes:
@@ -221,7 +268,8 @@ def check(shape: ClusterShape) -> None:
 
 
 def check_path(path: str, what: str) -> None:
-    """Refuse a path that cannot stand in slurm.conf (`#`, `%`, blanks, quotes and commas have meanings there)."""
+    """Refuse a path that cannot stand in slurm.conf (`#`, `%`, blanks, quotes and commas have
+    meanings there)."""
     if not _PLAIN_PATH.match(path):
         raise UsageError(
             f"{what} `{path}` has a character that cannot stand in slurm.conf",
@@ -230,7 +278,8 @@ def check_path(path: str, what: str) -> None:
 
 
 def config_files(shape: ClusterShape, place: Place) -> dict[str, str]:
-    """`{file name: text}` of slurm.conf, gres.conf, hosts, job_submit.lua and, with accounting, slurmdbd.conf."""
+    """`{file name: text}` of slurm.conf, gres.conf, hosts, job_submit.lua and, with accounting,
+    slurmdbd.conf."""
     check(shape)
     files = {
         "slurm.conf": _slurm_conf(shape, place),
@@ -245,7 +294,8 @@ def config_files(shape: ClusterShape, place: Place) -> dict[str, str]:
 
 
 def accounting_commands(shape: ClusterShape, user: str) -> list[list[str]]:
-    """`sacctmgr -i` arguments that make the cluster, its accounts, and the QOS of each partition with its limits."""
+    """`sacctmgr -i` arguments that make the cluster, its accounts, and the QOS of each partition
+    with its limits."""
     commands = [["add", "cluster", shape.name]]
     names = ["normal"]
     for partition in shape.partitions:
@@ -261,14 +311,19 @@ def accounting_commands(shape: ClusterShape, user: str) -> list[list[str]]:
             commands.append(["add", "qos", qos])
             names.append(qos)
     accounts = shape.accounts or ("sandbox",)
-    commands.append(["add", "account", ",".join(accounts), f"Cluster={shape.name}", f"QOS={','.join(names)}"])
+    commands.append(
+        ["add", "account", ",".join(accounts), f"Cluster={shape.name}", f"QOS={','.join(names)}"]
+    )
     # No default account on purpose would need no user at all; Slurm wants one, the first listed.
-    commands.append(["add", "user", user, f"Account={','.join(accounts)}", f"DefaultAccount={accounts[0]}"])
+    commands.append(
+        ["add", "user", user, f"Account={','.join(accounts)}", f"DefaultAccount={accounts[0]}"]
+    )
     return commands
 
 
 def hosts(shape: ClusterShape, at_most: int | None = None) -> str:
-    """An /etc/hosts text for jobs: every simulated node has a loopback address of its own, 127.A.B.C."""
+    """An /etc/hosts text for jobs: every simulated node has a loopback address of its own,
+    127.A.B.C."""
     lines = ["127.0.0.1 localhost"]
     for index, name in enumerate(shape.node_names[:at_most], start=1):
         names = [name, *(name + suffix for suffix in shape.host_suffixes)]
@@ -277,9 +332,14 @@ def hosts(shape: ClusterShape, at_most: int | None = None) -> str:
 
 
 def reserved_cpu_ids(node: NodeShape) -> list[int]:
-    """Slurm's abstract CPU numbers of the reserved cores: socket by socket, core by core, thread by thread."""
+    """Slurm's abstract CPU numbers of the reserved cores: socket by socket, core by core, thread by
+    thread."""
     threads = node.threads_per_core
-    return [core * threads + thread for core in sorted(set(node.reserved_cores)) for thread in range(threads)]
+    return [
+        core * threads + thread
+        for core in sorted(set(node.reserved_cores))
+        for thread in range(threads)
+    ]
 
 
 def _rules(shape: ClusterShape) -> list[str]:
@@ -300,10 +360,16 @@ def _slurm_conf(shape: ClusterShape, place: Place) -> str:
         ("SlurmUser", place.user),
         ("SlurmdUser", place.user),
         ("AuthType", "auth/munge"),
-        # A requeued job waits until its old credential has expired, two minutes by default (slurm.conf(5), AuthInfo); but
-        # the launch of a step must reach its last node before, and that takes a while where one machine plays hundreds.
-        # Rehearsals (lean) do not wait: they move the job's StartTime.
-        ("AuthInfo", f"socket={run}/munge.socket,cred_expire={300 if shape.lean or shape.num_nodes > 64 else 10}"),
+        # A requeued job waits until its old credential has expired, two minutes by default
+        # (slurm.conf(5), AuthInfo); but the launch of a step must reach its last node before, and
+        # that takes a while where one machine plays hundreds. Rehearsals (lean) do not wait: they
+        # move the job's StartTime.
+        (
+            "AuthInfo",
+            (
+                f"socket={run}/munge.socket,cred_expire={300 if shape.lean or shape.num_nodes > 64 else 10}"
+            ),
+        ),
         ("StateSaveLocation", f"{state}/ctld"),
         ("SlurmdSpoolDir", f"{run}/spool/%n"),
         ("SlurmctldPidFile", f"{run}/slurmctld.pid"),
@@ -314,7 +380,8 @@ def _slurm_conf(shape: ClusterShape, place: Place) -> str:
         ("SlurmdDebug", "info"),
         ("MailProg", "/bin/true"),
         # One host plays all nodes: no cgroups, no pinning, and node shapes larger than the host.
-        # linuxproc and jobacct_gather/linux search all of /proc for every task: quadratic with all nodes on one machine.
+        # linuxproc and jobacct_gather/linux search all of /proc for every task: quadratic with all
+        # nodes on one machine.
         ("ProctrackType", "proctrack/pgid" if shape.lean else "proctrack/linuxproc"),
         ("TaskPlugin", "task/none"),
         ("SlurmdParameters", "config_overrides"),
@@ -331,7 +398,8 @@ def _slurm_conf(shape: ClusterShape, place: Place) -> str:
         ("SelectTypeParameters", "CR_Core_Memory"),
         ("SchedulerType", "sched/backfill"),
         ("SchedulerParameters", "batch_sched_delay=0,sched_interval=2,bf_interval=2"),
-        # Jobs over a limit are refused at submission, as sites do; otherwise they would pend for ever.
+        # Jobs over a limit are refused at submission, as sites do; otherwise they would pend for
+        # ever.
         ("EnforcePartLimits", "ALL"),
         ("MaxArraySize", shape.max_array_size),
         ("MinJobAge", 3600),
@@ -357,7 +425,8 @@ def _slurm_conf(shape: ClusterShape, place: Place) -> str:
         if any(group.node.gpus for group in shape.groups):
             settings.append(("AccountingStorageTRES", "gres/gpu"))
     lines = [
-        f"# The sandbox of hpctrain shaped like {shape.name}; made by `hpctrain sandbox up`, replaced by the next one."
+        f"# The sandbox of hpctrain shaped like {shape.name}; made by `hpctrain sandbox up`,"
+        " replaced by the next one."
     ]
     lines += [f"{key}={value}" for key, value in settings]
     lines += _node_lines(shape, place.ports.slurmd_first)
@@ -391,9 +460,16 @@ def _node_lines(shape: ClusterShape, first_port: int) -> list[str]:
 
 
 def _partition_line(partition: PartitionShape, shape: ClusterShape) -> str:
-    names = [name for group in shape.groups if group.type_name in partition.node_types for name in group.names]
+    names = [
+        name
+        for group in shape.groups
+        if group.type_name in partition.node_types
+        for name in group.names
+    ]
     parts = [f"PartitionName={partition.name}", f"Nodes={units.compress_nodes(names)}", "State=UP"]
-    parts.append(f"MaxTime={units.format_time(partition.max_time_s) if partition.max_time_s else 'UNLIMITED'}")
+    parts.append(
+        f"MaxTime={units.format_time(partition.max_time_s) if partition.max_time_s else 'UNLIMITED'}"
+    )
     if partition.default_time_s:
         parts.append(f"DefaultTime={units.format_time(partition.default_time_s)}")
     if partition.max_nodes is not None:
@@ -405,7 +481,10 @@ def _partition_line(partition: PartitionShape, shape: ClusterShape) -> str:
     else:
         # Without a default a job of one core would get, and block, the memory of the whole node.
         nodes = [group.node for group in shape.groups if group.type_name in partition.node_types]
-        share = min(int(node.mem_gib * 1024) // (node.usable_cores * node.threads_per_core) for node in nodes)
+        share = min(
+            int(node.mem_gib * 1024) // (node.usable_cores * node.threads_per_core)
+            for node in nodes
+        )
         parts.append(f"DefMemPerCPU={max(share, 1)}")
     if partition.is_default:
         parts.append("Default=YES")
@@ -416,17 +495,31 @@ def _partition_line(partition: PartitionShape, shape: ClusterShape) -> str:
 
 def _gres_conf(shape: ClusterShape, place: Place) -> str:
     lines = [
-        "# GPUs are links to /dev/null: Slurm counts them and hands them out, nothing computes on them. Plain files would",
-        "# be counted too, but Slurm tells a job its GPUs (ROCR_/CUDA_VISIBLE_DEVICES) only when they are devices.",
+        (
+            "# GPUs are links to /dev/null: Slurm counts them and hands them out, nothing computes"
+            " on them. Plain files would"
+        ),
+        (
+            "# be counted too, but Slurm tells a job its GPUs (ROCR_/CUDA_VISIBLE_DEVICES) only"
+            " when they are devices."
+        ),
     ]
     for group in shape.groups:
         node = group.node
         if node.gpus:
-            files = f"{place.state}/dev/gpu[0-{node.gpus - 1}]" if node.gpus > 1 else f"{place.state}/dev/gpu0"
+            files = (
+                f"{place.state}/dev/gpu[0-{node.gpus - 1}]"
+                if node.gpus > 1
+                else f"{place.state}/dev/gpu0"
+            )
             kind = f"Type={node.gpu_type} " if node.gpu_type else ""
-            # An AMD GPU is announced to jobs as ROCR_VISIBLE_DEVICES, an NVIDIA one as CUDA_VISIBLE_DEVICES.
+            # An AMD GPU is announced to jobs as ROCR_VISIBLE_DEVICES, an NVIDIA one as
+            # CUDA_VISIBLE_DEVICES.
             flag = "amd_gpu_env" if node.gpu_vendor == "amd" else "nvidia_gpu_env"
-            lines.append(f"NodeName={units.compress_nodes(group.names)} Name=gpu {kind}File={files} Flags={flag}")
+            lines.append(
+                f"NodeName={units.compress_nodes(group.names)} Name=gpu {kind}File={files}"
+                f" Flags={flag}"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -440,7 +533,8 @@ def _slurmdbd_conf(place: Place) -> str:
         ("SlurmUser", place.user),
         ("LogFile", f"{place.state}/log/slurmdbd.log"),
         ("PidFile", f"{place.run}/slurmdbd.pid"),
-        # Never written to, but slurmdbd ends at once when it cannot be, and by default it is /tmp (slurmdbd.conf(5)).
+        # Never written to, but slurmdbd ends at once when it cannot be, and by default it is /tmp
+        # (slurmdbd.conf(5)).
         ("ArchiveDir", f"{place.run}/tmp"),
         ("StorageType", "accounting_storage/mysql"),
         # `localhost` is MariaDB's own socket (MYSQL_UNIX_PORT); it opens no port at all.

@@ -1,4 +1,5 @@
-"""Where a sandbox lives: its state directory, the short directory of its sockets, its lock and its record."""
+"""Where a sandbox lives: its state directory, the short directory of its sockets, its lock and its
+record."""
 
 from __future__ import annotations
 
@@ -24,11 +25,14 @@ from hpctrain.sandbox.shape import ClusterShape, Place, Ports, check_path
 
 RECORD = "sandbox.json"
 FULL_KIB = 64  # a disk with less room is full
-LOCK_WAIT_S = 60  # a node that is brought down or back holds the lock for seconds, several wait in turn
+LOCK_WAIT_S = (
+    60  # a node that is brought down or back holds the lock for seconds, several wait in turn
+)
 # sun_path holds 108 bytes; slurmstepd adds /spool/<node>/<node>_<job>.<step> to the run directory.
 _LONGEST_RUN = 56
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
-_PORTS = range(10240, 19968)  # below the ephemeral ports and below the rendezvous ports of jobs (20000 and up)
+# below the ephemeral ports and below the rendezvous ports of jobs (20000 and up)
+_PORTS = range(10240, 19968)
 _UNIT = 64
 
 
@@ -37,12 +41,15 @@ class DiskFull(EnvironmentFault):
 
     def __init__(self, folder: Path, error: BaseException) -> None:
         first = error.problems[0].what if isinstance(error, EnvironmentFault) else str(error)
-        super().__init__("the disk is full", where=str(folder), why=first, hint="choose another one with --dir")
+        super().__init__(
+            "the disk is full", where=str(folder), why=first, hint="choose another one with --dir"
+        )
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known about a sandbox that was started here. `phase` is `starting` until every node is idle."""
+    """What is known about a sandbox that was started here. `phase` is `starting` until every node
+    is idle."""
 
     name: str
     phase: str
@@ -58,9 +65,12 @@ class Record:
 
 
 def state_dir(name: str, given: str, environ: Mapping[str, str]) -> Path:
-    """The state directory of a sandbox: `given`, else `$XDG_STATE_HOME/hpctrain/sandbox/<name>`. Raises UsageError."""
+    """The state directory of a sandbox: `given`, else `$XDG_STATE_HOME/hpctrain/sandbox/<name>`.
+    Raises UsageError."""
     if not _NAME.match(name):
-        raise UsageError(f"`{name}` is not a name for a sandbox", hint="letters, digits, - and _, at most 32")
+        raise UsageError(
+            f"`{name}` is not a name for a sandbox", hint="letters, digits, - and _, at most 32"
+        )
     if given:
         path = os.path.abspath(os.path.expanduser(given))
     else:
@@ -74,7 +84,8 @@ def state_dir(name: str, given: str, environ: Mapping[str, str]) -> Path:
 
 
 def run_dir(state: Path, environ: Mapping[str, str]) -> Path:
-    """The directory of a sandbox's sockets: below `state` when that is short enough, else one in a runtime directory."""
+    """The directory of a sandbox's sockets: below `state` when that is short enough, else one in a
+    runtime directory."""
     inside = state / "run"
     if len(str(inside)) <= _LONGEST_RUN:
         return inside
@@ -82,34 +93,53 @@ def run_dir(state: Path, environ: Mapping[str, str]) -> Path:
     name = f"hpctrain-{os.geteuid()}-{mark}"
     for base in (environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp", "/dev/shm"):
         path = os.path.join(base, name)
-        if base.startswith("/") and len(path) <= _LONGEST_RUN and os.access(base, os.W_OK | os.X_OK):
+        if (
+            base.startswith("/")
+            and len(path) <= _LONGEST_RUN
+            and os.access(base, os.W_OK | os.X_OK)
+        ):
             return Path(path)
     raise EnvironmentFault(
         "no directory with a short path can be written for the sandbox's sockets",
         where=str(state),
-        why=f"a socket's path has at most 108 bytes; tried {inside}, $XDG_RUNTIME_DIR, /tmp, /var/tmp, /dev/shm",
+        why=(
+            f"a socket's path has at most 108 bytes; tried {inside}, $XDG_RUNTIME_DIR, /tmp,"
+            " /var/tmp, /dev/shm"
+        ),
         hint="give a short one: --dir /short/path",
     )
 
 
 def make_private(path: Path) -> None:
-    """Make a directory of mode 0700, or accept one that is already exactly that and ours; never through a symlink."""
+    """Make a directory of mode 0700, or accept one that is already exactly that and ours; never
+    through a symlink."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
         status = os.lstat(path)
     except OSError as error:
-        raise EnvironmentFault(f"cannot make a directory: {error.strerror}", where=str(path)) from error
+        raise EnvironmentFault(
+            f"cannot make a directory: {error.strerror}", where=str(path)
+        ) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise Refused("this is not a directory of ours", where=str(path), hint="choose another: --dir or --name")
+        raise Refused(
+            "this is not a directory of ours",
+            where=str(path),
+            hint="choose another: --dir or --name",
+        )
     if status.st_mode & 0o077:
         os.chmod(path, 0o700)
 
 
 def claim(state: Path) -> None:
     """Make the state directory, refusing one that holds anything but a sandbox."""
-    if state.is_dir() and any(state.iterdir()) and not (state / RECORD).exists() and not (state / "lock").exists():
+    if (
+        state.is_dir()
+        and any(state.iterdir())
+        and not (state / RECORD).exists()
+        and not (state / "lock").exists()
+    ):
         raise Refused(
             "this directory holds files that are not a sandbox's",
             where=str(state),
@@ -120,11 +150,16 @@ def claim(state: Path) -> None:
 
 @contextlib.contextmanager
 def locked(state: Path) -> Iterator[None]:
-    """Hold the sandbox's lock; a crash frees it. Raises EnvironmentFault when another hpctrain holds it for long."""
+    """Hold the sandbox's lock; a crash frees it. Raises EnvironmentFault when another hpctrain
+    holds it for long."""
     try:
-        descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(
+            state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
     except OSError as error:
-        raise EnvironmentFault(f"cannot lock the sandbox: {error.strerror}", where=str(state)) from error
+        raise EnvironmentFault(
+            f"cannot lock the sandbox: {error.strerror}", where=str(state)
+        ) from error
     try:
         deadline = time.monotonic() + LOCK_WAIT_S
         while True:
@@ -134,7 +169,8 @@ def locked(state: Path) -> Iterator[None]:
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise EnvironmentFault(
-                        f"another hpctrain has been changing this sandbox for more than {LOCK_WAIT_S} s",
+                        "another hpctrain has been changing this sandbox for more than"
+                        f" {LOCK_WAIT_S} s",
                         where=str(state),
                         hint="wait for it, or use a sandbox of your own with --name",
                     ) from error
@@ -156,13 +192,16 @@ def save(state: Path, record: Record) -> None:
 
 
 def load(state: Path) -> Record | None:
-    """The record of a sandbox, None when there is none. Raises EnvironmentFault for one that cannot be read."""
+    """The record of a sandbox, None when there is none. Raises EnvironmentFault for one that cannot
+    be read."""
     try:
         data: dict[str, Any] = json.loads((state / RECORD).read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise EnvironmentFault(f"cannot read the sandbox's record: {error}", where=str(state / RECORD)) from error
+        raise EnvironmentFault(
+            f"cannot read the sandbox's record: {error}", where=str(state / RECORD)
+        ) from error
     try:
         for key in ("format", "has_bwrap"):  # earlier versions wrote the second
             data.pop(key, None)
@@ -179,7 +218,8 @@ def load(state: Path) -> Record | None:
 
 
 def remove(state: Path, run: Path, *, keep_logs: bool) -> None:
-    """Delete a sandbox's files (symlinks are removed, never followed); the record goes last, so a crash can be redone."""
+    """Delete a sandbox's files (symlinks are removed, never followed); the record goes last, so a
+    crash can be redone."""
     if run != state / "run":
         shutil.rmtree(run, ignore_errors=True)
     kept = {RECORD, "lock", *(("log",) if keep_logs else ())}
@@ -195,7 +235,8 @@ def remove(state: Path, run: Path, *, keep_logs: bool) -> None:
 
 
 def is_full(folder: Path, error: BaseException) -> bool:
-    """Whether `error` came because the disk of `folder` is full: it says so, or there is hardly any room left.
+    """Whether `error` came because the disk of `folder` is full: it says so, or there is hardly any
+    room left.
 
     A daemon on a full disk ends with words of its own, or without any.
     """
@@ -213,7 +254,8 @@ def free_kib(folder: Path) -> int:
 
 
 def host_identity() -> tuple[str, str]:
-    """This machine's name, and the id of its current boot: after a reboot no process of a sandbox is left."""
+    """This machine's name, and the id of its current boot: after a reboot no process of a sandbox
+    is left."""
     try:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -223,11 +265,12 @@ def host_identity() -> tuple[str, str]:
 
 @contextlib.contextmanager
 def reserve_ports(num_nodes: int) -> Iterator[tuple[Ports, int]]:
-    """Free ports for one sandbox and the number of their block, held against other sandboxes until left.
+    """Free ports for one sandbox and the number of their block, held against other sandboxes until
+    left.
 
-    A block is claimed by binding abstract Unix sockets, which exist once per machine, for every user, and vanish
-    with this process; when the claim ends the daemons hold the ports themselves. Raises EnvironmentFault when no
-    block is free.
+    A block is claimed by binding abstract Unix sockets, which exist once per machine, for every
+    user, and vanish with this process; when the claim ends the daemons hold the ports themselves.
+    Raises EnvironmentFault when no block is free.
     """
     units = -(-(num_nodes + 2) // _UNIT)
     blocks = len(_PORTS) // _UNIT

@@ -1,4 +1,5 @@
-"""A first site profile from what Slurm says of itself: every value to be checked by a person, none of them verified."""
+"""A first site profile from what Slurm says of itself: every value to be checked by a person, none
+of them verified."""
 
 from __future__ import annotations
 
@@ -17,14 +18,22 @@ from hpctrain.slurm.facts import Facts, NodeShape, PartitionFacts, read_facts
 
 _TODO = "TODO: check"
 _MAX_BYTES = 64 * 1024 * 1024
-_DEBUG = re.compile(r"(?:^|[-_.])(?:debug|dbg|dev|devel|test|short|interactive)(?:$|[-_.0-9])", re.IGNORECASE)
+_DEBUG = re.compile(
+    r"(?:^|[-_.])(?:debug|dbg|dev|devel|test|short|interactive)(?:$|[-_.0-9])", re.IGNORECASE
+)
 # By the names that sites give their GPU types; only a hint for the person who checks.
-_VENDORS = (("amd", re.compile(r"mi\d", re.I)), ("intel", re.compile(r"pvc|max\d|ponte", re.I)),
-            ("nvidia", re.compile(r"[ahvbptl]\d|gh|gb|rtx|tesla|nvidia|quadro|\d+g\.\d+gb", re.I)))  # fmt: skip
+_VENDORS = (
+    ("amd", re.compile(r"mi\d", re.I)),
+    ("intel", re.compile(r"pvc|max\d|ponte", re.I)),
+    ("nvidia", re.compile(r"[ahvbptl]\d|gh|gb|rtx|tesla|nvidia|quadro|\d+g\.\d+gb", re.I)),
+)
 
 
-def draft_from_files(name: str, files: Sequence[str], stdin: IO[bytes]) -> tuple[str, list[Problem]]:
-    """(the profile, remarks) from recorded output; `-` is stdin. Raises EnvironmentFault for files that cannot be read."""
+def draft_from_files(
+    name: str, files: Sequence[str], stdin: IO[bytes]
+) -> tuple[str, list[Problem]]:
+    """(the profile, remarks) from recorded output; `-` is stdin. Raises EnvironmentFault for files
+    that cannot be read."""
     texts = []
     for path in files:
         try:
@@ -55,23 +64,31 @@ def _draft(name: str, texts: Sequence[str]) -> tuple[str, list[Problem]]:
     if not facts.nodes:
         notes.append(
             Problem(
-                "no node was shown, so the node types are guesses", level="warning", hint="add `scontrol show node`"
+                "no node was shown, so the node types are guesses",
+                level="warning",
+                hint="add `scontrol show node`",
             )
         )
     if not facts.config:
-        notes.append(Problem("no configuration was shown", level="note", hint="add `scontrol show config`"))
+        notes.append(
+            Problem("no configuration was shown", level="note", hint="add `scontrol show config`")
+        )
     return text, notes
 
 
 def draft_profile(name: str, facts: Facts) -> str:
-    """The text of a profile that loads. Raises UsageError when the facts name no partition and no node."""
+    """The text of a profile that loads. Raises UsageError when the facts name no partition and no
+    node."""
     if not re.fullmatch(NAME, name, re.ASCII):
         raise UsageError(f"`{name}` is not a name for a site", why=f"allowed: {NAME}")
     usable = [p for p in facts.partitions if re.fullmatch(PARTITION_NAME, p.name, re.ASCII)]
     if not usable and not facts.nodes:
         raise UsageError(
             "no partition and no node was found in it",
-            hint="give the output of `scontrol show partition`, `scontrol show node` and `scontrol show config`",
+            hint=(
+                "give the output of `scontrol show partition`, `scontrol show node` and `scontrol"
+                " show config`"
+            ),
         )
     shapes = {partition.name: _shapes_of(partition, facts) for partition in usable}
     all_shapes = Counter(facts.nodes.values())
@@ -81,13 +98,19 @@ def draft_profile(name: str, facts: Facts) -> str:
         all_shapes[NodeShape(1, 1, 1, 1, 1024, 0, "")] = 0
     kinds = _kind_names(all_shapes)
     lines = [
-        *comment(f"Drafted by `hpctrain site new` from this Slurm's own words; {_TODO} every value, then test it with"),
+        *comment(
+            f"Drafted by `hpctrain site new` from this Slurm's own words; {_TODO} every value, then"
+            " test it with"
+        ),
         *comment(f"`hpctrain site check {name}`. Comments above a value say why it is so."),
         *block("name", name),
         f"title: {scalar(name)} # {_TODO}: what people call the machine",
         f"# docs_url: https://… # {_TODO}",
         f"maintainers: [] # {_TODO}: who answers questions about this profile",
-        *comment('verified: never. Fill in {date: "YYYY-MM-DD", by: …, slurm: …, evidence: …} once a job ran.'),
+        *comment(
+            'verified: never. Fill in {date: "YYYY-MM-DD", by: …, slurm: …, evidence: …} once a job'
+            " ran."
+        ),
         *_skipped(facts, usable),
         *_match(facts.config),
         *_account(facts.config),
@@ -129,12 +152,20 @@ def _kind_names(shapes: Mapping[NodeShape, int]) -> dict[NodeShape, str]:
 
 def _short_name(shape: NodeShape) -> str:
     gpu_type = re.sub(r"[^A-Za-z0-9]+", "-", shape.gpu_type).strip("-")[:30]
-    return f"gpu-{gpu_type}-{shape.num_gpus}".replace("--", "-") if shape.num_gpus else f"cpu-{shape.cores}"
+    return (
+        f"gpu-{gpu_type}-{shape.num_gpus}".replace("--", "-")
+        if shape.num_gpus
+        else f"cpu-{shape.cores}"
+    )
 
 
 def _skipped(facts: Facts, usable: Sequence[PartitionFacts]) -> list[str]:
     odd = len(facts.partitions) - len(usable)
-    lines = comment(f"{_TODO}: {odd} partitions were left out, their names are not plain words") if odd else []
+    lines = (
+        comment(f"{_TODO}: {odd} partitions were left out, their names are not plain words")
+        if odd
+        else []
+    )
     if facts.skipped:
         more = f", and {len(facts.skipped) - 3} more" if len(facts.skipped) > 3 else ""
         lines += comment(f"{_TODO}: left out: {'; '.join(facts.skipped[:3])}{more}")
@@ -151,8 +182,14 @@ def _match(config: Mapping[str, str]) -> list[str]:
 def _account(config: Mapping[str, str]) -> list[str]:
     if "associations" not in config.get("AccountingStorageEnforce", ""):
         return []
-    return ["account:", f"  required: true # AccountingStorageEnforce has associations; {_TODO}, and give an example",
-            "  # example: my_project"]  # fmt: skip
+    return [
+        "account:",
+        (
+            f"  required: true # AccountingStorageEnforce has associations; {_TODO}, and give an"
+            " example"
+        ),
+        "  # example: my_project",
+    ]
 
 
 def _slurm(facts: Facts, shapes: Mapping[NodeShape, int]) -> list[str]:
@@ -163,19 +200,32 @@ def _slurm(facts: Facts, shapes: Mapping[NodeShape, int]) -> list[str]:
         lines.append(f"  # Slurm {version}")
     request = "gres" if has_gpus else "none"
     lines += [
-        f"  gpu_request: {request} # {_TODO}: what the site recommends" if has_gpus else f"  gpu_request: {request}"
+        (
+            f"  gpu_request: {request} # {_TODO}: what the site recommends"
+            if has_gpus
+            else f"  gpu_request: {request}"
+        )
     ]
     size = config.get("MaxArraySize", "")
     if re.fullmatch(r"[1-9]\d{0,8}", size, re.ASCII):
         lines.append(f"  max_array_size: {size} # scontrol show config")
     else:
-        lines.append(f"  max_array_size: 1001 # Slurm's default; {_TODO} MaxArraySize in `scontrol show config`")
+        lines.append(
+            f"  max_array_size: 1001 # Slurm's default; {_TODO} MaxArraySize in `scontrol show"
+            " config`"
+        )
     if config.get("JobRequeue") in ("0", "1"):
-        lines.append(f"  requeue: {'true' if config['JobRequeue'] == '1' else 'false'} # JobRequeue")
+        lines.append(
+            f"  requeue: {'true' if config['JobRequeue'] == '1' else 'false'} # JobRequeue"
+        )
     else:
         lines.append(f"  requeue: true # {_TODO}")
     if any(shape.threads_per_core > 1 for shape in shapes):
-        lines += comment("Slurm counts hardware threads as CPUs, and this profile counts cores: one thread each.", 2)
+        lines += comment(
+            "Slurm counts hardware threads as CPUs, and this profile counts cores: one thread"
+            " each.",
+            2,
+        )
         lines.append("  hint: nomultithread")
     return lines
 
@@ -184,40 +234,70 @@ def _node_types(kinds: Mapping[NodeShape, str], shapes: Mapping[NodeShape, int])
     lines = ["node_types:"]
     for shape, name in kinds.items():
         count = shapes[shape]
-        seen = f"{count} node{'s' if count > 1 else ''}" if count else "from a partition's totals; no node was shown"
-        lines += [f"  # {seen}", f"  {scalar(name)}:", f"    sockets: {shape.sockets}", f"    cores: {shape.cores}"]
+        seen = (
+            f"{count} node{'s' if count > 1 else ''}"
+            if count
+            else "from a partition's totals; no node was shown"
+        )
+        lines += [
+            f"  # {seen}",
+            f"  {scalar(name)}:",
+            f"    sockets: {shape.sockets}",
+            f"    cores: {shape.cores}",
+        ]
         if shape.threads_per_core > 1:
             lines.append(f"    threads_per_core: {shape.threads_per_core}")
-        why = "less those Slurm reserves" if shape.usable_cores < shape.cores else f"{_TODO}: some may be reserved"
+        why = (
+            "less those Slurm reserves"
+            if shape.usable_cores < shape.cores
+            else f"{_TODO}: some may be reserved"
+        )
         lines.append(f"    usable_cores: {shape.usable_cores} # {why}")
         lines.append(
-            f"    memory_gib: {int(shape.mem_mib / 1024 * 100) / 100:g} # RealMemory; {_TODO} what jobs may use"
+            f"    memory_gib: {int(shape.mem_mib / 1024 * 100) / 100:g} # RealMemory; {_TODO} what"
+            " jobs may use"
         )
         if shape.num_gpus:
             lines.append(f"    gpus: {shape.num_gpus}")
             if re.fullmatch(PARTITION_NAME, shape.gpu_type, re.ASCII):
                 lines.append(f"    gpu_type: {scalar(shape.gpu_type)}")
-            vendor = next((maker for maker, pattern in _VENDORS if pattern.match(shape.gpu_type)), "")
+            vendor = next(
+                (maker for maker, pattern in _VENDORS if pattern.match(shape.gpu_type)), ""
+            )
             lines.append(
-                f"    gpu_vendor: {vendor} # {_TODO}, by its name" if vendor else f"    # gpu_vendor: nvidia # {_TODO}"
+                f"    gpu_vendor: {vendor} # {_TODO}, by its name"
+                if vendor
+                else f"    # gpu_vendor: nvidia # {_TODO}"
             )
             lines.append(f"    # gpu_memory_gib: 80 # {_TODO}")
-        lines.append("    tmp: {path: /tmp, kind: disk} # " + _TODO + ": ram where nodes have no disk")
+        lines.append(
+            "    tmp: {path: /tmp, kind: disk} # " + _TODO + ": ram where nodes have no disk"
+        )
     return lines
 
 
 def _partitions(
-    usable: Sequence[PartitionFacts], shapes: Mapping[str, Counter[NodeShape]], kinds: Mapping[NodeShape, str]
+    usable: Sequence[PartitionFacts],
+    shapes: Mapping[str, Counter[NodeShape]],
+    kinds: Mapping[NodeShape, str],
 ) -> list[str]:
     if not usable:
-        return [f"# partitions: none were shown, so any is accepted; {_TODO}",
-                f"default_node_type: {scalar(next(iter(kinds.values())))}"]  # fmt: skip
+        return [
+            f"# partitions: none were shown, so any is accepted; {_TODO}",
+            f"default_node_type: {scalar(next(iter(kinds.values())))}",
+        ]
     lines = ["partitions:"]
     for partition in usable:
         counted = shapes[partition.name]
-        main = max(counted, key=lambda shape: (counted[shape], kinds[shape])) if counted else next(iter(kinds))
+        main = (
+            max(counted, key=lambda shape: (counted[shape], kinds[shape]))
+            if counted
+            else next(iter(kinds))
+        )
         lines.append(f"  {scalar(partition.name)}:")
-        others = sorted(f"{kinds[shape]} ({count})" for shape, count in counted.items() if shape != main)
+        others = sorted(
+            f"{kinds[shape]} ({count})" for shape, count in counted.items() if shape != main
+        )
         if others:
             lines += comment(f"{_TODO}: most nodes are of this kind; also {', '.join(others)}", 4)
         if not counted:
@@ -229,7 +309,9 @@ def _partitions(
             lines.append("    whole_nodes: true # OverSubscribe=EXCLUSIVE")
         if is_debug(partition.name):
             lines.append(f"    debug: true # {_TODO}, by its name")
-        if partition.required_qos and re.fullmatch(PARTITION_NAME, partition.required_qos, re.ASCII):
+        if partition.required_qos and re.fullmatch(
+            PARTITION_NAME, partition.required_qos, re.ASCII
+        ):
             lines.append(f"    qos: {scalar(partition.required_qos)} # AllowQos; {_TODO}")
         if partition.max_time_s:
             lines.append(f'    max_time: "{format_time(partition.max_time_s)}"')
@@ -241,9 +323,10 @@ def _partitions(
             lines.append(f"    min_nodes: {partition.min_nodes}")
         if partition.qos_of_partition:
             lines += comment(
-                f"{_TODO}: QOS `{partition.qos_of_partition}` may limit nodes and jobs (max_submitted, max_running): "
-                f"`sacctmgr show qos {partition.qos_of_partition}`", 4,
-            )  # fmt: skip
+                f"{_TODO}: QOS `{partition.qos_of_partition}` may limit nodes and jobs"
+                f" (max_submitted, max_running): `sacctmgr show qos {partition.qos_of_partition}`",
+                4,
+            )
         lines.append(f"    # billing: {{unit: node-hour, per_node_hour: 1}} # {_TODO}")
     return lines
 
@@ -254,9 +337,13 @@ def is_debug(name: str) -> bool:
 
 
 def _rest(
-    usable: Sequence[PartitionFacts], shapes: Mapping[str, Counter[NodeShape]], kinds: Mapping[NodeShape, str]
+    usable: Sequence[PartitionFacts],
+    shapes: Mapping[str, Counter[NodeShape]],
+    kinds: Mapping[NodeShape, str],
 ) -> list[str]:
-    cpu_only = [p.name for p in usable if shapes[p.name] and not any(s.num_gpus for s in shapes[p.name])]
+    cpu_only = [
+        p.name for p in usable if shapes[p.name] and not any(s.num_gpus for s in shapes[p.name])
+    ]
     tools = []
     plain = [name for name in cpu_only if not is_debug(name)]
     if plain:
@@ -264,7 +351,9 @@ def _rest(
     debug = [p.name for p in usable if is_debug(p.name)]
     gpu_debug = [name for name in debug if name not in cpu_only]
     if debug:
-        tools.append(f"  debug_partition: {scalar((gpu_debug or debug)[0])} # {_TODO}: for `hpctrain shell`")
+        tools.append(
+            f"  debug_partition: {scalar((gpu_debug or debug)[0])} # {_TODO}: for `hpctrain shell`"
+        )
     return [
         "",
         f"# {_TODO}: singularity, apptainer or none, and the paths bound into containers",

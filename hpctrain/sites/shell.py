@@ -1,4 +1,5 @@
-"""An interactive allocation as the site wants it: one srun, the site's modules, environment and container around a shell.
+"""An interactive allocation as the site wants it: one srun, the site's modules, environment and
+container around a shell.
 
 Pure but for `read_request`; the only effect, becoming srun, is in `slurm.commands`.
 """
@@ -23,9 +24,19 @@ from hpctrain.config.site import NodeType, Partition, Site, load_site
 _DEFAULT_TIME_S = 45 * 60
 # Cores of a shell on CPU nodes that are shared: enough to try things, few enough to start soon.
 _FEW_CORES = 8
-# Options of sbatch that `slurm.always` may hold and that srun does not know, or that make no sense for a shell.
+# Options of sbatch that `slurm.always` may hold and that srun does not know, or that make no sense
+# for a shell.
 _BATCH_ONLY = frozenset(
-    {"requeue", "no-requeue", "signal", "begin", "mail-type", "mail-user", "get-user-env", "ignore-pbs"}
+    {
+        "requeue",
+        "no-requeue",
+        "signal",
+        "begin",
+        "mail-type",
+        "mail-user",
+        "get-user-env",
+        "ignore-pbs",
+    }
 )
 
 
@@ -52,16 +63,20 @@ class Allocation:
 
 
 def read_request(run_yaml: str | None, wanted: Wanted) -> tuple[Site, RunSpec]:
-    """The site and the run's values that matter to a shell. `run_yaml` None: only the user's config and the options.
+    """The site and the run's values that matter to a shell. `run_yaml` None: only the user's config
+    and the options.
 
     Raises UsageError with every problem of the run.yaml, the profile and the options.
     """
     options = {
-        key: value for key, value in vars(wanted).items() if key in ("account", "container", "partition") and value
+        key: value
+        for key, value in vars(wanted).items()
+        if key in ("account", "container", "partition") and value
     }
-    problems = check(Document({key: value for key, value in options.items()}, name="command line"), _optional(options))[
-        1
-    ]
+    problems = check(
+        Document({key: value for key, value in options.items()}, name="command line"),
+        _optional(options),
+    )[1]
     if problems:
         raise UsageError(problems)
     layers = read_layers(run_yaml) if run_yaml else []
@@ -70,14 +85,22 @@ def read_request(run_yaml: str | None, wanted: Wanted) -> tuple[Site, RunSpec]:
         site_name = merge(user_layers(None)).get("site")
     if not isinstance(site_name, str):
         raise UsageError(
-            "which site?", hint="name it with --site, or run this beside a run.yaml; see `hpctrain site list`"
+            "which site?",
+            hint="name it with --site, or run this beside a run.yaml; see `hpctrain site list`",
         )
-    base_dir = os.path.dirname(os.path.abspath(run_yaml)) if run_yaml and not wanted.site else os.getcwd()
+    base_dir = (
+        os.path.dirname(os.path.abspath(run_yaml)) if run_yaml and not wanted.site else os.getcwd()
+    )
     site = load_site(site_name, base_dir, "--site" if wanted.site else merge(layers).where("site"))
     if not run_yaml:
         stand_in = {"name": "shell", "site": site_name, "recipe": "command", "time": "45:00"}
         layers = [*user_layers(site_name), Document(stand_in)]
-    layers.append(Document({key: value for key, value in options.items() if key != "container"}, name="command line"))
+    layers.append(
+        Document(
+            {key: value for key, value in options.items() if key != "container"},
+            name="command line",
+        )
+    )
     spec, found = spec_from_layers(layers, run_yaml or os.path.join(os.getcwd(), "run.yaml"))
     if found:
         raise UsageError(found)
@@ -95,21 +118,48 @@ def allocation(site: Site, spec: RunSpec, wanted: Wanted) -> Allocation:
     rules = site.values["account"]
     if rules["required"] and not account:
         problems.append(
-            Problem(f"site `{site.name}` needs an account", hint=f"say --account {rules['example'] or 'A'}")
+            Problem(
+                f"site `{site.name}` needs an account",
+                hint=f"say --account {rules['example'] or 'A'}",
+            )
         )
-    image = os.path.abspath(os.path.expanduser(wanted.container)) if wanted.container else spec.container
+    image = (
+        os.path.abspath(os.path.expanduser(wanted.container))
+        if wanted.container
+        else spec.container
+    )
     if image and site.values["container"]["runtime"] == "none":
         problems.append(
-            Problem(f"site `{site.name}` runs no containers", where=site.document.where("container", "runtime"))
+            Problem(
+                f"site `{site.name}` runs no containers",
+                where=site.document.where("container", "runtime"),
+            )
         )
     if image and (":" in image or "," in image):
         problems.append(Problem(f"a container image path cannot hold `:` or `,`: `{image}`"))
     if problems:
         raise UsageError(problems)
-    options = {"job-name": "hpctrain-shell", "account": account, "partition": partition.name, "qos": partition.qos, "nodes": 1, "ntasks": 1,
-               "cpus-per-task": cpus, **_gpu_option(site, node, gpus), "mem": format_mem_gib(mem_gib), "time": format_time(time_s),
-               "hint": site.values["slurm"]["hint"], "constraint": site.values["slurm"]["constraint"]}  # fmt: skip
-    options.update({key: value for key, value in site.values["slurm"]["always"].items() if key not in _BATCH_ONLY})
+    options = {
+        "job-name": "hpctrain-shell",
+        "account": account,
+        "partition": partition.name,
+        "qos": partition.qos,
+        "nodes": 1,
+        "ntasks": 1,
+        "cpus-per-task": cpus,
+        **_gpu_option(site, node, gpus),
+        "mem": format_mem_gib(mem_gib),
+        "time": format_time(time_s),
+        "hint": site.values["slurm"]["hint"],
+        "constraint": site.values["slurm"]["constraint"],
+    }
+    options.update(
+        {
+            key: value
+            for key, value in site.values["slurm"]["always"].items()
+            if key not in _BATCH_ONLY
+        }
+    )
     program = list(wanted.command) or ["bash"]
     if image:
         binds, _ = bind_list(site, spec.container_binds, [("working directory", os.getcwd())])
@@ -119,9 +169,14 @@ def allocation(site: Site, spec: RunSpec, wanted: Wanted) -> Allocation:
     return Allocation(tuple(argv), tuple(site.values["unset_env"]))
 
 
-def command_line(plan: Allocation, environment: Mapping[str, str], scrubbed: Mapping[str, str]) -> str:
-    """The same as one line for a terminal: what is removed from this shell's environment, then srun."""
-    gone = sorted((set(environment) - set(scrubbed)) | {name for name in plan.unset if name in environment})
+def command_line(
+    plan: Allocation, environment: Mapping[str, str], scrubbed: Mapping[str, str]
+) -> str:
+    """The same as one line for a terminal: what is removed from this shell's environment, then
+    srun."""
+    gone = sorted(
+        (set(environment) - set(scrubbed)) | {name for name in plan.unset if name in environment}
+    )
     prefix = ["env", *(f"--unset={name}" for name in gone)] if gone else []
     return str(quote_all([*prefix, *plan.argv]))
 
@@ -145,12 +200,19 @@ def _partition(site: Site, wanted: Wanted, problems: list[Problem]) -> Partition
         return site.partition("") or Partition("", any_node)
     found = site.partition(name)
     if not found:
-        problems.append(Problem(f"site `{site.name}` has no partition `{name}`", hint=nearest(name, site.partitions)))
+        problems.append(
+            Problem(
+                f"site `{site.name}` has no partition `{name}`", hint=nearest(name, site.partitions)
+            )
+        )
     return found or Partition(name, any_node)
 
 
-def _share(site: Site, partition: Partition, wanted: Wanted, problems: list[Problem]) -> tuple[int, int, float]:
-    """(GPUs, cores, memory in GiB): one GPU and its fair share of the node unless asked for more."""
+def _share(
+    site: Site, partition: Partition, wanted: Wanted, problems: list[Problem]
+) -> tuple[int, int, float]:
+    """(GPUs, cores, memory in GiB): one GPU and its fair share of the node unless asked for
+    more."""
     node = partition.node_type
     usable_gpus = 0 if site.values["slurm"]["gpu_request"] == "none" else node.gpus
     one = usable_gpus if partition.whole_nodes else min(usable_gpus, 1)
@@ -158,7 +220,10 @@ def _share(site: Site, partition: Partition, wanted: Wanted, problems: list[Prob
     if gpus > usable_gpus:
         where = site.document.where("node_types", node.name, "gpus")
         problems.append(
-            Problem(f"--gpus {gpus} is more than a `{node.name}` node has ({usable_gpus})", why=f"set in {where}")
+            Problem(
+                f"--gpus {gpus} is more than a `{node.name}` node has ({usable_gpus})",
+                why=f"set in {where}",
+            )
         )
         gpus = usable_gpus
     if gpus and usable_gpus:
@@ -170,7 +235,8 @@ def _share(site: Site, partition: Partition, wanted: Wanted, problems: list[Prob
         where = site.document.where("node_types", node.name, "usable_cores")
         problems.append(
             Problem(
-                f"--cpus {cpus} is more than a `{node.name}` node gives ({node.usable_cores})", why=f"set in {where}"
+                f"--cpus {cpus} is more than a `{node.name}` node gives ({node.usable_cores})",
+                why=f"set in {where}",
             )
         )
     part = max(cpus / node.usable_cores, gpus / usable_gpus if usable_gpus else 0.0)
@@ -190,7 +256,8 @@ def _time_s(partition: Partition, site: Site, wanted: Wanted, problems: list[Pro
         where = site.document.where("partitions", partition.name, "max_time")
         problems.append(
             Problem(
-                f"--time {wanted.time} is longer than partition `{partition.name}` allows ({format_time(limit)})",
+                f"--time {wanted.time} is longer than partition `{partition.name}` allows"
+                f" ({format_time(limit)})",
                 why=f"set in {where}",
             )
         )
@@ -218,13 +285,18 @@ def _words(options: Mapping[str, Any]) -> list[str]:
 
 
 def _setup(site: Site, spec: RunSpec, node: NodeType) -> str:
-    """What the node runs before the shell: the job script's modules and environment. A failed line says so and goes on."""
+    """What the node runs before the shell: the job script's modules and environment. A failed line
+    says so and goes on."""
     modules, values = site.values["modules"], site.values
     lines = ["module purge"] if modules["purge"] else []
     lines += [f"module use {quote(path)}" for path in modules["use"]]
     lines += [f"module load {quote(name)}" for name in modules["load"]]
     environment = {name: fields["value"] for name, fields in values["env"].items()}
-    lines += [f"export {name}={quote(value)}" for name, value in {**environment, **spec.env}.items()]
+    lines += [
+        f"export {name}={quote(value)}" for name, value in {**environment, **spec.env}.items()
+    ]
     for name, fields in values["node_dirs"].items():
-        lines.append(f'export {name}={node_path(fields["path"], node.tmp_path)}; mkdir -p -m 0700 "${name}"')
+        lines.append(
+            f'export {name}={node_path(fields["path"], node.tmp_path)}; mkdir -p -m 0700 "${name}"'
+        )
     return "\n".join([*lines, 'exec "$@"'])

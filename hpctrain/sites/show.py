@@ -1,4 +1,5 @@
-"""What there is to say about site profiles: which exist, where each value comes from, and what is wrong with one."""
+"""What there is to say about site profiles: which exist, where each value comes from, and what is
+wrong with one."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def summaries() -> list[Summary]:
 
 
 def blame(site: Site) -> list[tuple[str, Any, str]]:
-    """(dotted name, value as written, file:line:column) of every value of the effective profile, defaults last."""
+    """(dotted name, value as written, file:line:column) of every value of the effective profile,
+    defaults last."""
     rows = []
     for path, value in walk(site.document.data):
         inside_list = any(
@@ -68,7 +70,11 @@ def blame(site: Site) -> list[tuple[str, Any, str]]:
 def value_text(value: Any) -> str:
     """A value for one column of a table."""
     text = (
-        flow(value)[1:-1] if isinstance(value, list) else flow(value) if isinstance(value, (bool, dict)) else str(value)
+        flow(value)[1:-1]
+        if isinstance(value, list)
+        else flow(value)
+        if isinstance(value, (bool, dict))
+        else str(value)
     )
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
@@ -87,16 +93,31 @@ def check_profiles(names: Sequence[str], today: datetime.date) -> dict[str, list
 
 
 def find_problems(site: Site, path: str, today: datetime.date) -> list[Problem]:
-    """What a loaded profile gets wrong beyond its form; errors would hurt jobs, warnings and notes the people who use it."""
+    """What a loaded profile gets wrong beyond its form; errors would hurt jobs, warnings and notes
+    the people who use it."""
     values, document = site.values, site.document
-    found = [*_identity(site, path), *_freshness(site, today), *_account(site), *_shapes(site), *_environment(site)]
-    found += check_options(values["slurm"]["always"], lambda key: document.where_key("slurm", "always", key))
+    found = [
+        *_identity(site, path),
+        *_freshness(site, today),
+        *_account(site),
+        *_shapes(site),
+        *_environment(site),
+    ]
+    found += check_options(
+        values["slurm"]["always"], lambda key: document.where_key("slurm", "always", key)
+    )
     known = {key: _optional(field) for key, field in run.FIELDS.items()}
     defaults = values["defaults"]
     if defaults:
         found += check(document.section("defaults"), known)[1]
     if not site.partitions:
-        found.append(Problem("no partitions are listed, so no limit can be checked", document.where(), level="note"))
+        found.append(
+            Problem(
+                "no partitions are listed, so no limit can be checked",
+                document.where(),
+                level="note",
+            )
+        )
     order = {"error": 0, "warning": 1, "note": 2}
     return sorted(found, key=lambda problem: order[problem.level])
 
@@ -106,12 +127,18 @@ def _identity(site: Site, path: str) -> Iterator[Problem]:
     document = site.document
     if os.path.basename(path) == "profile.yaml" and folder != site.name:
         yield Problem(
-            f"`name: {site.name}` is not the name of its folder, `{folder}`", document.where("name"), level="warning",
+            f"`name: {site.name}` is not the name of its folder, `{folder}`",
+            document.where("name"),
+            level="warning",
             why="runs and `hpctrain site list` know a profile by its folder",
-        )  # fmt: skip
+        )
     if not site.values["maintainers"]:
-        yield Problem("nobody is named under `maintainers`", document.where("maintainers"), level="warning",
-                      hint="a name or handle of someone who answers questions about it")  # fmt: skip
+        yield Problem(
+            "nobody is named under `maintainers`",
+            document.where("maintainers"),
+            level="warning",
+            hint="a name or handle of someone who answers questions about it",
+        )
     if not site.values["docs_url"]:
         yield Problem("`docs_url` is missing", document.where(), level="note")
 
@@ -119,8 +146,12 @@ def _identity(site: Site, path: str) -> Iterator[Problem]:
 def _freshness(site: Site, today: datetime.date) -> Iterator[Problem]:
     text, where = site.values["verified"]["date"], site.document.where("verified", "date")
     if not text:
-        yield Problem("never verified", site.document.where("verified"), level="warning",
-                      hint='run a job there, then set `verified: {date: "YYYY-MM-DD", by: …, evidence: …}`')  # fmt: skip
+        yield Problem(
+            "never verified",
+            site.document.where("verified"),
+            level="warning",
+            hint='run a job there, then set `verified: {date: "YYYY-MM-DD", by: …, evidence: …}`',
+        )
         return
     try:
         date = datetime.date.fromisoformat(text)
@@ -131,30 +162,48 @@ def _freshness(site: Site, today: datetime.date) -> Iterator[Problem]:
         yield Problem(f"`verified.date: {text}` lies in the future", where, level="warning")
     elif (today - date).days > STALE_DAYS:
         yield Problem(
-            f"last verified on {text}, {(today - date).days} days ago", where, level="warning",
-            why=f"facts older than {STALE_DAYS} days are worth a second look", hint="compare with the site's documentation",
-        )  # fmt: skip
+            f"last verified on {text}, {(today - date).days} days ago",
+            where,
+            level="warning",
+            why=f"facts older than {STALE_DAYS} days are worth a second look",
+            hint="compare with the site's documentation",
+        )
 
 
 def _account(site: Site) -> Iterator[Problem]:
     rules, document = site.values["account"], site.document
     if rules["required"] and not rules["example"]:
-        yield Problem("`account.required` without an `example`", document.where("account"), level="warning",
-                      why="messages and `hpctrain init` show it")  # fmt: skip
-    if rules["pattern"] and rules["example"] and not re.fullmatch(rules["pattern"], rules["example"]):
-        yield Problem(f"`account.example: {rules['example']}` does not match `account.pattern`", document.where("account", "example"),
-                      why=f"the pattern is {rules['pattern']}")  # fmt: skip
+        yield Problem(
+            "`account.required` without an `example`",
+            document.where("account"),
+            level="warning",
+            why="messages and `hpctrain init` show it",
+        )
+    if (
+        rules["pattern"]
+        and rules["example"]
+        and not re.fullmatch(rules["pattern"], rules["example"])
+    ):
+        yield Problem(
+            f"`account.example: {rules['example']}` does not match `account.pattern`",
+            document.where("account", "example"),
+            why=f"the pattern is {rules['pattern']}",
+        )
 
 
 def _shapes(site: Site) -> Iterator[Problem]:
     document, request = site.document, site.values["slurm"]["gpu_request"]
     for name, node in site.node_types.items():
         if node.cores % node.sockets:
-            yield Problem(f"{node.cores} cores cannot be spread evenly over {node.sockets} sockets",
-                          document.where("node_types", name, "sockets"), level="warning")  # fmt: skip
+            yield Problem(
+                f"{node.cores} cores cannot be spread evenly over {node.sockets} sockets",
+                document.where("node_types", name, "sockets"),
+                level="warning",
+            )
         if node.threads_per_core > 1 and not site.values["slurm"]["hint"]:
             yield Problem(
-                f"`{name}` has {node.threads_per_core} threads a core, and jobs ask for one CPU a core",
+                f"`{name}` has {node.threads_per_core} threads a core, and jobs ask for one CPU a"
+                " core",
                 document.where("node_types", name, "threads_per_core"),
                 level="warning",
                 why="Slurm counts threads as CPUs, so that a task gets only a part of its cores",
@@ -164,28 +213,44 @@ def _shapes(site: Site) -> Iterator[Problem]:
             kind, _, listing = mask.partition(":")
             count = len(listing.split(",")) if listing else 0
             if kind in ("mask_cpu", "map_cpu") and node.gpus and count != node.gpus:
-                yield Problem(f"`cpu_bind` for {cores} cores names {count} places, and a node has {node.gpus} GPUs",
-                              document.where("node_types", name, "cpu_bind", cores))  # fmt: skip
+                yield Problem(
+                    f"`cpu_bind` for {cores} cores names {count} places, and a node has {node.gpus}"
+                    " GPUs",
+                    document.where("node_types", name, "cpu_bind", cores),
+                )
         if node.gpus and request == "none":
-            yield Problem(f"`{name}` has GPUs and `slurm.gpu_request` is none, so that no job gets one",
-                          document.where("slurm", "gpu_request"), level="warning")  # fmt: skip
+            yield Problem(
+                f"`{name}` has GPUs and `slurm.gpu_request` is none, so that no job gets one",
+                document.where("slurm", "gpu_request"),
+                level="warning",
+            )
         if node.tmp_kind == "ram" and (node.tmp_size_gib or 0) > node.memory_gib:
             yield Problem(
-                f"`{name}` has more {node.tmp_path} in memory than memory", document.where("node_types", name, "tmp")
+                f"`{name}` has more {node.tmp_path} in memory than memory",
+                document.where("node_types", name, "tmp"),
             )
     used = {partition.node_type.name for partition in site.partitions.values()}
     for name in site.node_types if used else ():
         if name not in used and name != site.values["default_node_type"]:
             yield Problem(
-                f"no partition has nodes of type `{name}`", document.where_key("node_types", name), level="note"
+                f"no partition has nodes of type `{name}`",
+                document.where_key("node_types", name),
+                level="note",
             )
     for name, partition in site.partitions.items():
         if (partition.min_nodes or 0) > (partition.max_nodes or 10**9):
-            yield Problem(f"partition `{name}` wants at least {partition.min_nodes} and at most {partition.max_nodes} nodes",
-                          document.where("partitions", name, "min_nodes"))  # fmt: skip
+            yield Problem(
+                f"partition `{name}` wants at least {partition.min_nodes} and at most"
+                f" {partition.max_nodes} nodes",
+                document.where("partitions", name, "min_nodes"),
+            )
         if (partition.max_running or 0) > (partition.max_submitted or 10**9):
-            yield Problem(f"partition `{name}` lets more jobs run ({partition.max_running}) than be submitted ({partition.max_submitted})",
-                          document.where("partitions", name, "max_running"), level="warning")  # fmt: skip
+            yield Problem(
+                f"partition `{name}` lets more jobs run ({partition.max_running}) than be submitted"
+                f" ({partition.max_submitted})",
+                document.where("partitions", name, "max_running"),
+                level="warning",
+            )
     network = site.values["network"]
     last = network["port_base"] + network["port_range"] - 1
     if _EPHEMERAL <= last <= 65535:
@@ -197,26 +262,45 @@ def _shapes(site: Site) -> Iterator[Problem]:
             hint="choose port_base and port_range below that",
         )
     if last > 65535:
-        yield Problem("the rendezvous ports go beyond 65535", document.where("network"),
-                      why=f"port_base {network['port_base']} + port_range {network['port_range']}")  # fmt: skip
+        yield Problem(
+            "the rendezvous ports go beyond 65535",
+            document.where("network"),
+            why=f"port_base {network['port_base']} + port_range {network['port_range']}",
+        )
 
 
 def _environment(site: Site) -> Iterator[Problem]:
     values, document = site.values, site.document
     for name in values["env"]:
         if run.RESERVED_ENV.fullmatch(name):
-            yield Problem(f"`env.{name}` is set by hpctrain or Slurm in every job", document.where_key("env", name))
+            yield Problem(
+                f"`env.{name}` is set by hpctrain or Slurm in every job",
+                document.where_key("env", name),
+            )
         if name in values["node_dirs"]:
-            yield Problem(f"`{name}` is both in `env` and in `node_dirs`", document.where_key("node_dirs", name),
-                          why="the folder made on each node wins", level="warning")  # fmt: skip
+            yield Problem(
+                f"`{name}` is both in `env` and in `node_dirs`",
+                document.where_key("node_dirs", name),
+                why="the folder made on each node wins",
+                level="warning",
+            )
     for name, fields in values["storage"].items():
         unknown = set(re.findall(r"\{[^{}]*\}", fields["path"])) - {"{account}", "{user}"}
         if unknown:
-            yield Problem(f"`{fields['path']}` holds {', '.join(sorted(unknown))}", document.where("storage", name, "path"),
-                          why="only {account} and {user} are filled in")  # fmt: skip
+            yield Problem(
+                f"`{fields['path']}` holds {', '.join(sorted(unknown))}",
+                document.where("storage", name, "path"),
+                why="only {account} and {user} are filled in",
+            )
     container = values["container"]
-    if container["runtime"] == "none" and (container["binds"] or container["activate"] or container["gpu_flag"]):
-        yield Problem("`container` has settings and no `runtime`", document.where("container"), level="warning")
+    if container["runtime"] == "none" and (
+        container["binds"] or container["activate"] or container["gpu_flag"]
+    ):
+        yield Problem(
+            "`container` has settings and no `runtime`",
+            document.where("container"),
+            level="warning",
+        )
 
 
 def _optional(field: Field) -> Field:
@@ -227,7 +311,9 @@ def _optional(field: Field) -> Field:
     return clone
 
 
-def _defaults(fields: Mapping[str, Field], data: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+def _defaults(
+    fields: Mapping[str, Field], data: Any, path: tuple[Any, ...]
+) -> Iterator[tuple[str, Any]]:
     data = data if isinstance(data, dict) else {}
     for key, field in fields.items():
         if field.kind == "table" and field.fields:

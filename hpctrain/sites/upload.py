@@ -1,7 +1,9 @@
-"""Data to the site with rsync over ssh: resumable, never replacing what is there unasked, compared by checksum afterwards.
+"""Data to the site with rsync over ssh: resumable, never replacing what is there unasked, compared
+by checksum afterwards.
 
-A file appears under its name only when it is complete: until then rsync keeps it in a folder of its own beside it, and
-the next upload goes on from there. Facts of rsync: man rsync, 3.0 and later on both sides.
+A file appears under its name only when it is complete: until then rsync keeps it in a folder of its
+own beside it, and the next upload goes on from there. Facts of rsync: man rsync, 3.0 and later on
+both sides.
 """
 
 from __future__ import annotations
@@ -25,13 +27,15 @@ from hpctrain.config.site import HOST, Site, load_site
 PARTIAL_DIR = ".hpctrain-partial"
 _ACCOUNT = "{account}"  # filled in by hpctrain, as profiles write it
 _USER = r"[A-Za-z_][A-Za-z0-9_.@-]{0,63}"
-# man rsync, EXIT VALUES: the connection or the other side failed, as opposed to single files (23, 24).
+# man rsync, EXIT VALUES: the connection or the other side failed, as opposed to single files (23,
+# 24).
 _CONNECTION = frozenset({1, 2, 3, 4, 5, 6, 10, 12, 13, 14, 30, 35, 124, 125, 126, 127, 255})
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes where. `sources` as rsync gets them; `folder` on `host`; `why` says who chose the folder."""
+    """What goes where. `sources` as rsync gets them; `folder` on `host`; `why` says who chose the
+    folder."""
 
     sources: tuple[str, ...]
     num_files: int
@@ -47,9 +51,16 @@ class Upload:
         return f"{self.host}:{self.folder.rstrip('/')}/"
 
 
-def find_target(run_yaml: str | None, site_name: str | None, account: str | None, to: str | None, host: str | None,
-                user: str | None) -> tuple[str, str, str]:  # fmt: skip
-    """(host, folder, why that folder) from the options, the run's data, or the site's profile, in this order.
+def find_target(
+    run_yaml: str | None,
+    site_name: str | None,
+    account: str | None,
+    to: str | None,
+    host: str | None,
+    user: str | None,
+) -> tuple[str, str, str]:
+    """(host, folder, why that folder) from the options, the run's data, or the site's profile, in
+    this order.
 
     Raises UsageError naming what is missing.
     """
@@ -58,7 +69,9 @@ def find_target(run_yaml: str | None, site_name: str | None, account: str | None
     site_name = site_name or merge(layers or user_layers(None)).get("site")
     site: Site | None = None
     if isinstance(site_name, str):
-        site = load_site(site_name, os.path.dirname(os.path.abspath(run_yaml)) if run_yaml else "", where)
+        site = load_site(
+            site_name, os.path.dirname(os.path.abspath(run_yaml)) if run_yaml else "", where
+        )
     account = account or merge(layers or user_layers(site_name)).get("account")
     host = host or (site.values["login"]["host"] if site else None)
     problems = []
@@ -82,7 +95,10 @@ def find_target(run_yaml: str | None, site_name: str | None, account: str | None
         problems.append(Problem(f"the folder {folder[:60]!r} {bad}"))
     if not folder:
         problems.append(
-            Problem("where to? neither the run nor the profile says where data belongs", hint="say --to PATH")
+            Problem(
+                "where to? neither the run nor the profile says where data belongs",
+                hint="say --to PATH",
+            )
         )
     if problems or not host:
         raise UsageError(problems)
@@ -90,13 +106,17 @@ def find_target(run_yaml: str | None, site_name: str | None, account: str | None
 
 
 def ssh_words(ssh: str, key: str | None) -> list[str]:
-    """The words of the ssh command, with the key. Raises UsageError for quotes that do not close and a key that is not there."""
+    """The words of the ssh command, with the key. Raises UsageError for quotes that do not close
+    and a key that is not there."""
     try:
         words = shlex.split(ssh)
     except ValueError as error:
         raise UsageError(f"--ssh `{_shown(ssh)}`: {error}") from error
     if not words or text_problem(ssh):
-        raise UsageError(f"--ssh `{_shown(ssh)}` is not a command", hint="for example --ssh 'ssh -J jump.example.org'")
+        raise UsageError(
+            f"--ssh `{_shown(ssh)}` is not a command",
+            hint="for example --ssh 'ssh -J jump.example.org'",
+        )
     if key:
         path = os.path.expanduser(key)
         if not os.path.isfile(path):
@@ -106,8 +126,11 @@ def ssh_words(ssh: str, key: str | None) -> list[str]:
     return words
 
 
-def plan_upload(files: Sequence[str], host: str, folder: str, why: str, ssh: Sequence[str], force: bool) -> Upload:
-    """Check the files and count them. Raises UsageError with every file that is missing or would collide."""
+def plan_upload(
+    files: Sequence[str], host: str, folder: str, why: str, ssh: Sequence[str], force: bool
+) -> Upload:
+    """Check the files and count them. Raises UsageError with every file that is missing or would
+    collide."""
     problems: list[Problem] = []
     names: dict[str, str] = {}
     num_files = num_bytes = 0
@@ -121,12 +144,19 @@ def plan_upload(files: Sequence[str], host: str, folder: str, why: str, ssh: Seq
         if name in names:
             problems.append(
                 Problem(
-                    f"has the same name as `{_shown(names[name])}`, and both would go to one place", where=_shown(path)
+                    f"has the same name as `{_shown(names[name])}`, and both would go to one place",
+                    where=_shown(path),
                 )
             )
             continue
         if name in ("", ".", ".."):
-            problems.append(Problem("has no name of its own", where=_shown(path), hint="name the folder or its files"))
+            problems.append(
+                Problem(
+                    "has no name of its own",
+                    where=_shown(path),
+                    hint="name the folder or its files",
+                )
+            )
             continue
         names[name] = path
         sources.append(source)
@@ -138,21 +168,47 @@ def plan_upload(files: Sequence[str], host: str, folder: str, why: str, ssh: Seq
 
 
 def transfer_argv(upload: Upload) -> list[str]:
-    """The rsync that sends. A destination path never meets a shell (`--protect-args`), nor a name an option (`--`)."""
+    """The rsync that sends. A destination path never meets a shell (`--protect-args`), nor a name
+    an option (`--`)."""
     return [
-        "rsync", "--recursive", "--copy-links", "--times", "--protect-args", "--partial", f"--partial-dir={PARTIAL_DIR}",
-        # Without --force what is there stays; the comparison afterwards tells whether it is the same.
+        "rsync",
+        "--recursive",
+        "--copy-links",
+        "--times",
+        "--protect-args",
+        "--partial",
+        f"--partial-dir={PARTIAL_DIR}",
+        # Without --force what is there stays; the comparison afterwards tells whether it is the
+        # same.
         "--checksum" if upload.force else "--ignore-existing",
-        "--info=progress2", "--no-human-readable", "--outbuf=N", f"--rsh={rsh_words(upload.ssh)}", "--", *upload.sources, upload.target,
-    ]  # fmt: skip
+        "--info=progress2",
+        "--no-human-readable",
+        "--outbuf=N",
+        f"--rsh={rsh_words(upload.ssh)}",
+        "--",
+        *upload.sources,
+        upload.target,
+    ]
 
 
 def compare_argv(upload: Upload) -> list[str]:
-    """The rsync that only compares, by checksum: it names every file that is missing there or differs."""
+    """The rsync that only compares, by checksum: it names every file that is missing there or
+    differs."""
     return [
-        "rsync", "--recursive", "--copy-links", "--protect-args", "--dry-run", "--checksum", "--8-bit-output",
-        "--out-format=%i %n", f"--exclude={PARTIAL_DIR}/", f"--rsh={rsh_words(upload.ssh)}", "--", *upload.sources, upload.target,
-    ]  # fmt: skip
+        "rsync",
+        "--recursive",
+        "--copy-links",
+        "--protect-args",
+        "--dry-run",
+        "--checksum",
+        "--8-bit-output",
+        "--out-format=%i %n",
+        f"--exclude={PARTIAL_DIR}/",
+        f"--rsh={rsh_words(upload.ssh)}",
+        "--",
+        *upload.sources,
+        upload.target,
+    ]
 
 
 def command_lines(upload: Upload) -> list[str]:
@@ -161,25 +217,36 @@ def command_lines(upload: Upload) -> list[str]:
 
 
 def rsh_words(words: Sequence[str]) -> str:
-    """One text that rsync's own splitting of --rsh reads back as exactly these words (man rsync, --rsh)."""
+    """One text that rsync's own splitting of --rsh reads back as exactly these words (man rsync,
+    --rsh)."""
     return " ".join(
-        word if re.fullmatch(r"[A-Za-z0-9_./=@:,+%-]+", word) else "'" + word.replace("'", "''") + "'" for word in words
+        (
+            word
+            if re.fullmatch(r"[A-Za-z0-9_./=@:,+%-]+", word)
+            else "'" + word.replace("'", "''") + "'"
+        )
+        for word in words
     )
 
 
 def run_upload(upload: Upload, progress: Callable[[float], None]) -> None:
     """Send, then compare every file by checksum. `progress` gets the bytes that are there.
 
-    Raises EnvironmentFault when rsync or the connection fails (run it again to go on), HpctrainError when files could
-    not be sent, Refused when files of other content are there already and `force` is not set.
+    Raises EnvironmentFault when rsync or the connection fails (run it again to go on),
+    HpctrainError when files could not be sent, Refused when files of other content are there
+    already and `force` is not set.
     """
     if not shutil.which("rsync"):
-        raise EnvironmentFault("there is no `rsync` here", hint="install it, for example: apt-get install rsync")
+        raise EnvironmentFault(
+            "there is no `rsync` here", hint="install it, for example: apt-get install rsync"
+        )
     _send(upload, progress)
     different = _compare(upload)
     if not different:
         return
-    shown = "\n".join(different[:20] + ([f"… and {len(different) - 20} more"] if len(different) > 20 else []))
+    shown = "\n".join(
+        different[:20] + ([f"… and {len(different) - 20} more"] if len(different) > 20 else [])
+    )
     if upload.force:
         raise HpctrainError(
             f"other content than what was sent: {count_files(len(different))}",
@@ -187,13 +254,17 @@ def run_upload(upload: Upload, progress: Callable[[float], None]) -> None:
             hint="did they change meanwhile? run it again",
         )
     raise Refused(
-        f"{count_files(len(different))} of other content at {_shown(upload.target)} already, left as found", why=shown,
+        f"{count_files(len(different))} of other content at {_shown(upload.target)} already, left"
+        " as found",
+        why=shown,
         hint="send to another folder with --to, or replace them with --force",
-    )  # fmt: skip
+    )
 
 
 def _send(upload: Upload, progress: Callable[[float], None]) -> None:
-    with subprocess.Popen(transfer_argv(upload), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        transfer_argv(upload), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout
         rest = b""
         while True:
@@ -210,7 +281,9 @@ def _send(upload: Upload, progress: Callable[[float], None]) -> None:
 
 
 def _compare(upload: Upload) -> list[str]:
-    done = subprocess.run(compare_argv(upload), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
+    done = subprocess.run(
+        compare_argv(upload), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False
+    )
     _judge(done.returncode)
     lines = done.stdout.decode("utf-8", "replace").splitlines()
     # `<f` is a file that would be sent; folders and times do not matter here.
@@ -221,12 +294,18 @@ def _judge(code: int) -> None:
     if code == 0:
         return
     if code in (20, -2, -15):
-        raise EnvironmentFault("the upload was interrupted", hint="run the same command again: it goes on where it was")
+        raise EnvironmentFault(
+            "the upload was interrupted", hint="run the same command again: it goes on where it was"
+        )
     if code in _CONNECTION or code < 0:
         raise EnvironmentFault(
-            f"rsync failed with {code}, see above", hint="run the same command again: it goes on where it was"
+            f"rsync failed with {code}, see above",
+            hint="run the same command again: it goes on where it was",
         )
-    hint = "does the folder above it exist there, and may you write to it? then run the same command again"
+    hint = (
+        "does the folder above it exist there, and may you write to it? then run the same command"
+        " again"
+    )
     raise HpctrainError(f"rsync could not send everything (exit code {code}), see above", hint=hint)
 
 
@@ -238,15 +317,19 @@ def _default_folder(
         given = merge(list(layers)).get("data", "train")  # type: ignore[arg-type]
         first = given[0] if isinstance(given, list) and given and isinstance(given[0], str) else ""
         if os.path.isabs(first):
-            return os.path.dirname(
-                absolute(first, "/")
-            ), f"the folder of the run's data, {spec.where('data', 'train', 0)}"
+            return (
+                os.path.dirname(absolute(first, "/")),
+                f"the folder of the run's data, {spec.where('data', 'train', 0)}",
+            )
     for name, storage in (site.values["storage"] if site else {}).items():
         path = storage["path"]
         if "data" in storage["holds"] and "{user}" not in path:
             assert site
             if _ACCOUNT in path and not isinstance(account, str):
-                raise UsageError(f"`{path}` of `{site.name}` needs an account", hint="say --account A, or --to PATH")
+                raise UsageError(
+                    f"`{path}` of `{site.name}` needs an account",
+                    hint="say --account A, or --to PATH",
+                )
             return (
                 path.replace(_ACCOUNT, str(account)),
                 f"storage.{name} of the site, {site.document.where('storage', name)}",
@@ -255,7 +338,8 @@ def _default_folder(
 
 
 def _source(path: str) -> str:
-    """The path as rsync takes it: no option, no HOST:PATH, and the folder itself rather than what is in it."""
+    """The path as rsync takes it: no option, no HOST:PATH, and the folder itself rather than what
+    is in it."""
     path = path.rstrip("/") or "/"
     return path if path.startswith("/") else f"./{path}"
 
@@ -281,7 +365,10 @@ def _shown(text: str) -> str:
 
 def describe(upload: Upload) -> str:
     """One line for a person."""
-    return f"{count_files(upload.num_files)}, {units.format_size(upload.num_bytes)}, to {_shown(upload.target)} ({upload.why})"
+    return (
+        f"{count_files(upload.num_files)}, {units.format_size(upload.num_bytes)}, to"
+        f" {_shown(upload.target)} ({upload.why})"
+    )
 
 
 def count_files(number: int) -> str:

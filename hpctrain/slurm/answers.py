@@ -1,14 +1,16 @@
 """What the words of Slurm's commands mean. Pure.
 
-The words are Slurm's own (src/common/slurm_errno.c, 19.05 to 26.05). Silence is not a refusal: where no controller
-answered, nothing is known of what was asked.
+The words are Slurm's own (src/common/slurm_errno.c, 19.05 to 26.05). Silence is not a refusal:
+where no controller answered, nothing is known of what was asked.
 """
 
 from __future__ import annotations
 
 import re
 
-_NO_CONFIG = re.compile(r"establish a configuration source|process configuration file|slurm\.conf: No such file")
+_NO_CONFIG = re.compile(
+    r"establish a configuration source|process configuration file|slurm\.conf: No such file"
+)
 _NO_ANSWER = re.compile(
     r"Unable to contact|Socket timed out|Zero Bytes were transmitted|standby mode"
     r"|Communication (?:connection|shutdown) failure|Message (?:send|receive) failure"
@@ -36,7 +38,10 @@ _SHOWN_BY = (
 def no_answer(words: str) -> str:
     """What to do where `words` say that no Slurm answered; "" where they are an answer."""
     if _NO_CONFIG.search(words):
-        return "this machine's Slurm commands have no configuration: use a login node, or `hpctrain sandbox up`"
+        return (
+            "this machine's Slurm commands have no configuration: use a login node, or `hpctrain"
+            " sandbox up`"
+        )
     return "is slurmctld up? try `scontrol ping`" if _NO_ANSWER.search(words) else ""
 
 
@@ -48,8 +53,8 @@ def shown_by(words: str) -> str:
     return "`scontrol show partition` shows the limits"
 
 
-# Reasons of a waiting job (man squeue, JOB REASON CODES) that do not pass by themselves: what the job
-# is then, and what changes that. {job} is its id.
+# Reasons of a waiting job (man squeue, JOB REASON CODES) that do not pass by themselves: what the
+# job is then, and what changes that. {job} is its id.
 _STUCK = (
     (r"JobHeldAdmin", "held by the administrators, who alone can release it", ""),
     (
@@ -63,12 +68,14 @@ _STUCK = (
         "scontrol update jobid={job} dependency=",
     ),
     (
-        r"BadConstraints|PartitionConfig|Partition(?:Node|Time)Limit|Max\w+Per(?:Job|Node)(?:Limit)?$|QOSMin",
+        r"BadConstraints|PartitionConfig|Partition(?:Node|Time)Limit|Max\w+Per(?:Job"
+        r"|Node)(?:Limit)?$|QOSMin",
         "it asks for what no job gets there: it will never start",
         "scancel {job}",
     ),
     (
-        r"InvalidAccount|InvalidQOS|(?:Account|QOS)NotAllowed|Reservation(?:Deleted|Invalid)|DeadLine",
+        r"InvalidAccount|InvalidQOS|(?:Account|QOS)NotAllowed|Reservation(?:Deleted"
+        r"|Invalid)|DeadLine",
         "its account, QOS, reservation or deadline does not hold any more: it will never start",
         "scancel {job}",
     ),
@@ -82,7 +89,8 @@ _HELD_STATES = frozenset({"REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
 
 
 def stuck(job_id: str, state: str, reason: str) -> tuple[str, str]:
-    """(what keeps a waiting job until a person acts, the command for it); empty where time will do."""
+    """(what keeps a waiting job until a person acts, the command for it); empty where time will
+    do."""
     if state in _HELD_STATES:
         reason = "held state"
     for pattern, what, command in _STUCK:

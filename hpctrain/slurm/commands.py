@@ -1,4 +1,5 @@
-"""The only caller of sbatch, squeue, sacct, scancel, scontrol and sinfo: argv lists, timeouts, a scrubbed environment."""
+"""The only caller of sbatch, squeue, sacct, scancel, scontrol and sinfo: argv lists, timeouts, a
+scrubbed environment."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from typing import NoReturn
 from hpctrain.base.errors import EnvironmentFault
 from hpctrain.slurm import answers
 
-# SBATCH_* overrides a script's directives (man sbatch); SLURM_* and PMI* of an enclosing allocation leak into the job.
+# SBATCH_* overrides a script's directives (man sbatch); SLURM_* and PMI* of an enclosing allocation
+# leak into the job.
 SCRUBBED_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_")
 KEPT = frozenset({"SLURM_CONF"})
 
@@ -21,8 +23,10 @@ KEPT = frozenset({"SLURM_CONF"})
 def scrubbed(environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` without what would override or leak into a submitted job; SLURM_CONF stays."""
     return {
-        name: value for name, value in environment.items() if name in KEPT or not name.startswith(SCRUBBED_PREFIXES)
-    }  # fmt: skip
+        name: value
+        for name, value in environment.items()
+        if name in KEPT or not name.startswith(SCRUBBED_PREFIXES)
+    }
 
 
 def leaking(environment: Mapping[str, str]) -> list[str]:
@@ -43,16 +47,26 @@ def have(program: str) -> bool:
     return shutil.which(program) is not None
 
 
-def run(argv: Sequence[str], timeout_s: float = 60, input_text: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run one Slurm command with the scrubbed environment and return what it said, whatever its exit code.
+def run(
+    argv: Sequence[str], timeout_s: float = 60, input_text: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run one Slurm command with the scrubbed environment and return what it said, whatever its
+    exit code.
 
     Raises NoAnswer when it takes too long, and EnvironmentFault when it is not installed.
     """
     try:
         return subprocess.run(
-            list(argv), env=scrubbed(os.environ), stdin=subprocess.DEVNULL if input_text is None else None, input=input_text,
-            capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False,
-        )  # fmt: skip
+            list(argv),
+            env=scrubbed(os.environ),
+            stdin=subprocess.DEVNULL if input_text is None else None,
+            input=input_text,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
     except FileNotFoundError as error:
         raise _not_here(argv[0]) from error
     except subprocess.TimeoutExpired as error:
@@ -63,7 +77,8 @@ def run(argv: Sequence[str], timeout_s: float = 60, input_text: str | None = Non
 
 
 def ask(argv: Sequence[str], timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-    """`run`, for a command that asks or tells a daemon: NoAnswer too when it says that none answered."""
+    """`run`, for a command that asks or tells a daemon: NoAnswer too when it says that none
+    answered."""
     done = run(argv, timeout_s=timeout_s)
     words = said(done)
     hint = answers.no_answer(words) if done.returncode else ""
@@ -86,9 +101,11 @@ def test_only(job_script: str) -> tuple[bool, str]:
 
 
 def become(argv: Sequence[str], unset: Sequence[str] = ()) -> NoReturn:
-    """Replace this process by an interactive Slurm command with the scrubbed environment, less the variables `unset`.
+    """Replace this process by an interactive Slurm command with the scrubbed environment, less the
+    variables `unset`.
 
-    Its terminal, signals and exit code are then the user's own. Raises EnvironmentFault when it is not installed.
+    Its terminal, signals and exit code are then the user's own. Raises EnvironmentFault when it is
+    not installed.
     """
     environment = {name: value for name, value in scrubbed(os.environ).items() if name not in unset}
     sys.stdout.flush()
@@ -99,7 +116,8 @@ def become(argv: Sequence[str], unset: Sequence[str] = ()) -> NoReturn:
 
 
 def show(*what: str) -> str:
-    """What `scontrol show WHAT…` prints. Raises NoAnswer, or EnvironmentFault with Slurm's own words."""
+    """What `scontrol show WHAT…` prints. Raises NoAnswer, or EnvironmentFault with Slurm's own
+    words."""
     done = ask(["scontrol", "show", *what], timeout_s=120)
     if done.returncode:
         raise EnvironmentFault(f"`scontrol show {' '.join(what)}` failed: {said(done)}")
@@ -131,8 +149,8 @@ def _not_here(program: str) -> EnvironmentFault:
 def submit(script: str, arguments: Sequence[str] = (), options: Sequence[str] = ()) -> str:
     """Submit a job script and return its job id.
 
-    Raises EnvironmentFault with Slurm's own message when it is refused, Unsure when it may be queued
-    all the same.
+    Raises EnvironmentFault with Slurm's own message when it is refused, Unsure when it may be
+    queued all the same.
     """
     return submitted(["--parsable", *options, script, *arguments], script)[0]
 
@@ -147,13 +165,19 @@ def submitted(words: Sequence[str], script: str, timeout_s: float = 120) -> tupl
         done = run(["sbatch", *words], timeout_s=timeout_s)
     except NoAnswer as error:
         raise _unsure(error.problems[0].what, script) from error
-    ids = [line.split(";")[0] for line in done.stdout.splitlines() if re.fullmatch(r"\d+(;\S+)?", line.strip())]
+    ids = [
+        line.split(";")[0]
+        for line in done.stdout.splitlines()
+        if re.fullmatch(r"\d+(;\S+)?", line.strip())
+    ]
     told = said(done)
     if len(ids) == 1 and (done.returncode == 0 or "--wait" in words):
         return ids[0].strip(), done.returncode
     if done.returncode <= 0 or ids or answers.no_answer(told) or not done.stderr.strip():
         raise _unsure(told, script)
-    raise EnvironmentFault(f"Slurm refused the job: {told}", where=script, hint=answers.shown_by(told))
+    raise EnvironmentFault(
+        f"Slurm refused the job: {told}", where=script, hint=answers.shown_by(told)
+    )
 
 
 def _unsure(words: str, script: str) -> Unsure:
@@ -165,7 +189,8 @@ def _unsure(words: str, script: str) -> Unsure:
 
 
 def cancel(ids: Sequence[str]) -> None:
-    """End or withdraw jobs; those that have ended already are no error. Raises EnvironmentFault when Slurm refuses."""
+    """End or withdraw jobs; those that have ended already are no error. Raises EnvironmentFault
+    when Slurm refuses."""
     if not ids:
         return
     done = ask(["scancel", *ids])
@@ -199,13 +224,18 @@ def exclude_nodes(job_id: str, nodes: str) -> None:
 
 
 def set_dependency(job_id: str, dependency: str) -> bool:
-    """Let a waiting job wait for something else; False when Slurm does not take it (it began, or ended, in between)."""
-    return ask(["scontrol", "update", f"jobid={job_id}", f"Dependency={dependency}"]).returncode == 0
+    """Let a waiting job wait for something else; False when Slurm does not take it (it began, or
+    ended, in between)."""
+    return (
+        ask(["scontrol", "update", f"jobid={job_id}", f"Dependency={dependency}"]).returncode == 0
+    )
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:
     """What a command said, in one line; its exit code where it said nothing."""
     return (
-        "; ".join(line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip())
+        "; ".join(
+            line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()
+        )
         or f"exit code {done.returncode}"
     )

@@ -1,7 +1,8 @@
-"""What Slurm says of itself, read from text: `scontrol show partition`, `show node`, `show config`, and `sinfo`.
+"""What Slurm says of itself, read from text: `scontrol show partition`, `show node`, `show config`,
+and `sinfo`.
 
-Pure: text in, facts out, whatever the text holds. Formats: man scontrol, man sinfo (20.11 to 24.11), both the usual
-form of several lines a record and the one-line form of `-o`.
+Pure: text in, facts out, whatever the text holds. Formats: man scontrol, man sinfo (20.11 to
+24.11), both the usual form of several lines a record and the one-line form of `-o`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from hpctrain.base.units import expand_nodes, parse_mem_gib, parse_time_s
 
-# These hold free text, spaces and `=` included, and stand on a line of their own: never read keys out of them.
+# These hold free text, spaces and `=` included, and stand on a line of their own: never read keys
+# out of them.
 _FREE_TEXT = re.compile(r"\s*(?:OS|Reason|Comment|AdminComment|Extra|JobDefaults|ResumeAfterTime)=")
 _PAIR = re.compile(r"(?:^|\s)([A-Za-z][A-Za-z0-9_/:]*)=(\S*)")
 _CONFIG_LINE = re.compile(r"([A-Za-z][A-Za-z0-9_]*)\s+=\s(.*)\Z")
@@ -22,7 +24,8 @@ _UNLIMITED = frozenset({"", "UNLIMITED", "INFINITE", "NONE", "N/A", "(NULL)"})
 
 @dataclass(frozen=True, order=True)
 class NodeShape:
-    """What makes two nodes the same kind. Memory in MiB, as Slurm counts; `usable_cores` without reserved ones."""
+    """What makes two nodes the same kind. Memory in MiB, as Slurm counts; `usable_cores` without
+    reserved ones."""
 
     sockets: int
     cores: int
@@ -35,7 +38,8 @@ class NodeShape:
 
 @dataclass(frozen=True)
 class PartitionFacts:
-    """One partition's limits; None where Slurm sets none. `nodes` as named by the partition itself."""
+    """One partition's limits; None where Slurm sets none. `nodes` as named by the partition
+    itself."""
 
     name: str
     max_time_s: int | None = None
@@ -61,7 +65,8 @@ class Facts:
 
 
 def read_facts(texts: Iterable[str]) -> Facts:
-    """The facts in any mixture of those outputs, in any order; a partition or node named twice counts once."""
+    """The facts in any mixture of those outputs, in any order; a partition or node named twice
+    counts once."""
     config: dict[str, str] = {}
     partitions: dict[str, PartitionFacts] = {}
     nodes: dict[str, NodeShape] = {}
@@ -87,7 +92,9 @@ def read_facts(texts: Iterable[str]) -> Facts:
                     skipped.append(f"node `{name}` lacks its cores or memory")
                 else:
                     nodes.setdefault(name, shape)
-                    members.setdefault(name, tuple(filter(None, pairs.get("Partitions", "").split(","))))
+                    members.setdefault(
+                        name, tuple(filter(None, pairs.get("Partitions", "").split(",")))
+                    )
     seen: dict[str, PartitionFacts] = {}
     for lines in tables:
         _read_sinfo(lines, seen, nodes, members)
@@ -96,7 +103,8 @@ def read_facts(texts: Iterable[str]) -> Facts:
 
 
 def parse_gres(text: str) -> tuple[int, str]:
-    """(GPUs, their type) of a Gres such as `gpu:a100:4(S:0-1),craynetwork:4`; an empty type when there are several."""
+    """(GPUs, their type) of a Gres such as `gpu:a100:4(S:0-1),craynetwork:4`; an empty type when
+    there are several."""
     total, types = 0, set()
     for item in re.sub(r"\([^()]*\)", "", text).split(","):
         match = _GRES.match(item.strip())
@@ -113,7 +121,9 @@ def parse_gres(text: str) -> tuple[int, str]:
 def _records(text: str) -> Iterable[tuple[str, list[str]]]:
     """(kind, lines) of each record; kind is PartitionName, NodeName, config or table."""
     current: tuple[str, list[str]] | None = None
-    for line in re.sub(r"[^\S\n]|[\x00-\x08\x0e-\x1f\x7f]", " ", text.replace("\r", "")).split("\n"):
+    for line in re.sub(r"[^\S\n]|[\x00-\x08\x0e-\x1f\x7f]", " ", text.replace("\r", "")).split(
+        "\n"
+    ):
         start = re.match(r"(PartitionName|NodeName)=", line)
         header = "PARTITION" in line.split()
         if start or header or _CONFIG_LINE.match(line):
@@ -131,7 +141,8 @@ def _records(text: str) -> Iterable[tuple[str, list[str]]]:
 
 
 def _pairs(lines: list[str]) -> dict[str, str]:
-    """KEY=VALUE of a record; the first of a name counts, so that free text later cannot replace it."""
+    """KEY=VALUE of a record; the first of a name counts, so that free text later cannot replace
+    it."""
     found: dict[str, str] = {}
     for line in lines:
         if not _FREE_TEXT.match(line):
@@ -190,7 +201,8 @@ def _node(pairs: Mapping[str, str]) -> NodeShape | None:
     cores = sockets * per_socket if sockets and per_socket else cpus // threads if cpus else 0
     if not cores or not mem_mib or "Gres" not in pairs and "CPUTot" not in pairs:
         return None
-    effective = _count(pairs.get("CPUEfctv", ""))  # CPUs without those reserved for the system; since Slurm 22.05
+    # CPUs without those reserved for the system; since Slurm 22.05
+    effective = _count(pairs.get("CPUEfctv", ""))
     reserved = _count(pairs.get("CoreSpecCount", "")) or 0
     usable = effective // threads if effective and effective < (cpus or 0) else cores - reserved
     mem_mib -= _count(pairs.get("MemSpecLimit", "")) or 0
@@ -205,7 +217,9 @@ def _shape(
     if not 1 <= cores <= 4096 or mem_mib < 103 or num_gpus > 64:
         return None
     usable = usable if 1 <= usable <= cores else cores
-    return NodeShape(max(sockets, 1), cores, min(max(threads, 1), 8), usable, mem_mib, num_gpus, gpu_type[:64])
+    return NodeShape(
+        max(sockets, 1), cores, min(max(threads, 1), 8), usable, mem_mib, num_gpus, gpu_type[:64]
+    )
 
 
 def _read_sinfo(
@@ -214,7 +228,8 @@ def _read_sinfo(
     nodes: dict[str, NodeShape],
     members: dict[str, tuple[str, ...]],
 ) -> None:
-    """Add what a table of sinfo says about partitions, and about nodes that scontrol did not show."""
+    """Add what a table of sinfo says about partitions, and about nodes that scontrol did not
+    show."""
     header = [column.upper() for column in lines[0].split()]
     found: dict[str, tuple[int | None, set[str]]] = {}
     for line in lines[1:]:
@@ -234,10 +249,15 @@ def _read_sinfo(
         if shape:
             for node in names:
                 nodes.setdefault(node, shape)
-                members[node] = (*members.get(node, ()), *([] if name in members.get(node, ()) else [name]))
+                members[node] = (
+                    *members.get(node, ()),
+                    *([] if name in members.get(node, ()) else [name]),
+                )
     for name, (limit, seen) in found.items():
         before = partitions.get(name, PartitionFacts(name))
-        partitions[name] = replace(before, max_time_s=before.max_time_s or limit, nodes=before.nodes | seen)
+        partitions[name] = replace(
+            before, max_time_s=before.max_time_s or limit, nodes=before.nodes | seen
+        )
 
 
 def _count(text: str) -> int | None:

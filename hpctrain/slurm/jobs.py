@@ -1,4 +1,5 @@
-"""The state of jobs as squeue and sacct tell it: one call of each for any number of jobs, times in UTC.
+"""The state of jobs as squeue and sacct tell it: one call of each for any number of jobs, times in
+UTC.
 
 The parsers are pure and take whatever Slurm prints; what they do not understand they leave out.
 """
@@ -16,8 +17,12 @@ from hpctrain.slurm import answers
 from hpctrain.slurm import commands as slurm
 
 # man squeue, JOB STATE CODES: what can still change by itself.
-PENDING_STATES = frozenset("PENDING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT CONFIGURING RESV_DEL_HOLD".split())
-RUNNING_STATES = frozenset("RUNNING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING".split())
+PENDING_STATES = frozenset(
+    "PENDING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT CONFIGURING RESV_DEL_HOLD".split()
+)
+RUNNING_STATES = frozenset(
+    "RUNNING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING".split()
+)
 LIVE_STATES = PENDING_STATES | RUNNING_STATES
 _SEPARATOR = "\x1f"
 _SQUEUE = ("%i", "%T", "%r", "%S", "%V", "%N", "%D", "%e", "%Z", "%j", "%k")
@@ -85,7 +90,8 @@ class Job:
 
     @property
     def stuck(self) -> tuple[str, str]:
-        """What keeps it waiting until a person acts, and the command that changes it; else empty."""
+        """What keeps it waiting until a person acts, and the command that changes it; else
+        empty."""
         return answers.stuck(self.job_id, self.state, self.reason) if self.pending else ("", "")
 
     @property
@@ -97,7 +103,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
-    """The newest state of each job, the earlier starts of requeued ones, and what could not be asked."""
+    """The newest state of each job, the earlier starts of requeued ones, and what could not be
+    asked."""
 
     jobs: dict[str, Job]
     earlier: dict[str, list[Job]]
@@ -105,19 +112,22 @@ class Answer:
     complete: bool = False  # squeue and sacct both answered
 
     def forgotten(self, job_ids: Iterable[str], ended: Iterable[str] = ()) -> list[str]:
-        """What to say of jobs that neither squeue nor sacct knows; not of those whose end is recorded elsewhere (`ended`)."""
+        """What to say of jobs that neither squeue nor sacct knows; not of those whose end is
+        recorded elsewhere (`ended`)."""
         known = {*self.jobs, *ended}
         lost = [job_id for job_id in job_ids if job_id not in known] if self.complete else []
         if not lost:
             return []
         which = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         return [
-            f"Slurm knows nothing (any more) of job{'s' if len(lost) > 1 else ''} {which}: how they ended is not seen"
+            f"Slurm knows nothing (any more) of job{'s' if len(lost) > 1 else ''} {which}: how they"
+            " ended is not seen"
         ]
 
 
 def query(job_ids: Sequence[str]) -> Answer:
-    """Ask squeue and then sacct about the jobs, once each. What is missing or does not answer is told in `unseen`."""
+    """Ask squeue and then sacct about the jobs, once each. What is missing or does not answer is
+    told in `unseen`."""
     jobs: dict[str, Job] = {}
     earlier: dict[str, list[Job]] = {}
     if not job_ids:
@@ -204,7 +214,9 @@ def parse_squeue(text: str) -> list[Job]:
         fields = [field.strip() for field in line.split(_SEPARATOR)]
         if len(fields) != len(_SQUEUE) or not fields[0][:1].isdigit():
             continue
-        job_id, state, reason, start, submit, nodes, num_nodes, end, work_dir, name, comment = fields
+        job_id, state, reason, start, submit, nodes, num_nodes, end, work_dir, name, comment = (
+            fields
+        )
         out.append(
             Job(
                 job_id,
@@ -260,10 +272,17 @@ def parse_sacct(text: str) -> dict[str, list[Job]]:
 
 
 def merge(queue: Job, accounting: Job) -> Job:
-    """squeue knows the present, sacct the exit code and elapsed time; of a job that has ended sacct knows more."""
+    """squeue knows the present, sacct the exit code and elapsed time; of a job that has ended sacct
+    knows more."""
     if queue.pending or queue.running:
-        same_start = accounting.start_s is None or queue.start_s is None or abs(accounting.start_s - queue.start_s) < 2
-        return replace(queue, elapsed_s=accounting.elapsed_s if queue.running and same_start else None)
+        same_start = (
+            accounting.start_s is None
+            or queue.start_s is None
+            or abs(accounting.start_s - queue.start_s) < 2
+        )
+        return replace(
+            queue, elapsed_s=accounting.elapsed_s if queue.running and same_start else None
+        )
     return replace(
         accounting,
         nodes=accounting.nodes or queue.nodes,
@@ -273,13 +292,15 @@ def merge(queue: Job, accounting: Job) -> Job:
 
 
 def work_dir_of(job_id: str) -> str | None:
-    """The working directory Slurm knows for a job, which for ours is the run directory; None when nobody knows."""
+    """The working directory Slurm knows for a job, which for ours is the run directory; None when
+    nobody knows."""
     job = query([job_id]).jobs.get(job_id)
     return job.work_dir or None if job else None
 
 
 def parse_time(text: object) -> float | None:
-    """UTC seconds of `2026-11-21T01:52:08`, as Slurm writes it under TZ=UTC, or with a Z, as our records do; else None."""
+    """UTC seconds of `2026-11-21T01:52:08`, as Slurm writes it under TZ=UTC, or with a Z, as our
+    records do; else None."""
     try:
         time = datetime.datetime.strptime(str(text).removesuffix("Z"), "%Y-%m-%dT%H:%M:%S")
     except ValueError:

@@ -1,4 +1,5 @@
-"""What is kept of one attempt: from a job's start (or requeue) to its end. Fixed size, however long the log."""
+"""What is kept of one attempt: from a job's start (or requeue) to its end. Fixed size, however long
+the log."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _SURVIVED_S, _SURVIVED_STEPS = 60.0, 500
 
 @dataclass
 class Series:
-    """The figures of one kind that a rule needs: counts, extremes, first offender, recent values."""
+    """The figures of one kind that a rule needs: counts, extremes, first offender, recent
+    values."""
 
     seen: int = 0
     highest: float = -math.inf
@@ -45,7 +47,8 @@ class Series:
 
 @dataclass
 class Attempt:
-    """One start of the job in one log file. Times are UTC seconds since 1970, None where the log tells none."""
+    """One start of the job in one log file. Times are UTC seconds since 1970, None where the log
+    tells none."""
 
     file: str
     thresholds: Thresholds
@@ -69,7 +72,8 @@ class Attempt:
     total: int | None = None
     quiet_phase: str | None = None
     first_failed: tuple[int, str] | None = None  # rank and node, by the job script's own account
-    guard_notes: list[str] = field(default_factory=list)  # what the guard found and mended before the step
+    # what the guard found and mended before the step
+    guard_notes: list[str] = field(default_factory=list)
     locked_out: bool = False  # ended at once, because another job works on the same checkpoints
     slurm_state: str | None = None  # how Slurm says that this start ended
     slurm_signal: int | None = None  # and by which signal its job script was ended
@@ -110,14 +114,16 @@ class Attempt:
     def add_event(self, event: Event) -> None:
         self.event_counts[event.failure] = self.event_counts.get(event.failure, 0) + 1
         kept = self.events.setdefault(event.failure, [])
-        # The first of a class, and the first after each step: an old one that training survived must not hide a new one.
+        # The first of a class, and the first after each step: an old one that training survived
+        # must not hide a new one.
         if len(kept) >= _MOST_EVENTS and kept[-1].steps_before < event.steps_before:
             kept.pop(0)
         if len(kept) < _MOST_EVENTS:
             kept.append(event)
 
     def add_step(self, step: Step, place: Place, position: tuple[int, int] | None) -> Step:
-        """Take in one step line; `position` is a progress bar's (step, total) for lines that do not say theirs."""
+        """Take in one step line; `position` is a progress bar's (step, total) for lines that do not
+        say theirs."""
         if step.iteration is None and position:
             step = step._replace(iteration=position[0], total=position[1])
         if step.framework == "deepspeed" and self.framework not in (None, "deepspeed"):
@@ -149,7 +155,8 @@ class Attempt:
             return
         finite = math.isfinite(step.loss)
         self.loss.add(step.loss if finite else -math.inf, place, not finite)
-        # The loss of a policy gradient may be exactly 0; with a gradient that is not, it is no lost label.
+        # The loss of a policy gradient may be exactly 0; with a gradient that is not, it is no lost
+        # label.
         moves = step.grad_norm is not None and math.isfinite(step.grad_norm) and step.grad_norm > 0
         self.zero_loss.add(step.loss, place, step.loss == 0.0 and not moves)
         if not finite:
@@ -208,16 +215,19 @@ class Attempt:
             self.nan_first = self.nan_first or place
 
     def survived(self, event: Event) -> bool:
-        """Whether training went on after the event: more step lines, and for longer than Slurm takes to end a broken step.
+        """Whether training went on after the event: more step lines, and for longer than Slurm
+        takes to end a broken step.
 
-        Ranks without collectives write on until `srun --wait` ends them, so a few quick lines prove nothing.
+        Ranks without collectives write on until `srun --wait` ends them, so a few quick lines prove
+        nothing.
         """
         after = self.num_steps - event.steps_before
         if after < 3:
             return False
         by_slurm = FAILURES[event.failure].external and not event.text.startswith("hpctrain: ")
         if by_slurm and after < _SURVIVED_STEPS:
-            # Slurm has ended it: unless a start began anew, that are the last lines of its tasks, which came a little later.
+            # Slurm has ended it: unless a start began anew, that are the last lines of its tasks,
+            # which came a little later.
             return self._began_anew > event.steps_before
         step_s = median(self.step_times.last()) if self.step_times.values else None
         return step_s is None or after * step_s >= _SURVIVED_S or after >= _SURVIVED_STEPS
@@ -236,4 +246,6 @@ class Attempt:
         if self.finished:
             return True
         last = self.last
-        return bool(last and last.iteration is not None and self.total and last.iteration >= self.total)
+        return bool(
+            last and last.iteration is not None and self.total and last.iteration >= self.total
+        )

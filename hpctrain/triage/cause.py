@@ -1,4 +1,5 @@
-"""Which line explains why a start of a job ended: the cause among everything that ranks, launchers and Slurm said."""
+"""Which line explains why a start of a job ended: the cause among everything that ranks, launchers
+and Slurm said."""
 
 from __future__ import annotations
 
@@ -13,8 +14,11 @@ from hpctrain.triage.records import Event, Place
 from hpctrain.triage.rules import RED, Circumstances
 
 
-def causes_of(attempts: Sequence[Attempt], around: Circumstances, last: Attempt) -> dict[int, Event | None]:
-    """The cause of each attempt's end by its `id`, with what the starts after it tell; `around` is what is known of `last`."""
+def causes_of(
+    attempts: Sequence[Attempt], around: Circumstances, last: Attempt
+) -> dict[int, Event | None]:
+    """The cause of each attempt's end by its `id`, with what the starts after it tell; `around` is
+    what is known of `last`."""
     newest: dict[str, int] = {}
     for attempt in attempts:
         if attempt.job_id:
@@ -29,49 +33,81 @@ def causes_of(attempts: Sequence[Attempt], around: Circumstances, last: Attempt)
 
 
 def _put_back(cause: Event, attempt: Attempt) -> Event:
-    """The cause of a start after which Slurm started the same job again: nobody who cancels a job or kills its script has that.
+    """The cause of a start after which Slurm started the same job again: nobody who cancels a job
+    or kills its script has that.
 
-    Slurm requeues by itself only what lost its node or was preempted (man sbatch, --requeue; slurm.conf, JobRequeue).
+    Slurm requeues by itself only what lost its node or was preempted (man sbatch, --requeue;
+    slurm.conf, JobRequeue).
     """
     if cause.failure == "cancelled":
-        return dataclasses.replace(cause, failure="preemption", text=f"{cause.text}; Slurm then started the job again")
-    if cause.failure in ("cut_off", "killed", "wrapper") and attempt.exit_code is None and not attempt.slurm_state:
+        return dataclasses.replace(
+            cause, failure="preemption", text=f"{cause.text}; Slurm then started the job again"
+        )
+    if (
+        cause.failure in ("cut_off", "killed", "wrapper")
+        and attempt.exit_code is None
+        and not attempt.slurm_state
+    ):
         text = f"{cause.text}; Slurm then started the job again, as it does when a node is lost"
         return dataclasses.replace(cause, failure="node", text=text)
     return cause
 
 
 def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
-    """The earliest line that explains why the attempt ended, None when it did not fail or nothing tells.
+    """The earliest line that explains why the attempt ended, None when it did not fail or nothing
+    tells.
 
-    Lines after which training went on explain nothing. What comes after Slurm (or a person) ended the job is a
-    consequence. What other ranks say after one failed (NCCL, launchers, kills) yields to any other reason, since output
-    of different ranks is not in the order of time.
+    Lines after which training went on explain nothing. What comes after Slurm (or a person) ended
+    the job is a consequence. What other ranks say after one failed (NCCL, launchers, kills) yields
+    to any other reason, since output of different ranks is not in the order of time.
     """
     if attempt.reached_end and attempt.exit_code in (0, None):
-        return None if attempt.exit_code == 0 or attempt.finished else _ended_in_last_save(attempt, around)
-    everything = sorted((event for kept in attempt.events.values() for event in kept), key=lambda event: event.order)
+        return (
+            None
+            if attempt.exit_code == 0 or attempt.finished
+            else _ended_in_last_save(attempt, around)
+        )
+    everything = sorted(
+        (event for kept in attempt.events.values() for event in kept), key=lambda event: event.order
+    )
     events = [event for event in everything if not attempt.survived(event)]
     ends = [event for event in events if FAILURES[event.failure].external]
     if ends:
         events = [event for event in events if event.order <= ends[0].order]
     symptoms = [event for event in events if FAILURES[event.failure].symptom]
-    roots = [event for event in events if not FAILURES[event.failure].symptom and not FAILURES[event.failure].external]
-    broken = [event for event in symptoms if event.failure == "communication"]
-    # An abort after a communication failure is how NCCL's watchdog ends the process; its reason may stand below it.
     roots = [
-        event for event in roots if not (_ABORT.search(event.text) and any(_before(other, event) for other in broken))
+        event
+        for event in events
+        if not FAILURES[event.failure].symptom and not FAILURES[event.failure].external
+    ]
+    broken = [event for event in symptoms if event.failure == "communication"]
+    # An abort after a communication failure is how NCCL's watchdog ends the process; its reason may
+    # stand below it.
+    roots = [
+        event
+        for event in roots
+        if not (_ABORT.search(event.text) and any(_before(other, event) for other in broken))
     ]
     asides = [event for event in roots if event.weak]
     roots = [event for event in roots if not event.weak]
     named = [event for event in roots if event.failure not in ("program", "crash")]
     general = [event for event in roots if event.failure in ("program", "crash")]
-    if named and general and general[0].order < named[0].order and not _same_rank(general[0], named[0]):
+    if (
+        named
+        and general
+        and general[0].order < named[0].order
+        and not _same_rank(general[0], named[0])
+    ):
         return general[0]  # another rank failed before, by an exception of its own
     killed = [event for event in symptoms if event.failure == "killed" and "exitcode" in event.text]
     killed.sort(key=lambda event: event.rank is None)
-    wrapped = sorted((event for event in symptoms if event.failure == "wrapper"), key=lambda event: event.rank is None)
-    wrapped = [event for event in wrapped if not event.weak] or (wrapped if not attempt.num_steps else [])
+    wrapped = sorted(
+        (event for event in symptoms if event.failure == "wrapper"),
+        key=lambda event: event.rank is None,
+    )
+    wrapped = [event for event in wrapped if not event.weak] or (
+        wrapped if not attempt.num_steps else []
+    )
     others = [event for event in symptoms if event.failure != "wrapper"]
     if ends and ends[0].failure == "script_killed":
         others = []  # its tasks were killed after it
@@ -80,14 +116,22 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     if ends and ends[0].failure == "time_limit" and not (named or general or killed or others):
         if rules.hang(attempt, around).verdict == RED:
             return _silent_end(attempt, around)  # the limit only ended what had stopped long before
-    # Ranks without collectives write on after one of them died, and on a slow node even after srun said so: when the
-    # attempt failed and a launcher named a failed task, the last error that seemed survived was not.
-    launcher_saw = wrapped or (attempt.exit_code and any(event.failure == "wrapper" for event in everything))
+    # Ranks without collectives write on after one of them died, and on a slow node even after srun
+    # said so: when the attempt failed and a launcher named a failed task, the last error that
+    # seemed survived was not.
+    launcher_saw = wrapped or (
+        attempt.exit_code and any(event.failure == "wrapper" for event in everything)
+    )
     doubtful = [event for event in everything if _tells(event) and not event.weak][-1:]
     doubtful = doubtful if launcher_saw and attempt.exit_code != 0 else []
-    if wrapped and _never_ended(attempt, around) and all(_BY_SIGNAL.search(event.text) for event in wrapped):
+    if (
+        wrapped
+        and _never_ended(attempt, around)
+        and all(_BY_SIGNAL.search(event.text) for event in wrapped)
+    ):
         wrapped = []  # nobody was there any more to say who ended the tasks
-    # A severity, or a shell's complaint, explains only a start that never trained or that a launcher saw fail.
+    # A severity, or a shell's complaint, explains only a start that never trained or that a
+    # launcher saw fail.
     told = [event for event in asides if event.failure != "program"] or asides
     asides = told if launcher_saw or not attempt.num_steps else []
     for chosen in (named, general, killed, others, ends, doubtful, asides, wrapped):
@@ -97,15 +141,22 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
 
 
 def _before(reason: Event, abort: Event) -> bool:
-    """Whether the abort follows the reason, or says it on one of its own next lines (`what():  …`)."""
-    told_below = reason.place.file == abort.place.file and 0 < reason.place.number - abort.place.number <= 2
+    """Whether the abort follows the reason, or says it on one of its own next lines (`what():
+    …`)."""
+    told_below = (
+        reason.place.file == abort.place.file and 0 < reason.place.number - abort.place.number <= 2
+    )
     return reason.order < abort.order or told_below
 
 
 def _ended_in_last_save(attempt: Attempt, around: Circumstances) -> Event | None:
-    """All iterations are done, but the job script did not come to its end: the last save may not be whole."""
+    """All iterations are done, but the job script did not come to its end: the last save may not be
+    whole."""
     ends = [
-        event for name, kept in attempt.events.items() if FAILURES[name].external or name == "node" for event in kept
+        event
+        for name, kept in attempt.events.items()
+        if FAILURES[name].external or name == "node"
+        for event in kept
     ]
     ends = [event for event in ends if event.steps_before >= attempt.num_steps]
     if ends:
@@ -115,7 +166,11 @@ def _ended_in_last_save(attempt: Attempt, around: Circumstances) -> Event | None
 
 def _never_ended(attempt: Attempt, around: Circumstances) -> bool:
     """Whether a job script of ours was ended before it could say how its step ended."""
-    return around.running is False and attempt.exit_code is None and bool(attempt.mode and attempt.job_id)
+    return (
+        around.running is False
+        and attempt.exit_code is None
+        and bool(attempt.mode and attempt.job_id)
+    )
 
 
 _BY_SIGNAL = re.compile(r"exit code (?:143|137)\b|SIGTERM|signal: 15")
@@ -128,11 +183,15 @@ def _tells(event: Event) -> bool:
 
 
 def _with_rank(event: Event, everything: list[Event]) -> Event:
-    """With the rank (and node) that the next line about the same failure names, where this one names none."""
+    """With the rank (and node) that the next line about the same failure names, where this one
+    names none."""
     if event.rank is not None or FAILURES[event.failure].external:
         return event
     for other in everything:
-        near = other.place.file == event.place.file and 0 < other.place.number - event.place.number <= _NEAR
+        near = (
+            other.place.file == event.place.file
+            and 0 < other.place.number - event.place.number <= _NEAR
+        )
         if (
             near
             and other.failure == event.failure
@@ -147,9 +206,17 @@ _NEAR = 20  # lines
 
 
 def _attributed(event: Event, attempt: Attempt) -> Event:
-    """With the rank and node that the job script saw fail first, where the line itself names none."""
-    if event.rank is None and event.node is None and attempt.first_failed and not FAILURES[event.failure].external:
-        return dataclasses.replace(event, rank=attempt.first_failed[0], node=attempt.first_failed[1])
+    """With the rank and node that the job script saw fail first, where the line itself names
+    none."""
+    if (
+        event.rank is None
+        and event.node is None
+        and attempt.first_failed
+        and not FAILURES[event.failure].external
+    ):
+        return dataclasses.replace(
+            event, rank=attempt.first_failed[0], node=attempt.first_failed[1]
+        )
     return event
 
 
@@ -170,10 +237,19 @@ def _silent_end(attempt: Attempt, around: Circumstances) -> Event | None:
     told = _BY_SLURM.get(attempt.slurm_state or "")
     if told and attempt.exit_code != 0:
         node = attempt.nodes[0] if told == "node" and len(attempt.nodes) == 1 else None
-        return Event(told, place, f"Slurm says {attempt.slurm_state}", node=node, steps_before=attempt.num_steps)
+        return Event(
+            told,
+            place,
+            f"Slurm says {attempt.slurm_state}",
+            node=node,
+            steps_before=attempt.num_steps,
+        )
     if attempt.slurm_signal == 9 and attempt.exit_code is None and attempt.mode:
         return Event(
-            "script_killed", place, f"Slurm says {attempt.slurm_state}, by signal 9", steps_before=attempt.num_steps
+            "script_killed",
+            place,
+            f"Slurm says {attempt.slurm_state}, by signal 9",
+            steps_before=attempt.num_steps,
         )
     if attempt.exit_code == 93:
         return Event("gave_up", place, "exit code 93", steps_before=attempt.num_steps)
@@ -195,6 +271,12 @@ def _silent_end(attempt: Attempt, around: Circumstances) -> Event | None:
 
 # What Slurm's word for the end of a job means where the log tells nothing.
 _BY_SLURM = {
-    "NODE_FAIL": "node", "BOOT_FAIL": "node", "TIMEOUT": "time_limit", "DEADLINE": "time_limit", "PREEMPTED": "preemption",
-    "REQUEUED": "preemption", "OUT_OF_MEMORY": "host_oom", "CANCELLED": "cancelled",
-}  # fmt: skip
+    "NODE_FAIL": "node",
+    "BOOT_FAIL": "node",
+    "TIMEOUT": "time_limit",
+    "DEADLINE": "time_limit",
+    "PREEMPTED": "preemption",
+    "REQUEUED": "preemption",
+    "OUT_OF_MEMORY": "host_oom",
+    "CANCELLED": "cancelled",
+}

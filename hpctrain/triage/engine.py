@@ -1,4 +1,5 @@
-"""Reads logs piece by piece and keeps what the rules need. No files, no clock: whoever feeds it has those."""
+"""Reads logs piece by piece and keeps what the rules need. No files, no clock: whoever feeds it has
+those."""
 
 from __future__ import annotations
 
@@ -21,12 +22,16 @@ _JOB = re.compile(rb"hpctrain: job (\S+), restart (\d+), (\d+) nodes: (\S+)")
 _STARTING = re.compile(rb"hpctrain: starting: (\w+), link (\d+)")
 _FINISHED = re.compile(rb"hpctrain: finished rc=(\d+)")
 _FIRST_FAILED = re.compile(rb"hpctrain: the first task to fail was rank (\d+) on ([\w.-]+)")
-_DONE = re.compile(rb"hpctrain: ((?:done|stopped by)[^\n]*|link \d+: (?:nothing to do|stops, as asked)[^\n]*)")
+_DONE = re.compile(
+    rb"hpctrain: ((?:done|stopped by)[^\n]*|link \d+: (?:nothing to do|stops, as asked)[^\n]*)"
+)
 _SAVED = re.compile(rb"hpctrain: saved .* in (\d+(?:\.\d+)?) s\b")
 _LOCKED_OUT = b"two at once would corrupt its checkpoints"
-# What the guard says before the step beside its decision: checkpoints found wanting, moved, or named anew.
+# What the guard says before the step beside its decision: checkpoints found wanting, moved, or
+# named anew.
 _GUARD_NOTE = re.compile(
-    rb"^hpctrain: (?!job |link \d|preflight:|starting:|error:)(?=.*(?:not complete|is empty|is missing|is not there|names no|named no"
+    rb"^hpctrain: (?!job |link \d|preflight:|starting:|error:)(?=.*(?:not complete|is empty|is"
+    rb" missing|is not there|names no|named no"
     rb"|which was to name|on purpose|is newer than|left its lock behind))(.+)"
 )
 _MOST_NOTES = 8
@@ -40,25 +45,36 @@ _QUIET = (
     b"Precomputing reference",
 )
 _RANK = re.compile(
-    rb"\[(?:rank|default)\s?(\d+)\]|\[Rank (\d+)\]|\brank[ =:](\d+)\b|\btask (\d+)(?::|\b)|^\s*(\d+): ", re.IGNORECASE
-)  # fmt: skip
+    rb"\[(?:rank|default)\s?(\d+)\]|\[Rank (\d+)\]|\brank[ =:](\d+)\b|\btask"
+    rb" (\d+)(?::|\b)|^\s*(\d+): ",
+    re.IGNORECASE,
+)
 _NODE = re.compile(
-    rb"hpctrain: preflight: (\S+) is bad: |srun: error: ([A-Za-z][\w.-]*\d[\w.-]*): |\bON ([A-Za-z][\w.-]*) (?:CANCELLED|FAILED)|fail(?:ed|ure) on node ([A-Za-z][\w.-]*)|\[([a-z][a-z-]*\d[\w.-]*)\] - Abort|[Nn]ode failure on ([\w.-]+)"
-    rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] (?:\S+ )?NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN|(?:\(IP|IP address|and address): \[?(\d+\.\d+\.\d+\.\d+)"
-    rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?:slurmstepd-)?(?!rank|task|epoch|step|worker|default|slurmstepd|srun)([a-z][a-z-]*\d[a-z\d.-]*): "
+    rb"hpctrain: preflight: (\S+) is bad: |srun: error: ([A-Za-z][\w.-]*\d[\w.-]*): |\bON"
+    rb" ([A-Za-z][\w.-]*) (?:CANCELLED|FAILED)|fail(?:ed|ure) on node"
+    rb" ([A-Za-z][\w.-]*)|\[([a-z][a-z-]*\d[\w.-]*)\] - Abort|[Nn]ode failure on ([\w.-]+)"
+    rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] (?:\S+"
+    rb" )?NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN|(?:\(IP|IP"
+    rb" address|and address): \[?(\d+\.\d+\.\d+\.\d+)"
+    rb"|\bip=(\d+\.\d+\.\d+\.\d+)|^(?:slurmstepd-)?(?!rank|task|epoch|step|worker|default"
+    rb"|slurmstepd|srun)([a-z][a-z-]*\d[a-z\d.-]*): "
 )
 _ELASTIC_RANK = re.compile(rb"rank +: (\d+)")
 _ELASTIC_HOST = re.compile(rb"host +: ([\w.-]+)")
-# Ray tells where a call or an actor was on a line of its own, before or after the one that tells what failed.
+# Ray tells where a call or an actor was on a line of its own, before or after the one that tells
+# what failed.
 _RAY_CALL = re.compile(
-    rb"ray::\S+\(\) \(pid=\d+, ip=(\d+\.\d+\.\d+\.\d+)|^\s+ip: \[?(\d+\.\d+\.\d+\.\d+)", re.MULTILINE
+    rb"ray::\S+\(\) \(pid=\d+, ip=(\d+\.\d+\.\d+\.\d+)|^\s+ip: \[?(\d+\.\d+\.\d+\.\d+)",
+    re.MULTILINE,
 )
 _RAY_ACTOR = re.compile(rb"^\s+ip: \[?(\d+\.\d+\.\d+\.\d+)", re.MULTILINE)
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 _SCALE = re.compile(rb"Attempted loss scale: ([\d.]+), reducing to ([\d.]+)")
 _TEXT = 400
 _NEAR_LINES = 10
-_MOST_TOLD = 256  # lines of which it is remembered what they told; the ends of open tracebacks among them
+_MOST_TOLD = (
+    256  # lines of which it is remembered what they told; the ends of open tracebacks among them
+)
 _LONGEST = 4096  # bytes of a step line that may become a template
 _DENSE = 1000  # step lines of an attempt that are all read before healthy ones are sampled
 
@@ -67,7 +83,9 @@ class _Anchors:
     """All anchors with what each means, and the matcher over them; made once."""
 
     def __init__(self) -> None:
-        entries: list[tuple[bytes, str, object]] = [(anchor, "step", parser) for anchor, parser in STEP_ANCHORS]
+        entries: list[tuple[bytes, str, object]] = [
+            (anchor, "step", parser) for anchor, parser in STEP_ANCHORS
+        ]
         entries += [(pattern.anchor, "failure", pattern) for pattern in PATTERNS]
         entries += [(b"hpctrain: ", "ours", None), (b"'train_runtime':", "hf_done", None)]
         entries += [(phrase, "quiet", phrase) for phrase in _QUIET]
@@ -93,13 +111,18 @@ def _get_anchors() -> _Anchors:
 
 
 class Engine:
-    """The state of a triage over any number of logs. `tasks_per_node` turns ranks into nodes; `on_step` sees every step.
+    """The state of a triage over any number of logs. `tasks_per_node` turns ranks into nodes;
+    `on_step` sees every step.
 
     Feed files with `log(name)`, which gives a `LogReader`; ask `judge.judge(engine)` at any time.
     """
 
-    def __init__(self, thresholds: Thresholds | None = None, tasks_per_node: int | None = None,
-                 on_step: Callable[[Attempt, Step, Place, float | None], None] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        thresholds: Thresholds | None = None,
+        tasks_per_node: int | None = None,
+        on_step: Callable[[Attempt, Step, Place, float | None], None] | None = None,
+    ):
         self.thresholds = thresholds or Thresholds()
         self.tasks_per_node = tasks_per_node
         self.on_step = on_step
@@ -125,9 +148,8 @@ class LogReader:
         self._scanner = LineScanner(anchors.matcher, exceptions.is_open)
         self._attempt: Attempt | None = None
         self._tail = b""
-        self._told: dict[
-            int, tuple[Event, bool]
-        ] = {}  # by a line's offset: what it told, and whether its own words did
+        # by a line's offset: what it told, and whether its own words did
+        self._told: dict[int, tuple[Event, bool]] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -149,7 +171,8 @@ class LogReader:
         return clean(lines[-1]) if lines else ""
 
     def feed(self, piece: bytes, now_s: float | None = None) -> None:
-        """Read on. `now_s`: when this was written, in follow mode; None for what was there before."""
+        """Read on. `now_s`: when this was written, in follow mode; None for what was there
+        before."""
         self._tail = (self._tail + piece[-2 * _TEXT :])[-2 * _TEXT :]
         self._take(self._scanner.feed(piece), now_s)
 
@@ -176,7 +199,8 @@ class LogReader:
                 else:
                     self._note(hit, kind, what)
         if last_step is not None and self._attempt is not None and now_s is None:
-            # Steps of one piece are close together, so one look around the last one tells the time of all.
+            # Steps of one piece are close together, so one look around the last one tells the time
+            # of all.
             time_s = _time_near(last_step.context, last_step.position)
             if time_s is not None:
                 self._attempt.last_step_time_s = time_s
@@ -185,7 +209,10 @@ class LogReader:
     def _current(self, hit: Hit) -> Attempt:
         if self._attempt is None:
             self._attempt = Attempt(
-                self.name, self.engine.thresholds, job_id=job_of_log(self.name), first_line=hit.number
+                self.name,
+                self.engine.thresholds,
+                job_id=job_of_log(self.name),
+                first_line=hit.number,
             )
             self.engine.attempts.append(self._attempt)
         return self._attempt
@@ -230,7 +257,11 @@ class LogReader:
         assert isinstance(pattern, Pattern)
         line = hit.line if b"\x1b" not in hit.line else _ESCAPES.sub(b"", hit.line)
         known, by_words = self._told.get(hit.offset, (None, False))
-        if known is not None and by_words and PRECEDENCE[known.failure] <= PRECEDENCE[pattern.failure]:
+        if (
+            known is not None
+            and by_words
+            and PRECEDENCE[known.failure] <= PRECEDENCE[pattern.failure]
+        ):
             return
         if pattern.confirm and not pattern.confirm.search(line):
             return
@@ -239,7 +270,9 @@ class LogReader:
         failure, strong = pattern.failure, True
         if failure == "program":
             failure, strong = exceptions.classify(line)
-            if known is not None and (not strong or PRECEDENCE[known.failure] <= PRECEDENCE[failure]):
+            if known is not None and (
+                not strong or PRECEDENCE[known.failure] <= PRECEDENCE[failure]
+            ):
                 return
         self._tell(hit, hit.offset, hit.number, line, failure, strong, pattern.weak)
 
@@ -253,12 +286,27 @@ class LogReader:
         failure, strong = exceptions.classify(line, hit.context[hit.position : start])
         offset = hit.offset + start - hit.start
         if offset not in self._told and not BENIGN.search(line):
-            self._tell(hit, offset, hit.number + hit.context.count(b"\n", hit.position, start), line, failure, strong)
+            self._tell(
+                hit,
+                offset,
+                hit.number + hit.context.count(b"\n", hit.position, start),
+                line,
+                failure,
+                strong,
+            )
 
     def _tell(
-        self, hit: Hit, offset: int, number: int, line: bytes, failure: str, by_words: bool, weak: bool = False
+        self,
+        hit: Hit,
+        offset: int,
+        number: int,
+        line: bytes,
+        failure: str,
+        by_words: bool,
+        weak: bool = False,
     ) -> None:
-        """Keep that the line at `offset` tells a failure, in place of what it was thought to tell before."""
+        """Keep that the line at `offset` tells a failure, in place of what it was thought to tell
+        before."""
         attempt = self._current(hit)
         time_s = _time_in(line)
         if time_s is None:
@@ -277,8 +325,18 @@ class LogReader:
             index = rank // self.engine.tasks_per_node
             node = attempt.nodes[index] if index < len(attempt.nodes) else None
         self.engine.order += 1
-        event = Event(failure, Place(self.name, number), clean(line), rank, node, time_s, attempt.num_steps,
-                      self.engine.order, weak, offset)  # fmt: skip
+        event = Event(
+            failure,
+            Place(self.name, number),
+            clean(line),
+            rank,
+            node,
+            time_s,
+            attempt.num_steps,
+            self.engine.order,
+            weak,
+            offset,
+        )
         known = self._told.get(offset)
         if known is not None:
             attempt.replace_event(known[0], event)
@@ -305,7 +363,10 @@ class LogReader:
             if scale and scale[1] == scale[2]:
                 attempt.skipped_at_minimum += 1
                 attempt.skipped_first = attempt.skipped_first or Place(self.name, hit.number)
-            elif attempt.num_steps >= self.engine.thresholds.skipped_grace and b"Skipping step" in hit.line:
+            elif (
+                attempt.num_steps >= self.engine.thresholds.skipped_grace
+                and b"Skipping step" in hit.line
+            ):
                 attempt.skipped += 1
                 attempt.skipped_first = attempt.skipped_first or Place(self.name, hit.number)
 
@@ -328,8 +389,14 @@ class LogReader:
                 nodes = expand_nodes(job[4].decode("ascii"))
             except (ValueError, UnicodeDecodeError):
                 nodes = []
-            self._attempt = Attempt(self.name, self.engine.thresholds, job[1].decode("ascii", "replace"), int(job[2]),
-                                    nodes=nodes, first_line=hit.number)  # fmt: skip
+            self._attempt = Attempt(
+                self.name,
+                self.engine.thresholds,
+                job[1].decode("ascii", "replace"),
+                int(job[2]),
+                nodes=nodes,
+                first_line=hit.number,
+            )
             self.engine.attempts.append(self._attempt)
             self._scanner.template = None  # the first steps of every start are all read
             self._told.clear()
@@ -337,7 +404,11 @@ class LogReader:
         attempt = self._current(hit)
         time_s = _time_in(line)
         attempt.last_time_s = time_s if time_s is not None else attempt.last_time_s
-        starting, finished, done = _STARTING.search(line), _FINISHED.search(line), _DONE.search(line)
+        starting, finished, done = (
+            _STARTING.search(line),
+            _FINISHED.search(line),
+            _DONE.search(line),
+        )
         first = _FIRST_FAILED.search(line)
         if starting:
             attempt.mode, attempt.link = starting[1].decode("ascii", "replace"), int(starting[2])
@@ -349,7 +420,11 @@ class LogReader:
             attempt.save_times.add(float(saved[1]))
         elif _LOCKED_OUT in line:
             attempt.locked_out = True
-        elif attempt.mode is None and len(attempt.guard_notes) < _MOST_NOTES and (note := _GUARD_NOTE.search(line)):
+        elif (
+            attempt.mode is None
+            and len(attempt.guard_notes) < _MOST_NOTES
+            and (note := _GUARD_NOTE.search(line))
+        ):
             attempt.guard_notes.append(clean(note[1]))
         elif done:
             attempt.finished = clean(done[1])
@@ -375,7 +450,9 @@ def _rank_and_node(line: bytes) -> tuple[int | None, str | None]:
     rank, node = _RANK.search(line), _NODE.search(line)
     found = next((group for group in rank.groups() if group), None) if rank else None
     name = next((group for group in node.groups() if group), None) if node else None
-    return (int(found) if found and len(found) < 8 else None), (name.decode("ascii", "replace") if name else None)
+    return (int(found) if found and len(found) < 8 else None), (
+        name.decode("ascii", "replace") if name else None
+    )
 
 
 def _last_number(pattern: re.Pattern[bytes], text: bytes) -> int | None:
@@ -395,14 +472,19 @@ def _time_in(text: bytes) -> float | None:
 
 def _time_near(text: bytes, position: int) -> float | None:
     """The last time told before `position`, or else the first soon after it."""
-    found = last_match(_TIME, text, max(position - 1024, 0), position) or _TIME.search(text, position, position + 512)
+    found = last_match(_TIME, text, max(position - 1024, 0), position) or _TIME.search(
+        text, position, position + 512
+    )
     return _seconds(found) if found else None
 
 
 def _seconds(found: re.Match[bytes]) -> float | None:
-    # Logs write local or UTC time without saying which; only differences within one log are used for verdicts.
+    # Logs write local or UTC time without saying which; only differences within one log are used
+    # for verdicts.
     try:
         year, month, day, hour, minute, second = map(int, found.groups())
-        return datetime.datetime(year, month, day, hour, minute, second, tzinfo=datetime.timezone.utc).timestamp()
+        return datetime.datetime(
+            year, month, day, hour, minute, second, tzinfo=datetime.timezone.utc
+        ).timestamp()
     except (ValueError, OverflowError):
         return None

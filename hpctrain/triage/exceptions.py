@@ -1,7 +1,9 @@
-"""What an exception tells by its class, its errno and the functions it came through, where its words name no failure.
+"""What an exception tells by its class, its errno and the functions it came through, where its
+words name no failure.
 
-A program that nobody here has seen still raises exceptions with names from a handful of libraries, system calls that fail
-with errno(3), and tracebacks that tell whether it was reading its configuration or loading a checkpoint.
+A program that nobody here has seen still raises exceptions with names from a handful of libraries,
+system calls that fail with errno(3), and tracebacks that tell whether it was reading its
+configuration or loading a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,70 +13,174 @@ import re
 MOST = 64 * 1024  # bytes of a traceback that are waited for
 HEADER = b"Traceback (most recent call last)"
 
-# A rank, a logger, Ray or a service in front of an exception: all end in one of `] ) : > |` or ` - `. A warning is handled.
-_NAME = rb"(?:[A-Za-z_]\w*\.)*(?:[A-Z]\w*(?:Error|Exit|Interrupt|Invalid|Fault)|(?:[A-Z]\w*)?Exception)(?:_\w+)?(?:\([\w.]+\))?"
-RAISED = re.compile(rb"^(?![^\n]{0,60}\bWARN)(?:[^\n]{0,160}?(?:[\])>|]|: | - ))?\s*(" + _NAME + rb")(?::|\s*$)")
-# What may end a traceback: any class, by its module or with a capital first letter, alone or before a colon.
-_LAST = re.compile(rb"((?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*|[A-Z][a-z]*[A-Za-z_]*[a-z]\w*)(?:\([\w.]+\))?(?::(?:\s|$)|\s*$)")
-_NO_CLASS = re.compile(rb"(?:Killed|Aborted|Terminated|Traceback|Epoch|Step|Loss|Warning|Error)\b(?!\w)")
+# A rank, a logger, Ray or a service in front of an exception: all end in one of `] ) : > |` or ` -
+# `. A warning is handled.
+_NAME = (
+    rb"(?:[A-Za-z_]\w*\.)*(?:[A-Z]\w*(?:Error|Exit|Interrupt|Invalid|Fault)"
+    rb"|(?:[A-Z]\w*)?Exception)(?:_\w+)?(?:\([\w.]+\))?"
+)
+RAISED = re.compile(
+    rb"^(?![^\n]{0,60}\bWARN)(?:[^\n]{0,160}?(?:[\])>|]|: | - ))?\s*(" + _NAME + rb")(?::|\s*$)"
+)
+# What may end a traceback: any class, by its module or with a capital first letter, alone or before
+# a colon.
+_LAST = re.compile(
+    rb"((?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*"
+    rb"|[A-Z][a-z]*[A-Za-z_]*[a-z]\w*)(?:\([\w.]+\))?(?::(?:\s|$)|\s*$)"
+)
+_NO_CLASS = re.compile(
+    rb"(?:Killed|Aborted|Terminated|Traceback|Epoch|Step|Loss|Warning|Error)\b(?!\w)"
+)
 # Python itself says that what follows was not raised, or that the program was over.
 _IGNORED = re.compile(
-    rb"Exception ignored |--- Logging error ---|Error in atexit|Error in sys\.excepthook|_run_finalizers"
+    rb"Exception ignored |--- Logging error ---|Error in atexit|Error in"
+    rb" sys\.excepthook|_run_finalizers"
 )
 _DIGITS = bytes.maketrans(b"0123456789", b"0" * 10)
 
 # errno(3), by its number: `[Errno 28]`, `(os error 28)`, `Os { code: 28`, `errno: 98`.
 _ERRNO = re.compile(rb"\[Errno (\d+)\]|\(os error (\d+)\)|\bOs \{ code: (\d+)|\berrno[:=]? ?(\d+)")
 _ERRNOS = {
-    1: "missing_file", 2: "missing_file", 13: "missing_file", 20: "missing_file", 21: "missing_file", 36: "missing_file", 40: "missing_file",
-    12: "host_oom", 27: "disk", 28: "disk", 122: "disk",
-    5: "filesystem", 6: "filesystem", 16: "filesystem", 19: "filesystem", 26: "filesystem", 30: "filesystem", 37: "filesystem", 71: "filesystem",
-    95: "filesystem", 107: "filesystem", 108: "filesystem", 116: "filesystem", 117: "filesystem", 121: "filesystem",
-    8: "environment", 32: "communication", 98: "communication", 99: "communication", 100: "communication", 101: "communication", 103: "communication",
-    104: "communication", 110: "communication", 111: "communication", 112: "communication", 113: "communication",
-}  # fmt: skip
+    1: "missing_file",
+    2: "missing_file",
+    13: "missing_file",
+    20: "missing_file",
+    21: "missing_file",
+    36: "missing_file",
+    40: "missing_file",
+    12: "host_oom",
+    27: "disk",
+    28: "disk",
+    122: "disk",
+    5: "filesystem",
+    6: "filesystem",
+    16: "filesystem",
+    19: "filesystem",
+    26: "filesystem",
+    30: "filesystem",
+    37: "filesystem",
+    71: "filesystem",
+    95: "filesystem",
+    107: "filesystem",
+    108: "filesystem",
+    116: "filesystem",
+    117: "filesystem",
+    121: "filesystem",
+    8: "environment",
+    32: "communication",
+    98: "communication",
+    99: "communication",
+    100: "communication",
+    101: "communication",
+    103: "communication",
+    104: "communication",
+    110: "communication",
+    111: "communication",
+    112: "communication",
+    113: "communication",
+}
 # A server on the internet, told by an address or a library that only speaks to such.
 _INTERNET = re.compile(
-    rb"https?://|HTTPS?Connection|huggingface|on the Hub|github\.com|wandb|modelscope|\bcurl: |getaddrinfo|proxy",
+    rb"https?://|HTTPS?Connection|huggingface|on the Hub|github\.com|wandb|modelscope|\bcurl:"
+    rb" |getaddrinfo|proxy",
     re.IGNORECASE,
 )
 _OFFLINE = re.compile(
-    rb"^(?:MaxRetry|NewConnection|NameResolution|ConnectTimeout|ReadTimeout|Proxy|SSL|SSLCertVerification|URL|HTTP|HfHubHTTP|Offline\w*|LocalEntryNotFound"
-    rb"|RepositoryNotFound|RevisionNotFound|EntryNotFound|GatedRepo|DatasetNotFound|DataFilesNotFound)(?:Error)?$|^OfflineModeIsEnabled$|^gaierror$"
+    rb"^(?:MaxRetry|NewConnection|NameResolution|ConnectTimeout|ReadTimeout|Proxy|SSL"
+    rb"|SSLCertVerification|URL|HTTP|HfHubHTTP|Offline\w*|LocalEntryNotFound"
+    rb"|RepositoryNotFound|RevisionNotFound|EntryNotFound|GatedRepo|DatasetNotFound"
+    rb"|DataFilesNotFound)(?:Error)?$|^OfflineModeIsEnabled$|^gaierror$"
 )
 _TIMED_OUT = re.compile(rb"[Tt]imed[ -]?out|[Tt]ime-?out (?:of|after|expired|reached|exceeded)")
 _NOT_THERE = re.compile(
-    rb"(?i)(?:can't|cannot|could not|unable to) (?:load|find|open)|not found|no file|have a file|not a (?:local|valid)"
+    rb"(?i)(?:can't|cannot|could not|unable to) (?:load|find|open)|not found|no file|have a"
+    rb" file|not a (?:local|valid)"
 )
 _FRAME = re.compile(rb'File "([^"\n]+)", line \d+, in (\S+)')
 _CLASSES = tuple(
     (failure, re.compile(pattern))
     for failure, pattern in (
-        ("wrapper", rb"^(?:ChildFailed|CalledProcess|SubprocessFailure|ProcessRaised|ProcessExited|Launch|RayTask)(?:Error|Exception)$|^(?:SystemExit|SignalException)$"),
+        (
+            "wrapper",
+            rb"^(?:ChildFailed|CalledProcess|SubprocessFailure|ProcessRaised|ProcessExited"
+            rb"|Launch|RayTask)(?:Error|Exception)$|^(?:SystemExit|SignalException)$",
+        ),
         ("gpu_oom", rb"^(?:OutOfMemory|ResourceExhausted)Error$"),
         ("host_oom", rb"^_?(?:Array)?MemoryError$"),
-        ("environment", rb"^(?:ModuleNotFound|Import|PackageNotFound|DistributionNotFound|VersionConflict|PackageVersion|Compilation|Ninja)(?:Error)?$|^(?:DistributionNotFound|VersionConflict)$"),
-        ("missing_file", rb"^(?:FileNotFound|NotADirectory|IsADirectory|Permission|RepositoryNotFound|EntryNotFound|RevisionNotFound|LocalEntryNotFound|GatedRepo|DatasetNotFound|DataFilesNotFound)Error$|^OfflineModeIsEnabled$"),
-        ("communication", rb"^(?:Dist\w*|Rendezvous\w*|Nccl|NCCL|Connection(?:Refused|Reset|Aborted|Closed)?|BrokenPipe|Timeout|GetTimeout|Socket|Rpc|RPC|Ray(?:System|Channel\w*)|ObjectLost|OwnerDied|Gloo|IncompleteRead|RemoteDisconnected)(?:Error|Exception)?$|^(?:timeout|EOFError_\w*)$"),
-        ("killed", rb"^(?:ActorDied|RayActor|WorkerCrashed|ActorUnavailable|BrokenProcessPool|TerminatedWorker)(?:Error)?$"),
+        (
+            "environment",
+            rb"^(?:ModuleNotFound|Import|PackageNotFound|DistributionNotFound"
+            rb"|VersionConflict|PackageVersion|Compilation|Ninja)(?:Error)?$"
+            rb"|^(?:DistributionNotFound|VersionConflict)$",
+        ),
+        (
+            "missing_file",
+            rb"^(?:FileNotFound|NotADirectory|IsADirectory|Permission|RepositoryNotFound"
+            rb"|EntryNotFound|RevisionNotFound|LocalEntryNotFound|GatedRepo"
+            rb"|DatasetNotFound|DataFilesNotFound)Error$|^OfflineModeIsEnabled$",
+        ),
+        (
+            "communication",
+            rb"^(?:Dist\w*|Rendezvous\w*|Nccl|NCCL|Connection(?:Refused|Reset|Aborted"
+            rb"|Closed)?|BrokenPipe|Timeout|GetTimeout|Socket|Rpc|RPC|Ray(?:System"
+            rb"|Channel\w*)|ObjectLost|OwnerDied|Gloo|IncompleteRead"
+            rb"|RemoteDisconnected)(?:Error|Exception)?$|^(?:timeout|EOFError_\w*)$",
+        ),
+        (
+            "killed",
+            rb"^(?:ActorDied|RayActor|WorkerCrashed|ActorUnavailable|BrokenProcessPool"
+            rb"|TerminatedWorker)(?:Error)?$",
+        ),
         ("node", rb"^NodeDiedError$"),
-        ("checkpoint", rb"^(?:Checkpoint\w*|Unpickling|CorruptCheckpoint|BadZipFile|ZeRORuntime|Deserialization)(?:Error|Exception)?$"),
-        ("config", rb"^(?:Config\w*|MissingMandatory\w*|OverrideParse|MissingConfig|Interpolation\w*|Validation|Argument|ArgumentType|Scanner|Parser|Constructor|Composer|Duplicate\w*Key\w*|YAML|TOMLDecode|Usage|BadParameter|HFValidation|InvalidArgument|DeepSpeedConfig|OmegaConfBase)(?:Error|Exception)?$|^MissingMandatoryValue$"),
+        (
+            "checkpoint",
+            rb"^(?:Checkpoint\w*|Unpickling|CorruptCheckpoint|BadZipFile|ZeRORuntime"
+            rb"|Deserialization)(?:Error|Exception)?$",
+        ),
+        (
+            "config",
+            rb"^(?:Config\w*|MissingMandatory\w*|OverrideParse|MissingConfig"
+            rb"|Interpolation\w*|Validation|Argument|ArgumentType|Scanner|Parser"
+            rb"|Constructor|Composer|Duplicate\w*Key\w*|YAML|TOMLDecode|Usage|BadParameter"
+            rb"|HFValidation|InvalidArgument|DeepSpeedConfig|OmegaConfBase)(?:Error"
+            rb"|Exception)?$|^MissingMandatoryValue$",
+        ),
         ("gpu_fault", rb"^NVMLError\w*$"),
         ("nonfinite", rb"^(?:FloatingPoint|NaN\w*|NonFinite\w*|Diverged\w*)(?:Error|Exception)$"),
     )
-)  # fmt: skip
-# Functions whose exceptions are about what they work on, whatever class they have. The innermost that says something counts.
+)
+# Functions whose exceptions are about what they work on, whatever class they have. The innermost
+# that says something counts.
 _PLACES = (
-    ("checkpoint", re.compile(rb"\bin \w*(?:load|restore|resume)\w*(?:checkpoint|ckpt|state_dict|optimizer)\w*|\bin \w*(?:checkpoint|ckpt)\w*_?(?:load|restore|resume)\w*|torch/serialization\.py\", line \d+, in _?load\b|in create_default_local_load_plan|/dist_checkpointing/\S+\", line \d+, in load|checkpoint/state_dict_loader")),
-    ("config", re.compile(rb"\bin \w*(?:validate|check|parse|sanity)_?\w*(?:args|config|arguments|options)\w*|\bin __post_init__|\bin (?:_do_sanity_check|_batch_assertion|_configure_train_batch_size|from_ymls|parse_args_into_dataclasses|_parse_known_args)|argparse\.py\"|/omegaconf/|/hydra/_internal/config|/pydantic/")),
-)  # fmt: skip
+    (
+        "checkpoint",
+        re.compile(
+            rb"\bin \w*(?:load|restore|resume)\w*(?:checkpoint|ckpt|state_dict|optimizer)\w*|\bin"
+            rb" \w*(?:checkpoint|ckpt)\w*_?(?:load|restore|resume)\w*|torch/serialization\.py\","
+            rb" line \d+, in _?load\b|in create_default_local_load_plan|/dist_checkpointing/\S+\","
+            rb" line \d+, in load|checkpoint/state_dict_loader"
+        ),
+    ),
+    (
+        "config",
+        re.compile(
+            rb"\bin"
+            rb" \w*(?:validate|check|parse|sanity)_?\w*(?:args|config|arguments|options)\w*|\bin"
+            rb" __post_init__|\bin"
+            rb" (?:_do_sanity_check|_batch_assertion|_configure_train_batch_size|from_ymls"
+            rb"|parse_args_into_dataclasses|_parse_known_args)|argparse\.py\"|/omegaconf/"
+            rb"|/hydra/_internal/config|/pydantic/"
+        ),
+    ),
+)
 
 
 def classify(line: bytes, frames: bytes = b"") -> tuple[str, bool]:
-    """(failure class, whether the line itself tells it) of an exception's line; `program` when nothing is more special.
+    """(failure class, whether the line itself tells it) of an exception's line; `program` when
+    nothing is more special.
 
-    `frames`: the traceback above it. A class that only the frames tell yields to any that the line's words tell.
+    `frames`: the traceback above it. A class that only the frames tell yields to any that the
+    line's words tell.
     """
     found = RAISED.match(line)
     name = found[1] if found else b""
@@ -88,7 +194,9 @@ def classify(line: bytes, frames: bytes = b"") -> tuple[str, bool]:
         return "host_oom", True
     errno = _ERRNO.search(line)
     if errno and (failure := _ERRNOS.get(int(next(filter(None, errno.groups()))))):
-        return ("missing_file" if failure == "communication" and _INTERNET.search(line) else failure), True
+        return (
+            "missing_file" if failure == "communication" and _INTERNET.search(line) else failure
+        ), True
     for failure, pattern in _CLASSES:
         if pattern.match(short):
             return failure, True
@@ -99,7 +207,9 @@ def classify(line: bytes, frames: bytes = b"") -> tuple[str, bool]:
     frames = frames[-MOST:]
     if _importing(frames):
         return "environment", False
-    last_place = max(((_last_start(pattern, frames), failure) for failure, pattern in _PLACES), default=(-1, ""))
+    last_place = max(
+        ((_last_start(pattern, frames), failure) for failure, pattern in _PLACES), default=(-1, "")
+    )
     return (last_place[1], False) if last_place[0] >= 0 else ("program", False)
 
 
@@ -122,7 +232,8 @@ def _last_start(pattern: re.Pattern[bytes], text: bytes) -> int:
 
 
 def is_open(text: bytes) -> int:
-    """Where an unfinished traceback at the end of `text` (whole lines) begins, -1 when there is none."""
+    """Where an unfinished traceback at the end of `text` (whole lines) begins, -1 when there is
+    none."""
     low = max(len(text) - MOST, 0)
     position = text.rfind(HEADER, low)
     if position < 0 or last_line(text, position) is not None:
@@ -136,9 +247,11 @@ def is_open(text: bytes) -> int:
 
 
 def last_line(text: bytes, position: int) -> tuple[int, int] | None:
-    """(start, end) of the line that names the exception of the traceback whose header is at `position`; None: not there yet.
+    """(start, end) of the line that names the exception of the traceback whose header is at
+    `position`; None: not there yet.
 
-    Lines of other ranks in between are passed over: those do not begin as the header's line does, but for its digits.
+    Lines of other ranks in between are passed over: those do not begin as the header's line does,
+    but for its digits.
     """
     start = text.rfind(b"\n", max(position - 400, 0), position) + 1
     start = max(start, text.rfind(b"\r", start, position) + 1)

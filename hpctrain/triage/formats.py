@@ -1,4 +1,5 @@
-"""The step lines of each training framework: bytes of one line -> Step. Pure; a line that is not one gives None.
+"""The step lines of each training framework: bytes of one line -> Step. Pure; a line that is not
+one gives None.
 
 | framework | line | source |
 |---|---|---|
@@ -21,10 +22,13 @@ from hpctrain.triage.records import Step, last_match
 
 _N = rb"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|[nN][aA][nN]|[iI]nf(?:inity)?)"
 _ITERATION = re.compile(rb"\biteration:?\s+(\d+)\s*(?:/\s*(\d+))?")
-# The line as GPT-NeoX and hpctrain print it today, in one go; any other order of fields takes the slow way.
+# The line as GPT-NeoX and hpctrain print it today, in one go; any other order of fields takes the
+# slow way.
 _NEOX = re.compile(
-    rb"(?:samples/sec: (\S+) \| )? ?iteration +(\d+)/ *(\d+) \| elapsed time per iteration \(ms\): (\S+) \| learning rate: (\S+) \|"
-    rb"(?: approx flops per GPU: \S+ \|)? lm_loss: (\S+) \|(?: loss scale: \S+ \|)?(?: grad norm: (\S+) \|)?[^\n]*?"
+    rb"(?:samples/sec: (\S+) \| )? ?iteration +(\d+)/ *(\d+) \| elapsed time per iteration \(ms\):"
+    rb" (\S+) \| learning rate: (\S+) \|"
+    rb"(?: approx flops per GPU: \S+ \|)? lm_loss: (\S+) \|(?: loss scale: \S+ \|)?(?: grad norm:"
+    rb" (\S+) \|)?[^\n]*?"
     rb" number of skipped iterations: *(\d+) \| number of nan iterations: *(\d+) \|"
 )
 _OPEN_INSTRUCT = re.compile(
@@ -38,33 +42,52 @@ _EM = re.compile(rb"train stats after (\d+) examples: ")
 _DEEPSPEED = re.compile(rb"\bstep=(\d+), skipped=(\d+), lr=\[?(%s)?" % _N)
 _ANY_LOSS = re.compile(rb"[lL]oss['\"]?\s*[:= ]\s*['\"]?(%s)(?![\w.])" % _N)
 _BEFORE_LOSS = re.compile(
-    rb"(?:^|[^\w/])(?:(?:train|losses)/)?(?:(?:train|training|lm|total|step|batch|avg|average|mean)[_ ])?c?$",
+    rb"(?:^|[^\w/])(?:(?:train|losses)/)?(?:(?:train|training|lm|total|step|batch|avg"
+    rb"|average|mean)[_"
+    rb" ])?c?$",
     re.IGNORECASE,
 )
-# Each begins with the letters that it may begin with: a search then skips all others at the speed of C.
+# Each begins with the letters that it may begin with: a search then skips all others at the speed
+# of C.
 _ANY_STEP = re.compile(
-    rb"[sSiIuUnNgGtT](?<![\w/].)(?i:(?:(?<=n)um_|(?<=g)lobal_|(?<=t)rain_)(?:step|iter|iteration|update)|(?<=s)tep|(?<=i)ter(?:ation)?|(?<=u)pdate)[sS]?"
+    rb"[sSiIuUnNgGtT](?<![\w/].)(?i:(?:(?<=n)um_|(?<=g)lobal_|(?<=t)rain_)(?:step|iter"
+    rb"|iteration|update)|(?<=s)tep|(?<=i)ter(?:ation)?|(?<=u)pdate)[sS]?"
     rb"['\"]?\s*[:= #]\s*(\d+)(?![\d%]|\.\d)\s*(?:(?:/|of)\s*(\d+))?"
 )
-_ANY_PLACE = re.compile(
-    rb"\[ *(\d+)/(\d+)\]"
-)  # `Epoch: [0][415/1736]`, as torchvision's and OpenMMLab's loops print it
-_ANY_NORM = re.compile(rb"[gG](?<![\w/].)(?i:rad(?:ient)?[_ ]?norm)['\"]?\s*[:= ]\s*['\"]?(%s)" % _N)
+# `Epoch: [0][415/1736]`, as torchvision's and OpenMMLab's loops print it
+_ANY_PLACE = re.compile(rb"\[ *(\d+)/(\d+)\]")
+_ANY_NORM = re.compile(
+    rb"[gG](?<![\w/].)(?i:rad(?:ient)?[_ ]?norm)['\"]?\s*[:= ]\s*['\"]?(%s)" % _N
+)
 _ANY_LR = re.compile(rb"[lL](?<![\w/].)(?i:r|earning[_ ]rate)['\"]?\s*[:= ]\s*\[?['\"]?(%s)" % _N)
-_NOT_TRAINING = re.compile(rb"[eEvVtTdD](?<![\w/].)(?i:(?<=e)val|(?<=v)al(?:id(?:ation)?)?|(?<=t)est|(?<=d)ev)[_ /]")
+_NOT_TRAINING = re.compile(
+    rb"[eEvVtTdD](?<![\w/].)(?i:(?<=e)val|(?<=v)al(?:id(?:ation)?)?|(?<=t)est|(?<=d)ev)[_ /]"
+)
 
 # Anchors after which a line may be a step line, and the parser of each.
 Parser = Callable[[bytes], "Step | None"]
 
 
 def megatron(line: bytes) -> Step | None:
-    """GPT-NeoX, Megatron-LM, Megatron-DeepSpeed and hpctrain's own trainers, in whatever order they print the fields."""
+    """GPT-NeoX, Megatron-LM, Megatron-DeepSpeed and hpctrain's own trainers, in whatever order they
+    print the fields."""
     found = _NEOX.search(line)
     if found:
         try:
             rate, iteration, total, elapsed_ms, lr, loss, norm, skipped, nan = found.groups()
-            return Step("neox", int(iteration), int(total), float(loss), float(norm) if norm else None, float(lr),
-                        float(elapsed_ms) / 1000, None, float(rate) if rate else None, int(skipped), int(nan))  # fmt: skip
+            return Step(
+                "neox",
+                int(iteration),
+                int(total),
+                float(loss),
+                float(norm) if norm else None,
+                float(lr),
+                float(elapsed_ms) / 1000,
+                None,
+                float(rate) if rate else None,
+                int(skipped),
+                int(nan),
+            )
         except ValueError:
             pass
     found = _ITERATION.search(line)
@@ -83,23 +106,38 @@ def megatron(line: bytes) -> Step | None:
     elapsed = fields.get(b"elapsed time per iteration (ms)")
     return Step(
         "megatron" if b"lm loss" in fields else "neox",
-        int(found[1]), int(found[2]) if found[2] else None, loss, fields.get(b"grad norm"),
-        fields.get(b"learning rate"), elapsed / 1000 if elapsed else None, None,
-        fields.get(b"samples per second", fields.get(b"samples/sec")) or _leading_rate(line[: found.start()]),
-        _count(fields.get(b"number of skipped iterations")), _count(fields.get(b"number of nan iterations")),
-    )  # fmt: skip
+        int(found[1]),
+        int(found[2]) if found[2] else None,
+        loss,
+        fields.get(b"grad norm"),
+        fields.get(b"learning rate"),
+        elapsed / 1000 if elapsed else None,
+        None,
+        fields.get(b"samples per second", fields.get(b"samples/sec"))
+        or _leading_rate(line[: found.start()]),
+        _count(fields.get(b"number of skipped iterations")),
+        _count(fields.get(b"number of nan iterations")),
+    )
 
 
 def open_instruct(line: bytes) -> Step | None:
     found = last_match(_OPEN_INSTRUCT, line)  # behind a progress bar there may be several
     if not found:
         return None
-    return Step("open-instruct", int(found[1]), None, _float(found[3]), None, _float(found[2]),
-                tokens_per_s=_float(found[4]) if found[4] else None)  # fmt: skip
+    return Step(
+        "open-instruct",
+        int(found[1]),
+        None,
+        _float(found[3]),
+        None,
+        _float(found[2]),
+        tokens_per_s=_float(found[4]) if found[4] else None,
+    )
 
 
 def hugging_face(line: bytes) -> Step | None:
-    """transformers' `{'loss': …}` of both generations, and TRL's; evaluation and summary lines are none."""
+    """transformers' `{'loss': …}` of both generations, and TRL's; evaluation and summary lines are
+    none."""
     pairs = dict(_HF_PAIR.findall(line, max(line.find(b"{"), 0)))
     loss = pairs.get(b"loss")
     if loss is None or b"train_runtime" in pairs:
@@ -108,10 +146,22 @@ def hugging_face(line: bytes) -> Step | None:
     def number(name: bytes) -> float | None:
         return float(pairs[name]) if pairs.get(name) else None
 
-    step, total = (int(pairs[name]) if pairs.get(name, b"").isdigit() else None for name in (b"step", b"max_steps"))
+    step, total = (
+        int(pairs[name]) if pairs.get(name, b"").isdigit() else None
+        for name in (b"step", b"max_steps")
+    )
     # The last two, and the step, are said by hf-sft's own driver.
-    return Step("hf", step, total, float(loss), number(b"grad_norm"), number(b"learning_rate"), epoch=number(b"epoch"),
-                step_time_s=number(b"step_time"), samples_per_s=number(b"samples_per_second"))  # fmt: skip
+    return Step(
+        "hf",
+        step,
+        total,
+        float(loss),
+        number(b"grad_norm"),
+        number(b"learning_rate"),
+        epoch=number(b"epoch"),
+        step_time_s=number(b"step_time"),
+        samples_per_s=number(b"samples_per_second"),
+    )
 
 
 def em_dpo(line: bytes) -> Step | None:
@@ -119,8 +169,14 @@ def em_dpo(line: bytes) -> Step | None:
     if not found:
         return None
     pairs = {name: _float(value) for name, value in _HF_PAIR.findall(line, found.end())}
-    return Step("em-dpo", int(found[1]), None, pairs.get(b"loss/train"), pairs.get(b"grad_norm"),
-                samples_per_s=pairs.get(b"examples_per_second"))  # fmt: skip
+    return Step(
+        "em-dpo",
+        int(found[1]),
+        None,
+        pairs.get(b"loss/train"),
+        pairs.get(b"grad_norm"),
+        samples_per_s=pairs.get(b"examples_per_second"),
+    )
 
 
 def verl(line: bytes) -> Step | None:
@@ -128,20 +184,38 @@ def verl(line: bytes) -> Step | None:
     if not found:
         return None
     pairs = {name: _float(value) for name, value in _VERL_PAIR.findall(line, found.end())}
-    loss = pairs.get(b"actor/pg_loss", pairs.get(b"actor/loss", pairs.get(b"critic/vf_loss", pairs.get(b"train/loss"))))
-    norm = pairs.get(b"actor/grad_norm", pairs.get(b"train/grad_norm", pairs.get(b"critic/grad_norm")))
+    loss = pairs.get(
+        b"actor/pg_loss",
+        pairs.get(b"actor/loss", pairs.get(b"critic/vf_loss", pairs.get(b"train/loss"))),
+    )
+    norm = pairs.get(
+        b"actor/grad_norm", pairs.get(b"train/grad_norm", pairs.get(b"critic/grad_norm"))
+    )
     if not pairs:
         return None
-    return Step("verl", int(found[1]), None, loss, norm, pairs.get(b"actor/lr", pairs.get(b"train/lr")),
-                pairs.get(b"perf/time_per_step"), pairs.get(b"perf/throughput"))  # fmt: skip
+    return Step(
+        "verl",
+        int(found[1]),
+        None,
+        loss,
+        norm,
+        pairs.get(b"actor/lr", pairs.get(b"train/lr")),
+        pairs.get(b"perf/time_per_step"),
+        pairs.get(b"perf/throughput"),
+    )
 
 
 def deepspeed(line: bytes) -> Step | None:
     found = _DEEPSPEED.search(line)
     if not found:
         return None
-    return Step("deepspeed", int(found[1]), lr=_float(found[3]) if found[3] else None, skipped=int(found[2]),
-                cumulative=True)  # fmt: skip
+    return Step(
+        "deepspeed",
+        int(found[1]),
+        lr=_float(found[3]) if found[3] else None,
+        skipped=int(found[2]),
+        cumulative=True,
+    )
 
 
 def anything(line: bytes) -> Step | None:
@@ -158,8 +232,14 @@ def anything(line: bytes) -> Step | None:
     if not loss or not step or _NOT_TRAINING.search(line):
         return None
     norm, lr = _ANY_NORM.search(line), _ANY_LR.search(line)
-    return Step("any", int(step[1]), int(step[2]) if step[2] else None, _float(loss[1]),
-                _float(norm[1]) if norm else None, _float(lr[1]) if lr else None)  # fmt: skip
+    return Step(
+        "any",
+        int(step[1]),
+        int(step[2]) if step[2] else None,
+        _float(loss[1]),
+        _float(norm[1]) if norm else None,
+        _float(lr[1]) if lr else None,
+    )
 
 
 STEP_ANCHORS: tuple[tuple[bytes, Parser], ...] = (
@@ -184,7 +264,8 @@ STEP_ANCHORS: tuple[tuple[bytes, Parser], ...] = (
 
 
 def tqdm_before(text: bytes, position: int) -> tuple[int, int] | None:
-    """(step, total) of the last tqdm bar shortly before `position`: transformers' lines do not say which step they are of."""
+    """(step, total) of the last tqdm bar shortly before `position`: transformers' lines do not say
+    which step they are of."""
     end = text.rfind(b"it", max(position - 400, 0), position)
     found = last_match(_TQDM, text, max(end - 120, 0), position) if end >= 0 else None
     return (int(found[1]), int(found[2])) if found else None

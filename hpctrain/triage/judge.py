@@ -1,4 +1,5 @@
-"""From everything that was read to one answer: the cause, what to do next, and every rule's verdict."""
+"""From everything that was read to one answer: the cause, what to do next, and every rule's
+verdict."""
 
 from __future__ import annotations
 
@@ -30,9 +31,12 @@ class Incident:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            **self.event.as_json(), "job_id": self.attempt.job_id, "restart": self.attempt.restart,
-            "link": self.attempt.link, "recovered": self.recovered,
-        }  # fmt: skip
+            **self.event.as_json(),
+            "job_id": self.attempt.job_id,
+            "restart": self.attempt.restart,
+            "link": self.attempt.link,
+            "recovered": self.recovered,
+        }
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,24 @@ class Diagnosis:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict, "summary": self.summary, "action": self.action, "advice": self.advice,
+            "verdict": self.verdict,
+            "summary": self.summary,
+            "action": self.action,
+            "advice": self.advice,
             "cause": self.cause.as_json() if self.cause else None,
             "rules": [verdict.as_json() for verdict in self.verdicts],
             "incidents": [incident.as_json() for incident in self.incidents],
-            "remarks": list(self.remarks), "progress": dict(self.progress), "safe_to_scale": self.safe_to_scale,
-        }  # fmt: skip
+            "remarks": list(self.remarks),
+            "progress": dict(self.progress),
+            "safe_to_scale": self.safe_to_scale,
+        }
 
 
-def judge(engine: Engine, around: Circumstances | None = None, recipe: str | None = None) -> Diagnosis:
-    """Judge everything that `engine` has read so far. Pure; may be called again after more was read."""
+def judge(
+    engine: Engine, around: Circumstances | None = None, recipe: str | None = None
+) -> Diagnosis:
+    """Judge everything that `engine` has read so far. Pure; may be called again after more was
+    read."""
     around = around or Circumstances()
     attempts = in_order(engine.attempts)
     remarks = _remarks(engine)
@@ -77,8 +89,14 @@ def judge(engine: Engine, around: Circumstances | None = None, recipe: str | Non
             if empty
             else f"nothing in the logs is about training{_last_words(engine)}"
         )
-        return Diagnosis(NOT_OBSERVED, what, "wait" if around.running else LOOK,
-                         "see `hpctrain status`: is the job pending?", verdicts=tuple(_nothing()), remarks=tuple(remarks))  # fmt: skip
+        return Diagnosis(
+            NOT_OBSERVED,
+            what,
+            "wait" if around.running else LOOK,
+            "see `hpctrain status`: is the job pending?",
+            verdicts=tuple(_nothing()),
+            remarks=tuple(remarks),
+        )
     # A job that was kept out by a lock says nothing about the run that holds it.
     last = next((attempt for attempt in reversed(attempts) if not attempt.locked_out), attempts[-1])
     trained = [attempt for attempt in attempts if attempt.num_steps]
@@ -93,7 +111,11 @@ def judge(engine: Engine, around: Circumstances | None = None, recipe: str | Non
     verdicts.append(rules.ending(last, around, cause_event))
     verdicts += _start(last)
     incidents = [
-        Incident(event, attempt, any(later.num_steps or later.exit_code == 0 for later in attempts[index + 1 :]))
+        Incident(
+            event,
+            attempt,
+            any(later.num_steps or later.exit_code == 0 for later in attempts[index + 1 :]),
+        )
         for index, attempt in enumerate(attempts)
         for event in [causes[id(attempt)]]
         if event is not None
@@ -103,7 +125,9 @@ def judge(engine: Engine, around: Circumstances | None = None, recipe: str | Non
     remarks += _came_after(incidents)
     remarks += _left_no_word(attempts)
     framework = recipe or subject.framework
-    return _answer(verdicts, cause, incidents, attempts, subject, trained, around, framework, remarks)
+    return _answer(
+        verdicts, cause, incidents, attempts, subject, trained, around, framework, remarks
+    )
 
 
 def _last_words(engine: Engine) -> str:
@@ -123,7 +147,8 @@ def in_order(attempts: list[Attempt]) -> list[Attempt]:
 
 
 def _found_by_guard(attempts: list[Attempt]) -> list[str]:
-    """What the guard found in the checkpoint folder and mended, start by start: how a damaged checkpoint becomes known."""
+    """What the guard found in the checkpoint folder and mended, start by start: how a damaged
+    checkpoint becomes known."""
     return [
         f"before {_start_name(attempt)}: {'; '.join(distinct(attempt.guard_notes))}"
         for attempt in attempts[-_MOST_INCIDENTS:]
@@ -132,7 +157,8 @@ def _found_by_guard(attempts: list[Attempt]) -> list[str]:
 
 
 def _came_after(incidents: list[Incident]) -> list[str]:
-    """Who ended a start that had failed already: of two faults in one start only the first is its cause."""
+    """Who ended a start that had failed already: of two faults in one start only the first is its
+    cause."""
     out = []
     for incident in incidents[-_MOST_INCIDENTS:]:
         later = [
@@ -146,7 +172,8 @@ def _came_after(incidents: list[Incident]) -> list[str]:
             first = min(later, key=lambda event: event.order)
             title = FAILURES[first.failure].title
             out.append(
-                f"{_start_name(incident.attempt)}, after its failure ({incident.event.failure}): {title} at {first.place}"
+                f"{_start_name(incident.attempt)}, after its failure ({incident.event.failure}):"
+                f" {title} at {first.place}"
             )
     return out
 
@@ -155,41 +182,77 @@ def _left_no_word(attempts: list[Attempt]) -> list[str]:
     """Starts of a job that its log knows only by the numbers of the starts after them."""
     out = []
     for before, attempt in zip(attempts, attempts[1:]):
-        missing = range(before.restart + 1, attempt.restart) if attempt.job_id == before.job_id else range(0)
+        missing = (
+            range(before.restart + 1, attempt.restart)
+            if attempt.job_id == before.job_id
+            else range(0)
+        )
         if missing:
-            which = f"restart {missing[0]}" if len(missing) == 1 else f"restarts {missing[0]} to {missing[-1]}"
-            out.append(f"job {attempt.job_id}: {which} left no word in the log: Slurm ended it before its first line")
+            which = (
+                f"restart {missing[0]}"
+                if len(missing) == 1
+                else f"restarts {missing[0]} to {missing[-1]}"
+            )
+            out.append(
+                f"job {attempt.job_id}: {which} left no word in the log: Slurm ended it before its"
+                " first line"
+            )
     return out[-_MOST_INCIDENTS:]
 
 
 def _start_name(attempt: Attempt) -> str:
-    name = f"link {attempt.link} (job {attempt.job_id})" if attempt.link is not None else f"job {attempt.job_id}"
+    name = (
+        f"link {attempt.link} (job {attempt.job_id})"
+        if attempt.link is not None
+        else f"job {attempt.job_id}"
+    )
     return name + (f", restart {attempt.restart}" if attempt.restart else "")
 
 
 def _start(attempt: Attempt) -> list[Verdict]:
-    """Whether a run that should go on from a checkpoint really did: NeoX trains on from random weights without a word."""
-    lines = [event for event in attempt.events.get("checkpoint", ()) if "Unable to load checkpoint" in event.text]
+    """Whether a run that should go on from a checkpoint really did: NeoX trains on from random
+    weights without a word."""
+    lines = [
+        event
+        for event in attempt.events.get("checkpoint", ())
+        if "Unable to load checkpoint" in event.text
+    ]
     if attempt.mode in ("finetune", "resume") and lines and attempt.num_steps:
-        detail = f"mode is {attempt.mode}, and no checkpoint was loaded: it trains from random weights"
+        detail = (
+            f"mode is {attempt.mode}, and no checkpoint was loaded: it trains from random weights"
+        )
         return [Verdict("start", RED, detail, lines[0].place, lines[0].text)]
     if attempt.mode and attempt.num_steps:
         return [Verdict("start", GREEN, f"mode {attempt.mode}, no complaint about the checkpoint")]
     return [Verdict("start", NOT_OBSERVED, "the log does not say how it started")]
 
 
-def _answer(verdicts: list[Verdict], cause: Incident | None, incidents: list[Incident], attempts: list[Attempt],
-            subject: Attempt, trained: list[Attempt], around: Circumstances, framework: str | None,
-            remarks: list[str]) -> Diagnosis:  # fmt: skip
+def _answer(
+    verdicts: list[Verdict],
+    cause: Incident | None,
+    incidents: list[Incident],
+    attempts: list[Attempt],
+    subject: Attempt,
+    trained: list[Attempt],
+    around: Circumstances,
+    framework: str | None,
+    remarks: list[str],
+) -> Diagnosis:
     red = [verdict for verdict in verdicts if verdict.verdict == RED]
     progress = _progress(subject, trained)
     if cause is not None:
         failure = FAILURES[cause.event.failure]
         action, advice = failure.action, advise(failure, framework, _suspect(incidents, cause))
-        if failure.action == RETRY and sum(other.event.failure == cause.event.failure for other in incidents) > 2:
+        if (
+            failure.action == RETRY
+            and sum(other.event.failure == cause.event.failure for other in incidents) > 2
+        ):
             action, advice = (
                 STOP,
-                f"this is the {len(incidents)}th time: do not retry again before the reason is known; {advice}",
+                (
+                    f"this is the {len(incidents)}th time: do not retry again before the reason is"
+                    f" known; {advice}"
+                ),
             )
         summary = f"{failure.title}: {cause.event.text}" if cause.event.text else failure.title
         verdict = RED
@@ -200,9 +263,15 @@ def _answer(verdicts: list[Verdict], cause: Incident | None, incidents: list[Inc
         verdict, summary = GREEN, "it trains, and no rule objects"
         action, advice = ("wait", "nothing to do") if around.running else ("none", "nothing to do")
         if not around.running and not subject.reached_end and attempts[-1].exit_code is None:
-            summary = "as far as the log goes it trains, and no rule objects; it does not say how it ended"
+            summary = (
+                "as far as the log goes it trains, and no rule objects; it does not say how it"
+                " ended"
+            )
     else:
-        verdict, summary = NOT_OBSERVED, "no training step was seen yet" if not trained else "no loss was seen"
+        verdict, summary = (
+            NOT_OBSERVED,
+            ("no training step was seen yet" if not trained else "no loss was seen"),
+        )
         action, advice = (
             ("wait", "look again after the first steps")
             if around.running
@@ -210,22 +279,39 @@ def _answer(verdicts: list[Verdict], cause: Incident | None, incidents: list[Inc
         )
     if len(attempts) > 1:
         recovered = sum(incident.recovered for incident in incidents)
-        remarks.append(f"{len(attempts)} attempts, {recovered} earlier failures that a later attempt got over")
-    return Diagnosis(verdict, summary, action, advice, cause, tuple(verdicts), tuple(incidents[-_MOST_INCIDENTS:]),
-                     tuple(remarks), progress, subject.thresholds)  # fmt: skip
+        remarks.append(
+            f"{len(attempts)} attempts, {recovered} earlier failures that a later attempt got over"
+        )
+    return Diagnosis(
+        verdict,
+        summary,
+        action,
+        advice,
+        cause,
+        tuple(verdicts),
+        tuple(incidents[-_MOST_INCIDENTS:]),
+        tuple(remarks),
+        progress,
+        subject.thresholds,
+    )
 
 
 def _health_action(rule: str, framework: str | None, running: bool) -> tuple[str, str]:
     names = knobs(framework)
     advice = {
-        "loss_finite": f"lower {names['lr']} or lengthen the warmup, look at the data of that step, go back to a checkpoint from before it",
-        "loss_trend": f"look at {names['lr']}, the loss mask and the data: the model does not learn",
+        "loss_finite": (
+            f"lower {names['lr']} or lengthen the warmup, look at the data of that step, go back to"
+            " a checkpoint from before it"
+        ),
+        "loss_trend": (
+            f"look at {names['lr']}, the loss mask and the data: the model does not learn"
+        ),
         "loss_rise": f"go back to a checkpoint from before the rise and lower {names['lr']}",
         "gradients": f"set gradient clipping, lower {names['lr']}, look at the data of that step",
         "skipped_steps": "use bf16 instead of fp16, or lower the initial loss scale",
         "throughput": "`hpctrain preflight` names slow nodes; exclude them",
         "start": "stop it; `hpctrain checkpoint list` shows what could have been loaded",
-    }.get(rule, "look at the line")  # fmt: skip
+    }.get(rule, "look at the line")
     if rule == "throughput":
         return EXCLUDE, advice
     return STOP, advice if not running else f"`hpctrain stop`, then: {advice}"

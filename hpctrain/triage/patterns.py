@@ -1,7 +1,9 @@
-"""The lines by which failures are told: a literal anchor each (at least five bytes, for `scan`) and what the line must match.
+"""The lines by which failures are told: a literal anchor each (at least five bytes, for `scan`) and
+what the line must match.
 
-Patterns come from Slurm's, PyTorch's, NCCL's and the kernel's own messages; families (`CUDA error: …`, exit codes, signals,
-errno's texts) are taken whole, so that a member that nobody here has seen is still told apart.
+Patterns come from Slurm's, PyTorch's, NCCL's and the kernel's own messages; families (`CUDA error:
+…`, exit codes, signals, errno's texts) are taken whole, so that a member that nobody here has seen
+is still told apart.
 """
 
 from __future__ import annotations
@@ -28,18 +30,26 @@ def _rx(text: bytes) -> re.Pattern[bytes]:
     return re.compile(text)
 
 
-_QUOTED = _rx(rb"^\s*(?:raise |except |#|\"(?!hipError)|'|>>> )|During handling of|\braise \w[\w.]*\(")
+_QUOTED = _rx(
+    rb"^\s*(?:raise |except |#|\"(?!hipError)|'|>>> )|During handling of|\braise \w[\w.]*\("
+)
 
-# `exits with return code = -9`, `exitcode: 139`, `returned non-zero exit status 1`: signal N is -N to Python, 128 + N to a shell.
+# `exits with return code = -9`, `exitcode: 139`, `returned non-zero exit status 1`: signal N is -N
+# to Python, 128 + N to a shell.
 _CODE = (
-    rb"^(?!hpctrain: )[^\n]*(?:return(?:ed)?[ -]?(?:code|status)|exit(?:ed)?(?: with)?[ -]?(?:code|status))\s*[:=]?\s*"
+    rb"^(?!hpctrain: )[^\n]*(?:return(?:ed)?[ -]?(?:code|status)|exit(?:ed)?(?: with)?["
+    rb" -]?(?:code|status))\s*[:=]?\s*"
 )
 # CUDA's and HIP's own errors: hardware or driver, but for those that name something else.
 _DEVICE = rb"(?:(?:CUDA|HIP) error(?: \d+)?: |Cuda failure (?:\d+ )?')"
-_NOT_HARDWARE = rb"(?![^\n]*(?:ut of memory|kernel image|device function|device-side assert|invalid argument|invalid configuration|PTX|toolchain|insufficient|driver version|ordinal))"
+_NOT_HARDWARE = (
+    rb"(?![^\n]*(?:ut of memory|kernel image|device function|device-side assert|invalid"
+    rb" argument|invalid configuration|PTX|toolchain|insufficient|driver version|ordinal))"
+)
 
 _SEVERE = (
-    rb"^(?![^\n]*[Ii]gnoring)(?:[^\n]{0,120}?[\s\[(|:-])?(?:(?:ERROR|FATAL|CRITICAL)\b|(?:fatal )?error: |fatal: )"
+    rb"^(?![^\n]*[Ii]gnoring)(?:[^\n]{0,120}?[\s\[(|:-])?(?:(?:ERROR|FATAL|CRITICAL)\b|(?:fatal"
+    rb" )?error: |fatal: )"
 )
 
 # (failure, anchor, what the line must match, whether it is weak)
@@ -53,11 +63,22 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("gpu_oom", b"CUDA error: out of memory", None),
     ("gpu_oom", b"HIP error: out of memory", None),
     ("gpu_oom", b"No available memory for the cache blocks", None),
-    ("gpu_oom", b"ut of memory", rb"(?:CUDA|HIP|GPU|[Cc]uda|\bhip|[Dd]evice|VRAM)[^\n]{0,60}ut of memory|ut of memory[^\n]{0,40}(?:GPU|device|CUDA|HIP)"),
+    (
+        "gpu_oom",
+        b"ut of memory",
+        (
+            rb"(?:CUDA|HIP|GPU|[Cc]uda|\bhip|[Dd]evice|VRAM)[^\n]{0,60}ut of memory|ut of"
+            rb" memory[^\n]{0,40}(?:GPU|device|CUDA|HIP)"
+        ),
+    ),
     ("gpu_oom", b"_ALLOC_FAILED", None),
     ("gpu_oom", b"cudaErrorMemoryAllocation", None),
     ("gpu_oom", b"GPU memory utilization", rb"less than desired"),
-    ("gpu_oom", b"KV cache", rb"larger than (?:the )?(?:available|maximum)|[Nn]ot enough|insufficient"),
+    (
+        "gpu_oom",
+        b"KV cache",
+        rb"larger than (?:the )?(?:available|maximum)|[Nn]ot enough|insufficient",
+    ),
     ("gpu_oom", b"nough memory", rb"GPU|CUDA|HIP"),
     ("host_oom", b"oom_kill event", None),
     ("host_oom", b"oom-kill event", None),
@@ -90,7 +111,14 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("disk", b"unable to open shared memory", None),
     ("disk", b"unable to mmap ", rb"bytes from file"),
     ("disk", b"PytorchStreamWriter failed", None),
-    ("disk", b"shared memory", rb"(?i)insufficient|out of shared|unable to \w+ shared|failed to \w+ shared|raise your shared"),
+    (
+        "disk",
+        b"shared memory",
+        (
+            rb"(?i)insufficient|out of shared|unable to \w+ shared|failed to \w+ shared|raise your"
+            rb" shared"
+        ),
+    ),
     ("gpu_fault", b"NVRM: Xid", None),
     ("gpu_fault", b"Xid (PCI", None),
     ("gpu_fault", b"uncorrectable ECC", None),
@@ -102,8 +130,18 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("gpu_fault", b"CUDA error", _DEVICE + _NOT_HARDWARE),
     ("gpu_fault", b"HIP error", _DEVICE + _NOT_HARDWARE),
     ("gpu_fault", b"Cuda failure", _DEVICE + _NOT_HARDWARE),
-    ("gpu_fault", b"CUDA_ERROR_", rb"CUDA_ERROR_(?!OUT_OF_MEMORY|NO_BINARY|INVALID_VALUE|INVALID_PTX|UNSUPPORTED|SYSTEM_DRIVER|INVALID_DEVICE)"),
-    ("gpu_fault", b"_STATUS_", rb"\b(?:CUBLAS|CUDNN|CUSPARSE|CUSOLVER|HIPBLAS)_STATUS_(?:NOT_INITIALIZED|EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"),
+    (
+        "gpu_fault",
+        b"CUDA_ERROR_",
+        rb"CUDA_ERROR_(?!OUT_OF_MEMORY|NO_BINARY|INVALID_VALUE|INVALID_PTX|UNSUPPORTED"
+        rb"|SYSTEM_DRIVER|INVALID_DEVICE)",
+    ),
+    (
+        "gpu_fault",
+        b"_STATUS_",
+        rb"\b(?:CUBLAS|CUDNN|CUSPARSE|CUSOLVER|HIPBLAS)_STATUS_(?:NOT_INITIALIZED"
+        rb"|EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)",
+    ),
     ("gpu_fault", b"rocblas_status_internal_error", None),
     ("gpu_fault", b"hipErrorIllegal", None),
     ("gpu_fault", b"cudaErrorIllegal", None),
@@ -122,7 +160,11 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("gpu_fault", b"system not yet initialized", rb"802|CUDA"),
     # libfabric says `Input/output error` of a message that was lost.
     ("filesystem", b"Input/output error", rb"^(?!.*(?:OFI poll|MPIDI_|PTLTE))"),
-    ("filesystem", b"while accessing SQLite database", None),  # MIOpen's cache, where locks do not work
+    (
+        "filesystem",
+        b"while accessing SQLite database",
+        None,
+    ),  # MIOpen's cache, where locks do not work
     ("filesystem", b"Stale ", rb"Stale (?:NFS )?file handle"),
     ("filesystem", b"ead-only file system", None),
     ("filesystem", b"Remote I/O error", None),
@@ -162,16 +204,39 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("environment", b"cannot open shared object file", None),
     ("environment", b"command not found", None, True),
     ("environment", b"CUDA error", rb"kernel image|PTX|toolchain|insufficient|driver version"),
-    ("environment", b"CUDA_ERROR_", rb"CUDA_ERROR_(?:NO_BINARY|INVALID_PTX|UNSUPPORTED|SYSTEM_DRIVER)"),
+    (
+        "environment",
+        b"CUDA_ERROR_",
+        rb"CUDA_ERROR_(?:NO_BINARY|INVALID_PTX|UNSUPPORTED|SYSTEM_DRIVER)",
+    ),
     ("environment", b"_STATUS_", rb"_STATUS_(?:ARCH_MISMATCH|VERSION_MISMATCH)"),
     ("environment", b"symbol lookup error", None),
-    ("environment", b"support", rb"(?i)error[^\n]*(?:only supports?|only supported on|not supported (?:on|by) (?:this|your|the current)|requires?) [^\n]*\b(?:GPUs?|device|hardware|architecture|compute capability|sm_?\d\d|gfx\d)"),
+    (
+        "environment",
+        b"support",
+        (
+            rb"(?i)error[^\n]*(?:only supports?|only supported on|not supported (?:on|by)"
+            rb" (?:this|your|the current)|requires?)"
+            rb" [^\n]*\b(?:GPUs?|device|hardware|architecture|compute capability|sm_?\d\d|gfx\d)"
+        ),
+    ),
     ("environment", b"xec format error", None),
     ("environment", b"No module named ", None),
     ("environment", b"binary incompatibility", None),
-    ("environment", b" building extension ", rb"Error building extension"),  # PyTorch's compiler at the first use
+    (
+        "environment",
+        b" building extension ",
+        rb"Error building extension",
+    ),  # PyTorch's compiler at the first use
     ("environment", b"compiled using NumPy 1.x", None),
-    ("environment", b"FATAL: ", rb"(?i)^(?!.*(?:doesn't exist|does not exist|not found|no such file|could not open)).*(?:container|image|singularity|apptainer)"),
+    (
+        "environment",
+        b"FATAL: ",
+        (
+            rb"(?i)^(?!.*(?:doesn't exist|does not exist|not found|no such file|could not"
+            rb" open)).*(?:container|image|singularity|apptainer)"
+        ),
+    ),
     ("environment", b"pyxis: ", rb"(?i)fail|error"),
     ("environment", b"Error response from daemon", None),
     ("environment", b"is not compiled with ", None),
@@ -210,13 +275,33 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("config", b"OSError: You are trying to access a gated repo", None),
     ("config", b"NeoXArgs.configure_distributed_args", rb"Error"),
     ("config", b"types cannot be validated", None),
-    ("config", b"Unable to create step for job", rb"Invalid|not available|[Mm]ore processors|Requested node configuration"),
+    (
+        "config",
+        b"Unable to create step for job",
+        rb"Invalid|not available|[Mm]ore processors|Requested node configuration",
+    ),
     ("config", b"duplicate keys ", None),
     ("config", b"and the stage needs branch ", rb"hpctrain: error"),
     ("config", b"hpctrain: error: on ", rb": `import verl` "),
-    ("missing_file", b"No such file or directory", rb"FileNotFoundError|: (?:error: )?(?:execve|can't open file)|^(?:python\S*|\S*slurm\S*|srun): |FATAL:"),
-    ("missing_file", b"No such file or directory", rb"^(?:\S+: ){1,3}|cannot (?:access|open|stat)", True),
-    ("missing_file", b"FATAL: ", rb"doesn't exist|does not exist|not found|no such file|could not open"),
+    (
+        "missing_file",
+        b"No such file or directory",
+        (
+            rb"FileNotFoundError|: (?:error: )?(?:execve|can't open"
+            rb" file)|^(?:python\S*|\S*slurm\S*|srun): |FATAL:"
+        ),
+    ),
+    (
+        "missing_file",
+        b"No such file or directory",
+        rb"^(?:\S+: ){1,3}|cannot (?:access|open|stat)",
+        True,
+    ),
+    (
+        "missing_file",
+        b"FATAL: ",
+        rb"doesn't exist|does not exist|not found|no such file|could not open",
+    ),
     ("missing_file", b"Max retries exceeded with url", None),
     ("missing_file", b"Could not resolve host", None),
     ("missing_file", b"Couldn't reach ", rb"Error|Hub"),
@@ -244,16 +329,49 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("checkpoint", b"invalid load key", None),
     ("checkpoint", b"central directory", rb"Error|fail"),
     ("checkpoint", b"Weights only load failed", None),
-    ("checkpoint", b"heckpoint", rb"(?i)(?:error|exception)\b[^\n]{0,160}(?:(?:load|restor|resum|read)\w*[^\n]{0,60}checkpoint|checkpoint[^\n]{0,80}(?:corrupt|mismatch|does not match|incompatible|incomplete|not contain))"),
+    (
+        "checkpoint",
+        b"heckpoint",
+        (
+            rb"(?i)(?:error|exception)\b[^\n]{0,160}(?:(?:load|restor|resum"
+            rb"|read)\w*[^\n]{0,60}checkpoint|checkpoint[^\n]{0,80}(?:corrupt|mismatch|does"
+            rb" not match|incompatible|incomplete|not contain))"
+        ),
+    ),
     ("checkpoint", b"hpctrain: error: the start's models: ", None),
     ("nonfinite", b"no finite gradient for", rb"hpctrain: error"),
     ("nonfinite", b"found NaN in ", rb"loss|grad"),
     ("nonfinite", b"found Inf in ", rb"loss|grad"),
     ("nonfinite", b"NaN or Inf found in", None),
-    ("nonfinite", b"detected", rb"(?i)\b(?:nan|inf)s? (?:\w+ )?detected|detected (?:a )?(?:nan|inf)\b"),
-    ("nonfinite", b"not finite", rb"(?i)(?:loss|grad\w*(?: norm)?) (?:is|are|became) (?:not |non-?)finite|non-?finite (?:loss|grad)"),
-    ("nonfinite", b"non-finite", rb"(?i)(?:loss|grad\w*(?: norm)?) (?:is|are|became) (?:not |non-?)finite|non-?finite (?:loss|grad)"),
-    ("nonfinite", b"onfinite", rb"(?i)(?:loss|grad\w*(?: norm)?) (?:is|are|became) (?:not |non-?)finite|non-?finite (?:loss|grad)"),
+    (
+        "nonfinite",
+        b"detected",
+        rb"(?i)\b(?:nan|inf)s? (?:\w+ )?detected|detected (?:a )?(?:nan|inf)\b",
+    ),
+    (
+        "nonfinite",
+        b"not finite",
+        (
+            rb"(?i)(?:loss|grad\w*(?: norm)?) (?:is|are|became) (?:not |non-?)finite|non-?finite"
+            rb" (?:loss|grad)"
+        ),
+    ),
+    (
+        "nonfinite",
+        b"non-finite",
+        (
+            rb"(?i)(?:loss|grad\w*(?: norm)?) (?:is|are|became) (?:not |non-?)finite|non-?finite"
+            rb" (?:loss|grad)"
+        ),
+    ),
+    (
+        "nonfinite",
+        b"onfinite",
+        (
+            rb"(?i)(?:loss|grad\w*(?: norm)?) (?:is|are|became) (?:not |non-?)finite|non-?finite"
+            rb" (?:loss|grad)"
+        ),
+    ),
     ("nonfinite", b" is nan", rb"(?i)\b(?:loss|grad)"),
     ("nonfinite", b" is NaN", rb"(?i)\b(?:loss|grad)"),
     ("nonfinite", b" is inf", rb"(?i)\b(?:loss|grad)\w*(?: norm)? is inf(?:inite)?\b"),
@@ -263,7 +381,15 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("nonfinite", b"returned nan values in its", None),
     ("crash", b"egmentation fault", None),
     ("crash", b"core dumped", None),
-    ("crash", b"ignal", rb"[Ss]ignals?\b[^\n]{0,12}?(?:(?<![\d.])(?:4|6|7|8|11)\b|SIG(?:SEGV|BUS|ABRT|FPE|ILL)\b|Bus error|Abort|Illegal|Floating)"),
+    (
+        "crash",
+        b"ignal",
+        (
+            rb"[Ss]ignals?\b[^\n]{0,12}?(?:(?<![\d.])(?:4|6|7|8|11)\b|SIG(?:SEGV|BUS|ABRT"
+            rb"|FPE|ILL)\b|Bus"
+            rb" error|Abort|Illegal|Floating)"
+        ),
+    ),
     ("crash", b" code", _CODE + rb"(?:-(?:4|6|7|8|11)|13[4569]|132)\b"),
     ("crash", b" status", _CODE + rb"(?:-(?:4|6|7|8|11)|13[4569]|132)\b"),
     ("crash", b"Fatal Python error", None),
@@ -284,15 +410,39 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("preemption", b"DUE TO PREEMPTION", None),
     ("preemption", b"DUE TO JOB REQUEUE", None),
     ("preemption", b"DUE to SIGNAL", rb"preempt"),
-    # slurmstepd says this of a step that still runs when its job script has ended (slurmctld's SIG_FAILURE).
+    # slurmstepd says this of a step that still runs when its job script has ended (slurmctld's
+    # SIG_FAILURE).
     ("script_killed", b"(non-zero exit code or other failure mode)", rb"STEP \S+ ON \S+ FAILED"),
     # A cancelled STEP is what --kill-on-bad-exit leaves; only a cancelled JOB was someone's wish.
-    ("cancelled", b" CANCELLED AT ", rb"JOB \S+ ON \S+ CANCELLED AT \S+(?! DUE TO)(?:\s*\*|\s*$|\s+by)"),
-    ("communication", b"hpctrain: error: ray: ", rb"left (?:while|before)|is gone|does not answer|called within|joined|Ray on \S+(?: first node)? "),
+    (
+        "cancelled",
+        b" CANCELLED AT ",
+        rb"JOB \S+ ON \S+ CANCELLED AT \S+(?! DUE TO)(?:\s*\*|\s*$|\s+by)",
+    ),
+    (
+        "communication",
+        b"hpctrain: error: ray: ",
+        (
+            rb"left (?:while|before)|is gone|does not answer|called within|joined|Ray on \S+(?:"
+            rb" first node)? "
+        ),
+    ),
     ("communication", b"Watchdog caught collective operation timeout", None),
     ("communication", b"ran for ", rb"milliseconds before timing out"),
-    ("communication", b"NCCL WARN ", rb"NCCL WARN (?!.*(?:DMABUF|deprecated|Missing|env\b|environment|ignored|not enabled|NCCL_|NET/OFI (?:Only|Using|Could not find|[Uu]nable to find|Failed to initialize sendrecv)))"),
-    ("communication", b"atchdog", rb"got stuck|terminated with exception|[Tt]imed? ?out|watchdog hang"),
+    (
+        "communication",
+        b"NCCL WARN ",
+        (
+            rb"NCCL WARN (?!.*(?:DMABUF|deprecated|Missing|env\b|environment|ignored|not"
+            rb" enabled|NCCL_|NET/OFI (?:Only|Using|Could not find|[Uu]nable to find|Failed to"
+            rb" initialize sendrecv)))"
+        ),
+    ),
+    (
+        "communication",
+        b"atchdog",
+        rb"got stuck|terminated with exception|[Tt]imed? ?out|watchdog hang",
+    ),
     ("communication", b"No route to host", None),
     ("communication", b"Network is unreachable", None),
     ("communication", b"Host is down", None),
@@ -303,7 +453,11 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("communication", b"completion with error", None),
     ("communication", b"libfabric:", rb"<(?:error|critical)>"),
     ("communication", b"Libfabric", rb"(?i)fail"),
-    ("communication", b" ibv_", rb"(?i)\bibv_\w+[^\n]{0,80}(?:fail|error)|(?:fail|error)[^\n]{0,80}\bibv_"),
+    (
+        "communication",
+        b" ibv_",
+        rb"(?i)\bibv_\w+[^\n]{0,80}(?:fail|error)|(?:fail|error)[^\n]{0,80}\bibv_",
+    ),
     ("communication", b"PMI_Init", rb"(?i)fail|error|returned"),
     ("communication", b"PMI mmap", rb"(?i)fail"),
     ("communication", b"MPI_ABORT was invoked", None),
@@ -348,16 +502,28 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("crash", b"exitcode  : -", rb"exitcode  : -(?:4|6|7|8|11)\b"),
     ("crash", b"(exitcode: -", rb"failed \(exitcode: -(?:4|6|7|8|11)\)"),
     ("killed", b"(exitcode: -9)", None),
-    ("cut_off", b"SignalException: ", rb"Process \d+ got signal: 1\s*$"),  # SIGHUP: its terminal was closed
+    (
+        "cut_off",
+        b"SignalException: ",
+        rb"Process \d+ got signal: 1\s*$",
+    ),  # SIGHUP: its terminal was closed
     ("wrapper", b"exitcode  : ", rb"exitcode  : [1-9]"),
     ("killed", b"SIGKILL", rb"[Ss]ignal 9 \(SIGKILL\)|killed by SIGKILL|with signal SIGKILL"),
     ("killed", b"died with <Signals.SIGKILL: 9>", None),
     ("killed", b"actor died unexpectedly", None),
-    ("wrapper", b"SignalException: ", rb"Process \d+ got signal: (?!1\s*$)\d+"),  # torchrun was told to end: by whom, others say
+    (
+        "wrapper",
+        b"SignalException: ",
+        rb"Process \d+ got signal: (?!1\s*$)\d+",
+    ),  # torchrun was told to end: by whom, others say
     ("wrapper", b"ChildFailedError", None),
     ("wrapper", b"CalledProcessError", None),
     ("wrapper", b"Exited with exit code", rb"srun: error"),
-    ("wrapper", b" code", rb"^(?=[^\n]*(?:srun|launch\.py|exits |api\.py|mpirun|prterun))" + _CODE + rb"-?[1-9]"),
+    (
+        "wrapper",
+        b" code",
+        rb"^(?=[^\n]*(?:srun|launch\.py|exits |api\.py|mpirun|prterun))" + _CODE + rb"-?[1-9]",
+    ),
     ("wrapper", b"root cause above", None),
     ("wrapper", b"launch failed", rb"srun|slurm"),
     ("wrapper", b" code", rb"^(?=[^\n]*exited)" + _CODE + rb"-?[1-9]", True),
@@ -369,14 +535,19 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("program", b"Error", None),
     ("program", b"Exception", None),
     ("program", b"KeyboardInterrupt", None),
-    # A severity is all that some say. Nothing but the silence of a run that never trained makes that a cause.
+    # A severity is all that some say. Nothing but the silence of a run that never trained makes
+    # that a cause.
     ("program", b"ERROR", _SEVERE, True),
     ("program", b"FATAL", _SEVERE, True),
     ("program", b"CRITICAL", _SEVERE, True),
     ("program", b"error: ", _SEVERE, True),
     ("program", b"fatal: ", _SEVERE, True),
-    ("refused", b"hpctrain: error: ", rb"^hpctrain: error: (?!no finite)"),  # last: any other class says more
-)  # fmt: skip
+    (
+        "refused",
+        b"hpctrain: error: ",
+        rb"^hpctrain: error: (?!no finite)",
+    ),  # last: any other class says more
+)
 
 PATTERNS = tuple(
     Pattern(
@@ -388,10 +559,16 @@ PATTERNS = tuple(
     )
     for failure, anchor, confirm, *weak in _PATTERNS
 )
-# Where one line tells several failures, the one that is listed first: a general exception yields to what it says.
-PRECEDENCE = {name: rank for rank, name in enumerate(dict.fromkeys(failure for failure, *_ in _PATTERNS))}
-# `Bypassing SIGTERM` is what accelerate says while others die; a warning of Python names a category, not a failure.
+# Where one line tells several failures, the one that is listed first: a general exception yields to
+# what it says.
+PRECEDENCE = {
+    name: rank for rank, name in enumerate(dict.fromkeys(failure for failure, *_ in _PATTERNS))
+}
+# `Bypassing SIGTERM` is what accelerate says while others die; a warning of Python names a
+# category, not a failure.
 BENIGN = _rx(
-    rb"Bypassing SIGTERM|NCCL INFO|libfabric:\S*<(?:warn|info)>|thrown while requesting|(?:Future|Deprecation|User|Runtime|Resource)Warning|Exception ignored in|warnings\.warn"
+    rb"Bypassing SIGTERM|NCCL INFO|libfabric:\S*<(?:warn|info)>|thrown while"
+    rb" requesting|(?:Future|Deprecation|User|Runtime|Resource)Warning|Exception ignored"
+    rb" in|warnings\.warn"
     rb"|\[W\w*[ \d:.-]*\s?\w*\.(?:cpp|py|cc):?\d*\] .*(?:retry|Retrying)|will retry|[Rr]etrying"
 )

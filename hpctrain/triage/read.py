@@ -1,4 +1,5 @@
-"""Feeds log files to an engine: whole, or as they grow. The only part of triage that touches files and the clock."""
+"""Feeds log files to an engine: whole, or as they grow. The only part of triage that touches files
+and the clock."""
 
 from __future__ import annotations
 
@@ -11,11 +12,16 @@ from hpctrain.triage.engine import Engine
 from hpctrain.triage.scan import CHUNK
 
 
-def read_logs(engine: Engine, paths: Iterable[str], on_bytes: Callable[[int], None] | None = None,
-              unreadable: list[str] | None = None) -> None:  # fmt: skip
+def read_logs(
+    engine: Engine,
+    paths: Iterable[str],
+    on_bytes: Callable[[int], None] | None = None,
+    unreadable: list[str] | None = None,
+) -> None:
     """Read each file to its end, in fixed memory.
 
-    One that cannot be read is told in `unreadable`, and the others are read; without that list it raises EnvironmentFault.
+    One that cannot be read is told in `unreadable`, and the others are read; without that list it
+    raises EnvironmentFault.
     """
     for path in paths:
         reader = engine.log(path)
@@ -68,7 +74,9 @@ class Follower:
                 file.seek(offset)
                 # What was there at the first look was written at times we do not know.
                 now_s = (
-                    None if self._first_look or offset == 0 and total == 0 and path not in self._seen else time.time()
+                    None
+                    if self._first_look or offset == 0 and total == 0 and path not in self._seen
+                    else time.time()
                 )
                 while True:
                     piece = file.read(CHUNK)
@@ -83,7 +91,9 @@ class Follower:
         return total
 
 
-def follow(follower: Follower, every_s: float = 5.0, stop: Callable[[], bool] = lambda: False) -> Iterator[int]:
+def follow(
+    follower: Follower, every_s: float = 5.0, stop: Callable[[], bool] = lambda: False
+) -> Iterator[int]:
     """Look again and again; yields the new bytes of each look (0 when nothing came)."""
     while not stop():
         yield follower.look()

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 
 class Step(NamedTuple):
-    """One progress line of a training framework; what it does not say is None. Times in seconds, rates over all ranks.
+    """One progress line of a training framework; what it does not say is None. Times in seconds,
+    rates over all ranks.
 
-    `skipped` and `nan` are the framework's counts of iterations without an update. `cumulative`: whether they count
-    since the start of the job rather than since the last line.
+    `skipped` and `nan` are the framework's counts of iterations without an update. `cumulative`:
+    whether they count since the start of the job rather than since the last line.
     """
 
     framework: str
@@ -46,9 +47,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Event:
-    """A line that names a failure. `time_s` is UTC seconds since 1970 where a time of the line is known.
+    """A line that names a failure. `time_s` is UTC seconds since 1970 where a time of the line is
+    known.
 
-    `offset` is the line's first byte in the file, where it is known. `weak`: said by a shell or a helper program in passing; any exception outranks it.
+    `offset` is the line's first byte in the file, where it is known. `weak`: said by a shell or a
+    helper program in passing; any exception outranks it.
     """
 
     failure: str
@@ -64,14 +67,20 @@ class Event:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "failure": self.failure, "file": self.place.file, "line": self.place.number, "text": self.text,
-            "rank": self.rank, "node": self.node, "time": utc(self.time_s),
-        }  # fmt: skip
+            "failure": self.failure,
+            "file": self.place.file,
+            "line": self.place.number,
+            "text": self.text,
+            "rank": self.rank,
+            "node": self.node,
+            "time": utc(self.time_s),
+        }
 
 
 @dataclass
 class Window:
-    """The last few values, the medians of whole windows, and the best of those: enough for a trend in fixed memory."""
+    """The last few values, the medians of whole windows, and the best of those: enough for a trend
+    in fixed memory."""
 
     size: int
     better: Any = max
@@ -114,7 +123,8 @@ _LOG_JOB = re.compile(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z")
 
 
 def job_of_log(path: str) -> str | None:
-    """The id of the job whose log this is, by the file's name: `<run>-<job>.out`, `slurm-<job>_<task>.out`."""
+    """The id of the job whose log this is, by the file's name: `<run>-<job>.out`,
+    `slurm-<job>_<task>.out`."""
     found = _LOG_JOB.search(path)
     return found[1] if found else None
 
@@ -126,13 +136,16 @@ def utc(time_s: float | None) -> str | None:
     if time_s is None:
         return None
     try:
-        return datetime.datetime.fromtimestamp(time_s, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return datetime.datetime.fromtimestamp(time_s, datetime.timezone.utc).strftime(
+            "%Y-%m-%dT%H:%M:%SZ"
+        )
     except (ValueError, OverflowError, OSError):
         return None
 
 
 def distinct(notes: Iterable[str]) -> list[str]:
-    """The guard's notes without those that only repeat of a checkpoint what the note about `latest` says of it."""
+    """The guard's notes without those that only repeat of a checkpoint what the note about `latest`
+    says of it."""
     said = list(dict.fromkeys(note for note in notes if note))
     return [
         note

@@ -1,4 +1,5 @@
-"""The verdicts: GREEN, RED or NOT OBSERVED per rule, from what the engine kept. A rule that saw no data never passes."""
+"""The verdicts: GREEN, RED or NOT OBSERVED per rule, from what the engine kept. A rule that saw no
+data never passes."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ GREEN, RED, NOT_OBSERVED = "GREEN", "RED", "NOT OBSERVED"
 
 @dataclass(frozen=True)
 class Verdict:
-    """One rule's answer: what was seen, the line that shows it, and whether it may be passed over."""
+    """One rule's answer: what was seen, the line that shows it, and whether it may be passed
+    over."""
 
     rule: str
     verdict: str
@@ -27,17 +29,22 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "rule": self.rule, "verdict": self.verdict, "detail": self.detail,
-            "file": self.place.file if self.place else None, "line": self.place.number if self.place else None,
+            "rule": self.rule,
+            "verdict": self.verdict,
+            "detail": self.detail,
+            "file": self.place.file if self.place else None,
+            "line": self.place.number if self.place else None,
             "text": self.text,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What the log cannot tell. `running`: whether the job still runs (None: unknown). Times: UTC seconds since 1970.
+    """What the log cannot tell. `running`: whether the job still runs (None: unknown). Times: UTC
+    seconds since 1970.
 
-    `silent_s`: how long the log has not grown, for a running job; `ended_s`: when it ended, in the clock of the log.
+    `silent_s`: how long the log has not grown, for a running job; `ended_s`: when it ended, in the
+    clock of the log.
     """
 
     running: bool | None = None
@@ -56,17 +63,36 @@ FAILURE_RULES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("node", "a node failed", ("node",)),
     ("time_limit", "the time limit came", ("time_limit",)),
     ("preemption", "preempted, requeued or cancelled", ("preemption", "cancelled")),
-    ("program", "the program failed", ("program", "crash", "environment", "config", "missing_file", "checkpoint", "nonfinite", "gave_up", "refused")),
-)  # fmt: skip
+    (
+        "program",
+        "the program failed",
+        (
+            "program",
+            "crash",
+            "environment",
+            "config",
+            "missing_file",
+            "checkpoint",
+            "nonfinite",
+            "gave_up",
+            "refused",
+        ),
+    ),
+)
 
 
 def health(attempt: Attempt, first: Attempt) -> list[Verdict]:
-    """The rules on the figures of a run. `attempt` is the latest one with steps, `first` the first with steps."""
+    """The rules on the figures of a run. `attempt` is the latest one with steps, `first` the first
+    with steps."""
     t = attempt.thresholds
     return [
-        _loss_finite(attempt), _loss_trend(first, t), _loss_rise(attempt, t), _gradients(attempt, t),
-        _skipped(attempt), _throughput(attempt, t),
-    ]  # fmt: skip
+        _loss_finite(attempt),
+        _loss_trend(first, t),
+        _loss_rise(attempt, t),
+        _gradients(attempt, t),
+        _skipped(attempt),
+        _throughput(attempt, t),
+    ]
 
 
 def _loss_finite(attempt: Attempt) -> Verdict:
@@ -75,19 +101,33 @@ def _loss_finite(attempt: Attempt) -> Verdict:
         return Verdict("loss_finite", NOT_OBSERVED, "no line with a loss")
     if loss.first_bad:
         place = loss.first_bad[0]
-        return Verdict("loss_finite", RED, f"NaN or Inf in {loss.bad} of {loss.seen} step lines, first here", place)
+        return Verdict(
+            "loss_finite",
+            RED,
+            f"NaN or Inf in {loss.bad} of {loss.seen} step lines, first here",
+            place,
+        )
     if attempt.nan_iterations:
-        return Verdict("loss_finite", RED, f"{attempt.nan_iterations} iterations with NaN or Inf", attempt.nan_first)
+        return Verdict(
+            "loss_finite",
+            RED,
+            f"{attempt.nan_iterations} iterations with NaN or Inf",
+            attempt.nan_first,
+        )
     if zero.worst_row >= attempt.thresholds.in_a_row and zero.worst_row_start:
         return Verdict(
-            "loss_finite", RED, f"the loss is exactly 0 in {zero.worst_row} step lines in a row: no label is trained, or NaN hides behind it",
+            "loss_finite",
+            RED,
+            f"the loss is exactly 0 in {zero.worst_row} step lines in a row: no label is trained,"
+            " or NaN hides behind it",
             zero.worst_row_start[0],
-        )  # fmt: skip
+        )
     return Verdict("loss_finite", GREEN, f"{loss.seen} losses, all finite", attempt.last_place)
 
 
 def loss_drop(first: Attempt, thresholds: Thresholds) -> float | None:
-    """By which fraction the loss fell over the first `loss_steps` steps; None when they were not seen."""
+    """By which fraction the loss fell over the first `loss_steps` steps; None when they were not
+    seen."""
     start, end = _both_ends(first, thresholds)
     if not start or not end:
         return None
@@ -109,7 +149,8 @@ _FLAT = 0.005  # a fall by less is looked at twice
 
 
 def _falls(first: Attempt, t: Thresholds) -> bool:
-    """Whether the losses of the first steps fall by more than chance would have it: the t value of their slope."""
+    """Whether the losses of the first steps fall by more than chance would have it: the t value of
+    their slope."""
     points = [(float(since), loss) for since, loss in first.early if since <= 1.1 * t.loss_steps]
     count = len(points)
     if count < 10:
@@ -126,22 +167,38 @@ def _loss_trend(first: Attempt, t: Thresholds) -> Verdict:
         return Verdict("loss_trend", NOT_OBSERVED, "no line with a finite loss")
     if first.mode == "resume":
         return Verdict(
-            "loss_trend", NOT_OBSERVED, f"the logs begin with a resume, not with the first {t.loss_steps} steps"
+            "loss_trend",
+            NOT_OBSERVED,
+            f"the logs begin with a resume, not with the first {t.loss_steps} steps",
         )
     drop = loss_drop(first, t)
     if drop is None:
-        return Verdict("loss_trend", NOT_OBSERVED, f"fewer than {t.loss_steps} steps: {first.early[-1][0] + 1} seen")
+        return Verdict(
+            "loss_trend",
+            NOT_OBSERVED,
+            f"fewer than {t.loss_steps} steps: {first.early[-1][0] + 1} seen",
+        )
     place = Place(first.file, first.last_place.number) if first.last_place else None
     if first.early[0][1] <= 0:
         return Verdict(
-            "loss_trend", NOT_OBSERVED, "the first loss is not above 0: a policy's loss, which need not fall"
+            "loss_trend",
+            NOT_OBSERVED,
+            "the first loss is not above 0: a policy's loss, which need not fall",
         )
     if drop <= t.loss_drop:
-        change = f"{_percent(abs(drop))} {'higher' if drop < 0 else 'lower'}" if drop else "the same"
-        return Verdict("loss_trend", RED, f"after {t.loss_steps} steps the loss is {change}: it does not fall", place)
+        change = (
+            f"{_percent(abs(drop))} {'higher' if drop < 0 else 'lower'}" if drop else "the same"
+        )
+        return Verdict(
+            "loss_trend",
+            RED,
+            f"after {t.loss_steps} steps the loss is {change}: it does not fall",
+            place,
+        )
     if drop < _FLAT and not _falls(first, t):
         detail = (
-            f"after {t.loss_steps} steps the loss is the same but for noise ({_percent(drop)} lower): it does not fall"
+            f"after {t.loss_steps} steps the loss is the same but for noise ({_percent(drop)}"
+            " lower): it does not fall"
         )
         return Verdict("loss_trend", RED, detail, place)
     note = (
@@ -149,7 +206,12 @@ def _loss_trend(first: Attempt, t: Thresholds) -> Verdict:
         if drop >= t.loss_drop_to_scale
         else f", less than the {_percent(t.loss_drop_to_scale)} that make scaling up safe"
     )
-    return Verdict("loss_trend", GREEN, f"the loss fell by {_percent(drop)} in {t.loss_steps} steps{note}", place)
+    return Verdict(
+        "loss_trend",
+        GREEN,
+        f"the loss fell by {_percent(drop)} in {t.loss_steps} steps{note}",
+        place,
+    )
 
 
 _FEW = 5  # losses in a row that are no accident
@@ -167,7 +229,9 @@ def _loss_rise(attempt: Attempt, t: Thresholds) -> Verdict:
                 attempt.last_place,
             )
     if losses.best is None or losses.seen < 2 * losses.size:
-        return Verdict("loss_rise", NOT_OBSERVED, f"fewer than {2 * losses.size} step lines with a loss")
+        return Verdict(
+            "loss_rise", NOT_OBSERVED, f"fewer than {2 * losses.size} step lines with a loss"
+        )
     now, best = median(losses.last()), losses.best
     where = f" at iteration {losses.best_at}" if losses.best_at is not None else ""
     detail = f"recent loss {now:.4g}, lowest {best:.4g}{where}"
@@ -180,11 +244,18 @@ def _loss_rise(attempt: Attempt, t: Thresholds) -> Verdict:
 def _gradients(attempt: Attempt, t: Thresholds) -> Verdict:
     big, zero, bad = attempt.grad_big, attempt.grad_zero, attempt.grad_bad
     if not bad.seen:
-        why = " (DeepSpeed prints none)" if attempt.framework in ("open-instruct", "neox", "deepspeed") else ""
+        why = (
+            " (DeepSpeed prints none)"
+            if attempt.framework in ("open-instruct", "neox", "deepspeed")
+            else ""
+        )
         return Verdict("gradients", NOT_OBSERVED, f"no line with a gradient norm{why}")
     if bad.first_bad:
         return Verdict(
-            "gradients", RED, f"NaN or Inf in {bad.bad} of {bad.seen} gradient norms, first here", bad.first_bad[0]
+            "gradients",
+            RED,
+            f"NaN or Inf in {bad.bad} of {bad.seen} gradient norms, first here",
+            bad.first_bad[0],
         )
     explosive = _row(big, t.in_a_row)
     if explosive:
@@ -210,7 +281,9 @@ def _gradients(attempt: Attempt, t: Thresholds) -> Verdict:
     )
     if big.first_bad:
         notes += f"; spiked to {big.highest:.3g} at {big.first_bad[0]} and came back"
-    return Verdict("gradients", GREEN, f"gradient norm around {middle:.3g}{notes}", attempt.last_place)
+    return Verdict(
+        "gradients", GREEN, f"gradient norm around {middle:.3g}{notes}", attempt.last_place
+    )
 
 
 def _row(series: Series, in_a_row: int) -> str:
@@ -226,12 +299,15 @@ def _skipped(attempt: Attempt) -> Verdict:
         return Verdict("skipped_steps", NOT_OBSERVED, "no line counts skipped iterations")
     grace = attempt.thresholds.skipped_grace
     if attempt.skipped_at_minimum:
-        detail = f"{attempt.skipped_at_minimum} iterations without an update at the lowest loss scale"
+        detail = (
+            f"{attempt.skipped_at_minimum} iterations without an update at the lowest loss scale"
+        )
         return Verdict("skipped_steps", RED, detail, attempt.skipped_first)
     later = (attempt.iterations_seen or attempt.num_steps) - grace
     if attempt.skipped and attempt.skipped <= attempt.thresholds.skipped_share * later:
         detail = (
-            f"{attempt.skipped} of {later} iterations without an update, as fp16's loss scale now and then asks for"
+            f"{attempt.skipped} of {later} iterations without an update, as fp16's loss scale now"
+            " and then asks for"
         )
         return Verdict("skipped_steps", GREEN, detail, attempt.skipped_first)
     if attempt.skipped:
@@ -241,14 +317,18 @@ def _skipped(attempt: Attempt) -> Verdict:
             f"{attempt.skipped} iterations without an update after the first {grace}",
             attempt.skipped_first,
         )
-    return Verdict("skipped_steps", GREEN, "no iteration was skipped after the start", attempt.last_place)
+    return Verdict(
+        "skipped_steps", GREEN, "no iteration was skipped after the start", attempt.last_place
+    )
 
 
 def _throughput(attempt: Attempt, t: Thresholds) -> Verdict:
     rates = attempt.rates
     if rates.best is None or rates.seen < 2 * rates.size:
         what = (
-            f"{rates.seen} step lines with a rate, {2 * rates.size} are needed" if rates.seen else "no line with a rate"
+            f"{rates.seen} step lines with a rate, {2 * rates.size} are needed"
+            if rates.seen
+            else "no line with a rate"
         )
         return Verdict("throughput", NOT_OBSERVED, what)
     now, best = median(rates.last()), rates.best
@@ -264,7 +344,8 @@ def _throughput(attempt: Attempt, t: Thresholds) -> Verdict:
 
 
 def hang(attempt: Attempt, around: Circumstances) -> Verdict:
-    """No step line for max(hang_factor x median step, hang_min_s) while the job ran, unless in a known quiet phase."""
+    """No step line for max(hang_factor x median step, hang_min_s) while the job ran, unless in a
+    known quiet phase."""
     t = attempt.thresholds
     steps = attempt.step_times.last()
     step_s = median(steps) if steps else _mean_step_s(attempt)
@@ -275,12 +356,21 @@ def hang(attempt: Attempt, around: Circumstances) -> Verdict:
     if attempt.reached_end or attempt.exit_code == 0:
         return Verdict("hang", GREEN, "the step came to its end", attempt.last_place)
     if silence is None:
-        return Verdict("hang", NOT_OBSERVED, "no times in the log by which to tell a silence", attempt.last_place)
+        return Verdict(
+            "hang",
+            NOT_OBSERVED,
+            "no times in the log by which to tell a silence",
+            attempt.last_place,
+        )
     what = "step line" if attempt.num_steps else "first step line"
     detail = f"no {what} in the last {format_duration(silence)} (limit {format_duration(limit)})"
     if silence <= limit:
         if not attempt.num_steps:
-            return Verdict("hang", NOT_OBSERVED, f"no step line yet, {format_duration(silence)} after the start")
+            return Verdict(
+                "hang",
+                NOT_OBSERVED,
+                f"no step line yet, {format_duration(silence)} after the start",
+            )
         return Verdict("hang", GREEN, detail, attempt.last_place)
     if attempt.quiet_phase:
         return Verdict(
@@ -295,7 +385,14 @@ def hang(attempt: Attempt, around: Circumstances) -> Verdict:
 def _mean_step_s(attempt: Attempt) -> float | None:
     first, last = attempt.first, attempt.last
     start, end = attempt.first_step_time_s, attempt.last_step_time_s
-    if first and last and start is not None and end is not None and end > start and attempt.num_steps > 2:
+    if (
+        first
+        and last
+        and start is not None
+        and end is not None
+        and end > start
+        and attempt.num_steps > 2
+    ):
         count = (last.iteration or 0) - (first.iteration or 0)
         return (end - start) / count if count > 0 else None
     return None
@@ -311,16 +408,22 @@ def _silence(attempt: Attempt, around: Circumstances) -> float | None:
     return max(max(ends) - attempt.last_step_time_s, 0.0) if ends else None
 
 
-def failure_rules(attempt: Attempt, cause: Event | None, recovered: Callable[[Event], bool]) -> list[Verdict]:
-    """One verdict per kind of failure for the latest attempt; `recovered` tells events that training survived."""
+def failure_rules(
+    attempt: Attempt, cause: Event | None, recovered: Callable[[Event], bool]
+) -> list[Verdict]:
+    """One verdict per kind of failure for the latest attempt; `recovered` tells events that
+    training survived."""
     seen_something = bool(attempt.num_steps) or attempt.exit_code == 0 or bool(attempt.finished)
     out = []
     for rule, title, names in FAILURE_RULES:
         events = sorted(
-            (event for name in names for event in attempt.events.get(name, ())), key=lambda event: event.order
+            (event for name in names for event in attempt.events.get(name, ())),
+            key=lambda event: event.order,
         )
         # What was only said in passing counts where it is all there is.
-        aside = [event for event in events if event.weak and not (cause and event.order == cause.order)]
+        aside = [
+            event for event in events if event.weak and not (cause and event.order == cause.order)
+        ]
         events = [event for event in events if event not in aside]
         fatal = [event for event in events if not recovered(event)]
         if cause is not None and any(event.order == cause.order for event in events):
@@ -331,9 +434,17 @@ def failure_rules(attempt: Attempt, cause: Event | None, recovered: Callable[[Ev
         elif fatal and not attempt.reached_end:
             out.append(Verdict(rule, RED, title, fatal[0].place, fatal[0].text))
         elif events:
-            count = max(sum(attempt.event_counts.get(name, 0) for name in names) - len(aside), len(events))
+            count = max(
+                sum(attempt.event_counts.get(name, 0) for name in names) - len(aside), len(events)
+            )
             out.append(
-                Verdict(rule, GREEN, f"{count} such lines, and training went on", events[0].place, events[0].text)
+                Verdict(
+                    rule,
+                    GREEN,
+                    f"{count} such lines, and training went on",
+                    events[0].place,
+                    events[0].text,
+                )
             )
         elif seen_something:
             out.append(Verdict(rule, GREEN, "no such line"))
@@ -346,7 +457,10 @@ def ending(attempt: Attempt, around: Circumstances, cause: Event | None) -> Verd
     """How the latest attempt ended, or that it runs."""
     if attempt.exit_code not in (0, None):
         return Verdict(
-            "ending", RED, f"the job ended with exit code {attempt.exit_code}", cause.place if cause else None
+            "ending",
+            RED,
+            f"the job ended with exit code {attempt.exit_code}",
+            cause.place if cause else None,
         )
     if cause is not None:
         return Verdict("ending", RED, "it ended by a failure", cause.place, cause.text)

@@ -1,9 +1,11 @@
-"""Finds the few interesting lines in very large logs: fixed memory, any bytes, hundreds of MB a second on one core.
+"""Finds the few interesting lines in very large logs: fixed memory, any bytes, hundreds of MB a
+second on one core.
 
-Every pattern that triage knows contains a literal anchor of at least five bytes. An anchor of that length covers, wherever
-it starts, a four-byte gram at an even address; so numpy looks up every second position's gram in a small hash table
-(the idea of Wu and Manber, "A fast algorithm for multi-pattern searching", 1994), compares the words beside it with what
-its anchors ask of them, and Python sees only what is left.
+Every pattern that triage knows contains a literal anchor of at least five bytes. An anchor of that
+length covers, wherever it starts, a four-byte gram at an even address; so numpy looks up every
+second position's gram in a small hash table (the idea of Wu and Manber, "A fast algorithm for
+multi-pattern searching", 1994), compares the words beside it with what its anchors ask of them, and
+Python sees only what is left.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any, NamedTuple
 from hpctrain.triage.uniform import Template, uniform_end
 
 MIN_ANCHOR = 5
-MAX_LINE = 16 * 1024  # bytes of a line that are looked at on either side of an anchor; junk has no line ends
+# bytes of a line that are looked at on either side of an anchor; junk has no line ends
+MAX_LINE = 16 * 1024
 UNIFORM = -1  # the anchor of a hit that stands for a whole stretch of step lines
 _RETRY = 64 * 1024  # bytes that are searched after a block that was not such a stretch
 CHUNK = 256 * 1024  # bytes read at a time: the working arrays then stay in the second-level cache
@@ -23,10 +26,11 @@ _MANY = 1500  # gram hits in one piece beyond which numpy checks them faster tha
 
 
 class Hit(NamedTuple):
-    """One anchor in one line. `line` has neither line end nor carriage returns; `number` counts line feeds from 1.
+    """One anchor in one line. `line` has neither line end nor carriage returns; `number` counts
+    line feeds from 1.
 
-    `offset` is the line's first byte in the log. `context` is what was read together with it and `position` the anchor's
-    place in it, to look around.
+    `offset` is the line's first byte in the log. `context` is what was read together with it and
+    `position` the anchor's place in it, to look around.
     """
 
     anchor: int
@@ -39,7 +43,8 @@ class Hit(NamedTuple):
 
 
 class Matcher:
-    """Which of the anchors occur where, in bytes. Raises ValueError for an anchor shorter than five bytes."""
+    """Which of the anchors occur where, in bytes. Raises ValueError for an anchor shorter than five
+    bytes."""
 
     def __init__(self, anchors: Sequence[bytes]):
         import numpy as np
@@ -50,12 +55,14 @@ class Matcher:
         self._np = np
         self.anchors = tuple(anchors)
         self._letters = [np.frombuffer(anchor, dtype=np.uint8) for anchor in self.anchors]
-        # gram -> [(anchor index, offset of the gram in it)]; one even and one odd offset each, the rarest of them.
+        # gram -> [(anchor index, offset of the gram in it)]; one even and one odd offset each, the
+        # rarest of them.
         self._grams: dict[int, list[tuple[int, int]]] = {}
         for index, anchor in enumerate(self.anchors):
             for parity in (0, 1):
                 offset = min(
-                    range(parity, len(anchor) - 3, 2), key=lambda place: _commonness(anchor[place : place + 4])
+                    range(parity, len(anchor) - 3, 2),
+                    key=lambda place: _commonness(anchor[place : place + 4]),
                 )
                 gram = int.from_bytes(anchor[offset : offset + 4], "little")
                 self._grams.setdefault(gram, []).append((index, offset))
@@ -63,13 +70,18 @@ class Matcher:
         self._beside = [self._words_beside(step) for step in (1, -1)]
 
     def _words_beside(self, step: int) -> tuple[int, Any, Any]:
-        """(step, mask, value) per slot: what all anchors of a gram ask of the four bytes after (step 1) or before (-1) it."""
+        """(step, mask, value) per slot: what all anchors of a gram ask of the four bytes after
+        (step 1) or before (-1) it."""
         masks, values = (self._np.zeros(2**_SLOTS_BITS, dtype=self._np.uint32) for _ in range(2))
         for gram, places in self._grams.items():
             mask, value = 2**32 - 1, None
             for index, offset in places:
                 anchor = self.anchors[index]
-                word = anchor[offset + 4 : offset + 8] if step > 0 else anchor[max(offset - 4, 0) : offset]
+                word = (
+                    anchor[offset + 4 : offset + 8]
+                    if step > 0
+                    else anchor[max(offset - 4, 0) : offset]
+                )
                 free = 8 * (4 - len(word))
                 asked = (2**32 - 1) >> free if step > 0 else (2**32 - 1) << free & (2**32 - 1)
                 number = int.from_bytes(word, "little") << (0 if step > 0 else free)
@@ -80,7 +92,8 @@ class Matcher:
         return step, masks, values
 
     def _build(self) -> tuple[Any, Any, Any]:
-        """A multiplier under which no two grams share a slot, the slots in use, and the gram of each slot."""
+        """A multiplier under which no two grams share a slot, the slots in use, and the gram of
+        each slot."""
         np = self._np
         grams = np.array(sorted(self._grams), dtype=np.uint32)
         multiplier = np.uint32(2654435761)
@@ -123,7 +136,8 @@ class Matcher:
         return found
 
     def _verify_many(self, text: bytes, places: Any, grams: Any) -> list[tuple[int, int]]:
-        """The same check for many places at once: gram by gram, the anchor's other bytes against the text's."""
+        """The same check for many places at once: gram by gram, the anchor's other bytes against
+        the text's."""
         np, found = self._np, []
         letters = np.frombuffer(text, dtype=np.uint8)
         order = np.argsort(grams, kind="stable")
@@ -143,11 +157,12 @@ class Matcher:
 
 
 class LineScanner:
-    """Feeds a log in pieces of any size and gives the lines with an anchor. State: one piece and one unfinished line.
+    """Feeds a log in pieces of any size and gives the lines with an anchor. State: one piece and
+    one unfinished line.
 
-    `until` tells where, at the end of a text of whole lines, something begins that needs its next lines to be judged (-1:
-    nothing); those are kept back. With a `template`, of a stretch of healthy step lines only the last is given, as a hit
-    with the anchor UNIFORM; then
+    `until` tells where, at the end of a text of whole lines, something begins that needs its next
+    lines to be judged (-1: nothing); those are kept back. With a `template`, of a stretch of
+    healthy step lines only the last is given, as a hit with the anchor UNIFORM; then
     `uniform_steps` tells how many it stands for.
     """
 
@@ -231,15 +246,20 @@ class LineScanner:
         if turn >= 0:
             end = turn
         self._line_end = end
-        return Hit(anchor, text[start:end], number, self._bytes_before + start, position, text, start)
+        return Hit(
+            anchor, text[start:end], number, self._bytes_before + start, position, text, start
+        )
 
 
 # How common a byte is in logs, roughly; only the order matters, and only for speed.
-_COMMON = {byte: rank for rank, byte in enumerate(b" etaoinsrldcumpgh_.:/,-f=0b[]12y'vw3\"4()5kz6789xjq")}
+_COMMON = {
+    byte: rank for rank, byte in enumerate(b" etaoinsrldcumpgh_.:/,-f=0b[]12y'vw3\"4()5kz6789xjq")
+}
 
 
 def _commonness(gram: bytes) -> int:
-    """A guess at how often a gram stands in logs: least where two words meet, or with capitals and punctuation."""
+    """A guess at how often a gram stands in logs: least where two words meet, or with capitals and
+    punctuation."""
     score = sum(60 - _COMMON.get(byte, 60) for byte in gram)
     meeting = any(not chr(byte).isalnum() for byte in gram[1:3])
     return score - 60 * meeting - 30 * sum(chr(byte).isupper() for byte in gram)

@@ -1,8 +1,11 @@
-"""Stretches of a log that are nothing but step lines in which nothing is wrong: told by whole blocks, at the speed of C.
+"""Stretches of a log that are nothing but step lines in which nothing is wrong: told by whole
+blocks, at the speed of C.
 
-Without digits, signs, blanks, line ends and the characters of progress bars, all step lines of one program are the same
-text, and the bars between them are nothing. So a block is such a stretch when what is left of it is that text over and over: any other line, and any `nan` or `inf`, leaves
-letters behind. Three searches for a literal and what may not follow it then tell that no value of it is out of bounds.
+Without digits, signs, blanks, line ends and the characters of progress bars, all step lines of one
+program are the same text, and the bars between them are nothing. So a block is such a stretch when
+what is left of it is that text over and over: any other line, and any `nan` or `inf`, leaves
+letters behind. Three searches for a literal and what may not follow it then tell that no value of
+it is out of bounds.
 """
 
 from __future__ import annotations
@@ -11,16 +14,23 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-BLOCK = 16 * 1024  # bytes: some 64 step lines, of which the last one is read; that tells a trend as well as every one
+BLOCK = (
+    16 * 1024
+    # bytes: some 64 step lines, of which the last one is read; that tells a trend as well as every
+    # one
+)
 _DROPPED = bytes(sorted({*b"0123456789.+-eE \r\n%|/<>,?[]its:", *range(128, 256)}))
 _EXPONENT, _PLAIN = rb"[1-9]\.\d+[eE][+-]0[01]", rb"[1-9]\d{0,2}(?:\.\d+)?|0\.0{0,4}[1-9]\d*"
 _GOOD = {shape: rb"(?:" + shape + rb")(?![\w.+-])" for shape in (_EXPONENT, _PLAIN)}
-_FIELD = re.compile(rb"([a-zA-Z_/'\" ,]*(?:[lL]oss|[nN]orm)['\"]?(?: ?[:=] ?| )['\"]?)([^\s|,}'\"]+)")
+_FIELD = re.compile(
+    rb"([a-zA-Z_/'\" ,]*(?:[lL]oss|[nN]orm)['\"]?(?: ?[:=] ?| )['\"]?)([^\s|,}'\"]+)"
+)
 _COUNTER = re.compile(rb"(?:skipped|nan) iterations: *([^ |]+)[ |]")
 
 
 class Template(NamedTuple):
-    """What the step lines of a stretch have in common. `key` stands before the loss in each of them."""
+    """What the step lines of a stretch have in common. `key` stands before the loss in each of
+    them."""
 
     skeleton: bytes
     key: bytes
@@ -51,12 +61,17 @@ def template_of(line: bytes, parse: Callable[[bytes], Any]) -> Template | None:
             return None
         zeros.append(found[0])
     return Template(
-        skeleton(line), losses[0], tuple(map(re.compile, keys.values())), tuple(dict.fromkeys(zeros)), parse
+        skeleton(line),
+        losses[0],
+        tuple(map(re.compile, keys.values())),
+        tuple(dict.fromkeys(zeros)),
+        parse,
     )
 
 
 def uniform_end(text: bytes, start: int, template: Template) -> tuple[int, int]:
-    """(end, number of steps) of the block of healthy step lines that begins at `start`; (start, 0) when there is none."""
+    """(end, number of steps) of the block of healthy step lines that begins at `start`; (start, 0)
+    when there is none."""
     first = text.find(b"\n", text.find(template.key, start, start + BLOCK), start + BLOCK) + 1
     if not first or skeleton(text[start:first]) != template.skeleton:
         return start, 0
@@ -66,6 +81,8 @@ def uniform_end(text: bytes, start: int, template: Template) -> tuple[int, int]:
     count = len(left) // len(template.skeleton)
     if left != template.skeleton * count:
         return start, 0
-    if any(block.count(zero) != count for zero in template.zeros) or any(bad.search(block) for bad in template.bad):
+    if any(block.count(zero) != count for zero in template.zeros) or any(
+        bad.search(block) for bad in template.bad
+    ):
         return start, 0
     return end, count

@@ -1,4 +1,5 @@
-"""What follows NeoX's converter: weights in the precision asked for, looked at, a tokenizer beside them, then the final name.
+"""What follows NeoX's converter: weights in the precision asked for, looked at, a tokenizer beside
+them, then the final name.
 
     python finish_export.py cast DIR bf16|fp16|fp32          inside the container: needs torch and safetensors only if it casts
     python3 finish_export.py publish DIR OUT [TOKENIZER]     standard library, Python >= 3.6
@@ -33,7 +34,8 @@ def say(text):
 
 
 def tensors(path):
-    """Name -> (type, shape) of a safetensors file. Raises ValueError when its data is not all there."""
+    """Name -> (type, shape) of a safetensors file. Raises ValueError when its data is not all
+    there."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
@@ -48,12 +50,15 @@ def tensors(path):
 
 
 def survey(folder):
-    """(config, file -> tensors) of a Hugging Face directory. Raises ValueError for what is missing or torn."""
+    """(config, file -> tensors) of a Hugging Face directory. Raises ValueError for what is missing
+    or torn."""
     with open(os.path.join(folder, "config.json"), "rb") as file:
         config = json.loads(file.read().decode("utf-8"))
     names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
     if not names:
-        raise ValueError(f"there is no *.safetensors in {folder}: the converter's transformers is too old")
+        raise ValueError(
+            f"there is no *.safetensors in {folder}: the converter's transformers is too old"
+        )
     files = {}
     for name in names:
         try:
@@ -71,7 +76,9 @@ def survey(folder):
 
 
 def types_of(files):
-    return sorted({kind for found in files.values() for kind, _ in found.values() if kind in FLOATS})
+    return sorted(
+        {kind for found in files.values() for kind, _ in found.values() if kind in FLOATS}
+    )
 
 
 def cast(folder, precision):
@@ -86,7 +93,10 @@ def cast(folder, precision):
     total = 0
     for name in files:
         path = os.path.join(folder, name)
-        whole = {key: value.to(dtype) if value.is_floating_point() else value for key, value in load_file(path).items()}
+        whole = {
+            key: value.to(dtype) if value.is_floating_point() else value
+            for key, value in load_file(path).items()
+        }
         total += sum(value.numel() * value.element_size() for value in whole.values())
         save_file(whole, path + ".cast", {"format": "pt"})
         os.replace(path + ".cast", path)
@@ -126,7 +136,11 @@ def publish(folder, out, tokenizer):
     sync(os.path.dirname(out))
     count = sum(product(shape) for found in files.values() for _, shape in found.values())
     size = sum(os.path.getsize(os.path.join(out, name)) for name in files)
-    say("exported {}: {:,} parameters, {}, {:,} bytes".format(out, count, ", ".join(types_of(files)), size))
+    say(
+        "exported {}: {:,} parameters, {}, {:,} bytes".format(
+            out, count, ", ".join(types_of(files)), size
+        )
+    )
     return 0
 
 

@@ -1,10 +1,12 @@
-"""Prints the four arguments that NeoX's train.py needs on every rank, one a line. Runs inside the container at job start.
+"""Prints the four arguments that NeoX's train.py needs on every rank, one a line. Runs inside the
+container at job start.
 
     python neox_args.py CONFIG.yml NEOX_DIR TRAIN_SCRIPT
 
-NeoX hands its configuration to the ranks as `--deepspeed_config BASE64 --megatron_config BASE64`. This asks NeoX itself
-for that encoding (NeoXArgs.get_deepspeed_main_args), so that srun can start train.py without NeoX's own launcher.
-Nothing else goes to standard output: what NeoX prints while it reads the configuration goes to standard error.
+NeoX hands its configuration to the ranks as `--deepspeed_config BASE64 --megatron_config BASE64`.
+This asks NeoX itself for that encoding (NeoXArgs.get_deepspeed_main_args), so that srun can start
+train.py without NeoX's own launcher. Nothing else goes to standard output: what NeoX prints while
+it reads the configuration goes to standard error.
 """
 
 import os
@@ -32,11 +34,15 @@ def main(argv):
     args = NeoXArgs.from_ymls([config], overwrite_values={"user_script": train_script})
     encoded = args.get_deepspeed_main_args()[-4:]
     if len(encoded) != 4 or encoded[0] != "--deepspeed_config" or encoded[2] != "--megatron_config":
-        sys.exit(f"neox_args.py: this NeoX encodes its arguments in another way: {[word[:40] for word in encoded]}")
+        sys.exit(
+            "neox_args.py: this NeoX encodes its arguments in another way:"
+            f" {[word[:40] for word in encoded]}"
+        )
     for word in encoded:
         if len(word) >= MAX_ARGUMENT:
             sys.exit(
-                f"neox_args.py: the configuration takes {len(word)} bytes as one argument, and Linux passes at most {MAX_ARGUMENT - 1}"
+                f"neox_args.py: the configuration takes {len(word)} bytes as one argument, and"
+                f" Linux passes at most {MAX_ARGUMENT - 1}"
             )
         if "\n" in word:
             sys.exit("neox_args.py: an argument holds a line break")

@@ -1,9 +1,10 @@
-"""Whether the verl that this Python imports is the wanted branch of the wanted working copy; takes a second, needs no GPU.
+"""Whether the verl that this Python imports is the wanted branch of the wanted working copy; takes
+a second, needs no GPU.
 
     check_verl.py FOLDER BRANCH
 
-Every node runs it before the step. Nothing of verl is executed: the package is only looked for, and git's own files tell
-the branch, so that no git is needed in the container. Standard library.
+Every node runs it before the step. Nothing of verl is executed: the package is only looked for, and
+git's own files tell the branch, so that no git is needed in the container. Standard library.
 """
 
 import importlib.util
@@ -37,7 +38,9 @@ def check_package(folder):
         return f"`import verl` finds a folder ({places}) and no package; {install}"
     package = os.path.dirname(os.path.realpath(spec.origin))
     if os.path.dirname(package) != os.path.realpath(folder):
-        return "`import verl` takes {}, not {}; {}".format(package, os.path.join(folder, "verl"), install)
+        return "`import verl` takes {}, not {}; {}".format(
+            package, os.path.join(folder, "verl"), install
+        )
     return ""
 
 
@@ -58,11 +61,15 @@ def check_branch(folder, branch):
         if head in wanted:
             return ""
         name = f"commit {head[:12]}"
-    return f"{folder} is at {name}, and the stage needs branch {branch}; run: git -C {folder} checkout {branch}"  # fmt: skip
+    return (
+        f"{folder} is at {name}, and the stage needs branch {branch}; run: git -C {folder} checkout"
+        f" {branch}"
+    )
 
 
 def git_folder(folder):
-    """The git folder of a working copy; for a worktree the one with its own HEAD. None where there is none."""
+    """The git folder of a working copy; for a worktree the one with its own HEAD. None where there
+    is none."""
     path = os.path.join(folder, ".git")
     if os.path.isdir(path):
         return path
@@ -79,12 +86,17 @@ def branch_commits(git, branch):
     found = set()
     remotes = os.path.join(top, "refs", "remotes")
     names = ["refs/heads/" + branch]
-    names += [f"refs/remotes/{remote}/{branch}" for remote in (os.listdir(remotes) if os.path.isdir(remotes) else ())]
+    names += [
+        f"refs/remotes/{remote}/{branch}"
+        for remote in (os.listdir(remotes) if os.path.isdir(remotes) else ())
+    ]
     for name in names:
         found.add(read(os.path.join(top, *name.split("/"))))
     for line in (read(os.path.join(top, "packed-refs")) or "").splitlines():
         commit, _, name = line.partition(" ")
-        if name == "refs/heads/" + branch or (name.startswith("refs/remotes/") and name.split("/", 3)[-1] == branch):
+        if name == "refs/heads/" + branch or (
+            name.startswith("refs/remotes/") and name.split("/", 3)[-1] == branch
+        ):
             found.add(commit)
     found.discard(None)
     return found
@@ -100,6 +112,8 @@ def read(path):
 
 if __name__ == "__main__":
     sys.path[:] = [
-        path for path in sys.path if os.path.abspath(path or ".") != os.path.dirname(os.path.abspath(__file__))
+        path
+        for path in sys.path
+        if os.path.abspath(path or ".") != os.path.dirname(os.path.abspath(__file__))
     ]
     sys.exit(main(sys.argv[1], sys.argv[2]))

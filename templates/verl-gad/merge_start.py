@@ -1,15 +1,18 @@
-"""The start checkpoint's student and critic as whole models in Hugging Face form, made once, beside the checkpoints.
+"""The start checkpoint's student and critic as whole models in Hugging Face form, made once, beside
+the checkpoints.
 
     merge_start.py MODEL_FOLDER -- MERGE ARG…
 
-GAD's adversarial stage builds its student, its critic and the reference of its KL term from these folders; the shards are
-loaded over the first two. MERGE is the program that makes one model of shards; `@SHARDS` in its arguments becomes the folder
-with the shards, `@MODEL` the one for the model, which is `huggingface` below it. Both are folders of this program's own, with
-links to the shards, since GAD's merge program writes beside them: nothing is written into the start checkpoint, which may
-be a link into another run's folder.
+GAD's adversarial stage builds its student, its critic and the reference of its KL term from these
+folders; the shards are loaded over the first two. MERGE is the program that makes one model of
+shards; `@SHARDS` in its arguments becomes the folder with the shards, `@MODEL` the one for the
+model, which is `huggingface` below it. Both are folders of this program's own, with links to the
+shards, since GAD's merge program writes beside them: nothing is written into the start checkpoint,
+which may be a link into another run's folder.
 
-A crash leaves no MODEL_FOLDER/<role> or a whole one; running it again does what is missing. The start is HPCTRAIN_CHECKPOINT
-for the run's first link, and what hand_over.json of the run directory notes for those that resume. Standard library.
+A crash leaves no MODEL_FOLDER/<role> or a whole one; running it again does what is missing. The
+start is HPCTRAIN_CHECKPOINT for the run's first link, and what hand_over.json of the run directory
+notes for those that resume. Standard library.
 """
 
 import json
@@ -44,7 +47,8 @@ def main(folder, merge):
 
 
 def start_checkpoint(environ):
-    """The path of the run's start; None where nothing tells, which matters only if a model is missing."""
+    """The path of the run's start; None where nothing tells, which matters only if a model is
+    missing."""
     if environ.get("HPCTRAIN_MODE") == "finetune":
         return environ.get("HPCTRAIN_CHECKPOINT")
     note = read_json(os.path.join(environ.get("HPCTRAIN_RUN_DIR", ""), "hand_over.json")) or {}
@@ -65,11 +69,14 @@ def make(model, role, start, merge):
         made_of = (read_json(os.path.join(model, NOTE)) or {}).get("checkpoint")
         if step and made_of and made_of != step:
             raise Wrong(
-                f"{model} was made of {made_of}, and the run starts from {step}; move it away, and it is made again"
+                f"{model} was made of {made_of}, and the run starts from {step}; move it away, and"
+                " it is made again"
             )
         return
     shards = os.path.join(start, role) if start else ""
-    found = sorted(int(match.group(2)) for match in map(MODEL_SHARD.match, list_folder(shards)) if match)
+    found = sorted(
+        int(match.group(2)) for match in map(MODEL_SHARD.match, list_folder(shards)) if match
+    )
     if not found or found != list(range(len(found))):
         raise Wrong("{} does not hold the {}'s shards".format(shards or "no checkpoint", role))
     say(f"making one model of the {role}'s {len(found)} shards in {shards}")
@@ -97,7 +104,8 @@ def make(model, role, start, merge):
 
 
 def lay_out(shards, work, target):
-    """Links to the shards in `work`; configuration and tokenizer, wherever this verl puts them, copied into `target`."""
+    """Links to the shards in `work`; configuration and tokenizer, wherever this verl puts them,
+    copied into `target`."""
     for name in list_folder(shards):
         path = os.path.join(shards, name)
         if SHARD.match(name):
@@ -124,7 +132,9 @@ def model_fault(folder):
                 return f"has a damaged {index}"
             lacking = sorted(set(parts.values()) - names)
             return "lacks {}".format(", ".join(lacking[:3])) if lacking else ""
-    if not any(name in names and os.path.getsize(os.path.join(folder, name)) > 8 for name in WEIGHTS):
+    if not any(
+        name in names and os.path.getsize(os.path.join(folder, name)) > 8 for name in WEIGHTS
+    ):
         return "has no weights"
     return ""
 
@@ -166,7 +176,8 @@ def sync_folder(folder):
 
 
 def remove_own(work):
-    """Remove the folder that an earlier, interrupted run of this program left; links in it are removed, never followed."""
+    """Remove the folder that an earlier, interrupted run of this program left; links in it are
+    removed, never followed."""
     if os.path.islink(work):
         raise Wrong(f"{work} is a link; it must be a folder of the run's own")
     shutil.rmtree(work)

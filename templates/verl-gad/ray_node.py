@@ -1,15 +1,19 @@
-"""One Slurm node's part of a job's Ray: starts it, runs the program on the first node, and ends every process it started.
+"""One Slurm node's part of a job's Ray: starts it, runs the program on the first node, and ends
+every process it started.
 
     ray_node.py --gpus G --timeout SECONDS --tmp FOLDER -- PROGRAM ARG…
 
-One task a node runs this. The first one (SLURM_NODEID 0) is the head: it listens at MASTER_ADDR:MASTER_PORT, which is the
-job's own port; the others connect there, prove with HPCTRAIN_RAY_TOKEN that they belong to the job, and are told Ray's
-address. All further ports are chosen by the system, so that jobs which share a node do not meet. The head waits until
-every node and GPU has joined, runs the program with RAY_ADDRESS set, and tells the others how it ended. Whoever loses the
-connection ends too: a dead node ends the step at once instead of leaving it in a collective.
+One task a node runs this. The first one (SLURM_NODEID 0) is the head: it listens at
+MASTER_ADDR:MASTER_PORT, which is the job's own port; the others connect there, prove with
+HPCTRAIN_RAY_TOKEN that they belong to the job, and are told Ray's address. All further ports are
+chosen by the system, so that jobs which share a node do not meet. The head waits until every node
+and GPU has joined, runs the program with RAY_ADDRESS set, and tells the others how it ended.
+Whoever loses the connection ends too: a dead node ends the step at once instead of leaving it in a
+collective.
 
-`ray stop` is never used: it ends every Ray of the user on the node, also another job's. Instead this process adopts what its
-children leave behind (prctl PR_SET_CHILD_SUBREAPER) and ends all of it, by number. Standard library.
+`ray stop` is never used: it ends every Ray of the user on the node, also another job's. Instead
+this process adopts what its children leave behind (prctl PR_SET_CHILD_SUBREAPER) and ends all of
+it, by number. Standard library.
 """
 
 import argparse
@@ -28,12 +32,22 @@ import time
 
 ANSWER_S = 60  # for one line of the other side's
 POLL_S = 0.2
-TRIES = 3  # to start Ray on a node: it gives itself 30 s (ray/_private/node.py), which a loaded file system can take
+# to start Ray on a node: it gives itself 30 s (ray/_private/node.py), which a loaded file system
+# can take
+TRIES = 3
 GRACE_S = 5  # between asking processes to end and ending them
 SIGNALLED_GRACE_S = 1.5  # the same after a signal: Slurm kills this process soon after (KillWait)
 LOG_BYTES = 200 * 1000  # kept of each of Ray's own logs when a run fails
 # Ranks of this task: verl gives its workers ranks of their own, and vLLM would believe these.
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 WAIT_FOR_NODES = """
@@ -106,10 +120,17 @@ class Node:
         job = "{}.{}".format(environ["SLURM_JOB_ID"], environ.get("SLURM_RESTART_COUNT", "0"))
         # Short: Ray puts sockets below it, and their paths may have 107 bytes.
         self.tmp = os.path.join(args.tmp, f"ray-{os.getuid()}-{job}")
-        self.kept_logs = os.path.join(environ.get("HPCTRAIN_RUN_DIR", "."), "logs", "ray-" + job, self.name)
-        self.environ = {key: value for key, value in environ.items() if key not in RANKS + ("HPCTRAIN_RAY_TOKEN",)}
+        self.kept_logs = os.path.join(
+            environ.get("HPCTRAIN_RUN_DIR", "."), "logs", "ray-" + job, self.name
+        )
+        self.environ = {
+            key: value
+            for key, value in environ.items()
+            if key not in RANKS + ("HPCTRAIN_RAY_TOKEN",)
+        }
         self.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Else everybody who reaches the port can run code as this user. Ray before 2.52 knows neither and takes all comers.
+        # Else everybody who reaches the port can run code as this user. Ray before 2.52 knows
+        # neither and takes all comers.
         self.environ.setdefault("RAY_AUTH_MODE", "token")
         self.environ.setdefault("RAY_AUTH_TOKEN", self.token)
         if "ROCR_VISIBLE_DEVICES" in self.environ:
@@ -125,7 +146,9 @@ class Node:
         try:
             listener.bind((socket.gethostbyname(self.where[0]), self.where[1]))
         except OSError as error:
-            raise Ended(1, f"port {self.where[1]} of {self.where[0]}: {error}; another job has taken it") from error
+            raise Ended(
+                1, f"port {self.where[1]} of {self.where[0]}: {error}; another job has taken it"
+            ) from error
         listener.listen(self.num_nodes + 8)
         address = socket.gethostbyname(self.where[0])
         port = self._start_head(address)
@@ -147,7 +170,8 @@ class Node:
                     stop(program)
                     raise Ended(
                         1,
-                        f"Ray on the first node ended (exit code {self.ray.returncode}) while the program ran",
+                        f"Ray on the first node ended (exit code {self.ray.returncode}) while the"
+                        " program ran",
                     )
         return _code(program.returncode)
 
@@ -175,13 +199,17 @@ class Node:
                 self._show_ray()
                 if whole or tries == TRIES:
                     raise Ended(1, f"Ray on {self.name} ended with exit code {self.ray.returncode}")
-                say(f"ray: it did not start on {self.name} (exit code {self.ray.returncode}); once more")
+                say(
+                    f"ray: it did not start on {self.name} (exit code {self.ray.returncode}); once"
+                    " more"
+                )
                 end_descendants(GRACE_S)
                 tries += 1
                 self._start_ray(*options)
 
     def end(self, code):
-        """Keep the logs of a failure, tell the others, end every process of this node, remove the job's own folder."""
+        """Keep the logs of a failure, tell the others, end every process of this node, remove the
+        job's own folder."""
         if code not in (0, 143):
             self._keep_logs()
         for link in list(self.others.values()):
@@ -194,17 +222,31 @@ class Node:
             link.close()
         _remove_own(self.tmp)
 
-    # --- Ray ---------------------------------------------------------------------------------------------------------
+    # --- Ray
+    # ---------------------------------------------------------------------------------------------------------
 
     def _start_head(self, address):
-        """Start the head with a free port; returns it. A port that another process took meanwhile is not the end."""
+        """Start the head with a free port; returns it. A port that another process took meanwhile
+        is not the end."""
         own_folder(self.tmp)
         for attempt in range(TRIES):
             port = free_port(address)
-            options = ["--head", "--node-ip-address", address, "--port", str(port), "--temp-dir", self.tmp,
-                       "--include-dashboard", "false", "--disable-usage-stats", "--block"]  # fmt: skip
+            options = [
+                "--head",
+                "--node-ip-address",
+                address,
+                "--port",
+                str(port),
+                "--temp-dir",
+                self.tmp,
+                "--include-dashboard",
+                "false",
+                "--disable-usage-stats",
+                "--block",
+            ]
             if importlib.util.find_spec("grpc"):
-                # Ray with its client starts a server for it, at 10001 on every head if not told; without it refuses the option.
+                # Ray with its client starts a server for it, at 10001 on every head if not told;
+                # without it refuses the option.
                 options += ["--ray-client-server-port", str(free_port(address))]
             self._start_ray(*options)
             deadline = time.time() + self.args.timeout
@@ -215,7 +257,9 @@ class Node:
                 except OSError:
                     self._pause()
             if self.ray.poll() is None:
-                raise Ended(1, f"Ray did not answer on port {port} within {self.args.timeout:.0f} s")
+                raise Ended(
+                    1, f"Ray did not answer on port {port} within {self.args.timeout:.0f} s"
+                )
             self._show_ray()
             end_descendants(GRACE_S)
             more = "; once more" if attempt + 1 < TRIES else ""
@@ -223,10 +267,13 @@ class Node:
         raise Ended(1, "Ray's head does not start")
 
     def _start_ray(self, *options):
-        """`ray start` with this node's resources; what it says is kept in a file, and shown when it fails."""
+        """`ray start` with this node's resources; what it says is kept in a file, and shown when it
+        fails."""
         self.said = os.path.join(self.tmp, f"start-{self.name}.log")
         with open(self.said, "ab") as stream:
-            self.ray = self._start(_ray("start", *options) + self._resources(), stdout=stream, stderr=stream)
+            self.ray = self._start(
+                _ray("start", *options) + self._resources(), stdout=stream, stderr=stream
+            )
 
     def _show_ray(self):
         """The last lines that `ray start` said."""
@@ -238,17 +285,36 @@ class Node:
             pass
 
     def _resources(self):
-        # Workers' ports from the system too: Ray's own range, 10002 to 19999, is the same for every job on a node.
-        return ["--num-cpus", str(self.cpus), "--num-gpus", str(self.args.gpus), "--min-worker-port", "0", "--max-worker-port", "0",
-                "--dashboard-agent-listen-port", "0"]  # fmt: skip
+        # Workers' ports from the system too: Ray's own range, 10002 to 19999, is the same for every
+        # job on a node.
+        return [
+            "--num-cpus",
+            str(self.cpus),
+            "--num-gpus",
+            str(self.args.gpus),
+            "--min-worker-port",
+            "0",
+            "--max-worker-port",
+            "0",
+            "--dashboard-agent-listen-port",
+            "0",
+        ]
 
     def _gather(self, listener, deadline):
-        """Answer every other node's call with Ray's address, until all have called and started theirs."""
+        """Answer every other node's call with Ray's address, until all have called and started
+        theirs."""
         waiting = {}
         while len(self.others) < self.num_nodes - 1:
             if time.time() > deadline:
-                raise Ended(1, "{} of {} nodes called within {:.0f} s; missing: {}".format(
-                    len(self.others) + 1, self.num_nodes, self.args.timeout, ", ".join(self._missing())))  # fmt: skip
+                raise Ended(
+                    1,
+                    "{} of {} nodes called within {:.0f} s; missing: {}".format(
+                        len(self.others) + 1,
+                        self.num_nodes,
+                        self.args.timeout,
+                        ", ".join(self._missing()),
+                    ),
+                )
             if self.ray.poll() is not None:
                 raise Ended(1, f"Ray on the first node ended with exit code {self.ray.returncode}")
             ready = select.select([listener] + list(waiting), [], [], POLL_S)[0]
@@ -259,7 +325,11 @@ class Node:
                     continue
                 del waiting[source]
                 hello = _read_line(source, time.time() + 5)
-                if not hello or hello.get("token") != self.token or hello.get("node") in self.others:
+                if (
+                    not hello
+                    or hello.get("token") != self.token
+                    or hello.get("node") in self.others
+                ):
                     source.close()  # a stranger, or a port scan
                     continue
                 _send(source, {"address": self.environ["RAY_ADDRESS"]})
@@ -272,7 +342,14 @@ class Node:
     def _wait_for_all(self):
         gpus = self.args.gpus * self.num_nodes
         check = self._start(
-            [sys.executable, "-c", WAIT_FOR_NODES, str(self.num_nodes), str(gpus), str(self.args.timeout)]
+            [
+                sys.executable,
+                "-c",
+                WAIT_FOR_NODES,
+                str(self.num_nodes),
+                str(gpus),
+                str(self.args.timeout),
+            ]
         )
         while check.poll() is None:
             self._pause()
@@ -301,13 +378,16 @@ class Node:
                 break
             except OSError as error:
                 if time.time() > deadline:
-                    raise Ended(1, "the first node does not answer at {}:{}".format(*self.where)) from error
+                    raise Ended(
+                        1, "the first node does not answer at {}:{}".format(*self.where)
+                    ) from error
                 self._pause()
         link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         _send(link, {"token": self.token, "node": self.index, "name": self.name})
         return link
 
-    # --- processes and files -----------------------------------------------------------------------------------------
+    # --- processes and files
+    # -----------------------------------------------------------------------------------------
 
     def _start(self, argv, **streams):
         return subprocess.Popen(
@@ -327,7 +407,10 @@ class Node:
                     size = os.path.getsize(path) if os.path.isfile(path) else 0
                     if size:
                         os.makedirs(self.kept_logs, exist_ok=True)
-                        with open(path, "rb") as source, open(os.path.join(self.kept_logs, name), "wb") as target:
+                        with (
+                            open(path, "rb") as source,
+                            open(os.path.join(self.kept_logs, name), "wb") as target,
+                        ):
                             source.seek(max(size - LOG_BYTES, 0))
                             shutil.copyfileobj(source, target)
                         kept += 1
@@ -338,7 +421,8 @@ class Node:
 
 
 def end_descendants(grace_s):
-    """End every process that this one started, whatever became of its parents: asked first, made to after `grace_s`."""
+    """End every process that this one started, whatever became of its parents: asked first, made to
+    after `grace_s`."""
     deadline = time.time() + grace_s
     asked = set()
     while True:
@@ -399,7 +483,8 @@ def stop(process, grace_s=GRACE_S):
 
 
 def own_folder(path):
-    """Make `path` for this user alone; one that is there already must be this user's own, and no link."""
+    """Make `path` for this user alone; one that is there already must be this user's own, and no
+    link."""
     try:
         os.mkdir(path, 0o700)
     except OSError as error:
@@ -409,7 +494,8 @@ def own_folder(path):
 
 
 def connect(where, timeout_s):
-    """A connection to `where`. Linux lets a socket reach itself at a port where nobody listens; that is none."""
+    """A connection to `where`. Linux lets a socket reach itself at a port where nobody listens;
+    that is none."""
     link = socket.create_connection(where, timeout_s)
     if link.getsockname() == link.getpeername():
         link.close()
@@ -471,7 +557,8 @@ def _readable(link, timeout_s):
 
 
 def _read_line(link, deadline):
-    """The next message, None when the other side is gone or says nothing in time. One line is one message."""
+    """The next message, None when the other side is gone or says nothing in time. One line is one
+    message."""
     data = b""
     while not data.endswith(b"\n"):
         if len(data) > 65536 or not _readable(link, max(deadline - time.time(), 0)):

@@ -1,4 +1,5 @@
-"""Whatever is written into a run.yaml: never a traceback, never exit 70, and a rendered script carries it verbatim."""
+"""Whatever is written into a run.yaml: never a traceback, never exit 70, and a rendered script
+carries it verbatim."""
 
 from __future__ import annotations
 
@@ -34,20 +35,46 @@ BASE = {
     "container": "/scratch/image.sif",
     "container_binds": ["/extra"],
     "checkpoint": {"start": "/scratch/start/global_step7", "dir": "/scratch/ckpt"},
-    "data": {"train": ["/scratch/data/train"], "valid": ["/scratch/data/valid"], "test": ["/scratch/data/test"]},
+    "data": {
+        "train": ["/scratch/data/train"],
+        "valid": ["/scratch/data/valid"],
+        "test": ["/scratch/data/test"],
+    },
     "chain": {"jobs": 1, "after_each": "/scratch/bench.sh"},
     "config": {"key": "value"},
-    "recipe_options": {"argv": ["/usr/bin/env", "-0", "--", "true"], "workdir": "/", "layout": "none"},
+    "recipe_options": {
+        "argv": ["/usr/bin/env", "-0", "--", "true"],
+        "workdir": "/",
+        "layout": "none",
+    },
     "env": {"GREETING": "hello"},
     "sbatch": {"reservation": "res"},
     "secrets": "/scratch/secrets.env",
 }
 STRING_FIELDS = [
-    ("name",), ("site",), ("recipe",), ("account",), ("partition",), ("time",), ("container",), ("container_binds", 0),
-    ("checkpoint", "start"), ("checkpoint", "dir"), ("data", "train", 0), ("data", "valid", 0), ("data", "test", 0),
-    ("chain", "after_each"), ("config", "key"), ("recipe_options", "argv", 0), ("recipe_options", "argv", 3),
-    ("recipe_options", "workdir"), ("recipe_options", "layout"), ("env", "GREETING"), ("sbatch", "reservation"), ("secrets",),
-]  # fmt: skip
+    ("name",),
+    ("site",),
+    ("recipe",),
+    ("account",),
+    ("partition",),
+    ("time",),
+    ("container",),
+    ("container_binds", 0),
+    ("checkpoint", "start"),
+    ("checkpoint", "dir"),
+    ("data", "train", 0),
+    ("data", "valid", 0),
+    ("data", "test", 0),
+    ("chain", "after_each"),
+    ("config", "key"),
+    ("recipe_options", "argv", 0),
+    ("recipe_options", "argv", 3),
+    ("recipe_options", "workdir"),
+    ("recipe_options", "layout"),
+    ("env", "GREETING"),
+    ("sbatch", "reservation"),
+    ("secrets",),
+]
 
 
 def plan_of(tmp_path, data):
@@ -105,20 +132,26 @@ def carried_by(tmp_path, path):
 
 def test_hostile_text_reaches_the_program_verbatim_and_runs_nothing(tmp_path, run_job):
     arguments = carried_by(tmp_path, ("recipe_options", "argv", 3))
-    variables = {f"HOSTILE_{number}": value for number, value in enumerate(carried_by(tmp_path, ("env", "GREETING")))}
+    variables = {
+        f"HOSTILE_{number}": value
+        for number, value in enumerate(carried_by(tmp_path, ("env", "GREETING")))
+    }
     images = carried_by(tmp_path, ("container",))
     assert min(map(len, (arguments, variables, images))) >= 40
     out = tmp_path / "out"
     program = (
-        "import json, os, sys\n"
-        f"seen = [sys.argv[1:], {{name: text for name, text in os.environ.items() if name.startswith('HOSTILE_')}}]\n"
-        f"json.dump(seen, open({str(out)!r}, 'w'))"
+        "import json, os, sys\nseen = [sys.argv[1:], {name: text for name, text in"
+        f" os.environ.items() if name.startswith('HOSTILE_')}}]\njson.dump(seen, open({str(out)!r},"
+        " 'w'))"
     )
     data = copy.deepcopy(BASE)
     del data["secrets"], data["container_binds"]
     data["env"] = variables
     data["checkpoint"] = {"dir": str(tmp_path / "ckpt")}
-    data["recipe_options"] = {"argv": ["python3", "-c", program, *arguments], "workdir": str(tmp_path)}
+    data["recipe_options"] = {
+        "argv": ["python3", "-c", program, *arguments],
+        "workdir": str(tmp_path),
+    }
     for number, image in enumerate(images[::8]):
         data["container"] = image
         plan_of(tmp_path, data)
@@ -130,7 +163,9 @@ def test_hostile_text_reaches_the_program_verbatim_and_runs_nothing(tmp_path, ru
 
         assert done.returncode == 0, (image, done.stdout, done.stderr)
         assert json.loads(out.read_text()) == [arguments, variables]
-        assert loaded.plan.spec.container in next(note for note in notes if note[0] == "singularity")
+        assert loaded.plan.spec.container in next(
+            note for note in notes if note[0] == "singularity"
+        )
         assert not list(tmp_path.rglob("canary"))
 
 
@@ -140,16 +175,25 @@ VALUES = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=20)
-    | st.sampled_from(["lumi", "generic-cuda", "local", "command", "1h", "/x", "standard-g", *HOSTILE[:60]]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    | st.sampled_from(
+        ["lumi", "generic-cuda", "local", "command", "1h", "/x", "standard-g", *HOSTILE[:60]]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.dictionaries(
-        st.sampled_from([path[0] for path in STRING_FIELDS] + ["nodes", "tasks_per_node", "estimate", "x"]), VALUES
+        st.sampled_from(
+            [path[0] for path in STRING_FIELDS] + ["nodes", "tasks_per_node", "estimate", "x"]
+        ),
+        VALUES,
     )
 )
 def test_random_specs_never_raise_anything_but_our_errors(tmp_path, changes):
@@ -163,12 +207,50 @@ def test_random_specs_never_raise_anything_but_our_errors(tmp_path, changes):
         run_files(loaded.plan, loaded.inputs)
 
 
-EXAMPLES = sorted(path.parent for path in (Path(__file__).parents[2] / "examples").glob("*/run.yaml"))
-ODD = [None, "", 0, -1, 1.5, 10**30, 10**400, float("inf"), float("nan"), 1e308, True, [], {}, [None], [[]], {"a": None}, {"": 1}, "x" * 10_001,
-       "/" + "x" * 5000, "$(touch canary)", "a\nb", "{tmp}", "%j", "-x", "../..", "'", '"', "\\", "\u2028", "1:30", "0x10", "none", "1e-5", ["a", 1]]  # fmt: skip
+EXAMPLES = sorted(
+    path.parent for path in (Path(__file__).parents[2] / "examples").glob("*/run.yaml")
+)
+ODD = [
+    None,
+    "",
+    0,
+    -1,
+    1.5,
+    10**30,
+    10**400,
+    float("inf"),
+    float("nan"),
+    1e308,
+    True,
+    [],
+    {},
+    [None],
+    [[]],
+    {"a": None},
+    {"": 1},
+    "x" * 10_001,
+    "/" + "x" * 5000,
+    "$(touch canary)",
+    "a\nb",
+    "{tmp}",
+    "%j",
+    "-x",
+    "../..",
+    "'",
+    '"',
+    "\\",
+    "\u2028",
+    "1:30",
+    "0x10",
+    "none",
+    "1e-5",
+    ["a", 1],
+]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_random_changes_of_any_example_never_raise_anything_but_our_errors(tmp_path, data):
     example = data.draw(st.sampled_from(EXAMPLES))
@@ -209,7 +291,9 @@ def test_random_changes_of_any_example_never_raise_anything_but_our_errors(tmp_p
     ],
 )
 def test_what_cannot_be_carried_or_counted_is_one_error(tmp_path, example, path, value, words):
-    run = yaml.safe_load((next(each for each in EXAMPLES if each.name == example) / "run.yaml").read_text())
+    run = yaml.safe_load(
+        (next(each for each in EXAMPLES if each.name == example) / "run.yaml").read_text()
+    )
     node = run
     for key in path[:-1]:
         node = node[key]
@@ -224,7 +308,9 @@ def test_what_cannot_be_carried_or_counted_is_one_error(tmp_path, example, path,
     assert words in problem.what and problem.where.startswith(str(tmp_path / "run.yaml:"))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.binary(max_size=200))
 def test_random_bytes_never_raise_anything_but_our_errors(tmp_path, raw):
     path = tmp_path / "run.yaml"

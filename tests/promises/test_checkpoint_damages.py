@@ -1,4 +1,5 @@
-"""The proof of the layouts: checkpoints that the frameworks wrote themselves, damaged, judged by their own loaders.
+"""The proof of the layouts: checkpoints that the frameworks wrote themselves, damaged, judged by
+their own loaders.
 
 How the campaign counts is tested first; a campaign that finds nothing wrong must be able to.
 """
@@ -39,7 +40,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("none", "foreign")])
-def test_each_kind_of_damage_takes_something_away_and_touches_no_original(kind: str, folder: Path) -> None:
+def test_each_kind_of_damage_takes_something_away_and_touches_no_original(
+    kind: str, folder: Path
+) -> None:
     before = tree(folder)
     for seed in range(20):
         copy = folder.parent / f"copy-{seed}"
@@ -82,7 +85,10 @@ def test_a_stale_tracker_names_the_older_and_is_older_than_the_newest_save(folde
         if kind == "stale":
             assert tracker.read_text() == "2"
             newest = folder / "iter_0000004"
-            assert all(os.stat(newest / one).st_mtime > tracker.stat().st_mtime for one in files_of(str(newest)))
+            assert all(
+                os.stat(newest / one).st_mtime > tracker.stat().st_mtime
+                for one in files_of(str(newest))
+            )
         elif kind in ("empty", "away", "garbage"):
             assert tracker.read_bytes() != b"4"
         else:
@@ -93,11 +99,20 @@ def test_a_stale_tracker_names_the_older_and_is_older_than_the_newest_save(folde
 @pytest.mark.parametrize(
     ("truth", "state", "wrong"),
     [
-        ("whole", "complete", False), ("whole", "torn", True), ("whole", "unknown", False), ("whole", "unreadable", True),
-        ("torn", "complete", True), ("torn", "torn", False), ("torn", "unknown", False), ("beyond", "complete", False),
-        ("beyond", "torn", False), ("partial", "unknown", False), ("partial", "complete", True), ("partial", "torn", True),
+        ("whole", "complete", False),
+        ("whole", "torn", True),
+        ("whole", "unknown", False),
+        ("whole", "unreadable", True),
+        ("torn", "complete", True),
+        ("torn", "torn", False),
+        ("torn", "unknown", False),
+        ("beyond", "complete", False),
+        ("beyond", "torn", False),
+        ("partial", "unknown", False),
+        ("partial", "complete", True),
+        ("partial", "torn", True),
     ],
-)  # fmt: skip
+)
 def test_what_counts_as_wrong(truth: str, state: str, wrong: bool) -> None:
     assert Result("w", "1/1", "gone", "", truth, "", state, "").wrong == wrong
 
@@ -135,7 +150,8 @@ def test_a_copy_is_as_good_as_what_it_is_a_copy_of() -> None:
 
 
 def test_300_damages_to_checkpoints_of_every_writer_and_no_wrong_answer() -> None:
-    """The same command as tools/checkpoints; its output names the seed and case that reproduce a wrong answer."""
+    """The same command as tools/checkpoints; its output names the seed and case that reproduce a
+    wrong answer."""
     done = subprocess.run(
         [sys.executable, "-m", "writers", "--seed", "2026", "--num", "300"],
         cwd=TESTS,

@@ -1,4 +1,5 @@
-"""Tab completes verbs, sites, recipes, templates and partitions in real shells, quickly, and never with an error."""
+"""Tab completes verbs, sites, recipes, templates and partitions in real shells, quickly, and never
+with an error."""
 
 from __future__ import annotations
 
@@ -73,13 +74,21 @@ def test_sites_of_ones_own_are_offered(complete, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", [("nosuch", ""), ("site", "nosuch", ""), ("--nosuch", ""), ("shell", "--site", "$(id)", "--partition", "")]
+    "words",
+    [
+        ("nosuch", ""),
+        ("site", "nosuch", ""),
+        ("--nosuch", ""),
+        ("shell", "--site", "$(id)", "--partition", ""),
+    ],
 )
 def test_a_line_that_makes_no_sense_prints_no_error_into_the_prompt(complete, words):
     assert isinstance(complete(*words), list)  # the fixture has checked that nothing went to stderr
 
 
-@pytest.mark.parametrize("words", [("ini",), ("init", "--site", ""), ("shell", "--site", "lumi", "--partition", "")])
+@pytest.mark.parametrize(
+    "words", [("ini",), ("init", "--site", ""), ("shell", "--site", "lumi", "--partition", "")]
+)
 def test_completion_imports_nothing_heavy(complete, words):
     probe = f"atexit.register(lambda: print(',HEAVY', [m for m in {HEAVY} if m in sys.modules]))"
 
@@ -100,7 +109,9 @@ def test_the_printed_script_is_valid_for_its_shell(shell, cli, tmp_path):
 
     assert code == 0 and "_HPCTRAIN_COMPLETE" in out
     if shutil.which(shell):  # zsh and fish are not on every machine; bash is
-        done = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [shell, "-n", str(script)], capture_output=True, text=True, check=False
+        )
         assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -110,10 +121,16 @@ def test_bash_completes_for_real(cli, tmp_path):
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m hpctrain "$@"\n')
     program.chmod(0o755)
     (tmp_path / "script").write_text(cli("completion", "bash")[1])
-    asks = "COMP_WORDS=(hpctrain init --site lu); COMP_CWORD=3; _hpctrain_completion hpctrain lu --site; printf '%s\\n' \"${COMPREPLY[@]}\""
+    asks = (
+        "COMP_WORDS=(hpctrain init --site lu); COMP_CWORD=3; _hpctrain_completion hpctrain lu"
+        " --site; printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
     done = subprocess.run(
-        ["bash", "--norc", "-c", f"PATH={tmp_path}/bin:$PATH; . {tmp_path}/script; {asks}"], capture_output=True, text=True, check=False
-    )  # fmt: skip
+        ["bash", "--norc", "-c", f"PATH={tmp_path}/bin:$PATH; . {tmp_path}/script; {asks}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
     assert (done.stdout, done.stderr) == ("lumi\n", "")
 

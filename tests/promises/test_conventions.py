@@ -17,7 +17,8 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text()
 
 
 def quoted(table):
-    """The texts of every list in a table of pyproject.toml (no Python before 3.11 reads TOML by itself)."""
+    """The texts of every list in a table of pyproject.toml (no Python before 3.11 reads TOML by
+    itself)."""
     body = PYPROJECT.split(f"[{table}]\n")[1].split("\n[")[0]
     return re.findall(r'"((?:[^"\\]|\\.)*)"', body)
 
@@ -37,24 +38,35 @@ def test_each_dependency_has_a_lower_bound():
 
 def test_the_citation_names_this_version_and_licence():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert (citation["cff-version"], citation["version"], citation["license"]) == ("1.2.0", __version__, "Apache-2.0")
+    assert (citation["cff-version"], citation["version"], citation["license"]) == (
+        "1.2.0",
+        __version__,
+        "Apache-2.0",
+    )
     assert citation["title"] == "hpctrain" and citation["authors"] and citation["message"]
 
 
 def test_the_classifiers_are_known_ones_and_name_every_python_that_is_allowed():
     found = [text for text in quoted("project") if " :: " in text]
     assert found and set(found) <= set(trove) and len(set(found)) == len(found)
-    assert "Programming Language :: Python :: 3.9" in found and 'requires-python = ">=3.9"' in PYPROJECT
+    assert (
+        "Programming Language :: Python :: 3.9" in found
+        and 'requires-python = ">=3.9"' in PYPROJECT
+    )
 
 
-@pytest.mark.parametrize("name", ["SECURITY.md", "CONTRIBUTING.md", "LICENSE", "CHANGELOG.md", "hpctrain/py.typed"])
+@pytest.mark.parametrize(
+    "name", ["SECURITY.md", "CONTRIBUTING.md", "LICENSE", "CHANGELOG.md", "hpctrain/py.typed"]
+)
 def test_the_files_that_people_look_for_are_there(name):
     assert (ROOT / name).is_file()
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "tools").iterdir() if path.suffix == ""))
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in (ROOT / "tools").iterdir() if path.suffix == "")
+)
 def test_every_tool_is_named_for_those_who_work_on_it(name):
     if (ROOT / "tools" / name).is_file() and name != "env":
-        assert name in (ROOT / "CONTRIBUTING.md").read_text().split("tools/ ")[1].split("```")[0] or (
-            f"tools/{name}" in (ROOT / "CONTRIBUTING.md").read_text()
-        )
+        assert name in (ROOT / "CONTRIBUTING.md").read_text().split("tools/ ")[1].split("```")[
+            0
+        ] or (f"tools/{name}" in (ROOT / "CONTRIBUTING.md").read_text())

@@ -1,4 +1,5 @@
-"""Folders whose names no script can carry, and terminals that know few letters: one clear error, or the answer."""
+"""Folders whose names no script can carry, and terminals that know few letters: one clear error, or
+the answer."""
 
 from __future__ import annotations
 
@@ -9,15 +10,27 @@ import sys
 
 import pytest
 
-RUN = "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname], workdir: /}\n"
+RUN = (
+    "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname], workdir:"
+    " /}\n"
+)
 
 
 def hpctrain(*argv, cwd, **environ):
     command = [sys.executable, "-m", "hpctrain", *argv]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **environ}, capture_output=True, timeout=60, check=False)
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, **environ},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
 
 
-@pytest.mark.parametrize("name", [b"\xff", "\u2028".encode(), "\x85".encode(), b"a\nb", b"a\\b", b"\x1b[31m", b"\x7f"])
+@pytest.mark.parametrize(
+    "name", [b"\xff", "\u2028".encode(), "\x85".encode(), b"a\nb", b"a\\b", b"\x1b[31m", b"\x7f"]
+)
 @pytest.mark.parametrize("place", ["here", "out"])
 def test_a_folder_that_no_script_can_carry_is_refused_in_one_error(tmp_path, name, place):
     folder = os.path.join(os.fsencode(tmp_path), name)
@@ -44,7 +57,9 @@ def test_a_run_directory_may_have_the_longest_name_there_is(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_answer_is_printed_in_an_encoding_that_lacks_its_letters(tmp_path, encoding):
-    (tmp_path / "run.yaml").write_text(RUN.replace("hostname", "\u0161\u010d\u2026"), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(
+        RUN.replace("hostname", "\u0161\u010d\u2026"), encoding="utf-8"
+    )
     done = hpctrain("plan", cwd=tmp_path, PYTHONIOENCODING=encoding)
 
     assert done.returncode == 0, done.stderr
@@ -55,8 +70,13 @@ def test_a_path_of_any_bytes_is_printed_as_it_is_and_json_stays_json(tmp_path):
     folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
     os.makedirs(os.path.join(folder, b"global_step5"))
     done = hpctrain("checkpoint", "verify", os.path.join(folder, b"global_step5"), cwd=tmp_path)
-    assert (done.returncode, done.stdout.startswith(folder + b"/global_step5: torn")) == (1, True), done.stderr
+    assert (done.returncode, done.stdout.startswith(folder + b"/global_step5: torn")) == (
+        1,
+        True,
+    ), done.stderr
 
     for encoding in ("utf-8", "ascii"):
-        done = hpctrain("checkpoint", "list", folder, "--json", cwd=tmp_path, PYTHONIOENCODING=encoding)
+        done = hpctrain(
+            "checkpoint", "list", folder, "--json", cwd=tmp_path, PYTHONIOENCODING=encoding
+        )
         assert json.loads(done.stdout)["folder"] == os.fsdecode(folder)

@@ -1,4 +1,5 @@
-"""`hpctrain init` writes a run.yaml that is valid as it is, for every recipe at every site, and replaces nothing."""
+"""`hpctrain init` writes a run.yaml that is valid as it is, for every recipe at every site, and
+replaces nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def test_a_fresh_run_yaml_is_valid(recipe, site, tmp_path, cli, no_slurm):
     errors = [line for line in err.splitlines() if line.startswith("error:")]
 
     if site == "local" and recipe != "command":
-        # `local` is this machine, so data that a newcomer does not have yet is missing here and now; nothing else is.
+        # `local` is this machine, so data that a newcomer does not have yet is missing here and
+        # now; nothing else is.
         assert all(line.endswith("is not there") for line in errors), err
     else:
         assert (code, errors) == (0, [])
@@ -55,7 +57,11 @@ def test_every_example_in_it_is_valid_too(recipe, site, tmp_path, no_slurm):
     plan = load_plan(str(tmp_path / "run.yaml")).plan
 
     assert plan.errors == []
-    assert plan.spec.give_up_after == 3 and plan.spec.checkpoint_start and plan.spec.env == {"EXAMPLE": "1"}
+    assert (
+        plan.spec.give_up_after == 3
+        and plan.spec.checkpoint_start
+        and plan.spec.env == {"EXAMPLE": "1"}
+    )
 
 
 def test_an_account_left_as_the_example_is_noticed(tmp_path, cli, no_slurm):
@@ -66,11 +72,16 @@ def test_an_account_left_as_the_example_is_noticed(tmp_path, cli, no_slurm):
 
 
 def test_nothing_that_is_there_is_replaced(tmp_path, cli):
-    for make in (lambda path: path.write_text("mine\n"), lambda path: path.symlink_to(tmp_path / "nowhere")):
+    for make in (
+        lambda path: path.write_text("mine\n"),
+        lambda path: path.symlink_to(tmp_path / "nowhere"),
+    ):
         path = tmp_path / "run.yaml"
         make(path)
         before = os.readlink(path) if path.is_symlink() else path.read_text()
-        code, out, err = cli("init", tmp_path, "--recipe", "command", "--site", "local", "--name", "x")
+        code, out, err = cli(
+            "init", tmp_path, "--recipe", "command", "--site", "local", "--name", "x"
+        )
 
         assert code == 4 and "is left as it is" in err and out == ""
         assert (os.readlink(path) if path.is_symlink() else path.read_text()) == before
@@ -79,41 +90,67 @@ def test_nothing_that_is_there_is_replaced(tmp_path, cli):
 
 
 def test_dry_run_writes_nothing(tmp_path, cli):
-    code, out, _ = cli("init", tmp_path / "new", "--recipe", "command", "--site", "lumi", "--dry-run")
+    code, out, _ = cli(
+        "init", tmp_path / "new", "--recipe", "command", "--site", "lumi", "--dry-run"
+    )
 
     assert code == 0 and "account: project_465000000" in out and os.listdir(tmp_path) == []
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, cli):
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     code, _, err = cli("init", tmp_path, "--recipe", "command", "--site", "local", "--name", "x")
 
     assert code == 3 and "No space left" in err and os.listdir(tmp_path) == []
 
 
 def test_without_hard_links_the_file_is_still_written_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    monkeypatch.setattr(
+        os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported"))
+    )
     write_new(str(tmp_path / "a" / "f"), "one\n")
 
     assert (tmp_path / "a" / "f").read_text() == "one\n" and os.listdir(tmp_path / "a") == ["f"]
 
 
 def test_unknown_names_are_reported_together(tmp_path, cli):
-    code, _, err = cli("init", tmp_path, "--recipe", "comand", "--site", "lumy", "--name", "-x", "--account", "$(id)")
+    code, _, err = cli(
+        "init",
+        tmp_path,
+        "--recipe",
+        "comand",
+        "--site",
+        "lumy",
+        "--name",
+        "-x",
+        "--account",
+        "$(id)",
+    )
 
     assert code == 2 and os.listdir(tmp_path) == []
-    for words in ("did you mean `lumi`", "did you mean `command`", "`name: -x`", "`account: $(id)`"):
+    for words in (
+        "did you mean `lumi`",
+        "did you mean `command`",
+        "`name: -x`",
+        "`account: $(id)`",
+    ):
         assert words in err
 
 
 def test_an_account_that_the_site_does_not_know_is_refused(tmp_path, cli):
-    code, _, err = cli("init", tmp_path / "a", "--recipe", "command", "--site", "lumi", "--account", "mine")
+    code, _, err = cli(
+        "init", tmp_path / "a", "--recipe", "command", "--site", "lumi", "--account", "mine"
+    )
 
     assert code == 2 and "not an account of `lumi`" in err
 
 
 def test_a_profile_by_path_is_named_from_the_new_file(tmp_path, cli, monkeypatch):
-    (tmp_path / "mine.yaml").write_text("name: mine\ntitle: t\nnode_types: {n: {cores: 4, memory_gib: 8}}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\ntitle: t\nnode_types: {n: {cores: 4, memory_gib: 8}}\n"
+    )
     monkeypatch.chdir(tmp_path)
     cli("init", "deep/er", "--recipe", "command", "--site", "mine.yaml")
 
@@ -122,13 +159,16 @@ def test_a_profile_by_path_is_named_from_the_new_file(tmp_path, cli, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "folder, name", [("/a/ft 7", "ft-7"), ("/a/-x-", "x"), ("/a/é.b", "b"), ("/a/" + "y" * 99, "y" * 64)]
+    "folder, name",
+    [("/a/ft 7", "ft-7"), ("/a/-x-", "x"), ("/a/é.b", "b"), ("/a/" + "y" * 99, "y" * 64)],
 )
 def test_the_name_comes_from_the_folder(folder, name):
     assert run_name(folder) == name
 
 
-@pytest.mark.parametrize("value", [*HOSTILE, True, None, 8e-6, 1e16, 0.5, "1:30", "2026-01-01", "no", "08"])
+@pytest.mark.parametrize(
+    "value", [*HOSTILE, True, None, 8e-6, 1e16, 0.5, "1:30", "2026-01-01", "no", "08"]
+)
 def test_yaml_that_is_written_reads_back_as_the_same_value(value):
     if isinstance(value, str) and text_problem(value, multiline=True):
         with pytest.raises(ValueError):
@@ -136,4 +176,6 @@ def test_yaml_that_is_written_reads_back_as_the_same_value(value):
         return
     lines = block("key", {"a": value, "b": [value, {"c": value}]})
 
-    assert parse_yaml("\n".join(lines), "f").data == {"key": {"a": value, "b": [value, {"c": value}]}}
+    assert parse_yaml("\n".join(lines), "f").data == {
+        "key": {"a": value, "b": [value, {"c": value}]}
+    }

@@ -1,4 +1,5 @@
-"""A kill between any two writes of a save, on any rank, never leads to a wrong, mixed or lost checkpoint."""
+"""A kill between any two writes of a save, on any rank, never leads to a wrong, mixed or lost
+checkpoint."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ from hpctrain.runtime.survey import Survey, choose
 
 def guard(folder, **changes):
     """What a link does as it starts: decide, repair; gives the decision."""
-    found = Settings("ft", "deepspeed", str(folder), None, Expected(), 1000, 3, None, True, "latest")._replace(
-        **changes
-    )
+    found = Settings(
+        "ft", "deepspeed", str(folder), None, Expected(), 1000, 3, None, True, "latest"
+    )._replace(**changes)
     survey = Survey(found)
     choice = choose(survey)
     decided: Decision = decide(found, choice, [], 1, False)
@@ -29,7 +30,8 @@ def guard(folder, **changes):
 
 
 def loaded(folder):
-    """What NeoX would load: the (step, lineage) pieces of the checkpoint that `latest` names; None when there is none."""
+    """What NeoX would load: the (step, lineage) pieces of the checkpoint that `latest` names; None
+    when there is none."""
     try:
         with open(os.path.join(folder, "latest")) as stream:
             return checkpoints.lineages(os.path.join(folder, stream.read().strip()))
@@ -39,24 +41,31 @@ def loaded(folder):
 
 def whole(progress, tp, dp, zero):
     """Whether every shard of the save was written to its end, `latest` or not."""
-    return all(done >= 3 * len(checkpoints.shard_names(rank, tp, dp, zero)) for rank, done in enumerate(progress))
+    return all(
+        done >= 3 * len(checkpoints.shard_names(rank, tp, dp, zero))
+        for rank, done in enumerate(progress)
+    )
 
 
-# Each rank writes only its own files, so what lies there after a kill depends on how far each rank was, not on the order:
-# all combinations of progress are all interleavings.
+# Each rank writes only its own files, so what lies there after a kill depends on how far each rank
+# was, not on the order: all combinations of progress are all interleavings.
 SHAPES = [(1, 1, 0, True), (1, 2, 1, True), (2, 2, 1, True), (2, 2, 1, False), (1, 2, 3, True)]
 
 
 @pytest.mark.parametrize(("tp", "dp", "zero", "told"), SHAPES)
 def test_every_interleaving_of_a_save_with_a_kill(tmp_path, tp, dp, zero, told):
-    """After it the next link loads the new checkpoint when it is whole, else the one before; never anything else."""
+    """After it the next link loads the new checkpoint when it is whole, else the one before; never
+    anything else."""
     ranks = range(tp * dp)
     expected = Expected() if told else Expected(tp, 0, dp, zero)
     base = tmp_path / "base"
     checkpoints.save(str(base), 10, tp, dp, zero, lineage="old", told=told)
     count = 0
-    for progress in itertools.product(*(range(checkpoints.num_writes(rank, tp, dp, zero) + 1) for rank in ranks)):
-        # Rank 0's own shards come before `latest`; four ranks' every combination would be 1008 folders: take each third.
+    for progress in itertools.product(
+        *(range(checkpoints.num_writes(rank, tp, dp, zero) + 1) for rank in ranks)
+    ):
+        # Rank 0's own shards come before `latest`; four ranks' every combination would be 1008
+        # folders: take each third.
         count += 1
         if tp * dp > 2 and count % 3:
             continue
@@ -73,7 +82,11 @@ def test_every_interleaving_of_a_save_with_a_kill(tmp_path, tp, dp, zero, told):
         assert os.path.isdir(folder / "global_step20") == (number == 20), progress
         shutil.rmtree(folder)
     assert count == len(
-        list(itertools.product(*(range(checkpoints.num_writes(rank, tp, dp, zero) + 1) for rank in ranks)))
+        list(
+            itertools.product(
+                *(range(checkpoints.num_writes(rank, tp, dp, zero) + 1) for rank in ranks)
+            )
+        )
     )
 
 
@@ -96,15 +109,20 @@ def test_every_kill_in_the_very_first_save(tmp_path, start):
     assert checkpoints.snapshot(tmp_path / "base") == before
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(kills=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 6)), min_size=1, max_size=6))
 def test_any_number_of_kills_one_after_another(tmp_path_factory, kills):
-    """Links that are killed in a save again and again: progress is never lost and no two saves ever mix."""
+    """Links that are killed in a save again and again: progress is never lost and no two saves ever
+    mix."""
     folder = str(tmp_path_factory.mktemp("kills"))
     tp, dp, at, best = 2, 1, 0, None
     for attempt, kill in enumerate(kills):
         step = at + 10
-        progress = tuple(min(done, checkpoints.num_writes(rank, tp, dp)) for rank, done in enumerate(kill))
+        progress = tuple(
+            min(done, checkpoints.num_writes(rank, tp, dp)) for rank, done in enumerate(kill)
+        )
         checkpoints.partial_save(folder, step, progress, tp, dp, lineage=str(attempt))
         decided = guard(folder, counter="greatest_folder" if attempt % 2 else "latest")
         if whole(progress, tp, dp, 1):
@@ -124,8 +142,11 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("start", [True, False])
-def test_the_guard_killed_at_any_of_its_own_writes_does_the_rest_the_next_time(tmp_path, monkeypatch, start):
-    """Every system call of the guard that changes something is cut off once; the next guard ends in the same state."""
+def test_the_guard_killed_at_any_of_its_own_writes_does_the_rest_the_next_time(
+    tmp_path, monkeypatch, start
+):
+    """Every system call of the guard that changes something is cut off once; the next guard ends in
+    the same state."""
     base = checkpoints.save(str(tmp_path / "base"), 50, 1, 2, lineage="base") if start else None
 
     def folder_before():
@@ -142,8 +163,11 @@ def test_the_guard_killed_at_any_of_its_own_writes_does_the_rest_the_next_time(t
         return folder
 
     def state(folder):
-        return sorted((name, checkpoints.lineages(folder / name) if "global" in name else None)
-                      for name in os.listdir(folder) if not name.startswith("."))  # fmt: skip
+        return sorted(
+            (name, checkpoints.lineages(folder / name) if "global" in name else None)
+            for name in os.listdir(folder)
+            if not name.startswith(".")
+        )
 
     folder = folder_before()
     guard(folder, start=base)

@@ -1,4 +1,5 @@
-"""The house: fourteen packages on nine floors, no circle anywhere, and what plans and renders is pure."""
+"""The house: fourteen packages on nine floors, no circle anywhere, and what plans and renders is
+pure."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from imports import (  # noqa: E402
     package_of,
 )
 
-# A package imports only from packages on floors below its own. docs/architecture.md says what lives where.
+# A package imports only from packages on floors below its own. docs/architecture.md says what lives
+# where.
 FLOORS = {
     "runtime": 1,
     "base": 2,
@@ -59,8 +61,8 @@ IMPURE = {
 # Alone in reading the environment: where the user's own files lie.
 MAY_READ_ENVIRONMENT = {"base.paths"}
 EFFECTS = set(
-    "subprocess socket time datetime urllib http ssl asyncio random secrets uuid getpass pwd platform"
-    " requests multiprocessing threading tempfile shutil".split()
+    "subprocess socket time datetime urllib http ssl asyncio random secrets uuid getpass pwd"
+    " platform requests multiprocessing threading tempfile shutil".split()
 )
 OS_EFFECTS = set(
     "environ environb getenv putenv system popen fork getlogin uname remove unlink rename replace"
@@ -172,7 +174,9 @@ def call_effects(node: ast.Call, function: str) -> list[tuple[int, str]]:
     return []
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if package_of(name_of(path)) in PURE], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if package_of(name_of(path)) in PURE], ids=name_of
+)
 def test_from_spec_to_render_nothing_touches_clock_environment_network_or_processes(path):
     name = name_of(path)
     allowed = {"os.environ"} if name in MAY_READ_ENVIRONMENT else set()
@@ -192,7 +196,9 @@ def test_these_tests_can_fail(tmp_path, monkeypatch):
         "def f():\n    from ..cli import main\nx = os.environ\n"
     )
     real = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: text if self == bad else real(self, *a, **k))
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, *a, **k: text if self == bad else real(self, *a, **k)
+    )
 
     assert [other for _, other in imported(bad)] == ["cli", "plan.render", "cli"]
     with pytest.raises(AssertionError, match="units imports cli"):
@@ -237,7 +243,10 @@ HEAVY = (
     ],
 )
 def test_help_imports_nothing_heavy(words):
-    code = f"import sys, atexit; atexit.register(lambda: print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)); from hpctrain.cli import main; main({words})"
+    code = (
+        f"import sys, atexit; atexit.register(lambda: print([m for m in {HEAVY} if m in"
+        f" sys.modules], file=sys.stderr)); from hpctrain.cli import main; main({words})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     loaded = set(ast.literal_eval(done.stderr.splitlines()[-1]))
 
@@ -259,18 +268,26 @@ def test_everyday_verbs_import_no_heavy_package(words, tmp_path):
         "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname]}\n"
     )
     heavy = ("numpy", "pandas", "torch", "submitit", "sentencepiece", "asyncio", "multiprocessing")
-    code = f"import sys, atexit; atexit.register(lambda: print([m for m in {heavy} if m in sys.modules], file=sys.stderr)); from hpctrain.cli import main; main({words})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    code = (
+        f"import sys, atexit; atexit.register(lambda: print([m for m in {heavy} if m in"
+        f" sys.modules], file=sys.stderr)); from hpctrain.cli import main; main({words})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
 
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
 
 
 def test_text_made_for_comments_stands_in_comments_only():
-    """The filter `comment` only keeps a value on its line: within quotes, `$(…)` in it would run."""
+    """The filter `comment` only keeps a value on its line: within quotes, `$(…)` in it would
+    run."""
     lines = [
         (path.name, number, line)
         for path in sorted((PACKAGE.parent / "templates").rglob("*.j2"))
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if re.search(r"\|\s*comment\b", line)
     ]
-    assert lines and [found for found in lines if not re.search(r"#.*\|\s*comment\b", found[2])] == []
+    assert (
+        lines and [found for found in lines if not re.search(r"#.*\|\s*comment\b", found[2])] == []
+    )

@@ -1,7 +1,9 @@
-"""The rendered job of the open-instruct recipes, run as it is on two pretended nodes: killed in a save, resumed, exported, done.
+"""The rendered job of the open-instruct recipes, run as it is on two pretended nodes: killed in a
+save, resumed, exported, done.
 
-What stands for `python` behaves as accelerate's launcher and finetune.py do with checkpoints: it takes up the greatest
-folder with the marker COMPLETED, and writes the marker into the greatest folder there is, whole or not.
+What stands for `python` behaves as accelerate's launcher and finetune.py do with checkpoints: it
+takes up the greatest folder with the marker COMPLETED, and writes the marker into the greatest
+folder there is, whole or not.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ for name in ("pytorch_model.bin", "tokenizer_config.json"):
 
 
 class Bench:
-    """A rendered run on a pretended Slurm, with a hub cache, a git working copy and a program that says how it ends."""
+    """A rendered run on a pretended Slurm, with a hub cache, a git working copy and a program that
+    says how it ends."""
 
     def __init__(self, root: Path, **config: Any) -> None:
         self.root, self.folder, self.ckpt = root, root / "run", root / "ckpt"
@@ -82,12 +85,30 @@ class Bench:
         git(self.checkout, "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x")
         self.commit = git(self.checkout, "rev-parse", "HEAD").strip()
         run = {
-            "name": "tulu", "site": "local", "recipe": "open-instruct-sft", "nodes": 2, "time": "10m", "chain": {"jobs": 4},
-            "checkpoint": {"dir": str(self.ckpt)}, "data": {"train": [str(root / "sft data.jsonl")]},
-            "config": {"max_train_steps": 6, "checkpointing_steps": 2, "chat_template_name": "tulu", **config},
-            "recipe_options": {"dir": str(self.checkout), "commit": self.commit[:12], "model": "org/base", "deepspeed": "none",
-                               "hf_home": str(root / "hf"), "processes_per_node": 4, "python": str(root / "python program")},
-        }  # fmt: skip
+            "name": "tulu",
+            "site": "local",
+            "recipe": "open-instruct-sft",
+            "nodes": 2,
+            "time": "10m",
+            "chain": {"jobs": 4},
+            "checkpoint": {"dir": str(self.ckpt)},
+            "data": {"train": [str(root / "sft data.jsonl")]},
+            "config": {
+                "max_train_steps": 6,
+                "checkpointing_steps": 2,
+                "chat_template_name": "tulu",
+                **config,
+            },
+            "recipe_options": {
+                "dir": str(self.checkout),
+                "commit": self.commit[:12],
+                "model": "org/base",
+                "deepspeed": "none",
+                "hf_home": str(root / "hf"),
+                "processes_per_node": 4,
+                "python": str(root / "python program"),
+            },
+        }
         write(root / "run.yaml", yaml.safe_dump(run))
         loaded = load_plan(str(root / "run.yaml"), (), str(self.folder))
         assert loaded.plan.errors == []
@@ -97,7 +118,10 @@ class Bench:
         (self.folder / "logs").mkdir(exist_ok=True)
         (root / "torch.bin").write_bytes(checkpoints.torch_file({"a": 1}))
         program = PROGRAM.format(
-            python=sys.executable, folder=str(root), torch=str(root / "torch.bin"), end=str(root / "end")
+            python=sys.executable,
+            folder=str(root),
+            torch=str(root / "torch.bin"),
+            end=str(root / "end"),
         )
         for path, text in (
             (root / "python program", program),
@@ -110,12 +134,25 @@ class Bench:
         """One job, its program ending as told: (exit code, what the job said)."""
         write(self.root / "end", end)
         env = {
-            "PATH": f"{self.root}/bin:{FAKES}:{os.path.dirname(sys.executable)}:/usr/bin:/bin", "HOME": str(self.root), "USER": "someone",
-            "FAKE_LOG": str(self.root / "fake.log"), "SLURM_JOB_ID": str(100 + number), "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_JOB_NODELIST": "n0,n1", "SLURM_NTASKS": "2",
-        }  # fmt: skip
-        done = subprocess.run(["bash", str(self.folder / "job.sbatch"), str(number)], env=env, text=True, cwd=self.root,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120, check=False)  # fmt: skip
+            "PATH": f"{self.root}/bin:{FAKES}:{os.path.dirname(sys.executable)}:/usr/bin:/bin",
+            "HOME": str(self.root),
+            "USER": "someone",
+            "FAKE_LOG": str(self.root / "fake.log"),
+            "SLURM_JOB_ID": str(100 + number),
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NODELIST": "n0,n1",
+            "SLURM_NTASKS": "2",
+        }
+        done = subprocess.run(
+            ["bash", str(self.folder / "job.sbatch"), str(number)],
+            env=env,
+            text=True,
+            cwd=self.root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=120,
+            check=False,
+        )
         return done.returncode, done.stdout
 
     def starts(self, node: int) -> list[Any]:
@@ -123,7 +160,9 @@ class Bench:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def modes(self) -> list[str]:
-        records = [json.loads(line) for line in (self.folder / "links.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line) for line in (self.folder / "links.jsonl").read_text().splitlines()
+        ]
         return [record["mode"] for record in records if record["event"] == "begin"]
 
 
@@ -149,7 +188,10 @@ def test_a_chain_survives_a_kill_in_a_save_and_one_before_the_export(tmp_path: P
     assert first[0] == 9 and second[0] == 9 and third[0] == fourth[0] == 0, third[1] + fourth[1]
     assert bench.modes() == ["scratch", "resume", "resume", "done"]
     assert "Resumed from checkpoint: step_2" in second[1] and "interrupted-step_4`" in second[1]
-    assert "the model is not exported yet" in third[1] and "Resumed from checkpoint: step_6" in third[1]
+    assert (
+        "the model is not exported yet" in third[1]
+        and "Resumed from checkpoint: step_6" in third[1]
+    )
     aside = bench.ckpt.with_name(bench.ckpt.name + ".hpctrain") / "interrupted-step_4"
     assert sorted(path.name for path in aside.iterdir()) == ["pytorch_model.bin"]
     assert not list(tmp_path.rglob("canary"))
@@ -161,11 +203,31 @@ def test_every_node_starts_one_launcher_that_knows_its_number(tmp_path: Path) ->
     (zero, environ), (one, _) = bench.starts(0)[0], bench.starts(1)[0]
 
     assert code == 0, said
-    assert zero[:9] == ["-u", "-m", "accelerate.commands.launch", "--machine_rank", "0", "--main_process_ip", "n0",
-                        "--main_process_port", str(20000 + 101)]  # fmt: skip
+    assert zero[:9] == [
+        "-u",
+        "-m",
+        "accelerate.commands.launch",
+        "--machine_rank",
+        "0",
+        "--main_process_ip",
+        "n0",
+        "--main_process_port",
+        str(20000 + 101),
+    ]
     assert one[4] == "1" and zero[:4] + zero[5:] == one[:4] + one[5:]
-    assert zero[9:20] == ["--num_machines", "2", "--num_processes", "8", "--rdzv_backend", "static", "--mixed_precision", "bf16",
-                          "--dynamo_backend", "no", "--multi_gpu"]  # fmt: skip
+    assert zero[9:20] == [
+        "--num_machines",
+        "2",
+        "--num_processes",
+        "8",
+        "--rdzv_backend",
+        "static",
+        "--mixed_precision",
+        "bf16",
+        "--dynamo_backend",
+        "no",
+        "--multi_gpu",
+    ]
     assert "--exp_name=-it's $(touch canary)" in zero and zero[-2] == "--dataset_local_cache_dir"
     assert os.path.dirname(zero[-1]) == str(tmp_path / "open-instruct-cache" / "datasets")
     assert environ == {
@@ -178,10 +240,22 @@ def test_every_node_starts_one_launcher_that_knows_its_number(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("fault", ["commit", "no git", "model", "data", "defaults"])
-def test_what_is_not_as_planned_stops_the_job_before_the_gpus_start(tmp_path: Path, fault: str) -> None:
+def test_what_is_not_as_planned_stops_the_job_before_the_gpus_start(
+    tmp_path: Path, fault: str
+) -> None:
     bench = Bench(tmp_path)
     if fault == "commit":
-        git(bench.checkout, "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "y", "--allow-empty")
+        git(
+            bench.checkout,
+            "-c",
+            "user.name=x",
+            "-c",
+            "user.email=x@x",
+            "commit",
+            "-qm",
+            "y",
+            "--allow-empty",
+        )
         words = "and the run was planned for " + bench.commit[:12]
     elif fault == "no git":
         (bench.checkout / ".git").rename(bench.checkout / "git")

@@ -1,4 +1,5 @@
-"""The wheel holds all it needs: installed into an empty environment, it renders from another directory."""
+"""The wheel holds all it needs: installed into an empty environment, it renders from another
+directory."""
 
 from __future__ import annotations
 
@@ -21,9 +22,20 @@ recipe_options: {argv: [hostname], workdir: /}
 
 def test_the_installed_wheel_renders_from_the_root_directory(tmp_path):
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "build",
+            "--wheel",
+            "--no-isolation",
+            "--outdir",
+            str(tmp_path),
+            str(ROOT),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
@@ -33,9 +45,15 @@ def test_the_installed_wheel_renders_from_the_root_directory(tmp_path):
     (tmp_path / "run.yaml").write_text(RUN)
     program = tmp_path / "venv" / "bin" / "hpctrain"
     done = subprocess.run(
-        [str(program), "render", str(tmp_path / "run.yaml")], cwd="/", capture_output=True, text=True, check=False
-    )  # fmt: skip
+        [str(program), "render", str(tmp_path / "run.yaml")],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/runs/from-a-wheel/job.sbatch\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/runs/from-a-wheel/job.sbatch\n"), (
+        done.stderr
+    )
     assert (tmp_path / "runs/from-a-wheel/runtime/__init__.py").is_file()
     assert "site lumi" in Path(done.stdout.strip()).read_text()

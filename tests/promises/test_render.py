@@ -1,4 +1,5 @@
-"""What render promises: one line on stdout, the same bytes again, nothing lost, nothing half written."""
+"""What render promises: one line on stdout, the same bytes again, nothing lost, nothing half
+written."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ def run_yaml(tmp_path):
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_stdout_is_the_path_of_the_job_script_and_nothing_else(run_yaml, hpctrain, tmp_path):
@@ -41,7 +46,8 @@ def test_stdout_is_the_path_of_the_job_script_and_nothing_else(run_yaml, hpctrai
 
 
 def test_the_same_bytes_from_wherever_it_is_rendered(tmp_path, monkeypatch):
-    """The project's `.hpctrain` is the one beside run.yaml or above it, not the one of the working directory."""
+    """The project's `.hpctrain` is the one beside run.yaml or above it, not the one of the working
+    directory."""
     project = tmp_path / "project"
     monkeypatch.delenv("HPCTRAIN_NO_USER_CONFIG", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
@@ -49,10 +55,15 @@ def test_the_same_bytes_from_wherever_it_is_rendered(tmp_path, monkeypatch):
     (project / ".git").mkdir(parents=True)
     for folder, own in folders.items():
         (own / "site_profiles" / "local").mkdir(parents=True)
-        text = f"name: local\nextends: local\nenv:\n  WHOSE: {{value: {folder.name!r}, why: a test}}\n"
+        text = (
+            f"name: local\nextends: local\nenv:\n  WHOSE: {{value: {folder.name!r}, why: a test}}\n"
+        )
         (own / "site_profiles" / "local" / "profile.yaml").write_text(text)
         (own / "templates" / "command").mkdir(parents=True)
-        block = '{% extends "!builtin/command/job.sbatch.j2" %}{% block user_setup %}: templates of ' + folder.name
+        block = (
+            '{% extends "!builtin/command/job.sbatch.j2" %}{% block user_setup %}: templates of '
+            + folder.name
+        )
         (own / "templates" / "command" / "job.sbatch.j2").write_text(block + "{% endblock %}\n")
     below = project / "runs of mine"
     below.mkdir()
@@ -66,7 +77,9 @@ def test_the_same_bytes_from_wherever_it_is_rendered(tmp_path, monkeypatch):
     script = seen[0]["job.sbatch"].decode()
 
     assert f"WHOSE={project.name}" in script and f": templates of {project.name}" in script
-    assert "command/job.sbatch.j2 (an override), command/job.sbatch.j2, base/job.sbatch.j2" in script
+    assert (
+        "command/job.sbatch.j2 (an override), command/job.sbatch.j2, base/job.sbatch.j2" in script
+    )
     for files in seen[1:]:
         assert files == seen[0]
 
@@ -88,7 +101,9 @@ def test_rendering_again_changes_nothing(run_yaml, hpctrain, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_a_changed_run_is_refused_with_the_difference_and_replaced_when_forced(run_yaml, hpctrain, tmp_path):
+def test_a_changed_run_is_refused_with_the_difference_and_replaced_when_forced(
+    run_yaml, hpctrain, tmp_path
+):
     hpctrain("render", cwd=tmp_path)
     (tmp_path / "runs/r/links.jsonl").write_text("{}\n")
     before = tree(tmp_path / "runs")
@@ -104,7 +119,10 @@ def test_a_changed_run_is_refused_with_the_difference_and_replaced_when_forced(r
     assert forced.returncode == 0
     assert "--time=00:20:00" in (tmp_path / "runs/r/job.sbatch").read_text()
     assert (tmp_path / "runs/r/links.jsonl").read_text() == "{}\n"
-    assert {path.name for path in (tmp_path / "runs/r").iterdir()} & {rundir.COMMIT, rundir.STAGED} == set()
+    assert {path.name for path in (tmp_path / "runs/r").iterdir()} & {
+        rundir.COMMIT,
+        rundir.STAGED,
+    } == set()
 
 
 def test_an_invalid_run_leaves_no_run_directory(run_yaml, hpctrain, tmp_path):
@@ -129,7 +147,8 @@ NEW = {"plan.json": b"{1}", "job.sbatch": b"new", "config.yml": b"new"}
 
 
 def write_and_die_at(run_dir: Path, steps: int) -> int:
-    """Write NEW in a process that is gone at its `steps`-th change of the file system; its exit code."""
+    """Write NEW in a process that is gone at its `steps`-th change of the file system; its exit
+    code."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -164,12 +183,15 @@ def test_a_crash_at_any_step_leaves_the_old_or_the_new_files(tmp_path, there_bef
             rundir.write_run_dir(str(run_dir), FILES)
             old = tree(run_dir)
         code = write_and_die_at(run_dir, steps)
-        # The next render finishes what was committed, or finds the old state; either way it is whole again.
+        # The next render finishes what was committed, or finds the old state; either way it is
+        # whole again.
         try:
             rundir.write_run_dir(str(run_dir), FILES)
         except Refused:
             pass
-        now = {name: raw for name, raw in tree(run_dir).items() if not name.startswith(rundir.STAGED)}
+        now = {
+            name: raw for name, raw in tree(run_dir).items() if not name.startswith(rundir.STAGED)
+        }
         assert now in ([old, {**FILES, **NEW}] if there_before else [FILES, NEW])
         ends.add(code)
         if code == 0:

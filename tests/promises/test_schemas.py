@@ -1,4 +1,5 @@
-"""The JSON Schemas that ship are those of the declared fields, and agree with hpctrain about real files.
+"""The JSON Schemas that ship are those of the declared fields, and agree with hpctrain about real
+files.
 
 `pytest --update-golden tests/promises/test_schemas.py` rewrites them.
 """
@@ -24,12 +25,15 @@ PROFILES = [path for _, layer, path in list_sites() if layer == "shipped"]
 
 
 def validator(kind):
-    return jsonschema.Draft202012Validator(json.loads(Path(FOLDER, f"{kind}.schema.json").read_text()))
+    return jsonschema.Draft202012Validator(
+        json.loads(Path(FOLDER, f"{kind}.schema.json").read_text())
+    )
 
 
 def faults(kind, data):
     return [
-        f"{'/'.join(map(str, error.absolute_path))}: {error.message}" for error in validator(kind).iter_errors(data)
+        f"{'/'.join(map(str, error.absolute_path))}: {error.message}"
+        for error in validator(kind).iter_errors(data)
     ]
 
 
@@ -49,7 +53,9 @@ def test_every_run_yaml_of_the_project_is_valid(path):
     assert faults("run", load_yaml(path).data) == []
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/pipeline.yaml")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("examples/**/pipeline.yaml")), ids=lambda path: path.parent.name
+)
 def test_every_pipeline_of_the_project_is_valid_and_so_are_its_runs(path):
     assert faults("pipeline", load_yaml(path).data) == []
     planned = load_pipeline(str(path))
@@ -64,7 +70,9 @@ def test_every_shipped_profile_is_valid(path):
 
 
 @pytest.mark.parametrize("site", [Path(path).parent.name for path in PROFILES])
-@pytest.mark.parametrize("recipe", [name for name, layer, _ in list_recipes() if layer == "shipped"])
+@pytest.mark.parametrize(
+    "recipe", [name for name, layer, _ in list_recipes() if layer == "shipped"]
+)
 def test_what_init_writes_is_valid(recipe, site, cli, tmp_path):
     text = cli("init", tmp_path / "r", "--recipe", recipe, "--site", site, "--dry-run")[1]
 
@@ -74,10 +82,19 @@ def test_what_init_writes_is_valid(recipe, site, cli, tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "nodez: 3", "nodes: three", "nodes: 0", "time: [1]", "chain: {job: 3}", "env: {'A B': x}", "data: {train: x}",
-        "recipe_options: {argw: [x]}", "recipe_options: {}", "recipe_options: {argv: [x], layout: nosuch}", "partition: '$(x)'",
+        "nodez: 3",
+        "nodes: three",
+        "nodes: 0",
+        "time: [1]",
+        "chain: {job: 3}",
+        "env: {'A B': x}",
+        "data: {train: x}",
+        "recipe_options: {argw: [x]}",
+        "recipe_options: {}",
+        "recipe_options: {argv: [x], layout: nosuch}",
+        "partition: '$(x)'",
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_a_run_yaml_are_found_while_typing(text, cli, tmp_path):
     good = "name: r\nsite: local\nrecipe: command\ntime: 1h\n"
     options = "" if "recipe_options" in text else "recipe_options: {argv: [x]}\n"

@@ -1,4 +1,5 @@
-"""The mistakes that people really made with these runs: each happens without the guard, and does not with it."""
+"""The mistakes that people really made with these runs: each happens without the guard, and does
+not with it."""
 
 from __future__ import annotations
 
@@ -16,9 +17,12 @@ from hpctrain.runtime.files import read_records
 
 
 class Chain:
-    """A chain of links of the simulated NeoX: the seed's way, `finetune` fixed in the YAML, or with the guard's decision."""
+    """A chain of links of the simulated NeoX: the seed's way, `finetune` fixed in the YAML, or with
+    the guard's decision."""
 
-    def __init__(self, top: Path, guarded: bool, number=50, target=40, planned=True, **neox_options):
+    def __init__(
+        self, top: Path, guarded: bool, number=50, target=40, planned=True, **neox_options
+    ):
         self.guarded, self.dir, self.ckpt = guarded, top / "run", str(top / "ck")
         self.start = neox.start(str(top / "base"), number)
         self.options = {"save_every": 10, "budget": 15, "train_iters": target, **neox_options}
@@ -27,18 +31,31 @@ class Chain:
         self.top = top
         self.dir.mkdir()
         offset = self.options.get("offset", 0)
-        (self.dir / "plan.json").write_text(json.dumps({"guard": {
-            "schema_version": 1, "run": "ft", "layout": "deepspeed", "checkpoint_dir": self.ckpt, "start": self.start,
-            "target": target + offset, "give_up_after": 3, "counter": "greatest_folder" if offset else "latest",
-            "retention": neox_options.get("keep_last_n") is not None and planned,
-        }}))  # fmt: skip
+        (self.dir / "plan.json").write_text(
+            json.dumps(
+                {
+                    "guard": {
+                        "schema_version": 1,
+                        "run": "ft",
+                        "layout": "deepspeed",
+                        "checkpoint_dir": self.ckpt,
+                        "start": self.start,
+                        "target": target + offset,
+                        "give_up_after": 3,
+                        "counter": "greatest_folder" if offset else "latest",
+                        "retention": neox_options.get("keep_last_n") is not None and planned,
+                    }
+                }
+            )
+        )
         os.mkdir(self.ckpt)
         if not guarded:  # as the seed describes
             os.symlink(f"../base/global_step{number}", f"{self.ckpt}/global_step{number}")
             Path(self.ckpt, "latest").write_text(f"global_step{number}")
 
     def run(self, finetune: bool) -> str:
-        """One link; `finetune` is what a person wrote into the YAML, which the guarded chain does not ask."""
+        """One link; `finetune` is what a person wrote into the YAML, which the guarded chain does
+        not ask."""
         number = len(self.links) + 1
         environ = {"SLURM_JOB_ID": str(number)}
         if self.guarded:
@@ -49,7 +66,9 @@ class Chain:
         try:
             self.links.append(neox.train(self.ckpt, finetune, lineage=str(number), **self.options))
         except OSError as error:
-            self.links.append({"rc": 1, "error": str(error), "iterations": 0, "random_weights": False})
+            self.links.append(
+                {"rc": 1, "error": str(error), "iterations": 0, "random_weights": False}
+            )
         if self.guarded:
             guard.end(str(self.dir), self.links[-1]["rc"], environ, lambda text: None)
         return "run"
@@ -74,7 +93,8 @@ def test_five_jobs_with_finetune_true(tmp_path, guarded):
     said = [chain.run(finetune=True) for _ in range(5)]
     if guarded:
         assert said == ["run", "run", "run", "run", "done"]
-        assert sum(link["iterations"] for link in chain.links) == 55  # 40, and 5 again after each of three kills
+        # 40, and 5 again after each of three kills
+        assert sum(link["iterations"] for link in chain.links) == 55
         assert chain.links[-1]["optimizer_steps"] == 40
     else:
         assert [link["iteration"] for link in chain.links] == [15] * 5
@@ -96,7 +116,8 @@ def test_a_latest_that_is_missing_empty_or_names_what_is_not_there(tmp_path, gua
 
 
 def test_an_exit_interval_that_is_no_multiple_of_the_saves(tmp_path, guarded):
-    """Every link exits with 0 before it saved: the chain burns through its links and gets nowhere."""
+    """Every link exits with 0 before it saved: the chain burns through its links and gets
+    nowhere."""
     chain = Chain(tmp_path, guarded, save_every=10, exit_interval=8)
     said = [chain.run(finetune=len(chain.links) == 0) for _ in range(4)]
     if guarded:
@@ -109,7 +130,8 @@ def test_an_exit_interval_that_is_no_multiple_of_the_saves(tmp_path, guarded):
 
 @pytest.mark.parametrize("number", [35, 50])
 def test_keep_last_n_checkpoints_1_beside_the_link_to_a_greater_start(tmp_path, guarded, number):
-    """Upstream counts from 0, so the link is the newest by name, and every new checkpoint is deleted as it is saved."""
+    """Upstream counts from 0, so the link is the newest by name, and every new checkpoint is
+    deleted as it is saved."""
     chain = Chain(tmp_path, guarded, number=number, keep_last_n=1)
     for link in range(5):
         chain.run(finetune=link == 0)
@@ -121,15 +143,19 @@ def test_keep_last_n_checkpoints_1_beside_the_link_to_a_greater_start(tmp_path, 
 
 
 def test_retention_that_the_plan_does_not_know_of_does_not_burn_the_whole_chain(tmp_path):
-    """`check` refuses keep_last_n_checkpoints: 1; a program that deletes on its own account is given up on in time."""
+    """`check` refuses keep_last_n_checkpoints: 1; a program that deletes on its own account is
+    given up on in time."""
     chain = Chain(tmp_path, guarded=True, keep_last_n=1, planned=False)
     assert [chain.run(finetune=False) for _ in range(4)] == ["run", "run", "run", "gave_up"]
     assert "3 links in a row" in chain.reason and not chain.base_changed
 
 
 @pytest.mark.parametrize("keep_last_n", [None, 1])
-def test_train_iters_below_the_loaded_step_overwrites_the_start_through_its_link(tmp_path, guarded, keep_last_n):
-    """`finetune: false` on a new folder: no step is trained, and the final save goes through the link into the base."""
+def test_train_iters_below_the_loaded_step_overwrites_the_start_through_its_link(
+    tmp_path, guarded, keep_last_n
+):
+    """`finetune: false` on a new folder: no step is trained, and the final save goes through the
+    link into the base."""
     chain = Chain(tmp_path, guarded, number=50, target=40, keep_last_n=keep_last_n)
     chain.run(finetune=False)
     assert chain.base_changed == (not guarded)
@@ -176,7 +202,8 @@ def checkpoints_of(chain):
 
 
 def test_the_simulated_neox_deletes_like_the_real_one(tmp_path):
-    """Retention meets the link as the oldest: rmtree refuses, the job dies after the save (seen with upstream)."""
+    """Retention meets the link as the oldest: rmtree refuses, the job dies after the save (seen
+    with upstream)."""
     chain = Chain(tmp_path, guarded=False, number=5, keep_last_n=1)
     chain.run(finetune=True)
     assert chain.links[0]["rc"] == 1 and "symbolic link" in chain.links[0]["error"]

@@ -1,4 +1,5 @@
-"""What `hpctrain site` says of profiles: layers, origins, contradictions and age; and what `site new` leaves on disk."""
+"""What `hpctrain site` says of profiles: layers, origins, contradictions and age; and what `site
+new` leaves on disk."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def test_the_list_shows_the_layer_that_wins_and_survives_a_broken_profile(projec
     code, out, _ = cli("site", "list", "--json")
     found = {item["name"]: item for item in json.loads(out)["sites"]}
 
-    assert code == 0 and found["lumi"]["layer"] == "project" and found["local"]["layer"] == "shipped"
+    assert (
+        code == 0 and found["lumi"]["layer"] == "project" and found["local"]["layer"] == "shipped"
+    )
     assert found["broken"]["layer"] == "user" and "not valid YAML" in found["broken"]["problem"]
     assert found["lumi"]["verified"] == "2026-11-01" and found["lumi"]["maintainers"] == ["me"]
 
@@ -81,7 +84,11 @@ def test_blame_names_the_line_of_every_value_through_the_layers(project, cli):
         "3",
     ]
     assert rows["partitions.dev-g.max_time"][0].startswith("site_profiles/lumi/profile.yaml:")
-    assert rows["partitions.dev-g.whole_nodes"] == ["default", "partitions.dev-g.whole_nodes", "false"]
+    assert rows["partitions.dev-g.whole_nodes"] == [
+        "default",
+        "partitions.dev-g.whole_nodes",
+        "false",
+    ]
 
 
 def test_blame_of_every_shipped_value_points_at_its_line():
@@ -89,7 +96,10 @@ def test_blame_of_every_shipped_value_points_at_its_line():
         lines = Path(path).read_text().splitlines()
         for dotted, _, origin in blame(load_site(name)):
             if origin != "default":
-                assert dotted.split(".")[-1] in lines[int(origin.split(":")[1]) - 1], (dotted, origin)
+                assert dotted.split(".")[-1] in lines[int(origin.split(":")[1]) - 1], (
+                    dotted,
+                    origin,
+                )
 
 
 def test_what_show_prints_is_a_profile_again(cli, tmp_path):
@@ -115,24 +125,48 @@ def test_a_stale_profile_is_a_warning_and_never_an_error(tmp_path, cli):
         (("2026-11-01", "2031-01-01"), "warning: `verified.date: 2031-01-01` lies in the future"),
         (("name: mine", "name: other"), "warning: `name: other` is not the name of its folder"),
         (("slurm:", "account: {required: true}\nslurm:"), "warning: `account.required` without"),
-        (("slurm:", "account: {pattern: 'p[0-9]+', example: x}\nslurm:"), "error: `account.example: x`"),
-        (("gpus: 4", "gpus: 4, cpu_bind: {7: 'mask_cpu:0x1,0x2'}"), "error: `cpu_bind` for 7 cores names 2 places"),
+        (
+            ("slurm:", "account: {pattern: 'p[0-9]+', example: x}\nslurm:"),
+            "error: `account.example: x`",
+        ),
+        (
+            ("gpus: 4", "gpus: 4, cpu_bind: {7: 'mask_cpu:0x1,0x2'}"),
+            "error: `cpu_bind` for 7 cores names 2 places",
+        ),
         (("gpu_request: gres", "gpu_request: none"), "warning: `n` has GPUs"),
         (("sockets: 2", "sockets: 3"), "warning: 64 cores cannot be spread"),
         (("sockets: 2", "sockets: 2, threads_per_core: 2"), "warning: `n` has 2 threads a core"),
         (("max_time: 1d", "min_nodes: 4, max_nodes: 2"), "error: partition `p` wants at least 4"),
         (("max_time: 1d", "max_running: 4, max_submitted: 2"), "warning: partition `p` lets more"),
-        (("slurm:", "network: {port_base: 60000, port_range: 20000}\nslurm:"), "error: the rendezvous ports"),
-        (("slurm:", "network: {port_range: 20000}\nslurm:"), "warning: the rendezvous ports, up to 39999, may be taken"),
-        (("slurm:", "env: {MASTER_PORT: {value: '1', why: x}}\nslurm:"), "error: `env.MASTER_PORT` is set by hpctrain"),
-        (("gpu_request: gres", "always: {account: x}"), "error: `sbatch.account` cannot be set here"),
+        (
+            ("slurm:", "network: {port_base: 60000, port_range: 20000}\nslurm:"),
+            "error: the rendezvous ports",
+        ),
+        (
+            ("slurm:", "network: {port_range: 20000}\nslurm:"),
+            "warning: the rendezvous ports, up to 39999, may be taken",
+        ),
+        (
+            ("slurm:", "env: {MASTER_PORT: {value: '1', why: x}}\nslurm:"),
+            "error: `env.MASTER_PORT` is set by hpctrain",
+        ),
+        (
+            ("gpu_request: gres", "always: {account: x}"),
+            "error: `sbatch.account` cannot be set here",
+        ),
         (("gpu_request: gres", "always: {nosuch: x}"), "error: sbatch has no option `--nosuch`"),
-        (("slurm:", "storage: {s: {path: '/{accont}'}}\nslurm:"), "error: `/{accont}` holds {accont}"),
+        (
+            ("slurm:", "storage: {s: {path: '/{accont}'}}\nslurm:"),
+            "error: `/{accont}` holds {accont}",
+        ),
         (("slurm:", "container: {binds: [/x]}\nslurm:"), "warning: `container` has settings"),
         (("slurm:", "defaults: {nodez: 3}\nslurm:"), "error: unknown key `nodez`"),
-        (("gpus: 4", "gpus: 4, tmp: {kind: ram, size_gib: 200}"), "error: `n` has more /tmp in memory"),
+        (
+            ("gpus: 4", "gpus: 4, tmp: {kind: ram, size_gib: 200}"),
+            "error: `n` has more /tmp in memory",
+        ),
     ],
-)  # fmt: skip
+)
 def test_contradictions_are_found(change, words, tmp_path):
     found = remarks(GOOD.replace(*change), tmp_path)
 
@@ -145,20 +179,34 @@ def test_a_good_profile_has_no_remarks(tmp_path):
 
 def test_check_reports_every_form_error_at_once_and_exits_2(tmp_path, cli):
     text = (
-        GOOD.replace("title:", "titel:").replace("cores: 64", "cores: many").replace("max_time: 1d", "max_time: soon")
+        GOOD.replace("title:", "titel:")
+        .replace("cores: 64", "cores: many")
+        .replace("max_time: 1d", "max_time: soon")
     )
     code, out, _ = cli("site", "check", profile(tmp_path, text), "--json")
     (found,) = json.loads(out)["sites"].values()
 
     assert code == 2 and not json.loads(out)["ok"]
-    for words in ("unknown key `titel`", "`title` is missing", "cores: many", "`soon` is not a duration"):
+    for words in (
+        "unknown key `titel`",
+        "`title` is missing",
+        "cores: many",
+        "`soon` is not a duration",
+    ):
         assert any(words in problem["what"] for problem in found)
-    assert {problem["where"].split(":", 1)[1] for problem in found} >= {"1:1", "2:1", "8:26", "10:31"}
+    assert {problem["where"].split(":", 1)[1] for problem in found} >= {
+        "1:1",
+        "2:1",
+        "8:26",
+        "10:31",
+    }
 
 
 @pytest.mark.parametrize("name", ["[", "*", "(?P<"])
 def test_a_pattern_that_is_none_is_an_error_and_no_crash(name, tmp_path, cli):
-    code, _, err = cli("site", "check", profile(tmp_path, GOOD + f"match: {{hostnames: ['{name}']}}\n"))
+    code, _, err = cli(
+        "site", "check", profile(tmp_path, GOOD + f"match: {{hostnames: ['{name}']}}\n")
+    )
 
     assert code == 2 and "is not a regular expression" in err
 
@@ -167,7 +215,12 @@ def test_checking_all_profiles_goes_on_after_a_broken_one(project, cli):
     profile(project / ".hpctrain" / "site_profiles", "- x\n", "broken")
     code, out, _ = cli("site", "check", "--json")
 
-    assert code == 2 and set(json.loads(out)["sites"]) == {"broken", "generic-cuda", "local", "lumi"}
+    assert code == 2 and set(json.loads(out)["sites"]) == {
+        "broken",
+        "generic-cuda",
+        "local",
+        "lumi",
+    }
 
 
 def test_a_draft_lands_in_the_project_loads_by_name_and_is_never_replaced(project, cli):
@@ -188,7 +241,9 @@ def test_a_draft_lands_in_the_project_loads_by_name_and_is_never_replaced(projec
 
 
 def test_dry_run_prints_the_draft_and_writes_nothing(project, cli):
-    code, out, _ = cli("site", "new", "drafted", "--from-scontrol", DATA / "dgx-like.oneline.txt", "--dry-run")
+    code, out, _ = cli(
+        "site", "new", "drafted", "--from-scontrol", DATA / "dgx-like.oneline.txt", "--dry-run"
+    )
 
     assert code == 0 and out.startswith("# Drafted by") and os.listdir(project) == []
 

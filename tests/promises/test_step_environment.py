@@ -23,7 +23,8 @@ time: "10:00"
 
 @pytest.fixture
 def play(tmp_path, monkeypatch, cli, run_job):
-    """Render a run and play its job with each of `shells`: what the job said and its tasks' environments."""
+    """Render a run and play its job with each of `shells`: what the job said and its tasks'
+    environments."""
     monkeypatch.chdir(tmp_path)
 
     def start(*shells, site="local", more="", setup=""):
@@ -34,8 +35,9 @@ def play(tmp_path, monkeypatch, cli, run_job):
             template = tmp_path / ".hpctrain/templates/command/job.sbatch.j2"
             template.parent.mkdir(parents=True, exist_ok=True)
             template.write_text(
-                '{% extends "!builtin/command/job.sbatch.j2" %}\n'
-                "{% block user_setup %}\n" + setup + "\n{% endblock %}\n"
+                '{% extends "!builtin/command/job.sbatch.j2" %}\n{% block user_setup %}\n'
+                + setup
+                + "\n{% endblock %}\n"
             )
         code, out, err = cli("render", "--force")
         assert code == 0, err
@@ -55,7 +57,14 @@ def play(tmp_path, monkeypatch, cli, run_job):
 
 def test_no_option_of_srun_comes_from_the_submitting_shell(play):
     memory = {f"SLURM_MEM_PER_{of}" for of in ("CPU", "GPU", "NODE")}
-    inputs = [*inherited_inputs(()), *memory, "SRUN_CPUS_PER_TASK", "SRUN_EXPORT_ENV", "PMI_RANK", "PMIX_NAMESPACE"]
+    inputs = [
+        *inherited_inputs(()),
+        *memory,
+        "SRUN_CPUS_PER_TASK",
+        "SRUN_EXPORT_ENV",
+        "PMI_RANK",
+        "PMIX_NAMESPACE",
+    ]
     inputs += ["SBATCH_TIMELIMIT", "SLURM_ARRAY_TASK_ID"]
     of_this_job = {"SLURM_CPUS_PER_TASK", "SLURM_NTASKS_PER_NODE", "SLURM_OPEN_MODE"}
     [(out, [step])] = play({name: "7" for name in inputs})
@@ -90,15 +99,23 @@ def test_what_the_jobs_own_setup_sets_for_srun_stays(play):
 
 def test_options_that_override_the_script_are_named_and_equal_ones_are_not(play):
     env = {
-        "SBATCH_TIMELIMIT": "1", "SBATCH_PARTITION": "main", "SBATCH_OPEN_MODE": "truncate", "SBATCH_REQUEUE": "1",
-        "SBATCH_JOB_NAME": "it's $(touch canary)\n#SBATCH", "SBATCH_EXPORT": "ALL", "SBATCH_ARRAY_INX": "0-3",
-    }  # fmt: skip
+        "SBATCH_TIMELIMIT": "1",
+        "SBATCH_PARTITION": "main",
+        "SBATCH_OPEN_MODE": "truncate",
+        "SBATCH_REQUEUE": "1",
+        "SBATCH_JOB_NAME": "it's $(touch canary)\n#SBATCH",
+        "SBATCH_EXPORT": "ALL",
+        "SBATCH_ARRAY_INX": "0-3",
+    }
     [(out, _)] = play(env)
     warned = [line for line in out.splitlines() if "warning: the submitting shell has" in line]
 
     assert [line.split(" has ")[1].split("=")[0] for line in warned] == [
-        "SBATCH_ARRAY_INX", "SBATCH_JOB_NAME", "SBATCH_OPEN_MODE", "SBATCH_TIMELIMIT",
-    ]  # fmt: skip
+        "SBATCH_ARRAY_INX",
+        "SBATCH_JOB_NAME",
+        "SBATCH_OPEN_MODE",
+        "SBATCH_TIMELIMIT",
+    ]
 
 
 def test_a_plain_shell_is_not_spoken_of(play):
@@ -112,26 +129,37 @@ def test_the_number_of_tasks_is_the_runs_where_slurm_says_none_or_a_foreign_one(
     more = "tasks_per_node: 3\nsbatch: {cpus-per-task: 1}\n"
     [(_, steps)] = play({"SLURM_JOB_NUM_NODES": "2", **env}, more=more)
 
-    assert {(step["WORLD_SIZE"], step["SLURM_NTASKS"], step["SLURM_NPROCS"]) for step in steps} == {("6", "6", "6")}
+    assert {(step["WORLD_SIZE"], step["SLURM_NTASKS"], step["SLURM_NPROCS"]) for step in steps} == {
+        ("6", "6", "6")
+    }
     assert len(steps) == 6
 
 
 def test_activation_scripts_run_outside_strict_mode_which_is_back_afterwards(play, tmp_path):
     script = tmp_path / "activate it's.sh"
-    script.write_text('export OLD="$NOT_SET"\nfalse\nfalse | cat\nfalse | true\nexport ACTIVE=1\nset +e\n')
+    script.write_text(
+        'export OLD="$NOT_SET"\nfalse\nfalse | cat\nfalse | true\nexport ACTIVE=1\nset +e\n'
+    )
     setup = f". {shlex.quote(str(script))}\nMODE_INSIDE=$-$(shopt -po pipefail)"
     [(_, [step])] = play({}, setup=setup + "\nexport MODE_INSIDE")
 
     assert step["ACTIVE"] == "1" and step["OLD"] == ""
-    assert not {"e", "u"} & set(step["MODE_INSIDE"].split("set")[0]) and "set +o pipefail" in step["MODE_INSIDE"]
+    assert (
+        not {"e", "u"} & set(step["MODE_INSIDE"].split("set")[0])
+        and "set +o pipefail" in step["MODE_INSIDE"]
+    )
     text = (tmp_path / "runs/r/job.sbatch").read_text()
     assert text.split("export MODE_INSIDE\n")[1].split("\n")[0] == "set -euo pipefail"
 
 
-def test_the_rendezvous_port_is_below_the_ones_the_kernel_gives_out_and_changes_with_each_start(play):
+def test_the_rendezvous_port_is_below_the_ones_the_kernel_gives_out_and_changes_with_each_start(
+    play,
+):
     jobs = (1, 12767, 12768, 2**31 - 1)
     starts = [(job, restart) for job in jobs for restart in range(3)]
-    shells = [{"SLURM_JOB_ID": str(job), "SLURM_RESTART_COUNT": str(restart)} for job, restart in starts]
+    shells = [
+        {"SLURM_JOB_ID": str(job), "SLURM_RESTART_COUNT": str(restart)} for job, restart in starts
+    ]
     ports = [int(step["MASTER_PORT"]) for _, [step] in play(*shells)]
 
     assert all(20000 <= port < 32768 for port in ports)

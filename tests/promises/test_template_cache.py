@@ -1,4 +1,5 @@
-"""What the cache of compiled templates promises: never needed, never trusted too far, never in the way."""
+"""What the cache of compiled templates promises: never needed, never trusted too far, never in the
+way."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ import pytest
 
 from hpctrain.plan.template_cache import template_cache
 
-RUN = "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname], workdir: /}\n"
+RUN = (
+    "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname], workdir:"
+    " /}\n"
+)
 
 
 @pytest.fixture
@@ -73,7 +77,9 @@ def test_an_override_changed_between_two_renders_is_compiled_anew(render, tmp_pa
     own.parent.mkdir(parents=True)
     for word in (b"one", b"two"):
         own.write_bytes(
-            b'{% extends "!builtin/command/job.sbatch.j2" %}{% block user_setup %}: ' + word + b"{% endblock %}\n"
+            b'{% extends "!builtin/command/job.sbatch.j2" %}{% block user_setup %}: '
+            + word
+            + b"{% endblock %}\n"
         )
         assert b": " + word in render()
 

@@ -1,4 +1,5 @@
-"""Templates: every expression quotes, a user's child changes blocks without copying the rest, and nothing is replaced."""
+"""Templates: every expression quotes, a user's child changes blocks without copying the rest, and
+nothing is replaced."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from hpctrain.plan.template_lint import lint_template
 
 RUN = "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname]}\n"
 SHIPPED = sorted(
-    str(path.relative_to(shipped_dir("templates"))) for path in Path(shipped_dir("templates")).rglob("*.j2")
+    str(path.relative_to(shipped_dir("templates")))
+    for path in Path(shipped_dir("templates")).rglob("*.j2")
 )
 
 
@@ -46,15 +48,22 @@ def test_every_shipped_template_is_listed_with_its_blocks():
 
     assert sorted(found) == SHIPPED
     for template in found.values():
-        assert USER_BLOCK in template.blocks and template.problem == "" and template.layer == "shipped"
+        assert (
+            USER_BLOCK in template.blocks and template.problem == "" and template.layer == "shipped"
+        )
 
 
 def test_the_user_block_is_empty_in_every_shipped_template():
     environment = make_environment()
     for name in SHIPPED:
-        for block in environment.parse(Path(shipped_dir("templates"), name).read_text()).find_all(nodes.Block):
+        for block in environment.parse(Path(shipped_dir("templates"), name).read_text()).find_all(
+            nodes.Block
+        ):
             if block.name == USER_BLOCK:
-                assert "".join(node.data for output in block.body for node in output.nodes).strip() == ""
+                assert (
+                    "".join(node.data for output in block.body for node in output.nodes).strip()
+                    == ""
+                )
 
 
 @pytest.mark.parametrize("for_user", [False, True])
@@ -64,19 +73,24 @@ def test_an_override_works_end_to_end(project, tmp_path, cli, for_user):
     root = tmp_path / "config/hpctrain/templates" if for_user else project / ".hpctrain/templates"
     child = root / "command" / JOB
     child.write_text(
-        child.read_text().replace("# lines of your own go here", "ulimit -n 4096 # {{ plan.spec.name|comment }}")
+        child.read_text().replace(
+            "# lines of your own go here", "ulimit -n 4096 # {{ plan.spec.name|comment }}"
+        )
     )
     after = render(cli)
 
     assert "\nulimit -n 4096 # r\n" in after and "ulimit" not in before
-    changed = ("ulimit", "templates", "euo pipefail")  # a setup of one's own runs outside strict mode
+    # a setup of one's own runs outside strict mode
+    changed = ("ulimit", "templates", "euo pipefail")
     assert [line for line in after.splitlines() if not any(word in line for word in changed)] == [
         line for line in before.splitlines() if not any(word in line for word in changed)
     ]
-    found = {item["name"]: item for item in json.loads(cli("template", "list", "--json")[1])["templates"]}
-    assert found[f"command/{JOB}"]["layer"] == ("user" if for_user else "project") and found[f"command/{JOB}"][
-        "shadows"
-    ] == ["shipped"]
+    found = {
+        item["name"]: item for item in json.loads(cli("template", "list", "--json")[1])["templates"]
+    }
+    assert found[f"command/{JOB}"]["layer"] == ("user" if for_user else "project") and found[
+        f"command/{JOB}"
+    ]["shadows"] == ["shipped"]
 
 
 def test_a_fresh_override_of_any_block_adds_only_its_comment(project, cli):
@@ -86,10 +100,16 @@ def test_a_fresh_override_of_any_block_adds_only_its_comment(project, cli):
         path = project / ".hpctrain/templates/command" / JOB
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(child_text(template, [block]))
-        added = [line for line in render(cli).splitlines() if line.strip() and line not in before.splitlines()]
+        added = [
+            line
+            for line in render(cli).splitlines()
+            if line.strip() and line not in before.splitlines()
+        ]
         expected = ["# lines of your own go here"]
         if block == USER_BLOCK:
-            expected.insert(0, next(line for line in added if line.startswith("set +euo pipefail #")))
+            expected.insert(
+                0, next(line for line in added if line.startswith("set +euo pipefail #"))
+            )
 
         assert [line for line in added if "templates" not in line] == expected, block
 
@@ -97,11 +117,18 @@ def test_a_fresh_override_of_any_block_adds_only_its_comment(project, cli):
 def test_an_unquoted_value_is_refused_with_its_file_and_line(project, cli):
     cli("template", "override", "command")
     path = project / ".hpctrain/templates/command" / JOB
-    path.write_text(path.read_text().replace("# lines of your own go here", "\necho {{ plan.spec.name }}\n"))
+    path.write_text(
+        path.read_text().replace("# lines of your own go here", "\necho {{ plan.spec.name }}\n")
+    )
     line = path.read_text().split("\n").index("echo {{ plan.spec.name }}") + 1
     code, out, err = cli("render")
 
-    assert code == 2 and out == "" and f".hpctrain/templates/command/{JOB}:{line}: " in err and "quoting filter" in err
+    assert (
+        code == 2
+        and out == ""
+        and f".hpctrain/templates/command/{JOB}:{line}: " in err
+        and "quoting filter" in err
+    )
     assert not (project / "runs").exists()
     code, out, err = cli("template", "list")
     assert code == 1 and "not valid" in out and f"{JOB}:{line}: " in err
@@ -110,8 +137,8 @@ def test_an_unquoted_value_is_refused_with_its_file_and_line(project, cli):
 VALUE = "$(touch PWN)'\"`touch PWN`\ntouch PWN\n# '\\"
 X = "plan.spec.env.X"
 REFUSALS = (
-    "can let a value out|quoting filter|name the template itself|Jinja's own|the filter .* within|a block or include|"
-    "is no plain word|is unsafe|cannot be the value of an #SBATCH line"
+    "can let a value out|quoting filter|name the template itself|Jinja's own|the filter .* within|a"
+    " block or include|is no plain word|is unsafe|cannot be the value of an #SBATCH line"
 )
 
 
@@ -181,7 +208,10 @@ REFUSALS = (
         "echo \\# {{ X|comment }}",
         "{% if X %}# {% endif %}{{ X|comment }}",
         "{% if X %}: {% elif X %}# {% else %}# {% endif %}{{ X|comment }}",
-        "{% for c in [1, 2] %}{% if loop.first %}# {% else %}\n{% endif %}{{ X|comment }}{% endfor %}",
+        (
+            "{% for c in [1, 2] %}{% if loop.first %}# {% else %}\n{% endif %}{{ X|comment }}{%"
+            " endfor %}"
+        ),
         "# {% for c in [1, 2] %}{{ X|comment }}\n{% endfor %}",
         "# {{ X|q }}",
         "# {{ X|q|raw_shell }}",
@@ -242,7 +272,11 @@ def test_what_is_quoted_for_its_place_loads_and_carries_the_value_exactly(projec
     done = subprocess.run(["bash", "-euc", script], cwd=project, capture_output=True, text=True)
 
     assert not (project / "PWN").exists() and done.stderr == ""
-    quoted = VALUE if "X|e|q" not in text else html.escape(VALUE).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")
+    quoted = (
+        VALUE
+        if "X|e|q" not in text
+        else html.escape(VALUE).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")
+    )
     assert "m(X)" in text or "endset" in text or quoted in done.stdout, done.stdout
 
 
@@ -266,7 +300,11 @@ def test_what_is_quoted_for_its_place_loads_and_carries_the_value_exactly(projec
 def test_a_broken_template_is_an_error_of_the_users_and_never_a_bug(project, cli, text):
     path = project / ".hpctrain/templates/command" / JOB
     path.parent.mkdir(parents=True)
-    path.write_text('{% extends "!builtin/command/job.sbatch.j2" %}\n{% block header %}' + text + "{% endblock %}\n")
+    path.write_text(
+        '{% extends "!builtin/command/job.sbatch.j2" %}\n{% block header %}'
+        + text
+        + "{% endblock %}\n"
+    )
     code, _, err = cli("render")
 
     assert code == 2 and "template" in err, err
@@ -283,7 +321,9 @@ def test_a_broken_template_is_an_error_of_the_users_and_never_a_bug(project, cli
         (b'{% extends "nosuch" %}', "there is no template `nosuch`"),
     ],
 )
-def test_an_override_that_gives_no_script_is_refused_and_nothing_is_written(project, cli, text, words):
+def test_an_override_that_gives_no_script_is_refused_and_nothing_is_written(
+    project, cli, text, words
+):
     path = project / ".hpctrain/templates/command" / JOB
     path.parent.mkdir(parents=True)
     path.write_bytes(text)
@@ -303,7 +343,10 @@ def test_an_override_that_is_there_is_left_as_it_is(project, cli):
 
 
 def test_unknown_templates_and_blocks_name_the_nearest(project, cli):
-    assert "did you mean `command/job.sbatch.j2`" in cli("template", "override", "comand/job.sbatch.j2")[2]
+    assert (
+        "did you mean `command/job.sbatch.j2`"
+        in cli("template", "override", "comand/job.sbatch.j2")[2]
+    )
     code, _, err = cli("template", "override", "command", "--block", "user_set", "--block", "stp")
 
     assert code == 2 and "did you mean `user_setup`" in err and "did you mean `step`" in err
@@ -313,7 +356,11 @@ def test_unknown_templates_and_blocks_name_the_nearest(project, cli):
 def test_dry_run_writes_nothing(project, cli):
     code, out, _ = cli("template", "override", "command", "--dry-run")
 
-    assert code == 0 and '{% extends "!builtin/command/job.sbatch.j2" %}' in out and os.listdir(project) == ["run.yaml"]
+    assert (
+        code == 0
+        and '{% extends "!builtin/command/job.sbatch.j2" %}' in out
+        and os.listdir(project) == ["run.yaml"]
+    )
 
 
 def test_a_template_of_ones_own_is_not_overridden(project, cli):

@@ -1,4 +1,5 @@
-"""What `hpctrain tokenize` promises: the reference's bytes, for every kind of model and input, wherever it runs."""
+"""What `hpctrain tokenize` promises: the reference's bytes, for every kind of model and input,
+wherever it runs."""
 
 from __future__ import annotations
 
@@ -30,7 +31,11 @@ def test_bytes_are_the_references_for_any_number_of_tasks(tmp_path, kind):
 
         assert pair(tmp_path, f"p{tasks}") == want
         assert manifest["special"]["empty documents, dropped"] == 2
-        assert [p for p in verify_dataset(str(tmp_path / f"p{tasks}_text_document"))[1] if p.level != "note"] == []
+        assert [
+            p
+            for p in verify_dataset(str(tmp_path / f"p{tasks}_text_document"))[1]
+            if p.level != "note"
+        ] == []
 
 
 def test_int32_from_65500_pieces_on(tmp_path):
@@ -61,10 +66,14 @@ def test_compressed_parquet_and_escaped_inputs_give_the_same(tmp_path):
     want = oracle(texts, model_path("bpe_identity"))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(plain.read_bytes()))
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=17)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=17
+    )
     write_jsonl(tmp_path / "escaped.jsonl", texts, ascii=True)
     (tmp_path / "crlf.jsonl").write_bytes(plain.read_bytes().replace(b"\n", b"\r\n\r\n"))
-    for number, name in enumerate(("a.jsonl.gz", "a.jsonl.zst", "a.parquet", "escaped.jsonl", "crlf.jsonl")):
+    for number, name in enumerate(
+        ("a.jsonl.gz", "a.jsonl.zst", "a.parquet", "escaped.jsonl", "crlf.jsonl")
+    ):
         do(request(tmp_path, tmp_path / name, tasks=5, prefix=f"p{number}"))
 
         assert pair(tmp_path, f"p{number}") == want, name
@@ -81,7 +90,10 @@ def test_without_the_fast_extra_the_bytes_are_the_same(tmp_path, monkeypatch):
     manifest = do(request(tmp_path, data, tasks=2))
 
     assert pair(tmp_path) == oracle(texts, model_path("bpe_identity"))
-    assert manifest["encoders"][0].startswith("sentencepiece") and "not installed" in manifest["encoder_notes"][0]
+    assert (
+        manifest["encoders"][0].startswith("sentencepiece")
+        and "not installed" in manifest["encoder_notes"][0]
+    )
     write_jsonl(data, [*texts, f"{U}\ud800{U}"], ascii=True)
     with pytest.raises(HpctrainError, match="lone surrogate"):
         do(request(tmp_path, data, prefix="other"))
@@ -92,7 +104,9 @@ def test_many_inputs_of_all_kinds_keep_their_order(tmp_path):
     texts = dialogues(120, seed=3)
     write_jsonl(tmp_path / "1.jsonl", texts[:50])
     (tmp_path / "2.jsonl").write_text("")
-    (tmp_path / "3.jsonl.gz").write_bytes(gzip.compress(write_jsonl(tmp_path / "3.jsonl", texts[50:60]).read_bytes()))
+    (tmp_path / "3.jsonl.gz").write_bytes(
+        gzip.compress(write_jsonl(tmp_path / "3.jsonl", texts[50:60]).read_bytes())
+    )
     write_jsonl(tmp_path / "4.jsonl", texts[60:])
     names = [tmp_path / name for name in ("1.jsonl", "2.jsonl", "3.jsonl.gz", "4.jsonl")]
     for tasks in (1, 2, 9):
@@ -105,12 +119,28 @@ def test_local_processes_and_the_command_line_give_the_same(tmp_path):
     texts = dialogues(300, seed=4)
     data = write_jsonl(tmp_path / "it's $(touch canary) ü.jsonl", texts)
     out = tmp_path / "an odd\tname"
-    done = cli(data, "--tokenizer", model_path("unigram"), "--output-prefix", tmp_path / "o'dd $(touch canary)", "--tasks", 4,
-               "--processes", 2, "--local", "--json", cwd=tmp_path)  # fmt: skip
+    done = cli(
+        data,
+        "--tokenizer",
+        model_path("unigram"),
+        "--output-prefix",
+        tmp_path / "o'dd $(touch canary)",
+        "--tasks",
+        4,
+        "--processes",
+        2,
+        "--local",
+        "--json",
+        cwd=tmp_path,
+    )
 
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert answer["schema_version"] == 1 and answer["status"] == "done" and answer["manifest"]["documents"] == 300
+    assert (
+        answer["schema_version"] == 1
+        and answer["status"] == "done"
+        and answer["manifest"]["documents"] == 300
+    )
     assert pair(tmp_path, "o'dd $(touch canary)") == oracle(texts, model_path("unigram"))
     assert not list(tmp_path.rglob("canary"))
     refused = cli(data, "--tokenizer", model_path("unigram"), "--output-prefix", out, "--local")
@@ -121,15 +151,34 @@ def test_mpi_ranks_give_the_same_and_fail_together(tmp_path):
     mpiexec = str(Path(sys.executable).with_name("mpiexec"))
     texts = dialogues(200, seed=14)
     data = write_jsonl(tmp_path / "a.jsonl", texts)
-    argv = [mpiexec, "-n", "3", sys.executable, "-m", "hpctrain", "tokenize", str(data), "--tokenizer", model_path("unigram"),
-            "--output-prefix", str(tmp_path / "out"), "--tasks", "7", "--engine", "mpi", "--json"]  # fmt: skip
+    argv = [
+        mpiexec,
+        "-n",
+        "3",
+        sys.executable,
+        "-m",
+        "hpctrain",
+        "tokenize",
+        str(data),
+        "--tokenizer",
+        model_path("unigram"),
+        "--output-prefix",
+        str(tmp_path / "out"),
+        "--tasks",
+        "7",
+        "--engine",
+        "mpi",
+        "--json",
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["engine"] == "mpi"  # one answer, from one rank
     assert pair(tmp_path) == oracle(texts, model_path("unigram"))
     write_jsonl(data, [*texts, "bad"])
-    failed = subprocess.run([*argv, "--force"], capture_output=True, text=True, timeout=120, check=False)
+    failed = subprocess.run(
+        [*argv, "--force"], capture_output=True, text=True, timeout=120, check=False
+    )
     assert failed.returncode == 2 and failed.stderr.count("no marker") == 1, failed.stderr
     assert pair(tmp_path) == oracle(texts, model_path("unigram"))
 
@@ -138,7 +187,10 @@ def test_chat_records_give_the_same_as_text(tmp_path):
     turns = [("hello", "hi there"), ("what?", " \n"), ("a <|user|>", "b\n")]
     texts = [f"{U}{a}{U}{A}{b}{A}" for a, b in turns]
     chat = tmp_path / "chat.jsonl"
-    lines = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in turns]
+    lines = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+        for a, b in turns
+    ]
     chat.write_text("".join(json.dumps(line) + "\n" for line in lines))
     do(request(tmp_path, chat))
 
@@ -150,4 +202,6 @@ def test_models_of_the_tests_are_what_they_say():
 
     for kind in KINDS:
         sp = sentencepiece.SentencePieceProcessor(model_file=model_path(kind))
-        assert [sp.id_to_piece(i) for i in (7, 8, 9)] == [*help.CONTROL[-3:]] or kind == "bpe_user_defined"
+        assert [sp.id_to_piece(i) for i in (7, 8, 9)] == [
+            *help.CONTROL[-3:]
+        ] or kind == "bpe_user_defined"

@@ -1,4 +1,5 @@
-"""`hpctrain tokenize` again, at once, killed or with changed input: what is done is kept, what changed is named."""
+"""`hpctrain tokenize` again, at once, killed or with changed input: what is done is kept, what
+changed is named."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def test_nothing_is_done_twice_and_changes_are_named(tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", texts)
     do(request(tmp_path, data))
     times = [path.stat().st_mtime_ns for path in tmp_path.glob("out_text*")]
-    assert prepare(request(tmp_path, data, tasks=9)).finished  # another number of tasks is no change
+    # another number of tasks is no change
+    assert prepare(request(tmp_path, data, tasks=9)).finished
     os.utime(data, ns=(1, 1))
     assert prepare(request(tmp_path, data)).finished  # written again, but the same bytes
     assert [path.stat().st_mtime_ns for path in tmp_path.glob("out_text*")] == times
@@ -71,13 +73,28 @@ def test_an_input_that_changes_while_it_is_read_is_an_error(tmp_path):
 
 
 def test_a_killed_run_goes_on_with_the_shards_it_had(tmp_path):
-    """kill -9 at random moments; each rerun does only what is missing; the result is the single run's."""
+    """kill -9 at random moments; each rerun does only what is missing; the result is the single
+    run's."""
     texts = dialogues(3000, seed=8)
     data = write_jsonl(tmp_path / "a.jsonl", texts)
     want = oracle(texts, model_path("bpe_nmt_nfkc"))
     rng = random.Random(1)
-    argv = [sys.executable, "-m", "hpctrain", "tokenize", str(data), "--tokenizer", model_path("bpe_nmt_nfkc"),
-            "--output-prefix", str(tmp_path / "out"), "--tasks", "12", "--processes", "1", "--local"]  # fmt: skip
+    argv = [
+        sys.executable,
+        "-m",
+        "hpctrain",
+        "tokenize",
+        str(data),
+        "--tokenizer",
+        model_path("bpe_nmt_nfkc"),
+        "--output-prefix",
+        str(tmp_path / "out"),
+        "--tasks",
+        "12",
+        "--processes",
+        "1",
+        "--local",
+    ]
     kills = 0
     for attempt in range(40):
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -107,7 +124,9 @@ def test_done_shards_are_not_done_again(tmp_path):
 
     for index in (1, 4):
         run_shard(plan, plan.shards[index])
-    stamps = {index: os.stat(shard_files(plan, plan.shards[index]).bin).st_mtime_ns for index in (1, 4)}
+    stamps = {
+        index: os.stat(shard_files(plan, plan.shards[index]).bin).st_mtime_ns for index in (1, 4)
+    }
     os.truncate(shard_files(plan, plan.shards[4]).bin, 10)  # a damaged one is not done
     prepared = prepare(request(tmp_path, data, tasks=2))
 
@@ -122,9 +141,25 @@ def test_done_shards_are_not_done_again(tmp_path):
 def test_two_runs_at_once_make_one_right_dataset(tmp_path):
     texts = dialogues(1500, seed=9)
     data = write_jsonl(tmp_path / "a.jsonl", texts)
-    argv = [sys.executable, "-m", "hpctrain", "tokenize", str(data), "--tokenizer", model_path("unigram"), "--output-prefix",
-            str(tmp_path / "out"), "--tasks", "4", "--processes", "1", "--local"]  # fmt: skip
-    both = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    argv = [
+        sys.executable,
+        "-m",
+        "hpctrain",
+        "tokenize",
+        str(data),
+        "--tokenizer",
+        model_path("unigram"),
+        "--output-prefix",
+        str(tmp_path / "out"),
+        "--tasks",
+        "4",
+        "--processes",
+        "1",
+        "--local",
+    ]
+    both = [
+        subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=100) for process in both]
 
     assert [process.returncode for process in both] == [0, 0], outputs
@@ -148,12 +183,24 @@ def test_two_different_runs_at_once_never_mix(tmp_path):
         write_jsonl(tmp_path / f"{name}.jsonl", some)
     both = [
         subprocess.Popen(
-            [sys.executable, "-m", "hpctrain", "tokenize", str(tmp_path / f"{name}.jsonl"), "--tokenizer",
-             model_path("unigram"), "--output-prefix", str(tmp_path / "out"), "--local"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            [
+                sys.executable,
+                "-m",
+                "hpctrain",
+                "tokenize",
+                str(tmp_path / f"{name}.jsonl"),
+                "--tokenizer",
+                model_path("unigram"),
+                "--output-prefix",
+                str(tmp_path / "out"),
+                "--local",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for name in texts
-    ]  # fmt: skip
+    ]
     errors = [process.communicate(timeout=100)[1] for process in both]
     codes = [process.returncode for process in both]
 
@@ -167,8 +214,22 @@ def test_two_different_runs_at_once_never_mix(tmp_path):
 def test_an_interrupted_run_says_so_and_can_go_on(tmp_path):
     texts = dialogues(2000)
     data = write_jsonl(tmp_path / "a.jsonl", texts * 2)
-    argv = [sys.executable, "-m", "hpctrain", "tokenize", str(data), "--tokenizer", model_path("unigram"), "--output-prefix",
-            str(tmp_path / "out"), "--tasks", "20", "--processes", "2", "--local"]  # fmt: skip
+    argv = [
+        sys.executable,
+        "-m",
+        "hpctrain",
+        "tokenize",
+        str(data),
+        "--tokenizer",
+        model_path("unigram"),
+        "--output-prefix",
+        str(tmp_path / "out"),
+        "--tasks",
+        "20",
+        "--processes",
+        "2",
+        "--local",
+    ]
     process = subprocess.Popen(
         argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -176,6 +237,7 @@ def test_an_interrupted_run_says_so_and_can_go_on(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=120)[1]
-    assert process.returncode in (130, 0, -signal.SIGINT), stderr  # the last: it came while Python was leaving
+    # the last: it came while Python was leaving
+    assert process.returncode in (130, 0, -signal.SIGINT), stderr
     assert cli(*argv[4:]).returncode == 0
     assert pair(tmp_path) == oracle(texts * 2, model_path("unigram"))

@@ -1,4 +1,5 @@
-"""Whatever kills `hpctrain tokenize`, at whatever step: the old dataset, none, or the new one; nothing of the user's is lost."""
+"""Whatever kills `hpctrain tokenize`, at whatever step: the old dataset, none, or the new one;
+nothing of the user's is lost."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ STEPS = ("link", "replace", "unlink", "fsync")
 
 
 def crash_at(step, action):
-    """Run `action` in a child that is gone, as by kill -9, right before file system step number `step`; whether it survived."""
+    """Run `action` in a child that is gone, as by kill -9, right before file system step number
+    `step`; whether it survived."""
     child = os.fork()
     if child == 0:
         count = 0
@@ -91,7 +93,10 @@ def test_a_merge_killed_at_any_step_leaves_the_old_pair_none_or_the_new(tmp_path
         for path in tmp_path.glob("out_text*"):
             path.unlink()
         # Of another program that has the number of a dead writer: numbers are given again.
-        (tmp_path / f"out_text_document.bin.tmp-{socket.gethostname().split('.')[0]}-{os.getpid()}.1-x").touch()
+        (
+            tmp_path
+            / f"out_text_document.bin.tmp-{socket.gethostname().split('.')[0]}-{os.getpid()}.1-x"
+        ).touch()
         if force:
             prefix.with_name(prefix.name + ".bin").write_bytes(old[0])
             prefix.with_name(prefix.name + ".idx").write_bytes(old[1])
@@ -147,7 +152,10 @@ def test_the_merge_refuses_shards_that_do_not_add_up(tmp_path):
     good = files.read_json(path)
     for change, words in [
         ({"documents": good["documents"] - 1}, "records, but"),
-        ({"segments": [{**good["segments"][0], "first": good["segments"][0]["first"] + 1}]}, "the one before ended at"),
+        (
+            {"segments": [{**good["segments"][0], "first": good["segments"][0]["first"] + 1}]},
+            "the one before ended at",
+        ),
         ({"model_sha256": "0"}, "another model"),
     ]:
         files.write_json(path, {**good, **change})
@@ -177,4 +185,6 @@ def test_nothing_of_the_users_is_replaced_or_written_through(tmp_path):
     for end in (".bin", ".idx"):
         os.symlink(mine, tmp_path / f"out_text_document{end}")
     do(request(tmp_path, data, force=True))
-    assert mine.read_text() == "mine" and pair(tmp_path) == oracle(dialogues(10), model_path("bpe_identity"))
+    assert mine.read_text() == "mine" and pair(tmp_path) == oracle(
+        dialogues(10), model_path("bpe_identity")
+    )

@@ -26,12 +26,25 @@ STUBS = {
     "breaks on import": "raise RuntimeError('needs a newer Python')",
     "lost its class": "",
     "lost its loader": "class Tokenizer: pass",
-    "refuses the model": "class Tokenizer:\n  def from_json(data): raise ValueError('unknown field')",
-    "panics": "class Panic(BaseException): pass\nclass Tokenizer:\n  def from_json(data): raise Panic('index out of bounds')",
-    "gives lists": "class Tokenizer:\n  def from_json(data): return Tokenizer()\n  def encode(self, text): return [1, 2]",
-    "gives nothing": "class Tokenizer:\n  def from_json(data): return Tokenizer()\n  def encode(self, text): pass",
-    "gives ids past the end": "import numpy\nclass Tokenizer:\n  def from_json(data): return Tokenizer()\n"
-    "  def encode(self, text): return numpy.full(text.count(b'\\0'), 10**9, dtype=numpy.uint32)",
+    "refuses the model": (
+        "class Tokenizer:\n  def from_json(data): raise ValueError('unknown field')"
+    ),
+    "panics": (
+        "class Panic(BaseException): pass\nclass Tokenizer:\n  def from_json(data): raise"
+        " Panic('index out of bounds')"
+    ),
+    "gives lists": (
+        "class Tokenizer:\n  def from_json(data): return Tokenizer()\n  def encode(self, text):"
+        " return [1, 2]"
+    ),
+    "gives nothing": (
+        "class Tokenizer:\n  def from_json(data): return Tokenizer()\n  def encode(self, text):"
+        " pass"
+    ),
+    "gives ids past the end": (
+        "import numpy\nclass Tokenizer:\n  def from_json(data): return Tokenizer()\n"
+        "  def encode(self, text): return numpy.full(text.count(b'\\0'), 10**9, dtype=numpy.uint32)"
+    ),
 }
 
 
@@ -57,7 +70,10 @@ def test_a_command_says_why_it_is_slow_and_writes_the_same(tmp_path):
     where = {"PYTHONPATH": str(tmp_path)}
     done = cli(*argv, "--output-prefix", tmp_path / "out", env=where)
 
-    assert done.returncode == 0 and "not the fast encoder: gigatoken failed" in done.stdout + done.stderr
+    assert (
+        done.returncode == 0
+        and "not the fast encoder: gigatoken failed" in done.stdout + done.stderr
+    )
     assert pair(tmp_path) == oracle(texts, model_path("bpe_identity"))
     asked = cli(*argv, "--output-prefix", tmp_path / "asked", "--encoder", "fast", env=where)
     assert asked.returncode == 3 and "Traceback" not in asked.stderr
@@ -93,13 +109,17 @@ class Panic(BaseException):
     """What pyo3 makes of a panic in Rust: no Exception."""
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), MemoryError(), Panic("index out of bounds")])
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), MemoryError(), Panic("index out of bounds")]
+)
 def test_a_failure_in_the_middle_leaves_the_rest_to_the_reference(tmp_path, monkeypatch, error):
     failing = Failing(error, good=2)  # the self-check, and a block
     monkeypatch.setattr(sys.modules["gigatoken"], "Tokenizer", failing)
     monkeypatch.setattr(worker, "_encoders", {})
     texts = dialogues(60)
-    inputs = [write_jsonl(tmp_path / f"{part}.jsonl", texts[part : part + 20]) for part in (0, 20, 40)]
+    inputs = [
+        write_jsonl(tmp_path / f"{part}.jsonl", texts[part : part + 20]) for part in (0, 20, 40)
+    ]
     manifest = do(request(tmp_path, *inputs, tasks=2))
 
     assert pair(tmp_path) == oracle(texts, model_path("bpe_identity"))

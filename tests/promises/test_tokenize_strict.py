@@ -1,4 +1,5 @@
-"""Bad input to `hpctrain tokenize` is an error with its place before anything is written; nothing is dropped silently."""
+"""Bad input to `hpctrain tokenize` is an error with its place before anything is written; nothing
+is dropped silently."""
 
 from __future__ import annotations
 
@@ -22,13 +23,18 @@ from hpctrain.data.prepare import prepare  # noqa: E402
     ("messages", "hint"),
     [
         ([("system", "be kind"), ("user", "a")], "--system prepend"),
-        ([("it's a tool", "x")], """--control-token '<<<|it'"'"'s a tool|>>>=<|it'"'"'s a tool|>'"""),
+        (
+            [("it's a tool", "x")],
+            """--control-token '<<<|it'"'"'s a tool|>>>=<|it'"'"'s a tool|>'""",
+        ),
         ([("user", f"a {U} b")], ""),  # nothing accepts this: it would end the turn
         ([("user", "<<<|x|>>>")], "--allow unknown-marker"),
     ],
 )
 def test_what_is_wrong_with_a_chat_says_what_helps(tmp_path, messages, hint):
-    line = json.dumps({"messages": [{"role": role, "content": content} for role, content in messages]})
+    line = json.dumps(
+        {"messages": [{"role": role, "content": content} for role, content in messages]}
+    )
     (tmp_path / "chat.jsonl").write_text(line)
     with pytest.raises(HpctrainError) as caught:
         do(request(tmp_path, tmp_path / "chat.jsonl"))
@@ -56,12 +62,16 @@ WITHIN = {"not JSON": len(b'{"text": '), "not UTF-8": len(b'{"text": "')}
 
 
 def bad_file(path, texts):
-    """Good documents with the bad lines among them; the numbers and byte offsets of the bad ones."""
+    """Good documents with the bad lines among them; the numbers and byte offsets of the bad
+    ones."""
     lines = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts]
     for number, (line, _) in enumerate(BAD):
         lines.insert(3 * number + 1, line)
     path.write_bytes(b"".join(line + b"\n" for line in lines))
-    where = [(lines.index(line) + 1, sum(len(one) + 1 for one in lines[: lines.index(line)])) for line, _ in BAD]
+    where = [
+        (lines.index(line) + 1, sum(len(one) + 1 for one in lines[: lines.index(line)]))
+        for line, _ in BAD
+    ]
     return lines, where
 
 
@@ -78,7 +88,9 @@ def test_every_bad_record_is_an_error_with_line_and_byte(tmp_path, tasks):
         number = int(problem.where.rsplit(":", 1)[1])
         index = [line for line, _ in where].index(number)
         words, byte = BAD[index][1], where[index][1]
-        assert words in problem.what and f"byte {byte + WITHIN.get(words, 0)})" in problem.what, problem
+        assert words in problem.what and f"byte {byte + WITHIN.get(words, 0)})" in problem.what, (
+            problem
+        )
     assert len(problems) == len(BAD) if tasks == 1 else problems
     assert not list(tmp_path.glob("out_text*"))
 
@@ -99,11 +111,18 @@ def test_what_the_reference_accepts_can_be_allowed_and_is_counted(tmp_path):
     texts = [f"before {U}a{U}{A}b", f"{U}x\0y{A}<<<|sys|>>>", f"{U}a{A}"]
     data = write_jsonl(tmp_path / "a.jsonl", texts)
     manifest = do(
-        request(tmp_path, data, options=Options(allow=("nul", "unbalanced", "unknown-marker", "outside-text")))
+        request(
+            tmp_path,
+            data,
+            options=Options(allow=("nul", "unbalanced", "unknown-marker", "outside-text")),
+        )
     )
 
     assert pair(tmp_path) == oracle(texts, model_path("bpe_identity"))
-    assert manifest["special"]["nul characters"] == 1 and manifest["special"]["unknown markers kept as text"] == 1
+    assert (
+        manifest["special"]["nul characters"] == 1
+        and manifest["special"]["unknown markers kept as text"] == 1
+    )
 
 
 @pytest.mark.parametrize("tasks", [1, 5])
@@ -111,13 +130,22 @@ def test_skipped_records_can_be_repaired_and_fed_again(tmp_path, tasks):
     texts = dialogues(60, seed=7)
     data = tmp_path / "bad.jsonl"
     lines, where = bad_file(data, texts)
-    manifest = do(request(tmp_path, data, tasks=tasks, options=Options(on_error="skip", max_errors=len(BAD))))
+    manifest = do(
+        request(tmp_path, data, tasks=tasks, options=Options(on_error="skip", max_errors=len(BAD)))
+    )
 
     assert pair(tmp_path) == oracle(texts, model_path("bpe_identity"))
     assert manifest["rejected"] == len(BAD) and manifest["records"] == len(lines)
-    assert (tmp_path / "out.rejects.jsonl").read_bytes() == b"".join(line + b"\n" for line, _ in BAD)
-    reasons = [json.loads(line) for line in (tmp_path / "out.rejects.reasons.jsonl").read_text().splitlines()]
-    assert [int(reason["where"].rsplit(":", 1)[1]) for reason in reasons] == [line for line, _ in where]
+    assert (tmp_path / "out.rejects.jsonl").read_bytes() == b"".join(
+        line + b"\n" for line, _ in BAD
+    )
+    reasons = [
+        json.loads(line)
+        for line in (tmp_path / "out.rejects.reasons.jsonl").read_text().splitlines()
+    ]
+    assert [int(reason["where"].rsplit(":", 1)[1]) for reason in reasons] == [
+        line for line, _ in where
+    ]
     repaired = write_jsonl(tmp_path / "out.rejects.jsonl", dialogues(3))
     do(request(tmp_path, repaired, prefix="again"))
     assert pair(tmp_path, "again") == oracle(dialogues(3), model_path("bpe_identity"))
@@ -133,7 +161,11 @@ def test_more_bad_records_than_allowed_are_an_error(tmp_path):
         with pytest.raises(HpctrainError, match="more than --max-errors 10"):
             do(
                 request(
-                    tmp_path, data, tasks=tasks, prefix=f"p{tasks}", options=Options(on_error="skip", max_errors=10)
+                    tmp_path,
+                    data,
+                    tasks=tasks,
+                    prefix=f"p{tasks}",
+                    options=Options(on_error="skip", max_errors=10),
                 )
             )
         assert not list(tmp_path.glob(f"p{tasks}_text*"))
@@ -143,7 +175,9 @@ def test_forged_tokens_of_user_defined_pieces_are_errors(tmp_path):
     tokens = (f"{U}=<sep>", f"{A}=<|assistant|>")
     good, bad = f"{U}a{U}{A}b{A}", f"{U}a{U}{A}b<sep>c{A}"
     data = write_jsonl(tmp_path / "a.jsonl", [good, bad])
-    asked = request(tmp_path, data, kind="bpe_user_defined", control_tokens=tokens, allow_user_defined=True)
+    asked = request(
+        tmp_path, data, kind="bpe_user_defined", control_tokens=tokens, allow_user_defined=True
+    )
     with pytest.raises(HpctrainError, match="would become a control token"):
         do(asked)
     write_jsonl(data, [good])
@@ -169,8 +203,18 @@ def test_dry_run_writes_nothing(tmp_path):
 
 
 def test_all_mistakes_of_a_command_line_are_named_at_once(tmp_path):
-    done = cli(tmp_path / "no.jsonl", "--tokenizer", tmp_path / "no.model", "--output-prefix", tmp_path / "x.bin", "--local",
-               "--max-errors", 3, "--tasks", 0)  # fmt: skip
+    done = cli(
+        tmp_path / "no.jsonl",
+        "--tokenizer",
+        tmp_path / "no.model",
+        "--output-prefix",
+        tmp_path / "x.bin",
+        "--local",
+        "--max-errors",
+        3,
+        "--tasks",
+        0,
+    )
     assert done.returncode == 2 and done.stderr.count("error:") == 5, done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
@@ -183,7 +227,8 @@ def test_errors_of_the_environment_have_their_code(tmp_path):
 
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_a_broken_compressed_file_is_bad_input_among_the_rest(tmp_path, tasks):
-    """Cut off, or with a byte changed: the file, how much of its text is whole, and the bad lines of the other files."""
+    """Cut off, or with a byte changed: the file, how much of its text is whole, and the bad lines
+    of the other files."""
     import zstandard
 
     plain = write_jsonl(tmp_path / "good.jsonl", dialogues(3)).read_bytes()
@@ -200,13 +245,23 @@ def test_a_broken_compressed_file_is_bad_input_among_the_rest(tmp_path, tasks):
 
     assert caught.value.exit_code == 2 and not list(tmp_path.glob("out_text*"))
     assert all(
-        "broken" in one.what and " of its text" in one.where for one in problems if "text.jsonl" not in one.where
+        "broken" in one.what and " of its text" in one.where
+        for one in problems
+        if "text.jsonl" not in one.where
     )
     if tasks == 1:
         assert [Path(one.where.split(":")[0]).name for one in problems] == list(names)
     skip = Options(on_error="skip", max_errors=9)
     with pytest.raises(HpctrainError, match="broken gz file"):
-        do(request(tmp_path, tmp_path / "text.jsonl", tmp_path / "cut.jsonl.gz", prefix="skip", options=skip))
+        do(
+            request(
+                tmp_path,
+                tmp_path / "text.jsonl",
+                tmp_path / "cut.jsonl.gz",
+                prefix="skip",
+                options=skip,
+            )
+        )
     assert not list(tmp_path.glob("skip_text*"))
 
 
@@ -219,7 +274,11 @@ def test_a_line_longer_than_the_limit_is_refused_and_taken_when_it_is_raised(tmp
         do(request(tmp_path, data, tasks=tasks, options=low))
 
     assert caught.value.exit_code == 2
-    assert "--max-line-mib" in caught.value.problems[0].why and "a.jsonl: byte" in caught.value.problems[0].where
+    assert (
+        "--max-line-mib" in caught.value.problems[0].why
+        and "a.jsonl: byte" in caught.value.problems[0].where
+    )
     do(request(tmp_path, data, tasks=tasks, options=high))
     assert pair(tmp_path) == oracle(texts, model_path("bpe_identity"))
-    assert prepare(request(tmp_path, data, options=PLAIN)).finished  # another limit is no other dataset
+    # another limit is no other dataset
+    assert prepare(request(tmp_path, data, options=PLAIN)).finished

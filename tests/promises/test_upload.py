@@ -41,7 +41,8 @@ while left > 0:
 
 @pytest.fixture
 def there(tmp_path, monkeypatch):
-    """The other machine: its home folder. Fails, rather than skips, without rsync: tools/test installs it."""
+    """The other machine: its home folder. Fails, rather than skips, without rsync: tools/test
+    installs it."""
     assert shutil.which("rsync"), "rsync is not installed (Debian package rsync)"
     ssh = tmp_path / "a stand-in's ssh"
     ssh.write_text(SSH)
@@ -66,7 +67,11 @@ def upload(hpctrain, *words, **options):
 
 
 def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file()
+    }
 
 
 def test_files_and_folders_arrive_and_are_compared(there, hpctrain):
@@ -86,8 +91,17 @@ def test_files_and_folders_arrive_and_are_compared(there, hpctrain):
 
 
 def test_hostile_names_and_folders_arrive_as_they_are(there, hpctrain):
-    names = sorted({word for word in HOSTILE if "/" not in word and "\0" not in word and 0 < len(word) < 200 and word not in ("~", ".", "..")
-                    and word.encode("utf-8", "ignore").decode() == word})  # fmt: skip
+    names = sorted(
+        {
+            word
+            for word in HOSTILE
+            if "/" not in word
+            and "\0" not in word
+            and 0 < len(word) < 200
+            and word not in ("~", ".", "..")
+            and word.encode("utf-8", "ignore").decode() == word
+        }
+    )
     for name in names:
         Path(name).write_text(name)
     target = there / 'it\'s a "folder" $(touch canary); `id` : é'
@@ -109,7 +123,8 @@ def test_a_cut_off_upload_goes_on_where_it_was(there, hpctrain, monkeypatch):
     assert not (there / "data/big").exists()  # nothing half under its name
     partial = there / "data" / PARTIAL_DIR / "big"
     assert partial.stat().st_size > 1_000_000 and data.startswith(partial.read_bytes())
-    monkeypatch.setenv("SSH_CUT", "1500000")  # less than the file: enough only for the rest of it and the comparison
+    # less than the file: enough only for the rest of it and the comparison
+    monkeypatch.setenv("SSH_CUT", "1500000")
     second = upload(hpctrain, "--to", there / "data", "big")
 
     assert second.returncode == 0, second.stderr
@@ -124,7 +139,11 @@ def test_other_content_that_is_there_is_kept_unless_forced(there, hpctrain):
     os.utime("f", (1, 1))
     kept = upload(hpctrain, "--to", there / "d", "f")
 
-    assert kept.returncode == 4 and "other content" in kept.stderr and (there / "d/f").read_text() == "hers"
+    assert (
+        kept.returncode == 4
+        and "other content" in kept.stderr
+        and (there / "d/f").read_text() == "hers"
+    )
     forced = upload(hpctrain, "--to", there / "d", "f", "--force")
     assert forced.returncode == 0 and (there / "d/f").read_text() == "mine"
 
@@ -146,11 +165,25 @@ def test_user_key_and_host_reach_ssh_and_nothing_else(there, hpctrain, tmp_path)
     key = tmp_path / "it's a key"
     key.write_text("secret")
     Path("f").write_text("x")
-    done = upload(hpctrain, "--to", there / "d", "--user", "me", "--host", "login.example.org", "--key", key, "f")
+    done = upload(
+        hpctrain,
+        "--to",
+        there / "d",
+        "--user",
+        "me",
+        "--host",
+        "login.example.org",
+        "--key",
+        key,
+        "f",
+    )
     words = (tmp_path / "ssh.log").read_text().split("\n")[0].split("\0")
 
     assert done.returncode == 0, done.stderr
-    assert words[:6] == ["-i", str(key), "-o", "IdentitiesOnly=yes", "-l", "me"] and words[6] == "login.example.org"
+    assert (
+        words[:6] == ["-i", str(key), "-o", "IdentitiesOnly=yes", "-l", "me"]
+        and words[6] == "login.example.org"
+    )
     assert "secret" not in done.stderr
 
 
@@ -158,9 +191,13 @@ def test_dry_run_connects_to_nobody_and_prints_what_a_shell_reads_back(there, hp
     Path("a b").write_text("x")
     done = upload(hpctrain, "--to", there / "d", "--dry-run", "a b")
 
-    assert done.returncode == 0 and not (tmp_path / "ssh.log").exists() and not (there / "d").exists()
-    (send, compare) = done.stdout.splitlines()
-    assert shlex.split(send)[-2:] == ["./a b", f"lumi.csc.fi:{there}/d/"] and "--checksum" in compare
+    assert (
+        done.returncode == 0 and not (tmp_path / "ssh.log").exists() and not (there / "d").exists()
+    )
+    send, compare = done.stdout.splitlines()
+    assert (
+        shlex.split(send)[-2:] == ["./a b", f"lumi.csc.fi:{there}/d/"] and "--checksum" in compare
+    )
     assert subprocess.run(["bash", "-c", f"{send} >/dev/null"], check=False).returncode == 0
     assert (there / "d/a b").read_text() == "x"
 
@@ -169,10 +206,13 @@ def test_the_folder_comes_from_the_run_then_from_the_site(there, hpctrain):
     Path("f").write_text("x")
     assert "lumi.csc.fi:/scratch/project_465000001/ " in upload(hpctrain, "--dry-run", "f").stderr
     Path("run.yaml").write_text(
-        "name: r\nsite: lumi\nrecipe: command\ntime: 1h\naccount: project_465000007\ndata: {train: [/flash/x/y/text_document]}\n"
+        "name: r\nsite: lumi\nrecipe: command\ntime: 1h\naccount: project_465000007\ndata: {train:"
+        " [/flash/x/y/text_document]}\n"
     )
     done = hpctrain("upload", "--dry-run", "f")
-    assert "lumi.csc.fi:/flash/x/y/ (the folder of the run's data, run.yaml:6:16)" in done.stderr, done.stderr
+    assert "lumi.csc.fi:/flash/x/y/ (the folder of the run's data, run.yaml:6:16)" in done.stderr, (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,7 +231,9 @@ def test_the_folder_comes_from_the_run_then_from_the_site(there, hpctrain):
         (["/"], "has no name of its own"),
     ],
 )
-def test_what_cannot_be_sent_is_refused_before_connecting(there, hpctrain, tmp_path, words, message):
+def test_what_cannot_be_sent_is_refused_before_connecting(
+    there, hpctrain, tmp_path, words, message
+):
     Path("f").write_text("x")
     Path("d").mkdir()
     Path("d/f").write_text("y")
@@ -215,7 +257,9 @@ def test_without_rsync_it_says_what_to_install(there, hpctrain, tmp_path):
     assert done.returncode == 3 and "there is no `rsync` here" in done.stderr
 
 
-@pytest.mark.parametrize("words", [["ssh", "a b", "it's", "'", 'q"q', "", "x''y", "-o", "A=b"], ["/a b/ssh"]])
+@pytest.mark.parametrize(
+    "words", [["ssh", "a b", "it's", "'", 'q"q', "", "x''y", "-o", "A=b"], ["/a b/ssh"]]
+)
 def test_rsync_splits_the_remote_shell_back_into_the_same_words(words, there, tmp_path):
     note = tmp_path / "argv"
     program = tmp_path / "note it"

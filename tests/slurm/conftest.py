@@ -1,4 +1,5 @@
-"""One real Slurm for the whole test session, shaped like LUMI, started without root and without installing anything."""
+"""One real Slurm for the whole test session, shaped like LUMI, started without root and without
+installing anything."""
 
 from __future__ import annotations
 
@@ -43,21 +44,28 @@ class Sandbox:
             check=False,
         )
 
-    def ok(self, *argv: str, cwd: Path | None = None, timeout_s: float = 120, **environ: str) -> str:
+    def ok(
+        self, *argv: str, cwd: Path | None = None, timeout_s: float = 120, **environ: str
+    ) -> str:
         """The same, which must succeed; its stdout."""
         result = self.run(*argv, cwd=cwd, timeout_s=timeout_s, **environ)
-        assert result.returncode == 0, f"{argv}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+        assert result.returncode == 0, (
+            f"{argv}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+        )
         return result.stdout
 
     def job(self, tmp_path: Path, script: str, *options: str, **environ: str) -> str:
-        """Submit a bash script from `tmp_path`, wait for its end, and return what it printed; it must succeed."""
+        """Submit a bash script from `tmp_path`, wait for its end, and return what it printed; it
+        must succeed."""
         (tmp_path / "job.sh").write_text("#!/bin/bash\n" + script)
         log = tmp_path / "job.log"
         log.unlink(missing_ok=True)
         submit = ("sbatch", "--parsable", "-t", "5", "-o", str(log), *options, "job.sh")
         job = self.ok(*submit, cwd=tmp_path, **environ).strip()
         # Not `sbatch --wait`, which looks only every few seconds.
-        self.wait_for(lambda: self.state(job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), 120)
+        self.wait_for(
+            lambda: self.state(job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), 120
+        )
         text = log.read_text() if log.exists() else ""
         assert self.state(job) == "COMPLETED", f"{self.state(job)}\n{text}"
         return text
@@ -84,7 +92,9 @@ class Sandbox:
 def lumi(num_nodes: int = 4, **options: Any) -> ClusterShape:
     """LUMI-G nodes and one LUMI-C node, with times short enough for tests."""
     counts = {"lumi-g": num_nodes, "lumi-c": 1, "lumi-d": 0}
-    return shape_from_site(load_site("lumi"), counts, **{"kill_wait_s": 3, "slurmd_timeout_s": 60, **options})
+    return shape_from_site(
+        load_site("lumi"), counts, **{"kill_wait_s": 3, "slurmd_timeout_s": 60, **options}
+    )
 
 
 @contextlib.contextmanager
@@ -106,7 +116,8 @@ def _session_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandb
 
 @pytest.fixture
 def sandbox(_session_sandbox: Sandbox) -> Iterator[Sandbox]:
-    """The session's shared sandbox: LUMI-G nodes nid[000001-000004] and LUMI-C node nid000005; no jobs are left in it."""
+    """The session's shared sandbox: LUMI-G nodes nid[000001-000004] and LUMI-C node nid000005; no
+    jobs are left in it."""
     yield _session_sandbox
     _session_sandbox.empty()
 
@@ -120,7 +131,8 @@ def _session_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sa
 
 @pytest.fixture
 def accounting_sandbox(_session_accounting: Sandbox) -> Iterator[Sandbox]:
-    """A shared sandbox with slurmdbd: LUMI's limits on submitted jobs, one account, ACCOUNT; sacct works."""
+    """A shared sandbox with slurmdbd: LUMI's limits on submitted jobs, one account, ACCOUNT; sacct
+    works."""
     yield _session_accounting
     _session_accounting.empty()
 

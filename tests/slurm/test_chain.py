@@ -26,8 +26,24 @@ class Chain:
         self.sandbox, self.top = sandbox, top
         self.dir, self.ckpt, self.truth = top / "runs" / "ft", top / "ck", top / "truth"
         steps = changes.pop("steps", 6)
-        argv = changes.pop("argv", [sys.executable, str(TRAINER), "--truth", str(self.truth), "--steps", str(steps), "--save-every", "3",
-                                    "--tp", "2", "--step-s", "0.05", *changes.pop("more", [])])  # fmt: skip
+        argv = changes.pop(
+            "argv",
+            [
+                sys.executable,
+                str(TRAINER),
+                "--truth",
+                str(self.truth),
+                "--steps",
+                str(steps),
+                "--save-every",
+                "3",
+                "--tp",
+                "2",
+                "--step-s",
+                "0.05",
+                *changes.pop("more", []),
+            ],
+        )
         options = {
             "argv": argv,
             "layout": "deepspeed",
@@ -36,14 +52,25 @@ class Chain:
             "signal": "--signal" in argv,
         }
         spec = {
-            "name": "ft", "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 1,
-            "tasks_per_node": 2, "gpus_per_node": 1, "time": "00:05:00", "checkpoint": {"dir": str(self.ckpt)},
-            "recipe_options": options, **changes,
-        }  # fmt: skip
+            "name": "ft",
+            "site": "lumi",
+            "recipe": "command",
+            "account": "project_465001281",
+            "partition": "small-g",
+            "nodes": 1,
+            "tasks_per_node": 2,
+            "gpus_per_node": 1,
+            "time": "00:05:00",
+            "checkpoint": {"dir": str(self.ckpt)},
+            "recipe_options": options,
+            **changes,
+        }
         (top / "run.yaml").write_text(json.dumps(spec))
 
     def hpctrain(self, *args, **environ):
-        return self.sandbox.run(sys.executable, "-m", "hpctrain", *map(str, args), cwd=self.top, **environ)
+        return self.sandbox.run(
+            sys.executable, "-m", "hpctrain", *map(str, args), cwd=self.top, **environ
+        )
 
     def ok(self, *args, **environ):
         done = self.hpctrain(*args, **environ)
@@ -52,8 +79,14 @@ class Chain:
 
     def records(self, name="links.jsonl", **wanted):
         path = self.dir / name
-        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [record for record in found if all(record.get(key) == value for key, value in wanted.items())]
+        found = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
+        return [
+            record
+            for record in found
+            if all(record.get(key) == value for key, value in wanted.items())
+        ]
 
     def happened(self, event):
         path = self.truth / "truth.jsonl"
@@ -63,7 +96,9 @@ class Chain:
     def queue(self):
         """The run's live jobs: (id, state, dependency)."""
         said = self.sandbox.ok("squeue", "-h", "-o", "%A|%T|%E|%Z")
-        return [line.split("|")[:3] for line in said.splitlines() if line.split("|")[3] == str(self.dir)]
+        return [
+            line.split("|")[:3] for line in said.splitlines() if line.split("|")[3] == str(self.dir)
+        ]
 
     def wait(self, what=lambda chain: not chain.queue(), seconds=90):
         for _ in range(seconds * 4):
@@ -75,7 +110,8 @@ class Chain:
 
     @contextlib.contextmanager
     def held(self, event):
-        """The trainer waits between two steps, once it did `event`: however slow this machine is, a link is running then."""
+        """The trainer waits between two steps, once it did `event`: however slow this machine is, a
+        link is running then."""
         self.truth.mkdir(exist_ok=True)
         self.wait(lambda chain: chain.happened(event))
         (self.truth / "pause").touch()
@@ -83,7 +119,9 @@ class Chain:
         (self.truth / "pause").unlink()
 
     def exit_code(self, job_id):
-        return re.search(r"ExitCode=(\d+):", self.sandbox.ok("scontrol", "show", "job", "-o", job_id))[1]
+        return re.search(
+            r"ExitCode=(\d+):", self.sandbox.ok("scontrol", "show", "job", "-o", job_id)
+        )[1]
 
 
 @pytest.fixture
@@ -97,28 +135,42 @@ def make(sandbox, tmp_path):
         sandbox.ok("scancel", *ids)
 
 
-def test_a_chain_runs_to_its_target_finetunes_once_resumes_after_that_and_leaves_nothing_queued(make, tmp_path):
+def test_a_chain_runs_to_its_target_finetunes_once_resumes_after_that_and_leaves_nothing_queued(
+    make, tmp_path
+):
     base = checkpoints.save(str(tmp_path / "base"), 50, 2, 1, name="_global_step50_backup")
     before = checkpoints.snapshot(base)
     bench = tmp_path / "bench.sh"
     bench.write_text(
-        '#!/bin/bash\n#SBATCH --time=00:05:00\n#SBATCH --partition=small-g\necho "$HPCTRAIN_CHECKPOINT" >>bench.txt\nexit 7\n'
+        "#!/bin/bash\n#SBATCH --time=00:05:00\n#SBATCH --partition=small-g\necho"
+        ' "$HPCTRAIN_CHECKPOINT" >>bench.txt\nexit 7\n'
     )
     chain = make(
-        steps=9, checkpoint={"dir": str(tmp_path / "ck"), "start": base}, chain={"jobs": 5, "after_each": str(bench)}
+        steps=9,
+        checkpoint={"dir": str(tmp_path / "ck"), "start": base},
+        chain={"jobs": 5, "after_each": str(bench)},
     )
     (chain.truth / "faults").mkdir(parents=True)
-    (chain.truth / "faults" / "1").write_text(json.dumps({"kind": "kill_rank", "at_step": 5, "rank": 1}))
+    (chain.truth / "faults" / "1").write_text(
+        json.dumps({"kind": "kill_rank", "at_step": 5, "rank": 1})
+    )
     chain.ok("chain")
     chain.wait()
     assert [(start["mode"], start["iteration"]) for start in chain.happened("start")] == [
         ("finetune", 0),
         ("resume", 3),
     ]
-    assert [record["mode"] for record in chain.records(event="begin")] == ["finetune", "resume", "done"]
+    assert [record["mode"] for record in chain.records(event="begin")] == [
+        "finetune",
+        "resume",
+        "done",
+    ]
     assert chain.happened("end")[-1]["optimizer_steps"] == 9
     assert checkpoints.snapshot(base) == before
-    assert (chain.dir / "bench.txt").read_text().split() == [f"{chain.ckpt}/global_step3", f"{chain.ckpt}/global_step9"]
+    assert (chain.dir / "bench.txt").read_text().split() == [
+        f"{chain.ckpt}/global_step3",
+        f"{chain.ckpt}/global_step9",
+    ]
     assert len(chain.records("ledger.jsonl", event="cancelled")) >= 4
 
 
@@ -131,16 +183,23 @@ def test_a_chain_without_progress_gives_up_with_93_and_cancels_the_rest(make):
     last = chain.records(event="begin")[-1]
     assert "2 links in a row" in last["reason"]
     assert chain.exit_code(last["job_id"]) == "93"
-    assert [chain.exit_code(record["job_id"]) for record in chain.records(event="end")] == ["1", "1"]
+    assert [chain.exit_code(record["job_id"]) for record in chain.records(event="end")] == [
+        "1",
+        "1",
+    ]
     assert "gives up" in (chain.dir / "logs" / f"ft-{last['job_id']}.out").read_text()
 
 
 def crashing_sbatch(tmp_path, when):
-    """An sbatch that kills hpctrain right before or right after the real one, at the call named in a file."""
+    """An sbatch that kills hpctrain right before or right after the real one, at the call named in
+    a file."""
     folder = tmp_path / "bin"
     folder.mkdir()
     real = 'PATH=${PATH#*:} sbatch "$@"'
-    body = {"before": 'kill -9 "$PPID"; sleep 1', "after": f'{real} >"$0.out"; kill -9 "$PPID"; sleep 1'}[when]
+    body = {
+        "before": 'kill -9 "$PPID"; sleep 1',
+        "after": f'{real} >"$0.out"; kill -9 "$PPID"; sleep 1',
+    }[when]
     script = folder / "sbatch"
     script.write_text(
         f"#!/bin/bash\nn=$(($(cat {folder}/n 2>/dev/null || echo 0) + 1)); echo $n >{folder}/n\n"
@@ -151,7 +210,9 @@ def crashing_sbatch(tmp_path, when):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_crash_between_two_submissions_and_a_rerun_neither_lose_nor_double_a_link(make, tmp_path, when):
+def test_a_crash_between_two_submissions_and_a_rerun_neither_lose_nor_double_a_link(
+    make, tmp_path, when
+):
     chain = make(argv=["sleep", "600"], chain={"jobs": 4})
     path = f"{crashing_sbatch(tmp_path, when)}:{chain.sandbox.environ['PATH']}"
     assert chain.hpctrain("chain", PATH=path).returncode == -9
@@ -162,8 +223,13 @@ def test_a_crash_between_two_submissions_and_a_rerun_neither_lose_nor_double_a_l
     ids = [record["job_id"] for record in chain.records("ledger.jsonl", event="submitted")]
     assert sorted(ids) == sorted(queue)
     # Each waits for exactly the one before it, also across the crash.
-    links = {record["link"]: record["job_id"] for record in chain.records("ledger.jsonl", event="submitted")}
-    assert [re.findall(r"\d+", queue[links[link]])[:1] for link in (2, 3, 4)] == [[links[link]] for link in (1, 2, 3)]
+    links = {
+        record["link"]: record["job_id"]
+        for record in chain.records("ledger.jsonl", event="submitted")
+    }
+    assert [re.findall(r"\d+", queue[links[link]])[:1] for link in (2, 3, 4)] == [
+        [links[link]] for link in (1, 2, 3)
+    ]
     again = chain.ok("chain")
     assert len(chain.queue()) == 4, (again.stdout, again.stderr, chain.records("ledger.jsonl"))
     chain.ok("cancel")
@@ -172,8 +238,14 @@ def test_a_crash_between_two_submissions_and_a_rerun_neither_lose_nor_double_a_l
 
 
 LOST = {
-    "timed out": 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1',
-    "no contact": 'echo "sbatch: error: Batch job submission failed: Unable to contact slurm controller (send failure)" >&2; exit 1',
+    "timed out": (
+        'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"'
+        " >&2; exit 1"
+    ),
+    "no contact": (
+        'echo "sbatch: error: Batch job submission failed: Unable to contact slurm controller (send'
+        ' failure)" >&2; exit 1'
+    ),
     "killed": "kill -9 $$",
     "said nothing": "exit 0",
     "said something else": "echo Your job is on its way; exit 0",
@@ -203,12 +275,16 @@ def test_text_around_the_id_loses_nothing(make, tmp_path):
     fake = tmp_path / "bin" / "sbatch"
     fake.parent.mkdir()
     real = shutil.which("sbatch", path=chain.sandbox.environ["PATH"])
-    fake.write_text(f'#!/bin/bash\necho "12 jobs of yours"\n"{real}" "$@"\necho "see https://portal/1"\n')
+    fake.write_text(
+        f'#!/bin/bash\necho "12 jobs of yours"\n"{real}" "$@"\necho "see https://portal/1"\n'
+    )
     fake.chmod(0o755)
     chain.ok("chain", PATH=f"{fake.parent}:{chain.sandbox.environ['PATH']}")
 
     submitted = [record["job_id"] for record in chain.records("ledger.jsonl", event="submitted")]
-    assert sorted(submitted) == sorted(job_id for job_id, *_ in chain.queue()) and len(submitted) == 2
+    assert (
+        sorted(submitted) == sorted(job_id for job_id, *_ in chain.queue()) and len(submitted) == 2
+    )
 
 
 @pytest.mark.parametrize("command", ["uhold", "requeuehold"])
@@ -216,10 +292,14 @@ def test_a_held_job_is_told_as_what_it_is_with_the_command_that_releases_it(make
     chain = make(argv=["sleep", "600"], chain={"jobs": 2})
     chain.ok("chain")
     first, second = sorted(job_id for job_id, *_ in chain.queue())
-    chain.wait(lambda chain: [state for job, state, _ in chain.queue() if job == first] == ["RUNNING"])
+    chain.wait(
+        lambda chain: [state for job, state, _ in chain.queue() if job == first] == ["RUNNING"]
+    )
     job = second if command == "uhold" else first
     chain.sandbox.ok("scontrol", command, job)
-    chain.wait(lambda chain: [state for found, state, _ in chain.queue() if found == job] == ["PENDING"])
+    chain.wait(
+        lambda chain: [state for found, state, _ in chain.queue() if found == job] == ["PENDING"]
+    )
     done = chain.hpctrain("status", "ft")
     row = next(line for line in done.stdout.splitlines() if job in line)
 
@@ -232,8 +312,16 @@ def test_a_held_job_is_told_as_what_it_is_with_the_command_that_releases_it(make
 
 def test_two_chain_commands_at_once_submit_one_chain(make):
     chain = make(argv=["sleep", "600"], chain={"jobs": 5})
-    commands = [subprocess.Popen([sys.executable, "-m", "hpctrain", "chain"], cwd=chain.top, env=chain.sandbox.environ,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(3)]  # fmt: skip
+    commands = [
+        subprocess.Popen(
+            [sys.executable, "-m", "hpctrain", "chain"],
+            cwd=chain.top,
+            env=chain.sandbox.environ,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
     codes = []
     for command in commands:
         command.communicate()
@@ -266,7 +354,9 @@ def test_a_second_job_submitted_by_hand_does_not_start_while_a_link_runs(make):
     chain = make(steps=6, chain={"jobs": 1})
     chain.ok("chain")
     with chain.held("step"):
-        job = chain.sandbox.ok("sbatch", "--parsable", str(chain.dir / "job.sbatch"), HPCTRAIN_LOCK_WAIT_S="1").strip()
+        job = chain.sandbox.ok(
+            "sbatch", "--parsable", str(chain.dir / "job.sbatch"), HPCTRAIN_LOCK_WAIT_S="1"
+        ).strip()
         chain.wait(lambda chain: job not in [job_id for job_id, *_ in chain.queue()])
     chain.wait()
     assert "is running" in (chain.dir / "logs" / f"ft-{job}.out").read_text()
@@ -281,17 +371,30 @@ def test_a_requeue_goes_on_as_the_same_link(make):
         job = chain.records(event="begin")[0]["job_id"]
         chain.sandbox.ok("scontrol", "requeue", job)
     # Slurm holds a requeued job back for a while; nobody here has to wait for that.
-    chain.wait(lambda chain: any(state == "PENDING" and job_id == job for job_id, state, _ in chain.queue()))
+    chain.wait(
+        lambda chain: any(
+            state == "PENDING" and job_id == job for job_id, state, _ in chain.queue()
+        )
+    )
     chain.sandbox.ok("scontrol", "update", f"jobid={job}", "StartTime=now")
     chain.wait(seconds=200)
     begins = chain.records(event="begin")
-    assert [(r["link"], r["restart"], r["mode"]) for r in begins[:2]] == [(1, 0, "scratch"), (1, 1, "resume")]
+    assert [(r["link"], r["restart"], r["mode"]) for r in begins[:2]] == [
+        (1, 0, "scratch"),
+        (1, 1, "resume"),
+    ]
     assert chain.happened("end")[-1]["optimizer_steps"] == 30
 
 
 def test_the_submitting_shells_slurm_variables_do_not_reach_the_job(make):
     chain = make(argv=["sleep", "600"])
-    chain.ok("chain", SBATCH_TIMELIMIT="1", SBATCH_JOB_NAME="other", SLURM_NTASKS="99", SBATCH_DEPENDENCY="afterok:1")
+    chain.ok(
+        "chain",
+        SBATCH_TIMELIMIT="1",
+        SBATCH_JOB_NAME="other",
+        SLURM_NTASKS="99",
+        SBATCH_DEPENDENCY="afterok:1",
+    )
     job = chain.queue()[0][0]
     said = chain.sandbox.ok("scontrol", "show", "job", "-o", job)
     assert "TimeLimit=00:05:00" in said and "JobName=ft " in said

@@ -1,4 +1,5 @@
-"""`hpctrain export` of a GPT-NeoX run on the real Slurm: its parser, its accounting of memory and partitions, its srun."""
+"""`hpctrain export` of a GPT-NeoX run on the real Slurm: its parser, its accounting of memory and
+partitions, its srun."""
 
 from __future__ import annotations
 
@@ -48,10 +49,16 @@ recipe_options: {{dir: {json.dumps(str(code))}, flavor: tilde, python: {json.dum
     folder.mkdir()
     checkpoints.save(str(folder), 5, dp=8, zero=0)
 
-    found = json.loads(idle.ok(*hpctrain, "export", str(run), "-o", "models/ft", "--wait", "--json", cwd=tmp_path))
+    found = json.loads(
+        idle.ok(*hpctrain, "export", str(run), "-o", "models/ft", "--wait", "--json", cwd=tmp_path)
+    )
 
     argv, step, cores = json.loads((tmp_path / "models" / "ft" / "seen.json").read_text())
-    assert argv[argv.index("--input_dir") + 1] == str(folder / "global_step5") and step == "0" and cores >= 1
+    assert (
+        argv[argv.index("--input_dir") + 1] == str(folder / "global_step5")
+        and step == "0"
+        and cores >= 1
+    )
     said = Path(found["log"]).read_text()
     assert "1 parameters, F32" in said and "finished rc=0" in said
     job = idle.ok("scontrol", "show", "job", found["job_id"])

@@ -1,4 +1,5 @@
-"""Rendered jobs on the real Slurm: what a person would see who types `hpctrain render && sbatch …`."""
+"""Rendered jobs on the real Slurm: what a person would see who types `hpctrain render && sbatch
+…`."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ HPCTRAIN = [sys.executable, "-m", "hpctrain"]
 
 @pytest.fixture
 def run(idle, tmp_path):
-    """Write a run.yaml for the LUMI-shaped sandbox, render it, submit with plain sbatch and wait: (job, state, log)."""
+    """Write a run.yaml for the LUMI-shaped sandbox, render it, submit with plain sbatch and wait:
+    (job, state, log)."""
     idle_ = idle
 
     def start(argv, more="", env=None, wait=True, signal="false", site="lumi"):
@@ -62,10 +64,10 @@ def finished(sandbox, job, timeout_s=150):
 
 def test_every_rank_starts_once_with_the_ranks_of_its_node(run, tmp_path):
     program = (
-        "import json, os; e = os.environ; "
-        "open(f\"rank.{e['RANK']}\", 'x').write(json.dumps([int(e['RANK']), int(e['LOCAL_RANK']), int(e['WORLD_SIZE']), "
-        "e['SLURMD_NODENAME'], e['MASTER_ADDR'], int(e['MASTER_PORT']), e['HPCTRAIN_MODE'], e['HPCTRAIN_LINK'], "
-        "os.path.isdir(e['MIOPEN_USER_DB_PATH'])]))"
+        "import json, os; e = os.environ; open(f\"rank.{e['RANK']}\","
+        " 'x').write(json.dumps([int(e['RANK']), int(e['LOCAL_RANK']), int(e['WORLD_SIZE']),"
+        " e['SLURMD_NODENAME'], e['MASTER_ADDR'], int(e['MASTER_PORT']), e['HPCTRAIN_MODE'],"
+        " e['HPCTRAIN_LINK'], os.path.isdir(e['MIOPEN_USER_DB_PATH'])]))"
     )
     job, state, log = run(["python3", "-c", program])
     seen = sorted(json.loads(path.read_text()) for path in tmp_path.glob("rank.*"))
@@ -85,7 +87,9 @@ def test_the_job_ends_with_the_exit_code_of_the_first_task_to_fail_and_names_it(
     assert state == "FAILED 7:0", log
     assert "rank 3 on nid000001, with exit code 7" in log
     (end,) = [
-        json.loads(line) for line in (tmp_path / "runs/job/links.jsonl").read_text().splitlines() if '"end"' in line
+        json.loads(line)
+        for line in (tmp_path / "runs/job/links.jsonl").read_text().splitlines()
+        if '"end"' in line
     ]
     assert end["exit_code"] == 7
 
@@ -118,11 +122,14 @@ for _ in range(600):
 
 
 @pytest.mark.parametrize("start", ["exec ", "cd . && "])
-def test_the_signal_reaches_the_workers_of_torchrun_and_ends_neither_it_nor_a_shell(run, idle, tmp_path, start):
+def test_the_signal_reaches_the_workers_of_torchrun_and_ends_neither_it_nor_a_shell(
+    run, idle, tmp_path, start
+):
     (tmp_path / "w.py").write_text(WORKER)
     launch = (
-        f"{start}{shlex.quote(sys.executable)} -m torch.distributed.run --nnodes $SLURM_NNODES --nproc-per-node 2 "
-        "--rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --rdzv-endpoint $MASTER_ADDR:$MASTER_PORT w.py"
+        f"{start}{shlex.quote(sys.executable)} -m torch.distributed.run --nnodes $SLURM_NNODES"
+        " --nproc-per-node 2 --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --rdzv-endpoint"
+        " $MASTER_ADDR:$MASTER_PORT w.py"
     )
     job, log = run(["bash", "-c", launch], "tasks_per_node: 1", signal="true", wait=False)
     until(lambda: len(list(tmp_path.glob("up-*"))) == 4, 120)
@@ -132,8 +139,12 @@ def test_the_signal_reaches_the_workers_of_torchrun_and_ends_neither_it_nor_a_sh
     assert len(list(tmp_path.glob("saved-*"))) == 4 and "got SIGUSR1" in log.read_text()
 
 
-def test_a_requeue_appends_to_the_log_and_runs_the_same_link_again_at_another_port(run, idle, tmp_path):
-    job, log = run(["bash", "-c", '[ "$RANK" != 0 ] || echo "$MASTER_PORT" >> ports; sleep 100'], wait=False)
+def test_a_requeue_appends_to_the_log_and_runs_the_same_link_again_at_another_port(
+    run, idle, tmp_path
+):
+    job, log = run(
+        ["bash", "-c", '[ "$RANK" != 0 ] || echo "$MASTER_PORT" >> ports; sleep 100'], wait=False
+    )
     until(lambda: (tmp_path / "ports").exists())
     idle.ok("scontrol", "requeue", job)
     links = tmp_path / "runs/job/links.jsonl"
@@ -141,7 +152,9 @@ def test_a_requeue_appends_to_the_log_and_runs_the_same_link_again_at_another_po
     until(lambda: len((tmp_path / "ports").read_text().split()) == 2, 90)
     idle.ok("scancel", job)
     begins = [
-        json.loads(line) for line in (tmp_path / "runs/job/links.jsonl").read_text().splitlines() if '"begin"' in line
+        json.loads(line)
+        for line in (tmp_path / "runs/job/links.jsonl").read_text().splitlines()
+        if '"begin"' in line
     ]
 
     assert "restart 0" in log.read_text()
@@ -166,12 +179,18 @@ def test_secrets_reach_the_tasks_and_nothing_else(run, idle, tmp_path):
     secret.write_text("WANDB_API_KEY=open-sesame\n")
     secret.chmod(0o600)
     job, log = run(
-        ["bash", "-c", 'printf %s "$WANDB_API_KEY" | md5sum > "sum.$RANK"; sleep 3'], f"secrets: {secret}", wait=False
-    )  # fmt: skip
+        ["bash", "-c", 'printf %s "$WANDB_API_KEY" | md5sum > "sum.$RANK"; sleep 3'],
+        f"secrets: {secret}",
+        wait=False,
+    )
     until(lambda: len(list(tmp_path.glob("sum.*"))) == 16)
-    shown = idle.ok("scontrol", "show", "job", "-dd", job) + idle.ok("scontrol", "write", "batch_script", job, "-")
+    shown = idle.ok("scontrol", "show", "job", "-dd", job) + idle.ok(
+        "scontrol", "write", "batch_script", job, "-"
+    )
     arguments = [
-        path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK) and path.exists()
+        path.read_bytes()
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if os.access(path, os.R_OK) and path.exists()
     ]
     state = finished(idle, job)
     written = [
@@ -181,7 +200,9 @@ def test_secrets_reach_the_tasks_and_nothing_else(run, idle, tmp_path):
     ]
 
     assert state == "COMPLETED 0:0", log.read_text()
-    assert {path.read_text().split()[0] for path in tmp_path.glob("sum.*")} == {hashlib.md5(b"open-sesame").hexdigest()}
+    assert {path.read_text().split()[0] for path in tmp_path.glob("sum.*")} == {
+        hashlib.md5(b"open-sesame").hexdigest()
+    }
     assert "open-sesame" not in shown
     assert not any(b"open-sesame" in words for words in arguments)
     assert written == []
@@ -198,15 +219,22 @@ def test_a_secrets_file_that_others_can_read_stops_the_job(run, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_no_variable_that_srun_knows_reaches_the_step_from_the_submitting_shell(run, idle, tmp_path):
-    """Every name in this Slurm's own srun, with a value that none of its options takes in good faith."""
+def test_no_variable_that_srun_knows_reaches_the_step_from_the_submitting_shell(
+    run, idle, tmp_path
+):
+    """Every name in this Slurm's own srun, with a value that none of its options takes in good
+    faith."""
     words = idle.ok("cat", shutil.which("srun", path=idle.environ["PATH"])).split()
-    binary = next(Path(word) for word in words if word.endswith("/bin/srun") and "ld-linux" not in word)
+    binary = next(
+        Path(word) for word in words if word.endswith("/bin/srun") and "ld-linux" not in word
+    )
     names = set(re.findall(rb"\0((?:SLURMD?|SRUN|PMI)_[A-Z_]+[A-Z])(?=\0)", binary.read_bytes()))
     of_sbatch = {"SLURM_HINT", "SLURM_CLUSTERS", "SLURM_HOSTFILE"}  # which does not take 7 for them
     names = {name.decode() for name in names} - of_sbatch
     assert len(names) > 80
-    program = "import json, os; e = os.environ; open('seen.' + e['RANK'], 'w').write(json.dumps(dict(e)))"
+    program = (
+        "import json, os; e = os.environ; open('seen.' + e['RANK'], 'w').write(json.dumps(dict(e)))"
+    )
     _, state, log = run(["python3", "-c", program], env={name: "7" for name in names})
     assert state == "COMPLETED 0:0", log
     seen = [json.loads(path.read_text()) for path in tmp_path.glob("seen.*")]
@@ -214,7 +242,8 @@ def test_no_variable_that_srun_knows_reaches_the_step_from_the_submitting_shell(
     assert len(seen) == 16 and {int(step["RANK"]) for step in seen} == set(range(16))
     assert {step["WORLD_SIZE"] for step in seen} == {"16"}
     assert {step["SLURM_THREADS_PER_CORE"] for step in seen} == {"1"}
-    # Seven CPUs a task are the job's own; the rest says what a job has, and srun takes no option from it.
+    # Seven CPUs a task are the job's own; the rest says what a job has, and srun takes no option
+    # from it.
     allowed = {"SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK", "SLURM_UMASK"}
     allowed |= {f"SLURM_JOB_{what}" for what in ("ACCOUNT", "QOS", "RESERVATION")}
     assert {name for step in seen for name in names if step.get(name) == "7"} <= allowed
@@ -234,12 +263,26 @@ def test_a_job_submitted_from_inside_an_allocation_is_a_job_of_its_own(run, idle
     idle.ok("scancel", "-u", str(os.geteuid()))
     script = tmp_path / "runs/job/job.sbatch"
     inner = f"SLURM_MPI_TYPE=pmi2 sbatch --parsable {shlex.quote(str(script))}"
-    outer = ["salloc", "--quiet", "-p", "dev-g", "-A", "project_465000000", "-N1", "-n4", "-c1", *memory.split()]
+    outer = [
+        "salloc",
+        "--quiet",
+        "-p",
+        "dev-g",
+        "-A",
+        "project_465000000",
+        "-N1",
+        "-n4",
+        "-c1",
+        *memory.split(),
+    ]
     job = idle.ok(*outer, "bash", "-c", inner, cwd=tmp_path).strip()
     log = tmp_path / f"runs/job/logs/job-{job}.out"
 
     assert finished(idle, job) == "COMPLETED 0:0", log.read_text()
-    assert "not taken from the submitting shell:" in log.read_text() and "SLURM_MPI_TYPE" in log.read_text()
+    assert (
+        "not taken from the submitting shell:" in log.read_text()
+        and "SLURM_MPI_TYPE" in log.read_text()
+    )
     assert "16 tasks" in log.read_text()
 
 
@@ -258,7 +301,9 @@ def test_the_container_sees_its_binds_and_a_missing_one_fails(run, tmp_path):
         hidden.mkdir()
         (hidden / "data").write_text("x")
         more = f"container: {image}\ncontainer_binds: [{bound}]"
-        good = run(["bash", "-c", f'cat {bound}/data && echo "$SINGULARITY_NAME"'], more, site="here.yaml")
+        good = run(
+            ["bash", "-c", f'cat {bound}/data && echo "$SINGULARITY_NAME"'], more, site="here.yaml"
+        )
         bad = run(["cat", f"{hidden}/data"], more, site="here.yaml")
     finally:
         for folder in (bound, hidden):

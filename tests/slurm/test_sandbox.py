@@ -27,8 +27,13 @@ def cli(*argv: str, home: Path, **options: object) -> subprocess.CompletedProces
     environ = {**os.environ, "XDG_STATE_HOME": str(home)}
     return subprocess.run(
         [sys.executable, "-m", "hpctrain", "sandbox", *argv],
-        env=environ, capture_output=True, text=True, timeout=120, check=False, **options,  # type: ignore[call-overload]
-    )  # fmt: skip
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
 
 
 def left_over(directory: Path) -> list[processes.Process]:
@@ -39,7 +44,9 @@ def left_over(directory: Path) -> list[processes.Process]:
 def home(tmp_path: Path) -> Iterator[Path]:
     """A state home whose `default` sandbox is ended afterwards."""
     yield tmp_path
-    sandboxes.down("default", state.state_dir("default", "", {"XDG_STATE_HOME": str(tmp_path)}), os.environ)
+    sandboxes.down(
+        "default", state.state_dir("default", "", {"XDG_STATE_HOME": str(tmp_path)}), os.environ
+    )
 
 
 def test_up_again_is_a_no_op_another_shape_is_refused_and_down_leaves_nothing(home: Path) -> None:
@@ -73,16 +80,21 @@ def test_two_sandboxes_run_side_by_side(sandbox: Sandbox, tmp_path: Path) -> Non
     assert sandbox.job(tmp_path, "srun hostname\n").split() == ["nid000001"]
 
 
-def test_a_job_of_two_nodes_and_eight_tasks_each_sees_its_nodes_and_gpus(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_a_job_of_two_nodes_and_eight_tasks_each_sees_its_nodes_and_gpus(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
     script = """
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     srun bash -c 'echo task $SLURM_PROCID $SLURM_LOCALID $(hostname) $SLURMD_NODENAME $ROCR_VISIBLE_DEVICES'
     """
     options = (
-        "-p standard-g -N2 --ntasks-per-node=8 --cpus-per-task=7 --gpus-per-node=8 --mem=480G --hint=nomultithread"
+        "-p standard-g -N2 --ntasks-per-node=8 --cpus-per-task=7 --gpus-per-node=8 --mem=480G"
+        " --hint=nomultithread"
     )
     lines = [
-        line.split()[1:] for line in sandbox.job(tmp_path, script, *options.split()).splitlines() if "task" in line
+        line.split()[1:]
+        for line in sandbox.job(tmp_path, script, *options.split()).splitlines()
+        if "task" in line
     ]
     assert sorted(int(line[0]) for line in lines) == list(range(16))
     assert sorted((line[2], int(line[1])) for line in lines) == [
@@ -95,7 +107,10 @@ def test_a_job_of_two_nodes_and_eight_tasks_each_sees_its_nodes_and_gpus(sandbox
 def test_commands_and_node_names_are_there_however_the_job_was_submitted(
     sandbox: Sandbox, tmp_path: Path, export: str
 ) -> None:
-    python = 'import socket; print("at", socket.gethostname(), socket.getaddrinfo("nid000001", 80)[0][4][0])'
+    python = (
+        'import socket; print("at", socket.gethostname(), socket.getaddrinfo("nid000001",'
+        " 80)[0][4][0])"
+    )
     script = f"""
     command -v srun singularity module
     module purge && module load something && echo module ok
@@ -110,17 +125,28 @@ def test_commands_and_node_names_are_there_however_the_job_was_submitted(
     assert address.startswith("127.77.") and f"at nid000002 {address}" in text
 
 
-def test_without_namespaces_names_resolve_through_nss_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_namespaces_names_resolve_through_nss_wrapper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nodeview, "unavailable", lambda box: "user namespaces are forbidden here")
     python = 'import socket; print("at", socket.gethostname(), socket.gethostbyname("nid000002"))'
     for limit in (40, 1):  # the whole table, and the short one of large sandboxes
         monkeypatch.setattr(nodeview, "NSS_WRAPPER_NODES", limit)
         with started(lumi(3), "nss", tmp_path / "nss") as box:
-            text = box.job(tmp_path, f"srun -n2 python3 -c '{python}'\n", "-w", "nid[000002-000003]", "-N2")
-            assert sorted(text.split("\n")[:2]) == ["at nid000002 127.77.0.2", "at nid000003 127.77.0.2"]
+            text = box.job(
+                tmp_path, f"srun -n2 python3 -c '{python}'\n", "-w", "nid[000002-000003]", "-N2"
+            )
+            assert sorted(text.split("\n")[:2]) == [
+                "at nid000002 127.77.0.2",
+                "at nid000003 127.77.0.2",
+            ]
             (tmp_path / "x.sif").touch()
-            refused = box.run(f"{box.directory}/bin/singularity", "exec", str(tmp_path / "x.sif"), "true")
-            assert refused.returncode == 255 and "user namespaces are forbidden here" in refused.stderr
+            refused = box.run(
+                f"{box.directory}/bin/singularity", "exec", str(tmp_path / "x.sif"), "true"
+            )
+            assert (
+                refused.returncode == 255 and "user namespaces are forbidden here" in refused.stderr
+            )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +155,10 @@ def test_without_namespaces_names_resolve_through_nss_wrapper(tmp_path: Path, mo
         ("-p standard-g -t 80:00:00", "Requested time limit is invalid"),
         ("-p small-g -N 5", "Node count specification invalid"),
         ("-p standard-g --array=0-1001", "Invalid job array specification"),
-        ("-p standard-g --ntasks-per-node=8 --cpus-per-task=8", "Requested node configuration is not available"),
+        (
+            "-p standard-g --ntasks-per-node=8 --cpus-per-task=8",
+            "Requested node configuration is not available",
+        ),
         ("-p standard-g --ntasks-per-node=64", "Requested node configuration is not available"),
         ("-p standard-g --mem=481G", "Requested node configuration is not available"),
         ("-p standard-g --gpus-per-node=9", "Requested node configuration is not available"),
@@ -146,7 +175,10 @@ def test_what_the_site_would_refuse_is_refused_with_slurms_own_message(
 
 def test_what_the_site_would_accept_is_accepted(sandbox: Sandbox) -> None:
     for options in (
-        "-p standard-g -N 4 --ntasks-per-node=8 --cpus-per-task=7 --gpus-per-node=mi250:8 --mem=480G -t 2-0",
+        (
+            "-p standard-g -N 4 --ntasks-per-node=8 --cpus-per-task=7 --gpus-per-node=mi250:8"
+            " --mem=480G -t 2-0"
+        ),
         "-p standard-g --ntasks-per-node=8 --cpus-per-task=14 --hint=multithread",
         "-p standard-g --exclusive=user --hint=nomultithread",
         "-p small --array=0-999",
@@ -154,7 +186,9 @@ def test_what_the_site_would_accept_is_accepted(sandbox: Sandbox) -> None:
         sandbox.ok("sbatch", "-H", "-o", "/dev/null", *options.split(), "--wrap", "true")
 
 
-def test_submit_limits_and_accounts_are_enforced_at_submission(accounting_sandbox: Sandbox, tmp_path: Path) -> None:
+def test_submit_limits_and_accounts_are_enforced_at_submission(
+    accounting_sandbox: Sandbox, tmp_path: Path
+) -> None:
     box = accounting_sandbox
 
     def submit(*options: str) -> subprocess.CompletedProcess[str]:
@@ -165,7 +199,10 @@ def test_submit_limits_and_accounts_are_enforced_at_submission(accounting_sandbo
     third = submit("-p", "dev-g", *account)
     assert third.returncode != 0 and "QOSMaxSubmitJobPerUserLimit" in third.stderr
     box.wait_for(lambda: "RUNNING" in box.ok("squeue", "-h", "-o", "%T"))
-    assert sorted(box.ok("squeue", "-h", "-p", "dev-g", "-o", "%T").split()) == ["PENDING", "RUNNING"]
+    assert sorted(box.ok("squeue", "-h", "-p", "dev-g", "-o", "%T").split()) == [
+        "PENDING",
+        "RUNNING",
+    ]
     wrong = submit("-p", "standard-g", "-A", "project_999999999")
     assert wrong.returncode != 0 and "Invalid account" in wrong.stderr
     none = submit("-p", "standard-g")
@@ -176,17 +213,34 @@ def test_submit_limits_and_accounts_are_enforced_at_submission(accounting_sandbo
 
 def test_sacct_knows_the_jobs(accounting_sandbox: Sandbox, tmp_path: Path) -> None:
     box = accounting_sandbox
-    result = box.run("sbatch", "--parsable", "--wait", "-t", "1", "-A", ACCOUNT, "-o", "/dev/null", "--wrap", "exit 3")
+    result = box.run(
+        "sbatch",
+        "--parsable",
+        "--wait",
+        "-t",
+        "1",
+        "-A",
+        ACCOUNT,
+        "-o",
+        "/dev/null",
+        "--wrap",
+        "exit 3",
+    )
     assert result.returncode == 3
     job = result.stdout.strip()
-    box.wait_for(lambda: "FAILED|3:0" in box.ok("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode"))
+    box.wait_for(
+        lambda: "FAILED|3:0" in box.ok("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode")
+    )
 
 
 @pytest.mark.parametrize("action", ["--down", "--crash"])
 def test_a_node_fault_requeues_the_job_under_the_same_id(tmp_path: Path, action: str) -> None:
     with started(lumi(3, slurmd_timeout_s=5), "fault", tmp_path / "fault") as box:
         script = tmp_path / "job.sh"
-        script.write_text(f"#!/bin/bash\necho start $SLURM_RESTART_COUNT $(hostname) $$ >>{tmp_path}/log\nsleep 300\n")
+        script.write_text(
+            f"#!/bin/bash\necho start $SLURM_RESTART_COUNT $(hostname) $$ >>{tmp_path}/log\nsleep"
+            " 300\n"
+        )
         job = box.ok(
             "sbatch",
             "--parsable",
@@ -218,16 +272,25 @@ def test_a_node_fault_requeues_the_job_under_the_same_id(tmp_path: Path, action:
         ]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        # A requeued job is held back for about two minutes; releasing it says that it is in the queue again.
+        # A requeued job is held back for about two minutes; releasing it says that it is in the
+        # queue again.
         box.wait_for(lambda: "PENDING" in box.ok("squeue", "-h", "-j", job, "-o", "%T"), 90)
-        box.wait_for(lambda: box.ok("scontrol", "show", "job", job).split("Restarts=")[1].split()[0] == "1")
+        box.wait_for(
+            lambda: box.ok("scontrol", "show", "job", job).split("Restarts=")[1].split()[0] == "1"
+        )
         assert box.ok("sinfo", "-h", "-n", node, "-o", "%t").strip().startswith("down")
-        told = subprocess.run([*argv[:4], "status", *argv[7:]], capture_output=True, text=True, check=True)
+        told = subprocess.run(
+            [*argv[:4], "status", *argv[7:]], capture_output=True, text=True, check=True
+        )
         assert (f"warning: no slurmd runs for {node}" in told.stderr) is (action == "--crash")
         restore = ["--restart-slurmd"] if action == "--crash" else []
         for step in [*restore, "--resume"] if action == "--down" else restore:
             subprocess.run([*argv[:6], step, *argv[7:]], check=True, capture_output=True)
-        box.wait_for(lambda: box.ok("sinfo", "-h", "-n", node, "-o", "%t").strip() in ("idle", "mix", "alloc"))
+        box.wait_for(
+            lambda: (
+                box.ok("sinfo", "-h", "-n", node, "-o", "%t").strip() in ("idle", "mix", "alloc")
+            )
+        )
         pid = int(log.read_text().split()[-1])
         found = processes.read(pid)
         assert found is None or found.name != "slurm_script"
@@ -238,12 +301,15 @@ def test_down_ends_jobs_that_ignore_signals_and_spares_everybody_else(tmp_path: 
         bystander = subprocess.Popen(["sleep", "300"], env=dict(box.environ), cwd=box.directory)
         script = tmp_path / "job.sh"
         script.write_text(
-            f"#!/bin/bash\ntrap '' TERM HUP INT\n(setsid sleep 299 &)\nmkdir -p /tmp/{os.geteuid()}-$SLURM_JOB_ID-miopen/x\n"
-            f"touch {tmp_path}/up\nsleep 298\nsleep 297\n"
+            "#!/bin/bash\ntrap '' TERM HUP INT\n(setsid sleep 299 &)\nmkdir -p"
+            f" /tmp/{os.geteuid()}-$SLURM_JOB_ID-miopen/x\ntouch {tmp_path}/up\nsleep 298\nsleep"
+            " 297\n"
         )
         job = box.ok("sbatch", "--parsable", "-t", "5", "-o", "/dev/null", str(script)).strip()
         box.wait_for(lambda: (tmp_path / "up").exists())
-        own, foreign = (Path(f"/tmp/{os.geteuid()}-{number}-miopen") for number in (job, f"{job}0000"))
+        own, foreign = (
+            Path(f"/tmp/{os.geteuid()}-{number}-miopen") for number in (job, f"{job}0000")
+        )
         assert own.is_dir()
         foreign.mkdir(exist_ok=True)
         sandboxes.down("stubborn", box.directory, os.environ)
@@ -257,9 +323,17 @@ def test_down_ends_jobs_that_ignore_signals_and_spares_everybody_else(tmp_path: 
 
 @pytest.mark.parametrize(
     ("sent", "delay_s"),
-    [(signal.SIGINT, 0.2), (signal.SIGINT, 0.5), (signal.SIGTERM, 0.7), (signal.SIGINT, 0.9), (signal.SIGHUP, 1.1)],
+    [
+        (signal.SIGINT, 0.2),
+        (signal.SIGINT, 0.5),
+        (signal.SIGTERM, 0.7),
+        (signal.SIGINT, 0.9),
+        (signal.SIGHUP, 1.1),
+    ],
 )
-def test_ctrl_c_at_any_moment_of_up_leaves_nothing_running(home: Path, sent: int, delay_s: float) -> None:
+def test_ctrl_c_at_any_moment_of_up_leaves_nothing_running(
+    home: Path, sent: int, delay_s: float
+) -> None:
     directory = state.state_dir("default", "", {"XDG_STATE_HOME": str(home)})
     up = start_up(home)
     time.sleep(delay_s)
@@ -295,7 +369,17 @@ def test_up_works_after_an_up_that_was_killed_in_the_middle(home: Path, moment: 
 def start_up(home: Path) -> subprocess.Popen[bytes]:
     """`sandbox up` in the background; what it says is appended to `<home>/said`."""
     environ = {**os.environ, "XDG_STATE_HOME": str(home)}
-    argv = [sys.executable, "-m", "hpctrain", "sandbox", "up", "--nodes", "4", "--slurm", "unpacked"]
+    argv = [
+        sys.executable,
+        "-m",
+        "hpctrain",
+        "sandbox",
+        "up",
+        "--nodes",
+        "4",
+        "--slurm",
+        "unpacked",
+    ]
     with open(home / "said", "ab") as said:
         return subprocess.Popen(argv, env=environ, stderr=said, stdout=subprocess.DEVNULL)
 
@@ -311,7 +395,9 @@ def test_two_ups_at_the_same_moment_one_wins_or_both_agree(home: Path) -> None:
 def test_a_half_alive_sandbox_is_cleared_away_by_up(home: Path) -> None:
     assert start_up(home).wait(timeout=120) == 0
     directory = state.state_dir("default", "", {"XDG_STATE_HOME": str(home)})
-    controller = processes.of_role("slurmctld", state=str(directory), run=str(state.run_dir(directory, os.environ)))
+    controller = processes.of_role(
+        "slurmctld", state=str(directory), run=str(state.run_dir(directory, os.environ))
+    )
     assert controller is not None
     os.kill(controller.pid, signal.SIGKILL)
     while controller.is_alive:
@@ -350,11 +436,26 @@ def test_an_ordinary_user_needs_nothing_but_hpctrain(tmp_path: Path) -> None:
         "PYTHONPATH": ":".join(sorted(paths)),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-m", "hpctrain", "sandbox"]
+    user = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        python,
+        "-m",
+        "hpctrain",
+        "sandbox",
+    ]
 
     def run(*argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*user, *argv], env=environ, cwd=home, capture_output=True, text=True, timeout=200, check=False
+            [*user, *argv],
+            env=environ,
+            cwd=home,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
         )
 
     try:
@@ -389,7 +490,11 @@ def interpreter_for_everybody() -> str:
     """A Python that user 65534 may start: ours, or the system's where ours lies in root's home."""
     for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
         # Through a shell: setpriv's own exec still has root's capabilities.
-        check = [*"setpriv --reuid=65534 --regid=65534 --clear-groups sh -c".split(), '"$0" -c "$1"; exit $?', python]
+        check = [
+            *"setpriv --reuid=65534 --regid=65534 --clear-groups sh -c".split(),
+            '"$0" -c "$1"; exit $?',
+            python,
+        ]
         script = "import sys; sys.exit(sys.version_info < (3, 9))"
         if subprocess.run([*check, script], check=False, capture_output=True).returncode == 0:
             return python

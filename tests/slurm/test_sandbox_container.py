@@ -1,4 +1,5 @@
-"""The stand-in for singularity binds for real: what the site's container would not see is not there."""
+"""The stand-in for singularity binds for real: what the site's container would not see is not
+there."""
 
 from __future__ import annotations
 
@@ -35,12 +36,16 @@ def run(
     return box.run(runtime, *words, cwd=tmp_path, **environ)
 
 
-needs_var = pytest.mark.skipif(not os.access("/var", 2), reason="only root may make a directory in /var")
+needs_var = pytest.mark.skipif(
+    not os.access("/var", 2), reason="only root may make a directory in /var"
+)
 
 
 @needs_var
 @pytest.mark.parametrize("runtime", ["singularity", "apptainer"])
-def test_a_path_is_visible_only_when_it_is_bound(sandbox: Sandbox, tmp_path: Path, outside: Path, runtime: str) -> None:
+def test_a_path_is_visible_only_when_it_is_bound(
+    sandbox: Sandbox, tmp_path: Path, outside: Path, runtime: str
+) -> None:
     read = ("IMAGE", "cat", f"{outside}/data")
     missing = run(sandbox, tmp_path, "exec", *read, runtime=runtime)
     assert missing.returncode == 1 and "No such file" in missing.stderr
@@ -51,8 +56,28 @@ def test_a_path_is_visible_only_when_it_is_bound(sandbox: Sandbox, tmp_path: Pat
         (("exec", *read), {"SINGULARITY_BIND": str(outside)}),
         (("exec", *read), {"APPTAINER_BIND": f"{outside}:{outside}"}),
         (("exec", "-B", f"{outside}:/scratch/x y", "IMAGE", "cat", "/scratch/x y/data"), {}),
-        (("exec", "--mount", f"type=bind,src={outside},dst=/scratch", "IMAGE", "cat", "/scratch/data"), {}),
-        (("exec", "-B", f"{outside}/data:/usr/lib64/libcxi.so.1", "IMAGE", "cat", "/usr/lib64/libcxi.so.1"), {}),
+        (
+            (
+                "exec",
+                "--mount",
+                f"type=bind,src={outside},dst=/scratch",
+                "IMAGE",
+                "cat",
+                "/scratch/data",
+            ),
+            {},
+        ),
+        (
+            (
+                "exec",
+                "-B",
+                f"{outside}/data:/usr/lib64/libcxi.so.1",
+                "IMAGE",
+                "cat",
+                "/usr/lib64/libcxi.so.1",
+            ),
+            {},
+        ),
     ):
         done = run(sandbox, tmp_path, *words, runtime=runtime, **environ)
         assert (done.returncode, done.stdout) == (0, "weights"), (words, done.stderr)
@@ -60,13 +85,19 @@ def test_a_path_is_visible_only_when_it_is_bound(sandbox: Sandbox, tmp_path: Pat
 
 
 @needs_var
-def test_bound_paths_are_written_through_and_nothing_else_is(sandbox: Sandbox, tmp_path: Path, outside: Path) -> None:
+def test_bound_paths_are_written_through_and_nothing_else_is(
+    sandbox: Sandbox, tmp_path: Path, outside: Path
+) -> None:
     def touch(path: str, *options: str) -> int:
         return run(sandbox, tmp_path, "exec", *options, "IMAGE", "touch", path).returncode
 
     assert touch(f"{outside}/made", "-B", str(outside)) == 0 and (outside / "made").exists()
-    assert touch(f"{outside}/not", "-B", f"{outside}:{outside}:ro") == 1 and not (outside / "not").exists()
-    assert touch("here") == 0 and (tmp_path / "here").exists()  # the working directory is mounted by default
+    assert (
+        touch(f"{outside}/not", "-B", f"{outside}:{outside}:ro") == 1
+        and not (outside / "not").exists()
+    )
+    # the working directory is mounted by default
+    assert touch("here") == 0 and (tmp_path / "here").exists()
     for path in ("/made", "/usr/made", "/etc/made", "/scratch", f"{outside}/never"):
         assert touch(path) == 1
         assert not Path(path).exists()
@@ -85,7 +116,9 @@ def test_the_start_fails_as_singularitys_does(sandbox: Sandbox, tmp_path: Path) 
         assert done.returncode == 255 and message in done.stderr, (words, done.stderr)
 
 
-def test_the_environment_inside_is_the_one_singularity_makes(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_the_environment_inside_is_the_one_singularity_makes(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
     nasty = "$(touch canary) \"q\" 'a' ; \\ é"
     environ = {
         "MINE": nasty,
@@ -111,7 +144,16 @@ def test_the_environment_inside_is_the_one_singularity_makes(sandbox: Sandbox, t
 
 def test_arguments_exit_codes_and_signals_pass_through(sandbox: Sandbox, tmp_path: Path) -> None:
     words = ["a b", "", "$(touch canary)", "-x", "k=v", "é\n"]
-    done = run(sandbox, tmp_path, "exec", "IMAGE", "python3", "-c", "import sys; print(sys.argv[1:])", *words)
+    done = run(
+        sandbox,
+        tmp_path,
+        "exec",
+        "IMAGE",
+        "python3",
+        "-c",
+        "import sys; print(sys.argv[1:])",
+        *words,
+    )
     assert done.stdout == f"{words}\n"
     assert run(sandbox, tmp_path, "exec", "IMAGE", "sh", "-c", "exit 42").returncode == 42
     text = sandbox.job(
@@ -129,9 +171,13 @@ def test_arguments_exit_codes_and_signals_pass_through(sandbox: Sandbox, tmp_pat
 
 
 def test_the_interpreter_and_the_nodes_are_visible_inside(sandbox: Sandbox, tmp_path: Path) -> None:
-    code = "import click, socket; print(socket.gethostname(), socket.gethostbyname('nid000002')[:7])"
+    code = (
+        "import click, socket; print(socket.gethostname(), socket.gethostbyname('nid000002')[:7])"
+    )
     (tmp_path / "image.sif").touch()
-    text = sandbox.job(tmp_path, f'srun -n2 singularity exec {tmp_path}/image.sif python3 -c "{code}"\n', "-N2")
+    text = sandbox.job(
+        tmp_path, f'srun -n2 singularity exec {tmp_path}/image.sif python3 -c "{code}"\n', "-N2"
+    )
     assert sorted(text.split("\n")[:2]) == ["nid000001 127.77.", "nid000002 127.77."]
 
 
@@ -139,7 +185,9 @@ def test_a_sites_paths_stand_where_the_job_expects_them(tmp_path: Path) -> None:
     scratch = tmp_path / "fs"
     (scratch / "project_1").mkdir(parents=True)
     (tmp_path / "image.sif").touch()
-    with started(lumi(2, mounts=((str(scratch), "/scratch"),)), "mounted", tmp_path / "mounted") as box:
+    with started(
+        lumi(2, mounts=((str(scratch), "/scratch"),)), "mounted", tmp_path / "mounted"
+    ) as box:
         image = tmp_path / "image.sif"
         text = box.job(
             tmp_path,

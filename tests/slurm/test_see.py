@@ -1,4 +1,5 @@
-"""status, logs, triage, cost and report of real jobs: someone who did not run them can say what happened."""
+"""status, logs, triage, cost and report of real jobs: someone who did not run them can say what
+happened."""
 
 from __future__ import annotations
 
@@ -35,10 +36,18 @@ class Run:
         self.sandbox, self.top, self.dir = sandbox, top, top / "runs" / what
         (top / "program.py").write_text(textwrap.dedent(PROGRAM))
         spec = {
-            "name": what, "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 2,
-            "tasks_per_node": 2, "gpus_per_node": 2, "time": "00:05:00",
-            "recipe_options": {"argv": [sys.executable, str(top / "program.py"), what]}, **changes,
-        }  # fmt: skip
+            "name": what,
+            "site": "lumi",
+            "recipe": "command",
+            "account": "project_465001281",
+            "partition": "small-g",
+            "nodes": 2,
+            "tasks_per_node": 2,
+            "gpus_per_node": 2,
+            "time": "00:05:00",
+            "recipe_options": {"argv": [sys.executable, str(top / "program.py"), what]},
+            **changes,
+        }
         (top / "run.yaml").write_text(json.dumps(spec))
         self.ok("render")
 
@@ -85,7 +94,9 @@ def test_an_out_of_memory_on_one_rank_is_named_with_rank_node_and_link(sandbox, 
     assert 0 < billed < 0.1 * 2
 
 
-def test_a_running_and_a_waiting_job_are_seen_by_job_id_and_the_page_is_made_meanwhile(sandbox, tmp_path):
+def test_a_running_and_a_waiting_job_are_seen_by_job_id_and_the_page_is_made_meanwhile(
+    sandbox, tmp_path
+):
     run = Run(sandbox, tmp_path, "wait")
     job = run.submit()
     run.wait({"running"})
@@ -98,7 +109,9 @@ def test_a_running_and_a_waiting_job_are_seen_by_job_id_and_the_page_is_made_mea
     assert status["links"][0]["state"] == "RUNNING" and status["links"][0]["iteration_to"] == 20
     assert run.hpctrain("status", job).returncode == 8
     held = sandbox.ok("sbatch", "--parsable", "--hold", str(run.dir / "job.sbatch")).strip()
-    (run.dir / "ledger.jsonl").write_text(json.dumps({"event": "submitted", "link": 2, "job_id": held}) + "\n")
+    (run.dir / "ledger.jsonl").write_text(
+        json.dumps({"event": "submitted", "link": 2, "job_id": held}) + "\n"
+    )
     pending = next(link for link in run.status()["links"] if link["job_id"] == held)
     assert (pending["state"], pending["reason"]) == ("PENDING", "JobHeldUser")
     assert json.loads(run.hpctrain("triage", run.dir, "--json").stdout)["verdict"] == "GREEN"
@@ -120,15 +133,32 @@ for i in range(1, 121):
 
 
 @pytest.mark.parametrize("what", ["pass", "fail"])
-def test_the_ladder_climbs_on_green_and_stops_at_the_first_rung_that_is_not(sandbox, tmp_path, what):
+def test_the_ladder_climbs_on_green_and_stops_at_the_first_rung_that_is_not(
+    sandbox, tmp_path, what
+):
     (tmp_path / "program.py").write_text(LADDER_PROGRAM)
     spec = {
-        "name": "l", "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 1, "time": "00:05:00",
+        "name": "l",
+        "site": "lumi",
+        "recipe": "command",
+        "account": "project_465001281",
+        "partition": "small-g",
+        "nodes": 1,
+        "time": "00:05:00",
         "recipe_options": {"argv": [sys.executable, str(tmp_path / "program.py"), what]},
-    }  # fmt: skip
+    }
     (tmp_path / "run.yaml").write_text(json.dumps(spec))
     done = sandbox.run(
-        sys.executable, "-m", "hpctrain", "ladder", "--rungs", "1,2,4", "--time", "00:02:00", "--json", cwd=tmp_path
+        sys.executable,
+        "-m",
+        "hpctrain",
+        "ladder",
+        "--rungs",
+        "1,2,4",
+        "--time",
+        "00:02:00",
+        "--json",
+        cwd=tmp_path,
     )
     rungs = json.loads(done.stdout)["rungs"]
     if what == "pass":
@@ -142,9 +172,18 @@ def test_the_ladder_climbs_on_green_and_stops_at_the_first_rung_that_is_not(sand
 
 def test_preflight_looks_at_every_rank_of_a_real_allocation(sandbox, tmp_path):
     spec = {
-        "name": "p", "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 2, "tasks_per_node": 2,
-        "gpus_per_node": 2, "time": "00:05:00", "recipe_options": {"argv": ["true"]}, "env": {"GLOO_SOCKET_IFNAME": "lo"},
-    }  # fmt: skip
+        "name": "p",
+        "site": "lumi",
+        "recipe": "command",
+        "account": "project_465001281",
+        "partition": "small-g",
+        "nodes": 2,
+        "tasks_per_node": 2,
+        "gpus_per_node": 2,
+        "time": "00:05:00",
+        "recipe_options": {"argv": ["true"]},
+        "env": {"GLOO_SOCKET_IFNAME": "lo"},
+    }
     (tmp_path / "run.yaml").write_text(json.dumps(spec))
     done = sandbox.run(
         sys.executable,
@@ -159,21 +198,34 @@ def test_preflight_looks_at_every_rank_of_a_real_allocation(sandbox, tmp_path):
     )
     answer = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
     assert answer["seen"] == answer["ranks"] == 4, done.stdout
-    assert sorted((facts["rank"], facts["stage"]) for facts in answer["map"]) == [(rank, "done") for rank in range(4)]
+    assert sorted((facts["rank"], facts["stage"]) for facts in answer["map"]) == [
+        (rank, "done") for rank in range(4)
+    ]
     assert len({facts["node"] for facts in answer["map"]}) == 2
 
 
-def test_a_job_whose_preflight_finds_a_bad_node_goes_back_into_the_queue_without_it(sandbox, tmp_path):
+def test_a_job_whose_preflight_finds_a_bad_node_goes_back_into_the_queue_without_it(
+    sandbox, tmp_path
+):
     # `python` on one node ends before it measures: the rank never starts there.
     (tmp_path / "python").write_text(
-        '#!/bin/bash\n[ "$SLURMD_NODENAME" != nid000002 ] || [[ "$*" != *measure* ]] || exit 9\nexec /usr/bin/python3 "$@"\n'
+        '#!/bin/bash\n[ "$SLURMD_NODENAME" != nid000002 ] || [[ "$*" != *measure* ]] || exit'
+        ' 9\nexec /usr/bin/python3 "$@"\n'
     )
     (tmp_path / "python").chmod(0o755)
     spec = {
-        "name": "p", "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 3, "tasks_per_node": 1,
-        "gpus_per_node": 1, "time": "00:05:00", "preflight": {"python": str(tmp_path / "python"), "limit_s": 60},
+        "name": "p",
+        "site": "lumi",
+        "recipe": "command",
+        "account": "project_465001281",
+        "partition": "small-g",
+        "nodes": 3,
+        "tasks_per_node": 1,
+        "gpus_per_node": 1,
+        "time": "00:05:00",
+        "preflight": {"python": str(tmp_path / "python"), "limit_s": 60},
         "recipe_options": {"argv": ["bash", "-c", "echo $SLURMD_NODENAME trains"]},
-    }  # fmt: skip
+    }
     (tmp_path / "run.yaml").write_text(json.dumps(spec))
     done = sandbox.run(sys.executable, "-m", "hpctrain", "render", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -185,10 +237,11 @@ def test_a_job_whose_preflight_finds_a_bad_node_goes_back_into_the_queue_without
         return "Restarts=1" in said and "ExcNodeList=nid000002" in said
 
     sandbox.wait_for(put_back, 60)
-    sandbox.ok(
-        "scontrol", "update", f"jobid={job}", "StartTime=now"
-    )  # Slurm holds it back for two minutes; nobody waits here
-    sandbox.wait_for(lambda: sandbox.state(job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), 90)
+    # Slurm holds it back for two minutes; nobody waits here
+    sandbox.ok("scontrol", "update", f"jobid={job}", "StartTime=now")
+    sandbox.wait_for(
+        lambda: sandbox.state(job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), 90
+    )
     log = (run_dir / "logs" / f"p-{job}.out").read_text()
     assert sandbox.state(job) == "COMPLETED", log
     assert {line.split()[0] for line in log.splitlines() if line.endswith(" trains")} == {
@@ -198,8 +251,12 @@ def test_a_job_whose_preflight_finds_a_bad_node_goes_back_into_the_queue_without
     }
     records = [json.loads(line) for line in (run_dir / "links.jsonl").read_text().splitlines()]
     assert [(r["event"], r["link"], r["restart"], r.get("action")) for r in records] == [
-        ("begin", 1, 0, None), ("preflight", 1, 0, "requeue"), ("begin", 1, 1, None), ("preflight", 1, 1, "go"), ("end", 1, 1, None),
-    ]  # fmt: skip
+        ("begin", 1, 0, None),
+        ("preflight", 1, 0, "requeue"),
+        ("begin", 1, 1, None),
+        ("preflight", 1, 1, "go"),
+        ("end", 1, 1, None),
+    ]
     assert list(records[1]["bad"]) == ["nid000002"]
     status = sandbox.run(sys.executable, "-m", "hpctrain", "status", str(run_dir), cwd=tmp_path)
     assert "nid000002" in status.stdout + status.stderr

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.slurm
 
 @pytest.fixture(params=["down", "unknown"])
 def silent(request, sandbox, tmp_path):
-    """PATH with this Slurm's commands, for which the controller is down, or which have no configuration."""
+    """PATH with this Slurm's commands, for which the controller is down, or which have no
+    configuration."""
     real = Path(shutil.which("sbatch", path=sandbox.environ["PATH"])).parent
     config = Path(sandbox.environ["SLURM_CONF"])
     dead = tmp_path / "slurm.conf"
@@ -39,15 +40,30 @@ def silent(request, sandbox, tmp_path):
 
 def test_no_verb_takes_silence_for_an_answer(silent, sandbox, tmp_path):
     (tmp_path / "run.yaml").write_text(
-        json.dumps({
-            "name": "r", "site": "local", "recipe": "command", "nodes": 1, "time": "5:00", "chain": {"jobs": 2},
-            "checkpoint": {"dir": "ck"}, "sbatch": {"cpus-per-task": 1, "mem": "100M"},
-            "recipe_options": {"argv": ["sleep", "60"], "layout": "dcp", "target_iteration": 10, "save_every": 5},
-        })
-    )  # fmt: skip
+        json.dumps(
+            {
+                "name": "r",
+                "site": "local",
+                "recipe": "command",
+                "nodes": 1,
+                "time": "5:00",
+                "chain": {"jobs": 2},
+                "checkpoint": {"dir": "ck"},
+                "sbatch": {"cpus-per-task": 1, "mem": "100M"},
+                "recipe_options": {
+                    "argv": ["sleep", "60"],
+                    "layout": "dcp",
+                    "target_iteration": 10,
+                    "save_every": 5,
+                },
+            }
+        )
+    )
 
     def hpctrain(*args):
-        done = sandbox.run(sys.executable, "-m", "hpctrain", *args, cwd=tmp_path, PATH=silent, timeout_s=300)
+        done = sandbox.run(
+            sys.executable, "-m", "hpctrain", *args, cwd=tmp_path, PATH=silent, timeout_s=300
+        )
         said = done.stdout + done.stderr
         assert "\\n" not in said and "Traceback" not in said and "refuse" not in said, said
         return done.returncode, said
@@ -64,7 +80,12 @@ def test_no_verb_takes_silence_for_an_answer(silent, sandbox, tmp_path):
     ledger.write_text(json.dumps({**first, "event": "submitted", "job_id": "4711"}) + "\n")
     code, said = hpctrain("status", "runs/r")
     assert "could not see: squeue: Slurm did not answer" in said and "unknown" in said
-    for verb in (("cancel",), ("stop",), ("site", "new", "here", "--dry-run"), ("chain", "--extend", "1", "--yes")):
+    for verb in (
+        ("cancel",),
+        ("stop",),
+        ("site", "new", "here", "--dry-run"),
+        ("chain", "--extend", "1", "--yes"),
+    ):
         target = ("runs/r",) if verb[0] in ("cancel", "stop") else ()
         code, said = hpctrain(*verb, *target)
         assert code == 3 and "Slurm did not answer" in said, (verb, said)

@@ -1,4 +1,5 @@
-"""The array on a real Slurm: tasks killed, a node lost, run again, and the same bytes as from one process."""
+"""The array on a real Slurm: tasks killed, a node lost, run again, and the same bytes as from one
+process."""
 
 from __future__ import annotations
 
@@ -19,8 +20,22 @@ ACCOUNT = "project_465000000"
 
 
 def command(data, prefix, *more, kind="bpe_nmt_nfkc"):
-    return [sys.executable, "-m", "hpctrain", "tokenize", str(data), "--tokenizer", model_path(kind), "--output-prefix", str(prefix),
-            "--site", "lumi", "--account", ACCOUNT, *more]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "hpctrain",
+        "tokenize",
+        str(data),
+        "--tokenizer",
+        model_path(kind),
+        "--output-prefix",
+        str(prefix),
+        "--site",
+        "lumi",
+        "--account",
+        ACCOUNT,
+        *more,
+    ]
 
 
 def pair(prefix):
@@ -31,13 +46,20 @@ def test_tasks_killed_and_a_node_lost_and_run_again_gives_the_same_bytes(sandbox
     texts = dialogues(4000, seed=21)
     data = write_jsonl(tmp_path / "data.jsonl", texts)
     prefix = tmp_path / "out"
-    argv = command(data, prefix, "--tasks", "16", "--partition", "small-g", "--encoder", "sentencepiece")
+    argv = command(
+        data, prefix, "--tasks", "16", "--partition", "small-g", "--encoder", "sentencepiece"
+    )
     rng = random.Random(5)
-    first = subprocess.Popen(argv, env=sandbox.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        argv, env=sandbox.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     killed, where = [], ""
     deadline = time.monotonic() + 90
     while len(killed) < 3 and first.poll() is None and time.monotonic() < deadline:
-        running = [line.split() for line in sandbox.ok("squeue", "-h", "-r", "-t", "R", "-o", "%i %N").splitlines()]
+        running = [
+            line.split()
+            for line in sandbox.ok("squeue", "-h", "-r", "-t", "R", "-o", "%i %N").splitlines()
+        ]
         tasks = [(job, node) for job, node in running if "_" in job and job not in killed]
         if tasks:
             job, where = rng.choice(tasks)
@@ -48,7 +70,8 @@ def test_tasks_killed_and_a_node_lost_and_run_again_gives_the_same_bytes(sandbox
     sandbox.ok("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     assert killed
     sandbox.ok("scontrol", "update", f"nodename={node}", "state=resume")
-    # What the lost node ran is queued again by Slurm, after its pause for requeued jobs: do not wait for it, start over.
+    # What the lost node ran is queued again by Slurm, after its pause for requeued jobs: do not
+    # wait for it, start over.
     deadline = time.monotonic() + 60
     while first.poll() is None and time.monotonic() < deadline:
         states = sandbox.ok("squeue", "-h", "-r", "-o", "%T %i").split()
@@ -57,14 +80,21 @@ def test_tasks_killed_and_a_node_lost_and_run_again_gives_the_same_bytes(sandbox
         time.sleep(0.5)
     stderr = first.communicate(timeout=60)[1]
 
-    assert first.returncode == 1 and "shards are not done" in stderr and "run the same command again" in stderr, stderr
+    assert (
+        first.returncode == 1
+        and "shards are not done" in stderr
+        and "run the same command again" in stderr
+    ), stderr
     assert not list(tmp_path.glob("out_text*"))
     done = len(list((tmp_path / "out.tokenize").glob("*-[0-9]*.json")))
     again = sandbox.run(*argv, "--json", timeout_s=180)
     assert again.returncode == 0, again.stderr
     answer = json.loads(again.stdout)
     assert answer["status"] == "done" and answer["shards"] == 16
-    assert answer["shards_done_before"] <= done and answer["array_tasks"] <= 16 - answer["shards_done_before"]
+    assert (
+        answer["shards_done_before"] <= done
+        and answer["array_tasks"] <= 16 - answer["shards_done_before"]
+    )
     assert pair(prefix) == oracle(texts, model_path("bpe_nmt_nfkc"))
 
 
@@ -74,7 +104,9 @@ def test_the_array_stays_within_the_sites_limits_and_goes_to_a_cpu_partition(san
 
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert answer["status"] == "planned" and answer["shards"] == 500 and answer["array_tasks"] == 219
+    assert (
+        answer["status"] == "planned" and answer["shards"] == 500 and answer["array_tasks"] == 219
+    )
     assert "220 submitted jobs" in done.stderr
     assert not list(tmp_path.glob("out*"))
     queued = sandbox.run(*command(data, tmp_path / "out", "--tasks", "2", "--no-wait"))
@@ -94,7 +126,9 @@ def test_errors_in_the_data_come_before_anything_is_queued(sandbox, tmp_path):
 
     assert done.returncode == 2 and "data.jsonl:51" in done.stderr
     assert not sandbox.ok("squeue", "-h").strip() and not list(tmp_path.glob("out*"))
-    wrong = sandbox.run(*command(write_jsonl(data, dialogues(3)), tmp_path / "out")[:-1], "not_a_project")
+    wrong = sandbox.run(
+        *command(write_jsonl(data, dialogues(3)), tmp_path / "out")[:-1], "not_a_project"
+    )
     assert wrong.returncode == 2 and "not an account of `lumi`" in wrong.stderr
 
 
@@ -106,9 +140,19 @@ def test_tasks_run_inside_the_sites_container(sandbox, tmp_path):
     image.write_text("an image")
     (tmp_path / "here").mkdir()
     profile = tmp_path / "here" / "profile.yaml"
-    profile.write_text("name: here\nextends: lumi\ncontainer: {binds: []}\n")  # this machine has no /pfs to bind
+    # this machine has no /pfs to bind
+    profile.write_text("name: here\nextends: lumi\ncontainer: {binds: []}\n")
     done = sandbox.run(
-        *command(data, tmp_path / "out", "--tasks", "2", "--container", str(image), "--site", str(profile)),
+        *command(
+            data,
+            tmp_path / "out",
+            "--tasks",
+            "2",
+            "--container",
+            str(image),
+            "--site",
+            str(profile),
+        )
     )
 
     assert done.returncode == 0, done.stderr + "".join(

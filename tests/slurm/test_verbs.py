@@ -17,8 +17,13 @@ ACCOUNT = ("--site", "lumi", "--account", "project_465000001")
 
 
 def test_a_command_runs_in_an_allocation_of_the_debug_partition(sandbox, tmp_path):
-    show = 'echo "$SLURM_JOB_PARTITION $SLURM_JOB_NUM_NODES $SLURM_CPUS_PER_TASK $SLURM_JOB_NAME $NCCL_NET_GDR_LEVEL"; ls -d "$TRITON_CACHE_DIR"; exit 5'
-    done = sandbox.run(*HPCTRAIN, "shell", *ACCOUNT, "--time", "2", "--", "bash", "-c", show, cwd=tmp_path)
+    show = (
+        'echo "$SLURM_JOB_PARTITION $SLURM_JOB_NUM_NODES $SLURM_CPUS_PER_TASK $SLURM_JOB_NAME'
+        ' $NCCL_NET_GDR_LEVEL"; ls -d "$TRITON_CACHE_DIR"; exit 5'
+    )
+    done = sandbox.run(
+        *HPCTRAIN, "shell", *ACCOUNT, "--time", "2", "--", "bash", "-c", show, cwd=tmp_path
+    )
 
     assert done.returncode == 5, done.stderr
     first, folder = done.stdout.splitlines()
@@ -27,10 +32,24 @@ def test_a_command_runs_in_an_allocation_of_the_debug_partition(sandbox, tmp_pat
 
 def test_hostile_words_and_a_leaking_shell_change_nothing(sandbox, tmp_path):
     words = ["it's", '"q"', "$(touch canary)", "`touch canary`", "a b", "", "-x", "é\n2", "%j", "#"]
-    done = sandbox.run(*HPCTRAIN, "shell", *ACCOUNT, "--", "printf", "<%s>", *words, cwd=tmp_path, SBATCH_PARTITION="nosuch",
-                    SLURM_NTASKS="8", SRUN_CPUS_PER_TASK="3", SLURM_JOB_ID="99")  # fmt: skip
+    done = sandbox.run(
+        *HPCTRAIN,
+        "shell",
+        *ACCOUNT,
+        "--",
+        "printf",
+        "<%s>",
+        *words,
+        cwd=tmp_path,
+        SBATCH_PARTITION="nosuch",
+        SLURM_NTASKS="8",
+        SRUN_CPUS_PER_TASK="3",
+        SLURM_JOB_ID="99",
+    )
 
-    assert (done.returncode, done.stdout) == (0, "".join(f"<{word}>" for word in words)), done.stderr
+    assert (done.returncode, done.stdout) == (0, "".join(f"<{word}>" for word in words)), (
+        done.stderr
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -56,9 +75,15 @@ def test_a_terminal_gets_a_shell(sandbox, tmp_path):
     # `script` gives the terminal that srun --pty wants.
     hpctrain = " ".join([*HPCTRAIN, "shell", *ACCOUNT])
     done = subprocess.run(
-        ["script", "-qec", hpctrain, "/dev/null"], cwd=tmp_path, env=sandbox.environ, input="echo on-$SLURM_JOB_PARTITION-$((40+2))\nexit 3\n",
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        ["script", "-qec", hpctrain, "/dev/null"],
+        cwd=tmp_path,
+        env=sandbox.environ,
+        input="echo on-$SLURM_JOB_PARTITION-$((40+2))\nexit 3\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
     assert "on-dev-g-42" in done.stdout and done.returncode == 3, done.stdout + done.stderr
 
@@ -76,6 +101,12 @@ def test_a_profile_drafted_from_the_live_slurm_has_its_limits(sandbox, tmp_path)
             wanted.whole_nodes,
         )
         assert partition.node_type.usable_cores == wanted.node_type.usable_cores
-    assert drafted.values["match"]["cluster_name"] and drafted.values["slurm"]["max_array_size"] >= 1001
+    assert (
+        drafted.values["match"]["cluster_name"]
+        and drafted.values["slurm"]["max_array_size"] >= 1001
+    )
     sandbox.ok(*HPCTRAIN, "site", "new", "drafted", cwd=tmp_path)
-    assert sandbox.ok(*HPCTRAIN, "site", "check", "drafted", cwd=tmp_path, HPCTRAIN_NO_USER_CONFIG="0") == ""
+    assert (
+        sandbox.ok(*HPCTRAIN, "site", "check", "drafted", cwd=tmp_path, HPCTRAIN_NO_USER_CONFIG="0")
+        == ""
+    )

@@ -1,7 +1,9 @@
-"""Writes checkpoints as DeepSpeed writes them, one write at a time, so that a test can stop between any two. Stdlib only.
+"""Writes checkpoints as DeepSpeed writes them, one write at a time, so that a test can stop between
+any two. Stdlib only.
 
-Files are zip archives with a `data.pkl`, as `torch.save` makes them. Each holds the step and the *lineage*: which start
-of which job wrote it. A checkpoint whose files disagree on these is a mix of two trajectories.
+Files are zip archives with a `data.pkl`, as `torch.save` makes them. Each holds the step and the
+*lineage*: which start of which job wrote it. A checkpoint whose files disagree on these is a mix of
+two trajectories.
 """
 
 import io
@@ -26,7 +28,8 @@ def load_file(path):
 
 
 def shard_names(rank, tp, dp, zero=1, bf16=False):
-    """The files that one rank writes, in its order. Rank = dp_rank * tp + tp_rank, as Megatron numbers them."""
+    """The files that one rank writes, in its order. Rank = dp_rank * tp + tp_rank, as Megatron
+    numbers them."""
     dp_rank, tp_rank = divmod(rank, tp)
     names = []
     if zero == 3:
@@ -43,17 +46,25 @@ def all_names(tp, dp, zero=1, bf16=False):
     return [name for rank in range(tp * dp) for name in shard_names(rank, tp, dp, zero, bf16)]
 
 
-def rank_writes(folder, step, rank, tp, dp, zero=1, lineage="a", name=None, told=True, optimizer_steps=None):
+def rank_writes(
+    folder, step, rank, tp, dp, zero=1, lineage="a", name=None, told=True, optimizer_steps=None
+):
     """A generator that does one write of one rank's part of a save each time it is advanced.
 
-    Rank 0 names the checkpoint in `latest` after its own shards, without waiting for the others, by truncating the file
-    and then writing it (DeeperSpeed engine.py:3316-3319).
+    Rank 0 names the checkpoint in `latest` after its own shards, without waiting for the others, by
+    truncating the file and then writing it (DeeperSpeed engine.py:3316-3319).
     """
     name = name or f"global_step{step}"
     path = os.path.join(folder, name)
-    values = {"step": step, "lineage": lineage, "optimizer_steps": step if optimizer_steps is None else optimizer_steps}
+    values = {
+        "step": step,
+        "lineage": lineage,
+        "optimizer_steps": step if optimizer_steps is None else optimizer_steps,
+    }
     if told:
-        values.update(dp_world_size=dp, mp_world_size=tp, ds_config={"zero_optimization": {"stage": zero}})
+        values.update(
+            dp_world_size=dp, mp_world_size=tp, ds_config={"zero_optimization": {"stage": zero}}
+        )
     for shard in shard_names(rank, tp, dp, zero):
         os.makedirs(path, exist_ok=True)
         content = torch_file(values)
@@ -102,7 +113,8 @@ def lineages(path):
 
 
 def snapshot(folder):
-    """What would change if anything in `folder` were written: inode, size and time of every entry, by path."""
+    """What would change if anything in `folder` were written: inode, size and time of every entry,
+    by path."""
     found = {}
     for top, folders, names in os.walk(folder):
         for name in folders + names:

@@ -1,4 +1,5 @@
-"""Judges one chain of the fault campaign by what really happened, which the trainer notes outside the checkpoint folder."""
+"""Judges one chain of the fault campaign by what really happened, which the trainer notes outside
+the checkpoint folder."""
 
 from __future__ import annotations
 
@@ -14,14 +15,18 @@ from fault_kinds import NOT_BY_STATUS, TOLD
 if TYPE_CHECKING:
     from fault_run import Result, Run
 
-PAGE = ("import sys; from hpctrain.runs.report.gather import gather; from hpctrain.runs.report.page import page;"
-        "print(page(gather(sys.argv[1]), '', None))")  # fmt: skip
+PAGE = (
+    "import sys; from hpctrain.runs.report.gather import gather; from hpctrain.runs.report.page"
+    " import page;print(page(gather(sys.argv[1]), '', None))"
+)
 
 
 def judge(run: Run, result: Result) -> None:
     """What this program promises, checked against what really happened."""
     wrong, events = result.wrong, run.events()
-    result.played += [event["how"] or event["kind"] for event in events if event["event"] == "fault"]
+    result.played += [
+        event["how"] or event["kind"] for event in events if event["event"] == "fault"
+    ]
     links = (
         [json.loads(line) for line in (run.dir / "links.jsonl").read_text().splitlines()]
         if (run.dir / "links.jsonl").exists()
@@ -40,20 +45,29 @@ def judge(run: Run, result: Result) -> None:
             wrong.append(f"the optimizer saw {optimizer_steps} of {run.steps} steps")
     elif begins and begins[-1]["mode"] == "gave_up":
         result.outcome = "gave up"
-        # True when the last links that began, as many as it takes, really left no whole checkpoint behind.
-        trained = [record for record in begins if record["mode"] in ("scratch", "finetune", "resume")]
+        # True when the last links that began, as many as it takes, really left no whole checkpoint
+        # behind.
+        trained = [
+            record for record in begins if record["mode"] in ("scratch", "finetune", "resume")
+        ]
         last = list(dict.fromkeys(record["job_id"] for record in trained))[-3:]
         made = [
             event
             for event in events
-            if event["event"] == "wrote" and event["tag"] in whole and event["attempt"].split(".")[0] in last
+            if event["event"] == "wrote"
+            and event["tag"] in whole
+            and event["attempt"].split(".")[0] in last
         ]
         if len(last) < 3 or made:
             wrong.append(f"gave up without a reason: jobs {last}, {made}")
     else:
         result.outcome = "neither"
         wrong.append(f"neither reached nor gave up: {[(r['link'], r['mode']) for r in begins]}")
-    wrong += [f"{event['event']}: {event}" for event in events if event["event"] in ("mixed", "random_weights")]
+    wrong += [
+        f"{event['event']}: {event}"
+        for event in events
+        if event["event"] in ("mixed", "random_weights")
+    ]
     result.untold = untold(run, result.played)
     if jobs := run.jobs():
         wrong.append(f"jobs left queued: {jobs}")
@@ -79,12 +93,14 @@ def untold(run: Run, played) -> list[str]:
         f"{verb} does not tell of {kind}"
         for kind in played
         for verb in texts
-        if not (verb == "status" and kind in NOT_BY_STATUS) and not re.search(TOLD[kind], texts[verb])
+        if not (verb == "status" and kind in NOT_BY_STATUS)
+        and not re.search(TOLD[kind], texts[verb])
     ]
 
 
 def _judge_order(run: Run, events, result):
-    """Each start is from the last whole checkpoint before it, and no two starts ever train at the same time.
+    """Each start is from the last whole checkpoint before it, and no two starts ever train at the
+    same time.
 
     Returns the whole checkpoints that are left, with their steps.
     """
@@ -102,7 +118,9 @@ def _judge_order(run: Run, events, result):
         elif event["event"] == "start":
             best = max(whole.values(), default=0)
             if event["iteration"] != best:
-                result.wrong.append(f"started from {event['iteration']}, the last whole checkpoint is {best}")
+                result.wrong.append(
+                    f"started from {event['iteration']}, the last whole checkpoint is {best}"
+                )
             if (event["mode"] == "resume") != bool(whole):
                 result.wrong.append(f"mode {event['mode']} with whole checkpoints {sorted(whole)}")
             result.lost_iterations += max(reached - event["iteration"], 0)

@@ -55,7 +55,8 @@ class Run:
         (self.truth / "faults").mkdir(parents=True)
         inside = [kind for kind in self.kinds if kind in INSIDE]
         for number, kind in enumerate(inside):
-            # Later faults come at later steps, so that each meets the chain while it still has something to do.
+            # Later faults come at later steps, so that each meets the chain while it still has
+            # something to do.
             at_save = self.random.choice([3, 6, 9][number : 3 - (len(inside) - 1 - number)])
             plan = {
                 "kind": kind,
@@ -71,7 +72,9 @@ class Run:
                     write=self.random.randint(1, most),
                 )
                 if kind == "kill_all_in_save":
-                    plan.update(rank="all", write=self.random.randint(1, checkpoints.num_writes(1, 2, 1)))
+                    plan.update(
+                        rank="all", write=self.random.randint(1, checkpoints.num_writes(1, 2, 1))
+                    )
             elif kind != "kill_rank":
                 plan.update(kind="hurt", how=kind)
             (self.truth / "faults" / str(number)).write_text(json.dumps(plan))
@@ -80,17 +83,50 @@ class Run:
             checkpoint["start"] = checkpoints.save(
                 str(self.top / "base"), 50, 2, 1, lineage="base", name="_global_step50_backup"
             )
-        argv = [sys.executable, str(TRAINER), "--truth", str(self.truth), "--steps", str(self.steps), "--save-every", "3", "--tp", "2",
-                "--step-s", str(0.1 + 0.6 * len(self.outside)), "--offset", str(self.offset)]  # fmt: skip
-        (self.top / "run.yaml").write_text(json.dumps({
-            "name": "ft", "site": "lumi", "recipe": "command", "account": "project_465001281", "partition": "small-g", "nodes": 1,
-            # Where it is to be quick each chain has a node to itself; else a fault of a node hits several chains. (Not by an
-            # exclusive partition: slurmctld 22.05.8 dies when it requeues a job whose node has CpuSpecList and is exclusive.)
-            "sbatch": {"nodelist": self.node} if self.node else {},
-            "tasks_per_node": 2, "gpus_per_node": 1, "time": "00:05:00", "checkpoint": checkpoint, "chain": {"jobs": self.num_links},
-            "recipe_options": {"argv": argv, "layout": "deepspeed", "target_iteration": self.steps + self.offset, "save_every": 3,
-                               "signal": False},
-        }))  # fmt: skip
+        argv = [
+            sys.executable,
+            str(TRAINER),
+            "--truth",
+            str(self.truth),
+            "--steps",
+            str(self.steps),
+            "--save-every",
+            "3",
+            "--tp",
+            "2",
+            "--step-s",
+            str(0.1 + 0.6 * len(self.outside)),
+            "--offset",
+            str(self.offset),
+        ]
+        (self.top / "run.yaml").write_text(
+            json.dumps(
+                {
+                    "name": "ft",
+                    "site": "lumi",
+                    "recipe": "command",
+                    "account": "project_465001281",
+                    "partition": "small-g",
+                    "nodes": 1,
+                    # Where it is to be quick each chain has a node to itself; else a fault of a
+                    # node hits several chains. (Not by an exclusive partition: slurmctld 22.05.8
+                    # dies when it requeues a job whose node has CpuSpecList and is exclusive.)
+                    "sbatch": {"nodelist": self.node} if self.node else {},
+                    "tasks_per_node": 2,
+                    "gpus_per_node": 1,
+                    "time": "00:05:00",
+                    "checkpoint": checkpoint,
+                    "chain": {"jobs": self.num_links},
+                    "recipe_options": {
+                        "argv": argv,
+                        "layout": "deepspeed",
+                        "target_iteration": self.steps + self.offset,
+                        "save_every": 3,
+                        "signal": False,
+                    },
+                }
+            )
+        )
         (self.top / "precious.txt").write_text("not to be touched")
 
     def hpctrain(self, *args):
@@ -106,11 +142,15 @@ class Run:
     def play_all(self) -> Result:
         result, begun = Result(self.seed, list(self.kinds)), time.monotonic()
         self.write()
-        self.precious = {name: checkpoints.snapshot(self.top / name) for name in ("base",) if self.started}
+        self.precious = {
+            name: checkpoints.snapshot(self.top / name) for name in ("base",) if self.started
+        }
         if self.fork:
             with self.cluster.controller:
                 rendered = self.hpctrain("render")
-            plan = json.loads((self.dir / "plan.json").read_text()) if rendered.returncode == 0 else {}
+            plan = (
+                json.loads((self.dir / "plan.json").read_text()) if rendered.returncode == 0 else {}
+            )
             plan["guard"]["counter"] = "greatest_folder"
             (self.dir / "plan.json").write_text(json.dumps(plan))
             with self.cluster.controller:
@@ -127,9 +167,12 @@ class Run:
         return result
 
     def submit(self):
-        """The fork's counter is the neox recipe's business; here the plan is edited, so submit without rendering again."""
-        code = ("import json, sys; from hpctrain.jobs import chain; d = sys.argv[1]; p = chain.read_plan(d);"
-                "chain.submit_chain(chain.plan_chain(d, p))")  # fmt: skip
+        """The fork's counter is the neox recipe's business; here the plan is edited, so submit
+        without rendering again."""
+        code = (
+            "import json, sys; from hpctrain.jobs import chain; d = sys.argv[1]; p ="
+            " chain.read_plan(d);chain.submit_chain(chain.plan_chain(d, p))"
+        )
         return self.cluster.run(sys.executable, "-c", code, str(self.dir), cwd=self.top)
 
     def jobs(self):
@@ -137,10 +180,15 @@ class Run:
         done = self.cluster.run("squeue", "-h", "-o", "%A|%T|%r|%N|%Z")
         if done.returncode != 0:
             return None
-        return [line.split("|")[:4] for line in done.stdout.splitlines() if line.endswith(f"|{self.dir}")]
+        return [
+            line.split("|")[:4]
+            for line in done.stdout.splitlines()
+            if line.endswith(f"|{self.dir}")
+        ]
 
     def watch(self, result, limit_s=900):
-        """Play the outside faults, each once its link has trained a little, until nothing of the run is queued."""
+        """Play the outside faults, each once its link has trained a little, until nothing of the
+        run is queued."""
         waiting = list(self.outside)
         end = time.monotonic() + limit_s
         next_after = self.random.choice([1, 2, 3])
@@ -160,7 +208,8 @@ class Run:
                     result.played.append(kind)
                 seen = steps
             for job_id, state, reason, _ in jobs:
-                # Slurm holds a requeued job back for two minutes, and one whose node failed in the prolog; nobody waits here.
+                # Slurm holds a requeued job back for two minutes, and one whose node failed in the
+                # prolog; nobody waits here.
                 if state == "PENDING" and reason in (
                     "BeginTime",
                     "JobHeldUser",
@@ -204,7 +253,8 @@ class Run:
         return True
 
     def time_limit(self, job_id) -> bool:
-        """Let the job's time be over; Slurm looks twice a minute, so the step is held until it has seen."""
+        """Let the job's time be over; Slurm looks twice a minute, so the step is held until it has
+        seen."""
         pause = self.truth / "pause"
         pause.touch()
         try:
@@ -222,9 +272,8 @@ class Run:
             pause.unlink()
 
     def kill_shell(self, job_id) -> bool:
-        spool = os.path.join(
-            os.path.realpath(self.cluster.record.place.run), ""
-        )  # other Slurms here have jobs of the same number
+        # other Slurms here have jobs of the same number
+        spool = os.path.join(os.path.realpath(self.cluster.record.place.run), "")
         for entry in os.listdir("/proc"):
             if entry.isdigit():
                 with contextlib.suppress(OSError):

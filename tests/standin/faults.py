@@ -1,9 +1,10 @@
-"""The fault campaign: chains of the stand-in trainer on a real Slurm, hurt in every way, and judged by what really happened.
+"""The fault campaign: chains of the stand-in trainer on a real Slurm, hurt in every way, and judged
+by what really happened.
 
   tools/faults --seed 1 --num 200 [--jobs 3] [--table docs/faults.md]
 
-The trainer notes every step, every written shard and every fault outside the checkpoint folder (`truth.jsonl`); the
-judgement uses that and never the guard's own opinion.
+The trainer notes every step, every written shard and every fault outside the checkpoint folder
+(`truth.jsonl`); the judgement uses that and never the guard's own opinion.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from fault_run import Result, Run
 
 
 def plan_faults(seed: int, num: int, of: tuple[str, ...] = KINDS) -> list[list[str]]:
-    """`num` faults in groups of one to three, each kind as often as any other; one group is one chain."""
+    """`num` faults in groups of one to three, each kind as often as any other; one group is one
+    chain."""
     chance = random.Random(seed)
     kinds: list[str] = []
     while len(kinds) < num:
@@ -41,9 +43,16 @@ def plan_faults(seed: int, num: int, of: tuple[str, ...] = KINDS) -> list[list[s
 
 
 def campaign(
-    seed: int, num: int, jobs: int, say=print, quick: bool = False, of: tuple[str, ...] = KINDS, keep: bool = False
+    seed: int,
+    num: int,
+    jobs: int,
+    say=print,
+    quick: bool = False,
+    of: tuple[str, ...] = KINDS,
+    keep: bool = False,
 ) -> list[Result]:
-    """Run the faults, `jobs` chains at a time, each on a cluster that the others share; returns a result per chain.
+    """Run the faults, `jobs` chains at a time, each on a cluster that the others share; returns a
+    result per chain.
 
     `quick`: no waiting for what takes Slurm long, and the chains whose faults do begin first.
     """
@@ -63,8 +72,12 @@ def campaign(
             result = Result(run.seed, kinds, wrong=[f"{type(error).__name__}: {error}"])
         finally:
             nodes.put(node)
-        say(f"{number:4d} {result.outcome or 'failed':8} links {result.links} starts {result.starts} lost {result.lost_iterations:2d} "
-            f"{result.seconds:5.0f}s {', '.join(kinds)}{'  UNTOLD: ' + '; '.join(result.untold) if result.untold else ''}{'  WRONG: ' + '; '.join(result.wrong) if result.wrong else ''}")  # fmt: skip
+        say(
+            f"{number:4d} {result.outcome or 'failed':8} links {result.links} starts"
+            f" {result.starts} lost {result.lost_iterations:2d} "
+            f"{result.seconds:5.0f}s"
+            f" {', '.join(kinds)}{'  UNTOLD: ' + '; '.join(result.untold) if result.untold else ''}{'  WRONG: ' + '; '.join(result.wrong) if result.wrong else ''}"
+        )
         if not (result.wrong or keep):
             shutil.rmtree(folder, ignore_errors=True)
         return result
@@ -99,35 +112,53 @@ def table(results: list[Result], command: str) -> str:
         failed.update(result.faults if result.wrong else [])
     lines = ["| fault | planned | met | chains with anything wrong |", "|---|---|---|---|"]
     lines += [
-        f"| {WORDS[kind]} | {planned[kind]} | {played[kind]} | {failed[kind]} |" for kind in KINDS if planned[kind]
+        f"| {WORDS[kind]} | {planned[kind]} | {played[kind]} | {failed[kind]} |"
+        for kind in KINDS
+        if planned[kind]
     ]
     outcome = Counter(result.outcome for result in results)
-    lost = [result.lost_iterations / max(len(result.played), 1) for result in results if result.outcome]
+    lost = [
+        result.lost_iterations / max(len(result.played), 1) for result in results if result.outcome
+    ]
     lines += [
         "",
-        f"`{command}`: {sum(planned.values())} faults planned, {sum(played.values())} met, in {len(results)} chains; "
-        f"{outcome['reached']} reached their target, {outcome['gave up']} gave up for a true reason, "
-        f"{sum(bool(result.wrong) for result in results)} had anything wrong. "
-        f"Mean iterations trained again per fault: {sum(lost) / max(len(lost), 1):.1f} (a checkpoint every 3).",
+        (
+            f"`{command}`: {sum(planned.values())} faults planned, {sum(played.values())} met, in"
+            f" {len(results)} chains; {outcome['reached']} reached their target,"
+            f" {outcome['gave up']} gave up for a true reason,"
+            f" {sum(bool(result.wrong) for result in results)} had anything wrong. Mean iterations"
+            f" trained again per fault: {sum(lost) / max(len(lost), 1):.1f} (a checkpoint every 3)."
+        ),
     ]
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Hurt chains on a real Slurm and judge what they did.")
+    parser = argparse.ArgumentParser(
+        description="Hurt chains on a real Slurm and judge what they did."
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--num", type=int, default=200, help="faults in all")
     parser.add_argument("--jobs", type=int, default=3, help="chains at a time")
     parser.add_argument("--kinds", default=",".join(KINDS), help="only these faults")
     parser.add_argument(
-        "--quick", action="store_true", help="a node for each chain, and no waiting for what takes Slurm long"
+        "--quick",
+        action="store_true",
+        help="a node for each chain, and no waiting for what takes Slurm long",
     )
     parser.add_argument("--keep", action="store_true", help="keep every chain's folder for a look")
     parser.add_argument("--table", help="write the table into this file, between its markers")
     args = parser.parse_args()
     try:
-        results = campaign(args.seed, args.num, args.jobs, lambda text: print(text, flush=True), args.quick,
-                           tuple(args.kinds.split(",")), args.keep)  # fmt: skip
+        results = campaign(
+            args.seed,
+            args.num,
+            args.jobs,
+            lambda text: print(text, flush=True),
+            args.quick,
+            tuple(args.kinds.split(",")),
+            args.keep,
+        )
     except KeyboardInterrupt:
         print("interrupted; the sandbox has ended", flush=True)
         os._exit(130)  # chains that still watch a Slurm that is gone
@@ -136,7 +167,13 @@ def main() -> int:
     if args.table:
         path = Path(args.table)
         before, _, rest = path.read_text().partition("<!-- table -->\n")
-        path.write_text(before + "<!-- table -->\n" + text + "\n<!-- end -->\n" + rest.partition("<!-- end -->\n")[2])
+        path.write_text(
+            before
+            + "<!-- table -->\n"
+            + text
+            + "\n<!-- end -->\n"
+            + rest.partition("<!-- end -->\n")[2]
+        )
     return 1 if any(result.wrong for result in results) else 0
 
 

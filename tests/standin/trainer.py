@@ -1,8 +1,10 @@
-"""A training program for tests: every rank is a task of a real srun; it saves as DeepSpeed does and counts every step.
+"""A training program for tests: every rank is a task of a real srun; it saves as DeepSpeed does and
+counts every step.
 
-It behaves like GPT-NeoX where that matters (shared facts: a missing `latest` means random weights, `finetune` begins at
-iteration 0 without optimizer, the final save always happens), and can be told to die, hurt files or fill the disk at any
-write of a save. What really happened is kept outside the checkpoint folder, in --truth, for the campaign to judge.
+It behaves like GPT-NeoX where that matters (shared facts: a missing `latest` means random weights,
+`finetune` begins at iteration 0 without optimizer, the final save always happens), and can be told
+to die, hurt files or fill the disk at any write of a save. What really happened is kept outside the
+checkpoint folder, in --truth, for the campaign to judge.
 
   trainer.py --truth DIR --steps 12 --save-every 3 [--tp 2] [--offset N] [--step-s 0.1] [--signal]
 """
@@ -18,14 +20,18 @@ import checkpoints
 
 RANK = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 WORLD = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-ATTEMPT = f"{os.environ.get('SLURM_JOB_ID', '0')}.{os.environ.get('SLURM_RESTART_COUNT', '0') or '0'}"
+ATTEMPT = (
+    f"{os.environ.get('SLURM_JOB_ID', '0')}.{os.environ.get('SLURM_RESTART_COUNT', '0') or '0'}"
+)
 stopping = False
 
 
 def truth(args, **fields):
     """One line of what really happened, in one write."""
     line = json.dumps({"attempt": ATTEMPT, "rank": RANK, **fields}) + "\n"
-    fd = os.open(os.path.join(args.truth, "truth.jsonl"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    fd = os.open(
+        os.path.join(args.truth, "truth.jsonl"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666
+    )
     os.write(fd, line.encode())
     os.close(fd)
 
@@ -41,7 +47,8 @@ def barrier(args, name):
 
 
 def load(args):
-    """(iteration, optimizer steps) to go on from, as NeoX finds them; the whole checkpoint is read and must be of one piece."""
+    """(iteration, optimizer steps) to go on from, as NeoX finds them; the whole checkpoint is read
+    and must be of one piece."""
     folder, mode = os.environ["HPCTRAIN_CHECKPOINT_DIR"], os.environ["HPCTRAIN_MODE"]
     try:
         with open(os.path.join(folder, "latest")) as stream:
@@ -54,7 +61,9 @@ def load(args):
         return 0, 0
     path = os.path.join(folder, tag)
     values = [
-        checkpoints.load_file(os.path.join(path, name)) for name in sorted(os.listdir(path)) if name.endswith(".pt")
+        checkpoints.load_file(os.path.join(path, name))
+        for name in sorted(os.listdir(path))
+        if name.endswith(".pt")
     ]
     pieces = {(value["step"], value["lineage"]) for value in values}
     if len(pieces) != 1:
@@ -64,14 +73,25 @@ def load(args):
         return 0, 0
     step = values[0]["step"]
     if args.offset:  # the fork counts from the greatest folder's name, whatever `latest` says
-        step = max(int(name[len("global_step") :]) for name in os.listdir(folder) if name.startswith("global_step"))
+        step = max(
+            int(name[len("global_step") :])
+            for name in os.listdir(folder)
+            if name.startswith("global_step")
+        )
     return step - args.offset, values[0]["optimizer_steps"]
 
 
 def hurt(args, folder, how):
     """Damage the folder as crashes and people do."""
-    newest = max((name for name in os.listdir(folder) if name[11:].isdigit() and not os.path.islink(os.path.join(folder, name))),
-                 key=lambda name: int(name[11:]), default=None)  # fmt: skip
+    newest = max(
+        (
+            name
+            for name in os.listdir(folder)
+            if name[11:].isdigit() and not os.path.islink(os.path.join(folder, name))
+        ),
+        key=lambda name: int(name[11:]),
+        default=None,
+    )
     latest = os.path.join(folder, "latest")
     if how == "latest_empty":
         open(latest, "w").close()
@@ -95,7 +115,8 @@ def hurt(args, folder, how):
 
 
 def fault(args):
-    """The file and content of the fault planned next, (None, {}) when none is left. Whoever removes the file plays it."""
+    """The file and content of the fault planned next, (None, {}) when none is left. Whoever removes
+    the file plays it."""
     folder = os.path.join(args.truth, "faults")
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         path = os.path.join(folder, name)
@@ -123,11 +144,19 @@ def save(args, step, optimizer_steps):
     armed = planned.get("at_save") == step
     mine = armed and planned.get("rank") in (RANK, "all")
     writes = checkpoints.rank_writes(
-        folder, step + args.offset, RANK, tp, WORLD // tp, 1, ATTEMPT, optimizer_steps=optimizer_steps
+        folder,
+        step + args.offset,
+        RANK,
+        tp,
+        WORLD // tp,
+        1,
+        ATTEMPT,
+        optimizer_steps=optimizer_steps,
     )
     for number, _ in enumerate(writes, 1):
         if number == 3 * len(checkpoints.shard_names(RANK, tp, WORLD // tp)):
-            truth(args, event="wrote", tag=name, step=step)  # all of this rank's shards are whole; `latest` may follow
+            # all of this rank's shards are whole; `latest` may follow
+            truth(args, event="wrote", tag=name, step=step)
         if mine and number == planned.get("write", 1):
             if planned["kind"] == "kill_in_save":
                 play(args, path, planned)
@@ -164,8 +193,15 @@ def main():
     signal.signal(signal.SIGUSR1, on_signal if args.signal else signal.SIG_IGN)
     iteration, optimizer_steps = load(args)
     if RANK == 0:
-        truth(args, event="start", mode=os.environ["HPCTRAIN_MODE"], iteration=iteration, optimizer_steps=optimizer_steps,
-              node=os.environ.get("SLURMD_NODENAME", ""), pid=os.getpid())  # fmt: skip
+        truth(
+            args,
+            event="start",
+            mode=os.environ["HPCTRAIN_MODE"],
+            iteration=iteration,
+            optimizer_steps=optimizer_steps,
+            node=os.environ.get("SLURMD_NODENAME", ""),
+            pid=os.getpid(),
+        )
     barrier(args, "start")
     while iteration < args.steps:
         time.sleep(args.step_s)
@@ -178,9 +214,15 @@ def main():
         stop_now = os.path.exists(os.path.join(args.truth, f"stop-{ATTEMPT}-{iteration}"))
         if RANK == 0:
             truth(args, event="step", iteration=iteration)
-            print(f"iteration {iteration}/ {args.steps} | lm_loss: {10 / iteration:.4f} |", flush=True)
+            print(
+                f"iteration {iteration}/ {args.steps} | lm_loss: {10 / iteration:.4f} |", flush=True
+            )
         path, planned = fault(args)
-        if planned.get("kind") == "kill_rank" and planned["at_step"] == iteration and planned["rank"] == RANK:
+        if (
+            planned.get("kind") == "kill_rank"
+            and planned["at_step"] == iteration
+            and planned["rank"] == RANK
+        ):
             play(args, path, planned)
             os.kill(os.getpid(), signal.SIGKILL)
         if iteration % args.save_every == 0 or iteration == args.steps or stop_now:

@@ -1,6 +1,8 @@
-"""Every case of tests/golden renders to exactly the files beside it; bash, shellcheck and the lint find nothing in them.
+"""Every case of tests/golden renders to exactly the files beside it; bash, shellcheck and the lint
+find nothing in them.
 
-`pytest --update-golden tests/unit/test_golden.py` rewrites them; the diff is then reviewed like code.
+`pytest --update-golden tests/unit/test_golden.py` rewrites them; the diff is then reviewed like
+code.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ CASES = sorted(path.parent.name for path in GOLDEN.glob("*/run.yaml"))
 RUN_DIR = '/users/o\'hara/$(touch canary) `id` "runs" 100%/'
 
 
-SHIPPED = {path.read_text(): path for path in sorted((GOLDEN.parents[1] / "templates").rglob("*.py"))}
+SHIPPED = {
+    path.read_text(): path for path in sorted((GOLDEN.parents[1] / "templates").rglob("*.py"))
+}
 
 
 def as_golden(files: dict[str, str]) -> dict[str, str]:
@@ -28,7 +32,9 @@ def as_golden(files: dict[str, str]) -> dict[str, str]:
     kept = {}
     for name, text in files.items():
         shipped = SHIPPED.get(text)
-        kept[f"{name}.same" if shipped else name] = f"{shipped.relative_to(GOLDEN.parents[1])}\n" if shipped else text
+        kept[f"{name}.same" if shipped else name] = (
+            f"{shipped.relative_to(GOLDEN.parents[1])}\n" if shipped else text
+        )
     return kept
 
 
@@ -38,7 +44,9 @@ def rendered(case: str, monkeypatch) -> dict[str, str]:
     assert not loaded.plan.errors, loaded.plan.errors
     files = run_files(loaded.plan, loaded.inputs)
     return {
-        name: raw.decode() for name, raw in files.items() if "/" not in name and name not in ("run.yaml", "site.yaml")
+        name: raw.decode()
+        for name, raw in files.items()
+        if "/" not in name and name not in ("run.yaml", "site.yaml")
     }
 
 
@@ -63,7 +71,11 @@ def test_rendering_twice_from_different_folders_gives_the_same_bytes(case, monke
     shutil.copytree(GOLDEN / case, copy)
     monkeypatch.chdir(tmp_path)
     loaded = load_plan(str(copy / "run.yaml"), (), RUN_DIR + case)
-    second = {name: raw.decode() for name, raw in run_files(loaded.plan, loaded.inputs).items() if name in first}
+    second = {
+        name: raw.decode()
+        for name, raw in run_files(loaded.plan, loaded.inputs).items()
+        if name in first
+    }
 
     assert second == first
 
@@ -72,5 +84,7 @@ def test_rendering_twice_from_different_folders_gives_the_same_bytes(case, monke
 def test_job_scripts_are_clean_for_bash_and_shellcheck(case):
     for script in sorted((GOLDEN / case / "expected").glob("*.sbatch")):
         for command in (["bash", "-n"], ["shellcheck", "-x", "-S", "style"]):
-            done = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [*command, str(script)], capture_output=True, text=True, check=False
+            )
             assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -24,7 +24,8 @@ class _Counter:
 
 
 class Accelerated(Writer):
-    """`save_state()` with automatic names: `checkpoints/checkpoint_N`; loaded by `load_state(path)`."""
+    """`save_state()` with automatic names: `checkpoints/checkpoint_N`; loaded by
+    `load_state(path)`."""
 
     name = "accelerate-1"
     layout = "accelerate"
@@ -36,7 +37,8 @@ class Accelerated(Writer):
         return f"checkpoint_{step}"
 
     def could_be_whole(self, left: set[str]) -> bool:
-        """A program may have no scheduler and register nothing of its own; nothing tells how many ranks it had."""
+        """A program may have no scheduler and register nothing of its own; nothing tells how many
+        ranks it had."""
         ranks = without_gaps(left, r"random_states_(\d+)\.pkl")
         return left >= {"model.safetensors", "optimizer.bin"} and ranks
 
@@ -126,7 +128,8 @@ class Fsdp(Accelerated):
 
 
 class OpenInstruct(Accelerated):
-    """open-instruct's finetune.py: `save_state(step_N)`, then the file COMPLETED (finetune.py 967-972, utils.py 789)."""
+    """open-instruct's finetune.py: `save_state(step_N)`, then the file COMPLETED (finetune.py
+    967-972, utils.py 789)."""
 
     name = "open-instruct-1"
     layout = "open-instruct"

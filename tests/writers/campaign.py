@@ -1,4 +1,5 @@
-"""Damages checkpoints, has the framework's own loader and hpctrain judge them, and counts who is right.
+"""Damages checkpoints, has the framework's own loader and hpctrain judge them, and counts who is
+right.
 
 The rule:
 
@@ -54,7 +55,8 @@ class Result:
 
 
 class Bench:
-    """One writer with its checkpoints, and a team of its loader that is started again when it had to be ended."""
+    """One writer with its checkpoints, and a team of its loader that is started again when it had
+    to be ended."""
 
     def __init__(self, writer: Writer, folder: str) -> None:
         self.writer = writer
@@ -66,7 +68,8 @@ class Bench:
         self._team: Team | None = None
 
     def prepare(self) -> None:
-        """Have the framework write its checkpoints, unless they are there, and load each one as it is."""
+        """Have the framework write its checkpoints, unless they are there, and load each one as it
+        is."""
         if not os.path.isdir(self.whole):
             os.makedirs(self.whole)
             run(self.writer.num_ranks, lambda rank: self.writer.write(self.whole, rank), self.log)
@@ -166,7 +169,8 @@ class Bench:
         return next(one for one in self.names if self.same(one, name))
 
     def chosen(self, root: str, name: str, truth: str) -> tuple[str, str]:
-        """What the guard decides over the folder, in a word, and what is wrong with it; "" where it cannot be asked."""
+        """What the guard decides over the folder, in a word, and what is wrong with it; "" where it
+        cannot be asked."""
         decision = ours.decision(root, self.writer.layout)
         if decision is None:
             return "", ""
@@ -183,7 +187,8 @@ class Bench:
 
 
 def folder_fault(decision: ours.Decision, truths: dict[str, str], ranks: dict[str, int]) -> str:
-    """What is wrong with a decision, given what each checkpoint is and which are newer; "" when nothing is."""
+    """What is wrong with a decision, given what each checkpoint is and which are newer; "" when
+    nothing is."""
     if decision.refusal:
         return ""
     whole = [name for name, truth in truths.items() if truth == "whole"]

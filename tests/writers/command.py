@@ -90,7 +90,8 @@ def settle() -> None:
 
 
 def shares(chosen: list[Writer], num: int) -> dict[str, range]:
-    """How many damages each writer gets: as many as its loader is cheap, the first of each first."""
+    """How many damages each writer gets: as many as its loader is cheap, the first of each
+    first."""
     total = sum(one.weight for one in chosen)
     counts = {one.name: num * one.weight // total for one in chosen}
     for one in chosen[: num - sum(counts.values())]:
@@ -165,7 +166,10 @@ def work(
         if args.times:
             now, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu_s = used.ru_utime + used.ru_stime
-            line = f"{writer.name}: {ready - began:.1f} s to write, {now - ready:.1f} s, {cpu_s:.1f} CPU-s"
+            line = (
+                f"{writer.name}: {ready - began:.1f} s to write, {now - ready:.1f} s, {cpu_s:.1f}"
+                " CPU-s"
+            )
             print(line, file=sys.stderr)
         end.close()
         os._exit(0)
@@ -186,7 +190,8 @@ def each_file(bench: Bench) -> Any:
 
 
 def table(results: list[Result]) -> str:
-    """Writer by writer: how many were whole and how many torn by its loader, and what hpctrain said of each."""
+    """Writer by writer: how many were whole and how many torn by its loader, and what hpctrain said
+    of each."""
     loader = ("whole", "torn", "beyond", "partial")
     states = ("complete", "torn", "unknown", "unreadable")
     choices = ("goes on", "refuses", "starts over")

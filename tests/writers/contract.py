@@ -22,10 +22,11 @@ COMMON_MODULES = (
 class Writer:
     """A framework that saves checkpoints, and the framework's own code that loads them.
 
-    `write` and `reader` run in forked processes, one per rank, that share one gloo group where there are several. A
-    reader builds what a training would build once, and gives the function that loads one checkpoint into it: that raises
-    what the framework raises, and gives what was restored otherwise. Before each load everything is reset, so that what
-    the framework leaves out in silence differs from what was saved.
+    `write` and `reader` run in forked processes, one per rank, that share one gloo group where
+    there are several. A reader builds what a training would build once, and gives the function that
+    loads one checkpoint into it: that raises what the framework raises, and gives what was restored
+    otherwise. Before each load everything is reset, so that what the framework leaves out in
+    silence differs from what was saved.
     """
 
     name: ClassVar[str] = ""
@@ -39,7 +40,8 @@ class Writer:
     tracker: ClassVar[str | None] = None  # the file beside the checkpoints that names one
     says_its_step: ClassVar[tuple[str, ...]] = ()  # patterns of files that hold their step in plain
     slow: ClassVar[bool] = False  # a load takes a second
-    marker = ""  # a file that only this layout asks for: what lacks it is another writer's whole checkpoint
+    # a file that only this layout asks for: what lacks it is another writer's whole checkpoint
+    marker = ""
     resumes = True  # False: what it leaves out on purpose, nobody can go on without
     built = False  # a tree built from the writer's sources, judged by a rule written from them
     preload: ClassVar[tuple[str, ...]] = ()  # imported before any process is forked
@@ -56,7 +58,8 @@ class Writer:
         raise NotImplementedError
 
     def tell(self, root: str, step: int) -> None:
-        """Write the tracker beside the checkpoints as the framework does when it has saved `step`."""
+        """Write the tracker beside the checkpoints as the framework does when it has saved
+        `step`."""
         if self.tracker:
             with open(os.path.join(root, self.tracker), "w", encoding="utf-8") as stream:
                 stream.write(self.tracker_text(step))
@@ -65,10 +68,11 @@ class Writer:
         return self.folder(step)
 
     def could_be_whole(self, left: set[str]) -> bool:
-        """Whether another program of the same framework could have written exactly these files as a whole checkpoint.
+        """Whether another program of the same framework could have written exactly these files as a
+        whole checkpoint.
 
-        Then nothing in the checkpoint tells that one was lost: a scheduler that many programs do not have, the state of
-        one rank more.
+        Then nothing in the checkpoint tells that one was lost: a scheduler that many programs do
+        not have, the state of one rank more.
         """
         return False
 
@@ -80,7 +84,8 @@ class Writer:
         raise NotImplementedError
 
     def names_step(self, path: str) -> bool:
-        """Whether the file (relative to the checkpoint) tells its step in a form that needs no framework."""
+        """Whether the file (relative to the checkpoint) tells its step in a form that needs no
+        framework."""
         return any(re.fullmatch(pattern, path) for pattern in self.says_its_step)
 
 
@@ -92,7 +97,8 @@ def without_gaps(names: Iterable[str], pattern: str) -> bool:
 
 
 def leaves(tree: Any, path: str = "") -> Leaves:
-    """Every value in nested dicts, lists and tensors, by its path, as a short digest of its type and content."""
+    """Every value in nested dicts, lists and tensors, by its path, as a short digest of its type
+    and content."""
     if isinstance(tree, dict):
         items: Iterable[tuple[Any, Any]] = sorted(tree.items(), key=lambda item: str(item[0]))
     elif isinstance(tree, (list, tuple)):

@@ -1,6 +1,8 @@
-"""Seeded damages to a folder of checkpoints, as crashes, full disks and interrupted copies leave it.
+"""Seeded damages to a folder of checkpoints, as crashes, full disks and interrupted copies leave
+it.
 
-Presence, length, emptiness and mixture of steps only: nobody can see by structure that bytes inside a tensor are wrong.
+Presence, length, emptiness and mixture of steps only: nobody can see by structure that bytes inside
+a tensor are wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ RANK_IN_NAME = (
     r"(?:.*/)?mp_rank_(\d+).*",
 )
 INDEX = re.compile(
-    r"(?:.*/)?(?:\.metadata|.*\.index\.json|metadata\.json|\.metadata\.json|common\.pt|meta\.pt|trainer_state\.json)"
+    r"(?:.*/)?(?:\.metadata|.*\.index\.json|metadata\.json|\.metadata\.json|common\.pt"
+    r"|meta\.pt|trainer_state\.json)"
 )
 FOREIGN = (
     "README.md",
@@ -43,7 +46,8 @@ FOREIGN = (
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that was done to a checkpoint; `mixed` are the files that now come from another step."""
+    """One thing that was done to a checkpoint; `mixed` are the files that now come from another
+    step."""
 
     kind: str
     what: str
@@ -51,7 +55,8 @@ class Damage:
 
 
 def files_of(path: str) -> list[str]:
-    """The files of a checkpoint (a folder, or the file itself as ""), relative, in alphabetical order."""
+    """The files of a checkpoint (a folder, or the file itself as ""), relative, in alphabetical
+    order."""
     if os.path.isfile(path):
         return [""]
     found = []
@@ -77,7 +82,8 @@ def read(path: str) -> bytes:
 
 
 class Damager:
-    """Damages one checkpoint below `root`, given the same file tree of another step as material for mixtures."""
+    """Damages one checkpoint below `root`, given the same file tree of another step as material for
+    mixtures."""
 
     def __init__(self, root: str, name: str, other: str | None, dice: random.Random) -> None:
         self.path = os.path.join(root, name)
@@ -275,7 +281,8 @@ KINDS = {
 
 
 def damage(root: str, name: str, other: str | None, dice: random.Random) -> Damage:
-    """Do one damage to the checkpoint `name` below `root`, chosen by `dice` among those that it has a place for."""
+    """Do one damage to the checkpoint `name` below `root`, chosen by `dice` among those that it has
+    a place for."""
     kinds = list(KINDS)
     while True:
         kind = dice.choices(kinds, weights=[KINDS[one] for one in kinds])[0]
@@ -297,7 +304,8 @@ GARBAGE = (
 def damage_tracker(writer: Writer, root: str, dice: random.Random) -> str:
     """Do to the tracker what crashes do; returns what was done, "" where the writer has none.
 
-    A stale one is what a save leaves that was cut off between its last shard and the tracker: older than that save.
+    A stale one is what a save leaves that was cut off between its last shard and the tracker: older
+    than that save.
     """
     if not writer.tracker:
         return ""

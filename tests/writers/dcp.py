@@ -1,4 +1,5 @@
-"""torch.distributed.checkpoint, from 1 to 8 ranks: what Megatron, OLMo-core, torchtitan and accelerate build on."""
+"""torch.distributed.checkpoint, from 1 to 8 ranks: what Megatron, OLMo-core, torchtitan and
+accelerate build on."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def train_step(net: Any, optimizer: Any, step: int) -> None:
 
 
 class Dcp(Writer):
-    """`dcp.save` of a model, its AdamW, a step and a random state into `step-N`; loaded by `dcp.load` without a group."""
+    """`dcp.save` of a model, its AdamW, a step and a random state into `step-N`; loaded by
+    `dcp.load` without a group."""
 
     layout = "dcp"
     preload = (
@@ -234,7 +236,8 @@ class Hsdp(Sharded):
 
 
 class Fsdp1(Dcp):
-    """The older FullyShardedDataParallel, whose sharded state DCP saves as ShardedTensor or DTensor."""
+    """The older FullyShardedDataParallel, whose sharded state DCP saves as ShardedTensor or
+    DTensor."""
 
     name = "dcp-fsdp1-2"
     num_ranks = 2
@@ -258,7 +261,8 @@ class Async(Sharded):
 
 
 class NoCollectives(Dcp):
-    """`use_collectives=False`: each rank has a `.metadata` of its own, and none is there for all."""
+    """`use_collectives=False`: each rank has a `.metadata` of its own, and none is there for
+    all."""
 
     name = "dcp-no-collectives-2"
     num_ranks = num_readers = 2
@@ -271,7 +275,8 @@ class NoCollectives(Dcp):
 
 
 class TorchDcp(Sharded):
-    """Megatron-LM `--ckpt-format torch_dcp`: `FileSystemWriter(iter_N)` and nothing else (checkpointing.py 1000)."""
+    """Megatron-LM `--ckpt-format torch_dcp`: `FileSystemWriter(iter_N)` and nothing else
+    (checkpointing.py 1000)."""
 
     name = "megatron-torch-dcp-2"
     layout = "megatron"
@@ -290,7 +295,8 @@ class TorchDcp(Sharded):
 
 
 class FsdpDtensor(TorchDcp):
-    """`--ckpt-format fsdp_dtensor` (Megatron-FSDP): the same, loaded with `allow_partial_load` (checkpointing.py 2160)."""
+    """`--ckpt-format fsdp_dtensor` (Megatron-FSDP): the same, loaded with `allow_partial_load`
+    (checkpointing.py 2160)."""
 
     name = "megatron-fsdp-dtensor-2"
 
@@ -303,7 +309,8 @@ class FsdpDtensor(TorchDcp):
 
 
 class HfStorage(Sharded):
-    """torchtitan's `last_save_in_hf`: HuggingFaceStorageWriter, one consolidated file (dcp.py `dcp_save`)."""
+    """torchtitan's `last_save_in_hf`: HuggingFaceStorageWriter, one consolidated file (dcp.py
+    `dcp_save`)."""
 
     name = "torchtitan-hf-2"
     layout = "torchtitan"
@@ -333,7 +340,8 @@ class HfStorage(Sharded):
             )
 
     def reader(self, rank: int) -> Load:
-        """The finished model, as whoever takes it opens it: by its index. torchtitan itself asks for that file alone."""
+        """The finished model, as whoever takes it opens it: by its index. torchtitan itself asks
+        for that file alone."""
         from safetensors.torch import load_file
 
         def load(root: str, name: str) -> Leaves:

@@ -1,4 +1,5 @@
-"""transformers' Trainer: plain, sharded weights, PEFT, FSDP, DeepSpeed, and without optimizer states."""
+"""transformers' Trainer: plain, sharded weights, PEFT, FSDP, DeepSpeed, and without optimizer
+states."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from .zero import ENGINE_MODULES, without_shared_memory
 
 
 def fsdp_on_cpu() -> None:
-    """Lets accelerate use FSDP on a CPU: torch can, accelerate's list of devices leaves it out (state.py:981-990)."""
+    """Lets accelerate use FSDP on a CPU: torch can, accelerate's list of devices leaves it out
+    (state.py:981-990)."""
     from accelerate import state
 
     start = state.AcceleratorState.__init__
@@ -72,7 +74,8 @@ def set_random_states(seed: int) -> None:
 
 
 class HfTrainer(Writer):
-    """`checkpoint-N`, by `Trainer.train` with `save_steps`; loaded by `train(resume_from_checkpoint=…)` up to its first step."""
+    """`checkpoint-N`, by `Trainer.train` with `save_steps`; loaded by
+    `train(resume_from_checkpoint=…)` up to its first step."""
 
     layout = "hf-trainer"
     preload = (

@@ -1,4 +1,5 @@
-"""megatron-core's dist_checkpointing (`--ckpt-format torch_dist`), tensor parallel over 1 and 2 ranks."""
+"""megatron-core's dist_checkpointing (`--ckpt-format torch_dist`), tensor parallel over 1 and 2
+ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class TorchDist(Writer):
-    """`iter_N/` by `dist_checkpointing.save`, the tracker after a barrier, as Megatron's `save_checkpoint` does it."""
+    """`iter_N/` by `dist_checkpointing.save`, the tracker after a barrier, as Megatron's
+    `save_checkpoint` does it."""
 
     layout = "megatron"
     tracker = TRACKER
@@ -89,7 +91,8 @@ class TorchDist(Writer):
 
 
 def join_alone() -> None:
-    """A group of one, where no other is there: dist_checkpointing needs one; and it asks CUDA to wait for copies."""
+    """A group of one, where no other is there: dist_checkpointing needs one; and it asks CUDA to
+    wait for copies."""
     import torch
 
     if not torch.cuda.is_available():
@@ -111,7 +114,8 @@ class TorchDist2(TorchDist):
 
 
 class Bridge(TorchDist):
-    """Megatron-Bridge: `train_state.pt` and last `run_config.yaml` in the folder, `latest_train_state.pt` beside.
+    """Megatron-Bridge: `train_state.pt` and last `run_config.yaml` in the folder,
+    `latest_train_state.pt` beside.
 
     After its training/checkpointing.py (1456-1500, 2813); megatron-core writes the shards.
     """
@@ -152,7 +156,8 @@ class Bridge(TorchDist):
 
 
 class Nemo(TorchDist):
-    """NeMo 2: `weights/` (torch_dist) and `context/`, of which a resume reads the first (lightning/ckpt_utils.py)."""
+    """NeMo 2: `weights/` (torch_dist) and `context/`, of which a resume reads the first
+    (lightning/ckpt_utils.py)."""
 
     name = "nemo-2"
     layout = "nemo"

@@ -12,7 +12,8 @@ from .hf import random_states, set_random_states
 
 
 def find_olmo() -> None:
-    """Its requirements contradict what else is installed, so tools/env puts it into a folder of its own."""
+    """Its requirements contradict what else is installed, so tools/env puts it into a folder of its
+    own."""
     import glob
 
     for path in glob.glob(os.path.join(sys.prefix, "olmo", "lib", "python*", "site-packages")):
@@ -21,7 +22,8 @@ def find_olmo() -> None:
 
 
 class Olmo(Writer):
-    """`stepN/` with `train/rankR.pt`, `model_and_optim/` (DCP) and `.metadata.json`; loaded by `Trainer.load_checkpoint`."""
+    """`stepN/` with `train/rankR.pt`, `model_and_optim/` (DCP) and `.metadata.json`; loaded by
+    `Trainer.load_checkpoint`."""
 
     name = "olmo-core-2"
     layout = "olmo-core"

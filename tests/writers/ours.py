@@ -15,7 +15,8 @@ STATES = ("complete", "torn", "unknown", "unreadable")
 
 @dataclass(frozen=True)
 class Decision:
-    """What a link would start from: the name of a checkpoint, or "" for none; `refusal`: it would not start at all."""
+    """What a link would start from: the name of a checkpoint, or "" for none; `refusal`: it would
+    not start at all."""
 
     name: str
     refusal: str
@@ -23,7 +24,8 @@ class Decision:
 
 
 def decision(folder: str, layout: str) -> Decision | None:
-    """What the guard decides over a folder of checkpoints; None with an hpctrain whose guard knows no refusal."""
+    """What the guard decides over a folder of checkpoints; None with an hpctrain whose guard knows
+    no refusal."""
     from hpctrain.runtime.layouts import LAYOUTS
     from hpctrain.runtime.settings import parse_settings
     from hpctrain.runtime.survey import Choice, Survey, choose
@@ -38,7 +40,8 @@ def decision(folder: str, layout: str) -> Decision | None:
 
 
 def answer(path: str, layout: str) -> tuple[str, str]:
-    """(state, reason) for the checkpoint at `path`; `layout` is asked only by an hpctrain that cannot tell by itself."""
+    """(state, reason) for the checkpoint at `path`; `layout` is asked only by an hpctrain that
+    cannot tell by itself."""
     if judge_path is None:
         return _as_told(path, layout)
     try:

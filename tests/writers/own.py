@@ -11,7 +11,8 @@ from .zero import Engine, poison
 
 
 class Sft(Engine):
-    """`hpctrain.train.core.checkpoint.save` (DeepSpeed, published by a rename); loaded as `sft.loop._resume` does."""
+    """`hpctrain.train.core.checkpoint.save` (DeepSpeed, published by a rename); loaded as
+    `sft.loop._resume` does."""
 
     name = "hpctrain-sft-2"
     num_ranks = num_readers = 2
@@ -34,6 +35,7 @@ class Sft(Engine):
 
     def save(self, engine: Any, root: str, step: int) -> None:
         import torch
+
         from hpctrain.train.core import checkpoint
 
         extra = {"config.json": b'{"model_type": "llama"}', "tokenizer.model": b"\n\x05abc" * 9}
@@ -58,7 +60,8 @@ class Sft(Engine):
 
 
 class Dpo(Writer):
-    """`hpctrain.train.dpo.checkpoint.save` and `load` (DCP), published by a rename, on two ranks."""
+    """`hpctrain.train.dpo.checkpoint.save` and `load` (DCP), published by a rename, on two
+    ranks."""
 
     name = "hpctrain-dpo-2"
     layout = "dcp"
@@ -88,6 +91,7 @@ class Dpo(Writer):
 
     def write(self, root: str, rank: int) -> None:
         import torch
+
         from hpctrain.train.dpo import checkpoint
 
         net, optimizer = Dcp().make()
@@ -100,6 +104,7 @@ class Dpo(Writer):
 
     def reader(self, rank: int) -> Load:
         import torch
+
         from hpctrain.train.dpo import checkpoint
 
         net, optimizer = Dcp().make()

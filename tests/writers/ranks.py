@@ -1,4 +1,5 @@
-"""Processes forked from one that has imported the frameworks already: a rank costs milliseconds, not an import."""
+"""Processes forked from one that has imported the frameworks already: a rank costs milliseconds,
+not an import."""
 
 from __future__ import annotations
 
@@ -27,10 +28,12 @@ class Failed(Exception):
 
 
 class Team:
-    """`num_ranks` processes in one gloo group (none for a single rank), each of which answers requests in its turn.
+    """`num_ranks` processes in one gloo group (none for a single rank), each of which answers
+    requests in its turn.
 
-    `make(rank)` is called once in each process and gives the function that answers. Answers are ("ok", value) or
-    ("raises", text). After a failure in a group of several the processes are no longer in step: it must be ended.
+    `make(rank)` is called once in each process and gives the function that answers. Answers are
+    ("ok", value) or ("raises", text). After a failure in a group of several the processes are no
+    longer in step: it must be ended.
     """
 
     def __init__(self, num_ranks: int, make: Callable[[int], Callable[..., Any]], log: str) -> None:
@@ -51,7 +54,8 @@ class Team:
             self._processes.append(process)
 
     def ask(self, *request: Any, timeout_s: float = START_TIME_S) -> list[tuple[str, Any]]:
-        """The answers of all ranks, in their order; a rank that hangs because another failed gets ("raises", "hangs")."""
+        """The answers of all ranks, in their order; a rank that hangs because another failed gets
+        ("raises", "hangs")."""
         for end in self._ends:
             try:
                 end.send(request)
@@ -72,9 +76,8 @@ class Team:
                 except (EOFError, OSError):
                     answers[rank] = ("raises", "the process ended")
                 if answers[rank][0] != "ok":
-                    deadline = min(
-                        deadline, time.monotonic() + 0.05
-                    )  # the others may wait for it for ever
+                    # the others may wait for it for ever
+                    deadline = min(deadline, time.monotonic() + 0.05)
         all_answers = [answers.get(rank, ("raises", "hangs")) for rank in range(self.num_ranks)]
         if self.num_ranks > 1 and any(kind != "ok" for kind, _ in all_answers):
             self.end()
@@ -101,7 +104,8 @@ class Team:
 
 
 def run(num_ranks: int, function: Callable[[int], Any], log: str) -> list[Any]:
-    """`function(rank)` in each of `num_ranks` processes; raises Failed with what the first one said."""
+    """`function(rank)` in each of `num_ranks` processes; raises Failed with what the first one
+    said."""
     team = Team(num_ranks, lambda rank: lambda: function(rank), log)
     try:
         answers = team.ask()

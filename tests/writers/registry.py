@@ -6,17 +6,7 @@ import importlib
 
 from .contract import Writer
 
-MODULES = (
-    "dcp",
-    "trees",
-    "megatron",
-    "pl",
-    "zero",
-    "own",
-    "accelerated",
-    "hf",
-    "olmo",
-)
+MODULES = ("dcp", "trees", "megatron", "pl", "zero", "own", "accelerated", "hf", "olmo")
 
 
 def writers() -> dict[str, Writer]:

@@ -1,7 +1,9 @@
-"""Checkpoints of programs that do not run on a CPU or from the package index, built after their sources.
+"""Checkpoints of programs that do not run on a CPU or from the package index, built after their
+sources.
 
-Each file is made by the function that the program itself uses (torch.save, safetensors), and loaded as its loader does:
-what it opens by name is opened, what it looks for and does without is left out in silence.
+Each file is made by the function that the program itself uses (torch.save, safetensors), and loaded
+as its loader does: what it opens by name is opened, what it looks for and does without is left out
+in silence.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from .contract import Leaves, Load, Writer, leaves
 
 
 class Tree(Writer):
-    """`needed` files raise when they cannot be read, `silent` ones are left out when they are not there, others unread."""
+    """`needed` files raise when they cannot be read, `silent` ones are left out when they are not
+    there, others unread."""
 
     built = True
     preload = ("torch", "safetensors.torch")
@@ -94,7 +97,8 @@ def read(path: str) -> Any:
 
 
 class MegatronLegacy(Tree):
-    """Megatron-LM `--ckpt-format torch`, TP 2: checkpointing.py `get_checkpoint_name` (230), `_load_base_checkpoint` (2100)."""
+    """Megatron-LM `--ckpt-format torch`, TP 2: checkpointing.py `get_checkpoint_name` (230),
+    `_load_base_checkpoint` (2100)."""
 
     name = "megatron-legacy-tp2"
     layout = "megatron"
@@ -172,7 +176,8 @@ class MegatronDistributedOptimizer(MegatronLegacy):
 
 
 class Verl(Tree):
-    """verl with FSDP: fsdp_checkpoint_manager.py `save_checkpoint`, `load_checkpoint`; ray_trainer.py (1032, 1102)."""
+    """verl with FSDP: fsdp_checkpoint_manager.py `save_checkpoint`, `load_checkpoint`;
+    ray_trainer.py (1032, 1102)."""
 
     name = "verl-fsdp-2"
     layout = "verl"

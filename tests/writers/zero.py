@@ -1,4 +1,5 @@
-"""DeepSpeed's engine: ZeRO 0 to 3, bf16, tags of one's own, pipeline stages, experts, universal checkpoints."""
+"""DeepSpeed's engine: ZeRO 0 to 3, bf16, tags of one's own, pipeline stages, experts, universal
+checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def without_shared_memory() -> None:
 
 
 class Engine(Writer):
-    """`engine.save_checkpoint` into `global_stepN`, named by `latest`; loaded by `engine.load_checkpoint(tag=…)`."""
+    """`engine.save_checkpoint` into `global_stepN`, named by `latest`; loaded by
+    `engine.load_checkpoint(tag=…)`."""
 
     layout = "deepspeed"
     tracker = "latest"
@@ -202,7 +204,8 @@ class FreeTag(Zero1):
 
 
 class Pipeline(Engine):
-    """PipelineModule with two stages and two data-parallel ranks, ZeRO 1: `layer_NN-model_states.pt`."""
+    """PipelineModule with two stages and two data-parallel ranks, ZeRO 1:
+    `layer_NN-model_states.pt`."""
 
     name = "deepspeed-pipeline-4"
     num_ranks = num_readers = 4
@@ -232,13 +235,15 @@ class Pipeline(Engine):
 
 
 class Experts(Engine):
-    """deepspeed.moe with expert parallelism over two ranks: a file for each expert, and one more optimizer file a rank."""
+    """deepspeed.moe with expert parallelism over two ranks: a file for each expert, and one more
+    optimizer file a rank."""
 
     name = "deepspeed-moe-2"
     num_ranks = num_readers = 2
 
     def could_be_whole(self, left: set[str]) -> bool:
-        """How many ranks shared the experts is told by nothing but the names of their optimizer files."""
+        """How many ranks shared the experts is told by nothing but the names of their optimizer
+        files."""
         experts = {f"layer_0_expert_{one}_mp_rank_00_model_states.pt" for one in range(4)}
         needed = {"mp_rank_00_model_states.pt", *experts}
         return left >= needed and without_gaps(left, r"expp_rank_(\d+)_mp_rank_00_optim_states\.pt")

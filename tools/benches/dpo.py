@@ -1,4 +1,6 @@
-"""The built-in DPO trainer against TRL's DPOTrainer: same model, pairs and batch, interleaved, speed and memory."""
+"""The built-in DPO trainer against TRL's DPOTrainer: same model, pairs and batch, interleaved,
+speed and memory."""
+
 # extras: train,bench
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 TOP = Path(__file__).resolve().parents[2]
-# As tools/bench starts this file: without its folder, whose tokenize.py is not Python's, on the path.
+# As tools/bench starts this file: without its folder, whose tokenize.py is not Python's, on the
+# path.
 START = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 CONTENDERS = ("hpctrain", "hpctrain, share_prompt never", "TRL", "TRL, reference precomputed")
 
@@ -23,7 +26,9 @@ CONTENDERS = ("hpctrain", "hpctrain, share_prompt never", "TRL", "TRL, reference
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=6, help="interleaved rounds")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps per round; all rounds are one epoch")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="optimizer steps per round; all rounds are one epoch"
+    )
     parser.add_argument("--batch", type=int, default=4, help="pairs per step")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=192)
@@ -48,17 +53,29 @@ def main() -> int:
         write_inputs(Path(folder), args)
         results = race(args, folder)
     ours = results[0]
-    print(f"\n{'':32} {'tokens/s':>9} {'CPU tokens/s':>13} {'peak MiB':>9} {'of it model':>12}   hpctrain is")
+    print(
+        f"\n{'':32} {'tokens/s':>9} {'CPU tokens/s':>13} {'peak MiB':>9} {'of it model':>12}  "
+        " hpctrain is"
+    )
     for result in results:
         ratio, cpu = (ours[key] / result[key] for key in ("tokens_per_s", "tokens_per_cpu_s"))
-        result.update(speed_ratio=ratio, cpu_ratio=cpu, memory_ratio=ours["model_mib"] / result["model_mib"])
-        print(f"{result['name']:32} {result['tokens_per_s']:9.0f} {result['tokens_per_cpu_s']:13.0f}"
-              f" {result['peak_mib']:9.0f} {result['model_mib']:12.0f}"
-              f"   {ratio:.2f}x as fast ({cpu:.2f}x by CPU time), {result['memory_ratio']:.2f}x the memory")  # fmt: skip
+        result.update(
+            speed_ratio=ratio, cpu_ratio=cpu, memory_ratio=ours["model_mib"] / result["model_mib"]
+        )
+        print(
+            f"{result['name']:32} {result['tokens_per_s']:9.0f} {result['tokens_per_cpu_s']:13.0f}"
+            f" {result['peak_mib']:9.0f} {result['model_mib']:12.0f}   {ratio:.2f}x as fast"
+            f" ({cpu:.2f}x by CPU time), {result['memory_ratio']:.2f}x the memory"
+        )
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(args).items() if key not in ("contender", "folder", "out")}
-    out.write_text(json.dumps({"settings": settings, "trl": trl.__version__, "results": results}, indent=1) + "\n")
+    settings = {
+        key: value for key, value in vars(args).items() if key not in ("contender", "folder", "out")
+    }
+    out.write_text(
+        json.dumps({"settings": settings, "trl": trl.__version__, "results": results}, indent=1)
+        + "\n"
+    )
     print(f"wrote {out}")
     return 0
 
@@ -67,7 +84,17 @@ def race(args: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
     """All contenders as processes of their own, taking turns; one of them runs at a time."""
     processes = {}
     for name in CONTENDERS:
-        command = [sys.executable, "-c", START, __file__, *sys.argv[1:], "--contender", name, "--folder", folder]
+        command = [
+            sys.executable,
+            "-c",
+            START,
+            __file__,
+            *sys.argv[1:],
+            "--contender",
+            name,
+            "--folder",
+            folder,
+        ]
         log = open(os.path.join(folder, f"{name}.log"), "w")
         processes[name] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
@@ -83,20 +110,32 @@ def race(args: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
             process.stdin.flush()
             found = answer(process, os.path.join(folder, f"{name}.log"))
             rounds[name].append(found)
-            print(f"round {number + 1} {name:30} {found['seconds']:7.2f} s, {found['tokens']} tokens", file=sys.stderr)
+            print(
+                f"round {number + 1} {name:30} {found['seconds']:7.2f} s, {found['tokens']} tokens",
+                file=sys.stderr,
+            )
     results = []
     for name in CONTENDERS:
         processes[name].kill()
         processes[name].wait()
-        results.append({
-            "name": name,
-            # All rounds together are one epoch, so everyone trained the same pairs, each in an order of its own.
-            "tokens_per_s": sum(found["tokens"] for found in rounds[name]) / sum(found["seconds"] for found in rounds[name]),
-            "tokens_per_cpu_s": sum(found["tokens"] for found in rounds[name]) / sum(found["cpu_s"] for found in rounds[name]),
-            "rounds": rounds[name],
-            "peak_mib": rounds[name][-1]["peak_mib"],
-            "model_mib": rounds[name][-1]["peak_mib"] - rounds[name][-1]["imports_mib"],
-        })  # fmt: skip
+        results.append(
+            {
+                "name": name,
+                # All rounds together are one epoch, so everyone trained the same pairs, each in an
+                # order of its own.
+                "tokens_per_s": (
+                    sum(found["tokens"] for found in rounds[name])
+                    / sum(found["seconds"] for found in rounds[name])
+                ),
+                "tokens_per_cpu_s": (
+                    sum(found["tokens"] for found in rounds[name])
+                    / sum(found["cpu_s"] for found in rounds[name])
+                ),
+                "rounds": rounds[name],
+                "peak_mib": rounds[name][-1]["peak_mib"],
+                "model_mib": rounds[name][-1]["peak_mib"] - rounds[name][-1]["imports_mib"],
+            }
+        )
     return results
 
 
@@ -109,34 +148,50 @@ def answer(process: subprocess.Popen[str], log: str) -> dict[str, Any]:
 
 
 def write_inputs(folder: Path, args: argparse.Namespace) -> None:
-    """A Llama directory and pairs of text whose lengths are spread as those of real preference data (log-normal)."""
+    """A Llama directory and pairs of text whose lengths are spread as those of real preference data
+    (log-normal)."""
     sys.path.insert(0, str(TOP / "tests" / "promises" / "dpo"))
     import numpy as np
     import tiny
 
     heads = max(1, args.hidden // 64)
     tiny.write_model(
-        folder / "policy", scale=0.02, hidden_size=args.hidden, intermediate_size=int(args.hidden * 2.75), vocab_size=args.vocab,
-        num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads, head_dim=args.hidden // heads,
+        folder / "policy",
+        scale=0.02,
+        hidden_size=args.hidden,
+        intermediate_size=int(args.hidden * 2.75),
+        vocab_size=args.vocab,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=args.hidden // heads,
         max_position_embeddings=2 * args.max_len,
-    )  # fmt: skip
+    )
     rng = np.random.RandomState(0)
     letters = "bdfghjklmnpqrstvwxyz"
 
     def text(median: int) -> str:  # about one token a letter: the tiny tokenizer knows few words
         return "".join(
-            letters[n] for n in rng.randint(0, len(letters), max(2, int(median * np.exp(0.6 * rng.standard_normal()))))
+            letters[n]
+            for n in rng.randint(
+                0, len(letters), max(2, int(median * np.exp(0.6 * rng.standard_normal())))
+            )
         )
 
     rows = [
-        {"prompt": text(args.prompt) + ":", "chosen": " " + text(args.reply), "rejected": " " + text(args.reply)}
+        {
+            "prompt": text(args.prompt) + ":",
+            "chosen": " " + text(args.reply),
+            "rejected": " " + text(args.reply),
+        }
         for _ in range(args.rounds * args.steps * args.batch)
     ]
     tiny.write_rows(folder / "pairs.jsonl", rows)
 
 
 class Worker:
-    """One contender in a process of its own: trains `steps` steps at each `go`, then says how long they took."""
+    """One contender in a process of its own: trains `steps` steps at each `go`, then says how long
+    they took."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, Path(args.folder)
@@ -158,12 +213,18 @@ class Worker:
         self.imports_mib = peak_mib()
 
     def turn(self) -> None:
-        """Called before each step: at the end of a round says what it took, and waits for the next `go`."""
+        """Called before each step: at the end of a round says what it took, and waits for the next
+        `go`."""
         if self.done % self.args.steps == 0:
             found = {}
             if self.done:
-                found = {"seconds": time.perf_counter() - self.since, "cpu_s": time.process_time() - self.cpu_since,
-                         "tokens": self.tokens, "peak_mib": peak_mib(), "imports_mib": self.imports_mib}  # fmt: skip
+                found = {
+                    "seconds": time.perf_counter() - self.since,
+                    "cpu_s": time.process_time() - self.cpu_since,
+                    "tokens": self.tokens,
+                    "peak_mib": peak_mib(),
+                    "imports_mib": self.imports_mib,
+                }
             self.tokens = 0
             print("ANSWER " + json.dumps(found), flush=True)
             if sys.stdin.readline() != "go\n":
@@ -179,14 +240,26 @@ class Worker:
         self.imported()
         folder = self.folder / f"hpctrain-{share}"
         config = {
-            "policy_name": str(self.folder / "policy"), "precision": "fp32",
-            "dataset": {"dataset_name": str(self.folder / "pairs.jsonl"), "max_len": self.args.max_len},
-            "dpo_training": {"batch_size": self.args.batch, "learning_rate": 1e-5, "share_prompt": share, "log_steps": 4,
-                             "max_steps": self.args.rounds * self.args.steps + 1, "save_steps": 10**6},
-        }  # fmt: skip
+            "policy_name": str(self.folder / "policy"),
+            "precision": "fp32",
+            "dataset": {
+                "dataset_name": str(self.folder / "pairs.jsonl"),
+                "max_len": self.args.max_len,
+            },
+            "dpo_training": {
+                "batch_size": self.args.batch,
+                "learning_rate": 1e-5,
+                "share_prompt": share,
+                "log_steps": 4,
+                "max_steps": self.args.rounds * self.args.steps + 1,
+                "save_steps": 10**6,
+            },
+        }
         folder.mkdir()
         (folder / "config_dpo.yaml").write_text(json.dumps(config))
-        launch = Launch(0, 0, 1, "scratch", str(folder / "config_dpo.yaml"), str(folder), "", str(folder), 0)
+        launch = Launch(
+            0, 0, 1, "scratch", str(folder / "config_dpo.yaml"), str(folder), "", str(folder), 0
+        )
         trainer = DpoTrainer(load_config(launch.config), launch)
         step = trainer._step
 
@@ -219,17 +292,39 @@ class Worker:
                 return super().compute_loss(model, inputs, *rest, **more)
 
         settings = trl.DPOConfig(
-            output_dir=str(self.folder / self.args.contender), use_cpu=not torch.cuda.is_available(), bf16=False,
-            gradient_checkpointing=False, max_length=self.args.max_len, report_to="none", learning_rate=1e-5,
-            lr_scheduler_type="constant", per_device_train_batch_size=self.args.batch, save_strategy="no", logging_steps=4,
-            max_steps=self.args.rounds * self.args.steps + 1, seed=0, disable_tqdm=True, precompute_ref_log_probs=precomputed,
-        )  # fmt: skip
+            output_dir=str(self.folder / self.args.contender),
+            use_cpu=not torch.cuda.is_available(),
+            bf16=False,
+            gradient_checkpointing=False,
+            max_length=self.args.max_len,
+            report_to="none",
+            learning_rate=1e-5,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=self.args.batch,
+            save_strategy="no",
+            logging_steps=4,
+            max_steps=self.args.rounds * self.args.steps + 1,
+            seed=0,
+            disable_tqdm=True,
+            precompute_ref_log_probs=precomputed,
+        )
         policy = str(self.folder / "policy")
-        model = transformers.AutoModelForCausalLM.from_pretrained(policy, dtype="float32", attention_dropout=0.0)
-        rows = datasets.load_dataset("json", data_files=str(self.folder / "pairs.jsonl"), split="train",
-                                     cache_dir=str(self.folder / self.args.contender / "cache"))  # fmt: skip
-        trainer = Counting(model=model, args=settings, train_dataset=rows, callbacks=[Turns()],
-                           processing_class=transformers.AutoTokenizer.from_pretrained(policy))  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            policy, dtype="float32", attention_dropout=0.0
+        )
+        rows = datasets.load_dataset(
+            "json",
+            data_files=str(self.folder / "pairs.jsonl"),
+            split="train",
+            cache_dir=str(self.folder / self.args.contender / "cache"),
+        )
+        trainer = Counting(
+            model=model,
+            args=settings,
+            train_dataset=rows,
+            callbacks=[Turns()],
+            processing_class=transformers.AutoTokenizer.from_pretrained(policy),
+        )
         trainer.train()
 
 

@@ -1,4 +1,6 @@
-"""A link's decision on a checkpoint of 192 nodes, beside listing its files and beside reading them."""
+"""A link's decision on a checkpoint of 192 nodes, beside listing its files and beside reading
+them."""
+
 # tools/bench guard [--tp 8] [--dp 192] [--payload-kib 64]
 
 from __future__ import annotations
@@ -55,7 +57,10 @@ def safetensors(folder: str, step: int, args: argparse.Namespace) -> str:
     path.mkdir(parents=True)
     number, part = args.tp * args.dp, args.payload_kib * 1024 // 10
     names = [f"model-{index + 1:05d}-of-{number:05d}.safetensors" for index in range(number)]
-    header = {f"w{i}": {"dtype": "U8", "shape": [part], "data_offsets": [i * part, (i + 1) * part]} for i in range(10)}
+    header = {
+        f"w{i}": {"dtype": "U8", "shape": [part], "data_offsets": [i * part, (i + 1) * part]}
+        for i in range(10)
+    }
     text = json.dumps(header).encode()
     for name in names:
         (path / name).write_bytes(len(text).to_bytes(8, "little") + text + b"x" * 10 * part)
@@ -79,7 +84,9 @@ def bench(layout: str, args: argparse.Namespace) -> dict[str, object]:
         names = [os.path.join(newest, name) for name in os.listdir(newest)]
         guard = {"schema_version": 1, "layout": layout, "checkpoint_dir": folder}
         if layout == "deepspeed":
-            guard.update(tensor_parallel=args.tp, pipeline_parallel=0, data_parallel=args.dp, zero_stage=1)
+            guard.update(
+                tensor_parallel=args.tp, pipeline_parallel=0, data_parallel=args.dp, zero_stage=1
+            )
         settings = parse_settings(guard)
         choice = choose(Survey(settings))
         if choice.name != os.path.basename(newest):
@@ -89,7 +96,9 @@ def bench(layout: str, args: argparse.Namespace) -> dict[str, object]:
             "stat": measured(lambda: [os.stat(name) for name in names]),
             "read": measured(lambda: [Path(name).read_bytes() for name in names]),
         }
-    ratio = {key: found["guard"]["cpu_s"] / max(found[key]["cpu_s"], 1e-9) for key in ("stat", "read")}
+    ratio = {
+        key: found["guard"]["cpu_s"] / max(found[key]["cpu_s"], 1e-9) for key in ("stat", "read")
+    }
     cpu_s = found["guard"]["cpu_s"]
     print(
         f"{layout}: {len(names)} files: the guard's decision takes {cpu_s:.3f} s of CPU, "

@@ -1,4 +1,6 @@
-"""An array on a real Slurm: three tasks killed at random moments, a node lost, run again; the bytes of one process at the end."""
+"""An array on a real Slurm: three tasks killed at random moments, a node lost, run again; the bytes
+of one process at the end."""
+
 # tools/bench tokenize_array [--corpus sft.jsonl] [--model M] [--tasks 16] [--seed 1]
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-# tools/benches/tokenize.py, for its corpus and models; by its path, as the standard library has a module of that name.
-_spec = importlib.util.spec_from_file_location("bench_tokenize", Path(__file__).with_name("tokenize.py"))
+# tools/benches/tokenize.py, for its corpus and models; by its path, as the standard library has a
+# module of that name.
+_spec = importlib.util.spec_from_file_location(
+    "bench_tokenize", Path(__file__).with_name("tokenize.py")
+)
 assert _spec and _spec.loader
 bench = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(bench)
@@ -36,8 +41,11 @@ def running(environ: Environ) -> list[tuple[str, str]]:
     return [(job, node) for job, node in map(str.split, lines) if "_" in job]
 
 
-def disturb(first: subprocess.Popen[str], environ: Environ, rng: random.Random, say: Any) -> tuple[list[str], str]:
-    """Kill three tasks, each after a random pause, then set the node of another one down for two seconds."""
+def disturb(
+    first: subprocess.Popen[str], environ: Environ, rng: random.Random, say: Any
+) -> tuple[list[str], str]:
+    """Kill three tasks, each after a random pause, then set the node of another one down for two
+    seconds."""
     killed: list[str] = []
     node = ""
     while first.poll() is None and not node:
@@ -54,7 +62,9 @@ def disturb(first: subprocess.Popen[str], environ: Environ, rng: random.Random, 
                 say(f"killed {job} on {where}")
         else:
             node = where
-            say(f"{node} down, with {sum(one[1] == node for one in running(environ))} running tasks")
+            say(
+                f"{node} down, with {sum(one[1] == node for one in running(environ))} running tasks"
+            )
             sh(environ, "scontrol", "update", f"nodename={node}", "state=down", "reason=bench")
             time.sleep(2)
             sh(environ, "scontrol", "update", f"nodename={node}", "state=resume")
@@ -85,10 +95,16 @@ def measure(data: Path, model: Path, out: Path, tasks: int, seed: int) -> dict[s
     from hpctrain.sandbox.from_site import shape_from_site
 
     shape = shape_from_site(
-        load_site("lumi"), {"lumi-g": 1, "lumi-c": 4, "lumi-d": 0}, kill_wait_s=3, slurmd_timeout_s=60
+        load_site("lumi"),
+        {"lumi-g": 1, "lumi-c": 4, "lumi-d": 0},
+        kill_wait_s=3,
+        slurmd_timeout_s=60,
     )
     started = time.monotonic()
-    say = lambda text: print(f"{time.monotonic() - started:7.1f} s  {text}", file=sys.stderr, flush=True)  # noqa: E731
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - started:7.1f} s  {text}", file=sys.stderr, flush=True)
+
     try:
         status, _ = sandbox.up(shape, "array", out / "sandbox", os.environ, source="unpacked")
         assert status.record is not None
@@ -107,31 +123,55 @@ def measure(data: Path, model: Path, out: Path, tasks: int, seed: int) -> dict[s
             first = subprocess.Popen(argv, env=environ, stdout=log, stderr=log, text=True)
             killed, node = disturb(first, environ, random.Random(seed), say)
             code = first.wait()
-        say(f"the first run ended with {code}: {(out / 'log').read_text().strip().splitlines()[-2:]}")
+        say(
+            f"the first run ended with {code}:"
+            f" {(out / 'log').read_text().strip().splitlines()[-2:]}"
+        )
         done = len(list((out / "array.tokenize").glob("*-[0-9]*.json")))
         say(f"{done} of {tasks} shards done; running the same command again")
-        again = subprocess.run([*argv, "--json"], env=environ, capture_output=True, text=True, check=False)
+        again = subprocess.run(
+            [*argv, "--json"], env=environ, capture_output=True, text=True, check=False
+        )
         if again.returncode:
             raise SystemExit(f"the second run ended with {again.returncode}\n{again.stderr}")
         answer = json.loads(again.stdout)
-        say(f"done: {answer['manifest']['documents']} documents, {answer['manifest']['tokens']} tokens")
+        say(
+            f"done: {answer['manifest']['documents']} documents, {answer['manifest']['tokens']}"
+            " tokens"
+        )
     finally:
         sandbox.down("array", out / "sandbox", os.environ)
     subprocess.run([*bench.tokenize(data, model, out / "one")], check=True, capture_output=True)
     pairs = {
-        name: [_sha256(out / f"{name}_text_document{end}") for end in (".bin", ".idx")] for name in ("array", "one")
+        name: [_sha256(out / f"{name}_text_document{end}") for end in (".bin", ".idx")]
+        for name in ("array", "one")
     }
-    say("the same bytes as one process" if pairs["array"] == pairs["one"] else "OTHER BYTES THAN ONE PROCESS")
+    say(
+        "the same bytes as one process"
+        if pairs["array"] == pairs["one"]
+        else "OTHER BYTES THAN ONE PROCESS"
+    )
     verified = subprocess.run(
-        [sys.executable, "-m", "hpctrain", "data", "verify", str(out / "array_text_document")], capture_output=True, check=False
-    )  # fmt: skip
+        [sys.executable, "-m", "hpctrain", "data", "verify", str(out / "array_text_document")],
+        capture_output=True,
+        check=False,
+    )
     return {
-        "megabytes": round(data.stat().st_size / 1e6, 1), "tasks": tasks, "seed": seed, "killed": killed, "node_down": node,
-        "first_exit_code": code, "shards_done_before_rerun": answer["shards_done_before"], "array_tasks_of_rerun": answer["array_tasks"],
-        "documents": answer["manifest"]["documents"], "tokens": answer["manifest"]["tokens"], "sha256": pairs,
-        "same": pairs["array"] == pairs["one"], "verify_exit_code": verified.returncode,
+        "megabytes": round(data.stat().st_size / 1e6, 1),
+        "tasks": tasks,
+        "seed": seed,
+        "killed": killed,
+        "node_down": node,
+        "first_exit_code": code,
+        "shards_done_before_rerun": answer["shards_done_before"],
+        "array_tasks_of_rerun": answer["array_tasks"],
+        "documents": answer["manifest"]["documents"],
+        "tokens": answer["manifest"]["tokens"],
+        "sha256": pairs,
+        "same": pairs["array"] == pairs["one"],
+        "verify_exit_code": verified.returncode,
         "wall_s": round(time.monotonic() - started, 1),
-    }  # fmt: skip
+    }
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,5 @@
-"""Triage measured: precision and recall over the labelled logs, and MB/s beside `grep -E` of one pattern.
+"""Triage measured: precision and recall over the labelled logs, and MB/s beside `grep -E` of one
+pattern.
 
     tools/bench triage [--mb 200] [--json]
 
@@ -21,9 +22,8 @@ from pathlib import Path
 
 TOP = Path(__file__).resolve().parents[2]
 DATA = TOP / "tests" / "data" / "triage"
-HELD_OUT = (
-    TOP / "tests" / "data" / "triage-held-out"
-)  # written after the rules, from other people's reports: docs/triage.md
+# written after the rules, from other people's reports: docs/triage.md
+HELD_OUT = TOP / "tests" / "data" / "triage-held-out"
 sys.path.insert(0, str(TOP))
 
 from hpctrain.triage.engine import Engine  # noqa: E402
@@ -66,15 +66,24 @@ def accuracy(verbose: bool, folder: Path = DATA) -> dict:
         right.update(key for key, good in details.items() if good)
         wrong = [key for key, good in details.items() if not good]
         if verbose and (found != wanted or red != set(label["red"]) or wrong):
-            print(f"  {name}: cause {found} (label {wanted}), red {sorted(red)} (label {label['red']}), wrong {wrong}")
+            print(
+                f"  {name}: cause {found} (label {wanted}), red {sorted(red)} (label"
+                f" {label['red']}), wrong {wrong}"
+            )
             print(f"      verdict {diagnosis.verdict}: {event or diagnosis.summary}")
     return {
         "logs": len(labels),
         "cause": _scores(hits, false, missed),
         "red_rules": _scores(rule_hits, rule_false, rule_missed),
-        "right": {key: f"{right[key]}/{len(labels)}" for key in ("verdict", "line", "rank", "node")},
+        "right": {
+            key: f"{right[key]}/{len(labels)}" for key in ("verdict", "line", "rank", "node")
+        },
         "per_class": {
-            name: _scores(Counter({name: hits[name]}), Counter({name: false[name]}), Counter({name: missed[name]}))
+            name: _scores(
+                Counter({name: hits[name]}),
+                Counter({name: false[name]}),
+                Counter({name: missed[name]}),
+            )
             for name in sorted({*hits, *false, *missed})
         },
     }
@@ -85,24 +94,30 @@ def _scores(hits: Counter, false: Counter, missed: Counter) -> dict:
     return {
         "precision": round(hit / (hit + wrong), 3) if hit + wrong else None,
         "recall": round(hit / (hit + lost), 3) if hit + lost else None,
-        "hits": hit, "false": wrong, "missed": lost,
-    }  # fmt: skip
+        "hits": hit,
+        "false": wrong,
+        "missed": lost,
+    }
 
 
 def big_log(path: str, megabytes: int, kind: str) -> None:
-    """A log of that size. `job`: 64 ranks talking and a step line in 40; `steps`: nothing but GPT-NeoX's step lines, `hf`:
-    the Trainer's behind progress bars, `trl`: TRL's long ones, `any`: short ones of one's own; `bars`: nothing but tqdm."""
+    """A log of that size. `job`: 64 ranks talking and a step line in 40; `steps`: nothing but
+    GPT-NeoX's step lines, `hf`: the Trainer's behind progress bars, `trl`: TRL's long ones, `any`:
+    short ones of one's own; `bars`: nothing but tqdm.
+    """
     rnd = random.Random(5)
     words = (
-        "loading module from path tokenizer rank group initialize model parallel data worker process with size of the "
-        "layer param shard dtype bfloat16 device set attention config value default using fused kernel build extension"
+        "loading module from path tokenizer rank group initialize model parallel data worker"
+        " process with size of the layer param shard dtype bfloat16 device set attention config"
+        " value default using fused kernel build extension"
     ).split()
     lines = []
     for index in range(20_000):
         step = (
-            f" samples/sec: 33.880 | iteration {index:8d}/   20000 | elapsed time per iteration (ms): 17001.3 | learning rate:"
-            f" 8.000E-06 | approx flops per GPU: 45.1TFLOPS | lm_loss: {2.4 - index * 1e-5:.6E} | grad norm: 0.913 |"
-            " number of skipped iterations:   0 | number of nan iterations:   0 |"
+            f" samples/sec: 33.880 | iteration {index:8d}/   20000 | elapsed time per iteration"
+            " (ms): 17001.3 | learning rate: 8.000E-06 | approx flops per GPU: 45.1TFLOPS |"
+            f" lm_loss: {2.4 - index * 1e-5:.6E} | grad norm: 0.913 | number of skipped iterations:"
+            "   0 | number of nan iterations:   0 |"
         )
         if kind == "steps" or (kind == "job" and index % 40 == 0):
             lines.append(step)
@@ -124,16 +139,27 @@ def big_log(path: str, megabytes: int, kind: str) -> None:
                     )
                 )
             lines.append(
-                f"{bar}{bar}\n{{'loss': {2.4 - index * 1e-5:.4f}, 'grad_norm': {rnd.uniform(0.5, 2):.6f}, 'learning_rate': {1e-5 * (1 - index / 20000):.6g},{more} 'epoch': {index / 10000:.2f}}}"
+                f"{bar}{bar}\n{{'loss': {2.4 - index * 1e-5:.4f}, 'grad_norm':"
+                f" {rnd.uniform(0.5, 2):.6f}, 'learning_rate':"
+                f" {1e-5 * (1 - index / 20000):.6g},{more} 'epoch': {index / 10000:.2f}}}"
             )
         elif kind == "any":
             lines.append(
-                f"step {index} | loss {2.4 - index * 1e-5:.4f} | lr {1e-4:.2e} | {rnd.uniform(500, 2000):.2f} ms | {rnd.randint(10000, 99999)} tok/s"
+                f"step {index} | loss {2.4 - index * 1e-5:.4f} | lr {1e-4:.2e} |"
+                f" {rnd.uniform(500, 2000):.2f} ms | {rnd.randint(10000, 99999)} tok/s"
             )
         elif kind == "bars":
-            lines.append("".join(f"\r {k}%|█▍        | {index + k}/20000 [10:02<12:01,  2.02s/it]" for k in range(8)))
+            lines.append(
+                "".join(
+                    f"\r {k}%|█▍        | {index + k}/20000 [10:02<12:01,  2.02s/it]"
+                    for k in range(8)
+                )
+            )
         else:
-            stamp = f"[2026-11-21 01:{index // 60 % 60:02d}:{index % 60:02d},123] [INFO] [rank{index % 64}]"
+            stamp = (
+                f"[2026-11-21 01:{index // 60 % 60:02d}:{index % 60:02d},123] [INFO]"
+                f" [rank{index % 64}]"
+            )
             lines.append(f"{stamp} " + " ".join(rnd.choices(words, k=12)))
     block = ("\n".join(lines) + "\n").encode()
     with open(path, "wb") as file:
@@ -150,14 +176,18 @@ def speed(megabytes: int) -> dict:
             size = os.path.getsize(path) / 1e6
             ours = min(_ours(path) for _ in range(3))
             grep = min(
-                _child_s(["grep", "-c", "-E", "CUDA out of memory|lm_loss: [nN][aA][nN]", path]) for _ in range(3)
+                _child_s(["grep", "-c", "-E", "CUDA out of memory|lm_loss: [nN][aA][nN]", path])
+                for _ in range(3)
             )
             python = min(_python(path) for _ in range(2))
             out[kind] = {
-                "MB": round(size), "triage_MB_per_cpu_s": round(size / ours), "grep_E_MB_per_cpu_s": round(size / grep),
-                "python_re_MB_per_cpu_s": round(size / python), "triage_over_grep": round(grep / ours, 3),
+                "MB": round(size),
+                "triage_MB_per_cpu_s": round(size / ours),
+                "grep_E_MB_per_cpu_s": round(size / grep),
+                "python_re_MB_per_cpu_s": round(size / python),
+                "triage_over_grep": round(grep / ours, 3),
                 "triage_over_python_re": round(python / ours, 1),
-            }  # fmt: skip
+            }
     out["peak_rss_MiB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     return out
 
@@ -175,7 +205,8 @@ def _python(path: str) -> float:
     import re
 
     pattern = re.compile(
-        rb"CUDA out of memory|HIP out of memory|NCCL WARN|oom_kill|lm_loss: nan|DUE TO TIME LIMIT|Error"
+        rb"CUDA out of memory|HIP out of memory|NCCL WARN|oom_kill|lm_loss: nan|DUE TO TIME"
+        rb" LIMIT|Error"
     )
     start = time.process_time()
     with open(path, "rb") as file:

@@ -1,9 +1,10 @@
-"""Pretrains a tiny base model on the plain text of dialogues: the start checkpoint of the demo's run.
+"""Pretrains a tiny base model on the plain text of dialogues: the start checkpoint of the demo's
+run.
 
     python tools/demo_steps/base_model.py DIALOGUES.jsonl TOKENIZER.model OUT [--iters 300]
 
-OUT then holds config.json (the model) and checkpoints/global_stepN (what `checkpoint.start` names); the last line of
-stdout is the path of that checkpoint. Done already: says so and does nothing.
+OUT then holds config.json (the model) and checkpoints/global_stepN (what `checkpoint.start` names);
+the last line of stdout is the path of that checkpoint. Done already: says so and does nothing.
 """
 
 from __future__ import annotations
@@ -38,17 +39,33 @@ def main() -> int:
     vocab_size = write_text(args.dialogues, args.tokenizer, args.out / "text")
     (args.out / "config.json").write_text(json.dumps(llama(vocab_size), indent=1) + "\n")
     config = {
-        "model": "config.json", "tokenizer": os.path.abspath(args.tokenizer), "train_data_paths": ["text"],
-        "seq_length": SEQ_LENGTH, "train_iters": args.iters, "train_micro_batch_size_per_gpu": 8, "precision": "fp32",
-        "zero_stage": 0, "lr": 3.0e-3, "min_lr": 3.0e-4, "warmup_iters": 20, "weight_decay": 0.1, "checkpoint_factor": 10**6,
+        "model": "config.json",
+        "tokenizer": os.path.abspath(args.tokenizer),
+        "train_data_paths": ["text"],
+        "seq_length": SEQ_LENGTH,
+        "train_iters": args.iters,
+        "train_micro_batch_size_per_gpu": 8,
+        "precision": "fp32",
+        "zero_stage": 0,
+        "lr": 3.0e-3,
+        "min_lr": 3.0e-4,
+        "warmup_iters": 20,
+        "weight_decay": 0.1,
+        "checkpoint_factor": 10**6,
         "log_interval": max(1, args.iters // 6),
-    }  # fmt: skip
+    }
     (args.out / "config.yml").write_text(json.dumps(config, indent=1) + "\n")  # JSON is YAML
     env = {
-        "OMP_NUM_THREADS": "1", **os.environ, "HPCTRAIN_MODE": "scratch", "HPCTRAIN_CONFIG": str(args.out / "config.yml"),
-        "HPCTRAIN_CHECKPOINT_DIR": str(args.out / "checkpoints"), "HPCTRAIN_RUN_DIR": str(args.out),
-    }  # fmt: skip
-    code = subprocess.run([sys.executable, "-m", "hpctrain.train.sft"], env=env, check=False).returncode
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "HPCTRAIN_MODE": "scratch",
+        "HPCTRAIN_CONFIG": str(args.out / "config.yml"),
+        "HPCTRAIN_CHECKPOINT_DIR": str(args.out / "checkpoints"),
+        "HPCTRAIN_RUN_DIR": str(args.out),
+    }
+    code = subprocess.run(
+        [sys.executable, "-m", "hpctrain.train.sft"], env=env, check=False
+    ).returncode
     if code == 0:
         print(checkpoint)
     return code
@@ -57,14 +74,21 @@ def main() -> int:
 def llama(vocab_size: int) -> dict[str, object]:
     """About a million parameters: two cores train it at thousands of tokens a second."""
     return {
-        "model_type": "llama", "vocab_size": -(-vocab_size // 64) * 64, "hidden_size": 128, "intermediate_size": 384,
-        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "model_type": "llama",
+        "vocab_size": -(-vocab_size // 64) * 64,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
         "tie_word_embeddings": True,
-    }  # fmt: skip
+    }
 
 
 def write_text(dialogues: str, tokenizer: str, prefix: Path) -> int:
-    """PREFIX.bin and PREFIX.idx of all the text between the markers, a few lines a document; returns the vocabulary."""
+    """PREFIX.bin and PREFIX.idx of all the text between the markers, a few lines a document;
+    returns the vocabulary."""
     import sentencepiece
 
     from hpctrain.data.dataset.indexed_dataset import dtype_for, write_index
@@ -83,7 +107,9 @@ def write_text(dialogues: str, tokenizer: str, prefix: Path) -> int:
             current += tokens[:SEQ_LENGTH]
     documents.append([*current, eod])
     dtype = dtype_for(model.get_piece_size())
-    np.concatenate([np.array(document, dtype=dtype) for document in documents]).tofile(f"{prefix}.bin")
+    np.concatenate([np.array(document, dtype=dtype) for document in documents]).tofile(
+        f"{prefix}.bin"
+    )
     sizes = np.array([len(document) for document in documents], dtype=np.int32)
     with open(f"{prefix}.idx", "wb") as index:
         write_index(index, dtype, iter([sizes]), len(sizes))

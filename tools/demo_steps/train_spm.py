@@ -1,4 +1,5 @@
-"""Trains a SentencePiece model on dialogues, with `<|user|>` and `<|assistant|>` as control symbols 7 and 8.
+"""Trains a SentencePiece model on dialogues, with `<|user|>` and `<|assistant|>` as control symbols
+7 and 8.
 
 python tools/demo_steps/train_spm.py DIALOGUES.jsonl OUT.model [--vocab-size 2048]
 """
@@ -14,7 +15,14 @@ import sys
 from collections.abc import Iterator
 
 # Ids 0, 1 and 2 are SentencePiece's own <unk>, <s> and </s>.
-CONTROL = ["<|endoftext|>", "<|reserved_4|>", "<|reserved_5|>", "<|reserved_6|>", "<|user|>", "<|assistant|>"]
+CONTROL = [
+    "<|endoftext|>",
+    "<|reserved_4|>",
+    "<|reserved_5|>",
+    "<|reserved_6|>",
+    "<|user|>",
+    "<|assistant|>",
+]
 MARKER = re.compile(r"<<<\|[^|<>]*\|>>>")
 
 
@@ -50,7 +58,10 @@ def main() -> int:
         file.write(trained.getvalue())
     os.replace(temporary, args.model)
     shown = "Translate to Latvian: First Image"
-    print(f"{args.model}: {model.get_piece_size()} pieces; 7 is {model.id_to_piece(7)}, 8 is {model.id_to_piece(8)}")
+    print(
+        f"{args.model}: {model.get_piece_size()} pieces; 7 is {model.id_to_piece(7)}, 8 is"
+        f" {model.id_to_piece(8)}"
+    )
     print(f"  {shown!r} -> {' '.join(model.encode_as_pieces(shown))}")
     return 0
 

@@ -1,4 +1,5 @@
-"""The DPO trainer's config: the keys of `config_dpo.yaml` and a few more, as a frozen value or every problem at once.
+"""The DPO trainer's config: the keys of `config_dpo.yaml` and a few more, as a frozen value or
+every problem at once.
 
 Never imports torch, never reads the environment, the clock or the data.
 """
@@ -19,57 +20,143 @@ from hpctrain.config.fields import Field, check
 from hpctrain.config.trainers.sft import SftConfig, is_stop_signal
 
 _DATASET = {
-    "dataset_name": Field("text", "preference pairs: a .jsonl, .json, .parquet or .arrow file, a folder of them, or ORG/NAME in the offline hub cache", required=True),
+    "dataset_name": Field(
+        "text",
+        "preference pairs: a .jsonl, .json, .parquet or .arrow file, a folder of them, or ORG/NAME"
+        " in the offline hub cache",
+        required=True,
+    ),
     "subset": Field("int", "use only so many pairs, the first ones; for a smoke run", minimum=1),
-    "max_len": Field("int", "tokens of prompt and reply together; what is longer loses its end", default=1024, minimum=2),
+    "max_len": Field(
+        "int",
+        "tokens of prompt and reply together; what is longer loses its end",
+        default=1024,
+        minimum=2,
+    ),
     "split": Field("text", "which split, where the dataset has several", default="train"),
-}  # fmt: skip
+}
 _TRAINING = {
     "batch_size": Field("int", "pairs per rank and forward pass", default=4, minimum=1),
-    "gradient_accumulation_steps": Field("int", "forward passes per optimizer step", default=1, minimum=1),
-    "epochs": Field("number", "passes over the data; `max_steps` wins over it", default=1, minimum=0.000001),
+    "gradient_accumulation_steps": Field(
+        "int", "forward passes per optimizer step", default=1, minimum=1
+    ),
+    "epochs": Field(
+        "number", "passes over the data; `max_steps` wins over it", default=1, minimum=0.000001
+    ),
     "max_steps": Field("int", "optimizer steps in all", minimum=1),
     "learning_rate": Field("number", "peak learning rate", default=1e-6, minimum=0),
     "min_lr": Field("number", "learning rate at the end of the decay", default=0.0, minimum=0),
-    "lr_decay_style": Field("text", "shape after the warm-up", default="constant", choices=("constant", "linear", "cosine")),
+    "lr_decay_style": Field(
+        "text",
+        "shape after the warm-up",
+        default="constant",
+        choices=("constant", "linear", "cosine"),
+    ),
     "warmup_steps": Field("int", "optimizer steps of linear warm-up", default=0, minimum=0),
-    "beta": Field("number", "how strongly the policy is held to the reference", default=0.1, minimum=0),
-    "loss_type": Field("text", "sigmoid sums log-probabilities over a reply, sigmoid_norm takes their mean", default="sigmoid", choices=("sigmoid", "sigmoid_norm")),
-    "label_smoothing": Field("number", "assumed share of labels that are the wrong way round", default=0.0, minimum=0, maximum=0.4999),
-    "weight_decay": Field("number", "AdamW weight decay of matrices; vectors get none", default=0.0, minimum=0),
+    "beta": Field(
+        "number", "how strongly the policy is held to the reference", default=0.1, minimum=0
+    ),
+    "loss_type": Field(
+        "text",
+        "sigmoid sums log-probabilities over a reply, sigmoid_norm takes their mean",
+        default="sigmoid",
+        choices=("sigmoid", "sigmoid_norm"),
+    ),
+    "label_smoothing": Field(
+        "number",
+        "assumed share of labels that are the wrong way round",
+        default=0.0,
+        minimum=0,
+        maximum=0.4999,
+    ),
+    "weight_decay": Field(
+        "number", "AdamW weight decay of matrices; vectors get none", default=0.0, minimum=0
+    ),
     "adam_beta1": Field("number", "AdamW beta1", default=0.9, minimum=0, maximum=0.999999),
     "adam_beta2": Field("number", "AdamW beta2", default=0.999, minimum=0, maximum=0.99999999),
     "adam_eps": Field("number", "AdamW epsilon", default=1e-8, minimum=1e-30),
-    "gradient_clipping": Field("number", "largest gradient norm; 0 for none", default=1.0, minimum=0),
-    "fsdp": Field("bool", "shard weights, gradients and optimizer over all ranks (FSDP2); false keeps a whole copy on each", default=False),
-    "activation_checkpointing": Field("bool", "recompute activations in the backward pass to save memory", default=False),
-    "share_prompt": Field("text", "compute a pair's prompt once for both replies; auto where the attention allows it and it pays", default="auto", choices=("auto", "always", "never")),
-    "attention": Field("text", "auto takes flash_attention_2 where it is installed, else sdpa", default="auto", choices=("auto", "sdpa", "eager", "flash_attention_2")),
-    "log_steps": Field("int", "optimizer steps between log lines and margin files", default=10, minimum=1),
+    "gradient_clipping": Field(
+        "number", "largest gradient norm; 0 for none", default=1.0, minimum=0
+    ),
+    "fsdp": Field(
+        "bool",
+        "shard weights, gradients and optimizer over all ranks (FSDP2); false keeps a whole copy on"
+        " each",
+        default=False,
+    ),
+    "activation_checkpointing": Field(
+        "bool", "recompute activations in the backward pass to save memory", default=False
+    ),
+    "share_prompt": Field(
+        "text",
+        "compute a pair's prompt once for both replies; auto where the attention allows it and it"
+        " pays",
+        default="auto",
+        choices=("auto", "always", "never"),
+    ),
+    "attention": Field(
+        "text",
+        "auto takes flash_attention_2 where it is installed, else sdpa",
+        default="auto",
+        choices=("auto", "sdpa", "eager", "flash_attention_2"),
+    ),
+    "log_steps": Field(
+        "int", "optimizer steps between log lines and margin files", default=10, minimum=1
+    ),
     "save_steps": Field("int", "optimizer steps between checkpoints", default=100, minimum=1),
-    "keep_last_n_checkpoints": Field("int", "how many of this run's checkpoints to keep; absent keeps all", minimum=2),
-    "reference_cache": Field("path", "folder of cached reference log-probabilities (default: the checkpoint folder)"),
+    "keep_last_n_checkpoints": Field(
+        "int", "how many of this run's checkpoints to keep; absent keeps all", minimum=2
+    ),
+    "reference_cache": Field(
+        "path", "folder of cached reference log-probabilities (default: the checkpoint folder)"
+    ),
     "seed": Field("int", "of the data order", default=1234, minimum=0, maximum=2**31 - 1),
-    "stop_signal": Field("text", "the signal that means: save and exit 0 at the next step", default="USR1", pattern="(SIG)?[A-Z0-9]+", shape="the name of a signal"),
-    "max_skipped_in_a_row": Field("int", "stop after so many steps in a row without a finite gradient", default=10, minimum=1),
-    "distributed_timeout_s": Field("int", "how long a rank waits for the others", default=1800, minimum=30),
-}  # fmt: skip
+    "stop_signal": Field(
+        "text",
+        "the signal that means: save and exit 0 at the next step",
+        default="USR1",
+        pattern="(SIG)?[A-Z0-9]+",
+        shape="the name of a signal",
+    ),
+    "max_skipped_in_a_row": Field(
+        "int", "stop after so many steps in a row without a finite gradient", default=10, minimum=1
+    ),
+    "distributed_timeout_s": Field(
+        "int", "how long a rank waits for the others", default=1800, minimum=30
+    ),
+}
 FIELDS: dict[str, Field] = {
-    "policy_name": Field("text", "the model to train: a Hugging Face directory, or ORG/NAME in the offline hub cache", required=True),
-    "ref_name": Field("text", "the model it is held to (default: the policy as it was before training)"),
-    "precision": Field("text", "of weights and activations; optimizer and gradient sums are always fp32", default="bf16", choices=("bf16", "fp32")),
+    "policy_name": Field(
+        "text",
+        "the model to train: a Hugging Face directory, or ORG/NAME in the offline hub cache",
+        required=True,
+    ),
+    "ref_name": Field(
+        "text", "the model it is held to (default: the policy as it was before training)"
+    ),
+    "precision": Field(
+        "text",
+        "of weights and activations; optimizer and gradient sums are always fp32",
+        default="bf16",
+        choices=("bf16", "fp32"),
+    ),
     "dataset": Field("table", "the preference pairs", required=True, fields=_DATASET),
     "dpo_training": Field("table", "the training", fields=_TRAINING),
-    "mount_dir": Field("path", "where `dpo_model` and a copy of `logs` go (default: the run directory)"),
-    "wandb_project": Field("text", "Weights & Biases project; offline unless WANDB_MODE says otherwise"),
-}  # fmt: skip
+    "mount_dir": Field(
+        "path", "where `dpo_model` and a copy of `logs` go (default: the run directory)"
+    ),
+    "wandb_project": Field(
+        "text", "Weights & Biases project; offline unless WANDB_MODE says otherwise"
+    ),
+}
 SOURCES = (("policy_name",), ("ref_name",), ("dataset", "dataset_name"))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
 class DpoConfig:
-    """A valid config. `dataset` and `training` have the keys of FIELDS; sources are absolute paths or hub ids."""
+    """A valid config. `dataset` and `training` have the keys of FIELDS; sources are absolute paths
+    or hub ids."""
 
     policy_name: str
     ref_name: str | None
@@ -96,7 +183,9 @@ class DpoConfig:
 
     def train_batch_size(self, num_ranks: int) -> int:
         """Pairs per optimizer step over all ranks."""
-        return int(self.training["batch_size"] * self.training["gradient_accumulation_steps"] * num_ranks)
+        return int(
+            self.training["batch_size"] * self.training["gradient_accumulation_steps"] * num_ranks
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The config in the nesting of its file."""
@@ -114,8 +203,8 @@ class DpoConfig:
 def load_config(path: str) -> DpoConfig:
     """The config of a YAML file, with its sources found on this machine.
 
-    Raises UsageError with every unknown key, wrong type, broken rule and missing source, each with file:line:column;
-    EnvironmentFault when the file cannot be read.
+    Raises UsageError with every unknown key, wrong type, broken rule and missing source, each with
+    file:line:column; EnvironmentFault when the file cannot be read.
     """
     document = load_yaml(path)
     base_dir = os.path.dirname(os.path.abspath(path))
@@ -129,8 +218,13 @@ def load_config(path: str) -> DpoConfig:
         if found[key] is None:
             problems.append(_not_found(name, key, document))
         elif len(key) == 1 and not os.path.isfile(os.path.join(str(found[key]), "config.json")):
-            problems.append(Problem(f"`{found[key]}` has no config.json", where=document.where(*key),
-                                    hint="name the Hugging Face directory of a model"))  # fmt: skip
+            problems.append(
+                Problem(
+                    f"`{found[key]}` has no config.json",
+                    where=document.where(*key),
+                    hint="name the Hugging Face directory of a model",
+                )
+            )
     if problems:
         raise UsageError(problems)
     return DpoConfig(
@@ -147,10 +241,14 @@ def load_config(path: str) -> DpoConfig:
 def parse_config(document: Document, base_dir: str) -> tuple[DpoConfig, list[Problem]]:
     """The config of a YAML document and every problem of it; looks at no file.
 
-    With problems it is a best guess, good for finding more of them. Relative paths are relative to `base_dir`.
+    With problems it is a best guess, good for finding more of them. Relative paths are relative to
+    `base_dir`.
     """
     document = Document(
-        read_numbers(document.data or {}, FIELDS), document.origins, document.key_origins, document.name
+        read_numbers(document.data or {}, FIELDS),
+        document.origins,
+        document.key_origins,
+        document.name,
     )
     values, problems = check(document, FIELDS)
     nested = {
@@ -159,10 +257,13 @@ def parse_config(document: Document, base_dir: str) -> tuple[DpoConfig, list[Pro
         for key in FIELDS[table].fields or {}
     }
     problems = [
-        replace(found, hint=f"it is `{nested[found.what]}`") if found.what in nested else found for found in problems
+        replace(found, hint=f"it is `{nested[found.what]}`") if found.what in nested else found
+        for found in problems
     ]
     dataset = values.get("dataset") or {key: field.default for key, field in _DATASET.items()}
-    training = values.get("dpo_training") or {key: field.default for key, field in _TRAINING.items()}
+    training = values.get("dpo_training") or {
+        key: field.default for key, field in _TRAINING.items()
+    }
     dataset["dataset_name"] = absolute_source(dataset.get("dataset_name") or "", base_dir)
     if training.get("reference_cache"):
         training["reference_cache"] = _absolute(training["reference_cache"], base_dir)
@@ -176,19 +277,24 @@ def parse_config(document: Document, base_dir: str) -> tuple[DpoConfig, list[Pro
         values.get("wandb_project"),
     )
     bad = {problem.where for problem in problems}
-    problems += [problem for problem in _contradictions(config, document) if problem.where not in bad]
+    problems += [
+        problem for problem in _contradictions(config, document) if problem.where not in bad
+    ]
     return config, problems
 
 
 def absolute_source(name: str, base_dir: str) -> str:
-    """`name` as an absolute path, unless it has the form ORG/NAME: that may be a hub id and is left as it is."""
+    """`name` as an absolute path, unless it has the form ORG/NAME: that may be a hub id and is left
+    as it is."""
     return name if not name or _HUB_ID.fullmatch(name) else _absolute(name, base_dir)
 
 
 def find_source(name: str, base_dir: str, kind: str) -> str | None:
-    """The path of a source on this machine: a path, one relative to `base_dir`, or a snapshot in the hub cache.
+    """The path of a source on this machine: a path, one relative to `base_dir`, or a snapshot in
+    the hub cache.
 
-    The cache is laid out as huggingface_hub does: `hub/<kind>--ORG--NAME/{refs/main,snapshots/<commit>/}`.
+    The cache is laid out as huggingface_hub does:
+    `hub/<kind>--ORG--NAME/{refs/main,snapshots/<commit>/}`.
     """
     path = os.path.join(base_dir, name)
     if os.path.exists(path):
@@ -212,7 +318,10 @@ def _absolute(path: str, base_dir: str) -> str:
 def _not_found(name: str, key: tuple[str, ...], document: Document) -> Problem:
     hint = ""
     if _HUB_ID.fullmatch(name):
-        hint = f"download it before the job (`hf download {name}`), since jobs fetch nothing, or give a path"
+        hint = (
+            f"download it before the job (`hf download {name}`), since jobs fetch nothing, or give"
+            " a path"
+        )
     return Problem(f"`{name}` does not exist here", where=document.where(*key), hint=hint)
 
 
@@ -225,17 +334,30 @@ def _contradictions(config: DpoConfig, document: Document) -> list[Problem]:
         found.append(Problem(what, where=document.where("dpo_training", key), hint=hint))
 
     if values["min_lr"] > values["learning_rate"]:
-        add("min_lr", f"`min_lr: {values['min_lr']}` is above `learning_rate: {values['learning_rate']}`")
+        add(
+            "min_lr",
+            f"`min_lr: {values['min_lr']}` is above `learning_rate: {values['learning_rate']}`",
+        )
     if values["max_steps"] and values["warmup_steps"] > values["max_steps"]:
-        add("warmup_steps", f"`warmup_steps: {values['warmup_steps']}` is above `max_steps: {values['max_steps']}`")
+        add(
+            "warmup_steps",
+            f"`warmup_steps: {values['warmup_steps']}` is above `max_steps: {values['max_steps']}`",
+        )
     if values["beta"] == 0:
         add("beta", "`beta: 0` gives a loss that nothing can lower", "0.1 is usual")
     if values["share_prompt"] == "always" and values["attention"] == "flash_attention_2":
-        add("share_prompt", "`share_prompt: always` needs a mask that flash_attention_2 cannot take",
-            "delete one of them")  # fmt: skip
+        add(
+            "share_prompt",
+            "`share_prompt: always` needs a mask that flash_attention_2 cannot take",
+            "delete one of them",
+        )
     if not is_stop_signal(values["stop_signal"]):
-        add("stop_signal", f"`stop_signal: {values['stop_signal']}` is not the name of a signal that a process can hear",
-            "such as USR1")  # fmt: skip
+        add(
+            "stop_signal",
+            f"`stop_signal: {values['stop_signal']}` is not the name of a signal that a process can"
+            " hear",
+            "such as USR1",
+        )
     return found
 
 

@@ -15,7 +15,8 @@ PERCENTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 
 def summary(dataset: Dataset) -> dict[str, float]:
-    """count, mean, std, min, percentiles and max of tokens per document, by pandas; empty for an empty dataset."""
+    """count, mean, std, min, percentiles and max of tokens per document, by pandas; empty for an
+    empty dataset."""
     try:
         import pandas
     except ImportError:
@@ -24,7 +25,10 @@ def summary(dataset: Dataset) -> dict[str, float]:
         return {"count": 0, "tokens": 0}
     described = pandas.Series(dataset.sizes).describe(percentiles=list(PERCENTILES))
     described = described.dropna()  # a single document has no standard deviation, and JSON no NaN
-    return {"tokens": float(dataset.num_tokens), **{str(name): float(value) for name, value in described.items()}}
+    return {
+        "tokens": float(dataset.num_tokens),
+        **{str(name): float(value) for name, value in described.items()},
+    }
 
 
 def histogram(sizes: NDArray[Any], bins: int = 20) -> list[tuple[int, int, int]]:
@@ -34,7 +38,9 @@ def histogram(sizes: NDArray[Any], bins: int = 20) -> list[tuple[int, int, int]]
     if not len(sizes):
         return []
     low, high = int(sizes.min()), int(sizes.max()) + 1
-    edges = np.unique(np.round(np.geomspace(max(low, 1), max(high, low + 1), bins + 1)).astype(np.int64))
+    edges = np.unique(
+        np.round(np.geomspace(max(low, 1), max(high, low + 1), bins + 1)).astype(np.int64)
+    )
     edges[0] = min(int(edges[0]), low)
     if len(edges) < 2:
         edges = np.array([low, high])
@@ -48,7 +54,8 @@ def bars(rows: list[tuple[int, int, int]], width: int = 40) -> list[str]:
     most = max((count for _, _, count in rows), default=0) or 1
     digits = max((len(f"{below - 1:,}") for _, below, _ in rows), default=1)
     return [
-        f"{begin:>{digits},} - {below - 1:>{digits},}  {count:>10,}  " + "#" * -(-count * width // most)
+        f"{begin:>{digits},} - {below - 1:>{digits},}  {count:>10,}  "
+        + "#" * -(-count * width // most)
         for begin, below, count in rows
     ]
 
@@ -61,7 +68,9 @@ def write_counts(dataset: Dataset, path: str) -> None:
             temp.file.write(b"document,tokens\n")
         for begin in range(0, len(dataset), 1 << 18):
             part = dataset.sizes[begin : begin + (1 << 18)].tolist()
-            lines = (f"{begin + at},{size}\n" if is_csv else f"{size}\n" for at, size in enumerate(part))
+            lines = (
+                f"{begin + at},{size}\n" if is_csv else f"{size}\n" for at, size in enumerate(part)
+            )
             temp.file.write("".join(lines).encode())
         temp.commit()
 
@@ -69,7 +78,9 @@ def write_counts(dataset: Dataset, path: str) -> None:
 def write_picture(dataset: Dataset, path: str) -> None:
     """The histogram as .png, .svg or .pdf. Raises UsageError for another ending."""
     if not path.endswith((".png", ".svg", ".pdf")):
-        raise UsageError(f"`{path}` is no picture", where="--picture", hint="end it in .png, .svg or .pdf")
+        raise UsageError(
+            f"`{path}` is no picture", where="--picture", hint="end it in .png, .svg or .pdf"
+        )
     try:
         import matplotlib
     except ImportError:

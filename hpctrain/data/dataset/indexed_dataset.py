@@ -1,8 +1,9 @@
 """The Megatron/NeoX indexed dataset: `.bin` holds tokens, `.idx` says where each sequence lies.
 
-Layout as in megatron/data/indexed_dataset.py of GPT-NeoX (`MMapIndexedDataset`), little endian: 9 bytes `MMIDIDX\\0\\0`, u64
-version 1, u8 dtype code, u64 number of sequences, u64 number of document entries, int32 sizes, int64 byte pointers, int64
-document index (0..n, as one document is one sequence).
+Layout as in megatron/data/indexed_dataset.py of GPT-NeoX (`MMapIndexedDataset`), little endian: 9
+bytes `MMIDIDX\\0\\0`, u64 version 1, u8 dtype code, u64 number of sequences, u64 number of document
+entries, int32 sizes, int64 byte pointers, int64 document index (0..n, as one document is one
+sequence).
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ if TYPE_CHECKING:
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
-DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float32", 7: "float64", 8: "uint16"}
+DTYPES = {
+    1: "uint8",
+    2: "int8",
+    3: "int16",
+    4: "int32",
+    5: "int64",
+    6: "float32",
+    7: "float64",
+    8: "uint16",
+}
 _CODES = {name: code for code, name in DTYPES.items()}
 _CHUNK = 1 << 20
 
@@ -40,7 +50,8 @@ def paths(prefix: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An open dataset. `sizes` are tokens per sequence, `pointers` byte offsets into `.bin`; all arrays are memory maps."""
+    """An open dataset. `sizes` are tokens per sequence, `pointers` byte offsets into `.bin`; all
+    arrays are memory maps."""
 
     prefix: str
     dtype: str
@@ -62,7 +73,8 @@ class Dataset:
 
 
 def open_dataset(prefix: str) -> Dataset:
-    """The dataset at `prefix`, mapped, its header and sizes checked. Raises EnvironmentFault or UsageError, naming the file."""
+    """The dataset at `prefix`, mapped, its header and sizes checked. Raises EnvironmentFault or
+    UsageError, naming the file."""
     import numpy as np
 
     bin_path, idx_path = paths(prefix)
@@ -73,24 +85,39 @@ def open_dataset(prefix: str) -> Dataset:
         bin_size = os.stat(bin_path).st_size
     except OSError as error:
         hint = _missing_hint(prefix) if error.errno == errno.ENOENT else ""
-        raise EnvironmentFault(f"cannot be read: {error.strerror}", where=str(error.filename), hint=hint) from None
+        raise EnvironmentFault(
+            f"cannot be read: {error.strerror}", where=str(error.filename), hint=hint
+        ) from None
     if len(header) < HEADER_BYTES:
-        raise UsageError(f"{len(header)} bytes are too few for an .idx: truncated or never written", where=idx_path)
+        raise UsageError(
+            f"{len(header)} bytes are too few for an .idx: truncated or never written",
+            where=idx_path,
+        )
     if header[:9] != MAGIC:
-        raise UsageError("not an .idx of an indexed dataset (its first bytes are wrong)", where=idx_path)
+        raise UsageError(
+            "not an .idx of an indexed dataset (its first bytes are wrong)", where=idx_path
+        )
     version, code, num_sizes, num_docs = struct.unpack("<QBQQ", header[9:])
     if version != 1 or code not in DTYPES:
         wrong = f"version {version} of the format" if version != 1 else f"dtype code {code}"
-        raise UsageError(f"{wrong} is not known", where=idx_path, hint="Megatron and GPT-NeoX write version 1")
+        raise UsageError(
+            f"{wrong} is not known", where=idx_path, hint="Megatron and GPT-NeoX write version 1"
+        )
     if DTYPES[code].startswith("float"):
         raise UsageError(f"its tokens are {DTYPES[code]}: ids are whole numbers", where=idx_path)
     want = HEADER_BYTES + 12 * num_sizes + 8 * num_docs
     if idx_size != want:
-        raise UsageError(f"{idx_size} bytes, but its header says {want}: truncated or damaged", where=idx_path)
+        raise UsageError(
+            f"{idx_size} bytes, but its header says {want}: truncated or damaged", where=idx_path
+        )
     dtype = np.dtype(DTYPES[code]).newbyteorder("<")
     if bin_size % dtype.itemsize:
         hint = "is the copy complete, and does the .idx belong to this .bin?"
-        raise UsageError(f"{bin_size} bytes are no whole number of {dtype.name} tokens", where=bin_path, hint=hint)
+        raise UsageError(
+            f"{bin_size} bytes are no whole number of {dtype.name} tokens",
+            where=bin_path,
+            hint=hint,
+        )
     at = HEADER_BYTES
 
     def mapped(path: str, kind: Any, count: int, offset: int) -> NDArray[Any]:
@@ -110,16 +137,22 @@ def _missing_hint(prefix: str) -> str:
     if os.path.exists(paths(prefix + "_text_document")[1]):
         return f"did you mean {prefix}_text_document?"
     if os.path.exists(bin_path):
-        return "its .bin is there: the index comes last, so what made them was stopped; run that again"
+        return (
+            "its .bin is there: the index comes last, so what made them was stopped; run that again"
+        )
     if os.path.exists(idx_path):
         return "its .idx is there: was only that copied?"
     return "give the path without .bin or .idx"
 
 
-def write_index(file: IO[bytes], dtype: str, sizes: Iterator[NDArray[Any]], num_sequences: int) -> int:
-    """Write a whole `.idx` for sequences of `sizes` (int32 chunks, in order), one document each; the number of tokens.
+def write_index(
+    file: IO[bytes], dtype: str, sizes: Iterator[NDArray[Any]], num_sequences: int
+) -> int:
+    """Write a whole `.idx` for sequences of `sizes` (int32 chunks, in order), one document each;
+    the number of tokens.
 
-    Memory stays small for any number of sequences: pointers go to their place while the sizes pass by.
+    Memory stays small for any number of sequences: pointers go to their place while the sizes pass
+    by.
     """
     import numpy as np
 
@@ -149,8 +182,11 @@ def chunks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
         yield array[begin : begin + _CHUNK]
 
 
-def verify(dataset: Dataset, vocab_size: int | None = None, eod_id: int | None = None) -> list[Problem]:
-    """Everything wrong inside a dataset that opened: gaps, lengths, document index, ids past the vocabulary, missing EOD."""
+def verify(
+    dataset: Dataset, vocab_size: int | None = None, eod_id: int | None = None
+) -> list[Problem]:
+    """Everything wrong inside a dataset that opened: gaps, lengths, document index, ids past the
+    vocabulary, missing EOD."""
     import numpy as np
 
     problems: list[Problem] = []
@@ -161,24 +197,39 @@ def verify(dataset: Dataset, vocab_size: int | None = None, eod_id: int | None =
         sizes = dataset.sizes[begin : begin + _CHUNK].astype(np.int64)
         if (sizes <= 0).any():
             first = begin + int(np.argmax(sizes <= 0))
-            problems.append(Problem(f"sequence {first} has {int(dataset.sizes[first])} tokens", where=idx_path))
+            problems.append(
+                Problem(f"sequence {first} has {int(dataset.sizes[first])} tokens", where=idx_path)
+            )
         want = (np.cumsum(sizes) - sizes + total) * itemsize
         wrong = dataset.pointers[begin : begin + _CHUNK] != want
         if wrong.any():
             problems.append(
-                Problem(f"the pointer of sequence {begin + int(np.argmax(wrong))} is wrong", where=idx_path)
+                Problem(
+                    f"the pointer of sequence {begin + int(np.argmax(wrong))} is wrong",
+                    where=idx_path,
+                )
             )
             break
         total += int(sizes.sum())
     if total != dataset.num_tokens:
-        problems.append(Problem(f"the index counts {total} tokens, the file has {dataset.num_tokens}", where=bin_path))
+        problems.append(
+            Problem(
+                f"the index counts {total} tokens, the file has {dataset.num_tokens}",
+                where=bin_path,
+            )
+        )
     if len(dataset.doc_idx) != len(dataset) + 1 or not all(
         (chunk == np.arange(begin, begin + len(chunk))).all()
-        for begin, chunk in ((at, dataset.doc_idx[at : at + _CHUNK]) for at in range(0, len(dataset.doc_idx), _CHUNK))
+        for begin, chunk in (
+            (at, dataset.doc_idx[at : at + _CHUNK]) for at in range(0, len(dataset.doc_idx), _CHUNK)
+        )
     ):
         problems.append(
             Problem(
-                "the document index is not 0..n", where=idx_path, why="one document is one sequence", level="warning"
+                "the document index is not 0..n",
+                where=idx_path,
+                why="one document is one sequence",
+                level="warning",
             )
         )
     if vocab_size is not None:
@@ -186,7 +237,10 @@ def verify(dataset: Dataset, vocab_size: int | None = None, eod_id: int | None =
             part = dataset.tokens[begin : begin + 16 * _CHUNK]
             if int(part.max()) >= vocab_size or int(part.min()) < 0:
                 problems.append(
-                    Problem(f"an id outside the vocabulary of {vocab_size}", where=f"{bin_path}: token {begin}+")
+                    Problem(
+                        f"an id outside the vocabulary of {vocab_size}",
+                        where=f"{bin_path}: token {begin}+",
+                    )
                 )
                 break
     if eod_id is not None and not problems and len(dataset):

@@ -36,16 +36,20 @@ class Document:
 
 
 def default_rules(control: dict[str, Any] | None, model: SpmModel) -> MaskRules:
-    """What the fork's SFT.md recommends: user turns and the opening assistant token are not trained.
+    """What the fork's SFT.md recommends: user turns and the opening assistant token are not
+    trained.
 
-    `control` is that of the dataset's manifest; without it the model's own `<|user|>` and `<|assistant|>` are taken.
+    `control` is that of the dataset's manifest; without it the model's own `<|user|>` and
+    `<|assistant|>` are taken.
     """
     roles: dict[str, int] = {}
     if control:
         roles = {token["role"]: token["id"] for token in control["tokens"]}
     else:
         names = {piece: index for index, piece in enumerate(model.pieces)}
-        roles = {role: names[f"<|{role}|>"] for role in ("user", "assistant") if f"<|{role}|>" in names}
+        roles = {
+            role: names[f"<|{role}|>"] for role in ("user", "assistant") if f"<|{role}|>" in names
+        }
     asked = [number for role, number in roles.items() if role != "assistant"]
     return MaskRules(
         pairs=tuple((number, number) for number in asked),
@@ -53,11 +57,14 @@ def default_rules(control: dict[str, Any] | None, model: SpmModel) -> MaskRules:
     )
 
 
-def documents(dataset: Dataset, model: SpmModel, rules: MaskRules, first: int, count: int) -> Iterator[Document]:
-    """`count` documents from number `first`. Raises UsageError when an id is not in the model's vocabulary.
+def documents(
+    dataset: Dataset, model: SpmModel, rules: MaskRules, first: int, count: int
+) -> Iterator[Document]:
+    """`count` documents from number `first`. Raises UsageError when an id is not in the model's
+    vocabulary.
 
-    Rules count from 0 in each document, which is what training does when every document closes what it opens; the others are
-    named in `problems`.
+    Rules count from 0 in each document, which is what training does when every document closes what
+    it opens; the others are named in `problems`.
     """
     import numpy as np
 
@@ -66,7 +73,8 @@ def documents(dataset: Dataset, model: SpmModel, rules: MaskRules, first: int, c
         tokens = np.asarray(dataset[index]).astype(np.int64)
         if len(tokens) and (int(tokens.max()) >= model.vocab_size or int(tokens.min()) < 0):
             raise UsageError(
-                f"document {index} has id {int(tokens.max())}, but the model has {model.vocab_size} pieces",
+                f"document {index} has id {int(tokens.max())}, but the model has {model.vocab_size}"
+                " pieces",
                 where=dataset.prefix,
                 hint="is this the tokenizer that the dataset was made with?",
             )
@@ -82,8 +90,11 @@ def documents(dataset: Dataset, model: SpmModel, rules: MaskRules, first: int, c
 
 
 def printable(text: str) -> str:
-    """`text` on one line that no terminal obeys: control, format and other unprintable characters are escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """`text` on one line that no terminal obeys: control, format and other unprintable characters
+    are escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def _unclosed(tokens: NDArray[Any], rules: MaskRules, index: int, where: str) -> Iterator[Problem]:
@@ -91,13 +102,18 @@ def _unclosed(tokens: NDArray[Any], rules: MaskRules, index: int, where: str) ->
         yield Problem(
             f"document {index} leaves {found.rule} open",
             where=where,
-            why="training counts over a whole packed row: all later documents of the row would be inverted",
+            why=(
+                "training counts over a whole packed row: all later documents of the row would be"
+                " inverted"
+            ),
             level="warning",
         )
 
 
 def _stretch(sp: Any, model: SpmModel, ids: Sequence[int], trained: bool) -> Stretch:
-    return Stretch(trained, tuple(ids), tuple(model.pieces[number] for number in ids), _text(sp, model, ids))
+    return Stretch(
+        trained, tuple(ids), tuple(model.pieces[number] for number in ids), _text(sp, model, ids)
+    )
 
 
 def _text(sp: Any, model: SpmModel, ids: Sequence[int]) -> str:

@@ -1,7 +1,8 @@
-"""Which tokens of a packed row are trained: the `loss_mask_*` rules of the GPT-NeoX fork, as pure functions of token ids.
+"""Which tokens of a packed row are trained: the `loss_mask_*` rules of the GPT-NeoX fork, as pure
+functions of token ids.
 
-A mask belongs to the token being *generated*: a row of `seq_length + 1` tokens gives `row[1:]` labels, and label `i` is
-trained when `trained_tokens(row, …)[i + 1]` is true.
+A mask belongs to the token being *generated*: a row of `seq_length + 1` tokens gives `row[1:]`
+labels, and label `i` is trained when `trained_tokens(row, …)[i + 1]` is true.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class MaskRules:
-    """The masking keys of a config, as token ids. `pairs` are (open, close); no rule at all trains every token."""
+    """The masking keys of a config, as token ids. `pairs` are (open, close); no rule at all trains
+    every token."""
 
     pairs: tuple[tuple[int, int], ...] = ()
     alternating: tuple[int, ...] = ()
@@ -41,12 +43,16 @@ def rules_from_config(
     eod_mask_loss: bool = False,
     eod_id: int | None = None,
 ) -> MaskRules:
-    """The rules as the config writes them: `loss_mask_pairs` is flat, `[open, close, open, close, …]`.
+    """The rules as the config writes them: `loss_mask_pairs` is flat, `[open, close, open, close,
+    …]`.
 
-    Raises ValueError when `loss_mask_pairs` has an odd length, or `eod_mask_loss` is set without an `eod_id`.
+    Raises ValueError when `loss_mask_pairs` has an odd length, or `eod_mask_loss` is set without an
+    `eod_id`.
     """
     if len(loss_mask_pairs) % 2:
-        raise ValueError(f"`loss_mask_pairs` has {len(loss_mask_pairs)} ids; it is a flat list of open, close, …")
+        raise ValueError(
+            f"`loss_mask_pairs` has {len(loss_mask_pairs)} ids; it is a flat list of open, close, …"
+        )
     if eod_mask_loss and eod_id is None:
         raise ValueError("`eod_mask_loss` needs to know the id of the end-of-document token")
     pairs = tuple((int(a), int(b)) for a, b in zip(loss_mask_pairs[::2], loss_mask_pairs[1::2]))
@@ -61,16 +67,17 @@ def rules_from_config(
 def trained_tokens(
     row: npt.NDArray[Any], rules: MaskRules, starts: Sequence[int] | npt.NDArray[Any] | None = None
 ) -> Bools:
-    """True for every token of `row` that is trained when it is the one generated; same length as `row`.
+    """True for every token of `row` that is trained when it is the one generated; same length as
+    `row`.
 
     - pair (a, b): everything from a to b is untrained, both included. Equal ids alternate by parity, different ids
       compare how many were opened and closed so far; nesting is not defined.
     - alternating: the 1st, 3rd, … occurrence is untrained (the opening one), the 2nd, 4th, … is trained.
     - individual: untrained wherever it occurs. after_eod: the token after each EOD is untrained.
 
-    Counting runs over the whole row, as in the fork, or from 0 in each document when `starts` gives the index where
-    each document begins; the two agree when every document closes what it opens, and with `starts` one bad document
-    cannot flip those behind it.
+    Counting runs over the whole row, as in the fork, or from 0 in each document when `starts` gives
+    the index where each document begins; the two agree when every document closes what it opens,
+    and with `starts` one bad document cannot flip those behind it.
     """
     row = np.asarray(row)
     masked = np.zeros(row.shape, dtype=bool)
@@ -78,7 +85,8 @@ def trained_tokens(
     for opening, closing in rules.pairs:
         opened = _count(row == opening, first_of)
         if opening == closing:
-            # Odd counts are inside; an even count on the token itself is the closing one, which is included.
+            # Odd counts are inside; an even count on the token itself is the closing one, which is
+            # included.
             masked |= (opened % 2 == 1) | (row == closing)
         else:
             is_close = row == closing
@@ -97,7 +105,8 @@ def trained_tokens(
 def find_unclosed(
     row: npt.NDArray[Any], rules: MaskRules, starts: Sequence[int] | npt.NDArray[Any] | None = None
 ) -> list[Unclosed]:
-    """Every document of `row` that leaves a pair or an alternating token open; what the fork only warns about."""
+    """Every document of `row` that leaves a pair or an alternating token open; what the fork only
+    warns about."""
     row = np.asarray(row)
     bounds = [0] if starts is None else [int(start) for start in starts]
     found = []
@@ -114,7 +123,9 @@ def find_unclosed(
     return found
 
 
-def _document_starts(length: int, starts: Sequence[int] | npt.NDArray[Any] | None) -> npt.NDArray[np.int64]:
+def _document_starts(
+    length: int, starts: Sequence[int] | npt.NDArray[Any] | None
+) -> npt.NDArray[np.int64]:
     """For every position, the index where its document begins."""
     first_of = np.zeros(length, dtype=np.int64)
     if starts is not None:

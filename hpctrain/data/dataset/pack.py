@@ -1,8 +1,9 @@
-"""Simulates k-bin packing as training does it (`k_bin_packed` of the Tilde NeoX fork): what an epoch is, and what is lost.
+"""Simulates k-bin packing as training does it (`k_bin_packed` of the Tilde NeoX fork): what an
+epoch is, and what is lost.
 
-In training, rank 0 shuffles the documents, keeps k open bins of seq_length + 1 tokens, puts each document into the fullest bin
-it fits (best fit), closes the fullest bin when none fits, and skips documents longer than a bin with a warning only
-(megatron/data/gpt2_dataset.py).
+In training, rank 0 shuffles the documents, keeps k open bins of seq_length + 1 tokens, puts each
+document into the fullest bin it fits (best fit), closes the fullest bin when none fits, and skips
+documents longer than a bin with a warning only (megatron/data/gpt2_dataset.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Packing:
-    """One epoch, packed. `efficiency` is the share of tokens that are not padding; `samples` are rows of seq_length."""
+    """One epoch, packed. `efficiency` is the share of tokens that are not padding; `samples` are
+    rows of seq_length."""
 
     seq_length: int
     documents: int
@@ -34,7 +36,8 @@ class Packing:
 
 @dataclass(frozen=True)
 class Schedule:
-    """`train_batch_size` = micro_batch * accumulation * data_parallel; `train_iters` covers `epochs` whole epochs."""
+    """`train_batch_size` = micro_batch * accumulation * data_parallel; `train_iters` covers
+    `epochs` whole epochs."""
 
     train_batch_size: int
     samples_per_epoch: float
@@ -42,8 +45,11 @@ class Schedule:
     train_iters: int
 
 
-def pack(sizes: NDArray[Any], seq_length: int, bins: int = 16, seed: int = 1234, epochs: int = 1) -> list[Packing]:
-    """One Packing per epoch; each epoch is shuffled anew from one generator, and its bins are flushed at its end.
+def pack(
+    sizes: NDArray[Any], seq_length: int, bins: int = 16, seed: int = 1234, epochs: int = 1
+) -> list[Packing]:
+    """One Packing per epoch; each epoch is shuffled anew from one generator, and its bins are
+    flushed at its end.
 
     Raises UsageError when no document fits: training would look for one for ever.
     """
@@ -86,7 +92,9 @@ def pack(sizes: NDArray[Any], seq_length: int, bins: int = 16, seed: int = 1234,
     return out
 
 
-def schedule(packings: Sequence[Packing], micro_batch: int, accumulation: int, data_parallel: int) -> Schedule:
+def schedule(
+    packings: Sequence[Packing], micro_batch: int, accumulation: int, data_parallel: int
+) -> Schedule:
     """The iterations that `packings`, one an epoch, take in training."""
     if min(micro_batch, accumulation, data_parallel) < 1:
         raise UsageError("micro batch, accumulation and data parallel must be at least 1")
@@ -97,7 +105,8 @@ def schedule(packings: Sequence[Packing], micro_batch: int, accumulation: int, d
 
 
 def _simulate(lengths: Sequence[int], capacity: int, bins: int) -> list[int]:
-    """Tokens of each sample. Bins of equal fill are alike, so a sorted list of fills is all there is to know."""
+    """Tokens of each sample. Bins of equal fill are alike, so a sorted list of fills is all there
+    is to know."""
     samples: list[int] = []
     used: list[int] = []
     for length in lengths:

@@ -11,8 +11,11 @@ from hpctrain.data.dataset.indexed_dataset import Dataset, open_dataset, paths
 from hpctrain.data.spm import SpmModel
 
 
-def verify_dataset(prefix: str, model: SpmModel | None = None, eod_piece: str = "") -> tuple[Dataset, list[Problem]]:
-    """Open `prefix` and find everything wrong with it: structure, ids, EOD, and the hashes in its manifest if it has one.
+def verify_dataset(
+    prefix: str, model: SpmModel | None = None, eod_piece: str = ""
+) -> tuple[Dataset, list[Problem]]:
+    """Open `prefix` and find everything wrong with it: structure, ids, EOD, and the hashes in its
+    manifest if it has one.
 
     Raises EnvironmentFault or UsageError when it cannot be opened as a dataset at all.
     """
@@ -25,13 +28,21 @@ def verify_dataset(prefix: str, model: SpmModel | None = None, eod_piece: str = 
     problems = indexed_dataset.verify(dataset, vocab_size, eod)
     if model and manifest.get("model_sha256") not in (None, model.sha256):
         problems.append(
-            Problem("made with another tokenizer model", where=dataset.prefix, hint=manifest.get("model_path", ""))
+            Problem(
+                "made with another tokenizer model",
+                where=dataset.prefix,
+                hint=manifest.get("model_path", ""),
+            )
         )
     if manifest.get("shards"):
         problems += _check_hashes(dataset, manifest)
     elif not manifest:
         problems.append(
-            Problem("no manifest: its content cannot be compared with anything", where=dataset.prefix, level="note")
+            Problem(
+                "no manifest: its content cannot be compared with anything",
+                where=dataset.prefix,
+                level="note",
+            )
         )
     return dataset, problems
 
@@ -40,8 +51,15 @@ def _check_hashes(dataset: Dataset, manifest: dict[str, object]) -> list[Problem
     bin_path = paths(dataset.prefix)[0]
     problems = []
     if manifest.get("documents") != len(dataset) or manifest.get("tokens") != dataset.num_tokens:
-        text = f"the manifest says {manifest.get('documents')} documents and {manifest.get('tokens')} tokens"
-        problems.append(Problem(f"{text}, but there are {len(dataset)} and {dataset.num_tokens}", where=bin_path))
+        text = (
+            f"the manifest says {manifest.get('documents')} documents and {manifest.get('tokens')}"
+            " tokens"
+        )
+        problems.append(
+            Problem(
+                f"{text}, but there are {len(dataset)} and {dataset.num_tokens}", where=bin_path
+            )
+        )
         return problems
     itemsize = dataset.tokens.dtype.itemsize
     with open(bin_path, "rb") as file:
@@ -55,6 +73,9 @@ def _check_hashes(dataset: Dataset, manifest: dict[str, object]) -> list[Problem
                 left -= len(data)
             if digest.hexdigest() != shard["bin_sha256"]:
                 problems.append(
-                    Problem(f"the bytes of shard {shard['shard']} are not those that were written", where=bin_path)
+                    Problem(
+                        f"the bytes of shard {shard['shard']} are not those that were written",
+                        where=bin_path,
+                    )
                 )
     return problems

@@ -127,7 +127,8 @@ class FastEncoder:
 
     @_failing_over()
     def encode(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """As `Encoder.encode`. Raises EncoderDisagrees when gigatoken fails or a spot check does."""
+        """As `Encoder.encode`. Raises EncoderDisagrees when gigatoken fails or a spot check
+        does."""
         if memory.resident_bytes() > self._limit:
             self._renew()
         ids, lengths = self._encode_all(spans)
@@ -137,7 +138,8 @@ class FastEncoder:
         return ids, lengths
 
     def _encode_all(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """All in one call, with separators between, as a call costs as much as 100 bytes of text."""
+        """All in one call, with separators between, as a call costs as much as 100 bytes of
+        text."""
         import numpy as np
 
         if not spans:
@@ -182,7 +184,8 @@ class FastEncoder:
         spans: Sequence[str],
         odd: Sequence[int],
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """The same, with what SentencePiece makes of the spans `odd` in the place of what is there."""
+        """The same, with what SentencePiece makes of the spans `odd` in the place of what is
+        there."""
         import numpy as np
 
         self.fallbacks += len(odd)
@@ -196,7 +199,9 @@ class FastEncoder:
             at, lengths[index] = end, len(right)
         return np.concatenate([*parts, flat[at:]]), lengths
 
-    def _unknowns(self, flat: NDArray[Any], lengths: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def _unknowns(
+        self, flat: NDArray[Any], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Without byte fallback, bytes of unknown characters (ids past the vocabulary) become one
         unknown a run.
         """
@@ -234,7 +239,9 @@ class FastEncoder:
         for index, wanted in zip(chosen, right):
             end = int(ends[index])
             if ids[end - int(lengths[index]) : end].tolist() != wanted:
-                raise EncoderDisagrees(f"it gave other ids than sentencepiece for {spans[index][:60]!r}")
+                raise EncoderDisagrees(
+                    f"it gave other ids than sentencepiece for {spans[index][:60]!r}"
+                )
 
     def _self_check(self, spans: list[str]) -> int:
         self._compare(spans, *self._encode_all(spans), range(len(spans)))
@@ -332,14 +339,20 @@ def fuzz(model: SpmModel, seed: int, count: int = 1500) -> Iterator[str]:
     """
     rng = random.Random(seed)
     pieces = [piece.replace(_SPACE, " ") for piece in model.pieces]
-    normal = [piece.replace(_SPACE, " ") for piece, kind in zip(model.pieces, model.types) if kind == NORMAL]
+    normal = [
+        piece.replace(_SPACE, " ")
+        for piece, kind in zip(model.pieces, model.types)
+        if kind == NORMAL
+    ]
     special = [piece for piece, kind in zip(pieces, model.types) if kind != NORMAL]
     known = set(normal)
     bordered = [
         piece[:cut] + piece
         for piece in rng.sample(normal, min(4000, len(normal)))
         for cut in range(1, len(piece))
-        if piece[cut:] in known and piece[: len(piece) - cut] == piece[cut:] and piece[:cut] in known
+        if piece[cut:] in known
+        and piece[: len(piece) - cut] == piece[cut:]
+        and piece[:cut] in known
     ]
     yield from bordered[:500]
     yield from [
@@ -366,7 +379,9 @@ def fuzz(model: SpmModel, seed: int, count: int = 1500) -> Iterator[str]:
         if kind <= 1:
             yield "".join(rng.choices(normal, k=rng.randint(1, 12)))
         elif kind == 2:
-            yield "".join(rng.choices(normal, k=rng.randint(0, 4)) + rng.choices(special, k=rng.randint(1, 2)))
+            yield "".join(
+                rng.choices(normal, k=rng.randint(0, 4)) + rng.choices(special, k=rng.randint(1, 2))
+            )
         elif kind == 3:
             yield rng.choice(normal) * rng.randint(2, 20)
         elif kind == 4:

@@ -30,7 +30,8 @@ class EncoderDisagrees(Exception):
 
 
 class SentencePieceEncoder:
-    """The reference: one `sp.encode` a span, with the model's own dummy prefix and normalization."""
+    """The reference: one `sp.encode` a span, with the model's own dummy prefix and
+    normalization."""
 
     _BATCH = 2048
 
@@ -45,7 +46,9 @@ class SentencePieceEncoder:
         if as_arrays:
             self._batch = lambda spans: as_arrays(_utf8(spans), num_threads=1)
         else:
-            self._batch = lambda spans: map(_as_array, sp.encode(spans, out_type=int, num_threads=1))
+            self._batch = lambda spans: map(
+                _as_array, sp.encode(spans, out_type=int, num_threads=1)
+            )
 
     def encode(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         import numpy as np

@@ -1,1 +1,2 @@
-"""Pipelines: runs that hand checkpoints or models on, queued as one graph. See docs/pipelines.md."""
+"""Pipelines: runs that hand checkpoints or models on, queued as one graph. See
+docs/pipelines.md."""

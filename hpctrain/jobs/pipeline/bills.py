@@ -1,4 +1,5 @@
-"""What a pipeline costs: every stage at most, what each has used, what its jobs may still use, and the sums."""
+"""What a pipeline costs: every stage at most, what each has used, what its jobs may still use, and
+the sums."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from hpctrain.slurm.jobs import query
 
 @dataclass(frozen=True)
 class StageCost:
-    """`at_most`: all links of the stage running their whole time. `spent` is None before its run directory is there."""
+    """`at_most`: all links of the stage running their whole time. `spent` is None before its run
+    directory is there."""
 
     stage: str
     run: str
@@ -36,8 +38,8 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Sum:
-    """Bills added up. `billed` is by unit, since stages on CPU and GPU nodes may be billed in different ones; None where a
-    part of it has no formula."""
+    """Bills added up. `billed` is by unit, since stages on CPU and GPU nodes may be billed in
+    different ones; None where a part of it has no formula."""
 
     what: str
     time_s: float
@@ -52,7 +54,11 @@ def add(what: str, bills: Iterable[Bill]) -> Sum:
     billed: dict[str, float] = {}
     known = True
     for bill in bills:
-        time_s, node_hours, gpu_hours = time_s + bill.time_s, node_hours + bill.node_hours, gpu_hours + bill.gpu_hours
+        time_s, node_hours, gpu_hours = (
+            time_s + bill.time_s,
+            node_hours + bill.node_hours,
+            gpu_hours + bill.gpu_hours,
+        )
         if bill.billed is None:
             known = False
         else:
@@ -60,11 +66,13 @@ def add(what: str, bills: Iterable[Bill]) -> Sum:
     return Sum(what, time_s, node_hours, gpu_hours, billed if known else None)
 
 
-def read(target: str, assignments: Sequence[str]) -> tuple[str, list[StageCost], list[Allocation]] | None:
+def read(
+    target: str, assignments: Sequence[str]
+) -> tuple[str, list[StageCost], list[Allocation]] | None:
     """Name, stages and allocations of the pipeline that `target` names, None when it names none.
 
-    A pipeline.yaml is planned anew; a folder or a name is what was rendered. Asks Slurm once for the jobs of all stages.
-    Raises UsageError with every problem of the stages.
+    A pipeline.yaml is planned anew; a folder or a name is what was rendered. Asks Slurm once for
+    the jobs of all stages. Raises UsageError with every problem of the stages.
     """
     if target.endswith((".yaml", ".yml")) and os.path.isfile(target) and is_pipeline(target):
         pipeline = load_pipeline(target, assignments)
@@ -72,7 +80,8 @@ def read(target: str, assignments: Sequence[str]) -> tuple[str, list[StageCost],
             raise UsageError(list(dict.fromkeys(pipeline.errors)))
         plans = [planned.plan for planned in pipeline.stages]
         contents = [
-            (found.stage.name, found.run_dir, plan_json(found.plan, found.loaded.inputs)) for found in pipeline.stages
+            (found.stage.name, found.run_dir, plan_json(found.plan, found.loaded.inputs))
+            for found in pipeline.stages
         ]
         return pipeline.spec.name, stages(contents), _allocations(plans)
     folder = find_pipeline(target)
@@ -80,19 +89,35 @@ def read(target: str, assignments: Sequence[str]) -> tuple[str, list[StageCost],
         return None
     if assignments:
         raise UsageError(
-            f"`--set` on `{target}`, which is rendered already", hint="name the pipeline.yaml to plan it anew"
+            f"`--set` on `{target}`, which is rendered already",
+            hint="name the pipeline.yaml to plan it anew",
         )
     index = read_pipeline_index(folder)
-    found = [(str(stage["stage"]), os.path.abspath(os.path.join(folder, str(stage["run_dir"])))) for stage in index["stages"]]  # fmt: skip
-    gone = [Problem(f"stage `{name}` has no run directory", where=path, hint="`hpctrain pipeline` writes it again")
-            for name, path in found if not is_run_dir(path)]  # fmt: skip
+    found = [
+        (str(stage["stage"]), os.path.abspath(os.path.join(folder, str(stage["run_dir"]))))
+        for stage in index["stages"]
+    ]
+    gone = [
+        Problem(
+            f"stage `{name}` has no run directory",
+            where=path,
+            hint="`hpctrain pipeline` writes it again",
+        )
+        for name, path in found
+        if not is_run_dir(path)
+    ]
     if gone:
         raise UsageError(gone)
-    return index["pipeline"], stages([(name, path, read_run(path).plan) for name, path in found]), []
+    return (
+        index["pipeline"],
+        stages([(name, path, read_run(path).plan) for name, path in found]),
+        [],
+    )
 
 
 def stages(contents: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[StageCost]:
-    """Each stage's cost from (name, run directory, plan.json's content). Raises UsageError where a plan tells no cost."""
+    """Each stage's cost from (name, run directory, plan.json's content). Raises UsageError where a
+    plan tells no cost."""
     runs = {path: read_run(path) for _, path, _ in contents if is_run_dir(path)}
     jobs = [job_id for run in runs.values() for job_id in run.job_ids()]
     answer, now_s = query(jobs), time.time()
@@ -100,14 +125,28 @@ def stages(contents: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[Stage
     for name, path, content in contents:
         job = cost.full_job(content)
         if job is None:
-            raise UsageError(f"the plan of stage `{name}` does not tell what a job costs", where=path,
-                             hint="render it again with `hpctrain pipeline`")  # fmt: skip
+            raise UsageError(
+                f"the plan of stage `{name}` does not tell what a job costs",
+                where=path,
+                hint="render it again with `hpctrain pipeline`",
+            )
         num_links = int(content["job"].get("num_links") or 1)
-        work = [f"{bill.what}: {_hours(bill, 'GPU-hours' if bill.gpu_hours else 'node-hours')[0]}"
-                for bill in cost.before(content) if "iterations" in bill.what]  # fmt: skip
+        work = [
+            f"{bill.what}: {_hours(bill, 'GPU-hours' if bill.gpu_hours else 'node-hours')[0]}"
+            for bill in cost.before(content)
+            if "iterations" in bill.what
+        ]
         run = runs.get(path)
-        out.append(StageCost(name, str(content.get("run") or name), path, num_links, job.times(num_links, name, "; ".join(work)),
-                             cost.spent(run, answer, now_s) if run else None))  # fmt: skip
+        out.append(
+            StageCost(
+                name,
+                str(content.get("run") or name),
+                path,
+                num_links,
+                job.times(num_links, name, "; ".join(work)),
+                cost.spent(run, answer, now_s) if run else None,
+            )
+        )
     return out
 
 
@@ -126,28 +165,41 @@ def fields(name: str, found: Sequence[StageCost], left: Sequence[Allocation]) ->
     return {
         "pipeline": name,
         "stages": [
-            {"stage": s.stage, "run": s.run, "run_dir": s.run_dir, "num_links": s.num_links, "at_most": s.at_most.as_json(),
-             "spent": run_bills.spent_fields(s.spent) if s.spent else None}
+            {
+                "stage": s.stage,
+                "run": s.run,
+                "run_dir": s.run_dir,
+                "num_links": s.num_links,
+                "at_most": s.at_most.as_json(),
+                "spent": run_bills.spent_fields(s.spent) if s.spent else None,
+            }
             for s in found
         ],
         **{total.what: vars(total) for total in sums(found)},
         "allocations": [vars(one) for one in left],
-    }  # fmt: skip
+    }
 
 
 def show(found: Sequence[StageCost], left: Sequence[Allocation]) -> None:
-    """One table: a row a stage and the sum. At most, and once there are jobs what they used and what may still come.
+    """One table: a row a stage and the sum. At most, and once there are jobs what they used and
+    what may still come.
 
     Hours are GPU-hours, or node-hours where no stage has a GPU; `--json` has both.
     """
     at_most, used, still = sums(found)
     unit = "GPU-hours" if at_most.gpu_hours else "node-hours"
-    parts: list[tuple[str, list[Bill | None], Sum]] = [("", [stage.at_most for stage in found], at_most)]
+    parts: list[tuple[str, list[Bill | None], Sum]] = [
+        ("", [stage.at_most for stage in found], at_most)
+    ]
     if any(stage.spent for stage in found):
-        parts += [("used ", [stage.spent.used if stage.spent else None for stage in found], used),
-                  ("still ", [stage.spent.still if stage.spent else None for stage in found], still)]  # fmt: skip
+        parts += [
+            ("used ", [stage.spent.used if stage.spent else None for stage in found], used),
+            ("still ", [stage.spent.still if stage.spent else None for stage in found], still),
+        ]
     header = ["of", "links", "time"]
-    rows: list[list[object]] = [[s.stage, s.num_links, format_duration(s.at_most.time_s)] for s in found]
+    rows: list[list[object]] = [
+        [s.stage, s.num_links, format_duration(s.at_most.time_s)] for s in found
+    ]
     rows.append(["the pipeline", sum(s.num_links for s in found), format_duration(at_most.time_s)])
     for what, bills, total in parts:
         header += [what + unit, what + "billed"]
@@ -168,7 +220,8 @@ def show(found: Sequence[StageCost], left: Sequence[Allocation]) -> None:
         need = (at_most.billed or {}).get(one.unit, 0.0) - (used.billed or {}).get(one.unit, 0.0)
         if need > one.left:
             terminal.info(
-                f"{terminal.paint('warning', 'yellow')}: this may need {need:,.0f} {one.unit}s, more than is left"
+                f"{terminal.paint('warning', 'yellow')}: this may need {need:,.0f} {one.unit}s,"
+                " more than is left"
             )
 
 
@@ -176,8 +229,18 @@ def _hours(bill: Bill | Sum | None, unit: str) -> tuple[str, str]:
     if bill is None:
         return "", ""
     hours = bill.gpu_hours if unit == "GPU-hours" else bill.node_hours
-    by_unit = bill.billed if not isinstance(bill, Bill) else None if bill.billed is None else {bill.unit: bill.billed}
-    billed = "unknown" if by_unit is None else " + ".join(f"{value:,.2f} {name}s" for name, value in by_unit.items())
+    by_unit = (
+        bill.billed
+        if not isinstance(bill, Bill)
+        else None
+        if bill.billed is None
+        else {bill.unit: bill.billed}
+    )
+    billed = (
+        "unknown"
+        if by_unit is None
+        else " + ".join(f"{value:,.2f} {name}s" for name, value in by_unit.items())
+    )
     return f"{hours:,.2f}", billed or "0"
 
 

@@ -1,7 +1,8 @@
-"""Queues a pipeline: every link of every stage at once, each stage's first link behind the last one of the stage before.
+"""Queues a pipeline: every link of every stage at once, each stage's first link behind the last one
+of the stage before.
 
-What is on record is not submitted again, so running it once more submits what is missing. Each stage has its own ledger;
-`pipeline.jsonl` beside them tells what a pipeline submitted, and when.
+What is on record is not submitted again, so running it once more submits what is missing. Each
+stage has its own ledger; `pipeline.jsonl` beside them tells what a pipeline submitted, and when.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ LEDGER = "pipeline.jsonl"
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What becomes of one stage: `state` is done, queued, new or `ended` (its links ended early and it gets new ones).
+    """What becomes of one stage: `state` is done, queued, new or `ended` (its links ended early and
+    it gets new ones).
 
     `chain` is None for a stage that is done or was not asked for.
     """
@@ -53,7 +55,8 @@ def check_names(pipeline: Pipeline, wanted: Sequence[str]) -> None:
 
 
 def prepare(pipeline: Pipeline, force: bool = False, dry_run: bool = False) -> list[str]:
-    """Render every stage, bootstrap those with a start of their own, and write pipeline.json; returns what to tell.
+    """Render every stage, bootstrap those with a start of their own, and write pipeline.json;
+    returns what to tell.
 
     Raises UsageError and Refused as `chain.prepare` does, before anything is queued.
     """
@@ -63,10 +66,16 @@ def prepare(pipeline: Pipeline, force: bool = False, dry_run: bool = False) -> l
         start = None if spec.handed else spec.checkpoint_start
         if dry_run and start and not os.path.isdir(start) and not at_site(planned.plan.site):
             where = planned.plan.site.name
-            said.append(f"stage {planned.stage.name}: `{start}` is not there, which is no surprise away from {where}")
+            said.append(
+                f"stage {planned.stage.name}: `{start}` is not there, which is no surprise away"
+                f" from {where}"
+            )
             continue
         with chain.readable(planned.run_dir):
-            said += [f"stage {planned.stage.name}: {line}" for line in chain.prepare(planned.loaded, force, dry_run)[1]]
+            said += [
+                f"stage {planned.stage.name}: {line}"
+                for line in chain.prepare(planned.loaded, force, dry_run)[1]
+            ]
     if not dry_run:
         with chain.readable(pipeline.folder):
             write_index(pipeline)
@@ -74,20 +83,31 @@ def prepare(pipeline: Pipeline, force: bool = False, dry_run: bool = False) -> l
 
 
 def write_index(pipeline: Pipeline) -> None:
-    """pipeline.json: the stages in their order, their run directories (relative to it) and what they hand on."""
+    """pipeline.json: the stages in their order, their run directories (relative to it) and what
+    they hand on."""
     stages = [
-        {"stage": planned.stage.name, "run": planned.plan.spec.name, "run_dir": os.path.relpath(planned.run_dir, pipeline.folder),
-         "from": planned.stage.source, "hand_over": planned.stage.hand_over if planned.stage.source else None,
-         "as": planned.stage.way if planned.stage.source else None, "jobs": planned.plan.spec.num_links}
+        {
+            "stage": planned.stage.name,
+            "run": planned.plan.spec.name,
+            "run_dir": os.path.relpath(planned.run_dir, pipeline.folder),
+            "from": planned.stage.source,
+            "hand_over": planned.stage.hand_over if planned.stage.source else None,
+            "as": planned.stage.way if planned.stage.source else None,
+            "jobs": planned.plan.spec.num_links,
+        }
         for planned in pipeline.stages
-    ]  # fmt: skip
+    ]
     index = {"schema_version": 1, "pipeline": pipeline.spec.name, "stages": stages}
     make_folder(pipeline.folder)
-    write_atomic(os.path.join(pipeline.folder, PIPELINE), json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(
+        os.path.join(pipeline.folder, PIPELINE),
+        json.dumps(index, indent=2, ensure_ascii=False) + "\n",
+    )
 
 
 def plan_queue(pipeline: Pipeline, wanted: Collection[str] = ()) -> list[StagePlan]:
-    """What to submit for each stage; `wanted` names the only ones to submit for, all when empty. Writes nothing."""
+    """What to submit for each stage; `wanted` names the only ones to submit for, all when empty.
+    Writes nothing."""
     out = []
     for planned in pipeline.stages:
         run_dir = planned.run_dir
@@ -103,7 +123,9 @@ def plan_queue(pipeline: Pipeline, wanted: Collection[str] = ()) -> list[StagePl
                 state = "queued" if live or found.new else "ended"
             if state == "ended":
                 found = chain.plan_chain(run_dir, content, extend=planned.plan.spec.num_links)
-        out.append(StagePlan(planned, state, found if not wanted or planned.stage.name in wanted else None))
+        out.append(
+            StagePlan(planned, state, found if not wanted or planned.stage.name in wanted else None)
+        )
     return out
 
 
@@ -134,9 +156,19 @@ def submit_queue(pipeline: Pipeline, queue: Sequence[StagePlan]) -> dict[str, di
             after = last.get(planned.stage.source or "")
             before = _live(planned.run_dir)
             if stage.chain and (stage.new or before):
-                _note(record, {"event": "submitting", "stage": name, "links": list(stage.new), "after": after})
+                _note(
+                    record,
+                    {
+                        "event": "submitting",
+                        "stage": name,
+                        "links": list(stage.new),
+                        "after": after,
+                    },
+                )
                 submitted = chain.submit_chain(stage.chain, after=after)
-                ids[name] = {link: job_id for (link, kind), job_id in submitted.items() if kind == MAIN}
+                ids[name] = {
+                    link: job_id for (link, kind), job_id in submitted.items() if kind == MAIN
+                }
                 extended |= {name} if stage.new else set()
                 jobs = {str(link): ids[name][link] for link in stage.new if link in ids[name]}
                 _note(record, {"event": "submitted", "stage": name, "jobs": jobs, "after": after})
@@ -152,10 +184,15 @@ def _live(run_dir: str) -> dict[int, str]:
 
 
 def _wait_for(links: Mapping[int, str], after: str, record: str, stage: str) -> None:
-    """Let the first waiting link of a stage wait for `after`: the stage before it got links since."""
+    """Let the first waiting link of a stage wait for `after`: the stage before it got links
+    since."""
     first = links[min(links)]
     jobs = {job.job_id: job for job in of_user([first])}
-    if first in jobs and jobs[first].state == "PENDING" and slurm.set_dependency(first, f"afterany:{after}"):
+    if (
+        first in jobs
+        and jobs[first].state == "PENDING"
+        and slurm.set_dependency(first, f"afterany:{after}")
+    ):
         _note(record, {"event": "waits", "stage": stage, "job_id": first, "after": after})
 
 
@@ -167,17 +204,34 @@ def _note(path: str, fields: Mapping[str, Any]) -> None:
 
 
 def rows(queue: Sequence[StagePlan], ids: Mapping[str, Mapping[int, str]]) -> list[dict[str, Any]]:
-    """A row per stage for `--json` and the table: its state, its links with their jobs, and what is new."""
+    """A row per stage for `--json` and the table: its state, its links with their jobs, and what is
+    new."""
     out = []
     for found in queue:
         stage, links = found.planned.stage, found.chain.links if found.chain else ()
         jobs = ids.get(stage.name, {})
-        out.append({
-            "stage": stage.name, "run": found.planned.plan.spec.name, "run_dir": found.planned.run_dir, "state": found.state,
-            "from": stage.source, "hand_over": stage.hand_over if stage.source else None, "as": stage.way if stage.source else None,
-            "new": list(found.new), "new_jobs": [jobs[link] for link in found.new if link in jobs],
-            "expected": links[0].mode if links else "done" if found.state == "done" else "",
-            "links": [{"link": link.link, "job_id": jobs.get(link.link, link.job_id), "expected": link.mode, "first": link.first, "last": link.last}
-                      for link in links],
-        })  # fmt: skip
+        out.append(
+            {
+                "stage": stage.name,
+                "run": found.planned.plan.spec.name,
+                "run_dir": found.planned.run_dir,
+                "state": found.state,
+                "from": stage.source,
+                "hand_over": stage.hand_over if stage.source else None,
+                "as": stage.way if stage.source else None,
+                "new": list(found.new),
+                "new_jobs": [jobs[link] for link in found.new if link in jobs],
+                "expected": links[0].mode if links else "done" if found.state == "done" else "",
+                "links": [
+                    {
+                        "link": link.link,
+                        "job_id": jobs.get(link.link, link.job_id),
+                        "expected": link.mode,
+                        "first": link.first,
+                        "last": link.last,
+                    }
+                    for link in links
+                ],
+            }
+        )
     return out

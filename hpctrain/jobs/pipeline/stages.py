@@ -1,4 +1,5 @@
-"""A pipeline's stages planned: each a run of its own, with what the stage before hands over as its start or its model."""
+"""A pipeline's stages planned: each a run of its own, with what the stage before hands over as its
+start or its model."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Planned:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Every stage planned, each after the one it is from. `folder` holds the stages' run directories and pipeline.json."""
+    """Every stage planned, each after the one it is from. `folder` holds the stages' run
+    directories and pipeline.json."""
 
     spec: PipelineSpec
     folder: str
@@ -49,8 +51,11 @@ class Pipeline:
         return [problem for problem in self.problems if problem.level == "error"]
 
 
-def load_pipeline(path: str, assignments: Sequence[str] = (), out_dir: str | None = None) -> Pipeline:
-    """Read and plan `path`; the folder is `out_dir`, or `runs/<name>` beside it. The plans may hold errors.
+def load_pipeline(
+    path: str, assignments: Sequence[str] = (), out_dir: str | None = None
+) -> Pipeline:
+    """Read and plan `path`; the folder is `out_dir`, or `runs/<name>` beside it. The plans may hold
+    errors.
 
     Raises UsageError with every problem that could be found in the pipeline and the files it names.
     """
@@ -78,32 +83,46 @@ def load_pipeline(path: str, assignments: Sequence[str] = (), out_dir: str | Non
 
 
 def plan_stage(stage: Stage, folder: str, earlier: Planned | None) -> Planned:
-    """The stage as a run in `folder`/<stage>. Raises UsageError when nothing can be handed over to it."""
+    """The stage as a run in `folder`/<stage>. Raises UsageError when nothing can be handed over to
+    it."""
     overlay, handed = stage.overlay, None
     if earlier:
         handed = handed_over(stage, earlier.plan)
         if handed.model:
             overlay = merge([overlay, _model_overlay(stage, handed.model)])
-    return Planned(stage, load_plan(os.path.relpath(stage.run), (), os.path.join(folder, stage.name), overlay, handed))
+    return Planned(
+        stage,
+        load_plan(
+            os.path.relpath(stage.run), (), os.path.join(folder, stage.name), overlay, handed
+        ),
+    )
 
 
 def handed_over(stage: Stage, earlier: Plan) -> Handed:
-    """What `stage` gets from the run before it, as far as the plan of that run tells. Raises UsageError."""
+    """What `stage` gets from the run before it, as far as the plan of that run tells. Raises
+    UsageError."""
     guard, source = earlier.resolved.guard, stage.source or ""
     folder = earlier.spec.checkpoint_dir
     if stage.hand_over == "model":
         if not earlier.resolved.model:
             raise UsageError(
-                f"stage `{source}` leaves no model: recipe `{earlier.recipe.name}` names none", where=stage.where,
-                hint="hand over its checkpoint, or say where the model is to be: config.export_dir (recipes `sft` and `hf-sft`), "
-                "recipe_options.model_dir (recipe `command`)",
-            )  # fmt: skip
-        return Handed(source, earlier.run_dir, "model", stage.way, None, folder, earlier.resolved.model)
+                f"stage `{source}` leaves no model: recipe `{earlier.recipe.name}` names none",
+                where=stage.where,
+                hint=(
+                    "hand over its checkpoint, or say where the model is to be: config.export_dir"
+                    " (recipes `sft` and `hf-sft`), recipe_options.model_dir (recipe `command`)"
+                ),
+            )
+        return Handed(
+            source, earlier.run_dir, "model", stage.way, None, folder, earlier.resolved.model
+        )
     if guard.layout == "none" or not folder:
         raise UsageError(
-            f"stage `{source}` keeps no checkpoints that could be handed over", where=stage.where,
-            why=f"its layout is {guard.layout}", hint="set `recipe_options: {layout: …}` and `checkpoint: {dir: …}` in its run.yaml",
-        )  # fmt: skip
+            f"stage `{source}` keeps no checkpoints that could be handed over",
+            where=stage.where,
+            why=f"its layout is {guard.layout}",
+            hint="set `recipe_options: {layout: …}` and `checkpoint: {dir: …}` in its run.yaml",
+        )
     newest = None
     if guard.target is not None:
         rules = layout_named(guard.layout, guard.own_layout)
@@ -112,25 +131,30 @@ def handed_over(stage: Stage, earlier: Plan) -> Handed:
 
 
 def _model_overlay(stage: Stage, model: str) -> Document:
-    """The model's path under the keys of the run that take it: the stage's `into`, else those of its recipe."""
+    """The model's path under the keys of the run that take it: the stage's `into`, else those of
+    its recipe."""
     keys = list(stage.into)
     if not keys:
         name = merge([load_yaml(stage.run), stage.overlay]).get("recipe")
         keys = list(load_recipe(str(name)).values["takes_model"]) if name else []
     if not keys:
         raise UsageError(
-            f"recipe `{name}` does not say which key of its run is the model", where=stage.where,
+            f"recipe `{name}` does not say which key of its run is the model",
+            where=stage.where,
             hint="name it: into: [config.model_name_or_path]",
-        )  # fmt: skip
+        )
     layers = [parse_set([f"{key}=null"]) for key in keys]
     return merge([_filled(layer, model) for layer in layers])
 
 
 def _filled(layer: Document, model: str) -> Document:
-    """The layer of one `--set key=null` with the model as its value: a path may hold what YAML would read otherwise."""
+    """The layer of one `--set key=null` with the model as its value: a path may hold what YAML
+    would read otherwise."""
 
     def fill(value: object) -> object:
-        return {key: fill(child) for key, child in value.items()} if isinstance(value, dict) else model
+        return (
+            {key: fill(child) for key, child in value.items()} if isinstance(value, dict) else model
+        )
 
     return Document(fill(layer.data), layer.origins, layer.key_origins, layer.name)
 
@@ -145,6 +169,11 @@ def _shared(planned: Sequence[Planned]) -> list[Problem]:
             other = seen.setdefault(value, found.stage.name) if value else found.stage.name
             if other != found.stage.name:
                 hint = "set: {name: …}" if key == "name" else "set: {checkpoint.dir: …}"
-                problems.append(Problem(f"stages `{other}` and `{found.stage.name}` {what} `{value}`", where=found.stage.where,
-                                        hint=f"give one of them another: {hint}"))  # fmt: skip
+                problems.append(
+                    Problem(
+                        f"stages `{other}` and `{found.stage.name}` {what} `{value}`",
+                        where=found.stage.where,
+                        hint=f"give one of them another: {hint}",
+                    )
+                )
     return problems

@@ -1,4 +1,5 @@
-"""The configuration as text: one self-contained YAML file per mode, the same bytes for the same values."""
+"""The configuration as text: one self-contained YAML file per mode, the same bytes for the same
+values."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ import yaml
 from hpctrain.recipes.neox.draft import ordered
 from hpctrain.recipes.neox.keys import Key
 
-# Each of the arguments that carry the configuration to every rank must stay below Linux's MAX_ARG_STRLEN (128 KiB,
-# include/uapi/linux/binfmts.h); it holds the values and the file's own text, in base64.
+# Each of the arguments that carry the configuration to every rank must stay below Linux's
+# MAX_ARG_STRLEN (128 KiB, include/uapi/linux/binfmts.h); it holds the values and the file's own
+# text, in base64.
 MAX_TEXT_BYTES = 40_000
 _TITLES = {
     "DeepspeedConfig": "batch, optimizer, ZeRO",
@@ -50,7 +52,9 @@ def config_text(values: Mapping[str, Any], keys: Mapping[str, Key], header: Iter
 
 def dump(value: Any) -> str:
     """One value as YAML: mappings as blocks, lists in one line, texts in double quotes."""
-    return str(yaml.dump(_quoted(value), Dumper=_Dumper, sort_keys=False, width=10**9, allow_unicode=True))
+    return str(
+        yaml.dump(_quoted(value), Dumper=_Dumper, sort_keys=False, width=10**9, allow_unicode=True)
+    )
 
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,60}", re.ASCII)
@@ -74,16 +78,24 @@ def _quoted(value: Any) -> Any:
 
 
 def _key(key: Any) -> Any:
-    """A plain word stays bare; any other text is quoted, as no reader folds what is in double quotes."""
+    """A plain word stays bare; any other text is quoted, as no reader folds what is in double
+    quotes."""
     return _Quoted(key) if isinstance(key, str) and not _WORD.fullmatch(key) else key
 
 
 _Dumper.add_representer(
-    _Quoted, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:str", str(value), style='"')
+    _Quoted,
+    lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:str", str(value), style='"'),
 )
 _Dumper.add_representer(
-    dict, lambda dumper, value: dumper.represent_mapping("tag:yaml.org,2002:map", value, flow_style=False)
+    dict,
+    lambda dumper, value: dumper.represent_mapping(
+        "tag:yaml.org,2002:map", value, flow_style=False
+    ),
 )
 _Dumper.add_representer(
-    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+    list,
+    lambda dumper, value: dumper.represent_sequence(
+        "tag:yaml.org,2002:seq", value, flow_style=True
+    ),
 )

@@ -1,4 +1,5 @@
-"""Data, packing, loss masks and tokenizer: what decides whether the prompts are trained on and samples stay whole."""
+"""Data, packing, loss masks and tokenizer: what decides whether the prompts are trained on and
+samples stay whole."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from hpctrain.recipes.neox.draft import RUN, Draft
 
 SPLITS = ("train", "valid", "test")
 PACKING = {"tilde": "k_bin_packed", "upstream": "pack_until_overflow"}
-# The control tokens of the fork's preprocess_sft.py: 7 `<|user|>` and 8 `<|assistant|>`, each opener and closer.
+# The control tokens of the fork's preprocess_sft.py: 7 `<|user|>` and 8 `<|assistant|>`, each
+# opener and closer.
 LOSS_MASKS = {"loss_mask_pairs": [7, 7], "loss_mask_alternating_individual": [8]}
 _MASK_KEYS = ("loss_mask_pairs", "loss_mask_individual", "loss_mask_alternating_individual")
 _SUFFIX = re.compile(r"\.(bin|idx)\Z")
@@ -20,21 +22,35 @@ Where = Callable[..., str]
 
 
 def decide_data(draft: Draft, data: Mapping[str, Sequence[str]], where: Where) -> None:
-    """train/valid/test_data_paths, all or none (arguments.py:1339-1353); weights and labels of equal length."""
+    """train/valid/test_data_paths, all or none (arguments.py:1339-1353); weights and labels of
+    equal length."""
     if data.get("train") and draft.given("data_path"):
         if draft.layer("data_path") == RUN:
-            draft.error("`data_path` and `data.train` exclude each other", "data_path", hint="delete `data_path`")
+            draft.error(
+                "`data_path` and `data.train` exclude each other",
+                "data_path",
+                hint="delete `data_path`",
+            )
         draft.drop("data_path", f"the run gives `data.train` at {where('data', 'train')}")
     for split in SPLITS:
         key = f"{split}_data_paths"
         if not data.get(split):
             continue
-        draft.own(key, list(data[split]), f"`data.{split}`", hint=f"set `data: {{{split}: …}}` only")
+        draft.own(
+            key, list(data[split]), f"`data.{split}`", hint=f"set `data: {{{split}: …}}` only"
+        )
         if key in draft.decisions:
             draft.decisions[key] = replace(draft.decisions[key], origin=where("data", split))
         weights = draft.values.get(f"{split}_data_weights")
-        if weights is not None and draft.layer(f"{split}_data_weights") != RUN and len(weights) != len(data[split]):
-            draft.drop(f"{split}_data_weights", f"they belong to the base config's {len(weights)} data sets")
+        if (
+            weights is not None
+            and draft.layer(f"{split}_data_weights") != RUN
+            and len(weights) != len(data[split])
+        ):
+            draft.drop(
+                f"{split}_data_weights",
+                f"they belong to the base config's {len(weights)} data sets",
+            )
         labels = draft.values.get(f"{split}_label_data_paths")
         if labels is not None and draft.layer(f"{split}_label_data_paths") != RUN:
             draft.drop(f"{split}_label_data_paths", "they belong to the base config's data sets")
@@ -47,19 +63,26 @@ def decide_data(draft: Draft, data: Mapping[str, Sequence[str]], where: Where) -
             )
         return
     if draft.given("data_path"):
-        draft.error("`data_path` and `train_data_paths` exclude each other", "data_path", hint="delete `data_path`")
+        draft.error(
+            "`data_path` and `train_data_paths` exclude each other",
+            "data_path",
+            hint="delete `data_path`",
+        )
     filled = _fill_in(draft, where)
     for split in SPLITS:
         if split not in filled:
             _check_split(draft, split, data, where)
     if draft.given("split") and draft.layer("split") == RUN:
         draft.warn(
-            "`split` has no effect when training, validation and test data are given apart", "split", hint="delete it"
+            "`split` has no effect when training, validation and test data are given apart",
+            "split",
+            hint="delete it",
         )
 
 
 def _fill_in(draft: Draft, where: Where) -> list[str]:
-    """Validation and test data are needed when training data is given; where they lack, the training data stands in."""
+    """Validation and test data are needed when training data is given; where they lack, the
+    training data stands in."""
     train = draft.values["train_data_paths"]
     filled = [split for split in ("valid", "test") if draft.missing(f"{split}_data_paths")]
     for split in filled:
@@ -70,7 +93,8 @@ def _fill_in(draft: Draft, where: Where) -> list[str]:
         )
         for kind in ("weights", "label"):
             source, target = (
-                f"{part}_data_weights" if kind == "weights" else f"{part}_label_data_paths" for part in ("train", split)
+                f"{part}_data_weights" if kind == "weights" else f"{part}_label_data_paths"
+                for part in ("train", split)
             )
             if draft.given(source):
                 draft.put(target, list(draft.values[source]), "the same as for training")
@@ -78,7 +102,8 @@ def _fill_in(draft: Draft, where: Where) -> list[str]:
                 draft.drop(target, "the training data stands in")
     if filled:
         draft.warn(
-            f"no {' and '.join(filled)} data, so the training data stands in: the validation loss says nothing about unseen text",
+            f"no {' and '.join(filled)} data, so the training data stands in: the validation loss"
+            " says nothing about unseen text",
             where=where("data"),
             why="NeoX needs training, validation and test data, or none of them",
             hint="data: {valid: [/path/to/held_out_text_document]}",
@@ -119,9 +144,15 @@ def decide_reading(draft: Draft) -> None:
     impl = draft.get("data_impl")
     if impl == "infer":
         if draft.layer("data_impl") == RUN:
-            draft.warn("`data_impl: infer` does not work in NeoX, so `mmap` is written", "data_impl", hint="delete it")
+            draft.warn(
+                "`data_impl: infer` does not work in NeoX, so `mmap` is written",
+                "data_impl",
+                hint="delete it",
+            )
         draft.put(
-            "data_impl", "mmap", "NeoX's own default `infer` finds no reader and stops (data/indexed_dataset.py:62-76)"
+            "data_impl",
+            "mmap",
+            "NeoX's own default `infer` finds no reader and stops (data/indexed_dataset.py:62-76)",
         )
     interval = draft.number("eval_interval")
     if "eval_interval" not in draft.broken and (interval is None or interval < 1):
@@ -134,7 +165,11 @@ def decide_reading(draft: Draft) -> None:
     for key, good in (("train_impl", "normal"), ("dataset_impl", "gpt2")):
         value = draft.get(key)
         if value != good:
-            draft.warn(f"`{key}: {value}` is not plain supervised training, and this recipe does not check it", key)
+            draft.warn(
+                f"`{key}: {value}` is not plain supervised training, and this recipe does not"
+                " check it",
+                key,
+            )
 
 
 def decide_packing(draft: Draft) -> None:
@@ -142,30 +177,44 @@ def decide_packing(draft: Draft) -> None:
     flavor, best = draft.flavor, PACKING[draft.flavor]
     if draft.missing("pack_impl"):
         draft.put(
-            "pack_impl", best, "keeps every conversation whole in its row; NeoX's default `packed` cuts and joins them"
+            "pack_impl",
+            best,
+            "keeps every conversation whole in its row; NeoX's default `packed` cuts and joins"
+            " them",
         )
     value = str(draft.get("pack_impl") or "").lower()
     if value == "packed" and "pack_impl" not in draft.broken:
         draft.error(
             "`pack_impl: packed` cuts conversations in two and joins the rest to others",
             "pack_impl",
-            why="fine-tuning needs whole samples: a loss mask that is open at a cut flips for the rest of the row",
+            why=(
+                "fine-tuning needs whole samples: a loss mask that is open at a cut flips for the"
+                " rest of the row"
+            ),
             hint=f"pack_impl: {best}",
         )
     elif value == "pack_until_overflow" and flavor == "tilde":
         draft.warn(
-            "`pack_impl: pack_until_overflow` keeps conversations whole but leaves more padding than k_bin_packed",
+            "`pack_impl: pack_until_overflow` keeps conversations whole but leaves more padding"
+            " than k_bin_packed",
             "pack_impl",
             hint="pack_impl: k_bin_packed",
         )
         if draft.get("allow_chopped"):
-            draft.put("allow_chopped", False, "a conversation longer than a row would lose its closing marker")
+            draft.put(
+                "allow_chopped",
+                False,
+                "a conversation longer than a row would lose its closing marker",
+            )
     elif value == "unpacked":
         if flavor == "upstream" and not draft.given("train_label_data_paths"):
             draft.error(
                 "`pack_impl: unpacked` needs `train_label_data_paths`",
                 "pack_impl",
-                why="NeoX reads the labels without asking whether there are any (data/gpt2_dataset.py:361)",
+                why=(
+                    "NeoX reads the labels without asking whether there are any"
+                    " (data/gpt2_dataset.py:361)"
+                ),
                 hint=f"pack_impl: {best}",
             )
         else:
@@ -178,7 +227,10 @@ def decide_packing(draft: Draft) -> None:
         draft.error(
             f"`train_epochs` does not work with `pack_impl: {value}`",
             "train_epochs",
-            why="NeoX allows epochs with `packed` only (data/data_utils.py:483-524), which cuts conversations",
+            why=(
+                "NeoX allows epochs with `packed` only (data/data_utils.py:483-524), which cuts"
+                " conversations"
+            ),
             hint="count the rows with `hpctrain data count` and set `train_iters`",
         )
 
@@ -191,18 +243,27 @@ def decide_loss_mask(draft: Draft) -> None:
             draft.warn(
                 "prompts are trained on like replies, since there are no labels",
                 "train_label_data_paths",
-                why="upstream NeoX masks with a second data set of labels, -100 where nothing is learnt",
-                hint="write one with NeoX's preprocess_data_with_chat_template.py and name it: config: {train_label_data_paths: […]}",
+                why=(
+                    "upstream NeoX masks with a second data set of labels, -100 where nothing is"
+                    " learnt"
+                ),
+                hint=(
+                    "write one with NeoX's preprocess_data_with_chat_template.py and name it:"
+                    " config: {train_label_data_paths: […]}"
+                ),
             )
         return
     given = [key for key in _MASK_KEYS if key in draft.values or key in draft.broken]
     for key in given:
         value = draft.values.get(key) or []
         if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in value):
-            draft.error(f"`{key}: {value}` must be token ids", key, hint="a flat list of numbers: [7, 7]")
+            draft.error(
+                f"`{key}: {value}` must be token ids", key, hint="a flat list of numbers: [7, 7]"
+            )
         elif key == "loss_mask_pairs" and len(value) % 2:
             draft.error(
-                f"`loss_mask_pairs` has {len(value)} ids, and it is a flat list [open, close, open, close]",
+                f"`loss_mask_pairs` has {len(value)} ids, and it is a flat list [open, close, open,"
+                " close]",
                 key,
                 why="the fork stops with a ValueError in the first step",
                 hint="[7, 7] when one token opens and closes",
@@ -216,7 +277,10 @@ def decide_loss_mask(draft: Draft) -> None:
                 hint="use one of the two",
             )
     elif not given:
-        reason = "without it the fork trains on the prompts: the old switch SFT_ENABLED is only printed since its commit ab1c506"
+        reason = (
+            "without it the fork trains on the prompts: the old switch SFT_ENABLED is only printed"
+            " since its commit ab1c506"
+        )
         draft.put(
             "loss_mask_pairs",
             list(LOSS_MASKS["loss_mask_pairs"]),
@@ -231,16 +295,22 @@ def decide_loss_mask(draft: Draft) -> None:
         draft.warn(
             "the loss masks are empty, so prompts are trained on like replies",
             given[0],
-            hint="loss_mask_pairs: [7, 7] and loss_mask_alternating_individual: [8], or delete both keys",
+            hint=(
+                "loss_mask_pairs: [7, 7] and loss_mask_alternating_individual: [8], or delete both"
+                " keys"
+            ),
         )
     elif not draft.values.get("loss_mask_pairs"):
         draft.warn(
-            "`loss_mask_pairs` is not set, so the user's turns are trained on", given[0], hint="loss_mask_pairs: [7, 7]"
+            "`loss_mask_pairs` is not set, so the user's turns are trained on",
+            given[0],
+            hint="loss_mask_pairs: [7, 7]",
         )
 
 
 def check_tokenizer(draft: Draft) -> None:
-    """The tokenizer's files are named, as build_tokenizer asserts (megatron/tokenizer/tokenizer.py:40-70)."""
+    """The tokenizer's files are named, as build_tokenizer asserts
+    (megatron/tokenizer/tokenizer.py:40-70)."""
     kind = str(draft.get("tokenizer_type") or "")
     if kind.lower() in _NEEDS_VOCAB and draft.missing("vocab_file"):
         default = "" if draft.given("tokenizer_type") else ", NeoX's default,"

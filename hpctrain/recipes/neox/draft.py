@@ -1,4 +1,5 @@
-"""A NeoX configuration in the making: values with the layer and line they came from, decisions, and all problems."""
+"""A NeoX configuration in the making: values with the layer and line they came from, decisions, and
+all problems."""
 
 from __future__ import annotations
 
@@ -10,19 +11,30 @@ from typing import Any
 from hpctrain.base.errors import Problem
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document, Origin, merge
-from hpctrain.recipes.neox.keys import Key, content_problems, describe_unknown, show, table, value_problems
+from hpctrain.recipes.neox.keys import (
+    Key,
+    content_problems,
+    describe_unknown,
+    show,
+    table,
+    value_problems,
+)
 
 DEFAULT, BASE, RUN, RULE = "default", "base", "run", "rule"
-_LAYER_REASON = {DEFAULT: "the recipe's default", BASE: "as the base config says", RUN: "as the run says"}
+_LAYER_REASON = {
+    DEFAULT: "the recipe's default",
+    BASE: "as the base config says",
+    RUN: "as the run says",
+}
 
 
 @dataclass
 class Draft:
     """The configuration while the rules work on it.
 
-    `values` by key; `layers` tells which layer set a key last (default, base, run, or rule for one of ours);
-    `document` holds the merged layers, for positions;
-    `broken` names the keys whose value was refused, so that no rule calls them missing too.
+    `values` by key; `layers` tells which layer set a key last (default, base, run, or rule for one
+    of ours); `document` holds the merged layers, for positions; `broken` names the keys whose value
+    was refused, so that no rule calls them missing too.
     """
 
     flavor: str
@@ -56,7 +68,8 @@ class Draft:
         return self.document.where(name, *path)
 
     def number(self, name: str) -> int | None:
-        """The value of a key when it is a whole number, else None (its type is reported elsewhere)."""
+        """The value of a key when it is a whole number, else None (its type is reported
+        elsewhere)."""
         value = self.get(name)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -69,7 +82,9 @@ class Draft:
             reason += f"; instead of {show(old)} at {self.where(name)}"
         self.values[name] = value
         self.layers[name] = RULE
-        self.decisions[name] = Decision(f"config.{name}", value, reason, origin or "recipe neox-sft")
+        self.decisions[name] = Decision(
+            f"config.{name}", value, reason, origin or "recipe neox-sft"
+        )
 
     def drop(self, name: str, reason: str) -> None:
         """Leave a key out."""
@@ -77,20 +92,34 @@ class Draft:
             old = self.values.pop(name)
             if old is not None:
                 self.decisions[name] = Decision(
-                    f"config.{name}", None, f"left out: {reason}; it was {show(old)}", self.where(name)
+                    f"config.{name}",
+                    None,
+                    f"left out: {reason}; it was {show(old)}",
+                    self.where(name),
                 )
             self.layers.pop(name, None)
 
     def own(self, name: str, value: Any, reason: str, hint: str = "", same: bool = False) -> None:
-        """Set a key that hpctrain decides: another value in run.yaml is an error, one in a base config is replaced.
+        """Set a key that hpctrain decides: another value in run.yaml is an error, one in a base
+        config is replaced.
 
         `same` says that the value in run.yaml means the same though it is written differently.
         """
         given = self.values.get(name)
-        harmless = same or given == value or (value is None and name in self.keys and given == self.keys[name].default)
+        harmless = (
+            same
+            or given == value
+            or (value is None and name in self.keys and given == self.keys[name].default)
+        )
         if self.layer(name) == RUN and given is not None and not harmless:
-            said = f"contradicts what hpctrain sets: {show(value)}" if value is not None else "is not for a run to set"
-            self.error(f"`{name}: {show(given)}` {said}", name, why=reason, hint=hint or "delete it")
+            said = (
+                f"contradicts what hpctrain sets: {show(value)}"
+                if value is not None
+                else "is not for a run to set"
+            )
+            self.error(
+                f"`{name}: {show(given)}` {said}", name, why=reason, hint=hint or "delete it"
+            )
             return
         if value is None:
             self.drop(name, reason)
@@ -112,7 +141,13 @@ class Draft:
         self.problems.append(Problem(what, where or self.where(*path), why, hint, level))
 
     def warn(
-        self, what: str, name: str | Sequence[Any] = (), *, why: str = "", hint: str = "", where: str = ""
+        self,
+        what: str,
+        name: str | Sequence[Any] = (),
+        *,
+        why: str = "",
+        hint: str = "",
+        where: str = "",
     ) -> None:
         """Like `error`, for what works but is probably not meant."""
         self.error(what, name, why=why, hint=hint, where=where, level="warning")
@@ -125,7 +160,11 @@ class Draft:
             if name in self.decisions:
                 out.append(self.decisions[name])
             elif layer in _LAYER_REASON:
-                out.append(Decision(f"config.{name}", self.values[name], _LAYER_REASON[layer], self.where(name)))
+                out.append(
+                    Decision(
+                        f"config.{name}", self.values[name], _LAYER_REASON[layer], self.where(name)
+                    )
+                )
         return tuple(out)
 
 
@@ -136,9 +175,14 @@ def ordered(keys: Mapping[str, Key], names: Iterable[str]) -> list[str]:
 
 
 def make_draft(
-    flavor: str, defaults: Document, bases: Sequence[Document], run: Document, extra_keys: Sequence[str] = ()
+    flavor: str,
+    defaults: Document,
+    bases: Sequence[Document],
+    run: Document,
+    extra_keys: Sequence[str] = (),
 ) -> Draft:
-    """The draft of recipe defaults < base configs < run.yaml, with every unknown key, wrong type and double key noted.
+    """The draft of recipe defaults < base configs < run.yaml, with every unknown key, wrong type
+    and double key noted.
 
     Values of a wrong type are left out, so that the rules after this see only what NeoX would take.
     """
@@ -150,9 +194,11 @@ def make_draft(
         if not isinstance(base.data, dict) or not base.data:
             problems.append(
                 Problem(
-                    "a base config is a mapping of NeoX keys to values, and this one is empty"
-                    if not base.data
-                    else "a base config is a mapping of NeoX keys to values",
+                    (
+                        "a base config is a mapping of NeoX keys to values, and this one is empty"
+                        if not base.data
+                        else "a base config is a mapping of NeoX keys to values"
+                    ),
                     where=base.where(),
                     why="NeoX stops at it too",
                 )
@@ -167,7 +213,10 @@ def make_draft(
                         f"`{name}` is in two base configs",
                         where=layer.where_key(name),
                         why=f"first given at {first[name]}",
-                        hint="delete one of them; base configs do not override each other, `config:` in run.yaml overrides both",
+                        hint=(
+                            "delete one of them; base configs do not override each other, `config:`"
+                            " in run.yaml overrides both"
+                        ),
                     )
                 )
             first.setdefault(name, layer.where_key(name))
@@ -191,7 +240,14 @@ def make_draft(
             continue
         if name not in keys and name not in extra_keys:
             why, hint = describe_unknown(name, flavor)
-            bad.append(Problem(f"unknown key `{show(name)}`", where=document.where_key(name), why=why, hint=hint))
+            bad.append(
+                Problem(
+                    f"unknown key `{show(name)}`",
+                    where=document.where_key(name),
+                    why=why,
+                    hint=hint,
+                )
+            )
         elif name in keys and not any(document.where(name) == problem.where for problem in bad):
             bad += value_problems(keys[name], values[name], document)
         if bad:
@@ -245,4 +301,7 @@ def _normalised(document: Document) -> tuple[Document, list[Problem]]:
             if not path or path[0] in renamed
         }
 
-    return Document(data, moved(document.origins), moved(document.key_origins), document.name), problems
+    return (
+        Document(data, moved(document.origins), moved(document.key_origins), document.name),
+        problems,
+    )

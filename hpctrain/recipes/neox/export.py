@@ -1,4 +1,5 @@
-"""What NeoX's own converter to Hugging Face needs to be right: the model class, its config file, and a job for it. Pure.
+"""What NeoX's own converter to Hugging Face needs to be right: the model class, its config file,
+and a job for it. Pure.
 
 tools/ckpts/convert_neox_to_hf.py (EleutherAI/gpt-neox ea7aefd, tilde-nlp/llm-gpt-neox 374a5c6) reads one YAML file with
 defaults of its own: pipe-parallel-size 1 where NeoX has 0, rms-norm-epsilon 1e-6 for 1e-8, in the fork rotary-emb-base
@@ -25,10 +26,23 @@ CONVERTER = "tools/ckpts/convert_neox_to_hf.py"
 CONFIG = "config.export.yml"
 # Keys that the converter reads and whose default in NeoX it does not share, or may not.
 _SAID = (
-    "pipe_parallel_size", "model_parallel_size", "norm", "layernorm_epsilon", "rms_norm_epsilon", "pos_emb", "rotary_pct",
-    "rotary_emb_base", "activation", "gpt_j_residual", "no_weight_tying", "use_bias_in_norms", "use_bias_in_attn_linear",
-    "use_bias_in_mlp", "make_vocab_size_divisible_by", "tokenizer_type",
-)  # fmt: skip
+    "pipe_parallel_size",
+    "model_parallel_size",
+    "norm",
+    "layernorm_epsilon",
+    "rms_norm_epsilon",
+    "pos_emb",
+    "rotary_pct",
+    "rotary_emb_base",
+    "activation",
+    "gpt_j_residual",
+    "no_weight_tying",
+    "use_bias_in_norms",
+    "use_bias_in_attn_linear",
+    "use_bias_in_mlp",
+    "make_vocab_size_divisible_by",
+    "tokenizer_type",
+)
 _KEPT_GROUPS = ("Model", "Tokenizer", "Parallelism")
 _KEPT = ("vocab_file", "merge_file", "fp16", "loss_mask_pairs", "loss_mask_alternating_individual")
 _GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")
@@ -40,24 +54,34 @@ _ASSUMED_VOCABULARY = 131072  # for memory; the tokenizer is not read when a run
 
 
 def decide_export(draft: Draft, context: Context) -> tuple[dict[str, Any], str]:
-    """What the template of the export job needs, and the text of its config; `refused` says why there is no such job.
+    """What the template of the export job needs, and the text of its config; `refused` says why
+    there is no such job.
 
-    `directives` are those of a CPU job: the converter needs no GPU, and would load the whole model onto one.
+    `directives` are those of a CPU job: the converter needs no GPU, and would load the whole model
+    onto one.
     """
     architecture, refused = find_architecture(draft)
     if refused:
         return {"refused": refused, "architecture": None}, ""
     values = export_values(draft, architecture)
     header = (
-        f"The model for NeoX's converter to Hugging Face, as architecture `{architecture}`; used by export.sbatch.",
-        "Made by hpctrain render. It differs from the training configs where the converter reads a key in its own way.",
+        (
+            f"The model for NeoX's converter to Hugging Face, as architecture `{architecture}`;"
+            " used by export.sbatch."
+        ),
+        (
+            "Made by hpctrain render. It differs from the training configs where the converter"
+            " reads a key in its own way."
+        ),
     )
     precision = _PRECISIONS.get(str(draft.get("precision") or "").lower(), "fp32")
     found = {
         "refused": "",
         "architecture": architecture,
         "precision": precision,
-        "converter": os.path.join(absolute(context.options["dir"], context.spec.base_dir), CONVERTER),
+        "converter": os.path.join(
+            absolute(context.options["dir"], context.spec.base_dir), CONVERTER
+        ),
         "config": CONFIG,
         "directives": _directives(context, _memory_gib(draft, precision)),
     }
@@ -81,7 +105,13 @@ def find_architecture(draft: Draft) -> tuple[str, str]:
         return _llama(draft)
     if norm == "layernorm" and activation == "gelu":
         return _neox(draft)
-    return "", f"no Hugging Face model of NeoX's converter has `norm: {norm}` with `activation: {activation}`"
+    return (
+        "",
+        (
+            f"no Hugging Face model of NeoX's converter has `norm: {norm}` with `activation:"
+            f" {activation}`"
+        ),
+    )
 
 
 def _llama(draft: Draft) -> tuple[str, str]:
@@ -108,7 +138,9 @@ def export_values(draft: Draft, architecture: str) -> dict[str, Any]:
     values = {
         name: value
         for name, value in draft.values.items()
-        if value is not None and name in draft.keys and (draft.keys[name].group in _KEPT_GROUPS or name in _KEPT)
+        if value is not None
+        and name in draft.keys
+        and (draft.keys[name].group in _KEPT_GROUPS or name in _KEPT)
     }
     for name in _SAID:
         if name in draft.keys and draft.get(name) is not None:
@@ -116,22 +148,30 @@ def export_values(draft: Draft, architecture: str) -> dict[str, Any]:
     values.pop("expansion_factor", None)
     size = mlp_size(draft)
     # The fork's converter takes the third itself.
-    values["intermediate_size"] = 3 * size if draft.flavor == "tilde" and architecture != "neox" else size
+    values["intermediate_size"] = (
+        3 * size if draft.flavor == "tilde" and architecture != "neox" else size
+    )
     return values
 
 
 def mlp_size(draft: Draft) -> int:
-    """The inner size of an MLP as NeoX builds it: a third for gated activations, and rounded up (ParallelMLP.__init__)."""
+    """The inner size of an MLP as NeoX builds it: a third for gated activations, and rounded up
+    (ParallelMLP.__init__)."""
     hidden = draft.number("hidden_size") or 0
-    size = draft.number("intermediate_size") or int(float(draft.get("expansion_factor") or 4) * hidden)
+    size = draft.number("intermediate_size") or int(
+        float(draft.get("expansion_factor") or 4) * hidden
+    )
     if draft.get("activation") in _GATED:
         return 256 * math.ceil((int(size * 2 / 3) // 2) / 256)
     return 512 * math.ceil(size / 512)
 
 
 def _memory_gib(draft: Draft, precision: str) -> float:
-    """Room for the checkpoint's weights and the Hugging Face model, which the converter makes in fp32, at once."""
-    hidden, layers, heads = (draft.number(name) or 1 for name in ("hidden_size", "num_layers", "num_attention_heads"))
+    """Room for the checkpoint's weights and the Hugging Face model, which the converter makes in
+    fp32, at once."""
+    hidden, layers, heads = (
+        draft.number(name) or 1 for name in ("hidden_size", "num_layers", "num_attention_heads")
+    )
     kv_share = (draft.number("num_kv_heads") or heads) / heads
     matrices = 3 if draft.get("activation") in _GATED else 2
     per_layer = hidden * hidden * (2 + 2 * kv_share) + matrices * hidden * mlp_size(draft)
@@ -140,7 +180,8 @@ def _memory_gib(draft: Draft, precision: str) -> float:
 
 
 def memory_gib(checkpoint_bytes: float, precision: str) -> float:
-    """GiB that a conversion of so many bytes of weights takes: them, an fp32 model, and a tenth for copies."""
+    """GiB that a conversion of so many bytes of weights takes: them, an fp32 model, and a tenth for
+    copies."""
     factor = 2 if precision == "fp32" else 3
     return math.ceil(checkpoint_bytes * factor * 1.1 / 2**30) + 4
 
@@ -154,20 +195,33 @@ def _directives(context: Context, mem_gib: float) -> list[dict[str, str]]:
     chosen: dict[str, tuple[Any, str]] = {
         "job-name": (f"export-{spec.name}", ""),
         "account": (spec.account, ""),
-        "partition": (partition.name if partition else None, "the converter needs no GPU" if not node.gpus else ""),
+        "partition": (
+            partition.name if partition else None,
+            "the converter needs no GPU" if not node.gpus else "",
+        ),
         "qos": (partition.qos if partition else None, ""),
         "nodes": (1, ""),
         "ntasks": (1, ""),
         "cpus-per-task": (min(_CORES, node.usable_cores), ""),
-        "mem": (format_mem_gib(min(mem_gib, node.memory_gib)), "for the checkpoint's weights and an fp32 model; hpctrain export knows their size"),
+        "mem": (
+            format_mem_gib(min(mem_gib, node.memory_gib)),
+            "for the checkpoint's weights and an fp32 model; hpctrain export knows their size",
+        ),
         "time": (format_time(min(_TIME_S, limit)), ""),
         "hint": (slurm["hint"], ""),
-        "constraint": (slurm["constraint"] if partition is None or node.name == context.node_type.name else None, ""),
+        "constraint": (
+            (
+                slurm["constraint"]
+                if partition is None or node.name == context.node_type.name
+                else None
+            ),
+            "",
+        ),
         "no-requeue": (True, "asked again, it begins anew"),
         "open-mode": ("append", ""),
         "chdir": (context.run_dir, ""),
         "output": (f"{output_pattern(context.run_dir)}/export-%j.out", ""),
-    }  # fmt: skip
+    }
     chosen.update({option: (value, "the site's rule") for option, value in slurm["always"].items()})
     out = []
     for option, (value, why) in chosen.items():
@@ -178,7 +232,8 @@ def _directives(context: Context, mem_gib: float) -> list[dict[str, str]]:
 
 
 def _partition(context: Context, mem_gib: float) -> Partition | None:
-    """The site's CPU partition, or the smallest other one that has the memory; the run's own where no profile says more."""
+    """The site's CPU partition, or the smallest other one that has the memory; the run's own where
+    no profile says more."""
     site, spec = context.site, context.spec
     name = site.values["tools"]["cpu_partition"]
     preferred = site.partition(name) if name else None

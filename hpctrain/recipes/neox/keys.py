@@ -1,4 +1,5 @@
-"""NeoX's configuration keys in both flavors: which exist where, and the type each value must have."""
+"""NeoX's configuration keys in both flavors: which exist where, and the type each value must
+have."""
 
 from __future__ import annotations
 
@@ -30,13 +31,15 @@ _TYPE_NAMES = {
 }
 
 
-# PyYAML (YAML 1.1) takes a number with an exponent for one only with both a dot and a signed exponent.
+# PyYAML (YAML 1.1) takes a number with an exponent for one only with both a dot and a signed
+# exponent.
 _NUMBER_AS_TEXT = re.compile(r"([-+]?)(\d+)(\.\d*)?[eE]([-+]?)(\d+)\Z", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key: `kind` is what `type(value)` must be, `choice` for one of `choices`; `flavors` where it exists."""
+    """One key: `kind` is what `type(value)` must be, `choice` for one of `choices`; `flavors` where
+    it exists."""
 
     name: str
     kind: str
@@ -57,8 +60,14 @@ def describe_unknown(name: str, flavor: str) -> tuple[str, str]:
     other = next(known for known in FLAVORS if known != flavor)
     if name in table(other):
         return (
-            f"it exists in {FLAVOR_NAMES[other]} only, and {FLAVOR_NAMES[flavor]} refuses keys that it does not know",
-            f"delete it, or set `recipe_options: {{flavor: {other}}}` if the code in `dir` is {FLAVOR_NAMES[other]}",
+            (
+                f"it exists in {FLAVOR_NAMES[other]} only, and {FLAVOR_NAMES[flavor]} refuses keys"
+                " that it does not know"
+            ),
+            (
+                f"delete it, or set `recipe_options: {{flavor: {other}}}` if the code in `dir` is"
+                f" {FLAVOR_NAMES[other]}"
+            ),
         )
     hint = nearest(name, table(flavor))
     return (
@@ -68,16 +77,19 @@ def describe_unknown(name: str, flavor: str) -> tuple[str, str]:
 
 
 def value_problems(key: Key, value: Any, document: Document) -> Iterator[Problem]:
-    """What NeoX's start-up check would refuse about a value, said properly; `document` has the key at its root.
+    """What NeoX's start-up check would refuse about a value, said properly; `document` has the key
+    at its root.
 
-    The rule is NeoX megatron/neox_arguments/arguments.py:1365-1422: exact `type(value)`, an int passes for a float, null
-    always passes, choices are compared without case.
+    The rule is NeoX megatron/neox_arguments/arguments.py:1365-1422: exact `type(value)`, an int
+    passes for a float, null always passes, choices are compared without case.
     """
     where = document.where(key.name)
     if value is None:
         return
     if key.kind == "choice":
-        if not isinstance(value, str) or value.lower() not in [choice.lower() for choice in key.choices]:
+        if not isinstance(value, str) or value.lower() not in [
+            choice.lower() for choice in key.choices
+        ]:
             yield Problem(
                 f"`{key.name}: {show(value)}` is not one of its values",
                 where=where,
@@ -93,7 +105,11 @@ def value_problems(key: Key, value: Any, document: Document) -> Iterator[Problem
         hint = f"YAML reads `{value}` as text; write {with_dot(value)}"
     elif kind == "float" and accepted == ["int"] and float(value).is_integer():
         hint = f"write {int(value)}"
-    elif kind == "str" and re.fullmatch(r"[-+]?\d+", value) and ("int" in accepted or "float" in accepted):
+    elif (
+        kind == "str"
+        and re.fullmatch(r"[-+]?\d+", value)
+        and ("int" in accepted or "float" in accepted)
+    ):
         hint = "write it without quotes"
     elif kind in ("int", "float", "bool") and accepted == ["str"]:
         hint = f'quote it: "{value}"'
@@ -108,14 +124,17 @@ def value_problems(key: Key, value: Any, document: Document) -> Iterator[Problem
 
 
 def content_problems(name: str, value: Any, document: Document) -> Iterator[Problem]:
-    """Values inside `value` that would not mean what was written: numbers read as text, control characters, NaN."""
+    """Values inside `value` that would not mean what was written: numbers read as text, control
+    characters, NaN."""
     for path, inner in walk(value):
         dotted = ".".join(map(str, (name, *path)))
         where = document.where(name, *path)
         if isinstance(inner, dict):
             for bad in [key for key in inner if not isinstance(key, str)]:
                 yield Problem(
-                    f"`{dotted}` has the key `{bad}`, which is not text", where=where, hint=f'quote it: "{bad}"'
+                    f"`{dotted}` has the key `{bad}`, which is not text",
+                    where=where,
+                    hint=f'quote it: "{bad}"',
                 )
         if isinstance(inner, str):
             bad = text_problem(inner, multiline=True)
@@ -125,7 +144,10 @@ def content_problems(name: str, value: Any, document: Document) -> Iterator[Prob
                 yield Problem(
                     f"`{dotted}: {inner}` is text, not a number",
                     where=where,
-                    why="YAML 1.1, which NeoX reads, takes a number with an exponent for text unless it has a dot and a signed exponent",
+                    why=(
+                        "YAML 1.1, which NeoX reads, takes a number with an exponent for text"
+                        " unless it has a dot and a signed exponent"
+                    ),
                     hint=f"write {with_dot(inner)}",
                 )
         elif isinstance(inner, float) and not math.isfinite(inner):
@@ -155,7 +177,9 @@ def show(value: Any) -> str:
 
 @cache
 def _all_keys(flavor: str) -> Mapping[str, Key]:
-    with open(os.path.join(shipped_dir("templates"), "neox-sft", "keys.json"), encoding="utf-8") as file:
+    with open(
+        os.path.join(shipped_dir("templates"), "neox-sft", "keys.json"), encoding="utf-8"
+    ) as file:
         raw = json.load(file)["keys"]
     return {
         name: Key(

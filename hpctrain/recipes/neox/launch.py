@@ -1,4 +1,5 @@
-"""Who starts the ranks: hpctrain's own srun, or NeoX's deepy.py; and the keys and variables that go with each."""
+"""Who starts the ranks: hpctrain's own srun, or NeoX's deepy.py; and the keys and variables that go
+with each."""
 
 from __future__ import annotations
 
@@ -43,25 +44,36 @@ _VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES
 def decide_launcher(draft: Draft, launch: str) -> None:
     """The launcher keys of NeoX for `launch`.
 
-    srun: every task runs train.py with RANK, LOCAL_RANK and WORLD_SIZE set, so deepspeed_slurm, which reads SLURM_LOCALID
-    where the configuration is read (arguments.py:800-810), must be off. deepy: DeeperSpeed's SlurmRunner issues the srun.
+    srun: every task runs train.py with RANK, LOCAL_RANK and WORLD_SIZE set, so deepspeed_slurm,
+    which reads SLURM_LOCALID where the configuration is read (arguments.py:800-810), must be off.
+    deepy: DeeperSpeed's SlurmRunner issues the srun.
     """
     draft.own("launcher", "slurm", "the run is a Slurm job")
     if launch == SRUN:
         draft.own(
             "deepspeed_slurm",
             False,
-            "`launch: srun`: the job script starts the ranks and sets RANK, LOCAL_RANK and WORLD_SIZE",
+            "`launch: srun`: the job script starts the ranks and sets RANK, LOCAL_RANK and"
+            " WORLD_SIZE",
             hint="delete it, or set `recipe_options: {launch: deepy}`",
         )
         draft.own("no_ssh_check", None, "only NeoX's own launcher reads it", same=True)
     else:
-        draft.own("deepspeed_slurm", True, "`launch: deepy`: NeoX's own launcher issues the srun", hint="delete it")
+        draft.own(
+            "deepspeed_slurm",
+            True,
+            "`launch: deepy`: NeoX's own launcher issues the srun",
+            hint="delete it",
+        )
         draft.own("no_ssh_check", True, "nodes are reached by srun, not by ssh", hint="delete it")
     for key in _JOBS_OWN:
         draft.own(key, None, "the job decides it when it starts", hint="delete it")
     if not draft.get("deepspeed"):
-        draft.error("`deepspeed: false` does not train: NeoX works with DeepSpeed only", "deepspeed", hint="delete it")
+        draft.error(
+            "`deepspeed: false` does not train: NeoX works with DeepSpeed only",
+            "deepspeed",
+            hint="delete it",
+        )
     if draft.given("autotuning"):
         draft.error(
             "`autotuning` rewrites the configuration while it runs, and a run's is fixed",
@@ -71,39 +83,51 @@ def decide_launcher(draft: Draft, launch: str) -> None:
 
 
 def decide_tracking(draft: Draft, launch: str, spec: RunSpec) -> None:
-    """Weights & Biases is on by itself in NeoX wherever a key lies about (utils.py:144-166), so it is off unless asked for."""
+    """Weights & Biases is on by itself in NeoX wherever a key lies about (utils.py:144-166), so it
+    is off unless asked for."""
     for key in ("use_wandb", "use_comet"):
         if draft.missing(key):
             draft.put(
                 key,
                 False,
                 "nobody asked for it"
-                + ("; NeoX turns it on by itself where it finds a key in ~/.netrc" if key == "use_wandb" else ""),
+                + (
+                    "; NeoX turns it on by itself where it finds a key in ~/.netrc"
+                    if key == "use_wandb"
+                    else ""
+                ),
             )
     if draft.get("use_wandb"):
         if launch == DEEPY:
             draft.error(
                 "`use_wandb: true` with `launch: deepy` shows the key to everyone on the nodes",
                 "use_wandb",
-                why="deepy.py puts WANDB_API_KEY on srun's command line (DS launcher/multinode_runner.py)",
+                why=(
+                    "deepy.py puts WANDB_API_KEY on srun's command line (DS"
+                    " launcher/multinode_runner.py)"
+                ),
                 hint="recipe_options: {launch: srun} with the key in the `secrets:` file",
             )
         elif not spec.secrets:
             draft.warn(
                 "`use_wandb: true` and no `secrets:` file",
                 "use_wandb",
-                why="without WANDB_API_KEY or a ~/.netrc visible in the job NeoX goes on without it",
+                why=(
+                    "without WANDB_API_KEY or a ~/.netrc visible in the job NeoX goes on without it"
+                ),
                 hint="put WANDB_API_KEY=… into a file of mode 0600 and name it under `secrets:`",
             )
 
 
 def check_devices(draft: Draft, spec: RunSpec) -> None:
-    """Every task must see all GPUs of its node: NeoX asserts local_rank == rank % device_count (initialize.py:141-149)."""
+    """Every task must see all GPUs of its node: NeoX asserts local_rank == rank % device_count
+    (initialize.py:141-149)."""
     why = "NeoX asserts that the local rank is the rank modulo the number of GPUs a task sees"
     for option in _GPU_SPLITTING:
         if option in spec.sbatch:
             draft.error(
-                f"`{option}` gives each task GPUs of its own, and NeoX needs all of the node in every task",
+                f"`{option}` gives each task GPUs of its own, and NeoX needs all of the node in"
+                " every task",
                 where=spec.where("sbatch", option),
                 why=why,
                 hint="delete it",
@@ -139,7 +163,8 @@ def environment(draft: Draft, spec: RunSpec) -> tuple[EnvVar, ...]:
         return ()
     if spec.env.get("CURSE_ATTENTION", "1") != "1":
         draft.warn(
-            f"`env.CURSE_ATTENTION: {spec.env['CURSE_ATTENTION']}` lets packed conversations see each other",
+            f"`env.CURSE_ATTENTION: {spec.env['CURSE_ATTENTION']}` lets packed conversations see"
+            " each other",
             where=spec.where("env", "CURSE_ATTENTION"),
             why="only 1 turns the fork's attention mask per document on",
             hint="delete it",
@@ -150,22 +175,33 @@ def environment(draft: Draft, spec: RunSpec) -> tuple[EnvVar, ...]:
             where=spec.where("env", "SAMPLE_ENDS"),
             hint="delete it",
         )
-    why = "packed conversations do not attend to each other; cut at end-of-document tokens, so tokenize with them appended"
+    why = (
+        "packed conversations do not attend to each other; cut at end-of-document tokens, so"
+        " tokenize with them appended"
+    )
     return (EnvVar("CURSE_ATTENTION", "1", why),)
 
 
 def needed_paths(
     draft: Draft, spec: RunSpec, folder: str, train_script: str, launch: str
 ) -> tuple[tuple[str, str, str], ...]:
-    """(what, path, where) of everything that must exist at the site; relative ones are relative to NeoX's folder."""
+    """(what, path, where) of everything that must exist at the site; relative ones are relative to
+    NeoX's folder."""
     where_dir = spec.where("recipe_options", "dir")
     out = [("NeoX working copy", folder, where_dir), ("training script", train_script, where_dir)]
     if launch == DEEPY:
         out.append(("NeoX launcher", os.path.join(folder, "deepy.py"), where_dir))
     for key in ("vocab_file", "merge_file"):
         if draft.given(key):
-            out.append((key.replace("_", " "), os.path.join(folder, str(draft.values[key])), draft.where(key)))
-    # The data sets that run.yaml names are looked for wherever it is checked; these are the configuration's own.
+            out.append(
+                (
+                    key.replace("_", " "),
+                    os.path.join(folder, str(draft.values[key])),
+                    draft.where(key),
+                )
+            )
+    # The data sets that run.yaml names are looked for wherever it is checked; these are the
+    # configuration's own.
     seen = {prefix for prefixes in spec.data.values() for prefix in prefixes}
     for key, value in draft.values.items():
         if not key.endswith("_data_paths") or not isinstance(value, list):
@@ -175,5 +211,7 @@ def needed_paths(
             if isinstance(prefix, str) and prefix and prefix not in seen:
                 seen.add(prefix)
                 path = os.path.join(folder, prefix)
-                out += [(what, path + suffix, draft.where(key, index)) for suffix in (".bin", ".idx")]
+                out += [
+                    (what, path + suffix, draft.where(key, index)) for suffix in (".bin", ".idx")
+                ]
     return tuple(out)

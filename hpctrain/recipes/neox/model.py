@@ -1,4 +1,5 @@
-"""The model's shape, precision, optimizer and clipping: what NeoX asserts at start-up, and where it silently does less."""
+"""The model's shape, precision, optimizer and clipping: what NeoX asserts at start-up, and where it
+silently does less."""
 
 from __future__ import annotations
 
@@ -9,9 +10,16 @@ from hpctrain.config.fields import nearest
 from hpctrain.recipes.neox.batch import Shape
 from hpctrain.recipes.neox.draft import RUN, Draft
 
-REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "seq_length")
+REQUIRED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "seq_length",
+)
 _OPTIMIZER_LR = 0.001  # OPT_PARAMS_DEFAULTS of NeoX megatron/neox_arguments/deepspeed_args.py
-# Recomputed from other keys at start-up (arguments.py:940-1075), so that what is written under these names is lost.
+# Recomputed from other keys at start-up (arguments.py:940-1075), so that what is written under
+# these names is lost.
 _RECOMPUTED = {
     "lr": "optimizer.params.lr",
     "optimizer_type": "optimizer.type",
@@ -37,7 +45,16 @@ _ATTENTION = (
     "rwkv",
     "mamba",
 )
-_OPTIMIZERS = ("adam", "onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "sgd", "lion")
+_OPTIMIZERS = (
+    "adam",
+    "onebitadam",
+    "cpu_adam",
+    "cpu_torch_adam",
+    "sm3",
+    "madgrad_wd",
+    "sgd",
+    "lion",
+)
 
 
 def check_model(draft: Draft, shape: Shape) -> None:
@@ -54,11 +71,16 @@ def check_model(draft: Draft, shape: Shape) -> None:
         elif number is not None and number < 1:
             draft.error(f"`{name}: {number}` must be at least 1", name)
             draft.values.pop(name)
-    layers, hidden, heads = (draft.number(name) for name in ("num_layers", "hidden_size", "num_attention_heads"))
+    layers, hidden, heads = (
+        draft.number(name) for name in ("num_layers", "hidden_size", "num_attention_heads")
+    )
     kv_heads, tensor = draft.number("num_kv_heads"), shape.tensor
     types = _attention_types(draft, layers)
     if hidden and heads and hidden % heads and "mamba" not in types:
-        draft.error(f"`hidden_size: {hidden}` is no multiple of `num_attention_heads: {heads}`", "hidden_size")
+        draft.error(
+            f"`hidden_size: {hidden}` is no multiple of `num_attention_heads: {heads}`",
+            "hidden_size",
+        )
     for name, number in (("num_attention_heads", heads), ("hidden_size", hidden)):
         if number and number % tensor:
             draft.error(
@@ -69,7 +91,10 @@ def check_model(draft: Draft, shape: Shape) -> None:
             )
     if kv_heads is not None and heads:
         if kv_heads < 1 or heads % kv_heads:
-            draft.error(f"`num_kv_heads: {kv_heads}` does not divide `num_attention_heads: {heads}`", "num_kv_heads")
+            draft.error(
+                f"`num_kv_heads: {kv_heads}` does not divide `num_attention_heads: {heads}`",
+                "num_kv_heads",
+            )
         elif kv_heads < heads and kv_heads % tensor:
             draft.error(
                 f"`num_kv_heads: {kv_heads}` is no multiple of `model_parallel_size: {tensor}`",
@@ -78,11 +103,19 @@ def check_model(draft: Draft, shape: Shape) -> None:
                 hint=_divisor_hint(kv_heads, tensor),
             )
         if kv_heads < heads and types - {"flash", "global"}:
-            draft.error("grouped-query attention works with flash and global attention only", "attention_config")
+            draft.error(
+                "grouped-query attention works with flash and global attention only",
+                "attention_config",
+            )
         if kv_heads < heads and draft.values.get("sparsity_config"):
-            draft.error("`sparsity_config` does not work with grouped-query attention", "sparsity_config")
+            draft.error(
+                "`sparsity_config` does not work with grouped-query attention", "sparsity_config"
+            )
     if layers and shape.pipeline > layers:
-        draft.error(f"`pipe_parallel_size: {shape.pipeline}` is more than `num_layers: {layers}`", "pipe_parallel_size")
+        draft.error(
+            f"`pipe_parallel_size: {shape.pipeline}` is more than `num_layers: {layers}`",
+            "pipe_parallel_size",
+        )
     elif layers and layers % shape.stages:
         draft.warn(
             f"`num_layers: {layers}` is no multiple of `pipe_parallel_size: {shape.pipeline}`",
@@ -98,7 +131,10 @@ def check_model(draft: Draft, shape: Shape) -> None:
         )
     unique = draft.number("num_unique_layers")
     if unique is not None and layers and (unique < 1 or unique > layers or layers % unique):
-        draft.error(f"`num_unique_layers: {unique}` does not divide `num_layers: {layers}`", "num_unique_layers")
+        draft.error(
+            f"`num_unique_layers: {unique}` does not divide `num_layers: {layers}`",
+            "num_unique_layers",
+        )
     if (draft.number("moe_num_experts") or 1) > 1:
         _check_experts(draft, shape)
 
@@ -126,8 +162,17 @@ def check_precision(draft: Draft, shape: Shape) -> int:
         )
     for name in ("fp16", "amp", "flops_profiler"):
         switch = draft.values.get(name)
-        if isinstance(switch, dict) and "enabled" not in switch and not (name == precision == "fp16"):
-            draft.error(f"`{name}` needs `enabled`", name, why="NeoX stops without it", hint="enabled: true, or false")
+        if (
+            isinstance(switch, dict)
+            and "enabled" not in switch
+            and not (name == precision == "fp16")
+        ):
+            draft.error(
+                f"`{name}` needs `enabled`",
+                name,
+                why="NeoX stops without it",
+                hint="enabled: true, or false",
+            )
     for name, own in (("fp16", "fp16"), ("bf16", "bfloat16")):
         table = draft.values.get(name)
         if isinstance(table, dict) and table.get("enabled") and precision not in ("", own):
@@ -141,7 +186,9 @@ def check_precision(draft: Draft, shape: Shape) -> int:
             hint="bf16: {enabled: true} and no fp16 on GPUs that have it",
         )
     if draft.get("fp16_lm_cross_entropy") and precision != "fp16":
-        draft.error("`fp16_lm_cross_entropy` works with `precision: fp16` only", "fp16_lm_cross_entropy")
+        draft.error(
+            "`fp16_lm_cross_entropy` works with `precision: fp16` only", "fp16_lm_cross_entropy"
+        )
     if shape.pipeline >= 1 and stage >= 2:
         draft.error(
             f"ZeRO stage {stage} does not work with `pipe_parallel_size: {shape.pipeline}`",
@@ -162,30 +209,45 @@ def check_precision(draft: Draft, shape: Shape) -> int:
 
 
 def check_optimizer(draft: Draft) -> None:
-    """Learning rate and optimizer; keys that NeoX recomputes are taken out, or refused where the run sets them."""
+    """Learning rate and optimizer; keys that NeoX recomputes are taken out, or refused where the
+    run sets them."""
     for name, wins in _RECOMPUTED.items():
         if not draft.given(name):
             continue
         if draft.layer(name) == RUN:
-            draft.error(f"`{name}` has no effect: NeoX overwrites it from `{wins}`", name, hint=f"set `{wins}`")
+            draft.error(
+                f"`{name}` has no effect: NeoX overwrites it from `{wins}`",
+                name,
+                hint=f"set `{wins}`",
+            )
         draft.drop(name, f"NeoX overwrites it from `{wins}`")
     optimizer = draft.values.get("optimizer")
     rate: Any = _OPTIMIZER_LR
     if optimizer is None:
         if draft.missing("optimizer"):
             draft.warn(
-                f"`optimizer` is missing, so NeoX trains with Adam at a learning rate of {_OPTIMIZER_LR}",
+                "`optimizer` is missing, so NeoX trains with Adam at a learning rate of"
+                f" {_OPTIMIZER_LR}",
                 "optimizer",
-                hint="optimizer: {type: Adam, params: {lr: 8.0e-6, betas: [0.9, 0.95], eps: 1.0e-8}}",
+                hint=(
+                    "optimizer: {type: Adam, params: {lr: 8.0e-6, betas: [0.9, 0.95], eps: 1.0e-8}}"
+                ),
             )
     elif not isinstance(optimizer.get("params"), dict):
         draft.error(
-            "`optimizer` needs `params`", "optimizer", why="NeoX stops with a KeyError", hint="params: {lr: 8.0e-6}"
+            "`optimizer` needs `params`",
+            "optimizer",
+            why="NeoX stops with a KeyError",
+            hint="params: {lr: 8.0e-6}",
         )
     else:
         if "type" not in optimizer:
             optimizer = {"type": "Adam", **optimizer}
-            draft.put("optimizer", optimizer, "NeoX stops at an optimizer without `type`, and Adam is its default")
+            draft.put(
+                "optimizer",
+                optimizer,
+                "NeoX stops at an optimizer without `type`, and Adam is its default",
+            )
         kind = optimizer["type"]
         if not isinstance(kind, str) or kind.lower() not in _OPTIMIZERS:
             draft.error(
@@ -194,13 +256,9 @@ def check_optimizer(draft: Draft) -> None:
                 hint=nearest(str(kind), _OPTIMIZERS),
             )
         for name, value in optimizer["params"].items():
-            if not all(_is_number(item) for item in (value if isinstance(value, list) else [value])) and name in (
-                "lr",
-                "eps",
-                "betas",
-                "weight_decay",
-                "momentum",
-            ):
+            if not all(
+                _is_number(item) for item in (value if isinstance(value, list) else [value])
+            ) and name in ("lr", "eps", "betas", "weight_decay", "momentum"):
                 draft.error(
                     f"`optimizer.params.{name}: {value}` must be a number",
                     ("optimizer", "params", name),
@@ -229,24 +287,37 @@ def check_optimizer(draft: Draft) -> None:
         draft.error(
             f"`min_lr: {lowest:g}` is more than the learning rate {rate:g}",
             "min_lr",
-            why=f"`optimizer.params.lr` at {draft.where('optimizer', 'params', 'lr')}; NeoX stops with a ValueError",
+            why=(
+                f"`optimizer.params.lr` at {draft.where('optimizer', 'params', 'lr')}; NeoX stops"
+                " with a ValueError"
+            ),
             hint=f"`min_lr: {rate / 10:.1e}` or 0.0",
         )
     if draft.given("lr_decay_iters") and draft.given("lr_decay_fraction"):
-        draft.warn("`lr_decay_fraction` has no effect beside `lr_decay_iters`", "lr_decay_fraction", hint="delete one")
+        draft.warn(
+            "`lr_decay_fraction` has no effect beside `lr_decay_iters`",
+            "lr_decay_fraction",
+            hint="delete one",
+        )
 
 
 def decide_clipping(draft: Draft) -> None:
     """Clipping that really clips.
 
-    `clip_grad` is overwritten by `gradient_clipping` and read nowhere else (arguments.py:962). `gradient_clipping: 1.0`
-    equals NeoX's default, is therefore left out of the DeepSpeed config (644-651), and DeeperSpeed's own default is 0.0,
-    no clipping (DS runtime/constants.py:215); under `deepspeed_extra_args` it always arrives.
+    `clip_grad` is overwritten by `gradient_clipping` and read nowhere else (arguments.py:962).
+    `gradient_clipping: 1.0` equals NeoX's default, is therefore left out of the DeepSpeed config
+    (644-651), and DeeperSpeed's own default is 0.0, no clipping (DS runtime/constants.py:215);
+    under `deepspeed_extra_args` it always arrives.
     """
     clip, gradient = draft.values.get("clip_grad"), draft.values.get("gradient_clipping")
     if clip is not None:
         clip_rules = draft.layer("clip_grad") == RUN and draft.layer("gradient_clipping") != RUN
-        if gradient is not None and clip != gradient and not clip_rules and draft.layer("clip_grad") == RUN:
+        if (
+            gradient is not None
+            and clip != gradient
+            and not clip_rules
+            and draft.layer("clip_grad") == RUN
+        ):
             draft.error(
                 f"`clip_grad: {clip:g}` has no effect beside `gradient_clipping: {gradient:g}`",
                 "clip_grad",
@@ -255,7 +326,9 @@ def decide_clipping(draft: Draft) -> None:
             )
         elif gradient is None or (clip_rules and clip != gradient):
             draft.put(
-                "gradient_clipping", clip, f"`clip_grad` at {draft.where('clip_grad')}, which NeoX itself ignores"
+                "gradient_clipping",
+                clip,
+                f"`clip_grad` at {draft.where('clip_grad')}, which NeoX itself ignores",
             )
         draft.drop("clip_grad", "NeoX overwrites it with `gradient_clipping`")
     if "gradient_clipping" in draft.broken:
@@ -265,7 +338,8 @@ def decide_clipping(draft: Draft) -> None:
     inner = extra.get("gradient_clipping")
     if inner is not None and draft.given("gradient_clipping") and inner != value:
         draft.error(
-            f"`deepspeed_extra_args.gradient_clipping: {inner}` contradicts `gradient_clipping: {value:g}`",
+            f"`deepspeed_extra_args.gradient_clipping: {inner}` contradicts `gradient_clipping:"
+            f" {value:g}`",
             ("deepspeed_extra_args", "gradient_clipping"),
             hint="delete one of them",
         )
@@ -275,14 +349,16 @@ def decide_clipping(draft: Draft) -> None:
         draft.put(
             "deepspeed_extra_args",
             extra,
-            "NeoX does not hand a `gradient_clipping` of 1.0 on, its default, and DeeperSpeed's default is no clipping",
+            "NeoX does not hand a `gradient_clipping` of 1.0 on, its default, and DeeperSpeed's"
+            " default is no clipping",
         )
     elif inner is None and (value < 0 or value == 0):
         draft.warn(f"`gradient_clipping: {value:g}` means no clipping at all", "gradient_clipping")
 
 
 def _attention_types(draft: Draft, layers: int | None) -> set[str]:
-    """The kinds of attention used; checks that the pattern fills all layers (NeoX megatron/utils.py:326-353)."""
+    """The kinds of attention used; checks that the pattern fills all layers (NeoX
+    megatron/utils.py:326-353)."""
     config = draft.values.get("attention_config")
     if config is None:
         return {"global"}
@@ -297,7 +373,9 @@ def _attention_types(draft: Draft, layers: int | None) -> set[str]:
         return set()
     for name in sorted(set(names) - set(_ATTENTION)):
         draft.error(
-            f"`attention_config` has the unknown kind `{name}`", "attention_config", hint=nearest(name, _ATTENTION)
+            f"`attention_config` has the unknown kind `{name}`",
+            "attention_config",
+            hint=nearest(name, _ATTENTION),
         )
     if layers and len(names) != layers:
         draft.error(
@@ -327,13 +405,23 @@ def _check_experts(draft: Draft, shape: Shape) -> None:
     zero = draft.values.get("zero_optimization") or {}
     stage = zero.get("stage")
     if draft.flavor == "upstream" and stage in (2, 3):
-        draft.error(f"experts do not work with ZeRO stage {stage}", ("zero_optimization", "stage"), hint="stage 1")
+        draft.error(
+            f"experts do not work with ZeRO stage {stage}",
+            ("zero_optimization", "stage"),
+            hint="stage 1",
+        )
     if draft.flavor == "tilde":
         if stage == 3:
-            draft.error("experts do not work with ZeRO stage 3", ("zero_optimization", "stage"), hint="stage 1")
+            draft.error(
+                "experts do not work with ZeRO stage 3",
+                ("zero_optimization", "stage"),
+                hint="stage 1",
+            )
         if shape.pipeline >= 1:
             draft.error(
-                "experts do not work with pipeline parallelism", "pipe_parallel_size", hint="pipe_parallel_size: 0"
+                "experts do not work with pipeline parallelism",
+                "pipe_parallel_size",
+                hint="pipe_parallel_size: 0",
             )
         if draft.get("sequence_parallel"):
             draft.error("experts do not work with sequence parallelism", "sequence_parallel")

@@ -1,4 +1,5 @@
-"""Numbers that have the right type and cannot be meant: NeoX trains with them, or stops hours later."""
+"""Numbers that have the right type and cannot be meant: NeoX trains with them, or stops hours
+later."""
 
 from __future__ import annotations
 
@@ -11,20 +12,31 @@ if TYPE_CHECKING:
     from typing_extensions import TypeGuard
 
 _COUNTS = (
-    "lr_decay_iters", "log_interval", "make_vocab_size_divisible_by", "checkpoint_num_layers",
-)  # fmt: skip
+    "lr_decay_iters",
+    "log_interval",
+    "make_vocab_size_divisible_by",
+    "checkpoint_num_layers",
+)
 # (lowest, highest) that make sense; both included.
 _FRACTIONS = {
-    "warmup": (0.0, 1.0), "rotary_pct": (0.0, 1.0), "lr_decay_fraction": (0.0, 1.0), "attention_dropout": (0.0, 0.99),
-    "hidden_dropout": (0.0, 0.99), "min_lr": (0.0, math.inf), "weight_decay": (0.0, math.inf), "eval_iters": (0, math.inf),
+    "warmup": (0.0, 1.0),
+    "rotary_pct": (0.0, 1.0),
+    "lr_decay_fraction": (0.0, 1.0),
+    "attention_dropout": (0.0, 0.99),
+    "hidden_dropout": (0.0, 0.99),
+    "min_lr": (0.0, math.inf),
+    "weight_decay": (0.0, math.inf),
+    "eval_iters": (0, math.inf),
     "num_workers": (0, math.inf),
-}  # fmt: skip
-# Above this no language model is trained with Adam; the sign of an exponent is easily lost (8e6 for 8e-6).
+}
+# Above this no language model is trained with Adam; the sign of an exponent is easily lost (8e6 for
+# 8e-6).
 _HIGHEST_RATE = 0.1
 
 
 def check_ranges(draft: Draft) -> None:
-    """Counts are at least 1, fractions are fractions, and the learning rate and Adam's betas are ones that learn."""
+    """Counts are at least 1, fractions are fractions, and the learning rate and Adam's betas are
+    ones that learn."""
     for name in _COUNTS:
         value = draft.number(name) if draft.given(name) else None
         if value is not None and value < 1:
@@ -57,11 +69,15 @@ def _check_params(draft: Draft, params: dict[str, Any]) -> None:
     betas = params.get("betas")
     if isinstance(betas, list) and any(_is_number(beta) and not 0 <= beta < 1 for beta in betas):
         draft.error(
-            f"`optimizer.params.betas: {betas}` must be at least 0 and less than 1", ("optimizer", "params", "betas")
+            f"`optimizer.params.betas: {betas}` must be at least 0 and less than 1",
+            ("optimizer", "params", "betas"),
         )
     decay = params.get("weight_decay")
     if _is_number(decay) and decay < 0:
-        draft.error(f"`optimizer.params.weight_decay: {decay:g}` is negative", ("optimizer", "params", "weight_decay"))
+        draft.error(
+            f"`optimizer.params.weight_decay: {decay:g}` is negative",
+            ("optimizer", "params", "weight_decay"),
+        )
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -1,4 +1,5 @@
-"""Loading, saving, counting and leaving: the part of NeoX where a wrong number destroys checkpoints."""
+"""Loading, saving, counting and leaving: the part of NeoX where a wrong number destroys
+checkpoints."""
 
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ class Start:
 
     @property
     def link(self) -> str:
-        """The name under which NeoX knows it; the runtime links it under another one where this does harm."""
+        """The name under which NeoX knows it; the runtime links it under another one where this
+        does harm."""
         return f"global_step{self.iteration}"
 
 
 @dataclass(frozen=True)
 class Saves:
-    """When NeoX saves (training.py:1408-1430): at multiples (or powers) of `factor`, at `extra`, and at the end."""
+    """When NeoX saves (training.py:1408-1430): at multiples (or powers) of `factor`, at `extra`,
+    and at the end."""
 
     factor: float | None
     log: bool
@@ -36,7 +39,8 @@ class Saves:
     train_iters: int | None
 
     def at(self, iteration: int) -> bool:
-        """Whether a checkpoint is written in the training loop after this iteration (the final save not counted)."""
+        """Whether a checkpoint is written in the training loop after this iteration (the final save
+        not counted)."""
         if iteration in self.extra:
             return True
         if not self.factor:
@@ -68,12 +72,16 @@ class Saves:
 
 
 def find_start(draft: Draft, spec: RunSpec) -> Start | None:
-    """The start checkpoint and the iteration that its folder's name carries; an error when it carries none."""
+    """The start checkpoint and the iteration that its folder's name carries; an error when it
+    carries none."""
     if spec.handed and spec.has_start and not spec.checkpoint_start and draft.flavor == "tilde":
         draft.error(
             f"at which iteration stage `{spec.handed.stage}` ends is not known",
             where=spec.where("checkpoint"),
-            why="the fork counts on from that number, so it must be in the config before the job starts",
+            why=(
+                "the fork counts on from that number, so it must be in the config before the job"
+                " starts"
+            ),
             hint="give that stage a number of iterations",
         )
     if not spec.checkpoint_start:
@@ -83,10 +91,15 @@ def find_start(draft: Draft, spec: RunSpec) -> Start | None:
     match = _STEP.match(name)
     if not match:
         draft.error(
-            f"`{name}` carries no iteration, and NeoX checkpoints are folders called global_step<N>",
+            f"`{name}` carries no iteration, and NeoX checkpoints are folders called"
+            " global_step<N>",
             where=where,
-            why="the number becomes the link's name" + (" and `iteration_offset`" if draft.flavor == "tilde" else ""),
-            hint="name the folder of one checkpoint (…/global_step423858), or make a link with such a name to it",
+            why="the number becomes the link's name"
+            + (" and `iteration_offset`" if draft.flavor == "tilde" else ""),
+            hint=(
+                "name the folder of one checkpoint (…/global_step423858), or make a link with such"
+                " a name to it"
+            ),
         )
         return None
     return Start(spec.checkpoint_start, int(match.group(1)))
@@ -99,7 +112,8 @@ def decide_folder(draft: Draft, spec: RunSpec) -> None:
         pass  # the plan says that `start` needs `dir`
     elif not folder:
         found = next(
-            (draft.values[key] for key in ("save", "load") if draft.given(key)), "/scratch/…/checkpoints/my_run"
+            (draft.values[key] for key in ("save", "load") if draft.given(key)),
+            "/scratch/…/checkpoints/my_run",
         )
         draft.error(
             "NeoX needs a folder for its checkpoints",
@@ -127,16 +141,24 @@ def decide_folder(draft: Draft, spec: RunSpec) -> None:
             )
         elif "global_step" in folder and draft.given("keep_last_n_checkpoints"):
             draft.error(
-                "`checkpoint.dir` has `global_step` in its path, and NeoX would delete everything in it",
+                "`checkpoint.dir` has `global_step` in its path, and NeoX would delete everything"
+                " in it",
                 where=where,
-                why="its retention takes every folder whose whole path matches for a checkpoint (checkpointing.py:160-181)",
+                why=(
+                    "its retention takes every folder whose whole path matches for a checkpoint"
+                    " (checkpointing.py:160-181)"
+                ),
                 hint="choose another folder, or delete `keep_last_n_checkpoints`",
             )
     if draft.given("iteration") or "iteration" in draft.broken:
         draft.error(
-            f"`iteration: {draft.values.get('iteration')}` makes every link load that checkpoint again",
+            f"`iteration: {draft.values.get('iteration')}` makes every link load that checkpoint"
+            " again",
             "iteration",
-            why="it overrides `latest` (checkpointing.py:386-389), so that the chain never gets further",
+            why=(
+                "it overrides `latest` (checkpointing.py:386-389), so that the chain never gets"
+                " further"
+            ),
             hint="`hpctrain checkpoint use` goes back to a checkpoint",
         )
         draft.values.pop("iteration", None)
@@ -169,7 +191,8 @@ def decide_finetune(draft: Draft, spec: RunSpec) -> None:
     if draft.layer("finetune") == RUN and value is not None:
         shown = str(value).lower()
         rule = (
-            "hpctrain writes `finetune: true` for the first link of a run with `checkpoint.start`, false for all others"
+            "hpctrain writes `finetune: true` for the first link of a run with `checkpoint.start`,"
+            " false for all others"
         )
         if value and not spec.has_start:
             draft.error(
@@ -182,43 +205,65 @@ def decide_finetune(draft: Draft, spec: RunSpec) -> None:
             draft.error(
                 f"`finetune: true` with a chain of {spec.num_links} jobs",
                 "finetune",
-                why=f"kept in every link it would throw the optimizer's state away each time; {rule}",
+                why=(
+                    "kept in every link it would throw the optimizer's state away each time;"
+                    f" {rule}"
+                ),
                 hint="delete it",
             )
         elif not value and spec.has_start:
             draft.error(
                 "`finetune: false` with a `checkpoint.start`",
                 "finetune",
-                why=f"{rule}; a resume with fewer `train_iters` than the start's iteration would write into the start itself",
-                hint="delete it; to go on with a run and its optimizer, set `checkpoint.dir` to its folder and leave `start` out",
+                why=(
+                    f"{rule}; a resume with fewer `train_iters` than the start's iteration would"
+                    " write into the start itself"
+                ),
+                hint=(
+                    "delete it; to go on with a run and its optimizer, set `checkpoint.dir` to its"
+                    " folder and leave `start` out"
+                ),
             )
         else:
             draft.warn(f"`finetune: {shown}` has no effect", "finetune", why=rule, hint="delete it")
-    draft.drop("finetune", "written for each mode: true for the first link from a start checkpoint, else false")
+    draft.drop(
+        "finetune",
+        "written for each mode: true for the first link from a start checkpoint, else false",
+    )
 
 
 def decide_offset(draft: Draft, start: Start | None, spec: RunSpec) -> int:
-    """The fork's iteration_offset: what is added to the counter in the names of new checkpoints. 0 when unused.
+    """The fork's iteration_offset: what is added to the counter in the names of new checkpoints. 0
+    when unused.
 
-    Saved as offset + iteration, and a resume takes the greatest folder name minus the offset (FORK checkpointing.py:357-360,
-    433-444), so it must stay the same for the whole run.
+    Saved as offset + iteration, and a resume takes the greatest folder name minus the offset (FORK
+    checkpointing.py:357-360, 433-444), so it must stay the same for the whole run.
     """
     if draft.flavor != "tilde" or "iteration_offset" in draft.broken:
         return 0
     given = draft.number("iteration_offset")
     if start:
         origin = spec.where("checkpoint", "start")
-        if draft.layer("iteration_offset") == RUN and draft.given("iteration_offset") and given != start.iteration:
+        if (
+            draft.layer("iteration_offset") == RUN
+            and draft.given("iteration_offset")
+            and given != start.iteration
+        ):
             draft.error(
-                f"`iteration_offset: {given}` contradicts the start checkpoint's iteration {start.iteration}",
+                f"`iteration_offset: {given}` contradicts the start checkpoint's iteration"
+                f" {start.iteration}",
                 "iteration_offset",
-                why=f"`checkpoint.start` at {origin} is `{os.path.basename(start.path)}`; the fork resumes from the greatest folder name minus this number",
+                why=(
+                    f"`checkpoint.start` at {origin} is `{os.path.basename(start.path)}`; the fork"
+                    " resumes from the greatest folder name minus this number"
+                ),
                 hint="delete it",
             )
         draft.put(
             "iteration_offset",
             start.iteration,
-            f"the start checkpoint is `{os.path.basename(start.path)}`; new ones are named after it",
+            f"the start checkpoint is `{os.path.basename(start.path)}`; new ones are named"
+            " after it",
             origin,
         )
         return start.iteration
@@ -238,14 +283,21 @@ def decide_length(draft: Draft) -> int | None:
             "`train_iters` is missing",
             "train_iters",
             why="NeoX needs it or `train_epochs`",
-            hint="`hpctrain data count` says how many rows there are: train_iters = rows / train_batch_size",
+            hint=(
+                "`hpctrain data count` says how many rows there are: train_iters = rows /"
+                " train_batch_size"
+            ),
         )
     if iters and epochs:
         if draft.layer("train_iters") == RUN and draft.layer("train_epochs") != RUN:
-            draft.drop("train_epochs", f"the run sets `train_iters` at {draft.where('train_iters')}")
+            draft.drop(
+                "train_epochs", f"the run sets `train_iters` at {draft.where('train_iters')}"
+            )
         else:
             draft.error(
-                "`train_iters` and `train_epochs` exclude each other", "train_epochs", hint="delete one of them"
+                "`train_iters` and `train_epochs` exclude each other",
+                "train_epochs",
+                hint="delete one of them",
             )
     return iters if iters and iters > 0 else None
 
@@ -262,9 +314,12 @@ def decide_saves(draft: Draft, train_iters: int | None, spec: RunSpec) -> Saves:
             why="NeoX saves nothing without it, and stops at once (arguments.py:1278-1290)",
             hint="config: {checkpoint_factor: 100}, iterations between two checkpoints",
         )
-    elif factor is not None and (factor <= 1 if log else factor < 1 or not float(factor).is_integer()):
+    elif factor is not None and (
+        factor <= 1 if log else factor < 1 or not float(factor).is_integer()
+    ):
         draft.error(
-            f"`checkpoint_factor: {factor}` must be {'more than 1' if log else 'a whole number of at least 1'}",
+            f"`checkpoint_factor: {factor}` must be"
+            f" {'more than 1' if log else 'a whole number of at least 1'}",
             "checkpoint_factor",
             why=f"with `checkpoint_scale: {'log' if log else 'linear'}`",
         )
@@ -279,16 +334,21 @@ def decide_saves(draft: Draft, train_iters: int | None, spec: RunSpec) -> Saves:
         and spec.num_links > 1
     ):
         draft.warn(
-            f"`checkpoint_factor: {factor:g}` never comes before the end at {train_iters} iterations",
+            f"`checkpoint_factor: {factor:g}` never comes before the end at {train_iters}"
+            " iterations",
             "checkpoint_factor",
-            why=f"so the {spec.num_links} links of the chain have nothing to hand on: each would start again",
+            why=(
+                f"so the {spec.num_links} links of the chain have nothing to hand on: each would"
+                " start again"
+            ),
             hint=f"checkpoint_factor: {max(train_iters // 10, 1)}",
         )
     return saves
 
 
 def check_exit(draft: Draft, saves: Saves, spec: RunSpec) -> None:
-    """exit_interval leaves at its multiples WITHOUT saving, with exit code 0 (training.py:1554-1563)."""
+    """exit_interval leaves at its multiples WITHOUT saving, with exit code 0
+    (training.py:1554-1563)."""
     interval = draft.number("exit_interval")
     if not interval:
         return
@@ -299,23 +359,34 @@ def check_exit(draft: Draft, saves: Saves, spec: RunSpec) -> None:
         return
     else:
         last = saves.train_iters
-    lost = next((i for i in range(interval, min(last, interval * 1000) + 1, interval) if not saves.at(i)), None)
+    lost = next(
+        (i for i in range(interval, min(last, interval * 1000) + 1, interval) if not saves.at(i)),
+        None,
+    )
     if lost is not None:
         hint = "delete it; the time limit ends a link"
         if saves.factor and not saves.log:
             step = int(saves.factor)
-            hint = f"a multiple of `checkpoint_factor: {step}`, such as {max(round(interval / step), 1) * step}, or more than `train_iters`, or delete it"
+            hint = (
+                f"a multiple of `checkpoint_factor: {step}`, such as"
+                f" {max(round(interval / step), 1) * step}, or more than `train_iters`, or"
+                " delete it"
+            )
         draft.error(
             f"`exit_interval: {interval}` leaves at iteration {lost} without a checkpoint",
             "exit_interval",
-            why="NeoX exits there with code 0 and saves nothing, so the work since the last checkpoint is lost",
+            why=(
+                "NeoX exits there with code 0 and saves nothing, so the work since the last"
+                " checkpoint is lost"
+            ),
             hint=hint,
         )
     elif saves.train_iters:
         links = -(-saves.train_iters // interval)
         if links > spec.num_links:
             draft.warn(
-                f"`exit_interval: {interval}` ends every link after {interval} iterations, and {saves.train_iters} need {links} links",
+                f"`exit_interval: {interval}` ends every link after {interval} iterations, and"
+                f" {saves.train_iters} need {links} links",
                 "exit_interval",
                 hint=f"chain: {{jobs: {links}}}, or delete it",
             )
@@ -333,9 +404,9 @@ def retention(draft: Draft, saves: Saves, start: Start | None) -> int | None:
 def check_retention(draft: Draft, saves: Saves, start: Start | None) -> None:
     """keep_last_n_checkpoints must leave two complete checkpoints and never meet the start's link.
 
-    NeoX sorts every folder whose path contains global_step and removes all but the last n with shutil.rmtree right after
-    a save (checkpointing.py:160-181): a link among the old ones stops the job. (For upstream the runtime gives the link a
-    name that is not counted; the fork needs it.)
+    NeoX sorts every folder whose path contains global_step and removes all but the last n with
+    shutil.rmtree right after a save (checkpointing.py:160-181): a link among the old ones stops the
+    job. (For upstream the runtime gives the link a name that is not counted; the fork needs it.)
     """
     key = "keep_last_n_checkpoints"
     keep = retention(draft, saves, start)
@@ -343,18 +414,25 @@ def check_retention(draft: Draft, saves: Saves, start: Start | None) -> None:
         return
     hint = f"delete it: nothing is removed then; or `{key}: 100000`"
     if keep < 1:
-        draft.error(f"`{key}: {keep}` deletes every checkpoint as soon as it is saved", key, hint=hint)
+        draft.error(
+            f"`{key}: {keep}` deletes every checkpoint as soon as it is saved", key, hint=hint
+        )
         return
     if start and draft.flavor != "upstream":
         draft.error(
-            f"`{key}: {keep}` stops the job when the link `{start.link}` becomes the oldest checkpoint",
+            f"`{key}: {keep}` stops the job when the link `{start.link}` becomes the oldest"
+            " checkpoint",
             key,
-            why="NeoX removes old checkpoints with rmtree, which fails on a link, right after a save",
+            why=(
+                "NeoX removes old checkpoints with rmtree, which fails on a link, right after a"
+                " save"
+            ),
             hint=hint,
         )
     elif keep < 2:
         draft.error(
-            f"`{key}: {keep}` deletes the last complete checkpoint while the next may be incomplete",
+            f"`{key}: {keep}` deletes the last complete checkpoint while the next may be"
+            " incomplete",
             key,
             why="`latest` is written before all ranks have saved (DS runtime/engine.py:3315-3321)",
             hint=f"at least 2; {hint}",
@@ -362,9 +440,11 @@ def check_retention(draft: Draft, saves: Saves, start: Start | None) -> None:
 
 
 def check_collision(draft: Draft, saves: Saves, start: Start | None, spec: RunSpec) -> None:
-    """Upstream counts from 0 after a finetune: a save at the start's own number would go through a link of that name.
+    """Upstream counts from 0 after a finetune: a save at the start's own number would go through a
+    link of that name.
 
-    The runtime gives the link another name then (runtime/survey.py `link_hazard`); two checkpoints of one name are said.
+    The runtime gives the link another name then (runtime/survey.py `link_hazard`); two checkpoints
+    of one name are said.
     """
     if not start or draft.flavor != "upstream":
         return
@@ -372,20 +452,28 @@ def check_collision(draft: Draft, saves: Saves, start: Start | None, spec: RunSp
     within = saves.train_iters is None or start.iteration <= saves.train_iters
     if at_end or (within and saves.at(start.iteration)):
         draft.warn(
-            f"the run saves a `{start.link}` of its own, as the checkpoint it starts from is called",
+            f"the run saves a `{start.link}` of its own, as the checkpoint it starts from is"
+            " called",
             where=spec.where("checkpoint", "start"),
-            why="upstream NeoX counts from 0 after a finetune; so the start is linked as "
-            f"`start-{start.iteration}`, and nothing is saved through the link",
+            why=(
+                "upstream NeoX counts from 0 after a finetune; so the start is linked as "
+                f"`start-{start.iteration}`, and nothing is saved through the link"
+            ),
         )
 
 
 def decide_resume_schedule(draft: Draft) -> bool:
-    """Whether a resume takes the learning-rate schedule from the configuration. Says why; refuses a contradiction.
+    """Whether a resume takes the learning-rate schedule from the configuration. Says why; refuses a
+    contradiction.
 
-    A resume asserts that rate, warm-up, end and decay equal the checkpoint's (learning_rates.py:114-147) unless one of
-    override_lr_scheduler and use_checkpoint_lr_scheduler says which wins.
+    A resume asserts that rate, warm-up, end and decay equal the checkpoint's
+    (learning_rates.py:114-147) unless one of override_lr_scheduler and use_checkpoint_lr_scheduler
+    says which wins.
     """
-    override, use_checkpoint = draft.values.get("override_lr_scheduler"), draft.get("use_checkpoint_lr_scheduler")
+    override, use_checkpoint = (
+        draft.values.get("override_lr_scheduler"),
+        draft.get("use_checkpoint_lr_scheduler"),
+    )
     if override and use_checkpoint:
         draft.error(
             "`override_lr_scheduler` and `use_checkpoint_lr_scheduler` exclude each other",
@@ -399,7 +487,8 @@ def decide_resume_schedule(draft: Draft) -> bool:
         return False
     if override is False and draft.layer("override_lr_scheduler") == RUN:
         draft.warn(
-            "with `override_lr_scheduler: false` a resume stops when anything of the schedule was changed",
+            "with `override_lr_scheduler: false` a resume stops when anything of the schedule was"
+            " changed",
             "override_lr_scheduler",
             hint="delete it",
         )
@@ -408,11 +497,16 @@ def decide_resume_schedule(draft: Draft) -> bool:
 
 
 def check_fork_schedule(draft: Draft, offset: int, start: Start | None) -> None:
-    """The fork's schedule subtracts the offset during warm-up, and its `sqrt` decay needs five keys (FORK learning_rates.py:69-136)."""
+    """The fork's schedule subtracts the offset during warm-up, and its `sqrt` decay needs five keys
+    (FORK learning_rates.py:69-136)."""
     if draft.flavor != "tilde":
         return
     if str(draft.get("lr_decay_style")).lower() == "sqrt":
-        lacking = [key for key in ("cd_start_iter", "cd_end_iter", "start_cd_lr", "decay_pp") if draft.missing(key)]
+        lacking = [
+            key
+            for key in ("cd_start_iter", "cd_end_iter", "start_cd_lr", "decay_pp")
+            if draft.missing(key)
+        ]
         if not offset:
             lacking.append("iteration_offset")
         if lacking:
@@ -422,13 +516,18 @@ def check_fork_schedule(draft: Draft, offset: int, start: Start | None) -> None:
                 why="the fork stops in the first step without",
             )
     if offset and start and "warmup" not in draft.broken:
-        why = "after a finetune the fork's schedule counts from 0 and subtracts `iteration_offset` while warm-up is on, which its own assertion refuses in the first step"
+        why = (
+            "after a finetune the fork's schedule counts from 0 and subtracts `iteration_offset`"
+            " while warm-up is on, which its own assertion refuses in the first step"
+        )
         if not draft.given("warmup"):
             draft.put("warmup", 0.0, f"NeoX's default is {draft.keys['warmup'].default}; {why}")
         elif draft.values["warmup"] and draft.layer("warmup") != RUN:
-            # Nearly every base config has a warm-up; the run's own file does not ask for one, so the working value is meant.
+            # Nearly every base config has a warm-up; the run's own file does not ask for one, so
+            # the working value is meant.
             draft.warn(
-                f"`warmup: {draft.values['warmup']:g}` of the base config is left out: it does not work with `iteration_offset: {offset}`",
+                f"`warmup: {draft.values['warmup']:g}` of the base config is left out: it does not"
+                f" work with `iteration_offset: {offset}`",
                 "warmup",
                 why=why,
                 hint="warmup: 0.0",
@@ -436,7 +535,8 @@ def check_fork_schedule(draft: Draft, offset: int, start: Start | None) -> None:
             draft.put("warmup", 0.0, why)
         elif draft.values["warmup"]:
             draft.error(
-                f"`warmup: {draft.values['warmup']:g}` does not work with `iteration_offset: {offset}`",
+                f"`warmup: {draft.values['warmup']:g}` does not work with `iteration_offset:"
+                f" {offset}`",
                 "warmup",
                 why=why,
                 hint="warmup: 0.0",

@@ -1,4 +1,5 @@
-"""Fine-tuning with open-instruct (finetune.py, dpo_tune_cache.py): `resolve` puts the rules of this package in order."""
+"""Fine-tuning with open-instruct (finetune.py, dpo_tune_cache.py): `resolve` puts the rules of this
+package in order."""
 
 from hpctrain.recipes.open_instruct.resolve import resolve
 

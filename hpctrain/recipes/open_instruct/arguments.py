@@ -1,4 +1,5 @@
-"""open-instruct's arguments: which a program has at which commit, of what type, and how a value becomes flags.
+"""open-instruct's arguments: which a program has at which commit, of what type, and how a value
+becomes flags.
 
 The table is `templates/open-instruct/arguments.json`. finetune.py takes no YAML file (it calls
 `parse_args_into_dataclasses`, not `parse`), so every value travels as a flag.
@@ -48,15 +49,17 @@ def known_commits() -> Mapping[str, str]:
 
 def match_commit(commit: str) -> str | None:
     """The known commit that an (abbreviated) hash names, None when it is another one."""
-    return next((known for known in _data()["commits"] if commit and known.startswith(commit.lower())), None)
+    return next(
+        (known for known in _data()["commits"] if commit and known.startswith(commit.lower())), None
+    )
 
 
 @cache
 def table(program: str, commit: str | None) -> Mapping[str, Argument]:
     """The arguments of a program (its path in the working copy) at a known commit.
 
-    For any other commit (None), and for a program of the user's own, every argument of any known commit of the program
-    that is nearest by name; types are those of the newest.
+    For any other commit (None), and for a program of the user's own, every argument of any known
+    commit of the program that is nearest by name; types are those of the newest.
     """
     programs = _data()["programs"]
     raw = programs.get(program) or programs[next(iter(programs))]
@@ -80,21 +83,29 @@ def value_problems(argument: Argument, value: Any, document: Document) -> Iterat
         return
     ok, hint = _fits(argument, value)
     if not ok:
-        yield Problem(f"`{name}: {_short(value)}` must be {_KIND_NAMES[argument.kind]}", where, hint=hint)
+        yield Problem(
+            f"`{name}: {_short(value)}` must be {_KIND_NAMES[argument.kind]}", where, hint=hint
+        )
         return
     for index, word in enumerate(value if isinstance(value, list) else [value]):
         bad = text_problem(word, multiline=True) if isinstance(word, str) else ""
         if bad:
-            yield Problem(f"`{name}` {bad}", document.where(name, index) if isinstance(value, list) else where)
+            yield Problem(
+                f"`{name}` {bad}", document.where(name, index) if isinstance(value, list) else where
+            )
         elif isinstance(word, float) and not math.isfinite(word):
             yield Problem(f"`{name}: {word}` is not a finite number", where)
     if argument.choices and value not in argument.choices:
-        yield Problem(f"`{name}: {_short(value)}` is not one of its values", where,
-                      hint=nearest(str(value), argument.choices))  # fmt: skip
+        yield Problem(
+            f"`{name}: {_short(value)}` is not one of its values",
+            where,
+            hint=nearest(str(value), argument.choices),
+        )
 
 
 def describe_unknown(name: str, program: str, commit: str | None) -> tuple[str, str]:
-    """(why, hint) for a key that the program does not have: it is another commit's, the other program's, or a slip."""
+    """(why, hint) for a key that the program does not have: it is another commit's, the other
+    program's, or a slip."""
     if commit:
         for other, day in known_commits().items():
             if name in table(program, other):
@@ -104,7 +115,9 @@ def describe_unknown(name: str, program: str, commit: str | None) -> tuple[str, 
                 )
     for other_program in _data()["programs"]:
         if other_program != program and name in table(other_program, commit):
-            return f"{other_program} has it, {program} has not", nearest(name, table(program, commit))
+            return f"{other_program} has it, {program} has not", nearest(
+                name, table(program, commit)
+            )
     hint = nearest(name, table(program, commit))
     return (
         f"{program} stops at arguments that it does not know",
@@ -113,10 +126,11 @@ def describe_unknown(name: str, program: str, commit: str | None) -> tuple[str, 
 
 
 def flags(values: Mapping[str, Any], arguments: Mapping[str, Argument]) -> list[list[str]]:
-    """The words of a command line that give the program exactly `values`, one list a flag; null is left out.
+    """The words of a command line that give the program exactly `values`, one list a flag; null is
+    left out.
 
-    Numbers are written so that Python reads the same value back. A word that begins with a dash, which the program's
-    parser would take for a flag, is joined to its flag by `=`.
+    Numbers are written so that Python reads the same value back. A word that begins with a dash,
+    which the program's parser would take for a flag, is joined to its flag by `=`.
     """
     words: list[list[str]] = []
     for name, value in values.items():
@@ -126,9 +140,15 @@ def flags(values: Mapping[str, Any], arguments: Mapping[str, Argument]) -> list[
         if isinstance(value, bool):
             words.append([f"--{name}", "true" if value else "false"])
         elif isinstance(value, dict) or kind == "json":
-            words.append([f"--{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)])
+            words.append(
+                [
+                    f"--{name}",
+                    value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
+                ]
+            )
         elif isinstance(value, list):
-            # argparse takes words up to the next flag; an empty list cannot be said, and means the default.
+            # argparse takes words up to the next flag; an empty list cannot be said, and means the
+            # default.
             words += [[f"--{name}", *map(word_of, value)]] if value else []
         elif isinstance(value, str) and value.startswith("-"):
             words.append([f"--{name}={value}"])
@@ -138,7 +158,8 @@ def flags(values: Mapping[str, Any], arguments: Mapping[str, Argument]) -> list[
 
 
 def word_of(value: Any) -> str:
-    """A value as one word: 0.1 stays 0.1, 1.0 stays 1.0 (in a mixer list, 1 would mean one sample)."""
+    """A value as one word: 0.1 stays 0.1, 1.0 stays 1.0 (in a mixer list, 1 would mean one
+    sample)."""
     return repr(value) if isinstance(value, float) else str(value)
 
 
@@ -165,9 +186,14 @@ def _fits(argument: Argument, value: Any) -> tuple[bool, str]:
     if kind == "list":
         ok = isinstance(value, list) and all(isinstance(word, (str, int, float)) for word in value)
         dashed = ok and any(isinstance(word, str) and word.startswith("-") for word in value)
-        return ok and not dashed, "its words cannot begin with a dash" if dashed else "write it as [a, b]"
+        return ok and not dashed, (
+            "its words cannot begin with a dash" if dashed else "write it as [a, b]"
+        )
     if kind == "json":
-        return isinstance(value, dict) or (isinstance(value, str) and value.startswith("{")), "write it as {key: value}"
+        return (
+            isinstance(value, dict) or (isinstance(value, str) and value.startswith("{")),
+            "write it as {key: value}",
+        )
     # Numbers are text too on a command line: `checkpointing_steps: 500`.
     return isinstance(value, (str, int, float)) and not isinstance(value, bool), ""
 
@@ -180,6 +206,8 @@ def _short(value: Any) -> str:
 
 @cache
 def _data() -> dict[str, Any]:
-    with open(os.path.join(shipped_dir("templates"), "open-instruct", "arguments.json"), encoding="utf-8") as file:
+    with open(
+        os.path.join(shipped_dir("templates"), "open-instruct", "arguments.json"), encoding="utf-8"
+    ) as file:
         found: dict[str, Any] = json.load(file)
     return found

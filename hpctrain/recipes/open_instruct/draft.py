@@ -1,4 +1,5 @@
-"""What the rules of this package share while they decide: the run, the program's values, decisions and problems."""
+"""What the rules of this package share while they decide: the run, the program's values, decisions
+and problems."""
 
 from __future__ import annotations
 
@@ -33,15 +34,34 @@ class Names:
 
 
 NAMES = {
-    SFT: Names("dataset_mixer_list", "dataset_mixer_list_splits", "dataset_transform_fn", "dataset_target_columns",
-               "dataset_local_cache_dir", "dataset_cache_mode", "dataset_skip_cache", "num_train_epochs", "clip_grad_norm"),
-    DPO: Names("mixer_list", "mixer_list_splits", "transform_fn", "target_columns",
-               "local_cache_dir", "cache_mode", "skip_cache", "num_epochs", "max_grad_norm"),
-}  # fmt: skip
+    SFT: Names(
+        "dataset_mixer_list",
+        "dataset_mixer_list_splits",
+        "dataset_transform_fn",
+        "dataset_target_columns",
+        "dataset_local_cache_dir",
+        "dataset_cache_mode",
+        "dataset_skip_cache",
+        "num_train_epochs",
+        "clip_grad_norm",
+    ),
+    DPO: Names(
+        "mixer_list",
+        "mixer_list_splits",
+        "transform_fn",
+        "target_columns",
+        "local_cache_dir",
+        "cache_mode",
+        "skip_cache",
+        "num_epochs",
+        "max_grad_norm",
+    ),
+}
 
 
 class Draft:
-    """`values` are the program's arguments as they stand; each rule may add to them, and to decisions and problems."""
+    """`values` are the program's arguments as they stand; each rule may add to them, and to
+    decisions and problems."""
 
     def __init__(self, context: Context, program: str) -> None:
         self.context, self.spec, self.options = context, context.spec, context.options
@@ -73,7 +93,9 @@ class Draft:
         """A whole number of at least 1, None when it is not one."""
         value = self.get(name)
         value = int(value) if isinstance(value, str) and value.isdigit() else value
-        return value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else None
+        return (
+            value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else None
+        )
 
     def has(self, name: str) -> bool:
         return name in self.arguments
@@ -93,12 +115,17 @@ class Draft:
     def decide(self, name: str, value: Any, reason: str, where: str = "") -> None:
         self.decisions.append(Decision(name, value, reason, where))
 
-    def error(self, what: str, where: str, why: str = "", hint: str = "", level: str = "error") -> None:
+    def error(
+        self, what: str, where: str, why: str = "", hint: str = "", level: str = "error"
+    ) -> None:
         self.problems.append(Problem(what, where, why, hint, level))
 
     def local(self, text: str) -> str | None:
-        """`text` as an absolute path where it is one (`/…`, `./…`, `~/…`), None for a name on the hub."""
-        return absolute(text, self.spec.base_dir) if text.startswith(("/", "./", "../", "~")) else None
+        """`text` as an absolute path where it is one (`/…`, `./…`, `~/…`), None for a name on the
+        hub."""
+        return (
+            absolute(text, self.spec.base_dir) if text.startswith(("/", "./", "../", "~")) else None
+        )
 
 
 def hub_folder(hub: str, repo_type: str, repo_id: str) -> str:

@@ -1,4 +1,5 @@
-"""How the processes are started: accelerate's command line, DeepSpeed's configuration, and what the two do not allow."""
+"""How the processes are started: accelerate's command line, DeepSpeed's configuration, and what the
+two do not allow."""
 
 from __future__ import annotations
 
@@ -19,54 +20,100 @@ def decide_sharding(draft: Draft) -> str:
     asked = str(draft.options["deepspeed"])
     where = draft.option_where("deepspeed")
     chosen = asked if asked != "auto" else ("zero3" if draft.world_size > 1 else "none")
-    reason = "as the run says" if asked != "auto" else (
-        "several processes: weights, gradients and optimizer are sharded over them" if chosen == "zero3"
-        else "one process has nothing to shard with")  # fmt: skip
+    reason = (
+        "as the run says"
+        if asked != "auto"
+        else (
+            "several processes: weights, gradients and optimizer are sharded over them"
+            if chosen == "zero3"
+            else "one process has nothing to shard with"
+        )
+    )
     draft.decide("launch.deepspeed", chosen, reason, where)
     if chosen == "none" and draft.world_size > 1:
-        draft.error(f"{draft.world_size} processes without DeepSpeed each hold the whole model and optimizer", where,
-                    level="warning", hint="recipe_options: {deepspeed: zero3}")  # fmt: skip
+        draft.error(
+            f"{draft.world_size} processes without DeepSpeed each hold the whole model and"
+            " optimizer",
+            where,
+            level="warning",
+            hint="recipe_options: {deepspeed: zero3}",
+        )
     for name in ("zero_stage", "offload_optimizer", "offload_param"):
         if draft.values.get(name) not in (None, False):
-            draft.error(f"`config.{name}` makes a second DeepSpeed configuration", draft.where(name),
-                        why="the job hands one to accelerate", hint="use `recipe_options.deepspeed` and `deepspeed_config`")  # fmt: skip
+            draft.error(
+                f"`config.{name}` makes a second DeepSpeed configuration",
+                draft.where(name),
+                why="the job hands one to accelerate",
+                hint="use `recipe_options.deepspeed` and `deepspeed_config`",
+            )
             draft.values.pop(name)
     if (draft.count("sequence_parallel_size") or 1) > 1 and chosen != "zero3":
-        draft.error("`sequence_parallel_size` needs ZeRO-3", draft.where("sequence_parallel_size"),
-                    why="open-instruct's sequence parallelism is DeepSpeed's", hint="recipe_options: {deepspeed: zero3}")  # fmt: skip
+        draft.error(
+            "`sequence_parallel_size` needs ZeRO-3",
+            draft.where("sequence_parallel_size"),
+            why="open-instruct's sequence parallelism is DeepSpeed's",
+            hint="recipe_options: {deepspeed: zero3}",
+        )
     return chosen
 
 
 def check_optimizer(draft: Draft, sharding: str) -> None:
-    """The 8-bit optimizer is for one process without DeepSpeed, and upstream uses it only with another switch."""
+    """The 8-bit optimizer is for one process without DeepSpeed, and upstream uses it only with
+    another switch."""
     where = draft.where("use_8bit_optimizer")
     if draft.values.get("use_8bit_optimizer") is True:
         if sharding != "none":
-            draft.error("`use_8bit_optimizer: true` does not work with DeepSpeed", where,
-                        why="open-instruct: not compatible with deepspeed; its state cannot be sharded",
-                        hint="delete it for several GPUs, or `recipe_options: {deepspeed: none}` on one")  # fmt: skip
+            draft.error(
+                "`use_8bit_optimizer: true` does not work with DeepSpeed",
+                where,
+                why="open-instruct: not compatible with deepspeed; its state cannot be sharded",
+                hint="delete it for several GPUs, or `recipe_options: {deepspeed: none}` on one",
+            )
         elif draft.world_size > 1:
-            draft.error(f"`use_8bit_optimizer: true` on {draft.world_size} processes", where,
-                        why="it is for one GPU: without DeepSpeed each process holds the whole model",
-                        hint="delete it, and let ZeRO-3 shard the optimizer")  # fmt: skip
+            draft.error(
+                f"`use_8bit_optimizer: true` on {draft.world_size} processes",
+                where,
+                why="it is for one GPU: without DeepSpeed each process holds the whole model",
+                hint="delete it, and let ZeRO-3 shard the optimizer",
+            )
         switch = "dpo_use_paged_optimizer" if draft.program == DPO else "use_qlora"
         if not draft.values.get(switch) and not draft.values.get("use_qlora"):
-            draft.error("`use_8bit_optimizer` alone has no effect", where, level="warning",
-                        why=f"upstream {draft.program} looks at it only with `{switch}`: the optimizer's state stays in 32 bits",
-                        hint=f"add `{switch}: true`" if draft.program == DPO else "fine where your copy of open-instruct changed that")  # fmt: skip
+            draft.error(
+                "`use_8bit_optimizer` alone has no effect",
+                where,
+                level="warning",
+                why=(
+                    f"upstream {draft.program} looks at it only with `{switch}`: the optimizer's"
+                    " state stays in 32 bits"
+                ),
+                hint=(
+                    f"add `{switch}: true`"
+                    if draft.program == DPO
+                    else "fine where your copy of open-instruct changed that"
+                ),
+            )
     if draft.values.get("use_qlora") is True and sharding != "none":
-        draft.error("`use_qlora: true` does not work with DeepSpeed", draft.where("use_qlora"), why="open-instruct's own words",
-                    hint="recipe_options: {deepspeed: none}")  # fmt: skip
+        draft.error(
+            "`use_qlora: true` does not work with DeepSpeed",
+            draft.where("use_qlora"),
+            why="open-instruct's own words",
+            hint="recipe_options: {deepspeed: none}",
+        )
     if draft.values.get("dpo_use_paged_optimizer") is True and sharding != "none":
-        draft.error("`dpo_use_paged_optimizer: true` does not work with DeepSpeed", draft.where("dpo_use_paged_optimizer"),
-                    why="it replaces the optimizer that DeepSpeed shards", hint="delete it for several GPUs")  # fmt: skip
+        draft.error(
+            "`dpo_use_paged_optimizer: true` does not work with DeepSpeed",
+            draft.where("dpo_use_paged_optimizer"),
+            why="it replaces the optimizer that DeepSpeed shards",
+            hint="delete it for several GPUs",
+        )
 
 
 def deepspeed_text(draft: Draft, sharding: str) -> str | None:
-    """DeepSpeed's configuration as JSON; `auto` is what accelerate fills in from the program's arguments.
+    """DeepSpeed's configuration as JSON; `auto` is what accelerate fills in from the program's
+    arguments.
 
-    None without DeepSpeed, or with a file of the user's. Clipping stands here, since with DeepSpeed the programs'
-    own argument for it does nothing (accelerate's default for `auto` is 1.0).
+    None without DeepSpeed, or with a file of the user's. Clipping stands here, since with DeepSpeed
+    the programs' own argument for it does nothing (accelerate's default for `auto` is 1.0).
     """
     if sharding == "none" or draft.options["deepspeed_config"]:
         return None
@@ -102,14 +149,20 @@ def deepspeed_text(draft: Draft, sharding: str) -> str | None:
 
 
 def check_deepspeed_file(draft: Draft, sharding: str) -> None:
-    """The user's own DeepSpeed configuration, where it can be read from here: what accelerate or DeepSpeed refuses, or what
-    contradicts the run (accelerate src/accelerate/utils/dataclasses.py, accelerator.py `_prepare_deepspeed`)."""
+    """The user's own DeepSpeed configuration, where it can be read from here: what accelerate or
+    DeepSpeed refuses, or what contradicts the run (accelerate src/accelerate/utils/dataclasses.py,
+    accelerator.py `_prepare_deepspeed`).
+    """
     path, where = draft.path_option("deepspeed_config"), draft.option_where("deepspeed_config")
     if not path:
         return
     if sharding == "none":
-        draft.error("`deepspeed_config` without DeepSpeed has no effect", where, level="warning",
-                    hint="delete it, or recipe_options: {deepspeed: zero3}")  # fmt: skip
+        draft.error(
+            "`deepspeed_config` without DeepSpeed has no effect",
+            where,
+            level="warning",
+            hint="delete it, or recipe_options: {deepspeed: zero3}",
+        )
         return
     try:
         with open(path, encoding="utf-8") as file:
@@ -122,26 +175,45 @@ def check_deepspeed_file(draft: Draft, sharding: str) -> None:
     zero = found.get("zero_optimization") if isinstance(found, dict) else None
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
     if stage != _ZERO[sharding]:
-        draft.error(f"`deepspeed_config` has ZeRO stage {stage}, and the run is planned with {sharding}", where,
-                    why=f"zero_optimization.stage in {path}; the checkpoints of the two have other files",
-                    hint=f"stage {_ZERO[sharding]} there, or another `recipe_options.deepspeed`")  # fmt: skip
+        draft.error(
+            f"`deepspeed_config` has ZeRO stage {stage}, and the run is planned with {sharding}",
+            where,
+            why=f"zero_optimization.stage in {path}; the checkpoints of the two have other files",
+            hint=f"stage {_ZERO[sharding]} there, or another `recipe_options.deepspeed`",
+        )
     for name in ("optimizer", "scheduler"):
         if isinstance(found, dict) and name in found:
-            draft.error(f"`deepspeed_config` has an `{name}`, and open-instruct makes its own", where,
-                        why=f"accelerate refuses two ({path})", hint="delete it there")  # fmt: skip
-    micro, gas = draft.count("per_device_train_batch_size"), draft.count("gradient_accumulation_steps")
-    for name, wanted in (("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", gas)):
+            draft.error(
+                f"`deepspeed_config` has an `{name}`, and open-instruct makes its own",
+                where,
+                why=f"accelerate refuses two ({path})",
+                hint="delete it there",
+            )
+    micro, gas = (
+        draft.count("per_device_train_batch_size"),
+        draft.count("gradient_accumulation_steps"),
+    )
+    for name, wanted in (
+        ("train_micro_batch_size_per_gpu", micro),
+        ("gradient_accumulation_steps", gas),
+    ):
         given = found.get(name, "auto") if isinstance(found, dict) else "auto"
         if given != "auto" and wanted and given != wanted:
-            draft.error(f"`deepspeed_config` has `{name}: {given}`, and the run {wanted}", where, why=f"in {path}",
-                        hint='"auto" takes the run\'s')  # fmt: skip
+            draft.error(
+                f"`deepspeed_config` has `{name}: {given}`, and the run {wanted}",
+                where,
+                why=f"in {path}",
+                hint='"auto" takes the run\'s',
+            )
 
 
 def _clipping(draft: Draft) -> float:
     name = draft.names.clip
     given = as_number(draft.values.get(name))
     if draft.values.get(name) is None or given is None:
-        draft.decide("launch.gradient_clipping", 1.0, "accelerate's default with DeepSpeed", "recipe")
+        draft.decide(
+            "launch.gradient_clipping", 1.0, "accelerate's default with DeepSpeed", "recipe"
+        )
         return 1.0
     value = max(given, 0.0)
     draft.decide(
@@ -154,15 +226,20 @@ def _clipping(draft: Draft) -> float:
 
 
 def launch_words(draft: Draft, sharding: str, config_file: str | None) -> list[list[str]]:
-    """accelerate's options for every node, one list a flag; the node's number and the rendezvous are added on the node."""
-    words = [["--num_machines", str(draft.context.num_nodes)], ["--num_processes", str(draft.world_size)]]
+    """accelerate's options for every node, one list a flag; the node's number and the rendezvous
+    are added on the node."""
+    words = [
+        ["--num_machines", str(draft.context.num_nodes)],
+        ["--num_processes", str(draft.world_size)],
+    ]
     words += [
         ["--rdzv_backend", "static"],
         ["--mixed_precision", str(draft.options["mixed_precision"])],
         ["--dynamo_backend", "no"],
     ]
     if sharding != "none":
-        # `standard` is torchrun's way; accelerate's default for several nodes is pdsh with a host file.
+        # `standard` is torchrun's way; accelerate's default for several nodes is pdsh with a host
+        # file.
         words += [
             ["--use_deepspeed"],
             ["--deepspeed_config_file", config_file or ""],
@@ -174,7 +251,8 @@ def launch_words(draft: Draft, sharding: str, config_file: str | None) -> list[l
 
 
 def module_name(entrypoint: str) -> str:
-    """`open_instruct/finetune.py` as `open_instruct.finetune`, so that Python takes the package from the working copy."""
+    """`open_instruct/finetune.py` as `open_instruct.finetune`, so that Python takes the package
+    from the working copy."""
     return re.sub(r"\.py\Z", "", entrypoint).replace("/", ".")
 
 
@@ -182,11 +260,19 @@ def environment(draft: Draft, hf_home: str | None) -> tuple[EnvVar, ...]:
     """What the libraries must find in the job's environment."""
     out = []
     if hf_home:
-        out.append(EnvVar("HF_HOME", hf_home, "models and data sets, laid out as the Hugging Face libraries do"))
+        out.append(
+            EnvVar(
+                "HF_HOME",
+                hf_home,
+                "models and data sets, laid out as the Hugging Face libraries do",
+            )
+        )
     if draft.options["offline"]:
         out += [
             EnvVar(
-                "HF_HUB_OFFLINE", "1", "nobody is asked: what is missing from the cache is found before the GPUs wait"
+                "HF_HUB_OFFLINE",
+                "1",
+                "nobody is asked: what is missing from the cache is found before the GPUs wait",
             ),
             EnvVar("HF_DATASETS_OFFLINE", "1", "the same for data sets"),
         ]

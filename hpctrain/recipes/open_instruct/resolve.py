@@ -1,7 +1,8 @@
-"""open-instruct's SFT and DPO as recipes: run.yaml -> one command line for every mode, one launcher a node.
+"""open-instruct's SFT and DPO as recipes: run.yaml -> one command line for every mode, one launcher
+a node.
 
-The programs take up their newest complete checkpoint by themselves, so the same command starts and resumes; which one
-that is, the guard decides before (it moves incomplete ones away).
+The programs take up their newest complete checkpoint by themselves, so the same command starts and
+resumes; which one that is, the guard decides before (it moves incomplete ones away).
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ import re
 
 from hpctrain.recipes.contract import Cadence, Context, Guard, HubRepo, Resolved
 from hpctrain.recipes.open_instruct import data, launch, training
-from hpctrain.recipes.open_instruct.arguments import describe_unknown, flags, has_table, known_commits, value_problems
+from hpctrain.recipes.open_instruct.arguments import (
+    describe_unknown,
+    flags,
+    has_table,
+    known_commits,
+    value_problems,
+)
 from hpctrain.recipes.open_instruct.draft import DPO, SFT, Draft
 from hpctrain.runtime import hubcache
 
@@ -45,8 +52,11 @@ def resolve(context: Context) -> Resolved:
     launch.check_deepspeed_file(draft, sharding)
     hf_home, cache_dir = draft.path_option("hf_home"), _cache_dir(draft)
     if options["offline"] and not hf_home:
-        draft.error("`offline: true` needs to know where models and data sets are", draft.option_where("hf_home"),
-                    hint="recipe_options: {hf_home: /scratch/…/hf}, or {offline: false}")  # fmt: skip
+        draft.error(
+            "`offline: true` needs to know where models and data sets are",
+            draft.option_where("hf_home"),
+            hint="recipe_options: {hf_home: /scratch/…/hf}, or {offline: false}",
+        )
     repos = data.hub_repos(draft, model, mixer, hf_home) if options["offline"] and hf_home else ()
     config_file = draft.path_option("deepspeed_config") or (
         os.path.join(context.run_dir, launch.DEEPSPEED_FILE) if deepspeed else None
@@ -57,7 +67,11 @@ def resolve(context: Context) -> Resolved:
     local = [mixer[index] for index in range(0, len(mixer), 2) if draft.local(mixer[index])]
     paths = [
         ("open-instruct working copy", folder, draft.option_where("dir")),
-        ("entrypoint", os.path.join(folder, options["entrypoint"]), draft.option_where("entrypoint")),
+        (
+            "entrypoint",
+            os.path.join(folder, options["entrypoint"]),
+            draft.option_where("entrypoint"),
+        ),
         *(("training data", path, spec.where("data", "train")) for path in local),
     ]
     if options["offline"] and hf_home:
@@ -66,13 +80,19 @@ def resolve(context: Context) -> Resolved:
     if model.folder and not handed:  # what an earlier stage hands over is not there yet
         paths.append(("model", os.path.join(model.folder, "config.json"), model.where))
     if options["deepspeed_config"]:
-        paths.append(("DeepSpeed configuration", config_file or "", draft.option_where("deepspeed_config")))
+        paths.append(
+            ("DeepSpeed configuration", config_file or "", draft.option_where("deepspeed_config"))
+        )
     failed = any(problem.level == "error" for problem in draft.problems)
     caches = _caches(draft, model, mixer, cache_dir, values)
     return Resolved(
         argv=(options["python"], "-u", "-m", "accelerate.commands.launch"),
         workdir=folder,
-        files={} if failed else {CACHES_FILE: caches, **({launch.DEEPSPEED_FILE: deepspeed} if deepspeed else {})},
+        files=(
+            {}
+            if failed
+            else {CACHES_FILE: caches, **({launch.DEEPSPEED_FILE: deepspeed} if deepspeed else {})}
+        ),
         env=launch.environment(draft, hf_home),
         guard=Guard(
             layout="open-instruct",
@@ -87,7 +107,10 @@ def resolve(context: Context) -> Resolved:
             "commit": str(options["commit"]),
             "dir": folder,
             "launch": words,
-            "arguments": [*flags(values, draft.arguments), *([list(options["extra_arguments"])] if options["extra_arguments"] else [])],
+            "arguments": [
+                *flags(values, draft.arguments),
+                *([list(options["extra_arguments"])] if options["extra_arguments"] else []),
+            ],
             "cache_flag": f"--{draft.names.cache_dir}",
             "hf_home": hf_home,
         },
@@ -98,32 +121,53 @@ def resolve(context: Context) -> Resolved:
         placeholders=_placeholders(folder, str(options["commit"]), model, repos),
         decisions=tuple(draft.decisions),
         problems=tuple(draft.problems),
-    )  # fmt: skip
+    )
 
 
 def _check_program(draft: Draft) -> None:
     """The entrypoint and the commit, which only together say what the arguments mean."""
     commit, entrypoint = str(draft.options["commit"]), str(draft.options["entrypoint"])
     if not re.fullmatch(r"[0-9a-f]{7,40}", commit):
-        draft.error(f"`commit: {commit}` is no git commit", draft.option_where("commit"),
-                    why="7 to 40 hexadecimal digits in small letters", hint="git -C DIR rev-parse HEAD")  # fmt: skip
+        draft.error(
+            f"`commit: {commit}` is no git commit",
+            draft.option_where("commit"),
+            why="7 to 40 hexadecimal digits in small letters",
+            hint="git -C DIR rev-parse HEAD",
+        )
     elif not draft.commit:
         newest, day = list(known_commits().items())[-1]
-        draft.error(f"the arguments of open-instruct at {commit[:7]} are not known here", draft.option_where("commit"), level="note",
-                    why=f"they were checked against those of {newest[:7]} ({day}) and older ones")  # fmt: skip
+        draft.error(
+            f"the arguments of open-instruct at {commit[:7]} are not known here",
+            draft.option_where("commit"),
+            level="note",
+            why=f"they were checked against those of {newest[:7]} ({day}) and older ones",
+        )
     if not re.fullmatch(r"[A-Za-z_]\w*(/[A-Za-z_]\w*)*\.py", entrypoint, re.ASCII):
-        draft.error(f"`entrypoint: {entrypoint}` is no Python file below `dir`", draft.option_where("entrypoint"),
-                    hint=f"for example {draft.program}")  # fmt: skip
+        draft.error(
+            f"`entrypoint: {entrypoint}` is no Python file below `dir`",
+            draft.option_where("entrypoint"),
+            hint=f"for example {draft.program}",
+        )
     elif os.path.basename(entrypoint) == "dpo.py":
-        draft.error("open_instruct/dpo.py is started by torchrun and keeps checkpoints of OLMo-core", draft.option_where("entrypoint"),
-                    why="it takes neither accelerate's DeepSpeed nor the 8-bit and paged optimizers",
-                    hint=f"entrypoint: {DPO}")  # fmt: skip
+        draft.error(
+            "open_instruct/dpo.py is started by torchrun and keeps checkpoints of OLMo-core",
+            draft.option_where("entrypoint"),
+            why="it takes neither accelerate's DeepSpeed nor the 8-bit and paged optimizers",
+            hint=f"entrypoint: {DPO}",
+        )
     elif entrypoint != draft.program and has_table(entrypoint):
         other = "open-instruct-dpo" if draft.program == SFT else "open-instruct-sft"
-        draft.error(f"`entrypoint: {entrypoint}` belongs to the recipe {other}", draft.option_where("entrypoint"))
+        draft.error(
+            f"`entrypoint: {entrypoint}` belongs to the recipe {other}",
+            draft.option_where("entrypoint"),
+        )
     elif entrypoint != draft.program:
-        draft.error(f"the arguments of {entrypoint} are not known here", draft.option_where("entrypoint"), level="note",
-                    why=f"they were checked against those of {draft.program}")  # fmt: skip
+        draft.error(
+            f"the arguments of {entrypoint} are not known here",
+            draft.option_where("entrypoint"),
+            level="note",
+            why=f"they were checked against those of {draft.program}",
+        )
 
 
 def _check_arguments(draft: Draft) -> None:
@@ -141,18 +185,29 @@ def _check_arguments(draft: Draft) -> None:
             continue  # a default of the recipe's that this commit does not have
         why, hint = describe_unknown(str(name), draft.program, draft.commit)
         draft.error(
-            f"{os.path.basename(draft.program)} has no argument `{name}`", draft.document.where_key(name), why, hint
+            f"{os.path.basename(draft.program)} has no argument `{name}`",
+            draft.document.where_key(name),
+            why,
+            hint,
         )
 
 
 def _check_extra(draft: Draft) -> None:
-    """Arguments beside `config:` that `config:` has: the program takes the last of two, and no check has seen it."""
+    """Arguments beside `config:` that `config:` has: the program takes the last of two, and no
+    check has seen it."""
     for word in draft.options["extra_arguments"] or ():
         name = str(word).partition("=")[0].removeprefix("--").replace("-", "_")
-        if str(word).startswith("--") and name in {*draft.arguments, "dataset_local_cache_dir", "local_cache_dir"}:
-            draft.error(f"`extra_arguments` has `--{name}`, which the program knows", draft.option_where("extra_arguments"),
-                        why="the last of two wins, and the checks would not see it",
-                        hint=f"config: {{{name}: …}}")  # fmt: skip
+        if str(word).startswith("--") and name in {
+            *draft.arguments,
+            "dataset_local_cache_dir",
+            "local_cache_dir",
+        }:
+            draft.error(
+                f"`extra_arguments` has `--{name}`, which the program knows",
+                draft.option_where("extra_arguments"),
+                why="the last of two wins, and the checks would not see it",
+                hint=f"config: {{{name}: …}}",
+            )
 
 
 def _decide_program(draft: Draft, folder: str) -> None:
@@ -166,53 +221,112 @@ def _decide_program(draft: Draft, folder: str) -> None:
     )
     draft.decide("open_instruct.dir", folder, "the working copy", draft.option_where("dir"))
     draft.decide(
-        "open_instruct.commit", commit, "each job compares it with `git rev-parse HEAD`", draft.option_where("commit")
+        "open_instruct.commit",
+        commit,
+        "each job compares it with `git rev-parse HEAD`",
+        draft.option_where("commit"),
     )
-    draft.decide("launch.processes", draft.world_size, f"{context.num_nodes} nodes x {draft.processes_per_node}, one launcher a node",
-                 draft.spec.where("nodes"))  # fmt: skip
+    draft.decide(
+        "launch.processes",
+        draft.world_size,
+        f"{context.num_nodes} nodes x {draft.processes_per_node}, one launcher a node",
+        draft.spec.where("nodes"),
+    )
 
 
 def _cache_dir(draft: Draft) -> str:
-    """Where tokenized data and reference log-probabilities are kept: beside the checkpoint folder, for all runs there."""
+    """Where tokenized data and reference log-probabilities are kept: beside the checkpoint folder,
+    for all runs there."""
     given = draft.path_option("cache_dir")
     beside = os.path.join(os.path.dirname(draft.spec.checkpoint_dir or "/"), "open-instruct-cache")
     found = given or beside
-    reason = "as the run says" if given else "beside `checkpoint.dir`, so that the runs there share it"
-    draft.decide("open_instruct.cache_dir", found, reason + "; one folder per fingerprint of data, tokenizer and settings",
-                 draft.option_where("cache_dir") if given else "")  # fmt: skip
+    reason = (
+        "as the run says" if given else "beside `checkpoint.dir`, so that the runs there share it"
+    )
+    draft.decide(
+        "open_instruct.cache_dir",
+        found,
+        reason + "; one folder per fingerprint of data, tokenizer and settings",
+        draft.option_where("cache_dir") if given else "",
+    )
     return found
 
 
-def _caches(draft: Draft, model: data.Model, mixer: list[str], cache_dir: str, values: dict[str, object]) -> str:
-    """What `runtime/caches.py` must know: what the tokenized data, and for DPO the reference, are made from."""
+def _caches(
+    draft: Draft, model: data.Model, mixer: list[str], cache_dir: str, values: dict[str, object]
+) -> str:
+    """What `runtime/caches.py` must know: what the tokenized data, and for DPO the reference, are
+    made from."""
     names = draft.names
-    made_from = ("max_seq_length", names.splits, names.transform, names.target, "chat_template_name", "get_tokenizer_fn", "add_bos",
-                 "use_fast", "tokenizer_name_or_path", "tokenizer_revision", "sft_messages_key", "model_revision")  # fmt: skip
-    reference_from = ("loss_type", "concatenated_forward", "packing", "max_train_samples", "use_lora", "use_qlora", "model_revision",
-                      "attn_implementation", "use_flash_attn")  # fmt: skip
+    made_from = (
+        "max_seq_length",
+        names.splits,
+        names.transform,
+        names.target,
+        "chat_template_name",
+        "get_tokenizer_fn",
+        "add_bos",
+        "use_fast",
+        "tokenizer_name_or_path",
+        "tokenizer_revision",
+        "sft_messages_key",
+        "model_revision",
+    )
+    reference_from = (
+        "loss_type",
+        "concatenated_forward",
+        "packing",
+        "max_train_samples",
+        "use_lora",
+        "use_qlora",
+        "model_revision",
+        "attn_implementation",
+        "use_flash_attn",
+    )
     needs_reference = draft.program == DPO and draft.get("loss_type") != "simpo"
     tokenizer = draft.values.get("tokenizer_name_or_path")
     content = {
         "schema_version": 1,
         "cache_dir": cache_dir,
-        "program": {"commit": str(draft.options["commit"]), "entrypoint": str(draft.options["entrypoint"])},
+        "program": {
+            "commit": str(draft.options["commit"]),
+            "entrypoint": str(draft.options["entrypoint"]),
+        },
         "mixer": mixer,
-        "dataset": {name: values[name] for name in sorted(made_from) if values.get(name) is not None},
+        "dataset": {
+            name: values[name] for name in sorted(made_from) if values.get(name) is not None
+        },
         "tokenizer": tokenizer if isinstance(tokenizer, str) else model.folder or model.name,
-        "model": {"name": model.name, "folder": model.folder, "alias": model.aliased, "revision": draft.get("model_revision") or "main"},
+        "model": {
+            "name": model.name,
+            "folder": model.folder,
+            "alias": model.aliased,
+            "revision": draft.get("model_revision") or "main",
+        },
         "hf_home": draft.path_option("hf_home"),
         "offline": bool(draft.options["offline"]),
-        "reference": {name: draft.get(name) for name in sorted(reference_from) if draft.has(name)} if needs_reference else None,
+        "reference": (
+            {name: draft.get(name) for name in sorted(reference_from) if draft.has(name)}
+            if needs_reference
+            else None
+        ),
         "needed": [
             {"what": repo.what, "kind": repo.kind, "repo": repo.repo_id, "revision": repo.revision}
-            for repo in (data.hub_repos(draft, model, mixer, draft.path_option("hf_home") or "/") if draft.options["offline"] else ())
+            for repo in (
+                data.hub_repos(draft, model, mixer, draft.path_option("hf_home") or "/")
+                if draft.options["offline"]
+                else ()
+            )
         ],
-    }  # fmt: skip
+    }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _placeholders(folder: str, commit: str, model: data.Model, repos: tuple[HubRepo, ...]) -> dict[str, str]:
-    """What a rehearsal must show where an empty file would not do: a working copy at the commit, and a filled cache."""
+def _placeholders(
+    folder: str, commit: str, model: data.Model, repos: tuple[HubRepo, ...]
+) -> dict[str, str]:
+    """What a rehearsal must show where an empty file would not do: a working copy at the commit,
+    and a filled cache."""
     git, no_commit = os.path.join(folder, ".git"), "0" * 40
     found = {os.path.join(git, "HEAD"): commit.ljust(40, "0") + "\n"}
     found |= {os.path.join(git, name, "placeholder"): "\n" for name in ("objects", "refs")}
@@ -227,5 +341,8 @@ def _placeholders(folder: str, commit: str, model: data.Model, repos: tuple[HubR
         found[os.path.join(place, "refs", repo.revision)] = no_commit
         models.append(os.path.join(place, "snapshots", no_commit))
     for place in models:
-        found |= {os.path.join(place, name): "{}\n" for name in ("config.json", "model.safetensors", "tokenizer.json")}
+        found |= {
+            os.path.join(place, name): "{}\n"
+            for name in ("config.json", "model.safetensors", "tokenizer.json")
+        }
     return found

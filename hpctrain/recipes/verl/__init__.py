@@ -1,1 +1,2 @@
-"""The rules of the recipe verl-gad: presets, hydra overrides, batch arithmetic and a memory estimate. Pure."""
+"""The rules of the recipe verl-gad: presets, hydra overrides, batch arithmetic and a memory
+estimate. Pure."""

@@ -1,4 +1,5 @@
-"""verl's own configuration keys, by version, to tell a slip of the pen from a key: `templates/verl-gad/keys.txt`."""
+"""verl's own configuration keys, by version, to tell a slip of the pen from a key:
+`templates/verl-gad/keys.txt`."""
 
 from __future__ import annotations
 
@@ -24,18 +25,23 @@ def load_keys() -> Keys:
     """The shipped list."""
     versions: tuple[str, ...] = ()
     known: dict[str, tuple[str, ...]] = {}
-    with open(os.path.join(shipped_dir("templates"), "verl-gad", "keys.txt"), encoding="utf-8") as file:
+    with open(
+        os.path.join(shipped_dir("templates"), "verl-gad", "keys.txt"), encoding="utf-8"
+    ) as file:
         for line in file:
             words = line.split()
             if words[0] == "versions":
                 versions = tuple(words[1:])
             elif words[0] != "#":
-                known[words[1]] = tuple(version for version, mark in zip(versions, words[0]) if mark == "x")
+                known[words[1]] = tuple(
+                    version for version, mark in zip(versions, words[0]) if mark == "x"
+                )
     return Keys(versions, known)
 
 
 def key_problems(key: str, where: str) -> list[Problem]:
-    """A warning for a key that no known verl has. `+key` adds one on purpose; the fork may have keys of its own."""
+    """A warning for a key that no known verl has. `+key` adds one on purpose; the fork may have
+    keys of its own."""
     if key.startswith(("+", "~")) or key.startswith("hydra."):
         return []
     keys = load_keys()
@@ -44,12 +50,21 @@ def key_problems(key: str, where: str) -> list[Problem]:
         return []
     return [
         Problem(
-            f"no verl from {keys.versions[0]} to {keys.versions[-1]} knows `config.{key}`", where,
+            f"no verl from {keys.versions[0]} to {keys.versions[-1]} knows `config.{key}`",
+            where,
             why="hydra refuses keys that the configuration does not have",
-            hint="; ".join(filter(None, [_nearest(key, keys), f"`+{key}` adds a key; ignore this where GAD's verl has it"])),
+            hint="; ".join(
+                filter(
+                    None,
+                    [
+                        _nearest(key, keys),
+                        f"`+{key}` adds a key; ignore this where GAD's verl has it",
+                    ],
+                )
+            ),
             level="warning",
         )
-    ]  # fmt: skip
+    ]
 
 
 def _nearest(key: str, keys: Keys) -> str:

@@ -1,6 +1,7 @@
 """What verl needs of a GPU's memory at least: a run that cannot fit is refused before it is queued.
 
-Per GPU, for W ranks with full sharding (FSDP, ZeRO-3) and the rollout in the same processes (verl's hybrid engine):
+Per GPU, for W ranks with full sharding (FSDP, ZeRO-3) and the rollout in the same processes (verl's
+hybrid engine):
 
   trained model   16 bytes x parameters / W       fp32 weights 4, gradients 4, Adam's two moments 8 (ZeRO,
                                                   arXiv:1910.02054, section 3.1; verl keeps fp32 masters of what it
@@ -12,9 +13,10 @@ Per GPU, for W ranks with full sharding (FSDP, ZeRO-3) and the rollout in the sa
   activations      2 bytes x tokens x (layers x hidden + 2 x vocab)   one input kept per checkpointed layer, bf16 logits
                                                   and their gradient of the longest micro-batch
 
-Training holds the trained and the resting model, reference and activations, and with `free_cache_engine: false` the
-rollout; generating holds two resting models, reference and rollout. The need is the greater of the two. Left out, so that
-it is a lower bound: vLLM's KV cache, what FSDP gathers, NCCL's buffers, fragmentation.
+Training holds the trained and the resting model, reference and activations, and with
+`free_cache_engine: false` the rollout; generating holds two resting models, reference and rollout.
+The need is the greater of the two. Left out, so that it is a lower bound: vLLM's KV cache, what
+FSDP gathers, NCCL's buffers, fragmentation.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ MOST_RANKS = 8192  # beyond that "more GPUs" is no advice
 
 @dataclass(frozen=True)
 class Need:
-    """GiB of one GPU, by what takes them; `training` and `generating` are the sums of the two phases.
+    """GiB of one GPU, by what takes them; `training` and `generating` are the sums of the two
+    phases.
 
-    `later`: what training takes after vLLM has taken its share: gradients, moments, activations. `host`: of one node.
+    `later`: what training takes after vLLM has taken its share: gradients, moments, activations.
+    `host`: of one node.
     """
 
     trained: float
@@ -54,8 +58,13 @@ class Need:
     @property
     def words(self) -> str:
         """The parts of the greater phase."""
-        named = {"trained model": self.trained, "resting model": self.resting, "reference": self.reference,
-                 "activations": self.activations, "rollout": self.rollout}  # fmt: skip
+        named = {
+            "trained model": self.trained,
+            "resting model": self.resting,
+            "reference": self.reference,
+            "activations": self.activations,
+            "rollout": self.rollout,
+        }
         if self.generating > self.training:
             named = {
                 "resting models": self.generating - self.reference - self.rollout,
@@ -66,12 +75,20 @@ class Need:
 
 
 def need(
-    shape: ModelShape, values: Mapping[str, Any], ranks: int, ranks_per_node: int, tensor_parallel: int, tokens: int
+    shape: ModelShape,
+    values: Mapping[str, Any],
+    ranks: int,
+    ranks_per_node: int,
+    tensor_parallel: int,
+    tokens: int,
 ) -> Need:
-    """The least that one GPU (and, with offloading, one node's memory) must have; all models have the same shape."""
+    """The least that one GPU (and, with offloading, one node's memory) must have; all models have
+    the same shape."""
     share = shape.parameters / ranks / GIB
     resting = [_resting_bytes(values, model) * share for model in (_ACTOR, _CRITIC)]
-    reference = 0.0 if values.get("actor_rollout_ref.ref.fsdp_config.param_offload") is True else 2 * share
+    reference = (
+        0.0 if values.get("actor_rollout_ref.ref.fsdp_config.param_offload") is True else 2 * share
+    )
     rollout = 2 * shape.parameters / tensor_parallel / GIB
     activations = 2 * tokens * (shape.layers * shape.hidden + 2 * shape.vocab) / GIB
     stays = rollout if values.get("actor_rollout_ref.rollout.free_cache_engine") is False else 0.0
@@ -83,14 +100,23 @@ def need(
         activations=activations,
         training=16 * share + max(resting) + reference + activations + stays,
         generating=sum(resting) + reference + rollout,
-        later=(12 + min(max(_resting_bytes(values, model) for model in (_ACTOR, _CRITIC)), 8)) * share + activations,
+        later=(12 + min(max(_resting_bytes(values, model) for model in (_ACTOR, _CRITIC)), 8))
+        * share
+        + activations,
         host=(24 * share - sum(resting) + (2 * share - reference)) * ranks_per_node,
     )
 
 
-def least_ranks(shape: ModelShape, values: Mapping[str, Any], gpu_gib: float, ranks_per_node: int,
-                tensor_parallel: int, tokens: int) -> int | None:  # fmt: skip
-    """The least number of GPUs, in whole nodes, on which it could fit; None when no sensible number is enough."""
+def least_ranks(
+    shape: ModelShape,
+    values: Mapping[str, Any],
+    gpu_gib: float,
+    ranks_per_node: int,
+    tensor_parallel: int,
+    tokens: int,
+) -> int | None:
+    """The least number of GPUs, in whole nodes, on which it could fit; None when no sensible number
+    is enough."""
     for ranks in range(ranks_per_node, MOST_RANKS + 1, ranks_per_node):
         if need(shape, values, ranks, ranks_per_node, tensor_parallel, tokens).total <= gpu_gib:
             return ranks

@@ -1,7 +1,8 @@
 """GAD's settings: what its scripts pass to verl, by stage and by size of the student.
 
-Sources: microsoft/LMOps gad/scripts/train/gpt5-chat-filtered-7b-{warmup,adversarial}-lr1e-6.sh (commit 4f2a9de) for the
-7B values; the other sizes are scaled from it. Model shapes: `config.json` of Qwen2.5-3B/7B/14B-Instruct and Qwen3-235B-A22B.
+Sources: microsoft/LMOps gad/scripts/train/gpt5-chat-filtered-7b-{warmup,adversarial}-lr1e-6.sh
+(commit 4f2a9de) for the 7B values; the other sizes are scaled from it. Model shapes: `config.json`
+of Qwen2.5-3B/7B/14B-Instruct and Qwen3-235B-A22B.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ BRANCHES = {"warmup": "warmup", "adversarial": "gad"}
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the arithmetic needs of a model: numbers of parameters, layers, heads; widths of a token and of the vocabulary;
-    `positions`: the longest sequence it knows (`max_position_embeddings`)."""
+    """What the arithmetic needs of a model: numbers of parameters, layers, heads; widths of a token
+    and of the vocabulary; `positions`: the longest sequence it knows
+    (`max_position_embeddings`)."""
 
     parameters: float
     layers: int
@@ -30,7 +32,8 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Size:
-    """One row of the size table. `tokens_per_gpu` bounds one forward pass of the actor and of the critic."""
+    """One row of the size table. `tokens_per_gpu` bounds one forward pass of the actor and of the
+    critic."""
 
     shape: ModelShape
     tensor_parallel: int
@@ -52,7 +55,8 @@ SHAPE_KEYS = ("parameters", "layers", "hidden", "heads", "kv_heads", "vocab", "p
 
 
 def overrides_of(stage: str, size: Size) -> dict[str, Any]:
-    """The hydra overrides of a stage and size, in the order of GAD's scripts; what depends on the run comes on top."""
+    """The hydra overrides of a stage and size, in the order of GAD's scripts; what depends on the
+    run comes on top."""
     warmup = stage == "warmup"
     values: Mapping[str, Any] = {
         "algorithm.adv_estimator": "grpo",

@@ -1,4 +1,5 @@
-"""The report's drawings with matplotlib: curves over the whole chain and a time line, as SVG without outside parts, or PNG."""
+"""The report's drawings with matplotlib: curves over the whole chain and a time line, as SVG
+without outside parts, or PNG."""
 
 from __future__ import annotations
 
@@ -26,10 +27,20 @@ def _pyplot() -> Any:
     import matplotlib.pyplot as plt
 
     # Text as paths: the page then needs no font; the fixed salt makes equal drawings equal bytes.
-    plt.rcParams.update({
-        "svg.fonttype": "path", "svg.hashsalt": "hpctrain", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "grid.color": "#eceef1", "axes.edgecolor": "#8a8f98", "figure.autolayout": False, "axes.axisbelow": True,
-    })  # fmt: skip
+    plt.rcParams.update(
+        {
+            "svg.fonttype": "path",
+            "svg.hashsalt": "hpctrain",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#eceef1",
+            "axes.edgecolor": "#8a8f98",
+            "figure.autolayout": False,
+            "axes.axisbelow": True,
+        }
+    )
     return plt
 
 
@@ -39,8 +50,11 @@ Pick = Callable[[Any], Optional[float]]
 def _panels(report: Report) -> list[tuple[str, Pick]]:
     unit, rate = _rate(report)
     return [
-        ("loss", lambda step: step.loss), ("learning rate", lambda step: step.lr), ("gradient norm", lambda step: step.grad_norm), (unit, rate),
-    ]  # fmt: skip
+        ("loss", lambda step: step.loss),
+        ("learning rate", lambda step: step.lr),
+        ("gradient norm", lambda step: step.grad_norm),
+        (unit, rate),
+    ]
 
 
 def _told(report: Report, pick: Pick) -> bool:
@@ -54,19 +68,33 @@ def missing(report: Report) -> list[str]:
 
 
 def curves(report: Report) -> Any:
-    """Loss, learning rate, gradient norm and speed over iterations, those that the logs tell; links bounded by lines, lost work shaded."""
+    """Loss, learning rate, gradient norm and speed over iterations, those that the logs tell; links
+    bounded by lines, lost work shaded."""
     plt = _pyplot()
     panels = [panel for panel in _panels(report) if _told(report, panel[1])] or _panels(report)[:1]
     ratios = [2, *([1] * (len(panels) - 1))]
     figure, found = plt.subplots(
-        len(panels), 1, figsize=(10, 0.9 + 1.66 * sum(ratios)), sharex=True, height_ratios=ratios, squeeze=False
+        len(panels),
+        1,
+        figsize=(10, 0.9 + 1.66 * sum(ratios)),
+        sharex=True,
+        height_ratios=ratios,
+        squeeze=False,
     )
     axes = found[:, 0]
     for axis, (title, pick) in zip(axes, panels):
         drawn = _panel(axis, report, pick)
         axis.set_ylabel(title)
         if not drawn:
-            axis.text(0.5, 0.5, "not in the logs", transform=axis.transAxes, ha="center", va="center", color=GREY)
+            axis.text(
+                0.5,
+                0.5,
+                "not in the logs",
+                transform=axis.transAxes,
+                ha="center",
+                va="center",
+                color=GREY,
+            )
             axis.set_yticks([])
     _boundaries(axes, report)
     if panels[0][0] == "loss":
@@ -78,7 +106,8 @@ def curves(report: Report) -> Any:
 
 
 def _panel(axis: Any, report: Report, pick: Callable[[Any], float | None]) -> bool:
-    """One line a start of a job, so that work done twice is seen twice; values that are not finite as red crosses."""
+    """One line a start of a job, so that work done twice is seen twice; values that are not finite
+    as red crosses."""
     drawn = False
     series: dict[int, tuple[list[float], list[float]]] = {}
     bad: list[float] = []
@@ -94,7 +123,13 @@ def _panel(axis: Any, report: Report, pick: Callable[[Any], float | None]) -> bo
         xs.append(where)
         ys.append(value)
     for index, (xs, ys) in enumerate(series.values()):
-        axis.plot(xs, ys, color=BLUE if index % 2 == 0 else ORANGE, linewidth=1.1, marker="." if len(xs) < 3 else None)
+        axis.plot(
+            xs,
+            ys,
+            color=BLUE if index % 2 == 0 else ORANGE,
+            linewidth=1.1,
+            marker="." if len(xs) < 3 else None,
+        )
         drawn = True
     if bad:
         axis.plot(
@@ -121,18 +156,32 @@ def _boundaries(axes: Any, report: Report) -> None:
                 axis.axvline(row.first_iteration, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
             if row.lost_iterations:
                 axis.axvspan(
-                    row.last_iteration - row.lost_iterations + 1, row.last_iteration, color=RED, alpha=0.13, linewidth=0
+                    row.last_iteration - row.lost_iterations + 1,
+                    row.last_iteration,
+                    color=RED,
+                    alpha=0.13,
+                    linewidth=0,
                 )
     groups = _labels(report)
     for where, label in groups if len(groups) <= 12 else []:
-        axes[0].annotate(label, (where, 1.0), xycoords=("data", "axes fraction"), xytext=(3, 2), textcoords="offset points",
-                         color="#4a4f57", fontsize=8, rotation=0 if len(groups) <= 6 else 30)  # fmt: skip
+        axes[0].annotate(
+            label,
+            (where, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 2),
+            textcoords="offset points",
+            color="#4a4f57",
+            fontsize=8,
+            rotation=0 if len(groups) <= 6 else 30,
+        )
 
 
 def _labels(report: Report) -> list[tuple[int, str]]:
     """Where starts begin and their names; those that begin close together share a label."""
     shown = sorted(
-        (row.first_iteration, index, row) for index, row in enumerate(report.rows) if row.first_iteration is not None
+        (row.first_iteration, index, row)
+        for index, row in enumerate(report.rows)
+        if row.first_iteration is not None
     )
     reach = max((row.last_iteration or 0 for _, _, row in shown), default=0)
     near = 0.08 * max(reach - (shown[0][0] if shown else 0), 1)
@@ -154,15 +203,27 @@ def _names(rows: list[AttemptRow]) -> str:
 
 
 def _clip_spikes(axis: Any, report: Report) -> None:
-    """A diverged loss must not flatten the rest: the axis ends at four times the first losses, or the middle of all."""
-    losses = [step.loss for _, step, _ in report.points.rows if step.loss is not None and math.isfinite(step.loss)]
+    """A diverged loss must not flatten the rest: the axis ends at four times the first losses, or
+    the middle of all."""
+    losses = [
+        step.loss
+        for _, step, _ in report.points.rows
+        if step.loss is not None and math.isfinite(step.loss)
+    ]
     if len(losses) < 20:
         return
     everything = sorted(losses)
     limit = 4 * max(*map(abs, losses[:5]), abs(everything[len(losses) // 2])) + 1e-12
     if everything[-1] > limit:
         axis.set_ylim(top=limit)
-        axis.text(0.99, 0.94, f"cut off: up to {everything[-1]:.3g}", transform=axis.transAxes, ha="right", color=RED)
+        axis.text(
+            0.99,
+            0.94,
+            f"cut off: up to {everything[-1]:.3g}",
+            transform=axis.transAxes,
+            ha="right",
+            color=RED,
+        )
 
 
 def _rate(report: Report) -> tuple[str, Callable[[Any], float | None]]:
@@ -205,7 +266,14 @@ def timeline(report: Report) -> Any | None:
     used = {kind for row in rows for seconds, kind in _segments(row) if seconds}
     kinds = [kind for kind in (*_SEGMENTS, _UNSPLIT) if kind in used] or [_SEGMENTS[-1]]
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour, linewidth=0) for _, colour in kinds]
-    axis.legend(handles, [name for name, _ in kinds], loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, frameon=False)
+    axis.legend(
+        handles,
+        [name for name, _ in kinds],
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=4,
+        frameon=False,
+    )
     axis.grid(axis="y", visible=False)
     figure.tight_layout()
     return figure
@@ -235,7 +303,8 @@ def svg(figure: Any) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     return re.sub(
         r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
-        r'<svg viewBox="\1" role="img" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">',
+        r'<svg viewBox="\1" role="img" xmlns="http://www.w3.org/2000/svg"'
+        r' xmlns:xlink="http://www.w3.org/1999/xlink">',
         text,
         count=1,
     )

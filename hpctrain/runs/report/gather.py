@@ -1,4 +1,5 @@
-"""Reads everything a report shows: each step of each log, each start of each job, and what they cost. Pure but for reading.
+"""Reads everything a report shows: each step of each log, each start of each job, and what they
+cost. Pure but for reading.
 
 A series longer than `MOST_POINTS` is thinned evenly as it is read, so a log of any size fits.
 """
@@ -29,7 +30,8 @@ _SAVE_TIME_S = 120.0  # where no log tells how long a save takes
 
 @dataclass
 class Points:
-    """Steps of all logs, evenly thinned: when it is full every second one is dropped and half as many are kept from then on."""
+    """Steps of all logs, evenly thinned: when it is full every second one is dropped and half as
+    many are kept from then on."""
 
     most: int = MOST_POINTS
     rows: list[tuple[Attempt, Step, float | None]] = field(default_factory=list)
@@ -48,7 +50,8 @@ class Points:
 
 @dataclass(frozen=True)
 class AttemptRow:
-    """One start of a job with what it did. Iterations as logged; `lost` are those that the next start did again."""
+    """One start of a job with what it did. Iterations as logged; `lost` are those that the next
+    start did again."""
 
     link: int | None
     job_id: str
@@ -91,14 +94,20 @@ class Report:
 
     @property
     def efficiency(self) -> float | None:
-        """Time of iterations that count, over all time that jobs ran; None where neither is known."""
+        """Time of iterations that count, over all time that jobs ran; None where neither is
+        known."""
         timed = [row for row in self.rows if row.elapsed_s]
         productive = sum(row.productive_s or 0.0 for row in timed)
-        return productive / sum(row.elapsed_s or 0.0 for row in timed) if timed and productive else None
+        return (
+            productive / sum(row.elapsed_s or 0.0 for row in timed)
+            if timed and productive
+            else None
+        )
 
 
 def gather(run_dir: str, ask_slurm: bool = True, now_s: float | None = None) -> Report:
-    """Read a run directory, however much of it there is. Raises EnvironmentFault when it is not there or a log cannot be read."""
+    """Read a run directory, however much of it there is. Raises EnvironmentFault when it is not
+    there or a log cannot be read."""
     now_s = time.time() if now_s is None else now_s
     run = read_run(run_dir)
     subject = Subject(list(run.logs), Thresholds(), run, Answer({}, {}, ("Slurm was not asked",)))
@@ -133,32 +142,61 @@ def gather(run_dir: str, ask_slurm: bool = True, now_s: float | None = None) -> 
     )
 
 
-def attempt_rows(attempts: Sequence[Attempt], starts: Sequence[Start], job: cost.Bill | None, diagnosis: Diagnosis,
-                 status: RunStatus) -> list[AttemptRow]:  # fmt: skip
+def attempt_rows(
+    attempts: Sequence[Attempt],
+    starts: Sequence[Start],
+    job: cost.Bill | None,
+    diagnosis: Diagnosis,
+    status: RunStatus,
+) -> list[AttemptRow]:
     """Each start of each job, known from its log, from Slurm or from the records; oldest first."""
     logged = {(attempt.job_id or attempt.file, attempt.restart): attempt for attempt in attempts}
     timed = {(start.job_id, start.restart): start for start in starts}
     keys = list(dict.fromkeys([*timed, *logged]))
     keys.sort(key=lambda key: (int(key[0]) if key[0].isdigit() else 0, key[1]))
-    causes = {(i.attempt.job_id or i.attempt.file, i.attempt.restart): i.event for i in diagnosis.incidents}
+    causes = {
+        (i.attempt.job_id or i.attempt.file, i.attempt.restart): i.event
+        for i in diagnosis.incidents
+    }
     out = []
     for index, key in enumerate(keys):
         attempt, start, event = logged.get(key), timed.get(key), causes.get(key)
         first, last = _span(attempt)
-        following = next((logged[k] for k in keys[index + 1 :] if k in logged and logged[k].num_steps), None)
+        following = next(
+            (logged[k] for k in keys[index + 1 :] if k in logged and logged[k].num_steps), None
+        )
         lost = _lost(last, following, status, attempt)
         done = last - first + 1 if first is not None and last is not None else 0
-        step_s = median(attempt.step_times.values) if attempt and attempt.step_times.values else _step_s(attempt, start)
+        step_s = (
+            median(attempt.step_times.values)
+            if attempt and attempt.step_times.values
+            else _step_s(attempt, start)
+        )
         elapsed = start.elapsed_s if start else None
         kept = max(done - lost, 0)
-        out.append(AttemptRow(
-            (start.link if start else None) or (attempt.link if attempt else None), key[0], key[1],
-            (attempt.mode if attempt else None) or (start.mode if start else None), start.state if start and start.state != NO_END else "", start.start_s if start else None,
-            start.end_s if start else None, elapsed, first, last, kept, min(lost, done), step_s,
-            _at_most(kept * step_s, elapsed) if step_s else None, min(lost, done) * step_s if step_s else None,
-            event.failure if event else None, str(event.place) if event else "", event.node if event else None,
-            cost.used_by(job, elapsed, "") if job and elapsed is not None else None,
-        ))  # fmt: skip
+        out.append(
+            AttemptRow(
+                (start.link if start else None) or (attempt.link if attempt else None),
+                key[0],
+                key[1],
+                (attempt.mode if attempt else None) or (start.mode if start else None),
+                start.state if start and start.state != NO_END else "",
+                start.start_s if start else None,
+                start.end_s if start else None,
+                elapsed,
+                first,
+                last,
+                kept,
+                min(lost, done),
+                step_s,
+                _at_most(kept * step_s, elapsed) if step_s else None,
+                min(lost, done) * step_s if step_s else None,
+                event.failure if event else None,
+                str(event.place) if event else "",
+                event.node if event else None,
+                cost.used_by(job, elapsed, "") if job and elapsed is not None else None,
+            )
+        )
     return out
 
 
@@ -174,11 +212,18 @@ def _span(attempt: Attempt | None) -> tuple[int | None, int | None]:
     return first, last
 
 
-def _lost(last: int | None, following: Attempt | None, status: RunStatus, attempt: Attempt | None) -> int:
-    """Iterations done again by the next start, or, for the last start, those after the newest complete checkpoint."""
+def _lost(
+    last: int | None, following: Attempt | None, status: RunStatus, attempt: Attempt | None
+) -> int:
+    """Iterations done again by the next start, or, for the last start, those after the newest
+    complete checkpoint."""
     if last is None:
         return 0
-    if following is not None and following.first is not None and following.first.iteration is not None:
+    if (
+        following is not None
+        and following.first is not None
+        and following.first.iteration is not None
+    ):
         return max(last - following.first.iteration + 1, 0)
     if following is None and not status.live and attempt is not None and not attempt.reached_end:
         saved = status.progress.checkpoint_iteration
@@ -192,11 +237,16 @@ def _step_s(attempt: Attempt | None, start: Start | None) -> float | None:
         return None
     begin, end = attempt.first_step_time_s, attempt.last_step_time_s
     count = (attempt.last.iteration or 0) - (attempt.first.iteration or 0)
-    return (end - begin) / count if begin is not None and end is not None and end > begin and count > 0 else None
+    return (
+        (end - begin) / count
+        if begin is not None and end is not None and end > begin and count > 0
+        else None
+    )
 
 
 def cadence_of(run: RunRecords, attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """How often the run saves, in seconds, against the interval that loses least (Young 1974, Daly 2006)."""
+    """How often the run saves, in seconds, against the interval that loses least (Young 1974, Daly
+    2006)."""
     job = run.section("job")
     steps = [value for attempt in attempts for value in attempt.step_times.values]
     planned = job.get("step_time_s")
@@ -210,6 +260,11 @@ def cadence_of(run: RunRecords, attempts: Sequence[Attempt]) -> dict[str, Any]:
     save_s = max(median(measured), 0.1) if measured else _SAVE_TIME_S
     best = billing.young_daly_s(save_s, mttf)
     return {
-        "save_every": every, "interval_s": interval, "best_s": best, "mttf_s": mttf, "save_time_s": save_s, "save_measured": bool(measured),
+        "save_every": every,
+        "interval_s": interval,
+        "best_s": best,
+        "mttf_s": mttf,
+        "save_time_s": save_s,
+        "save_measured": bool(measured),
         "best_iterations": max(round(best / step_s), 1) if step_s else None,
-    }  # fmt: skip
+    }

@@ -25,7 +25,11 @@ from hpctrain.triage.records import Event, utc
 from hpctrain.triage.rules import GREEN, RED
 
 MARK = "<!-- hpctrain report -->"  # by which a report is known; report.html.j2 has it
-_NO_STEP = {"done": "nothing left to do", "stopped": "stopped, as asked", "gave_up": "the chain gave up"}
+_NO_STEP = {
+    "done": "nothing left to do",
+    "stopped": "stopped, as asked",
+    "gave_up": "the chain gave up",
+}
 
 
 def page(report: Report, curves_svg: str, timeline_svg: str | None) -> str:
@@ -55,9 +59,11 @@ def page(report: Report, curves_svg: str, timeline_svg: str | None) -> str:
 
 
 def pipeline_page(name: str, rows: Sequence[Mapping[str, Any]], folder: str) -> str:
-    """The page of a pipeline that lies in `folder`: its stages in order, each with a link to its own page.
+    """The page of a pipeline that lies in `folder`: its stages in order, each with a link to its
+    own page.
 
-    A row has `stage`, `run`, `state`, `from`, `hand_over`, `got`, `iteration`, `target` and `page` (None where there is none).
+    A row has `stage`, `run`, `state`, `from`, `hand_over`, `got`, `iteration`, `target` and `page`
+    (None where there is none).
     """
     stages = [
         {
@@ -65,7 +71,9 @@ def pipeline_page(name: str, rows: Sequence[Mapping[str, Any]], folder: str) -> 
             "run": row["run"],
             "state": row["state"],
             "href": quote(os.path.relpath(row["page"], folder)) if row["page"] else "",
-            "gets": f"{row['got'] or row['hand_over']} of stage {row['from']}" if row["from"] else "",
+            "gets": (
+                f"{row['got'] or row['hand_over']} of stage {row['from']}" if row["from"] else ""
+            ),
             "at": _of_target(row["iteration"], row["target"]),
         }
         for row in rows
@@ -146,7 +154,10 @@ def _tiles(report: Report) -> Iterator[tuple[str, str]]:
         yield f"{progress.iteration:,}{share}", "iterations"
     losses = report.diagnosis.progress
     if losses.get("first_loss") is not None:
-        yield f"{_figure(losses['first_loss'])} → {_figure(losses.get('last_loss'))}", "loss, first to last"
+        yield (
+            f"{_figure(losses['first_loss'])} → {_figure(losses.get('last_loss'))}",
+            "loss, first to last",
+        )
     if spent is not None:
         if spent.used.gpu_hours:
             yield _amount(spent.used.gpu_hours), "GPU-hours, as Slurm counts GPUs"
@@ -157,14 +168,21 @@ def _tiles(report: Report) -> Iterator[tuple[str, str]]:
     if report.efficiency is not None:
         yield f"{100 * report.efficiency:.0f}%", "efficiency: productive of allocated time"
     lost = sum(row.lost_iterations for row in report.rows)
-    yield f"{lost:,}" + (f" ({format_duration(report.lost_s)})" if report.lost_s else ""), "iterations lost"
+    yield (
+        f"{lost:,}" + (f" ({format_duration(report.lost_s)})" if report.lost_s else ""),
+        "iterations lost",
+    )
     if progress.eta_s:
         links = "" if progress.links_needed is None else f", {progress.links_needed} links"
         yield format_duration(progress.eta_s) + links, "of running still needed"
 
 
 def _start(row: AttemptRow) -> tuple[str, ...]:
-    ended = (row.state or _NO_STEP.get(row.mode or ""), FAILURES[row.cause].title if row.cause else "", row.node)
+    ended = (
+        row.state or _NO_STEP.get(row.mode or ""),
+        FAILURES[row.cause].title if row.cause else "",
+        row.node,
+    )
     billed = row.bill.billed if row.bill else None
     return (
         "" if row.link is None else str(row.link),
@@ -201,10 +219,11 @@ def _cadence(cadence: Mapping[str, Any]) -> str:
     measured = cadence.get("save_measured")
     iterations = cadence.get("best_iterations")
     basis = (
-        f"the interval that loses least is {format_duration(best)} "
-        f"{f'(about {iterations:,} iterations) ' if iterations else ''}"
-        f"for saves of {cadence['save_time_s']:.2g} s{'' if measured else ' (assumed: the logs do not tell)'} "
-        f"and a node failure every {format_duration(cadence['mttf_s'])} on these nodes (Young–Daly)"
+        f"the interval that loses least is {format_duration(best)}"
+        f" {f'(about {iterations:,} iterations) ' if iterations else ''}for saves of"
+        f" {cadence['save_time_s']:.2g} s{'' if measured else ' (assumed: the logs do not tell)'}"
+        f" and a node failure every {format_duration(cadence['mttf_s'])} on these nodes"
+        " (Young–Daly)"
     )
     if interval is None:
         return f"How often this run saves is not known; {basis}."

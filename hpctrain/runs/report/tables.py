@@ -1,4 +1,5 @@
-"""The report's tables as pandas frames, for export to CSV and Parquet. pandas is imported when they are asked for."""
+"""The report's tables as pandas frames, for export to CSV and Parquet. pandas is imported when they
+are asked for."""
 
 from __future__ import annotations
 
@@ -14,36 +15,63 @@ from hpctrain.triage.records import utc
 
 
 def frames(report: Report) -> dict[str, Any]:
-    """`steps`: one row a step line that was kept; `attempts`: one row a start of a job; `rules`: the verdicts."""
+    """`steps`: one row a step line that was kept; `attempts`: one row a start of a job; `rules`:
+    the verdicts."""
     try:
         pd: Any = importlib.import_module("pandas")
     except ImportError as error:
         raise missing_package("pandas", "report") from error
     steps = [
         {
-            "job_id": attempt.job_id, "restart": attempt.restart, "link": attempt.link, "iteration": step.iteration,
-            "loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "step_time_s": step.step_time_s,
-            "tokens_per_s": step.tokens_per_s, "samples_per_s": step.samples_per_s, "skipped": step.skipped, "nan": step.nan,
+            "job_id": attempt.job_id,
+            "restart": attempt.restart,
+            "link": attempt.link,
+            "iteration": step.iteration,
+            "loss": step.loss,
+            "lr": step.lr,
+            "grad_norm": step.grad_norm,
+            "step_time_s": step.step_time_s,
+            "tokens_per_s": step.tokens_per_s,
+            "samples_per_s": step.samples_per_s,
+            "skipped": step.skipped,
+            "nan": step.nan,
             "time": utc(time_s),
         }
         for attempt, step, time_s in report.points.rows
-    ]  # fmt: skip
+    ]
     attempts = [
         {
-            "link": row.link, "job_id": row.job_id, "restart": row.restart, "mode": row.mode, "state": row.state,
-            "start": utc(row.start_s), "end": utc(row.end_s), "elapsed_s": row.elapsed_s,
-            "first_iteration": row.first_iteration, "last_iteration": row.last_iteration, "kept_iterations": row.kept_iterations,
-            "lost_iterations": row.lost_iterations, "step_time_s": row.step_time_s, "productive_s": row.productive_s,
-            "lost_s": row.lost_s, "cause": row.cause, "where": row.where, "node": row.node,
-            "node_hours": row.bill.node_hours if row.bill else None, "gpu_hours": row.bill.gpu_hours if row.bill else None,
-            "billed": row.bill.billed if row.bill else None, "unit": row.bill.unit if row.bill else "",
+            "link": row.link,
+            "job_id": row.job_id,
+            "restart": row.restart,
+            "mode": row.mode,
+            "state": row.state,
+            "start": utc(row.start_s),
+            "end": utc(row.end_s),
+            "elapsed_s": row.elapsed_s,
+            "first_iteration": row.first_iteration,
+            "last_iteration": row.last_iteration,
+            "kept_iterations": row.kept_iterations,
+            "lost_iterations": row.lost_iterations,
+            "step_time_s": row.step_time_s,
+            "productive_s": row.productive_s,
+            "lost_s": row.lost_s,
+            "cause": row.cause,
+            "where": row.where,
+            "node": row.node,
+            "node_hours": row.bill.node_hours if row.bill else None,
+            "gpu_hours": row.bill.gpu_hours if row.bill else None,
+            "billed": row.bill.billed if row.bill else None,
+            "unit": row.bill.unit if row.bill else "",
         }
         for row in report.rows
-    ]  # fmt: skip
+    ]
     rules = [verdict.as_json() for verdict in report.diagnosis.verdicts]
     made = {
         "steps": pd.DataFrame(steps, columns=list(steps[0]) if steps else ["iteration", "loss"]),
-        "attempts": pd.DataFrame(attempts, columns=list(attempts[0]) if attempts else ["link", "job_id"]),
+        "attempts": pd.DataFrame(
+            attempts, columns=list(attempts[0]) if attempts else ["link", "job_id"]
+        ),
         "rules": pd.DataFrame(rules),
     }
     return {name: _typed(frame) for name, frame in made.items()}
@@ -61,12 +89,28 @@ _WHOLE = {
     "lost_iterations",
     "line",
 }
-_REAL = {"loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "samples_per_s", "elapsed_s", "productive_s", "lost_s", "node_hours", "gpu_hours", "billed"}  # fmt: skip
+_REAL = {
+    "loss",
+    "lr",
+    "grad_norm",
+    "step_time_s",
+    "tokens_per_s",
+    "samples_per_s",
+    "elapsed_s",
+    "productive_s",
+    "lost_s",
+    "node_hours",
+    "gpu_hours",
+    "billed",
+}
 
 
 def _typed(frame: Any) -> Any:
     """The same types whatever a run tells: files of several runs can then be read as one."""
-    types = {name: "Int64" if name in _WHOLE else "float64" if name in _REAL else "string" for name in frame.columns}
+    types = {
+        name: "Int64" if name in _WHOLE else "float64" if name in _REAL else "string"
+        for name in frame.columns
+    }
     return frame.astype(types)
 
 
@@ -77,9 +121,11 @@ def need_parquet() -> None:
 
 
 def export(report: Report, folder: str, kind: str) -> list[str]:
-    """Write every frame as `<folder>/<name>.csv` or `.parquet`, each whole or not at all; returns the paths.
+    """Write every frame as `<folder>/<name>.csv` or `.parquet`, each whole or not at all; returns
+    the paths.
 
-    Raises EnvironmentFault when a Parquet engine (pyarrow) is missing or the folder cannot be written.
+    Raises EnvironmentFault when a Parquet engine (pyarrow) is missing or the folder cannot be
+    written.
     """
     paths = []
     try:

@@ -1,4 +1,5 @@
-"""Makes a run's report and writes it beside the run: whole or not at all, and never over a file that is no report."""
+"""Makes a run's report and writes it beside the run: whole or not at all, and never over a file
+that is no report."""
 
 from __future__ import annotations
 
@@ -13,15 +14,18 @@ from hpctrain.runs.report.gather import Report
 from hpctrain.runs.report.page import MARK, page, pipeline_page
 
 
-def write_report(report: Report, path: str, png_path: str | None = None, force: bool = False) -> list[str]:
+def write_report(
+    report: Report, path: str, png_path: str | None = None, force: bool = False
+) -> list[str]:
     """Write the page, and the curves as PNG where asked; returns the paths.
 
-    Raises Refused when `path` holds something that is not an earlier report and `force` is not set, EnvironmentFault when
-    pandas or matplotlib is missing or the folder cannot be written.
+    Raises Refused when `path` holds something that is not an earlier report and `force` is not set,
+    EnvironmentFault when pandas or matplotlib is missing or the folder cannot be written.
     """
     if not force and os.path.lexists(path) and not _is_report(path):
         raise Refused(
-            f"`{path}` is there and is no report of hpctrain", hint="name another file with -o, or use --force"
+            f"`{path}` is there and is no report of hpctrain",
+            hint="name another file with -o, or use --force",
         )
     curves, times = figures.curves(report), figures.timeline(report)
     try:
@@ -35,11 +39,15 @@ def write_report(report: Report, path: str, png_path: str | None = None, force: 
     return [path, *([png_path] if png_path else [])]
 
 
-def write_index(name: str, rows: Sequence[Mapping[str, Any]], path: str, force: bool = False) -> str:
-    """Write the page of a pipeline: a row per stage, with a link to its own page. Raises as `write_report`."""
+def write_index(
+    name: str, rows: Sequence[Mapping[str, Any]], path: str, force: bool = False
+) -> str:
+    """Write the page of a pipeline: a row per stage, with a link to its own page. Raises as
+    `write_report`."""
     if not force and os.path.lexists(path) and not _is_report(path):
         raise Refused(
-            f"`{path}` is there and is no report of hpctrain", hint="name another file with -o, or use --force"
+            f"`{path}` is there and is no report of hpctrain",
+            hint="name another file with -o, or use --force",
         )
     _write(path, pipeline_page(name, rows, os.path.dirname(os.path.abspath(path))).encode("utf-8"))
     return path

@@ -3,7 +3,8 @@
     python -m hpctrain.sandbox.rehearse.login run RUN_DIR JOBS [SCRIPT]     SCRIPT is the one of `chain.after_each`
     python -m hpctrain.sandbox.rehearse.login pipeline ORDER                ORDER is a pickled Pipeline
 
-Prints a list with one JSON object a run: the job ids by link, those of the side jobs, and what Slurm said where it refused.
+Prints a list with one JSON object a run: the job ids by link, those of the side jobs, and what
+Slurm said where it refused.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def run(run_dir: str, num_jobs: int, after_each: str = "") -> list[dict[str, Any
         for link in range(1, num_jobs + 1):
             wanted.append(Submission(link, MAIN, script, (str(link),)))
             if after_each:
-                side = sidejobs.submission(run_dir, str(read_plan(run_dir)["run"]), link, after_each)
+                side = sidejobs.submission(
+                    run_dir, str(read_plan(run_dir)["run"]), link, after_each
+                )
                 wanted.append(Submission(link, SIDE, side.script, (), side.options))
         with ledger.only_one(run_dir):
             ledger.submit_all(run_dir, wanted)
@@ -41,7 +44,8 @@ def run(run_dir: str, num_jobs: int, after_each: str = "") -> list[dict[str, Any
 
 
 def pipeline(order: str) -> list[dict[str, Any]]:
-    """Queue every stage as `hpctrain pipeline` does. What Slurm refused is told of the stage that it belongs to."""
+    """Queue every stage as `hpctrain pipeline` does. What Slurm refused is told of the stage that
+    it belongs to."""
     with open(order, "rb") as stream:
         wanted = pickle.loads(stream.read())  # our own file, in a folder of mode 0700
     refused = ""
@@ -63,13 +67,16 @@ def pipeline(order: str) -> list[dict[str, Any]]:
 def _answer(run_dir: str, refused: str) -> dict[str, Any]:
     ids = ledger.read_ledger(run_dir).submitted()
     jobs, side = (
-        {str(link): job_id for (link, kind), job_id in ids.items() if kind == wanted} for wanted in (MAIN, SIDE)
+        {str(link): job_id for (link, kind), job_id in ids.items() if kind == wanted}
+        for wanted in (MAIN, SIDE)
     )
     return {"jobs": jobs, "side": side, "refused": refused}
 
 
 def main(words: list[str]) -> int:
-    answers = pipeline(words[1]) if words[0] == "pipeline" else run(words[1], int(words[2]), *words[3:4])
+    answers = (
+        pipeline(words[1]) if words[0] == "pipeline" else run(words[1], int(words[2]), *words[3:4])
+    )
     print(json.dumps(answers))
     return 0
 

@@ -1,4 +1,5 @@
-"""Queues what is rehearsed, from the sandbox's login node, by the code that queues it at the site."""
+"""Queues what is rehearsed, from the sandbox's login node, by the code that queues it at the
+site."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def queue(login: Login, plan: Plan, num_jobs: int) -> Queued:
 
 
 def queue_pipeline(login: Login, pipeline: Pipeline) -> list[Queued]:
-    """Submit all links of all stages from the login node, by the very code of `hpctrain pipeline`."""
+    """Submit all links of all stages from the login node, by the very code of `hpctrain
+    pipeline`."""
     order = login.place.files / "order"
     order.write_bytes(pickle.dumps(pipeline))
     try:
@@ -49,7 +51,10 @@ def _on_login(login: Login, *words: str) -> list[Queued]:
         raise EnvironmentFault(
             "the jobs could not be submitted", why=(done.stderr or done.stdout).strip()[-2000:]
         ) from error
-    return [Queued(_by_link(answer["jobs"]), _by_link(answer["side"]), str(answer["refused"])) for answer in answers]
+    return [
+        Queued(_by_link(answer["jobs"]), _by_link(answer["side"]), str(answer["refused"]))
+        for answer in answers
+    ]
 
 
 def _by_link(jobs: Mapping[str, Any]) -> dict[int, str]:

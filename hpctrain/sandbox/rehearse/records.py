@@ -16,7 +16,8 @@ Fields = dict[str, str]
 
 @dataclass
 class Attempt:
-    """One start of the step: a job, and how often it had been requeued. `events` are rank 0's, with the time they came."""
+    """One start of the step: a job, and how often it had been requeued. `events` are rank 0's, with
+    the time they came."""
 
     job_id: str
     restart: int
@@ -32,11 +33,14 @@ class Attempt:
 
     def last(self, name: str) -> Fields | None:
         """The newest event of that name."""
-        return next((fields for _, fields in reversed(self.events) if fields.get("event") == name), None)
+        return next(
+            (fields for _, fields in reversed(self.events) if fields.get("event") == name), None
+        )
 
 
 class Pipe:
-    """Reads the pipe in a thread of its own; `attempts` may be looked at from another one under `lock`."""
+    """Reads the pipe in a thread of its own; `attempts` may be looked at from another one under
+    `lock`."""
 
     def __init__(self, folder: str, on_ready: Callable[[Attempt], None]) -> None:
         self._path = os.path.join(folder, "records")
@@ -81,17 +85,21 @@ class Pipe:
 
 
 class Slots:
-    """How many tasks may be on their way from their start to their record: some for each core of this machine."""
+    """How many tasks may be on their way from their start to their record: some for each core of
+    this machine."""
 
     PER_CORE = 32
 
     def __init__(self, folder: str) -> None:
         # Both ends: what is in a pipe is gone when nobody has it open.
-        self._pipe = os.open(os.path.join(folder, "slots"), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._pipe = os.open(
+            os.path.join(folder, "slots"), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+        )
         self._seen = -1
 
     def give(self, num_tasks: int) -> None:
-        """To be called now and then with the number of records so far: where nothing has come, slots were lost."""
+        """To be called now and then with the number of records so far: where nothing has come,
+        slots were lost."""
         if num_tasks == self._seen:
             with contextlib.suppress(BlockingIOError):
                 os.write(self._pipe, b"\n" * self.PER_CORE * (os.cpu_count() or 1))
@@ -102,7 +110,8 @@ class Slots:
 
 
 def release(folder: str) -> None:
-    """Let tasks go that came to wait for rank 0 only after its end: they hang in opening a pipe that nobody writes (fifo(7))."""
+    """Let tasks go that came to wait for rank 0 only after its end: they hang in opening a pipe
+    that nobody writes (fifo(7))."""
     os.close(os.open(os.path.join(folder, "hold"), os.O_RDWR | os.O_CLOEXEC))
 
 

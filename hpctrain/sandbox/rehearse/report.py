@@ -40,7 +40,8 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to rehearse: one run, or with `pipeline` its stages in order; `requests` by stage, "" for a run alone."""
+    """What to rehearse: one run, or with `pipeline` its stages in order; `requests` by stage, ""
+    for a run alone."""
 
     plans: tuple[Plan, ...]
     requests: Mapping[str, Request]
@@ -49,19 +50,30 @@ class Wanted:
     sources: tuple[str | None, ...] = (None,)
 
 
-def prepare(run_yaml: str, assignments: Sequence[str], out_dir: str | None, wishes: Wishes) -> Wanted:
-    """The plans and the requests. Raises UsageError for an invalid run (unless `no_check` and it can be rendered) or option."""
+def prepare(
+    run_yaml: str, assignments: Sequence[str], out_dir: str | None, wishes: Wishes
+) -> Wanted:
+    """The plans and the requests. Raises UsageError for an invalid run (unless `no_check` and it
+    can be rendered) or option."""
     if wishes.picture and os.path.lexists(wishes.picture):
         raise Refused(
-            "is there already, and is left as it is", where=wishes.picture, hint="name another file with --picture"
+            "is there already, and is left as it is",
+            where=wishes.picture,
+            hint="name another file with --picture",
         )
     if is_pipeline(run_yaml):
         return _prepare_pipeline(run_yaml, assignments, out_dir, wishes)
-    loaded = load_plan(run_yaml, [*assignments, *([f"nodes={wishes.nodes}"] if wishes.nodes else [])], out_dir)
-    return Wanted((loaded.plan,), {"": _request(loaded.plan, wishes, _faults(wishes.faults))}, loaded)
+    loaded = load_plan(
+        run_yaml, [*assignments, *([f"nodes={wishes.nodes}"] if wishes.nodes else [])], out_dir
+    )
+    return Wanted(
+        (loaded.plan,), {"": _request(loaded.plan, wishes, _faults(wishes.faults))}, loaded
+    )
 
 
-def _prepare_pipeline(run_yaml: str, assignments: Sequence[str], out_dir: str | None, wishes: Wishes) -> Wanted:
+def _prepare_pipeline(
+    run_yaml: str, assignments: Sequence[str], out_dir: str | None, wishes: Wishes
+) -> Wanted:
     if wishes.job_script:
         raise UsageError("--job is for one run, and this is a pipeline", where=run_yaml)
     pipeline = load_pipeline(run_yaml, assignments, out_dir)
@@ -77,11 +89,21 @@ def _prepare_pipeline(run_yaml: str, assignments: Sequence[str], out_dir: str | 
     plans = tuple(planned.plan for planned in pipeline.stages)
     sites = {plan.site.name for plan in plans}
     if len(sites) > 1:
-        raise UsageError(f"the stages are for {len(sites)} sites ({', '.join(sorted(sites))}), and one Slurm plays one of them",
-                         where=run_yaml, hint="rehearse each stage's run.yaml by itself")  # fmt: skip
-    requests = {name: _request(plan, replace(wishes, jobs=plan.spec.num_links), chosen if name == stage else ())
-                for name, plan in zip(names, plans)}  # fmt: skip
-    return Wanted(plans, requests, None, pipeline, tuple(planned.stage.source for planned in pipeline.stages))
+        raise UsageError(
+            f"the stages are for {len(sites)} sites ({', '.join(sorted(sites))}), and one Slurm"
+            " plays one of them",
+            where=run_yaml,
+            hint="rehearse each stage's run.yaml by itself",
+        )
+    requests = {
+        name: _request(
+            plan, replace(wishes, jobs=plan.spec.num_links), chosen if name == stage else ()
+        )
+        for name, plan in zip(names, plans)
+    }
+    return Wanted(
+        plans, requests, None, pipeline, tuple(planned.stage.source for planned in pipeline.stages)
+    )
 
 
 def _faults_of_stage(text: str | None, names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
@@ -90,34 +112,53 @@ def _faults_of_stage(text: str | None, names: Sequence[str]) -> tuple[str, tuple
         return "", ()
     stage, colon, words = text.partition(":")
     if not colon or stage not in names:
-        raise UsageError(f"`--faults {text}` does not say which stage they hit", hint=f"--faults {names[0]}:{text.partition(':')[2] or text}",
-                         why=f"the stages are {', '.join(names)}")  # fmt: skip
+        raise UsageError(
+            f"`--faults {text}` does not say which stage they hit",
+            hint=f"--faults {names[0]}:{text.partition(':')[2] or text}",
+            why=f"the stages are {', '.join(names)}",
+        )
     return stage, _faults(words)
 
 
 def _request(plan: Plan, wishes: Wishes, chosen: tuple[str, ...]) -> Request:
     if plan.errors and not (
-        wishes.no_check and plan.resolved.argv and (plan.resolved.configs or not plan.resolved.config_for)
+        wishes.no_check
+        and plan.resolved.argv
+        and (plan.resolved.configs or not plan.resolved.config_for)
     ):
         raise UsageError(plan.problems)
     script = _own_script(wishes.job_script, plan) if wishes.job_script else None
     with_faults = max(plan.spec.num_links, len(chosen) + 1) if chosen else 1
     request = Request(
-        num_jobs=wishes.jobs or with_faults, faults=chosen, accounts=tuple(wishes.accounts), accounting=wishes.accounting,
-        job_script=script, speed=wishes.speed or 0.0, keep=wishes.keep, directory=wishes.directory,
+        num_jobs=wishes.jobs or with_faults,
+        faults=chosen,
+        accounts=tuple(wishes.accounts),
+        accounting=wishes.accounting,
+        job_script=script,
+        speed=wishes.speed or 0.0,
+        keep=wishes.keep,
+        directory=wishes.directory,
         limits_only=wishes.limits_only,
-    )  # fmt: skip
+    )
     if len(chosen) > request.num_jobs:
-        raise UsageError(f"{len(chosen)} faults need at least as many links, and `--jobs` is {request.num_jobs}")
+        raise UsageError(
+            f"{len(chosen)} faults need at least as many links, and `--jobs` is {request.num_jobs}"
+        )
     if wishes.limits_only and (chosen or wishes.keep or wishes.picture):
-        raise UsageError("`--limits-only` starts nothing, so it goes with none of --faults, --keep, --picture")
+        raise UsageError(
+            "`--limits-only` starts nothing, so it goes with none of --faults, --keep, --picture"
+        )
     if chosen and plan.resolved.guard.layout == "none":
-        raise UsageError("`--faults` needs a run with checkpoints, and the recipe's `layout` is none")
+        raise UsageError(
+            "`--faults` needs a run with checkpoints, and the recipe's `layout` is none"
+        )
     return request
 
 
 def bars_of(plan: Plan, outcome: Outcome) -> list[Bar]:
-    return timeline.bars(plan, outcome.attempts, outcome.links, outcome.states, outcome.waited_s, outcome.scenario)
+    return timeline.bars(
+        plan, outcome.attempts, outcome.links, outcome.states, outcome.waited_s, outcome.scenario
+    )
 
 
 def all_bars(wanted: Wanted, outcomes: Sequence[Outcome]) -> list[list[Bar]]:
@@ -125,7 +166,9 @@ def all_bars(wanted: Wanted, outcomes: Sequence[Outcome]) -> list[list[Bar]]:
     found = [bars_of(plan, outcome) for plan, outcome in zip(wanted.plans, outcomes)]
     if not wanted.pipeline:
         return found
-    together = timeline.of_stages(list(zip([outcome.stage for outcome in outcomes], wanted.sources, found)))
+    together = timeline.of_stages(
+        list(zip([outcome.stage for outcome in outcomes], wanted.sources, found))
+    )
     return [[bar for bar in together if bar.stage == outcome.stage] for outcome in outcomes]
 
 
@@ -134,7 +177,9 @@ def picture(wanted: Wanted, found: Sequence[Sequence[Bar]]) -> str:
     what = f"{plan.spec.name}: {plan.spec.num_nodes} nodes"
     if wanted.pipeline:
         what = f"{wanted.pipeline.spec.name}: {len(wanted.plans)} stages"
-    return timeline.svg([bar for own in found for bar in own], f"{what} of {plan.site.name}, rehearsed")
+    return timeline.svg(
+        [bar for own in found for bar in own], f"{what} of {plan.site.name}, rehearsed"
+    )
 
 
 def lines(wanted: Wanted, outcomes: Sequence[Outcome], found: Sequence[Sequence[Bar]]) -> list[str]:
@@ -150,9 +195,12 @@ def lines(wanted: Wanted, outcomes: Sequence[Outcome], found: Sequence[Sequence[
     if bars:
         hours, lost = sum(bar.gpu_hours for bar in bars), sum(bar.lost for bar in bars)
         out.append(
-            f"{hours:,.1f} GPU-hours in {format_time(round(max(bar.end_s for bar in bars)))}, {lost} iterations lost"
+            f"{hours:,.1f} GPU-hours in {format_time(round(max(bar.end_s for bar in bars)))},"
+            f" {lost} iterations lost"
         )
-    bad = [problem for outcome in outcomes for problem in outcome.problems if problem.level == "error"]
+    bad = [
+        problem for outcome in outcomes for problem in outcome.problems if problem.level == "error"
+    ]
     num_jobs = sum(len(outcome.jobs) for outcome in outcomes)
     good = (
         "all right"
@@ -166,15 +214,20 @@ def _seen(plan: Plan, outcome: Outcome) -> list[str]:
     """The shape of one run, and each start of its step as the tasks saw it."""
     spec, head = plan.spec, f"stage {outcome.stage}: " if outcome.stage else ""
     out = [
-        f"{head}{spec.num_nodes} nodes x {plan.tasks_per_node} tasks on {plan.partition.name or 'the default partition'} of {plan.site.name}"
+        f"{head}{spec.num_nodes} nodes x {plan.tasks_per_node} tasks on"
+        f" {plan.partition.name or 'the default partition'} of {plan.site.name}"
     ]
     for attempt in outcome.attempts:
         if attempt.tasks:
             first = attempt.tasks[0]
             nodes = {task.get("SLURMD_NODENAME", "") for task in attempt.tasks}
-            word = f"job {attempt.job_id}" + (f" restart {attempt.restart}" if attempt.restart else "")
-            out.append(f"{word}: {len(attempt.tasks)} ranks on {len(nodes)} nodes, rendezvous "
-                       f"{first.get('MASTER_ADDR', '(none)')}:{first.get('MASTER_PORT', '(none)')}")  # fmt: skip
+            word = f"job {attempt.job_id}" + (
+                f" restart {attempt.restart}" if attempt.restart else ""
+            )
+            out.append(
+                f"{word}: {len(attempt.tasks)} ranks on {len(nodes)} nodes, rendezvous "
+                f"{first.get('MASTER_ADDR', '(none)')}:{first.get('MASTER_PORT', '(none)')}"
+            )
     return out
 
 
@@ -183,22 +236,34 @@ def notes(plan: Plan, outcome: Outcome) -> list[str]:
     out = []
     kinds = [item for item in outcome.scene.made]
     if kinds:
-        out.append(f"made up for the rehearsal: {', '.join(f'{item.what} `{item.path}`' for item in kinds[:4])}"
-                   + (f" and {len(kinds) - 4} more" if len(kinds) > 4 else ""))  # fmt: skip
-    out += [f"not here and not made up: the {what} `{path}`" for what, path in outcome.scene.missing]
+        out.append(
+            "made up for the rehearsal:"
+            f" {', '.join(f'{item.what} `{item.path}`' for item in kinds[:4])}"
+            + (f" and {len(kinds) - 4} more" if len(kinds) > 4 else "")
+        )
+    out += [
+        f"not here and not made up: the {what} `{path}`" for what, path in outcome.scene.missing
+    ]
     if not outcome.scenario["step_time_known"]:
-        out.append(f"times assume {outcome.scenario['step_time_s']:.3g} s an iteration (a run that takes half its `time:`); "
-                   "`estimate: {step_time_s: …}` tells better")  # fmt: skip
+        out.append(
+            f"times assume {outcome.scenario['step_time_s']:.3g} s an iteration (a run that takes"
+            " half its `time:`); `estimate: {step_time_s: …}` tells better"
+        )
     if outcome.kept:
         out.append(
-            f"kept in {outcome.kept}: look with `hpctrain sandbox shell --dir {outcome.kept}/sandbox`, end it with `hpctrain sandbox down` and the same --dir"
+            f"kept in {outcome.kept}: look with `hpctrain sandbox shell --dir"
+            f" {outcome.kept}/sandbox`, end it with `hpctrain sandbox down` and the same --dir"
         )
     return out
 
 
-def as_json(wanted: Wanted, outcomes: Sequence[Outcome], found: Sequence[Sequence[Bar]]) -> dict[str, Any]:
+def as_json(
+    wanted: Wanted, outcomes: Sequence[Outcome], found: Sequence[Sequence[Bar]]
+) -> dict[str, Any]:
     """The whole answer as plain data: of a run, or `stages` with one each."""
-    answers = [_as_json(plan, outcome, own) for plan, outcome, own in zip(wanted.plans, outcomes, found)]
+    answers = [
+        _as_json(plan, outcome, own) for plan, outcome, own in zip(wanted.plans, outcomes, found)
+    ]
     if not wanted.pipeline:
         return answers[0]
     return {
@@ -206,9 +271,11 @@ def as_json(wanted: Wanted, outcomes: Sequence[Outcome], found: Sequence[Sequenc
         "pipeline": wanted.pipeline.spec.name,
         "gpu_hours": sum(answer["gpu_hours"] for answer in answers),
         "site_s": max((bar.end_s for own in found for bar in own), default=0.0),
-        "stages": [{"stage": outcome.stage, "from": source, **answer}
-                   for outcome, source, answer in zip(outcomes, wanted.sources, answers)],
-    }  # fmt: skip
+        "stages": [
+            {"stage": outcome.stage, "from": source, **answer}
+            for outcome, source, answer in zip(outcomes, wanted.sources, answers)
+        ],
+    }
 
 
 def _as_json(plan: Plan, outcome: Outcome, found: Sequence[Bar]) -> dict[str, Any]:
@@ -254,15 +321,18 @@ def _faults(text: str | None) -> tuple[str, ...]:
 
 
 def _own_script(path: str, plan: Plan) -> bytes:
-    """The script; one that was rendered for another run directory would read and write there, outside of the rehearsal."""
+    """The script; one that was rendered for another run directory would read and write there,
+    outside of the rehearsal."""
     content = _read(path)
     found = re.search(r"(?m)^export HPCTRAIN_RUN_DIR=(.+)$", content.decode("utf-8", "replace"))
     words = shlex.split(found[1]) if found else [plan.run_dir]
     if words[:1] != [plan.run_dir]:
         raise UsageError(
-            f"this job script is of the run directory `{words[0]}`", where=path, why=f"the rehearsal plays `{plan.run_dir}`",
+            f"this job script is of the run directory `{words[0]}`",
+            where=path,
+            why=f"the rehearsal plays `{plan.run_dir}`",
             hint=f"-o {shlex.quote(words[0])}",
-        )  # fmt: skip
+        )
     return content
 
 

@@ -1,4 +1,5 @@
-"""What a rehearsal shows to the job: which of the site's paths are imitated, and which files are made up. Pure but `build`."""
+"""What a rehearsal shows to the job: which of the site's paths are imitated, and which files are
+made up. Pure but `build`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ CANARY = "HPCTRAIN_REHEARSAL_SECRET"
 
 @dataclass(frozen=True)
 class Made:
-    """One thing made up for the job: `kind` is folder, file, checkpoint or secrets; `path` as the job sees it."""
+    """One thing made up for the job: `kind` is folder, file, checkpoint or secrets; `path` as the
+    job sees it."""
 
     what: str
     path: str
@@ -28,7 +30,8 @@ class Made:
 
 @dataclass(frozen=True)
 class Scene:
-    """`mounts`: (folder below the scene's own, path of the site). `made` in the order in which it is made.
+    """`mounts`: (folder below the scene's own, path of the site). `made` in the order in which it
+    is made.
 
     `home` is the job's HOME. `missing`: paths that are neither here nor could be made up.
     """
@@ -40,7 +43,9 @@ class Scene:
 
     def real_path(self, root: str, path: str) -> str | None:
         """Where on this machine the site's `path` lies, None when it is not imitated."""
-        best = max((target for _, target in self.mounts if _inside(path, target)), key=len, default=None)
+        best = max(
+            (target for _, target in self.mounts if _inside(path, target)), key=len, default=None
+        )
         if best is None:
             return None
         source = next(source for source, target in self.mounts if target == best)
@@ -51,23 +56,35 @@ def _writable(path: str) -> bool:
     return os.access(path, os.W_OK | os.X_OK)
 
 
-def plan_scenes(plans: Sequence[Plan], folder: str, user: str, exists: Any = os.path.exists,
-                writable: Any = _writable) -> list[Scene]:  # fmt: skip
-    """Decide what the jobs of runs that hand something on to each other must be shown: all have the same mounts.
+def plan_scenes(
+    plans: Sequence[Plan],
+    folder: str,
+    user: str,
+    exists: Any = os.path.exists,
+    writable: Any = _writable,
+) -> list[Scene]:
+    """Decide what the jobs of runs that hand something on to each other must be shown: all have the
+    same mounts.
 
-    `folder` holds their run directories. `exists` and `writable` tell of this machine; nothing else is looked at.
+    `folder` holds their run directories. `exists` and `writable` tell of this machine; nothing else
+    is looked at.
     """
     targets: list[str] = []
     found = [_look(plan, user, exists, writable, targets) for plan in plans]
-    # The run directories last, by themselves: they are the one place that is always somebody's own folder.
+    # The run directories last, by themselves: they are the one place that is always somebody's own
+    # folder.
     targets = [*targets, *([] if folder in targets else [folder])]
-    mounts = tuple((f"{index:02d}-{_plain(target)}", target) for index, target in enumerate(sorted(targets)))
+    mounts = tuple(
+        (f"{index:02d}-{_plain(target)}", target) for index, target in enumerate(sorted(targets))
+    )
     return [Scene(mounts, made, home, missing) for made, home, missing in found]
 
 
-def _look(plan: Plan, user: str, exists: Any, writable: Any, targets: list[str],
-          ) -> tuple[tuple[Made, ...], str, tuple[tuple[str, str], ...]]:  # fmt: skip
-    """What is made up for one run, its home, and what is missing; `targets` gets the paths to be imitated."""
+def _look(
+    plan: Plan, user: str, exists: Any, writable: Any, targets: list[str]
+) -> tuple[tuple[Made, ...], str, tuple[tuple[str, str], ...]]:
+    """What is made up for one run, its home, and what is missing; `targets` gets the paths to be
+    imitated."""
     spec, values = plan.spec, plan.site.values
 
     def covered(path: str) -> bool:
@@ -117,20 +134,26 @@ def _look(plan: Plan, user: str, exists: Any, writable: Any, targets: list[str],
     for what, path in _wanted(plan):
         make(what, path, _kind(path, [other for _, other in _wanted(plan)]))
     for path in plan.resolved.placeholders:
-        if covered(path) and not (handed and _inside(path, handed)):  # else what is below it is really here
+        if covered(path) and not (handed and _inside(path, handed)):
+            # else what is below it is really here
             made.append(Made("placeholder", path, "file"))
     if spec.checkpoint_start and not spec.handed:
         kind = "checkpoint" if plan.resolved.guard.layout != "none" else "folder"
         make("start checkpoint", spec.checkpoint_start, kind)
     if spec.secrets:
         path = spec.secrets
-        path = f"{home}/{path[2:]}" if path.startswith("~/") else os.path.normpath(os.path.join(spec.base_dir, path))
+        path = (
+            f"{home}/{path[2:]}"
+            if path.startswith("~/")
+            else os.path.normpath(os.path.join(spec.base_dir, path))
+        )
         make("secrets file", path, "secrets")
     return tuple(dict.fromkeys(made)), home, tuple(missing)
 
 
 def build(scene: Scene, root: str, plan: Plan, files: Mapping[str, bytes], secret: str = "") -> str:
-    """Make everything below `root` and return the value of the made-up secret (`secret`, if given). Raises EnvironmentFault."""
+    """Make everything below `root` and return the value of the made-up secret (`secret`, if given).
+    Raises EnvironmentFault."""
     secret = secret or random.token_hex(16)
     try:
         for source, _ in scene.mounts:
@@ -147,7 +170,9 @@ def build(scene: Scene, root: str, plan: Plan, files: Mapping[str, bytes], secre
                 _write(real, f"{CANARY}={secret}\n".encode())
                 os.chmod(real, 0o600)
             else:
-                _write(real, plan.resolved.placeholders.get(item.path, "").encode() or _content(item))
+                _write(
+                    real, plan.resolved.placeholders.get(item.path, "").encode() or _content(item)
+                )
         run_dir = scene.real_path(root, plan.run_dir)
         assert run_dir is not None
         for name, content in files.items():
@@ -161,19 +186,32 @@ def build(scene: Scene, root: str, plan: Plan, files: Mapping[str, bytes], secre
 
 
 def ranks_of(plan: Plan) -> dict[str, int | None]:
-    """The numbers of ranks that decide a checkpoint's files; where the recipe does not say, every rank is data-parallel."""
+    """The numbers of ranks that decide a checkpoint's files; where the recipe does not say, every
+    rank is data-parallel."""
     facts = plan.resolved.guard
     world = plan.spec.num_nodes * plan.tasks_per_node
-    data = facts.data_parallel or max(world // ((facts.tensor_parallel or 1) * max(facts.pipeline_parallel or 1, 1)), 1)
-    zero = facts.zero_stage if facts.zero_stage is not None else (1 if facts.layout == "deepspeed" else None)
-    return {"tensor": facts.tensor_parallel, "pipeline": facts.pipeline_parallel, "data": data, "zero": zero}
+    data = facts.data_parallel or max(
+        world // ((facts.tensor_parallel or 1) * max(facts.pipeline_parallel or 1, 1)), 1
+    )
+    zero = (
+        facts.zero_stage
+        if facts.zero_stage is not None
+        else (1 if facts.layout == "deepspeed" else None)
+    )
+    return {
+        "tensor": facts.tensor_parallel,
+        "pipeline": facts.pipeline_parallel,
+        "data": data,
+        "zero": zero,
+    }
 
 
 def _wanted(plan: Plan) -> list[tuple[str, str]]:
     """(what, path) of every file and folder that the job reads."""
     spec = plan.spec
     found = [("container image", spec.container)] if spec.container else []
-    named = {path for _, path, _ in plan.resolved.paths}  # the recipe reads these as they are, and has names for them
+    # the recipe reads these as they are, and has names for them
+    named = {path for _, path, _ in plan.resolved.paths}
     for kind, prefixes in spec.data.items():
         for prefix in prefixes:
             if prefix in named:
@@ -196,7 +234,8 @@ def _content(item: Made) -> bytes:
 
 
 def _checkpoint(path: str, plan: Plan, in_folder: bool) -> None:
-    """A whole checkpoint in the recipe's layout under the start's own name, of as many ranks as the plan has.
+    """A whole checkpoint in the recipe's layout under the start's own name, of as many ranks as the
+    plan has.
 
     Where the start is another run's folder, one in it, and the tracker that names it.
     """
@@ -211,11 +250,16 @@ def _checkpoint(path: str, plan: Plan, in_folder: bool) -> None:
 
 
 def start_step(plan: Plan) -> int | None:
-    """The number of a start that is found in another run's folder; half way to the target where only that folder tells."""
+    """The number of a start that is found in another run's folder; half way to the target where
+    only that folder tells."""
     facts = plan.resolved.guard
     if not facts.start_folder:
         return None
-    return start_number(facts.start_checkpoint) if facts.start_checkpoint else (facts.target or 100) // 2
+    return (
+        start_number(facts.start_checkpoint)
+        if facts.start_checkpoint
+        else (facts.target or 100) // 2
+    )
 
 
 def _number(name: str) -> int:

@@ -1,4 +1,5 @@
-"""The place of one rehearsal: its folder, its sandbox, and the stand-ins in it. Always taken down again, unless asked not to."""
+"""The place of one rehearsal: its folder, its sandbox, and the stand-ins in it. Always taken down
+again, unless asked not to."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ OTHER_NODES = 1  # of each other kind of node, so that all partitions of the sit
 
 @dataclass(frozen=True)
 class Place:
-    """Folders of one rehearsal. `mark` names its sandbox; only one rehearsal of a run directory goes on at a time."""
+    """Folders of one rehearsal. `mark` names its sandbox; only one rehearsal of a run directory
+    goes on at a time."""
 
     base: Path
     mark: str
@@ -55,8 +57,14 @@ class Place:
 
 @contextlib.contextmanager
 def place_of(run_dir: str, given: str, environ: Mapping[str, str], keep: bool) -> Iterator[Place]:
-    """An empty place for this run, held by a lock; what an earlier, crashed rehearsal left there is ended first."""
-    mark = "rehearse-" + hashlib.sha256(os.path.realpath(run_dir).encode("utf-8", "surrogateescape")).hexdigest()[:10]
+    """An empty place for this run, held by a lock; what an earlier, crashed rehearsal left there is
+    ended first."""
+    mark = (
+        "rehearse-"
+        + hashlib.sha256(os.path.realpath(run_dir).encode("utf-8", "surrogateescape")).hexdigest()[
+            :10
+        ]
+    )
     base = Path(given) if given else sandbox_state.state_dir(mark, "", environ)
     base = Path(os.path.realpath(base))
     sandbox_state.make_private(base)
@@ -86,27 +94,32 @@ def place_of(run_dir: str, given: str, environ: Mapping[str, str], keep: bool) -
 
 @contextlib.contextmanager
 def enough_space(place: Place, num_nodes: int, accounting: bool) -> Iterator[None]:
-    """Raise EnvironmentFault when the place's disk has not what a rehearsal takes, and for what fails within once it is full."""
-    needed_kib = (
-        2048 + 128 * num_nodes + (160 << 10 if accounting else 0)
-    )  # measured: 0.8 MiB for 2 nodes, 109 with MariaDB
+    """Raise EnvironmentFault when the place's disk has not what a rehearsal takes, and for what
+    fails within once it is full."""
+    # measured: 0.8 MiB for 2 nodes, 109 with MariaDB
+    needed_kib = 2048 + 128 * num_nodes + (160 << 10 if accounting else 0)
     free_kib = sandbox_state.free_kib(place.base)
     if free_kib < needed_kib:
         raise EnvironmentFault(
-            f"only {units.format_size(free_kib << 10)} are free there, and a rehearsal of {num_nodes} nodes writes up to "
-            f"{units.format_size(needed_kib << 10)}",
+            f"only {units.format_size(free_kib << 10)} are free there, and a rehearsal of"
+            f" {num_nodes} nodes writes up to {units.format_size(needed_kib << 10)}",
             where=str(place.base),
-            hint="another disk: --dir" + (", or --no-accounting, which needs little" if accounting else ""),
+            hint="another disk: --dir"
+            + (", or --no-accounting, which needs little" if accounting else ""),
         )
     try:
         yield
     except (EnvironmentFault, OSError) as error:
-        if isinstance(error, sandbox_state.DiskFull) or not sandbox_state.is_full(place.base, error):
+        if isinstance(error, sandbox_state.DiskFull) or not sandbox_state.is_full(
+            place.base, error
+        ):
             raise
         raise sandbox_state.DiskFull(place.base, error) from error
     if sandbox_state.free_kib(place.base) < sandbox_state.FULL_KIB:
         raise EnvironmentFault(
-            "the disk became full, so the rehearsal tells nothing", where=str(place.base), hint="another one: --dir"
+            "the disk became full, so the rehearsal tells nothing",
+            where=str(place.base),
+            hint="another one: --dir",
         )
 
 
@@ -122,23 +135,40 @@ def _strangers(base: Path) -> None:
     other = sorted(entry.name for entry in base.iterdir() if entry.name not in known)
     if other:
         raise Refused(
-            "this folder holds files that are not a rehearsal's", where=str(base), hint="choose an empty one with --dir"
+            "this folder holds files that are not a rehearsal's",
+            where=str(base),
+            hint="choose an empty one with --dir",
         )
 
 
-def shape_of(plans: Sequence[Plan], mounts: Sequence[tuple[str, str]], accounting: bool, accounts: Sequence[str],
-             runs_nodes: bool = True) -> ClusterShape:  # fmt: skip
+def shape_of(
+    plans: Sequence[Plan],
+    mounts: Sequence[tuple[str, str]],
+    accounting: bool,
+    accounts: Sequence[str],
+    runs_nodes: bool = True,
+) -> ClusterShape:
     """A sandbox shaped like the runs' site with as many nodes as the largest of them."""
     site = plans[0].site
-    kinds = {part.node_type.name for part in site.partitions.values()} or {plan.node_type.name for plan in plans}
+    kinds = {part.node_type.name for part in site.partitions.values()} or {
+        plan.node_type.name for plan in plans
+    }
     counts = {kind: OTHER_NODES for kind in kinds}
     for plan in plans:
         counts[plan.node_type.name] = max(counts.get(plan.node_type.name, 0), plan.spec.num_nodes)
     partitions = dict.fromkeys(plan.partition.name for plan in plans if plan.partition.name)
     return shape_from_site(
-        site, counts, accounting=accounting, accounts=accounts, mounts=mounts, kill_wait_s=5, slurmd_timeout_s=120,
-        partitions=list(partitions), lean=True, runs_nodes=runs_nodes,
-    )  # fmt: skip
+        site,
+        counts,
+        accounting=accounting,
+        accounts=accounts,
+        mounts=mounts,
+        kill_wait_s=5,
+        slurmd_timeout_s=120,
+        partitions=list(partitions),
+        lean=True,
+        runs_nodes=runs_nodes,
+    )
 
 
 def make_pipes(place: Place) -> None:
@@ -148,10 +178,14 @@ def make_pipes(place: Place) -> None:
         for name in ("records", "slots"):
             os.mkfifo(place.shims / name, 0o600)
     except OSError as error:
-        raise EnvironmentFault(f"cannot build the rehearsal: {error.strerror}", where=str(place.shims)) from error
+        raise EnvironmentFault(
+            f"cannot build the rehearsal: {error.strerror}", where=str(place.shims)
+        ) from error
 
 
-def install(place: Place, number: int, plan: Plan, scenario: Mapping[str, Any], needed: Sequence[str]) -> None:
+def install(
+    place: Place, number: int, plan: Plan, scenario: Mapping[str, Any], needed: Sequence[str]
+) -> None:
     """Write the stand-ins of one run, their pipes and their orders, before the sandbox starts."""
     folder = place.shims_of(number)
     try:
@@ -172,20 +206,32 @@ def install(place: Place, number: int, plan: Plan, scenario: Mapping[str, Any], 
             real = python if plan.container else shutil.which(name) or python
             own = steps if name == os.path.basename(program) else []
             text = shims.script(
-                str(folder), own, needed, {name: real}, python, saves_on, plan.recipe.values["rehearse"].get("skip", ())
+                str(folder),
+                own,
+                needed,
+                {name: real},
+                python,
+                saves_on,
+                plan.recipe.values["rehearse"].get("skip", ()),
             )
             _executable(folder / "bin" / name, text)
     except OSError as error:
-        raise EnvironmentFault(f"cannot build the rehearsal: {error.strerror}", where=str(folder)) from error
+        raise EnvironmentFault(
+            f"cannot build the rehearsal: {error.strerror}", where=str(folder)
+        ) from error
 
 
 def connect(place: Place, plans: Sequence[Plan]) -> None:
-    """Let the sandbox's jobs find the stand-ins: inside the container where there is one, else on the nodes.
+    """Let the sandbox's jobs find the stand-ins: inside the container where there is one, else on
+    the nodes.
 
-    Of thousands of tasks that all start at once, Slurm itself would get no time: each waits for a slot before its program.
+    Of thousands of tasks that all start at once, Slurm itself would get no time: each waits for a
+    slot before its program.
     """
     prolog = place.state / "etc" / "task_prolog"
-    sandbox_state.write_text(prolog, prolog.read_text() + shims.wait_for_slot(str(place.shims)), 0o700)
+    sandbox_state.write_text(
+        prolog, prolog.read_text() + shims.wait_for_slot(str(place.shims)), 0o700
+    )
     programs = place.shims_of(0) / "bin"
     if len(plans) > 1:
         programs = place.shims / "bin"
@@ -196,10 +242,16 @@ def connect(place: Place, plans: Sequence[Plan]) -> None:
         sandbox_state.write_text(config, extra + config.read_text())
     if not all(plan.container for plan in plans):
         for name in sorted(os.listdir(programs)):
-            sandbox_state.write_text(place.state / "bin" / name, (programs / name).read_text(), 0o700)
-    # Named by its path, it is not looked for on PATH: srun's own bash is, and hands over another word in its place.
-    by_path = {plan.resolved.argv[0]: str(programs / os.path.basename(plan.resolved.argv[0]))
-               for plan in plans if "/" in plan.resolved.argv[0]}  # fmt: skip
+            sandbox_state.write_text(
+                place.state / "bin" / name, (programs / name).read_text(), 0o700
+            )
+    # Named by its path, it is not looked for on PATH: srun's own bash is, and hands over another
+    # word in its place.
+    by_path = {
+        plan.resolved.argv[0]: str(programs / os.path.basename(plan.resolved.argv[0]))
+        for plan in plans
+        if "/" in plan.resolved.argv[0]
+    }
     if by_path:
         sandbox_state.write_text(place.state / "bin" / "bash", shims.bash(by_path), 0o700)
 
@@ -208,8 +260,15 @@ def _write_dispatch(place: Place, plans: Sequence[Plan], programs: Path) -> None
     programs.mkdir()
     folders = {plan.run_dir: place.shims_of(number) for number, plan in enumerate(plans)}
     for name in {name for folder in folders.values() for name in os.listdir(folder / "bin")}:
-        own = {run_dir: str(folder) for run_dir, folder in folders.items() if (folder / "bin" / name).exists()}
-        _executable(programs / name, shims.dispatch(name, own, shutil.which(name) or os.path.realpath(sys.executable)))
+        own = {
+            run_dir: str(folder)
+            for run_dir, folder in folders.items()
+            if (folder / "bin" / name).exists()
+        }
+        _executable(
+            programs / name,
+            shims.dispatch(name, own, shutil.which(name) or os.path.realpath(sys.executable)),
+        )
 
 
 def _executable(path: Path, text: str) -> None:
@@ -236,7 +295,8 @@ class Login:
         return self._run(words, {**self._environ, "HOME": self._home}, timeout_s)
 
     def queue(self) -> dict[str, tuple[str, str]]:
-        """{job id: (state, reason)} of all jobs, ended ones too; empty when the controller does not answer."""
+        """{job id: (state, reason)} of all jobs, ended ones too; empty when the controller does not
+        answer."""
         done = self.slurm("squeue", "-h", "-t", "all", "-o", "%A|%T|%r")
         rows = (line.split("|") for line in done.stdout.splitlines())
         return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
@@ -255,15 +315,16 @@ class Login:
     def fail_node(self, name: str) -> None:
         """The administrator sets it down: its job is killed and requeued.
 
-        Not its processes all at once, as when it loses power: the other nodes of a large step would wait for it for a
-        minute and then be drained themselves ("Kill task failed").
+        Not its processes all at once, as when it loses power: the other nodes of a large step would
+        wait for it for a minute and then be drained themselves ("Kill task failed").
         """
         sandbox.fault(name, "down", self.place.mark, self.place.state, self._own)
 
     def return_node(self, name: str) -> bool:
         """Bring it back, once nothing of its last job runs on it any more; whether it is back.
 
-        Before that slurmd refuses a job that is requeued onto it ("already running, do not launch second copy").
+        Before that slurmd refuses a job that is requeued onto it ("already running, do not launch
+        second copy").
         """
         if processes.steps_of_node(name, str(self.place.state), self.record.place.run):
             return False
@@ -275,17 +336,28 @@ class Login:
     ) -> subprocess.CompletedProcess[str]:
         try:
             return subprocess.run(
-                list(argv), env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-                timeout=timeout_s, check=False,
-            )  # fmt: skip
+                list(argv),
+                env=dict(environ),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout_s,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
-            return subprocess.CompletedProcess(list(argv), 124, "", f"no answer in {timeout_s:.0f} s")
+            return subprocess.CompletedProcess(
+                list(argv), 124, "", f"no answer in {timeout_s:.0f} s"
+            )
         except OSError as error:
             raise EnvironmentFault(f"cannot run `{argv[0]}`: {error.strerror}") from error
 
 
 def start(
-    place: Place, shape: ClusterShape, environ: Mapping[str, str], progress: Callable[[str, int, int], None]
+    place: Place,
+    shape: ClusterShape,
+    environ: Mapping[str, str],
+    progress: Callable[[str, int, int], None],
 ) -> Record:
     """The running sandbox's record."""
     status, _ = sandbox.up(shape, place.mark, place.state, environ, progress=progress)
@@ -307,7 +379,9 @@ def _interruptible() -> Iterator[None]:
 @contextlib.contextmanager
 def _calm() -> Iterator[None]:
     """A second Ctrl-C must not stop the clearing away."""
-    with _handled({number: signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}):
+    with _handled(
+        {number: signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ):
         yield
 
 
@@ -325,7 +399,8 @@ def _handled(wanted: Mapping[int, Any]) -> Iterator[None]:
 
 
 def sweep(plan: Plan, job_ids: Sequence[str]) -> None:
-    """Delete the node folders that the jobs made in this machine's own /tmp; the simulated nodes have no other."""
+    """Delete the node folders that the jobs made in this machine's own /tmp; the simulated nodes
+    have no other."""
     user = os.environ.get("USER") or str(os.getuid())
     for fields in plan.site.values["node_dirs"].values():
         for job_id in job_ids:

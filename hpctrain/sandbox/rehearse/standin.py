@@ -1,10 +1,12 @@
-"""Stands in for the training program of rank 0, and for NeoX's own launcher, in a rehearsal. Standard library only.
+"""Stands in for the training program of rank 0, and for NeoX's own launcher, in a rehearsal.
+Standard library only.
 
     standin.py train DIR          walks through the iterations in compressed time and saves in the recipe's layout
     standin.py deepy DIR ARGS…    does what deepy.py does: reads the hostfile and issues one srun
 
-It runs where the real program would, inside the container, as a script. DIR holds `scenario.json` (what to do), the pipes
-`records` (what happened, read by hpctrain) and `hold` (open as long as rank 0 lives; the other ranks wait for its end).
+It runs where the real program would, inside the container, as a script. DIR holds `scenario.json`
+(what to do), the pipes `records` (what happened, read by hpctrain) and `hold` (open as long as rank
+0 lives; the other ranks wait for its end).
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ from typing import Any, NoReturn
 CONTENT = b"# a placeholder written by hpctrain rehearse: there is nothing in it\n"
 # A safetensors file begins with the length of its header.
 MODEL = {
-    "config.json": b"{}\n", "tokenizer_config.json": b"{}\n", "tokenizer.json": b"{}\n", "model.safetensors": b"\x02" + bytes(7) + b"{}",
-}  # fmt: skip
+    "config.json": b"{}\n",
+    "tokenizer_config.json": b"{}\n",
+    "tokenizer.json": b"{}\n",
+    "model.safetensors": b"\x02" + bytes(7) + b"{}",
+}
 FIELD, END = "\x1f", "\x1e"
 
 
@@ -37,13 +42,16 @@ def write_checkpoint(
     until: float = 1.0,
     own: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write checkpoint `number` below `folder` as `layout` has it; `until` < 1 stops after that part of its files.
+    """Write checkpoint `number` below `folder` as `layout` has it; `until` < 1 stops after that
+    part of its files.
 
-    `ranks`: tensor, pipeline, data (numbers, or None for one) and zero (the stage or None). Returns the folder's name.
-    The tracker, where the layout has one, is written where the framework writes it. `own`: the layout that run.yaml
-    describes itself.
+    `ranks`: tensor, pipeline, data (numbers, or None for one) and zero (the stage or None). Returns
+    the folder's name. The tracker, where the layout has one, is written where the framework writes
+    it. `own`: the layout that run.yaml describes itself.
     """
-    name, files, tracker = _own_files(own, number) if own else checkpoint_files(layout, number, ranks)
+    name, files, tracker = (
+        _own_files(own, number) if own else checkpoint_files(layout, number, ranks)
+    )
     made: set[str] = set()
     stop = len(files) if until >= 1 else max(int(len(files) * until), 1)
     first = ""
@@ -53,7 +61,8 @@ def write_checkpoint(
         if parent not in made:
             os.makedirs(parent, exist_ok=True)
             made.add(parent)
-        # Thousands of equal shards: further names of one file are made, and deleted, in a fraction of the time.
+        # Thousands of equal shards: further names of one file are made, and deleted, in a fraction
+        # of the time.
         if not (first and content is CONTENT and _link(first, full)):
             with open(full, "wb") as stream:
                 stream.write(content)
@@ -65,7 +74,8 @@ def write_checkpoint(
 
 
 def write_reference(environ: Mapping[str, str]) -> None:
-    """open-instruct's DPO keeps its reference log-probabilities before its first step, and cannot resume without them."""
+    """open-instruct's DPO keeps its reference log-probabilities before its first step, and cannot
+    resume without them."""
     folder = environ.get("REFERENCE_LOGPROBS_CACHE_PATH")
     if folder and not any(name.endswith(".pt") for name in os.listdir(folder)):
         with open(os.path.join(folder, "rehearsed.pt"), "wb") as stream:
@@ -73,7 +83,8 @@ def write_reference(environ: Mapping[str, str]) -> None:
 
 
 def write_export(folder: str, layout: str) -> None:
-    """The model that a framework exports at its end, where its layout has one, the tokenizer last."""
+    """The model that a framework exports at its end, where its layout has one, the tokenizer
+    last."""
     for name in (
         ("config.json", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json")
         if layout == "open-instruct"
@@ -84,7 +95,8 @@ def write_export(folder: str, layout: str) -> None:
 
 
 def write_model(folder: str) -> None:
-    """The model that the run leaves for who comes after it, whole and empty; one that is there already is left alone."""
+    """The model that the run leaves for who comes after it, whole and empty; one that is there
+    already is left alone."""
     if os.path.exists(os.path.join(folder, "config.json")):
         return
     os.makedirs(folder, exist_ok=True)
@@ -104,7 +116,8 @@ def _link(source: str, target: str) -> bool:
 def checkpoint_files(
     layout: str, number: int, ranks: dict[str, int | None]
 ) -> tuple[str, list[tuple[str, bytes]], tuple[str, str] | None]:
-    """(folder name, [(path, bytes)], (tracker file, its text) or None) of a whole checkpoint, see hpctrain/runtime/layouts.py."""
+    """(folder name, [(path, bytes)], (tracker file, its text) or None) of a whole checkpoint, see
+    hpctrain/runtime/layouts.py."""
     tensor, data = ranks.get("tensor") or 1, ranks.get("data") or 1
     stages, zero = ranks.get("pipeline") or 0, ranks.get("zero")
     world = tensor * max(stages, 1) * data
@@ -115,11 +128,21 @@ def checkpoint_files(
             ("latest", f"global_step{number}"),
         )
     if layout == "megatron":
-        form = "mp_rank_{:02d}_{:03d}/model_optim_rng.pt" if stages > 1 else "mp_rank_{:02d}/model_optim_rng.pt"
-        files = [(form.format(tp, pp), CONTENT) for tp in range(tensor) for pp in range(max(stages, 1))]
+        form = (
+            "mp_rank_{:02d}_{:03d}/model_optim_rng.pt"
+            if stages > 1
+            else "mp_rank_{:02d}/model_optim_rng.pt"
+        )
+        files = [
+            (form.format(tp, pp), CONTENT) for tp in range(tensor) for pp in range(max(stages, 1))
+        ]
         return f"iter_{number:07d}", files, ("latest_checkpointed_iteration.txt", str(number))
     if layout == "verl":
-        kinds = [(role, kind) for role in ("actor", "critic") for kind in ("model", "optim", "extra_state")]
+        kinds = [
+            (role, kind)
+            for role in ("actor", "critic")
+            for kind in ("model", "optim", "extra_state")
+        ]
         files = [
             (f"{role}/{kind}_world_size_{world}_rank_{rank}.pt", CONTENT)
             for role, kind in kinds
@@ -132,10 +155,15 @@ def checkpoint_files(
         )
     if layout == "hf-trainer":
         state = json.dumps({"global_step": number}).encode()
-        files = [(name, CONTENT) for name in ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")]
+        files = [
+            (name, CONTENT)
+            for name in ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+        ]
         return f"checkpoint-{number}", [*files, ("trainer_state.json", state)], None
     if layout == "open-instruct":
-        files = [(name, CONTENT) for name in ("pytorch_model.bin", "optimizer.bin", "scheduler.bin")]
+        files = [
+            (name, CONTENT) for name in ("pytorch_model.bin", "optimizer.bin", "scheduler.bin")
+        ]
         files += [(f"random_states_{rank}.pkl", CONTENT) for rank in range(world)]
         return f"step_{number}", [*files, ("COMPLETED", b"COMPLETED")], None
     if layout in OTHERS:
@@ -145,7 +173,8 @@ def checkpoint_files(
 
 
 class Metadata:
-    """An index as torch.distributed.checkpoint pickles it; its readers ask for the attributes alone."""
+    """An index as torch.distributed.checkpoint pickles it; its readers ask for the attributes
+    alone."""
 
     def __init__(self, names: list[str]) -> None:
         self.storage_data = {name: _StorageInfo(name) for name in names}
@@ -240,7 +269,8 @@ def _deepspeed(tensor: int, stages: int, data: int, zero: int | None) -> list[tu
 
 
 class Walk:
-    """One attempt of rank 0: from the iteration that the guard chose to the target, a fault, or the time limit."""
+    """One attempt of rank 0: from the iteration that the guard chose to the target, a fault, or the
+    time limit."""
 
     def __init__(self, folder: str, environ: os._Environ[str]) -> None:
         with open(os.path.join(folder, "scenario.json")) as stream:
@@ -270,7 +300,8 @@ class Walk:
         ready = os.path.join(self.folder, "ready.{}.{}".format(*self.job))
         while not os.path.exists(ready):
             time.sleep(0.02)
-        # The first start of the step plays the first fault, and so on, whichever link it belongs to.
+        # The first start of the step plays the first fault, and so on, whichever link it belongs
+        # to.
         starts = sum(1 for name in os.listdir(self.folder) if name.startswith("ready."))
         faults = self.scenario["faults"]
         self.fault = faults[starts - 1] if starts <= len(faults) else ""
@@ -282,7 +313,9 @@ class Walk:
 
     def run(self) -> int:
         plan = self.scenario
-        signal.signal(signal.SIGUSR1 if plan["signal"] != "USR2" else signal.SIGUSR2, self._on_signal)
+        signal.signal(
+            signal.SIGUSR1 if plan["signal"] != "USR2" else signal.SIGUSR2, self._on_signal
+        )
         if plan["saves_on_signal"] and plan["signal"] == "TERM":
             signal.signal(signal.SIGTERM, self._on_signal)
         self.wait_for_ranks()
@@ -292,7 +325,11 @@ class Walk:
         base = plan["offset"]
         target, every = plan["target"], plan["save_every"] or plan["target"]
         begin = number
-        strike = min(begin + every + every // 2, begin + max((target - begin) // 2, 0)) if self.fault else None
+        strike = (
+            min(begin + every + every // 2, begin + max((target - begin) // 2, 0))
+            if self.fault
+            else None
+        )
         if strike is not None and (target - begin) > every:
             strike = min(begin + every + max(every // 2, 1), target - 1)
         # How far the time limit lets this link come, counted in iterations.
@@ -335,7 +372,9 @@ class Walk:
         if plan["layout"] == "none" or not folder:
             return
         half = (
-            self.fault == "kill_mid_save" and begin is not None and (number - begin > every or number == plan["target"])
+            self.fault == "kill_mid_save"
+            and begin is not None
+            and (number - begin > every or number == plan["target"])
         )
         if half:
             self.tell("kill", number=number)
@@ -350,8 +389,10 @@ class Walk:
 
 
 def deepy(folder: str, words: list[str]) -> NoReturn:
-    """NeoX's launcher with `launcher: slurm` (DeeperSpeed launcher/multinode_runner.py, SlurmRunner): the hostfile's slots
-    are summed up, one srun starts that many tasks, and a hostfile that names a node twice is an error (runner.py)."""
+    """NeoX's launcher with `launcher: slurm` (DeeperSpeed launcher/multinode_runner.py,
+    SlurmRunner): the hostfile's slots are summed up, one srun starts that many tasks, and a
+    hostfile that names a node twice is an error (runner.py).
+    """
     with open(os.path.join(folder, "scenario.json")) as stream:
         scenario = json.load(stream)
     script, config = [word for word in words if not word.startswith("-")][1:3]
@@ -365,15 +406,27 @@ def deepy(folder: str, words: list[str]) -> NoReturn:
     for line in lines:
         if len(line) != 2 or not line[1].startswith("slots=") or not line[1][6:].isdigit():
             sys.exit(
-                "deepy.py: Hostfile contains a bad entry: {}, unable to proceed with launching".format(" ".join(line))
+                "deepy.py: Hostfile contains a bad entry: {}, unable to proceed with "
+                "launching".format(" ".join(line))
             )
         if line[0] in hosts:
-            sys.exit(f"deepy.py: Hostfile contains multiple entries for {line[0]}, unable to proceed with launching")
+            sys.exit(
+                f"deepy.py: Hostfile contains multiple entries for {line[0]}, unable to proceed"
+                " with launching"
+            )
         hosts[line[0]] = int(line[1][6:])
     with open(config, "rb") as stream:
         encoded = base64.b64encode(stream.read()).decode()
     argv = ["srun", "-n", str(sum(hosts.values())), "--nodelist", ",".join(hosts), "--export=ALL"]
-    argv += [scenario["python"], "-u", script, "--deepspeed_config", encoded, "--megatron_config", encoded]
+    argv += [
+        scenario["python"],
+        "-u",
+        script,
+        "--deepspeed_config",
+        encoded,
+        "--megatron_config",
+        encoded,
+    ]
     os.execvp(argv[0], argv)
 
 

@@ -1,4 +1,5 @@
-"""What a rehearsed chain did, as rows, as a bar of text and as a picture; times are scaled back to the site's. Pure."""
+"""What a rehearsed chain did, as rows, as a bar of text and as a picture; times are scaled back to
+the site's. Pure."""
 
 from __future__ import annotations
 
@@ -12,14 +13,22 @@ from hpctrain.plan.make import Plan
 from hpctrain.sandbox.rehearse.records import Attempt
 
 WIDTH = 60
-_COLOUR = {"finetune": "#3d7ab5", "scratch": "#3d7ab5", "resume": "#4d9a62", "lost": "#c9524a", "other": "#9a9a9a"}
+_COLOUR = {
+    "finetune": "#3d7ab5",
+    "scratch": "#3d7ab5",
+    "resume": "#4d9a62",
+    "lost": "#c9524a",
+    "other": "#9a9a9a",
+}
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One start of a link, or a link that ended at once. Iterations are numbers of checkpoint folders.
+    """One start of a link, or a link that ended at once. Iterations are numbers of checkpoint
+    folders.
 
-    `took_s` and `gpu_hours` are in the site's time; `waited_s` is what the job waited in this empty sandbox.
+    `took_s` and `gpu_hours` are in the site's time; `waited_s` is what the job waited in this empty
+    sandbox.
     """
 
     link: int
@@ -58,7 +67,8 @@ def bars(
     waited_s: Mapping[str, float],
     scenario: Mapping[str, Any],
 ) -> list[Bar]:
-    """The starts of all links in their order. What a start kept is what the next one begins from, or what it saved last."""
+    """The starts of all links in their order. What a start kept is what the next one begins from,
+    or what it saved last."""
     begins = [record for record in links if record.get("event") == "begin"]
     by_key = {(attempt.job_id, attempt.restart): attempt for attempt in attempts}
     found: list[Bar] = []
@@ -66,13 +76,38 @@ def bars(
     for record in begins:
         key = str(record.get("job_id")), int(record.get("restart") or 0)
         attempt, mode = by_key.get(key), str(record.get("mode"))
-        begin = int(record.get("iteration") or 0) if mode in ("resume", "done") or scenario["counts_on"] else 0
+        begin = (
+            int(record.get("iteration") or 0)
+            if mode in ("resume", "done") or scenario["counts_on"]
+            else 0
+        )
         if attempt is None or attempt.last("start") is None:
-            outcome = mode if mode in ("done", "stopped", "gave_up") else states.get(key[0], "did not start").lower()
-            found.append(Bar(int(record["link"]), *key, mode, outcome, begin, begin, begin, 0, str(record.get("checkpoint") or ""),
-                             clock, 0.0, 0.0, waited_s.get(key[0], 0.0)))  # fmt: skip
+            outcome = (
+                mode
+                if mode in ("done", "stopped", "gave_up")
+                else states.get(key[0], "did not start").lower()
+            )
+            found.append(
+                Bar(
+                    int(record["link"]),
+                    *key,
+                    mode,
+                    outcome,
+                    begin,
+                    begin,
+                    begin,
+                    0,
+                    str(record.get("checkpoint") or ""),
+                    clock,
+                    0.0,
+                    0.0,
+                    waited_s.get(key[0], 0.0),
+                )
+            )
             continue
-        reached = max([begin, *(int(fields["number"]) for _, fields in attempt.events if "number" in fields)])
+        reached = max(
+            [begin, *(int(fields["number"]) for _, fields in attempt.events if "number" in fields)]
+        )
         saved = attempt.last("saved")
         kept = max(begin, int(saved["number"])) if saved else begin
         if scenario["layout"] == "none" and attempt.last("end"):
@@ -95,18 +130,21 @@ def bars(
                 took_s,
                 gpus * took_s / 3600,
                 waited_s.get(key[0], 0.0),
-            )  # fmt: skip
+            )
         )
         clock += took_s
     return found
 
 
 def of_stages(found: Sequence[tuple[str, str | None, Sequence[Bar]]]) -> list[Bar]:
-    """The bars of all stages of a pipeline on one clock. `found`: (stage, the one it is from, its bars), in order."""
+    """The bars of all stages of a pipeline on one clock. `found`: (stage, the one it is from, its
+    bars), in order."""
     ends: dict[str | None, float] = {}
     out = []
     for stage, source, own in found:
-        shifted = [replace(bar, stage=stage, start_s=bar.start_s + ends.get(source, 0.0)) for bar in own]
+        shifted = [
+            replace(bar, stage=stage, start_s=bar.start_s + ends.get(source, 0.0)) for bar in own
+        ]
         ends[stage] = max((bar.end_s for bar in shifted), default=ends.get(source, 0.0))
         out += shifted
     return out
@@ -114,8 +152,13 @@ def of_stages(found: Sequence[tuple[str, str | None, Sequence[Bar]]]) -> list[Ba
 
 def outcome_of(attempt: Attempt, state: str) -> str:
     """In a word, how one start ended."""
-    for event, word in (("end", "done"), ("strike", "node failed"), ("kill", "killed in a save"), ("left", "saved and left"),
-                        ("limit", "time limit")):  # fmt: skip
+    for event, word in (
+        ("end", "done"),
+        ("strike", "node failed"),
+        ("kill", "killed in a save"),
+        ("left", "saved and left"),
+        ("limit", "time limit"),
+    ):
         if attempt.last(event):
             return word
     return state.lower() or "unknown"
@@ -132,7 +175,10 @@ def text(found: Sequence[Bar]) -> list[str]:
             kept = 1
         picture = " " * left + "=" * kept + "x" * lost
         label = bar.label + (f".{bar.restart}" if bar.restart else "")
-        lines.append(f"{label:{width}}|{picture[:WIDTH]:{WIDTH}}| {bar.mode}, {bar.first} -> {bar.kept}, {bar.outcome}")
+        lines.append(
+            f"{label:{width}}|{picture[:WIDTH]:{WIDTH}}| {bar.mode}, {bar.first} -> {bar.kept},"
+            f" {bar.outcome}"
+        )
     return lines
 
 
@@ -143,7 +189,10 @@ def svg(found: Sequence[Bar], title: str) -> str:
     height = 70 + row * len(found)
     scale = (width - left - 20) / total
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+            ' font-family="sans-serif" font-size="12">'
+        ),
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         f'<text x="10" y="20" font-size="15">{escape(title)}</text>',
     ]
@@ -153,15 +202,23 @@ def svg(found: Sequence[Bar], title: str) -> str:
         name = bar.label + (f", restart {bar.restart}" if bar.restart else "")
         told = f"{bar.mode}, {bar.first} to {bar.kept}, {bar.lost} lost, {bar.outcome}"
         out.append(f'<text x="10" y="{top + 16}">{escape(name)}</text>')
-        out.append(f'<rect x="{left + before:.1f}" y="{top}" width="{max(kept, 1):.1f}" height="22" fill="{_COLOUR.get(bar.mode, _COLOUR["other"])}">'
-                   f"<title>{escape(told)}</title></rect>")  # fmt: skip
+        out.append(
+            f'<rect x="{left + before:.1f}" y="{top}" width="{max(kept, 1):.1f}" height="22"'
+            f' fill="{_COLOUR.get(bar.mode, _COLOUR["other"])}">'
+            f"<title>{escape(told)}</title></rect>"
+        )
         if lost:
             out.append(
-                f'<rect x="{left + before + kept:.1f}" y="{top}" width="{lost:.1f}" height="22" fill="{_COLOUR["lost"]}"/>'
+                f'<rect x="{left + before + kept:.1f}" y="{top}" width="{lost:.1f}" height="22"'
+                f' fill="{_COLOUR["lost"]}"/>'
             )
         # Beside the bar where there is room, else before it.
         end = left + before + kept + lost
-        beside = f'x="{end + 6:.1f}"' if end < width - 330 else f'x="{left + before - 6:.1f}" text-anchor="end"'
+        beside = (
+            f'x="{end + 6:.1f}"'
+            if end < width - 330
+            else f'x="{left + before - 6:.1f}" text-anchor="end"'
+        )
         if end >= width - 330 and before < 330:
             beside = f'x="{left + before + 6:.1f}" fill="#ffffff"'
         out.append(f'<text {beside} y="{top + 16}">{escape(told)}</text>')

@@ -1,7 +1,9 @@
-"""Rehearses a tokenization: its very array, on the head of its data, against a real Slurm shaped like the site.
+"""Rehearses a tokenization: its very array, on the head of its data, against a real Slurm shaped
+like the site.
 
-The array of `hpctrain tokenize` is submitted by the same code with the same options; only the inputs are replaced by their first
-records, and the output goes to a folder that is deleted. What it made is held against what one local process makes.
+The array of `hpctrain tokenize` is submitted by the same code with the same options; only the
+inputs are replaced by their first records, and the output goes to a folder that is deleted. What it
+made is held against what one local process makes.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ TASKS_PER_CORE = 3  # that run at once: this machine is not the site
 
 @dataclass(frozen=True)
 class TokensOutcome:
-    """What the rehearsal told. `states` counts the array's tasks and the merge by Slurm's state at their end."""
+    """What the rehearsal told. `states` counts the array's tasks and the merge by Slurm's state at
+    their end."""
 
     problems: tuple[Problem, ...]
     site: str
@@ -55,12 +58,17 @@ class TokensOutcome:
 
 
 def rehearse_tokens(
-    request: Request, how: How, environ: Mapping[str, str], progress: Callable[[str, int, int], None]
+    request: Request,
+    how: How,
+    environ: Mapping[str, str],
+    progress: Callable[[str, int, int], None],
 ) -> TokensOutcome:
-    """Play it and take everything down again. Raises UsageError for options that are wrong anyway, EnvironmentFault where this
-    machine cannot."""
+    """Play it and take everything down again. Raises UsageError for options that are wrong anyway,
+    EnvironmentFault where this machine cannot."""
     if not how.site:
-        raise UsageError("a rehearsal needs to know the site", where="--site", hint="for example --site lumi")
+        raise UsageError(
+            "a rehearsal needs to know the site", where="--site", hint="for example --site lumi"
+        )
     site = load_site(how.site)
     partition = limits_of(site, how.partition).partition or ""
     sources = prepare(replace(request, force=True)).plan.inputs
@@ -71,16 +79,25 @@ def rehearse_tokens(
     ):
         place.files.mkdir()
         inputs = _samples(
-            sources, max(SAMPLE_BYTES, BYTES_PER_TASK * request.tasks // len(sources)), place.files / "in"
+            sources,
+            max(SAMPLE_BYTES, BYTES_PER_TASK * request.tasks // len(sources)),
+            place.files / "in",
         )
         mounts = _mounts(site, how.container, place.files)
         shape = shape_of(site, how, mounts)
         record = stage.start(place, shape, environ, progress)
         seconds["sandbox"] = time.monotonic() - clock
         login = stage.Login(record, place, environ.get("HOME", "/"), environ)
-        sample = replace(request, inputs=tuple(inputs), output_prefix=str(place.files / "array" / "out"), force=False)
+        sample = replace(
+            request,
+            inputs=tuple(inputs),
+            output_prefix=str(place.files / "array" / "out"),
+            force=False,
+        )
         progress("array", 0, 0)
-        answer = _submit(login, place.files, sample, replace(how, engine="array", scan="none", wait=True))
+        answer = _submit(
+            login, place.files, sample, replace(how, engine="array", scan="none", wait=True)
+        )
         states = Counter(state for state, _ in login.tasks().values())
         seconds["jobs"] = time.monotonic() - clock - seconds["sandbox"]
         own = {path: source.path for path, source in zip(inputs, sources)}
@@ -91,28 +108,48 @@ def rehearse_tokens(
         if not problems:
             with contextlib.redirect_stdout(sys.stderr):
                 alone = replace(sample, output_prefix=str(place.files / "alone" / "out"), tasks=1)
-                local = tokenize(alone, How(engine="local", processes=1, scan="none"), _quiet, _quiet, _quiet)
+                local = tokenize(
+                    alone, How(engine="local", processes=1, scan="none"), _quiet, _quiet, _quiet
+                )
             same = _digests(answer["dataset"]) == _digests(local.plan.dataset)
             problems = (
-                [] if same else [Problem("the array made another dataset than one process", where=str(partition))]
+                []
+                if same
+                else [
+                    Problem("the array made another dataset than one process", where=str(partition))
+                ]
             )
         seconds["all"] = time.monotonic() - clock
         sample_bytes = sum(os.path.getsize(path) for path in inputs)
-    return TokensOutcome(tuple(problems), site.name, partition, answer, states, sample_bytes, same, seconds)
+    return TokensOutcome(
+        tuple(problems), site.name, partition, answer, states, sample_bytes, same, seconds
+    )
 
 
 def shape_of(site: Site, how: How, mounts: Sequence[tuple[str, str]]) -> ClusterShape:
-    """The site with a few nodes of the partition's kind. Fewer tasks run at once than there: each is a whole Python."""
+    """The site with a few nodes of the partition's kind. Fewer tasks run at once than there: each
+    is a whole Python."""
     name = limits_of(site, how.partition).partition
     found = site.partition(name) if name else None
     kinds = {part.node_type.name for part in site.partitions.values()}
     counts = {kind: 0 for kind in kinds}
     counts[found.node_type.name if found else next(iter(site.node_types))] = NUM_NODES
     accounts = (how.account,) if how.account else ()
-    shape = shape_from_site(site, counts, accounting=True, accounts=accounts, mounts=mounts, kill_wait_s=5, lean=True,
-                            partitions=[name] if name else [])  # fmt: skip
+    shape = shape_from_site(
+        site,
+        counts,
+        accounting=True,
+        accounts=accounts,
+        mounts=mounts,
+        kill_wait_s=5,
+        lean=True,
+        partitions=[name] if name else [],
+    )
     at_once = TASKS_PER_CORE * (os.cpu_count() or 1)
-    parts = tuple(replace(part, max_running=min(part.max_running or at_once, at_once)) for part in shape.partitions)
+    parts = tuple(
+        replace(part, max_running=min(part.max_running or at_once, at_once))
+        for part in shape.partitions
+    )
     return replace(shape, partitions=parts)
 
 
@@ -120,14 +157,24 @@ def lines(outcome: TokensOutcome) -> list[str]:
     """What goes to standard output."""
     answer = outcome.answer
     where = f"{outcome.partition or 'the default partition'} of {outcome.site}"
-    shards = f"{answer['array_tasks']} array tasks for {answer['shards']} shards on " if "shards" in answer else ""
+    shards = (
+        f"{answer['array_tasks']} array tasks for {answer['shards']} shards on "
+        if "shards" in answer
+        else ""
+    )
     out = [shards + where]
     if outcome.states:
-        out.append("jobs: " + ", ".join(f"{count} {state.lower()}" for state, count in sorted(outcome.states.items())))
+        out.append(
+            "jobs: "
+            + ", ".join(
+                f"{count} {state.lower()}" for state, count in sorted(outcome.states.items())
+            )
+        )
     manifest = answer.get("manifest") or {}
     if outcome.same_bytes:
         out.append(
-            f"{manifest.get('documents', 0):,} documents of the head of the data, byte for byte as from one process"
+            f"{manifest.get('documents', 0):,} documents of the head of the data, byte for byte as"
+            " from one process"
         )
     bad = [problem for problem in outcome.problems if problem.level == "error"]
     return [*out, f"{len(bad)} thing{'s' * (len(bad) > 1)} would go wrong" if bad else "all right"]
@@ -160,7 +207,9 @@ def _samples(sources: Sequence[Input], num_bytes: int, folder: Path) -> list[str
             reader = SegmentReader(source, Segment(number, 0, source.units), hashlib.sha256())
             for block in reader.blocks():
                 for item in block.records:
-                    stream.write((item if isinstance(item, bytes) else json.dumps(item).encode()) + b"\n")
+                    stream.write(
+                        (item if isinstance(item, bytes) else json.dumps(item).encode()) + b"\n"
+                    )
                     if stream.tell() >= num_bytes:
                         break
                 if stream.tell() >= num_bytes:
@@ -170,7 +219,8 @@ def _samples(sources: Sequence[Input], num_bytes: int, folder: Path) -> list[str
 
 
 def _mounts(site: Site, image: str | None, files: Path) -> list[tuple[str, str]]:
-    """Made-up folders for what a container binds and this machine lacks, and for the image itself."""
+    """Made-up folders for what a container binds and this machine lacks, and for the image
+    itself."""
     if not image:
         return []
     image = os.path.abspath(image)
@@ -192,7 +242,8 @@ def _mounts(site: Site, image: str | None, files: Path) -> list[tuple[str, str]]
 
 
 def _submit(login: stage.Login, folder: Path, request: Request, how: How) -> dict[str, Any]:
-    """Run the tokenization as from the site's login node, and wait for its end: its outcome, or its `problems`."""
+    """Run the tokenization as from the site's login node, and wait for its end: its outcome, or its
+    `problems`."""
     (folder / "array").mkdir()
     (folder / "alone").mkdir()
     order = folder / "order"
@@ -201,12 +252,15 @@ def _submit(login: stage.Login, folder: Path, request: Request, how: How) -> dic
     try:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError) as error:
-        raise EnvironmentFault("the array could not be submitted", why=(done.stderr or done.stdout)[-2000:]) from error
+        raise EnvironmentFault(
+            "the array could not be submitted", why=(done.stderr or done.stdout)[-2000:]
+        ) from error
     return answer
 
 
 def _of_the_data(problem: Problem, own: Mapping[str, str]) -> Problem:
-    """The problem with the user's file in place of its sample; the lines of both have the same numbers."""
+    """The problem with the user's file in place of its sample; the lines of both have the same
+    numbers."""
     for sample, path in own.items():
         problem = replace(problem, where=problem.where.replace(sample, path))
     return problem

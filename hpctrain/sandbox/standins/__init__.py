@@ -1,1 +1,2 @@
-"""Stand-ins for what a site has and this machine has not: singularity, environment modules, node names."""
+"""Stand-ins for what a site has and this machine has not: singularity, environment modules, node
+names."""

@@ -1,4 +1,5 @@
-"""The texts of the stand-ins' scripts and of the task prolog that puts them in front of every task. Pure."""
+"""The texts of the stand-ins' scripts and of the task prolog that puts them in front of every task.
+Pure."""
 
 from __future__ import annotations
 
@@ -10,13 +11,19 @@ from hpctrain.sandbox.standins.singularity import PASSED_ON
 
 
 def client_script(argv: Sequence[str], slurm_conf: str) -> str:
-    """A Slurm command that always talks to its own sandbox; nothing of ours enters the environment of jobs."""
-    return f'#!/bin/sh\nSLURM_CONF={shlex.quote(slurm_conf)}\nexport SLURM_CONF\nexec {shlex.join(argv)} "$@"\n'
+    """A Slurm command that always talks to its own sandbox; nothing of ours enters the environment
+    of jobs."""
+    return (
+        f"#!/bin/sh\nSLURM_CONF={shlex.quote(slurm_conf)}\nexport SLURM_CONF\nexec"
+        f' {shlex.join(argv)} "$@"\n'
+    )
 
 
 def client_scripts(box: Toolbox, slurm_conf: str) -> dict[str, str]:
     """{command: script} for every Slurm command that there is."""
-    return {name: client_script(box.argv(name), slurm_conf) for name in CLIENTS if name in box.programs}
+    return {
+        name: client_script(box.argv(name), slurm_conf) for name in CLIENTS if name in box.programs
+    }
 
 
 def stepd_script(box: Toolbox) -> str:
@@ -25,16 +32,22 @@ def stepd_script(box: Toolbox) -> str:
 
 
 def container_script(python: str, program: str, config: str, name: str) -> str:
-    """`singularity` or `apptainer`: the stand-in run by hpctrain's interpreter, isolated from the job's environment.
+    """`singularity` or `apptainer`: the stand-in run by hpctrain's interpreter, isolated from the
+    job's environment.
 
-    The signals of `singularity.PASSED_ON` are ignored from here on, so that bubblewrap does not die of them.
+    The signals of `singularity.PASSED_ON` are ignored from here on, so that bubblewrap does not die
+    of them.
     """
     words = shlex.join([python, "-I", "-S", program, config, name])
     return f"#!/bin/sh\ntrap '' {' '.join(PASSED_ON)}\nexec {words} \"$@\"\n"
 
 
 def container_config(
-    bwrap: Sequence[str], image_dirs: Sequence[str], image_path: str, node_files: Sequence[str], unavailable: str
+    bwrap: Sequence[str],
+    image_dirs: Sequence[str],
+    image_path: str,
+    node_files: Sequence[str],
+    unavailable: str,
 ) -> str:
     """The stand-in's configuration: lines `key<TAB>value`."""
     pairs = [("bwrap", word) for word in bwrap] + [("image_dirs", path) for path in image_dirs]
@@ -44,7 +57,8 @@ def container_config(
 
 
 def module_script(log: str) -> str:
-    """`module` and `ml`: accepts what the real command does, writes it to `log`, changes nothing."""
+    """`module` and `ml`: accepts what the real command does, writes it to `log`, changes
+    nothing."""
     return f"""#!/bin/sh
 # A stand-in for Lmod and Environment Modules: every request is noted in the log, none changes anything.
 case "${{1:-}}" in
@@ -57,12 +71,16 @@ exit 0
 """
 
 
-def task_prolog(bin_dir: str, variables: Mapping[str, str], *, nss_wrapper: str, hosts_dir: str, hosts: str) -> str:
-    """Runs before the batch script and every task, however the job was submitted; its `export` lines reach them.
+def task_prolog(
+    bin_dir: str, variables: Mapping[str, str], *, nss_wrapper: str, hosts_dir: str, hosts: str
+) -> str:
+    """Runs before the batch script and every task, however the job was submitted; its `export`
+    lines reach them.
 
-    Puts the sandbox's commands first on PATH (also with --export=NONE) and marks the processes as this sandbox's.
-    With `nss_wrapper` that library is preloaded to answer for the names of simulated nodes: all of them from `hosts`,
-    or, where `hosts` is "", the node itself and the first one of the job. Only shell builtins: it runs once per task.
+    Puts the sandbox's commands first on PATH (also with --export=NONE) and marks the processes as
+    this sandbox's. With `nss_wrapper` that library is preloaded to answer for the names of
+    simulated nodes: all of them from `hosts`, or, where `hosts` is "", the node itself and the
+    first one of the job. Only shell builtins: it runs once per task.
     """
     lines = [
         "#!/bin/sh",
@@ -84,7 +102,8 @@ def task_prolog(bin_dir: str, variables: Mapping[str, str], *, nss_wrapper: str,
     return "\n".join(lines) + "\n"
 
 
-# libnss_wrapper's table holds some 100 names and addresses. The address of nid000007 is 127.77.0.7 (shape.hosts).
+# libnss_wrapper's table holds some 100 names and addresses. The address of nid000007 is 127.77.0.7
+# (shape.hosts).
 _NSS = """\
 if [ -z "$hosts" ]; then
   hosts="$folder/$SLURM_JOB_ID.$SLURMD_NODENAME"

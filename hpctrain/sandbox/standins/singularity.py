@@ -1,9 +1,10 @@
 """A stand-in for singularity and apptainer that performs the binds for real, with bubblewrap.
 
-Run as a script, by the `singularity` and `apptainer` of a sandbox: CONFIG NAME ARGUMENTS…. Standard library only.
-Any file stands for an image. Inside, this machine's /usr, /bin, /lib, /etc and the interpreter of hpctrain play the
-image, read-only; the default mounts of singularity ($HOME, /tmp, /var/tmp, $PWD, /proc, /sys, /dev) and the binds that
-were asked for are there; nothing else of the host is. So a bind that was forgotten fails here and not at the site.
+Run as a script, by the `singularity` and `apptainer` of a sandbox: CONFIG NAME ARGUMENTS…. Standard
+library only. Any file stands for an image. Inside, this machine's /usr, /bin, /lib, /etc and the
+interpreter of hpctrain play the image, read-only; the default mounts of singularity ($HOME, /tmp,
+/var/tmp, $PWD, /proc, /sys, /dev) and the binds that were asked for are there; nothing else of the
+host is. So a bind that was forgotten fails here and not at the site.
 """
 
 from __future__ import annotations
@@ -20,21 +21,90 @@ if TYPE_CHECKING:
 Mount = tuple[str, str, str]
 Bind = tuple[str, str, str]
 
-# Options of exec, run and shell that take a value; those that are accepted and change nothing here; the rest below.
-VALUED = {"--apply-cgroups", "--dns", "--fusemount", "--hostname", "--network", "--network-args", "--pem-path",
-          "--scratch", "-S", "--security", "--overlay", "-o", "--add-caps", "--drop-caps", "--nvccli", "--no-mount",
-          "--workdir", "-W", "--shell", "-s"}  # fmt: skip
-IGNORED = {"--nv", "--rocm", "--writable", "-w", "--userns", "-u", "--ipc", "-i", "--net", "-n", "--uts", "--fakeroot",
-           "-f", "--no-privs", "--keep-privs", "--no-eval", "--no-init", "--no-umask", "--allow-setuid", "--compat",
-           "--disable-cache", "--vm", "--underlay", "--sif-fuse", "--unsquash", "--no-https"}  # fmt: skip
+# Options of exec, run and shell that take a value; those that are accepted and change nothing here;
+# the rest below.
+VALUED = {
+    "--apply-cgroups",
+    "--dns",
+    "--fusemount",
+    "--hostname",
+    "--network",
+    "--network-args",
+    "--pem-path",
+    "--scratch",
+    "-S",
+    "--security",
+    "--overlay",
+    "-o",
+    "--add-caps",
+    "--drop-caps",
+    "--nvccli",
+    "--no-mount",
+    "--workdir",
+    "-W",
+    "--shell",
+    "-s",
+}
+IGNORED = {
+    "--nv",
+    "--rocm",
+    "--writable",
+    "-w",
+    "--userns",
+    "-u",
+    "--ipc",
+    "-i",
+    "--net",
+    "-n",
+    "--uts",
+    "--fakeroot",
+    "-f",
+    "--no-privs",
+    "--keep-privs",
+    "--no-eval",
+    "--no-init",
+    "--no-umask",
+    "--allow-setuid",
+    "--compat",
+    "--disable-cache",
+    "--vm",
+    "--underlay",
+    "--sif-fuse",
+    "--unsquash",
+    "--no-https",
+}
 GLOBAL_FLAGS = {"-d", "--debug", "-q", "--quiet", "-s", "--silent", "-v", "--verbose", "--nocolor"}
-# Signals a job step may be sent. bubblewrap stays as the parent of the program and must not die of them: the script
-# that starts this one ignores them, and `env` gives them back to the program.
-PASSED_ON = ("HUP", "INT", "QUIT", "USR1", "USR2", "TERM", "CONT", "TSTP", "TTIN", "TTOU", "ALRM", "URG", "XCPU")
+# Signals a job step may be sent. bubblewrap stays as the parent of the program and must not die of
+# them: the script that starts this one ignores them, and `env` gives them back to the program.
+PASSED_ON = (
+    "HUP",
+    "INT",
+    "QUIT",
+    "USR1",
+    "USR2",
+    "TERM",
+    "CONT",
+    "TSTP",
+    "TTIN",
+    "TTOU",
+    "ALRM",
+    "URG",
+    "XCPU",
+)
 IMAGE_DIRS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc")
 IMAGE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # What --cleanenv leaves, besides what makes the simulated node a node.
-CLEAN_KEEPS = ("HOME", "TERM", "LANG", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+CLEAN_KEEPS = (
+    "HOME",
+    "TERM",
+    "LANG",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+)
 NODE_KEEPS = ("LD_PRELOAD", "NSS_WRAPPER_HOSTS", "NSS_WRAPPER_HOSTNAME", "HPCTRAIN_SANDBOX_PROCESS")
 
 
@@ -55,7 +125,8 @@ def main(argv: list[str]) -> int:
         return 0
     if verb not in ("exec", "run", "shell"):
         sys.stderr.write(
-            f"FATAL:   `{name} {verb}` is not something hpctrain's stand-in does: it knows exec, run and shell\n"
+            f"FATAL:   `{name} {verb}` is not something hpctrain's stand-in does: it knows exec,"
+            " run and shell\n"
         )
         return 255
     try:
@@ -88,9 +159,25 @@ def read_config(path: str) -> dict[str, list[str]]:
 
 def parse(arguments: list[str], verb: str, environ: Mapping[str, str]) -> dict[str, Any]:
     """The options before the image, the image, and the program. Later options win; binds add up."""
-    request: dict[str, Any] = {"verb": verb, "binds": [], "env": {}, "pwd": "", "home": None, "clean": False, "contain": False,
-               "pid": False, "tmpfs": False, "shell": "/bin/bash", "gpu": []}  # fmt: skip
-    for variable in ("APPTAINER_BIND", "SINGULARITY_BIND", "APPTAINER_BINDPATH", "SINGULARITY_BINDPATH"):
+    request: dict[str, Any] = {
+        "verb": verb,
+        "binds": [],
+        "env": {},
+        "pwd": "",
+        "home": None,
+        "clean": False,
+        "contain": False,
+        "pid": False,
+        "tmpfs": False,
+        "shell": "/bin/bash",
+        "gpu": [],
+    }
+    for variable in (
+        "APPTAINER_BIND",
+        "SINGULARITY_BIND",
+        "APPTAINER_BINDPATH",
+        "SINGULARITY_BINDPATH",
+    ):
         request["binds"] += split_binds(environ.get(variable, ""))
     queue = list(arguments)
     while queue and queue[0].startswith("-") and queue[0] != "-":
@@ -101,7 +188,8 @@ def parse(arguments: list[str], verb: str, environ: Mapping[str, str]) -> dict[s
         if not option.startswith("--") and len(option) > 2:  # -Bpath
             option, equals, value = option[:2], "=", word[2:]
         if (
-            option in ("-B", "--bind", "--env", "--env-file", "--pwd", "--cwd", "-H", "--home", "--mount")
+            option
+            in ("-B", "--bind", "--env", "--env-file", "--pwd", "--cwd", "-H", "--home", "--mount")
             or option in VALUED
         ):
             if not equals:
@@ -140,7 +228,9 @@ def _valued(request: dict[str, Any], option: str, value: str) -> None:
         fields = dict(item.partition("=")[::2] for item in value.split(","))
         source = fields.get("source", fields.get("src", ""))
         target = fields.get("destination", fields.get("dst", fields.get("target", source)))
-        request["binds"].append((source, target, "ro" if "ro" in fields or "readonly" in fields else "rw"))
+        request["binds"].append(
+            (source, target, "ro" if "ro" in fields or "readonly" in fields else "rw")
+        )
     elif option == "--env":
         for item in value.split(","):
             key, equals, text = item.partition("=")
@@ -154,7 +244,9 @@ def _valued(request: dict[str, Any], option: str, value: str) -> None:
         except OSError as error:
             raise Fatal(f"could not read the environment file {value}: {error.strerror}") from error
         pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]
-        request["env"].update({key.replace("export ", "").strip(): text.strip("\"'") for key, _, text in pairs})
+        request["env"].update(
+            {key.replace("export ", "").strip(): text.strip("\"'") for key, _, text in pairs}
+        )
     elif option in ("--pwd", "--cwd"):
         request["pwd"] = value
     elif option in ("-H", "--home"):
@@ -170,8 +262,14 @@ def split_binds(text: str) -> list[Bind]:
         parts = item.split(":")
         if not parts[0]:
             continue
-        if len(parts) == 1 and ("=" in item or item in ("ro", "rw")) and binds and not item.startswith("/"):
-            source, target, options = binds[-1]  # `a:b:ro,image-src=/`: a further option of the bind before it
+        if (
+            len(parts) == 1
+            and ("=" in item or item in ("ro", "rw"))
+            and binds
+            and not item.startswith("/")
+        ):
+            # `a:b:ro,image-src=/`: a further option of the bind before it
+            source, target, options = binds[-1]
             binds[-1] = (source, target, options + "," + item)
             continue
         target = parts[1] if len(parts) > 1 and parts[1] else parts[0]
@@ -182,13 +280,15 @@ def split_binds(text: str) -> list[Bind]:
 def build(
     request: dict[str, Any], config: dict[str, list[str]], host_environ: Mapping[str, str], cwd: str
 ) -> tuple[list[str], dict[str, str], list[str]]:
-    """(argv of bubblewrap, environment, warnings) of a request. Raises Fatal as singularity would at its start."""
+    """(argv of bubblewrap, environment, warnings) of a request. Raises Fatal as singularity would
+    at its start."""
     image, notes = request["image"], []
     if "://" in image:
         raise Fatal(f"hpctrain's stand-in does not fetch images: `{image}` must be a file")
     if not os.path.exists(image):
         raise Fatal(
-            f"could not open image {image}: failed to retrieve path for {image}: lstat {os.path.abspath(image)}: no such file or directory"
+            f"could not open image {image}: failed to retrieve path for {image}: lstat"
+            f" {os.path.abspath(image)}: no such file or directory"
         )
     if config["unavailable"]:
         raise Fatal("containers cannot be run in this sandbox: {}".format(config["unavailable"][0]))
@@ -196,7 +296,10 @@ def build(
         notes.append(f"Could not find any {kind} files on this host!")
     home = host_environ.get("HOME", "/")
     mounts = image_mounts(config)
-    mounts += [("--dev-bind", "/dev", "/dev"), ("--proc" if request["pid"] else "--bind", "/proc", "/proc")]
+    mounts += [
+        ("--dev-bind", "/dev", "/dev"),
+        ("--proc" if request["pid"] else "--bind", "/proc", "/proc"),
+    ]
     mounts += [("--ro-bind", "/sys", "/sys")]
     if request["contain"]:
         mounts += [("--tmpfs", "", path) for path in ("/tmp", "/var/tmp", home)]
@@ -209,27 +312,40 @@ def build(
         mounts.append(bind_mount(source, target, options, cwd))
     mounts += [("--ro-bind", path, path) for path in config["node_files"]]
     inside = environment(request, config, host_environ)
-    # Where singularity's own order would leave the program: --pwd, else here, else the home, else the root.
+    # Where singularity's own order would leave the program: --pwd, else here, else the home, else
+    # the root.
     argv = list(config["bwrap"])
     if request["pid"]:
         argv.append("--unshare-pid")
     argv += mount_options(mounts)
     if not request["tmpfs"]:
         argv += ["--remount-ro", "/"]
-    argv += ["--chdir", first_visible([request["pwd"] or cwd, home, "/"], mounts, bool(request["pwd"]))]
-    program = {"exec": request["program"], "run": request["program"] or [request["shell"], "--norc"],
-               "shell": [request["shell"], "--norc"] + request["program"]}[request["verb"]]  # fmt: skip
+    argv += [
+        "--chdir",
+        first_visible([request["pwd"] or cwd, home, "/"], mounts, bool(request["pwd"])),
+    ]
+    program = {
+        "exec": request["program"],
+        "run": request["program"] or [request["shell"], "--norc"],
+        "shell": [request["shell"], "--norc"] + request["program"],
+    }[request["verb"]]
     reset = ["/usr/bin/env"] + ["--default-signal=" + name for name in PASSED_ON]
     return argv + ["--"] + reset + program_words(program), inside, notes
 
 
 def program_words(program: list[str]) -> list[str]:
-    """`env` would take a first word with `=` for an assignment: put a shell in front of such a program."""
-    return ["/bin/sh", "-c", 'exec "$0" "$@"'] + program if "=" in program[0] or program[0].startswith("-") else program
+    """`env` would take a first word with `=` for an assignment: put a shell in front of such a
+    program."""
+    return (
+        ["/bin/sh", "-c", 'exec "$0" "$@"'] + program
+        if "=" in program[0] or program[0].startswith("-")
+        else program
+    )
 
 
 def image_mounts(config: dict[str, list[str]]) -> list[Mount]:
-    """This machine's system directories and hpctrain's interpreter, read-only: what an image would hold."""
+    """This machine's system directories and hpctrain's interpreter, read-only: what an image would
+    hold."""
     mounts: list[Mount] = []
     for path in IMAGE_DIRS:
         if os.path.islink(path):
@@ -237,7 +353,9 @@ def image_mounts(config: dict[str, list[str]]) -> list[Mount]:
         elif os.path.isdir(path):
             mounts.append(("--ro-bind", path, path))
     mounts += [("--dir", "", path) for path in ("/var/tmp", "/run", "/opt", "/srv", "/mnt")]
-    return mounts + [("--ro-bind", path, path) for path in config["image_dirs"] if os.path.isdir(path)]
+    return mounts + [
+        ("--ro-bind", path, path) for path in config["image_dirs"] if os.path.isdir(path)
+    ]
 
 
 def home_mount(asked: str | None, home: str) -> list[Mount]:
@@ -253,17 +371,19 @@ def bind_mount(source: str, target: str, options: str, cwd: str) -> Mount:
     full = os.path.join(cwd, source)
     if not os.path.exists(full):
         raise Fatal(
-            f"container creation failed: mount hook function failure: mount {source}->{target} error: while mounting {source}: "
-            f"mount source {source} doesn't exist"
+            f"container creation failed: mount hook function failure: mount {source}->{target}"
+            f" error: while mounting {source}: mount source {source} doesn't exist"
         )
     words = options.split(",")
     if any(word.startswith("image-src=") for word in words):
-        return ("--dir", "", target)  # the inside of a squashfs image is not known here: an empty directory
+        # the inside of a squashfs image is not known here: an empty directory
+        return ("--dir", "", target)
     return ("--ro-bind" if "ro" in words else "--bind", os.path.realpath(full), target)
 
 
 def mount_options(mounts: list[Mount]) -> list[str]:
-    """bubblewrap's options, parents first made writable where a bind falls into the read-only image."""
+    """bubblewrap's options, parents first made writable where a bind falls into the read-only
+    image."""
     options: list[str] = []
     opened: set[str] = set()
     for kind, source, target in mounts:
@@ -273,13 +393,17 @@ def mount_options(mounts: list[Mount]) -> list[str]:
             and target not in IMAGE_DIRS
         ):
             options += underlay(os.path.realpath(target), opened)
-        options += [kind, target] if kind in ("--tmpfs", "--dir") or kind == "--proc" else [kind, source, target]
+        options += (
+            [kind, target]
+            if kind in ("--tmpfs", "--dir") or kind == "--proc"
+            else [kind, source, target]
+        )
     return options
 
 
 def underlay(target: str, opened: set[str]) -> list[str]:
-    """Make a mount point that the image does not have, as singularity's underlay does: its parent becomes a
-    directory in memory with everything of the parent mounted into it."""
+    """Make a mount point that the image does not have, as singularity's underlay does: its parent
+    becomes a directory in memory with everything of the parent mounted into it."""
     parent = os.path.dirname(target)
     if os.path.lexists(target):
         return []
@@ -301,7 +425,8 @@ def underlay(target: str, opened: set[str]) -> list[str]:
 def environment(
     request: dict[str, Any], config: dict[str, list[str]], host_environ: Mapping[str, str]
 ) -> dict[str, str]:
-    """The environment inside: the host's (or nearly none), the image's PATH, then what was asked for by name."""
+    """The environment inside: the host's (or nearly none), the image's PATH, then what was asked
+    for by name."""
     kept = CLEAN_KEEPS + NODE_KEEPS if request["clean"] else tuple(host_environ)
     inside = {key: host_environ[key] for key in kept if key in host_environ}
     prepend = append = ""
@@ -318,20 +443,30 @@ def environment(
     inside.update(asked)
     inside["PATH"] = ":".join(filter(None, [prepend, inside["PATH"], append]))
     image = os.path.abspath(request["image"])
-    inside.update(SINGULARITY_CONTAINER=image, APPTAINER_CONTAINER=image, SINGULARITY_NAME=os.path.basename(image))
+    inside.update(
+        SINGULARITY_CONTAINER=image,
+        APPTAINER_CONTAINER=image,
+        SINGULARITY_NAME=os.path.basename(image),
+    )
     inside.update(APPTAINER_NAME=os.path.basename(image), PS1="Singularity> ")
     return inside
 
 
 def first_visible(paths: list[str], mounts: list[Mount], must: bool) -> str:
-    """The first directory that exists inside; a --pwd that does not is an error of singularity's start."""
+    """The first directory that exists inside; a --pwd that does not is an error of singularity's
+    start."""
     for index, path in enumerate(paths):
         if os.path.normpath(path) == "/":
             return "/"
         for kind, source, target in reversed(mounts):
             if target == path or path.startswith(target.rstrip("/") + "/"):
                 below = os.path.join(source, os.path.relpath(path, target)) if source else ""
-                if kind in ("--dir", "--tmpfs") and target == path or below and os.path.isdir(below):
+                if (
+                    kind in ("--dir", "--tmpfs")
+                    and target == path
+                    or below
+                    and os.path.isdir(below)
+                ):
                     return path
                 break
         if index == 0 and must:

@@ -1,1 +1,2 @@
-"""Whether this environment can run a recipe: Python, packages, caches, disks, secrets, working copy, Slurm. Changes nothing."""
+"""Whether this environment can run a recipe: Python, packages, caches, disks, secrets, working
+copy, Slurm. Changes nothing."""

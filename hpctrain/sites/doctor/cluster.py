@@ -15,7 +15,8 @@ _NEEDED = ("sbatch", "srun", "squeue", "scancel", "scontrol")
 
 
 def judge_cluster(site: Site) -> Iterator[Finding]:
-    """Commands, answer, version and limits of the Slurm of this machine. Says so where there is none."""
+    """Commands, answer, version and limits of the Slurm of this machine. Says so where there is
+    none."""
     missing = [name for name in _NEEDED if not slurm.have(name)]
     if len(missing) == len(_NEEDED):
         yield Finding(
@@ -53,13 +54,16 @@ def judge_version(version: str, verified: str) -> Iterator[Finding]:
         return
     major = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if major < (20, 11):
-        yield Finding("slurm", "version", WARNING, f"Slurm {version}; hpctrain is tried with 22.05 and newer")
+        yield Finding(
+            "slurm", "version", WARNING, f"Slurm {version}; hpctrain is tried with 22.05 and newer"
+        )
     else:
         yield Finding(
             "slurm",
             "version",
             OK,
-            f"Slurm {version}" + (f"; the profile was verified with {verified}" if verified else ""),
+            f"Slurm {version}"
+            + (f"; the profile was verified with {verified}" if verified else ""),
         )
 
 
@@ -75,11 +79,16 @@ def judge_partition(name: str, ours: Partition, here: PartitionFacts | None) -> 
         )
     wrong = []
     if ours.max_time_s and here.max_time_s and ours.max_time_s > here.max_time_s:
-        wrong.append(f"the profile allows {format_time(ours.max_time_s)}, Slurm {format_time(here.max_time_s)}")
+        wrong.append(
+            f"the profile allows {format_time(ours.max_time_s)}, Slurm"
+            f" {format_time(here.max_time_s)}"
+        )
     if ours.max_nodes and here.max_nodes and ours.max_nodes > here.max_nodes:
         wrong.append(f"the profile allows {ours.max_nodes} nodes, Slurm {here.max_nodes}")
     if wrong:
-        return Finding("slurm", f"partition {name}", PROBLEM, "; ".join(wrong), "lower the profile's limits")
+        return Finding(
+            "slurm", f"partition {name}", PROBLEM, "; ".join(wrong), "lower the profile's limits"
+        )
     stricter = [
         text
         for text, mine, theirs in (

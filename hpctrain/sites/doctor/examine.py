@@ -35,7 +35,11 @@ class Examination:
         return not any(finding.result == PROBLEM for finding in self.findings)
 
     def as_json(self) -> dict[str, Any]:
-        return {"score": self.score, "ok": self.healthy, "findings": [finding.as_json() for finding in self.findings]}
+        return {
+            "score": self.score,
+            "ok": self.healthy,
+            "findings": [finding.as_json() for finding in self.findings],
+        }
 
 
 def examine_run(plan: Plan, python_path: str | None, requirements: Sequence[str]) -> Examination:
@@ -69,17 +73,24 @@ def examine_run(plan: Plan, python_path: str | None, requirements: Sequence[str]
     findings += places.caches({**os.environ, **{one.name: one.value for one in plan.env}})
     findings += [_of_problem("secrets", problem) for problem in secret_problems(plan)]
     if plan.spec.secrets and not any(finding.area == "secrets" for finding in findings):
-        findings.append(Finding("secrets", "file", OK, f"{plan.spec.secrets} is yours alone, KEY=VALUE"))
+        findings.append(
+            Finding("secrets", "file", OK, f"{plan.spec.secrets} is yours alone, KEY=VALUE")
+        )
     findings += _shell()
     if copy:
-        decided = next((decision.value for decision in plan.decisions if decision.name == "code.branch"), None)
+        decided = next(
+            (decision.value for decision in plan.decisions if decision.name == "code.branch"), None
+        )
         findings += places.working_copy(copy, wanted["git_branch"] or decided)
     findings += cluster.judge_cluster(plan.site)
     return Examination(tuple(findings))
 
 
-def examine_here(site: str | None, python_path: str | None, requirements: Sequence[str]) -> Examination:
-    """This machine without a run: its Python, caches, disks, shell, and Slurm against a profile where one is named."""
+def examine_here(
+    site: str | None, python_path: str | None, requirements: Sequence[str]
+) -> Examination:
+    """This machine without a run: its Python, caches, disks, shell, and Slurm against a profile
+    where one is named."""
     pins, unread = _of_files(requirements)
     facts, said = python.probe([python_path or sys.executable], pins)
     findings = [
@@ -96,7 +107,8 @@ def examine_here(site: str | None, python_path: str | None, requirements: Sequen
 
 
 def _of_recipe(plan: Plan, copy: str) -> list[Pin]:
-    """The packages that the recipe needs; `copy` is the working copy that some are installed from."""
+    """The packages that the recipe needs; `copy` is the working copy that some are installed
+    from."""
     pins = []
     for name, fields in plan.recipe.values["environment"]["packages"].items():
         folder = copy if fields["from_copy"] else ""
@@ -126,7 +138,9 @@ def _working_copy(plan: Plan) -> str:
 
 def _shell() -> list[Finding]:
     found = [_of_problem("shell", problem) for problem in shell_problems(os.environ, {})]
-    return found or [Finding("shell", "variables", OK, "nothing in this shell overrides or leaks into jobs")]
+    return found or [
+        Finding("shell", "variables", OK, "nothing in this shell overrides or leaks into jobs")
+    ]
 
 
 def _of_problem(area: str, problem: Any) -> Finding:

@@ -1,4 +1,5 @@
-"""Disks, quotas, inodes, caches and working copies: looked at, and a cache by really writing a file that is removed again."""
+"""Disks, quotas, inodes, caches and working copies: looked at, and a cache by really writing a file
+that is removed again."""
 
 from __future__ import annotations
 
@@ -14,16 +15,23 @@ from hpctrain.sites.doctor.findings import NOT_SEEN, OK, PROBLEM, WARNING, Findi
 
 # Where packages write without being asked, and what they take when the variable is not set.
 CACHES = (
-    ("HF_HOME", "~/.cache/huggingface"), ("TORCH_HOME", "~/.cache/torch"), ("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions"),
-    ("TRITON_CACHE_DIR", "~/.triton/cache"), ("PIP_CACHE_DIR", "~/.cache/pip"), ("SINGULARITY_CACHEDIR", "~/.singularity/cache"),
+    ("HF_HOME", "~/.cache/huggingface"),
+    ("TORCH_HOME", "~/.cache/torch"),
+    ("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions"),
+    ("TRITON_CACHE_DIR", "~/.triton/cache"),
+    ("PIP_CACHE_DIR", "~/.cache/pip"),
+    ("SINGULARITY_CACHEDIR", "~/.singularity/cache"),
     ("TMPDIR", "/tmp"),
-)  # fmt: skip
+)
 _FULL, _ALMOST_FULL = 0.98, 0.9
-_LFS = re.compile(r"^\s*(\d+)\*?\s+(\d+)\s+(\d+)\s+(?:-|\S+)\s+(\d+)\*?\s+(\d+)\s+(\d+)\s", re.MULTILINE)
+_LFS = re.compile(
+    r"^\s*(\d+)\*?\s+(\d+)\s+(\d+)\s+(?:-|\S+)\s+(\d+)\*?\s+(\d+)\s+(\d+)\s", re.MULTILINE
+)
 
 
 def disks(paths: Mapping[str, str], needed_gib: float = 1.0) -> Iterator[Finding]:
-    """Free space and inodes of the file systems under `paths` (what -> path), and Lustre's quota where `lfs` is here."""
+    """Free space and inodes of the file systems under `paths` (what -> path), and Lustre's quota
+    where `lfs` is here."""
     for what, path in paths.items():
         here = nearest_existing(path)
         if here is None:
@@ -50,20 +58,31 @@ def _lustre_quota(what: str, path: str) -> Iterator[Finding]:
     if not shutil.which("lfs"):
         return
     try:
-        said = subprocess.run(["lfs", "quota", "-q", "-u", str(os.getuid()), path], stdin=subprocess.DEVNULL, capture_output=True,
-                              text=True, errors="replace", timeout=30, check=False).stdout  # fmt: skip
+        said = subprocess.run(
+            ["lfs", "quota", "-q", "-u", str(os.getuid()), path],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=30,
+            check=False,
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return
     yield from judge_quota(what, said)
 
 
 def judge_quota(what: str, said: str) -> Iterator[Finding]:
-    """The answer of `lfs quota -q`: KiB used, soft and hard limit, grace, then the same of files. A limit of 0 is none."""
+    """The answer of `lfs quota -q`: KiB used, soft and hard limit, grace, then the same of files. A
+    limit of 0 is none."""
     found = _LFS.search(re.sub(r"^\s*/\S+", "", said, flags=re.MULTILINE))
     if not found:
         return
     used, soft, hard, files, soft_files, hard_files = map(int, found.groups())
-    for name, value, limit in (("space", used, hard or soft), ("files", files, hard_files or soft_files)):
+    for name, value, limit in (
+        ("space", used, hard or soft),
+        ("files", files, hard_files or soft_files),
+    ):
         if not limit:
             continue
         share = value / limit
@@ -83,7 +102,8 @@ def judge_quota(what: str, said: str) -> Iterator[Finding]:
 
 
 def caches(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether each cache folder can really be written, and a warning for those in the home directory."""
+    """Whether each cache folder can really be written, and a warning for those in the home
+    directory."""
     home = os.path.expanduser("~")
     for name, fallback in CACHES:
         value = environ.get(name) or os.path.expanduser(fallback)
@@ -108,7 +128,10 @@ def caches(environ: Mapping[str, str]) -> Iterator[Finding]:
             )
         else:
             yield Finding(
-                "caches", name, OK, f"{value} can be written" + ("" if environ.get(name) else ", the default")
+                "caches",
+                name,
+                OK,
+                f"{value} can be written" + ("" if environ.get(name) else ", the default"),
             )
 
 
@@ -128,7 +151,8 @@ def _writable(folder: str) -> bool:
 
 
 def nearest_existing(path: str) -> str | None:
-    """The path, or the nearest folder above it that is there; None for a root that is not (a site's /scratch seen from a laptop)."""
+    """The path, or the nearest folder above it that is there; None for a root that is not (a site's
+    /scratch seen from a laptop)."""
     path = os.path.abspath(os.path.expanduser(path))
     top = "/" + path.split("/")[1] if path.count("/") else path
     if not os.path.exists(top):
@@ -139,13 +163,16 @@ def nearest_existing(path: str) -> str | None:
 
 
 def working_copy(path: str, branch: str | None) -> Iterator[Finding]:
-    """The git branch a recipe requires, the commit, and whether there are changes that no commit holds."""
+    """The git branch a recipe requires, the commit, and whether there are changes that no commit
+    holds."""
     if not os.path.isdir(path):
         yield Finding("code", "working copy", NOT_SEEN, f"{path} is not on this machine")
         return
     head = _git(path, "rev-parse", "--abbrev-ref", "HEAD")
     if head is None:
-        yield Finding("code", "working copy", WARNING, f"{path} is no git working copy, or git is not here")
+        yield Finding(
+            "code", "working copy", WARNING, f"{path} is no git working copy, or git is not here"
+        )
         return
     commit = _git(path, "rev-parse", "--short", "HEAD") or "?"
     if branch and head != branch:
@@ -173,7 +200,13 @@ def _git(path: str, *words: str) -> str | None:
     argv: Sequence[str] = ["git", "-C", path, *words]
     try:
         done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=30, check=False
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=30,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

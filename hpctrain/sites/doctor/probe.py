@@ -1,4 +1,5 @@
-"""Run by the Python that is examined, in a process of its own: prints one JSON object about it. Standard library only."""
+"""Run by the Python that is examined, in a process of its own: prints one JSON object about it.
+Standard library only."""
 
 import importlib
 import importlib.util
@@ -9,7 +10,12 @@ import sys
 from typing import Any, Dict
 
 WANTED = json.loads(sys.argv[1])
-IMPORTS = {"flash-attn": "flash_attn", "pyyaml": "yaml", "scikit-learn": "sklearn", "mpi4py": "mpi4py"}
+IMPORTS = {
+    "flash-attn": "flash_attn",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "mpi4py": "mpi4py",
+}
 found: Dict[str, Any] = {
     "python": platform.python_version(),
     "executable": sys.executable,

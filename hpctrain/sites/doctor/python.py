@@ -1,4 +1,5 @@
-"""The Python that trains: its version, its packages against every source of pins, and whether they really import."""
+"""The Python that trains: its version, its packages against every source of pins, and whether they
+really import."""
 
 from __future__ import annotations
 
@@ -16,7 +17,15 @@ from hpctrain.sites.doctor.findings import OK, PROBLEM, WARNING, Finding
 from hpctrain.sites.doctor.versions import Pin
 
 # Compiled against each other, so that only an import tells whether they fit.
-REALLY_IMPORTED = ("numpy", "torch", "flash-attn", "deepspeed", "bitsandbytes", "xformers", "mpi4py")
+REALLY_IMPORTED = (
+    "numpy",
+    "torch",
+    "flash-attn",
+    "deepspeed",
+    "bitsandbytes",
+    "xformers",
+    "mpi4py",
+)
 # Maker of GPUs -> the attribute of torch.version that a build for them sets; what people call that.
 _PLATFORMS = {"nvidia": "cuda", "amd": "hip", "intel": "xpu"}
 _PLATFORM_NAMES = {"cuda": "CUDA", "hip": "ROCm", "xpu": "XPU"}
@@ -25,16 +34,30 @@ _LOCAL_ABI = re.compile(r"cxx11abi(true|false)", re.IGNORECASE)
 _LOCAL_CUDA = re.compile(r"cu(\d{2,3})", re.IGNORECASE)
 
 
-def probe(python: Sequence[str], pins: Sequence[Pin], timeout_s: float = 300) -> tuple[dict[str, Any] | None, str]:
-    """Ask the Python that `python` starts (an argv, e.g. inside a container). (facts or None, what it said on stderr)."""
-    names = sorted({canonicalize_name(pin.package) for pin in pins} | {"numpy", "torch", "flash-attn"})
+def probe(
+    python: Sequence[str], pins: Sequence[Pin], timeout_s: float = 300
+) -> tuple[dict[str, Any] | None, str]:
+    """Ask the Python that `python` starts (an argv, e.g. inside a container). (facts or None, what
+    it said on stderr)."""
+    names = sorted(
+        {canonicalize_name(pin.package) for pin in pins} | {"numpy", "torch", "flash-attn"}
+    )
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "probe.py")
     with open(script, encoding="utf-8") as file:
         source = file.read()
-    wanted = json.dumps({"packages": names, "imports": [name for name in names if name in REALLY_IMPORTED]})
+    wanted = json.dumps(
+        {"packages": names, "imports": [name for name in names if name in REALLY_IMPORTED]}
+    )
     try:
-        done = subprocess.run([*python, "-B", "-c", source, wanted], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              errors="replace", timeout=timeout_s, check=False)  # fmt: skip
+        done = subprocess.run(
+            [*python, "-B", "-c", source, wanted],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, str(error)
     start = done.stdout.rfind('{"python"')
@@ -42,7 +65,9 @@ def probe(python: Sequence[str], pins: Sequence[Pin], timeout_s: float = 300) ->
         facts = json.loads(done.stdout[start:]) if start >= 0 else None
     except ValueError:
         facts = None
-    return (facts if isinstance(facts, dict) else None), done.stderr.strip() or f"exit code {done.returncode}"
+    return (
+        facts if isinstance(facts, dict) else None
+    ), done.stderr.strip() or f"exit code {done.returncode}"
 
 
 def judge_python(
@@ -93,7 +118,11 @@ def _imports(
                 else ""
             )
             yield Finding(
-                "imports", name, level, f"{installed.get(name)} is installed and does not import: {error}", hint
+                "imports",
+                name,
+                level,
+                f"{installed.get(name)} is installed and does not import: {error}",
+                hint,
             )
     if "compiled using NumPy 1.x" in said:
         yield Finding(
@@ -106,12 +135,16 @@ def _imports(
     torch = imports.get("torch") or {}
     if torch.get("ok"):
         yield _build(torch, gpu_vendor)
-        yield from pairing(str(installed.get("flash-attn") or ""), str(installed.get("torch") or ""), torch)
+        yield from pairing(
+            str(installed.get("flash-attn") or ""), str(installed.get("torch") or ""), torch
+        )
 
 
 def _build(torch: Mapping[str, Any], gpu_vendor: str | None) -> Finding:
     """Whether torch was built for the GPUs that the job gets."""
-    name, version = next(((name, torch[name]) for name in _PLATFORMS.values() if torch.get(name)), ("", None))
+    name, version = next(
+        ((name, torch[name]) for name in _PLATFORMS.values() if torch.get(name)), ("", None)
+    )
     build = f"{_PLATFORM_NAMES[name]} {version}" if name else "CPU only"
     fits = name == _PLATFORMS[gpu_vendor] if gpu_vendor else bool(name)
     if gpu_vendor is not None and not fits:
@@ -128,15 +161,24 @@ def _build(torch: Mapping[str, Any], gpu_vendor: str | None) -> Finding:
 
 
 def pairing(flash: str, torch: str, build: Mapping[str, Any]) -> Iterator[Finding]:
-    """Whether flash-attn's wheel was made for this torch, where its version says for which (`+cu12torch2.3cxx11abiFALSE`)."""
+    """Whether flash-attn's wheel was made for this torch, where its version says for which
+    (`+cu12torch2.3cxx11abiFALSE`)."""
     if not flash or "+" not in flash:
         return
     local = flash.split("+", 1)[1]
     wrong = []
-    made_for, abi, cuda = _LOCAL_TORCH.search(local), _LOCAL_ABI.search(local), _LOCAL_CUDA.search(local)
+    made_for, abi, cuda = (
+        _LOCAL_TORCH.search(local),
+        _LOCAL_ABI.search(local),
+        _LOCAL_CUDA.search(local),
+    )
     if made_for and not torch.startswith(made_for[1] + "."):
         wrong.append(f"torch {made_for[1]}, and {torch} is installed")
-    if abi and build.get("cxx11abi") is not None and (abi[1].lower() == "true") != build["cxx11abi"]:
+    if (
+        abi
+        and build.get("cxx11abi") is not None
+        and (abi[1].lower() == "true") != build["cxx11abi"]
+    ):
         wrong.append(f"cxx11abi {abi[1]}, and torch has {str(build['cxx11abi']).upper()}")
     if cuda and build.get("cuda") and not str(build["cuda"]).startswith(cuda[1][:2]):
         wrong.append(f"CUDA {cuda[1]}, and torch has {build['cuda']}")

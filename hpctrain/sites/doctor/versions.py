@@ -1,4 +1,5 @@
-"""Installed versions against everything that somebody wishes of them, by PEP 440 and PEP 508. Pure."""
+"""Installed versions against everything that somebody wishes of them, by PEP 440 and PEP 508.
+Pure."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ FITS, MISSES, BEFORE, UNKNOWN = "fits", "misses", "before", "unknown"
 class Pin:
     """One wish about a package: by whom (`source`), which versions (empty: any), and why.
 
-    `marker` says for which Pythons (PEP 508), `extras` which of the package's own are used. `url` is
-    where a source takes it from instead of the index, `folder` the working copy it is installed from.
+    `marker` says for which Pythons (PEP 508), `extras` which of the package's own are used. `url`
+    is where a source takes it from instead of the index, `folder` the working copy it is installed
+    from.
     """
 
     package: str
@@ -43,9 +45,10 @@ class Pin:
 class Installed:
     """What a Python told of its packages; names are canonical.
 
-    `versions`: None where it is not installed. `requires`: the packages' own wishes (Requires-Dist).
-    `places`: the folder that a package is imported from. `urls`: where it was installed from, for
-    those that are not of an index (PEP 610). `environment`: the values of markers.
+    `versions`: None where it is not installed. `requires`: the packages' own wishes
+    (Requires-Dist). `places`: the folder that a package is imported from. `urls`: where it was
+    installed from, for those that are not of an index (PEP 610). `environment`: the values of
+    markers.
     """
 
     versions: Mapping[str, str | None] = field(default_factory=dict)
@@ -64,7 +67,9 @@ class Installed:
         """Whether a marker holds for that Python, with any of these extras or with none."""
         if not marker:
             return True
-        return any(Marker(marker).evaluate({**self.environment, "extra": extra}) for extra in ("", *extras))
+        return any(
+            Marker(marker).evaluate({**self.environment, "extra": extra}) for extra in ("", *extras)
+        )
 
 
 def fits(wanted: str, installed: str) -> str:
@@ -93,7 +98,9 @@ def contradictions(pins: Sequence[Pin]) -> Iterator[Finding]:
         for index, one in enumerate(wishes):
             for other in wishes[index + 1 :]:
                 if _exclude_each_other(one.versions, other.versions):
-                    wish = f"{one.source} wants {one.versions}, {other.source} wants {other.versions}"
+                    wish = (
+                        f"{one.source} wants {one.versions}, {other.source} wants {other.versions}"
+                    )
                     hint = "decide on one and change the other"
                     yield Finding("packages", package, PROBLEM, f"{wish}: no version is both", hint)
 
@@ -161,7 +168,9 @@ def _why(pin: Pin) -> str:
     return f" ({pin.why})" if pin.why else ""
 
 
-def _namesakes(name: str, version: str, pins: Sequence[Pin], installed: Installed) -> Iterator[Finding]:
+def _namesakes(
+    name: str, version: str, pins: Sequence[Pin], installed: Installed
+) -> Iterator[Finding]:
     """The installed package is not the one that is meant, but another of its name."""
     for pin in pins:
         place, url = installed.places.get(name, ""), installed.urls.get(name, "")

@@ -89,11 +89,14 @@ def _pin(text: str, where: str) -> Pin | str:
         return "names no package" if "://" in text else "is no requirement"
     marker = str(wish.marker or "")
     versions = str(wish.specifier)
-    return Pin(wish.name, versions, where, marker=marker, extras=tuple(wish.extras), url=wish.url or "")
+    return Pin(
+        wish.name, versions, where, marker=marker, extras=tuple(wish.extras), url=wish.url or ""
+    )
 
 
 def read_checkout(folder: str, files: Sequence[str], names: Collection[str]) -> Checkout:
-    """The bounds that a working copy sets for the packages `names`; nothing where it has none of the files.
+    """The bounds that a working copy sets for the packages `names`; nothing where it has none of
+    the files.
 
     The recipe says which packages it needs; the working copy only bounds them.
     """
@@ -105,7 +108,11 @@ def read_checkout(folder: str, files: Sequence[str], names: Collection[str]) -> 
             continue
         if name.endswith(".toml"):
             python, pins = _pyproject(path)
-            out = replace(out, python=python or out.python, python_source=path if python else out.python_source)
+            out = replace(
+                out,
+                python=python or out.python,
+                python_source=path if python else out.python_source,
+            )
         else:
             pins, other = read_requirements(path)
             out.other.extend(other)
@@ -115,7 +122,8 @@ def read_checkout(folder: str, files: Sequence[str], names: Collection[str]) -> 
 
 
 def _pyproject(path: str) -> tuple[str, list[Pin]]:
-    """(requires-python, dependencies) of a pyproject.toml, empty where it declares none that can be read."""
+    """(requires-python, dependencies) of a pyproject.toml, empty where it declares none that can be
+    read."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -129,7 +137,11 @@ def _pyproject(path: str) -> tuple[str, list[Pin]]:
     if not isinstance(project, dict):
         return "", []
     wanted, texts = project.get("requires-python"), project.get("dependencies")
-    pins = [_pin(text, path) for text in texts if isinstance(text, str)] if isinstance(texts, list) else []
+    pins = (
+        [_pin(text, path) for text in texts if isinstance(text, str)]
+        if isinstance(texts, list)
+        else []
+    )
     python = wanted if isinstance(wanted, str) and _valid(wanted) else ""
     return python, [pin for pin in pins if isinstance(pin, Pin)]
 

@@ -4,8 +4,9 @@
     DIR/global_step20/           all files on disk: DeepSpeed's, hpctrain.json, config.json, tokenizer.model
     DIR/latest                   `global_step20`, replaced by rename after that
 
-DeepSpeed itself writes `latest` in place, and only its own rank 0 decides when (deepspeed/runtime/engine.py,
-`save_checkpoint`): a crash meanwhile leaves an empty name, or one of a checkpoint that is not whole.
+DeepSpeed itself writes `latest` in place, and only its own rank 0 decides when
+(deepspeed/runtime/engine.py, `save_checkpoint`): a crash meanwhile leaves an empty name, or one of
+a checkpoint that is not whole.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _TAG = re.compile(r"global_step(\d+)\Z", re.ASCII)
 class Progress:
     """Where a run is, as its checkpoint tells the next link; written to hpctrain.json."""
 
-    run_id: str  # made up by the link that began the run; tells our checkpoints from others in the same directory
+    # made up by the link that began the run; tells our checkpoints from others in the same
+    # directory
+    run_id: str
     iteration: int
     consumed_samples: int
     num_ranks: int
@@ -57,7 +60,8 @@ def save(
     barrier: Callable[[], None],
     rank: int,
 ) -> str:
-    """Write DeepSpeed's `global_stepN` on all ranks together and name it in `latest`; returns its path. See `publish`."""
+    """Write DeepSpeed's `global_stepN` on all ranks together and name it in `latest`; returns its
+    path. See `publish`."""
 
     def write(partial: str) -> None:
         tag, state = os.path.basename(partial), {"hpctrain": asdict(progress)}
@@ -68,7 +72,12 @@ def save(
 
     meta = json.dumps(asdict(progress), indent=1).encode()
     return publish(
-        directory, f"global_step{progress.iteration}", write, {**extra_files, META: meta}, barrier, rank=rank
+        directory,
+        f"global_step{progress.iteration}",
+        write,
+        {**extra_files, META: meta},
+        barrier,
+        rank=rank,
     )
 
 
@@ -82,9 +91,9 @@ def publish(
 ) -> str:
     """Write the checkpoint `tag` on all ranks together and name it in `latest`; returns its path.
 
-    `write` puts this rank's files into the folder it is given and syncs them. A crash at any point leaves the checkpoints
-    and `latest` of before. A directory or link that already has the name is set aside, never written into. Raises
-    CannotSave on the rank whose disk refuses.
+    `write` puts this rank's files into the folder it is given and syncs them. A crash at any point
+    leaves the checkpoints and `latest` of before. A directory or link that already has the name is
+    set aside, never written into. Raises CannotSave on the rank whose disk refuses.
     """
     partial, final = os.path.join(directory, "partial_" + tag), os.path.join(directory, tag)
     try:
@@ -108,14 +117,18 @@ def publish(
         if rank == 0:
             with contextlib.suppress(OSError):
                 remove_own(partial)  # what nobody will read must not fill the disk
-        raise CannotSave(f"rank {rank} cannot save `{tag}`: {describe_failure(error)}", where=directory,
-                         why="`latest` names what it named before",
-                         hint="free space or mend the folder; the next link goes on from there") from error  # fmt: skip
+        raise CannotSave(
+            f"rank {rank} cannot save `{tag}`: {describe_failure(error)}",
+            where=directory,
+            why="`latest` names what it named before",
+            hint="free space or mend the folder; the next link goes on from there",
+        ) from error
     return final
 
 
 def describe_failure(error: BaseException) -> str:
-    """What the system said, where it said something: torch tells of a full disk only how far it came."""
+    """What the system said, where it said something: torch tells of a full disk only how far it
+    came."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:
@@ -124,12 +137,16 @@ def describe_failure(error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "inline_container" in first or "PytorchStreamWriter" in first:
         # torch's writer counts what the disk took, and forgets why it did not take the rest.
-        return f"No space left on device, or a quota is used up: a file came out too short (torch: {first})"
+        return (
+            "No space left on device, or a quota is used up: a file came out too short (torch:"
+            f" {first})"
+        )
     return first
 
 
 def check_writable(folder: str) -> None:
-    """Make `folder` and write in it, now and not after hours of training. Raises EnvironmentFault where that fails."""
+    """Make `folder` and write in it, now and not after hours of training. Raises EnvironmentFault
+    where that fails."""
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -141,7 +158,8 @@ def check_writable(folder: str) -> None:
 
 
 def set_aside(path: str) -> str | None:
-    """Rename whatever is at `path` to `set_aside_…` beside it; returns the new path, None when nothing was there."""
+    """Rename whatever is at `path` to `set_aside_…` beside it; returns the new path, None when
+    nothing was there."""
     if not os.path.lexists(path):
         return None
     directory, name = os.path.split(path)
@@ -159,7 +177,8 @@ def write_latest(directory: str, tag: str) -> None:
 def prune(directory: str, run_id: str, keep: int, pattern: re.Pattern[str] = _TAG) -> list[str]:
     """Delete this run's checkpoints but the `keep` newest; returns the paths deleted.
 
-    Only real directories whose hpctrain.json carries `run_id` are looked at, never a link, and never what `latest` names.
+    Only real directories whose hpctrain.json carries `run_id` are looked at, never a link, and
+    never what `latest` names.
     """
     mine = []
     for name in os.listdir(directory):
@@ -172,7 +191,8 @@ def prune(directory: str, run_id: str, keep: int, pattern: re.Pattern[str] = _TA
         latest = file.read().strip()
     old = [path for _, path in sorted(mine)[:-keep] if os.path.basename(path) != latest]
     for path in old:
-        # First under a name that no reader takes for a checkpoint, so that half a deletion is not half a checkpoint.
+        # First under a name that no reader takes for a checkpoint, so that half a deletion is not
+        # half a checkpoint.
         doomed = _free_name(os.path.join(directory, "partial_" + os.path.basename(path)))
         os.rename(path, doomed)
         remove_own(doomed)
@@ -183,7 +203,9 @@ def read_progress(checkpoint: str) -> Progress | None:
     """What hpctrain.json of a checkpoint says, or None when it was not made by this trainer."""
     values = read_meta(checkpoint)
     try:
-        return Progress(**{item.name: values[item.name] for item in fields(Progress) if item.name in values})
+        return Progress(
+            **{item.name: values[item.name] for item in fields(Progress) if item.name in values}
+        )
     except TypeError:
         return None
 
@@ -198,8 +220,11 @@ def read_meta(checkpoint: str) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def check_resume(checkpoint: str, now: Progress, model: Mapping[str, Any] | None = None) -> Progress:
-    """The progress of `checkpoint` if this run can go on from it exactly; else everything that stands against it.
+def check_resume(
+    checkpoint: str, now: Progress, model: Mapping[str, Any] | None = None
+) -> Progress:
+    """The progress of `checkpoint` if this run can go on from it exactly; else everything that
+    stands against it.
 
     `model` is the config of the model that is to go on.
     """
@@ -214,43 +239,66 @@ def check_resume(checkpoint: str, now: Progress, model: Mapping[str, Any] | None
     def differs(what: str, old: object, new: object, why: str) -> None:
         if old != new:
             text = f"cannot resume: {what} was {old} and is {new}"
-            hint = f"go back to {old}, or start from it in mode finetune, which takes the weights only"
+            hint = (
+                f"go back to {old}, or start from it in mode finetune, which takes the weights only"
+            )
             problems.append(Problem(text, where=checkpoint, why=why, hint=hint))
 
     differs("`precision`", then.precision, now.precision, "the optimizer state has that form")
     differs("`zero_stage`", then.zero_stage, now.zero_stage, "the optimizer state is cut that way")
     if now.zero_stage:
         # With stage 0 every rank holds the whole state, so any number of ranks can take it.
-        differs("the number of ranks", then.num_ranks, now.num_ranks,
-                f"ZeRO stage {now.zero_stage} cuts the optimizer state into one part a rank")  # fmt: skip
+        differs(
+            "the number of ranks",
+            then.num_ranks,
+            now.num_ranks,
+            f"ZeRO stage {now.zero_stage} cuts the optimizer state into one part a rank",
+        )
     if then.data_fingerprint != now.data_fingerprint:
         problems.append(
             Problem(
                 "cannot resume: the data is not what the run was trained on",
                 where=checkpoint,
-                why="document lengths, `train_data_paths`, `seq_length`, `pack_impl` or `seed` changed,"
-                " so its place in the data means nothing",
+                why=(
+                    "document lengths, `train_data_paths`, `seq_length`, `pack_impl` or `seed`"
+                    " changed, so its place in the data means nothing"
+                ),
                 hint="put the old data back, or start from it in mode finetune",
             )
         )
     elif then.data_content and now.data_content not in ("", then.data_content):
-        problems.append(Problem("cannot resume: the data has other tokens than the run was trained on", where=checkpoint,
-                                why="each document is as long as before, and what the .bin files hold is not the same",
-                                hint="put the old data back, or start from it in mode finetune"))  # fmt: skip
+        problems.append(
+            Problem(
+                "cannot resume: the data has other tokens than the run was trained on",
+                where=checkpoint,
+                why=(
+                    "each document is as long as before, and what the .bin files hold is not the"
+                    " same"
+                ),
+                hint="put the old data back, or start from it in mode finetune",
+            )
+        )
     other = changed_model(checkpoint, model or {})
     if other:
-        problems.append(Problem(f"cannot resume: `model` is another one: {', '.join(other)}", where=checkpoint,
-                                why="its config.json says what was trained",
-                                hint="put the old config back, or begin a new run in another checkpoint folder"))  # fmt: skip
+        problems.append(
+            Problem(
+                f"cannot resume: `model` is another one: {', '.join(other)}",
+                where=checkpoint,
+                why="its config.json says what was trained",
+                hint="put the old config back, or begin a new run in another checkpoint folder",
+            )
+        )
     if problems:
         raise Refused(problems)
     return then
 
 
 def changed_model(checkpoint: str, now: Mapping[str, Any]) -> list[str]:
-    """What differs between a model's config and the one that a checkpoint holds, as `key old -> new`.
+    """What differs between a model's config and the one that a checkpoint holds, as `key old ->
+    new`.
 
-    Keys that only one of them has are of another release of transformers; some tell nothing of what is computed.
+    Keys that only one of them has are of another release of transformers; some tell nothing of what
+    is computed.
     """
     try:
         with open(os.path.join(checkpoint, "config.json"), encoding="utf-8") as file:
@@ -261,26 +309,40 @@ def changed_model(checkpoint: str, now: Mapping[str, Any]) -> list[str]:
 
 
 def model_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two configs of models and decides what is computed; see `changed_model`."""
+    """What differs between two configs of models and decides what is computed; see
+    `changed_model`."""
     old, new = (json.loads(json.dumps(dict(values), default=str)) for values in (then, now))
-    about = re.compile(r"_.*|.*_token_id|architectures|dtype|torch_dtype|transformers_version|use_cache")
-    return [f"{key} {old[key]} -> {new[key]}" for key in sorted(new)
-            if key in old and old[key] != new[key] and not about.fullmatch(key)]  # fmt: skip
+    about = re.compile(
+        r"_.*|.*_token_id|architectures|dtype|torch_dtype|transformers_version|use_cache"
+    )
+    return [
+        f"{key} {old[key]} -> {new[key]}"
+        for key in sorted(new)
+        if key in old and old[key] != new[key] and not about.fullmatch(key)
+    ]
 
 
 def changed_keys(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The config keys that changed since a checkpoint, as `key old -> new`."""
-    return [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and _plain(then[key]) != _plain(now[key])]
+    return [
+        f"{key} {then[key]} -> {now[key]}"
+        for key in now
+        if key in then and _plain(then[key]) != _plain(now[key])
+    ]
 
 
 def load_weights(model: Any, checkpoint: str) -> None:
-    """Put a checkpoint's weights into a model, whatever the number of ranks was; nothing else of it is taken.
+    """Put a checkpoint's weights into a model, whatever the number of ranks was; nothing else of it
+    is taken.
 
-    To be called before DeepSpeed makes its fp32 copies. Raises UsageError when the weights do not fit.
+    To be called before DeepSpeed makes its fp32 copies. Raises UsageError when the weights do not
+    fit.
     """
     state = read_weights(checkpoint)
     own = model.state_dict()
-    want, have = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (own, state))
+    want, have = (
+        {name: tuple(value.shape) for name, value in tensors.items()} for tensors in (own, state)
+    )
     problems = describe_mismatch(checkpoint, want, have)
     if problems:
         raise UsageError(problems)
@@ -288,10 +350,11 @@ def load_weights(model: Any, checkpoint: str) -> None:
 
 
 def read_weights(checkpoint: str) -> dict[str, Any]:
-    """All weights of a DeepSpeed checkpoint of this trainer, on the CPU, by their Hugging Face names.
+    """All weights of a DeepSpeed checkpoint of this trainer, on the CPU, by their Hugging Face
+    names.
 
-    ZeRO 3 has no whole weights on disk: they are put together from the shards, in fp32.
-    Raises UsageError when the checkpoint holds no weights, EnvironmentFault when a file cannot be read.
+    ZeRO 3 has no whole weights on disk: they are put together from the shards, in fp32. Raises
+    UsageError when the checkpoint holds no weights, EnvironmentFault when a file cannot be read.
     """
     # DeepSpeed tells its life to stdout as soon as it is imported, and stdout is for data.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -304,7 +367,8 @@ def _read_weights(checkpoint: str) -> dict[str, Any]:
     whole = os.path.join(checkpoint, "mp_rank_00_model_states.pt")
     try:
         if os.path.isfile(whole):
-            # Written by this trainer or put there by the user, who starts a training job from it: trusted as code is.
+            # Written by this trainer or put there by the user, who starts a training job from it:
+            # trusted as code is.
             state = torch.load(whole, map_location="cpu", weights_only=False, mmap=True)
             return dict(state["module"])
         if any("model_states" in name for name in os.listdir(checkpoint)):
@@ -314,7 +378,9 @@ def _read_weights(checkpoint: str) -> dict[str, Any]:
             return dict(get_fp32_state_dict_from_zero_checkpoint(directory, tag))
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise EnvironmentFault(f"cannot read the weights: {error}", where=checkpoint) from error
-    raise UsageError("this is no DeepSpeed checkpoint: it has no *model_states.pt", where=checkpoint)
+    raise UsageError(
+        "this is no DeepSpeed checkpoint: it has no *model_states.pt", where=checkpoint
+    )
 
 
 def describe_mismatch(where: str, want: dict[str, Any], have: dict[str, Any]) -> list[Problem]:
@@ -342,7 +408,8 @@ def remove_own(path: str) -> None:
 
 
 def _writer_of(name: str) -> int:
-    """The rank that writes a file of a checkpoint: optimizer shards by their rank, everything else by rank 0."""
+    """The rank that writes a file of a checkpoint: optimizer shards by their rank, everything else
+    by rank 0."""
     match = re.search(r"zero_pp_rank_(\d+)_", name)
     return int(match.group(1)) if match else 0
 

@@ -24,7 +24,8 @@ class Answer:
 
 
 def prompt_ids(encoded: Sequence[int], chat: Chat) -> list[int]:
-    """`user_open … user_close assistant`, ready for a reply; the bare text when the run trained no dialogues."""
+    """`user_open … user_close assistant`, ready for a reply; the bare text when the run trained no
+    dialogues."""
     if chat.user_open is None or chat.user_close is None or chat.assistant is None:
         return list(encoded)
     return [chat.user_open, *encoded, chat.user_close, chat.assistant]
@@ -40,16 +41,21 @@ def answer(
     seed: int = 0,
     tokenizer: str | None = None,
 ) -> list[Answer]:
-    """One reply for each prompt, each a dialogue of its own; greedy at temperature 0, else sampled from `seed`.
+    """One reply for each prompt, each a dialogue of its own; greedy at temperature 0, else sampled
+    from `seed`.
 
-    A prompt is encoded by SentencePiece as a span of the training data is, so text that spells a control token stays
-    text. Raises UsageError when a prompt has no tokens or does not fit, EnvironmentFault when there is no tokenizer.
+    A prompt is encoded by SentencePiece as a span of the training data is, so text that spells a
+    control token stays text. Raises UsageError when a prompt has no tokens or does not fit,
+    EnvironmentFault when there is no tokenizer.
     """
     path = tokenizer or source.tokenizer
     if path is None:
         raise EnvironmentFault(
             f"`{source.path}` holds no tokenizer.model",
-            hint="name the SentencePiece model with --tokenizer, or set `tokenizer:` in the run's config",
+            hint=(
+                "name the SentencePiece model with --tokenizer, or set `tokenizer:` in the run's"
+                " config"
+            ),
         )
     import sentencepiece
 
@@ -62,7 +68,11 @@ def answer(
     eod = end_of_document(model_file, source.chat)
     # A model may have more embeddings than the tokenizer has pieces; no text stands for those.
     nameless = list(range(model_file.vocab_size, int(model.config.vocab_size))) or None
-    stops = {token: name for token, name in ((eod, "eod"), (source.chat.assistant, "assistant")) if token is not None}
+    stops = {
+        token: name
+        for token, name in ((eod, "eod"), (source.chat.assistant, "assistant"))
+        if token is not None
+    }
     out = []
     for prompt in prompts:
         try:
@@ -71,11 +81,17 @@ def answer(
             raise UsageError(f"the prompt {prompt[:40]!a} is not UTF-8") from None
         start = prompt_ids(encoder.encode(prompt), source.chat)
         if not prompt.strip() or len(start) >= room:
-            what = "is empty" if not prompt.strip() else f"has {len(start)} tokens, and the model sees {room}"
+            what = (
+                "is empty"
+                if not prompt.strip()
+                else f"has {len(start)} tokens, and the model sees {room}"
+            )
             raise UsageError(f"the prompt `{prompt[:40]}` {what}")
         torch.manual_seed(seed)
         sampling = (
-            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+            {"do_sample": True, "temperature": temperature, "top_p": top_p}
+            if temperature > 0
+            else {"do_sample": False}
         )
         ids = torch.tensor([start])
         with torch.inference_mode():

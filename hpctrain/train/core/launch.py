@@ -1,4 +1,5 @@
-"""What the rendered script tells a rank through its environment, and how long the ranks run together."""
+"""What the rendered script tells a rank through its environment, and how long the ranks run
+together."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ MODES = ("scratch", "finetune", "resume")
 
 @dataclass(frozen=True)
 class Launch:
-    """One rank's place and orders. `checkpoint` is the directory to start from, empty in mode scratch."""
+    """One rank's place and orders. `checkpoint` is the directory to start from, empty in mode
+    scratch."""
 
     rank: int
     local_rank: int
@@ -29,7 +31,8 @@ class Launch:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Launch:
-        """Read RANK, LOCAL_RANK, WORLD_SIZE and HPCTRAIN_*; one rank on this machine when RANK is absent.
+        """Read RANK, LOCAL_RANK, WORLD_SIZE and HPCTRAIN_*; one rank on this machine when RANK is
+        absent.
 
         Raises UsageError with everything that is missing or contradicts.
         """
@@ -44,27 +47,51 @@ class Launch:
 
         mode = env.get("HPCTRAIN_MODE", "")
         if mode not in MODES:
-            problems.append(Problem(f"`HPCTRAIN_MODE={mode}` is none of {', '.join(MODES)}", where="environment"))
+            problems.append(
+                Problem(
+                    f"`HPCTRAIN_MODE={mode}` is none of {', '.join(MODES)}", where="environment"
+                )
+            )
         for name in ("HPCTRAIN_CONFIG", "HPCTRAIN_CHECKPOINT_DIR"):
             if not env.get(name):
-                problems.append(Problem(f"`{name}` is not set", where="environment",
-                                        hint="the rendered job.sbatch sets it"))  # fmt: skip
+                problems.append(
+                    Problem(
+                        f"`{name}` is not set",
+                        where="environment",
+                        hint="the rendered job.sbatch sets it",
+                    )
+                )
         checkpoint = env.get("HPCTRAIN_CHECKPOINT", "") if mode != "scratch" else ""
         if mode in ("finetune", "resume") and not os.path.isdir(checkpoint):
             what = f"`HPCTRAIN_CHECKPOINT={checkpoint}` is not a directory"
-            problems.append(Problem(what, where="environment", why=f"mode {mode} starts from a checkpoint"))
+            problems.append(
+                Problem(what, where="environment", why=f"mode {mode} starts from a checkpoint")
+            )
         rank, num_ranks = number("RANK", 0), number("WORLD_SIZE", 1)
         if rank >= num_ranks:
-            problems.append(Problem(f"`RANK={rank}` is not below `WORLD_SIZE={num_ranks}`", where="environment"))
+            problems.append(
+                Problem(f"`RANK={rank}` is not below `WORLD_SIZE={num_ranks}`", where="environment")
+            )
         if num_ranks > 1 and not (env.get("MASTER_ADDR") and env.get("MASTER_PORT")):
-            problems.append(Problem("`MASTER_ADDR` or `MASTER_PORT` is not set", where="environment"))
+            problems.append(
+                Problem("`MASTER_ADDR` or `MASTER_PORT` is not set", where="environment")
+            )
         local_rank, link = number("LOCAL_RANK", 0), number("HPCTRAIN_LINK", 0)
         if problems:
             raise UsageError(problems)
         directory = os.path.abspath(env["HPCTRAIN_CHECKPOINT_DIR"])
         run_dir = os.path.abspath(env.get("HPCTRAIN_RUN_DIR") or directory)
-        return cls(rank, local_rank, num_ranks, mode, env["HPCTRAIN_CONFIG"], directory,
-                   os.path.abspath(checkpoint) if checkpoint else "", run_dir, link)  # fmt: skip
+        return cls(
+            rank,
+            local_rank,
+            num_ranks,
+            mode,
+            env["HPCTRAIN_CONFIG"],
+            directory,
+            os.path.abspath(checkpoint) if checkpoint else "",
+            run_dir,
+            link,
+        )
 
 
 class StopRequest:
@@ -74,7 +101,8 @@ class StopRequest:
         self.received = False
 
     def listen(self, number: int) -> None:
-        """Turn the signal into a note instead of a death. Only the main thread of a process may call this."""
+        """Turn the signal into a note instead of a death. Only the main thread of a process may
+        call this."""
         signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,5 @@
-"""What a run says while it trains: GPT-NeoX's log line, metrics.jsonl, and Weights & Biases when asked."""
+"""What a run says while it trains: GPT-NeoX's log line, metrics.jsonl, and Weights & Biases when
+asked."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from hpctrain.base.errors import EnvironmentFault
 
 @dataclass(frozen=True)
 class Metrics:
-    """One log interval over all ranks. `loss` is per trained token; the counts run since the link began."""
+    """One log interval over all ranks. `loss` is per trained token; the counts run since the link
+    began."""
 
     iteration: int
     train_iters: int
@@ -35,18 +37,20 @@ def log_line(metrics: Metrics) -> str:
     """The line that GPT-NeoX prints, so that whatever reads its logs reads ours."""
     m = metrics
     return (
-        f" samples/sec: {m.samples_per_s:.3f} | iteration {m.iteration:8d}/{m.train_iters:8d}"
-        f" | elapsed time per iteration (ms): {m.step_time_s * 1000:.1f} | learning rate: {m.lr:.3E}"
-        f" | lm_loss: {m.loss:.6E} | grad norm: {m.grad_norm:.4f} | samples per second: {m.samples_per_s:.3f}"
-        f" | tokens per gpu per second (tgs): {m.tokens_per_s_per_gpu:.1f} | TFLOPs: {m.tflops_per_gpu:.3f}"
-        f" | number of skipped iterations: {m.skipped:3d} | number of nan iterations: {m.nan:3d} |"
+        f" samples/sec: {m.samples_per_s:.3f} | iteration {m.iteration:8d}/{m.train_iters:8d} |"
+        f" elapsed time per iteration (ms): {m.step_time_s * 1000:.1f} | learning rate: {m.lr:.3E}"
+        f" | lm_loss: {m.loss:.6E} | grad norm: {m.grad_norm:.4f} | samples per second:"
+        f" {m.samples_per_s:.3f} | tokens per gpu per second (tgs): {m.tokens_per_s_per_gpu:.1f} |"
+        f" TFLOPs: {m.tflops_per_gpu:.3f} | number of skipped iterations: {m.skipped:3d} | number"
+        f" of nan iterations: {m.nan:3d} |"
     )
 
 
 class MetricsLog:
     """Prints each interval, appends it to `metrics.jsonl`, and mirrors it to W&B; rank 0 only.
 
-    metrics.jsonl only grows: after a resume, iterations that were lost appear again, and the later line counts.
+    metrics.jsonl only grows: after a resume, iterations that were lost appear again, and the later
+    line counts.
     """
 
     def __init__(self, run_dir: str, link: int, wandb_project: str | None, config: dict[str, Any]):
@@ -57,18 +61,25 @@ class MetricsLog:
             try:
                 import wandb
             except ImportError as error:
-                raise EnvironmentFault("this needs the Python package `wandb`, which is not installed", where="`wandb_project`",
-                                       hint="pip install wandb, or delete the key") from error  # fmt: skip
+                raise EnvironmentFault(
+                    "this needs the Python package `wandb`, which is not installed",
+                    where="`wandb_project`",
+                    hint="pip install wandb, or delete the key",
+                ) from error
             os.environ.setdefault("WANDB_MODE", "offline")
             run = os.path.basename(run_dir)
-            # A link is a run of its own there: offline runs cannot be resumed. Their group is the chain.
-            self._wandb = wandb.init(project=wandb_project, dir=run_dir, config=config, group=run, name=f"{run}-{link}")
+            # A link is a run of its own there: offline runs cannot be resumed. Their group is the
+            # chain.
+            self._wandb = wandb.init(
+                project=wandb_project, dir=run_dir, config=config, group=run, name=f"{run}-{link}"
+            )
 
     def write(self, metrics: Metrics, more: str = "") -> None:
         """Say one interval everywhere; `more` ends the printed line."""
         print(log_line(metrics) + more, flush=True)
         record = {"link": self._link, **asdict(metrics)}
-        # JSON has no NaN; and one write of a whole line, so that a kill leaves at most one torn line at the end.
+        # JSON has no NaN; and one write of a whole line, so that a kill leaves at most one torn
+        # line at the end.
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()

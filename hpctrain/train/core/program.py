@@ -1,7 +1,8 @@
-"""A trainer as a program: `python -m … [--config FILE]`, its orders from a rendered job or, with --config, from itself.
+"""A trainer as a program: `python -m … [--config FILE]`, its orders from a rendered job or, with
+--config, from itself.
 
-With --config nobody rendered the run: the run directory is the current one, and the run goes on from its newest complete
-checkpoint where it has one.
+With --config nobody rendered the run: the run directory is the current one, and the run goes on
+from its newest complete checkpoint where it has one.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from hpctrain.train.core.launch import Launch, StopRequest
 
 @dataclass(frozen=True)
 class Program:
-    """What differs between trainers. `example`: the name of a config file; `signals`: those that mean: save and leave;
-    `checkpoints`: the checkpoint folder of a run in a folder that nobody rendered."""
+    """What differs between trainers. `example`: the name of a config file; `signals`: those that
+    mean: save and leave; `checkpoints`: the checkpoint folder of a run in a folder that nobody
+    rendered."""
 
     module: str
     doc: str | None
@@ -37,19 +39,28 @@ class Program:
 
 def main(program: Program, arguments: Sequence[str] | None = None) -> int:
     """Train as the environment or --config says; returns an exit code of `hpctrain.base.errors`."""
-    parser = argparse.ArgumentParser(prog=f"python -m {program.module}", description=program.doc,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program.module}",
+        description=program.doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", help="the YAML config, outside of a rendered job")
     given = parser.parse_args(arguments).config
     try:
         path = given or os.environ.get("HPCTRAIN_CONFIG") or ""
         if not path:
-            raise errors.UsageError("no config is given", hint=f"python -m {program.module} --config {program.example}")
+            raise errors.UsageError(
+                "no config is given", hint=f"python -m {program.module} --config {program.example}"
+            )
         config = program.load(path)
         environment: Mapping[str, str] = os.environ
         if given:
             environment = standalone(
-                program.layout, program.checkpoints(config, os.getcwd()), given, os.environ, os.getcwd()
+                program.layout,
+                program.checkpoints(config, os.getcwd()),
+                given,
+                os.environ,
+                os.getcwd(),
             )
         launch = Launch.from_environment(environment)
         stop = StopRequest()
@@ -61,12 +72,17 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
             terminal.problems(error.problems)
         return error.exit_code
     except OSError as error:
-        terminal.problems([errors.Problem(error.strerror or str(error), where=str(error.filename or ""))])
+        terminal.problems(
+            [errors.Problem(error.strerror or str(error), where=str(error.filename or ""))]
+        )
         return errors.ENVIRONMENT
 
 
-def standalone(layout: str, directory: str, config: str, environ: Mapping[str, str], folder: str) -> dict[str, str]:
-    """The environment of a rendered job for a run that nobody rendered: it resumes where there is something to resume."""
+def standalone(
+    layout: str, directory: str, config: str, environ: Mapping[str, str], folder: str
+) -> dict[str, str]:
+    """The environment of a rendered job for a run that nobody rendered: it resumes where there is
+    something to resume."""
     found = newest_complete(layout, directory)
     return {
         **environ,
@@ -79,10 +95,13 @@ def standalone(layout: str, directory: str, config: str, environ: Mapping[str, s
 
 
 def newest_complete(layout: str, directory: str) -> str | None:
-    """The checkpoint with the greatest number that is whole, by the rule that the chain's guard uses too."""
+    """The checkpoint with the greatest number that is whole, by the rule that the chain's guard
+    uses too."""
     rule = LAYOUTS[layout]
     names = os.listdir(directory) if os.path.isdir(directory) else []
-    for name in sorted((name for name in names if rule.number(name) is not None), key=rule.order, reverse=True):
+    for name in sorted(
+        (name for name in names if rule.number(name) is not None), key=rule.order, reverse=True
+    ):
         path = os.path.join(directory, name)
         try:
             if not rule.verdict(path, Listing(), Expected()).faults:

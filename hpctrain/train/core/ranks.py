@@ -1,4 +1,5 @@
-"""The ranks of one job as torch.distributed sees them: join, wait, sum, leave. Nothing of any framework."""
+"""The ranks of one job as torch.distributed sees them: join, wait, sum, leave. Nothing of any
+framework."""
 
 from __future__ import annotations
 

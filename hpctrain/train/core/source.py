@@ -1,4 +1,5 @@
-"""What a user may name to export or generate from: a run, a checkpoint folder, one checkpoint, or an exported directory."""
+"""What a user may name to export or generate from: a run, a checkpoint folder, one checkpoint, or
+an exported directory."""
 
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ from hpctrain.train.core.program import newest_complete
 
 @dataclass(frozen=True)
 class Chat:
-    """The control tokens of a dialogue, as the run trained them: what opens and closes a user turn and a reply, and EOD.
+    """The control tokens of a dialogue, as the run trained them: what opens and closes a user turn
+    and a reply, and EOD.
 
-    A turn is `user_open … user_close`, a reply `assistant … assistant`; None where the run had no such rule.
+    A turn is `user_open … user_close`, a reply `assistant … assistant`; None where the run had no
+    such rule.
     """
 
     user_open: int | None = None
@@ -31,14 +34,20 @@ class Chat:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Chat:
         """The tokens that the loss_mask rules of a run name."""
-        pairs, alternating = config.get("loss_mask_pairs") or [], config.get("loss_mask_alternating_individual") or []
+        pairs, alternating = (
+            config.get("loss_mask_pairs") or [],
+            config.get("loss_mask_alternating_individual") or [],
+        )
         user_open, user_close = pairs[:2] if len(pairs) >= 2 else (None, None)
-        return cls(user_open, user_close, alternating[0] if alternating else None, config.get("eod_id"))
+        return cls(
+            user_open, user_close, alternating[0] if alternating else None, config.get("eod_id")
+        )
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights lie: `path` of a checkpoint (`exported` false) or of a Hugging Face directory."""
+    """Where weights lie: `path` of a checkpoint (`exported` false) or of a Hugging Face
+    directory."""
 
     path: str
     exported: bool
@@ -51,8 +60,8 @@ class Source:
 def find_source(path: str) -> Source:
     """What `path` means.
 
-    Raises UsageError when it holds nothing of this trainer, or a framework's checkpoint that has its own converter;
-    EnvironmentFault when it does not exist.
+    Raises UsageError when it holds nothing of this trainer, or a framework's checkpoint that has
+    its own converter; EnvironmentFault when it does not exist.
     """
     if not os.path.isdir(path):
         raise EnvironmentFault("there is no such directory", where=path)
@@ -64,8 +73,11 @@ def find_source(path: str) -> Source:
         with open(latest, encoding="utf-8", errors="replace") as file:
             name = file.read().strip()
         if name in ("", ".", "..") or "/" in name or not os.path.isdir(os.path.join(path, name)):
-            raise UsageError(f"`latest` names `{name}`, which is not there", where=path,
-                             hint="`hpctrain checkpoint list` shows what is; name a checkpoint itself")  # fmt: skip
+            raise UsageError(
+                f"`latest` names `{name}`, which is not there",
+                where=path,
+                hint="`hpctrain checkpoint list` shows what is; name a checkpoint itself",
+            )
         return find_source(os.path.join(path, name))
     if glob.glob(os.path.join(glob.escape(path), "*.safetensors")):
         return _exported(path)
@@ -74,7 +86,10 @@ def find_source(path: str) -> Source:
         raise UsageError(
             f"`{path}` is no run, checkpoint or exported model of the built-in trainer",
             why=f"it has neither plan.json, latest, *.safetensors nor {META}",
-            hint="for GPT-NeoX name the run directory: `hpctrain export` then runs NeoX's own converter as a job",
+            hint=(
+                "for GPT-NeoX name the run directory: `hpctrain export` then runs NeoX's own"
+                " converter as a job"
+            ),
         )
     tokenizer = os.path.join(path, "tokenizer.model")
     return Source(
@@ -95,7 +110,14 @@ def _exported(path: str) -> Source:
     except (OSError, ValueError, KeyError, TypeError):
         chat, precision = Chat(), "fp32"
     tokenizer = os.path.join(path, "tokenizer.model")
-    return Source(os.path.abspath(path), True, tokenizer if os.path.isfile(tokenizer) else None, chat, precision, None)
+    return Source(
+        os.path.abspath(path),
+        True,
+        tokenizer if os.path.isfile(tokenizer) else None,
+        chat,
+        precision,
+        None,
+    )
 
 
 def _checkpoint_dir(plan: str) -> str:
@@ -123,7 +145,8 @@ class Checkpoint:
 def find_checkpoint(path: str) -> Checkpoint | None:
     """The checkpoint that `path` means; None where it has nothing to do with transformers' Trainer.
 
-    Raises UsageError when it has, and there is no whole one; EnvironmentFault when the folder cannot be read.
+    Raises UsageError when it has, and there is no whole one; EnvironmentFault when the folder
+    cannot be read.
     """
     path = os.path.abspath(path)
     plan = os.path.join(path, "plan.json")
@@ -141,9 +164,16 @@ def find_checkpoint(path: str) -> Checkpoint | None:
         if number is not None and os.path.isfile(os.path.join(path, "trainer_state.json")):
             faults = _faults(path)
             if faults:
-                raise UsageError([Problem(f"the checkpoint is not whole: {fault}", where=path) for fault in faults])
+                raise UsageError(
+                    [
+                        Problem(f"the checkpoint is not whole: {fault}", where=path)
+                        for fault in faults
+                    ]
+                )
             return Checkpoint(path, number)
-        if os.path.isdir(path) and any(HF_TRAINER.number(name) is not None for name in os.listdir(path)):
+        if os.path.isdir(path) and any(
+            HF_TRAINER.number(name) is not None for name in os.listdir(path)
+        ):
             return _newest(path) if not os.path.isfile(os.path.join(path, "latest")) else None
     except OSError as error:
         raise EnvironmentFault(f"cannot read it: {error.strerror or error}", where=path) from error
@@ -153,8 +183,10 @@ def find_checkpoint(path: str) -> Checkpoint | None:
 def _newest(directory: str) -> Checkpoint:
     found = newest_complete(HF_TRAINER.name, directory)
     if found is None:
-        raise UsageError(f"there is no whole checkpoint in `{directory}` yet",
-                         hint=f"`hpctrain checkpoint list {directory} --layout hf-trainer` shows what is there")  # fmt: skip
+        raise UsageError(
+            f"there is no whole checkpoint in `{directory}` yet",
+            hint=f"`hpctrain checkpoint list {directory} --layout hf-trainer` shows what is there",
+        )
     return Checkpoint(found, HF_TRAINER.number(os.path.basename(found)) or 0)
 
 

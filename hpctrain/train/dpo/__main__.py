@@ -1,9 +1,11 @@
-"""`python -m hpctrain.train.dpo [--config config_dpo.yaml]`, once per rank: under srun, torchrun, or alone.
+"""`python -m hpctrain.train.dpo [--config config_dpo.yaml]`, once per rank: under srun, torchrun,
+or alone.
 
     config + launch -> pairs, reference cache, model -> steps -> checkpoints, margins -> dpo_model
 
-In a job the orders come from the environment (HPCTRAIN_*). With --config the run directory is the current one, the
-checkpoint folder is `checkpoints` there (or in `mount_dir`), and a run goes on from its newest complete checkpoint.
+In a job the orders come from the environment (HPCTRAIN_*). With --config the run directory is the
+current one, the checkpoint folder is `checkpoints` there (or in `mount_dir`), and a run goes on
+from its newest complete checkpoint.
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ from hpctrain.train.core.program import Program, main
 
 
 def train(config: DpoConfig, launch: Launch, stop: StopRequest) -> int:
-    """Train to the end, or to the stop signal; both are exit code 0, with a checkpoint that `latest` names.
+    """Train to the end, or to the stop signal; both are exit code 0, with a checkpoint that
+    `latest` names.
 
-    Raises UsageError, Refused or EnvironmentFault for what the user can mend; nothing is saved then.
+    Raises UsageError, Refused or EnvironmentFault for what the user can mend; nothing is saved
+    then.
     """
     # Nothing is ever fetched: what a run needs is named in its config.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # What torch and transformers deprecate in each other is nothing that the reader of a job log can mend.
+    # What torch and transformers deprecate in each other is nothing that the reader of a job log
+    # can mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|transformers\.")
     try:
         import transformers
@@ -45,10 +50,15 @@ def train(config: DpoConfig, launch: Launch, stop: StopRequest) -> int:
 
 
 PROGRAM = Program(
-    module="hpctrain.train.dpo", doc=__doc__, example="config_dpo.yaml", layout="dcp", load=load_config, train=train,
+    module="hpctrain.train.dpo",
+    doc=__doc__,
+    example="config_dpo.yaml",
+    layout="dcp",
+    load=load_config,
+    train=train,
     signals=lambda config: (config.stop_signal_number,),
     checkpoints=lambda config, folder: os.path.join(config.mount_dir or folder, "checkpoints"),
-)  # fmt: skip
+)
 
 if __name__ == "__main__":
     sys.exit(main(PROGRAM))

@@ -1,4 +1,5 @@
-"""Which pairs each step sees, and how a rank lays its share out in rows. Pure numpy; the same for any number of ranks."""
+"""Which pairs each step sees, and how a rank lays its share out in rows. Pure numpy; the same for
+any number of ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WINDOW = 64  # batches that are sorted by length together: enough for even lengths, few enough to stay random
+# batches that are sorted by length together: enough for even lengths, few enough to stay random
+WINDOW = 64
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Slots:
-    """What one rank computes in one forward pass: pairs by number, their places in the batch, and whether they count."""
+    """What one rank computes in one forward pass: pairs by number, their places in the batch, and
+    whether they count."""
 
     pairs: tuple[int, ...]
     places: tuple[int, ...]
@@ -34,11 +37,13 @@ class Slots:
 
 @dataclass(frozen=True)
 class Rows:
-    """A micro batch of B pairs as arrays. With `shared`, a row is prompt, chosen, rejected; else one reply a row.
+    """A micro batch of B pairs as arrays. With `shared`, a row is prompt, chosen, rejected; else
+    one reply a row.
 
-    `input_ids`, `position_ids`, `segment` have shape (rows, length); segment is 0 prompt, 1 chosen, 2 rejected, 3 padding.
-    For each scored token, in order: `select` is the place in the flattened rows whose output predicts it, `labels` the
-    token, `sequence` its reply (chosen 0…B-1, rejected B…2B-1), `offset` its place in that reply.
+    `input_ids`, `position_ids`, `segment` have shape (rows, length); segment is 0 prompt, 1 chosen,
+    2 rejected, 3 padding. For each scored token, in order: `select` is the place in the flattened
+    rows whose output predicts it, `labels` the token, `sequence` its reply (chosen 0…B-1, rejected
+    B…2B-1), `offset` its place in that reply.
     """
 
     input_ids: np.ndarray
@@ -66,8 +71,9 @@ def steps_per_epoch(num_pairs: int, batch: int) -> int:
 def plan_epoch(lengths: np.ndarray, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
     """The batches of an epoch as arrays of pair numbers, each longest first; every pair once.
 
-    Pairs are shuffled, sorted by length within a window, cut into batches, and the batches shuffled. The first batch of
-    the first epoch is the longest one, so that memory which does not suffice shows at once.
+    Pairs are shuffled, sorted by length within a window, cut into batches, and the batches
+    shuffled. The first batch of the first epoch is the longest one, so that memory which does not
+    suffice shows at once.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -86,16 +92,20 @@ def plan_epoch(lengths: np.ndarray, batch: int, seed: int, epoch: int) -> list[n
 def rank_slots(pairs: np.ndarray, rank: int, num_ranks: int, micro: int) -> list[Slots]:
     """This rank's forward passes for a batch; all ranks have equally many.
 
-    Ranks take neighbouring lengths in each pass, so that none waits for another. Slots that a small last batch leaves
-    empty repeat its shortest pair and do not count.
+    Ranks take neighbouring lengths in each pass, so that none waits for another. Slots that a small
+    last batch leaves empty repeat its shortest pair and do not count.
     """
     out = []
-    for start in range(rank * micro, -(-len(pairs) // (micro * num_ranks)) * micro * num_ranks, micro * num_ranks):
+    for start in range(
+        rank * micro, -(-len(pairs) // (micro * num_ranks)) * micro * num_ranks, micro * num_ranks
+    ):
         places = tuple(range(start, start + micro))
         counts = tuple(place < len(pairs) for place in places)
         if not any(counts):
             places, counts = places[:1], counts[:1]
-        numbers = tuple(int(pairs[place]) if place < len(pairs) else int(pairs[-1]) for place in places)
+        numbers = tuple(
+            int(pairs[place]) if place < len(pairs) else int(pairs[-1]) for place in places
+        )
         out.append(Slots(numbers, places, counts))
     return out
 
@@ -116,7 +126,8 @@ def lay_out(pairs: Sequence[Pair], shared: bool, multiple: int = 1) -> Rows:
     shape = (len(parts), width)
     input_ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     segment = np.full(shape, 3, np.int64)
-    scored: list[list[np.ndarray]] = [[], []]  # chosen, rejected: arrays of (select, label, sequence, offset)
+    # chosen, rejected: arrays of (select, label, sequence, offset)
+    scored: list[list[np.ndarray]] = [[], []]
     for row, row_parts in enumerate(parts):
         number, at = row % len(pairs), 0
         prompt = len(row_parts[0][1])
@@ -126,19 +137,33 @@ def lay_out(pairs: Sequence[Pair], shared: bool, multiple: int = 1) -> Rows:
             input_ids[row, at:end], segment[row, at:end] = tokens, kind
             positions[row, at:end] = np.arange(start, start + len(tokens))
             if kind:
-                # The first token of a reply is predicted by the prompt's last one; without a prompt by nothing.
+                # The first token of a reply is predicted by the prompt's last one; without a prompt
+                # by nothing.
                 skip = 0 if prompt else 1
                 select = np.arange(at - 1, end - 1)
                 select[:1] = prompt - 1
                 scored[kind - 1].append(
-                    np.stack([
-                        row * width + select[skip:],
-                        tokens[skip:],
-                        np.full(len(tokens) - skip, number + (kind - 1) * len(pairs)),
-                        np.arange(len(tokens) - skip),
-                    ])
-                )  # fmt: skip
+                    np.stack(
+                        [
+                            row * width + select[skip:],
+                            tokens[skip:],
+                            np.full(len(tokens) - skip, number + (kind - 1) * len(pairs)),
+                            np.arange(len(tokens) - skip),
+                        ]
+                    )
+                )
             at = end
     flat = np.concatenate(scored[0] + scored[1], axis=1).astype(np.int64)
     longest = int(flat[3].max(initial=-1)) + 1
-    return Rows(input_ids, positions, segment, flat[0], flat[1], flat[2], flat[3], len(pairs), longest, shared)
+    return Rows(
+        input_ids,
+        positions,
+        segment,
+        flat[0],
+        flat[1],
+        flat[2],
+        flat[3],
+        len(pairs),
+        longest,
+        shared,
+    )

@@ -1,4 +1,5 @@
-"""Checkpoints of the DPO trainer in PyTorch's distributed format, whole or not at all, and going on from one.
+"""Checkpoints of the DPO trainer in PyTorch's distributed format, whole or not at all, and going on
+from one.
 
     DIR/step-20/    __R_0.distcp of each rank, .metadata, hpctrain.json, config.json
     DIR/latest      `step-20`, replaced by rename after that
@@ -50,14 +51,16 @@ def save(
     barrier: Callable[[], None],
     rank: int,
 ) -> str:
-    """Write `step-N` on all ranks together and name it in `latest`; returns its path. See `train.checkpoint.publish`."""
+    """Write `step-N` on all ranks together and name it in `latest`; returns its path. See
+    `train.checkpoint.publish`."""
 
     def write(partial: str) -> None:
         weights, state = state_dicts.get_state_dict(model, optimizer)
         writer = dcp.FileSystemWriter(partial, sync_files=True)
         try:
             dcp.save({"model": weights, "optimizer": state}, storage_writer=writer)
-        except CheckpointException as error:  # raised on all ranks, with what each of them met; no Exception
+        except CheckpointException as error:
+            # raised on all ranks, with what each of them met; no Exception
             raise RuntimeError(str(_first_failure(error))) from _first_failure(error)
 
     files = {
@@ -95,19 +98,25 @@ def load(model: Any, optimizer: Any | None, path: str) -> None:
         CheckpointException,
     ) as error:
         cause = _first_failure(error)
-        raise EnvironmentFault(f"cannot load the checkpoint: {whole.describe_failure(cause)}", where=path,
-                               hint="`hpctrain checkpoint verify` looks at its files") from cause  # fmt: skip
+        raise EnvironmentFault(
+            f"cannot load the checkpoint: {whole.describe_failure(cause)}",
+            where=path,
+            hint="`hpctrain checkpoint verify` looks at its files",
+        ) from cause
 
 
 def _check_shapes(model: Any, path: str) -> None:
-    """Raises UsageError when a checkpoint is of another model: of a tensor of another shape DCP reads what overlaps, and
-    leaves the rest as it was, without a word."""
+    """Raises UsageError when a checkpoint is of another model: of a tensor of another shape DCP
+    reads what overlaps, and leaves the rest as it was, without a word."""
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     have = {
-        name.removeprefix("model."): tuple(about.size) for name, about in stored.items()
+        name.removeprefix("model."): tuple(about.size)
+        for name, about in stored.items()
         if name.startswith("model.") and hasattr(about, "size")
-    }  # fmt: skip
-    want = {name: tuple(value.shape) for name, value in state_dicts.get_model_state_dict(model).items()}
+    }
+    want = {
+        name: tuple(value.shape) for name, value in state_dicts.get_model_state_dict(model).items()
+    }
     problems = whole.describe_mismatch(path, want, have)
     if problems:
         raise UsageError(problems)
@@ -123,7 +132,8 @@ def _first_failure(error: BaseException) -> BaseException:
 
 
 def read_progress(path: str) -> Progress:
-    """What hpctrain.json of a checkpoint says. Raises UsageError when it is none of this trainer's."""
+    """What hpctrain.json of a checkpoint says. Raises UsageError when it is none of this
+    trainer's."""
     values = whole.read_meta(path)
     try:
         return Progress(**{item.name: values[item.name] for item in fields(Progress)})
@@ -135,7 +145,8 @@ def read_progress(path: str) -> Progress:
 
 
 def check_resume(path: str, now: Progress) -> Progress:
-    """The progress of a checkpoint if this run can go on from it exactly; else Refused, with all that stands against it."""
+    """The progress of a checkpoint if this run can go on from it exactly; else Refused, with all
+    that stands against it."""
     then = read_progress(path)
     problems = []
 
@@ -143,19 +154,37 @@ def check_resume(path: str, now: Progress) -> Progress:
         old, new = getattr(then, name), getattr(now, name)
         if old != new:
             values = "" if name.endswith(("fingerprint", "key")) else f": it was {old} and is {new}"
-            problems.append(Problem(f"cannot resume: {what} changed{values}", where=path, why=why, hint=hint))
+            problems.append(
+                Problem(f"cannot resume: {what} changed{values}", where=path, why=why, hint=hint)
+            )
 
     fresh = "or begin a new run in another checkpoint folder"
-    differs("`precision`", "precision", "the cached reference log-probabilities have that precision",
-            f"go back to {then.precision}, {fresh}")  # fmt: skip
+    differs(
+        "`precision`",
+        "precision",
+        "the cached reference log-probabilities have that precision",
+        f"go back to {then.precision}, {fresh}",
+    )
     differs("`dpo_training.seed`", "seed", "it orders the data", f"go back to {then.seed}, {fresh}")
-    differs("the batch (batch_size x gradient_accumulation_steps x ranks)", "train_batch_size", "it orders the data",
-            f"choose them such that their product is {then.train_batch_size} again, {fresh}")  # fmt: skip
-    differs("the data", "data_fingerprint", "the tokens differ: the files, the tokenizer, `subset` or `max_len` changed",
-            f"put the old data back, {fresh}")  # fmt: skip
+    differs(
+        "the batch (batch_size x gradient_accumulation_steps x ranks)",
+        "train_batch_size",
+        "it orders the data",
+        f"choose them such that their product is {then.train_batch_size} again, {fresh}",
+    )
+    differs(
+        "the data",
+        "data_fingerprint",
+        "the tokens differ: the files, the tokenizer, `subset` or `max_len` changed",
+        f"put the old data back, {fresh}",
+    )
     if then.data_fingerprint == now.data_fingerprint and then.precision == now.precision:
-        differs("the reference model", "reference_key", "its weights differ, so every margin would jump",
-                f"put the old reference back, {fresh}")  # fmt: skip
+        differs(
+            "the reference model",
+            "reference_key",
+            "its weights differ, so every margin would jump",
+            f"put the old reference back, {fresh}",
+        )
     if problems:
         raise Refused(problems)
     return then

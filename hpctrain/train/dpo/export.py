@@ -1,4 +1,5 @@
-"""The trained model as a Hugging Face directory with the policy's tokenizer: all of it appears, or nothing."""
+"""The trained model as a Hugging Face directory with the policy's tokenizer: all of it appears, or
+nothing."""
 
 from __future__ import annotations
 
@@ -15,11 +16,17 @@ from hpctrain.train.sft.export import copy_tokenizer, publish_model
 
 
 def write_model(
-    target: str, weights: dict[str, torch.Tensor], model_config: Any, policy: str, precision: str, about: dict[str, Any]
+    target: str,
+    weights: dict[str, torch.Tensor],
+    model_config: Any,
+    policy: str,
+    precision: str,
+    about: dict[str, Any],
 ) -> None:
     """Write `target`; `about` (with the run's id) goes to its hpctrain.json.
 
-    What this run wrote there before is replaced; anything else of that name is set aside. Raises OSError.
+    What this run wrote there before is replaced; anything else of that name is set aside. Raises
+    OSError.
     """
 
     def fill(staged: str) -> None:
@@ -34,7 +41,9 @@ def write_model(
             *dict(model.named_parameters()),
             *model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)),
         ]
-        model.save_pretrained(staged, state_dict={name: weights[name].to(dtype).contiguous() for name in own})
+        model.save_pretrained(
+            staged, state_dict={name: weights[name].to(dtype).contiguous() for name in own}
+        )
         copy_tokenizer(policy, staged)
         with open(os.path.join(staged, whole.META), "w", encoding="utf-8") as file:
             json.dump(about, file, indent=1)
@@ -43,14 +52,21 @@ def write_model(
 
 
 def copy_logs(run_dir: str, mount_dir: str) -> None:
-    """Bring `logs/` and metrics.jsonl of the run directory to `mount_dir/logs`, file by file, each whole."""
+    """Bring `logs/` and metrics.jsonl of the run directory to `mount_dir/logs`, file by file, each
+    whole."""
     from hpctrain.base.files import write_whole
 
     logs = os.path.join(run_dir, "logs", "margins")
     copies = [(os.path.join(run_dir, "metrics.jsonl"), "metrics.jsonl")]
     for folder, _, names in os.walk(logs):
-        copies += [(os.path.join(folder, name), os.path.relpath(os.path.join(folder, name), os.path.dirname(logs)))
-                   for name in names if not name.startswith(".")]  # fmt: skip
+        copies += [
+            (
+                os.path.join(folder, name),
+                os.path.relpath(os.path.join(folder, name), os.path.dirname(logs)),
+            )
+            for name in names
+            if not name.startswith(".")
+        ]
     for source, name in copies:
         target = os.path.join(mount_dir, "logs", name)
         if os.path.isfile(source) and os.path.realpath(source) != os.path.realpath(target):

@@ -42,7 +42,8 @@ class DpoMetrics(Metrics):
 
 
 class DpoTrainer:
-    """One rank of one link. Raises UsageError, Refused or EnvironmentFault while setting up; see `run` for the rest."""
+    """One rank of one link. Raises UsageError, Refused or EnvironmentFault while setting up; see
+    `run` for the rest."""
 
     def __init__(self, config: DpoConfig, launch: Launch):
         self.config, self.values, self.launch = config, config.training, launch
@@ -57,12 +58,16 @@ class DpoTrainer:
         self.model_config = dpo_model_config(config.policy_name, self.attention)
         self._check_start()
         ranks.on_first(launch.rank, lambda: whole.check_writable(launch.checkpoint_dir))
-        path = ranks.on_first(launch.rank, lambda: make_pairs(config, launch.checkpoint_dir, self.say))
+        path = ranks.on_first(
+            launch.rank, lambda: make_pairs(config, launch.checkpoint_dir, self.say)
+        )
         self.pairs = load_pairs(path, config)
         self._check_fit()
         self.batch = config.train_batch_size(launch.num_ranks)
         self.per_epoch = steps_per_epoch(len(self.pairs), self.batch)
-        self.num_steps = self.values["max_steps"] or math.ceil(self.values["epochs"] * self.per_epoch)
+        self.num_steps = self.values["max_steps"] or math.ceil(
+            self.values["epochs"] * self.per_epoch
+        )
         self.shared = self._share(self.model_config)
         self._plan: tuple[int, list[np.ndarray]] = (-1, [])
 
@@ -82,34 +87,50 @@ class DpoTrainer:
         )
         key = reference.cache_key(self.progress.data_fingerprint, weights, config.precision)
         self.progress = dataclasses.replace(self.progress, reference_key=key)
-        self.resumed = checkpoint.check_resume(launch.checkpoint, self.progress) if launch.mode == "resume" else None
+        self.resumed = (
+            checkpoint.check_resume(launch.checkpoint, self.progress)
+            if launch.mode == "resume"
+            else None
+        )
         self.run_id = ranks.on_first(launch.rank, lambda: self.progress.run_id)
         self.cache = reference.ReferenceCache(
             self.values["reference_cache"] or launch.checkpoint_dir, key, len(self.pairs)
         )
         if self.cache.damaged:
-            self.say(f"warning: {self.cache.path} is damaged ({self.cache.damaged}) and is computed again")
+            self.say(
+                f"warning: {self.cache.path} is damaged ({self.cache.damaged}) and is computed"
+                " again"
+            )
         self._say_setup()
 
     def run(self, stop: StopRequest) -> int:
         """Cache the reference, then step to the end, saving on the way; returns the exit code.
 
-        0 at the end or after a save on the stop signal, 1 when the gradient stays not finite (nothing is saved then).
+        0 at the end or after a save on the stop signal, 1 when the gradient stays not finite
+        (nothing is saved then).
         """
         model = self._cached_reference(stop)
         if model is None:
-            self.say(f"stopped by signal {self.values['stop_signal']} while caching reference logprobs: kept, exit 0")
+            self.say(
+                f"stopped by signal {self.values['stop_signal']} while caching reference logprobs:"
+                " kept, exit 0"
+            )
             return errors.DONE
         self._place_policy(model)
         first = self.progress.iteration + 1
         if first > self.num_steps:
             self._export()
-            self.say(f"nothing to train: iteration {self.progress.iteration} of {self.num_steps} is done")
+            self.say(
+                f"nothing to train: iteration {self.progress.iteration} of {self.num_steps} is done"
+            )
             return errors.DONE
         ranks.on_first(self.launch.rank, lambda: whole.check_writable(self.launch.run_dir))
         if self.launch.rank == 0:
             self.log = MetricsLog(
-                self.launch.run_dir, self.launch.link, self.config.wandb_project, self.config.as_dict()
+                self.launch.run_dir,
+                self.launch.link,
+                self.config.wandb_project,
+                self.config.as_dict(),
             )
             self.margins = MarginLog(self.launch.run_dir)
         gathered = Gatherer(self.batch, self.device)
@@ -121,26 +142,38 @@ class DpoTrainer:
                     self._save()
                 why = "the stop file" if stop_file else f"signal {self.values['stop_signal']}"
                 place = f"iteration {self.progress.iteration} of {self.num_steps}"
-                kept = f"saved at {place}" if self.progress.iteration >= first else f"nothing new to save at {place}"
+                kept = (
+                    f"saved at {place}"
+                    if self.progress.iteration >= first
+                    else f"nothing new to save at {place}"
+                )
                 self.say(f"stopped by {why}: {kept}, exit 0")
                 return errors.DONE
             skipped = self._step(step, gathered)
             in_a_row = in_a_row + 1 if skipped else 0
             last = step == self.num_steps
-            given_up = in_a_row >= self.values["max_skipped_in_a_row"] or (last and in_a_row == step)
+            given_up = in_a_row >= self.values["max_skipped_in_a_row"] or (
+                last and in_a_row == step
+            )
             saving = last or step % self.values["save_steps"] == 0
             if step % self.values["log_steps"] == 0 or step == first or saving or given_up:
                 self._report(gathered)
             if given_up:
-                self.say(f"error: no finite gradient for {in_a_row} steps in a row; nothing is saved, exit 1")
+                self.say(
+                    f"error: no finite gradient for {in_a_row} steps in a row; nothing is saved,"
+                    " exit 1"
+                )
                 return errors.NO
             if last:
-                # Before the checkpoint that says the run is done: once that exists, no later link would export.
+                # Before the checkpoint that says the run is done: once that exists, no later link
+                # would export.
                 self._export()
             if saving:
                 gathered.exclude(self._save())
                 saved = step
-                stop_file = self.launch.rank == 0 and os.path.exists(os.path.join(self.launch.run_dir, "STOP"))
+                stop_file = self.launch.rank == 0 and os.path.exists(
+                    os.path.join(self.launch.run_dir, "STOP")
+                )
         self.say(f"done: iteration {self.num_steps} of {self.num_steps}, exit 0")
         return errors.DONE
 
@@ -161,7 +194,8 @@ class DpoTrainer:
     def _step(self, step: int, gathered: Gatherer) -> bool:
         """One optimizer step; whether it was skipped for want of a finite gradient.
 
-        The gradient is that of the mean loss over the whole batch, however it is spread over ranks and passes.
+        The gradient is that of the mean loss over the whole batch, however it is spread over ranks
+        and passes.
         """
         epoch, at = divmod(step - 1, self.per_epoch)
         numbers = self._epoch(epoch)[at]
@@ -170,11 +204,15 @@ class DpoTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         table = gathered.new_table()
-        passes = rank_slots(numbers, self.launch.rank, self.launch.num_ranks, self.values["batch_size"])
+        passes = rank_slots(
+            numbers, self.launch.rank, self.launch.num_ranks, self.values["batch_size"]
+        )
         tokens = 0
         for number, slots in enumerate(passes):
             rows = lay_out(
-                [self.pairs[pair] for pair in slots.pairs], self.shared, 8 if self.device.type == "cuda" else 1
+                [self.pairs[pair] for pair in slots.pairs],
+                self.shared,
+                8 if self.device.type == "cuda" else 1,
             )
             tokens += rows.num_tokens
             parallel.hold_gradients(self.model, self.config, number == len(passes) - 1)
@@ -189,7 +227,9 @@ class DpoTrainer:
         self.skipped += not finite
         gathered.add(table, epoch, step, len(numbers), tokens, norm, lr)
         consumed = self.progress.consumed_samples + len(numbers)
-        self.progress = dataclasses.replace(self.progress, iteration=step, consumed_samples=consumed)
+        self.progress = dataclasses.replace(
+            self.progress, iteration=step, consumed_samples=consumed
+        )
         return not finite
 
     def _loss(self, rows: Rows, slots: Slots, table: torch.Tensor) -> torch.Tensor:
@@ -200,41 +240,70 @@ class DpoTrainer:
         sizes = None
         if self.values["loss_type"] == "sigmoid_norm":
             pairs = [self.pairs[pair] for pair in slots.pairs]
-            sizes = (torch.tensor([len(pair.chosen) for pair in pairs], device=self.device),
-                     torch.tensor([len(pair.rejected) for pair in pairs], device=self.device))  # fmt: skip
-        losses, won, lost = dpo_loss(chosen, rejected, cached[:, 0], cached[:, 1], self.values["beta"],
-                                     self.values["label_smoothing"], sizes)  # fmt: skip
+            sizes = (
+                torch.tensor([len(pair.chosen) for pair in pairs], device=self.device),
+                torch.tensor([len(pair.rejected) for pair in pairs], device=self.device),
+            )
+        losses, won, lost = dpo_loss(
+            chosen,
+            rejected,
+            cached[:, 0],
+            cached[:, 1],
+            self.values["beta"],
+            self.values["label_smoothing"],
+            sizes,
+        )
         counts = torch.tensor(slots.counts, device=self.device)
-        places = torch.tensor([place for place, count in zip(slots.places, slots.counts) if count], device=self.device)
+        places = torch.tensor(
+            [place for place, count in zip(slots.places, slots.counts) if count], device=self.device
+        )
         table.index_copy_(0, places.long(), torch.stack([losses.detach(), won, lost], 1)[counts])
         return torch.where(counts, losses, 0.0).sum()
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         if self._plan[0] != epoch:
-            self._plan = (epoch, plan_epoch(self.pairs.lengths, self.batch, self.values["seed"], epoch))
+            self._plan = (
+                epoch,
+                plan_epoch(self.pairs.lengths, self.batch, self.values["seed"], epoch),
+            )
         return self._plan[1]
 
     def _cached_reference(self, stop: StopRequest) -> Any:
-        """The policy's model if it was the reference too, else True; None when stopped before the cache was complete."""
+        """The policy's model if it was the reference too, else True; None when stopped before the
+        cache was complete."""
         if self.cache.complete:
             return True
         model_config = (
-            dpo_model_config(self.reference, self.attention) if self._is_model(self.reference) else self.model_config
+            dpo_model_config(self.reference, self.attention)
+            if self._is_model(self.reference)
+            else self.model_config
         )
         model = self._placed(self.reference, model_config)
-        finished = reference.fill(self.cache, model, self.pairs, self.values["batch_size"], self._share(model_config),
-                                  self.dtype, self.device, lambda: stop.received, self.say)  # fmt: skip
+        finished = reference.fill(
+            self.cache,
+            model,
+            self.pairs,
+            self.values["batch_size"],
+            self._share(model_config),
+            self.dtype,
+            self.device,
+            lambda: stop.received,
+            self.say,
+        )
         parallel.reshard(model)
         if not finished:
             return None
         return model if self.reference == self.start and self.resumed is None else True
 
     def _place_policy(self, model: Any) -> None:
-        """The model to train and its optimizer, with all that the checkpoint holds when this is a resume."""
+        """The model to train and its optimizer, with all that the checkpoint holds when this is a
+        resume."""
         if self.resumed is None:
             self.model = self._placed(self.start, self.model_config) if model is True else model
         else:
-            self.model = parallel.place(self.model_config, self.config, self.device, None, self.launch.rank)
+            self.model = parallel.place(
+                self.model_config, self.config, self.device, None, self.launch.rank
+            )
         self.optimizer = parallel.make_optimizer(self.model, self.config)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.progress = dataclasses.replace(self.progress, run_id=self.run_id)
@@ -242,17 +311,24 @@ class DpoTrainer:
             checkpoint.load(self.model, self.optimizer, self.launch.checkpoint)
             then = self.resumed
             self.progress = dataclasses.replace(
-                self.progress, run_id=then.run_id, iteration=then.iteration, consumed_samples=then.consumed_samples
+                self.progress,
+                run_id=then.run_id,
+                iteration=then.iteration,
+                consumed_samples=then.consumed_samples,
             )
-            for change in whole.changed_keys(then.config["dpo_training"], self.progress.config["dpo_training"]):
+            for change in whole.changed_keys(
+                then.config["dpo_training"], self.progress.config["dpo_training"]
+            ):
                 self.say(f"note: changed since the checkpoint: {change}")
 
     def _placed(self, source: str, model_config: Any) -> Any:
-        """A model with the weights of a Hugging Face directory, a checkpoint of this trainer, or one of the SFT trainer."""
+        """A model with the weights of a Hugging Face directory, a checkpoint of this trainer, or
+        one of the SFT trainer."""
         if has_weights(source):
 
             def read() -> Any:
                 return read_pretrained(source, model_config).state_dict()
+
         elif os.path.isfile(os.path.join(source, ".metadata")):
             model = parallel.place(model_config, self.config, self.device, None, self.launch.rank)
             checkpoint.load(model, None, source)
@@ -272,86 +348,130 @@ class DpoTrainer:
         wanted = self.values["share_prompt"]
         able = can_share_prompt(model_config, self.attention)
         if wanted == "always" and not able:
-            raise errors.UsageError(f"`share_prompt: always` does not work with attention {self.attention}"
-                                    " or a model that has windows of its own", hint="use auto")  # fmt: skip
-        return able and wanted != "never" and (wanted == "always" or self.pairs.saved_by_sharing > WORTH_SHARING)
+            raise errors.UsageError(
+                f"`share_prompt: always` does not work with attention {self.attention}"
+                " or a model that has windows of its own",
+                hint="use auto",
+            )
+        return (
+            able
+            and wanted != "never"
+            and (wanted == "always" or self.pairs.saved_by_sharing > WORTH_SHARING)
+        )
 
     def _check_start(self) -> None:
         """Raises UsageError when what the run starts from is another model than the policy.
 
-        The reference has the start's config and the policy its own: they would not be the same function of the weights.
+        The reference has the start's config and the policy its own: they would not be the same
+        function of the weights.
         """
         start = self.launch.checkpoint
         if start and self._is_model(start):
             then = dpo_model_config(start, self.attention).to_dict()
             other = whole.model_differences(then, self.model_config.to_dict())
             if other:
-                raise errors.UsageError(f"the start is another model than `policy_name`: {', '.join(other)}", where=start,
-                                        why=f"the other is {self.config.policy_name}",
-                                        hint="set `policy_name` to the model that the start was made from")  # fmt: skip
+                raise errors.UsageError(
+                    f"the start is another model than `policy_name`: {', '.join(other)}",
+                    where=start,
+                    why=f"the other is {self.config.policy_name}",
+                    hint="set `policy_name` to the model that the start was made from",
+                )
 
     def _check_fit(self) -> None:
         limit = getattr(self.model_config, "max_position_embeddings", None)
         longest = max(map(int, self.pairs.reply_lengths))
         if limit and longest > limit:
             raise errors.UsageError(
-                f"a prompt with its reply has {longest} tokens, and the model knows {limit} positions",
-                where=self.launch.config, hint=f"set dataset.max_len to at most {limit}")  # fmt: skip
+                f"a prompt with its reply has {longest} tokens, and the model knows {limit}"
+                " positions",
+                where=self.launch.config,
+                hint=f"set dataset.max_len to at most {limit}",
+            )
         if self.pairs.largest_token >= self.model_config.vocab_size:
             raise errors.UsageError(
-                f"the tokenizer gives token {self.pairs.largest_token}, and the model has {self.model_config.vocab_size}",
-                where=self.config.policy_name, hint="the directory's tokenizer belongs to another model")  # fmt: skip
+                f"the tokenizer gives token {self.pairs.largest_token}, and the model has"
+                f" {self.model_config.vocab_size}",
+                where=self.config.policy_name,
+                hint="the directory's tokenizer belongs to another model",
+            )
 
     def _anyone(self, stopping: bool) -> bool:
         return bool(ranks.sum_over_ranks(torch.tensor([int(stopping)], device=self.device)).item())
 
     def _say_setup(self) -> None:
         pairs, values = self.pairs, self.values
-        origin = self.launch.checkpoint if self.launch.mode != "scratch" else self.config.policy_name
+        origin = (
+            self.launch.checkpoint if self.launch.mode != "scratch" else self.config.policy_name
+        )
         self.say(f"mode {self.launch.mode}: starts from {origin}; reference {self.reference}")
         share = ", prompts computed once for both replies" if self.shared else ""
-        ways = "sharded (FSDP2)" if values["fsdp"] and self.launch.num_ranks > 1 else "a whole copy on each rank"
+        ways = (
+            "sharded (FSDP2)"
+            if values["fsdp"] and self.launch.num_ranks > 1
+            else "a whole copy on each rank"
+        )
         self.say(
-            f"model {self.model_config.model_type}, {self.config.precision}, attention {self.attention}{share},"
-            f" {ways}, {self.launch.num_ranks} ranks on {self.device.type}"
+            f"model {self.model_config.model_type}, {self.config.precision}, attention"
+            f" {self.attention}{share}, {ways}, {self.launch.num_ranks} ranks on {self.device.type}"
         )
         if values["fsdp"] and self.launch.num_ranks == 1:
             self.say(
-                "warning: `fsdp: true` with one process shards nothing; start one process per GPU (torchrun, srun)"
+                "warning: `fsdp: true` with one process shards nothing; start one process per GPU"
+                " (torchrun, srun)"
             )
         self.say(
-            f"data {len(pairs):,} pairs, {pairs.num_tokens:,} tokens; {pairs.truncated:,} truncated to {pairs.max_len}"
-            f" tokens, {pairs.dropped:,} dropped since their prompt leaves no room for a reply"
+            f"data {len(pairs):,} pairs, {pairs.num_tokens:,} tokens; {pairs.truncated:,} truncated"
+            f" to {pairs.max_len} tokens, {pairs.dropped:,} dropped since their prompt leaves no"
+            " room for a reply"
         )
         self.say(
-            f"batch {self.batch} = {values['batch_size']} x {values['gradient_accumulation_steps']} accumulation"
-            f" x {self.launch.num_ranks} ranks; {self.num_steps} iterations ="
+            f"batch {self.batch} = {values['batch_size']} x {values['gradient_accumulation_steps']}"
+            f" accumulation x {self.launch.num_ranks} ranks; {self.num_steps} iterations ="
             f" {self.num_steps / self.per_epoch:.2f} epochs of {self.per_epoch}"
         )
 
     def _save(self) -> float:
         """Write the checkpoint of this iteration on all ranks; returns the seconds it took."""
         start_s = time.monotonic()
-        path = checkpoint.save(self.model, self.optimizer, self.launch.checkpoint_dir, self.progress,
-                               self.model_config.to_dict(), ranks.barrier, self.launch.rank)  # fmt: skip
+        path = checkpoint.save(
+            self.model,
+            self.optimizer,
+            self.launch.checkpoint_dir,
+            self.progress,
+            self.model_config.to_dict(),
+            ranks.barrier,
+            self.launch.rank,
+        )
         took_s = time.monotonic() - start_s
         self.say(f"saved {path} in {took_s:.1f} s")
         keep = self.values["keep_last_n_checkpoints"]
         if keep and self.launch.rank == 0:
-            for old in whole.prune(self.launch.checkpoint_dir, self.progress.run_id, keep, checkpoint.STEP):
+            for old in whole.prune(
+                self.launch.checkpoint_dir, self.progress.run_id, keep, checkpoint.STEP
+            ):
                 self.say(f"deleted {old} (keep_last_n_checkpoints {keep})")
         return took_s
 
     def _export(self) -> None:
-        """The trained model in `mount_dir`, or the run directory; left alone when this very state is there already."""
+        """The trained model in `mount_dir`, or the run directory; left alone when this very state
+        is there already."""
         target = os.path.join(self.config.mount_dir or self.launch.run_dir, "dpo_model")
-        about = {"run_id": self.progress.run_id, "iteration": self.progress.iteration, "trainer": "hpctrain.train.dpo"}
+        about = {
+            "run_id": self.progress.run_id,
+            "iteration": self.progress.iteration,
+            "trainer": "hpctrain.train.dpo",
+        }
         if ranks.on_first(self.launch.rank, lambda: whole.read_meta(target) == about):
             return
         weights = parallel.full_weights(self.model)
         if self.launch.rank == 0:
             export.write_model(
-                target, weights, self.model_config, self.config.policy_name, self.config.precision, about
+                target,
+                weights,
+                self.model_config,
+                self.config.policy_name,
+                self.config.precision,
+                about,
             )
             self.say(f"wrote {target}")
         ranks.barrier()
@@ -379,7 +499,8 @@ class DpoTrainer:
             step_time_s=interval.seconds / steps,
             samples_per_s=pairs / interval.seconds,
             tokens_per_s_per_gpu=per_gpu,
-            # 6 floating point operations per parameter and token, forward and backward (arXiv 2001.08361 §2.1).
+            # 6 floating point operations per parameter and token, forward and backward (arXiv
+            # 2001.08361 §2.1).
             tflops_per_gpu=6 * self.num_parameters * per_gpu / 1e12,
             trained_tokens=interval.tokens,
             consumed_samples=self.progress.consumed_samples,
@@ -393,7 +514,8 @@ class DpoTrainer:
             memory_gib=interval.memory_gib,
         )
         more = (
-            f" rewards/chosen: {metrics.rewards_chosen:.4f} | rewards/rejected: {metrics.rewards_rejected:.4f}"
-            f" | rewards/margins: {metrics.margin:.4f} | rewards/accuracies: {metrics.accuracy:.4f} |"
+            f" rewards/chosen: {metrics.rewards_chosen:.4f} | rewards/rejected:"
+            f" {metrics.rewards_rejected:.4f} | rewards/margins: {metrics.margin:.4f} |"
+            f" rewards/accuracies: {metrics.accuracy:.4f} |"
         )
         return metrics, more

@@ -15,10 +15,12 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     num_tokens: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per pair: the loss, and the rewards of chosen and rejected (no gradient). All arguments have shape (pairs,).
+    """Per pair: the loss, and the rewards of chosen and rejected (no gradient). All arguments have
+    shape (pairs,).
 
-    Arguments are log-probabilities of whole replies, policy first. With `num_tokens` (of chosen and rejected) they are
-    taken per token in the loss (`sigmoid_norm`). Equation 7 of arXiv 2305.18290; smoothing as in its authors' code.
+    Arguments are log-probabilities of whole replies, policy first. With `num_tokens` (of chosen and
+    rejected) they are taken per token in the loss (`sigmoid_norm`). Equation 7 of arXiv 2305.18290;
+    smoothing as in its authors' code.
     """
     chosen_ratio, rejected_ratio = chosen - ref_chosen, rejected - ref_rejected
     rewards = beta * chosen_ratio.detach(), beta * rejected_ratio.detach()
@@ -26,5 +28,8 @@ def dpo_loss(
         chosen_ratio = chosen_ratio / num_tokens[0].clamp(min=1)
         rejected_ratio = rejected_ratio / num_tokens[1].clamp(min=1)
     logits = beta * (chosen_ratio - rejected_ratio)
-    loss = -functional.logsigmoid(logits) * (1 - label_smoothing) - functional.logsigmoid(-logits) * label_smoothing
+    loss = (
+        -functional.logsigmoid(logits) * (1 - label_smoothing)
+        - functional.logsigmoid(-logits) * label_smoothing
+    )
     return loss, *rewards

@@ -1,7 +1,9 @@
-"""What every pair did in every step: losses and rewards gathered once per log interval, and the margin files.
+"""What every pair did in every step: losses and rewards gathered once per log interval, and the
+margin files.
 
-logs/margins/margins_log.jsonl               one line a batch: epoch, step, margins' mean, spread and quantiles
-logs/margins/epoch_000/step_00010.npy        all margins since the file before, batch after batch
+logs/margins/margins_log.jsonl               one line a batch: epoch, step, margins' mean, spread
+and quantiles logs/margins/epoch_000/step_00010.npy        all margins since the file before, batch
+after batch
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Interval:
-    """The batches since the last log line, the seconds they took, and the tokens computed by all ranks."""
+    """The batches since the last log line, the seconds they took, and the tokens computed by all
+    ranks."""
 
     batches: tuple[Batch, ...]
     seconds: float
@@ -49,9 +52,14 @@ class Interval:
     memory_gib: tuple[float, ...]
 
     def mean(self, name: str) -> float:
-        """The mean over all pairs of finite batches of `losses`, `chosen_rewards`, `rejected_rewards` or `margins`."""
+        """The mean over all pairs of finite batches of `losses`, `chosen_rewards`,
+        `rejected_rewards` or `margins`."""
         finite = [batch for batch in self.batches if math.isfinite(batch.losses.sum())]
-        return float(np.concatenate([getattr(batch, name) for batch in finite]).mean()) if finite else math.nan
+        return (
+            float(np.concatenate([getattr(batch, name) for batch in finite]).mean())
+            if finite
+            else math.nan
+        )
 
     @property
     def accuracy(self) -> float:
@@ -64,7 +72,8 @@ class Interval:
 
 
 class Gatherer:
-    """Keeps this rank's share of each step on the device; one sum over ranks when the interval is closed."""
+    """Keeps this rank's share of each step on the device; one sum over ranks when the interval is
+    closed."""
 
     def __init__(self, batch_size: int, device: torch.device):
         self._batch_size, self._device = batch_size, device
@@ -83,7 +92,16 @@ class Gatherer:
         """(batch, 3) for this rank to fill at its places: loss, chosen reward, rejected reward."""
         return torch.zeros((self._batch_size, 3), dtype=torch.float64, device=self._device)
 
-    def add(self, table: torch.Tensor, epoch: int, step: int, pairs: int, tokens: int, norm: float, lr: float) -> None:
+    def add(
+        self,
+        table: torch.Tensor,
+        epoch: int,
+        step: int,
+        pairs: int,
+        tokens: int,
+        norm: float,
+        lr: float,
+    ) -> None:
         self._tables.append(table)
         self._about.append((epoch, step, pairs, norm, lr))
         self._tokens += tokens
@@ -107,13 +125,16 @@ class Gatherer:
             table = values[at : at + size].reshape(-1, 3)[:pairs]
             batches.append(Batch(epoch, step, table[:, 0], table[:, 1], table[:, 2], norm, lr))
             at += size
-        answer = Interval(tuple(batches), seconds, int(values[0]), tuple(float(x) for x in values[1 : 1 + world]))
+        answer = Interval(
+            tuple(batches), seconds, int(values[0]), tuple(float(x) for x in values[1 : 1 + world])
+        )
         self._start()
         return answer
 
 
 class MarginLog:
-    """Writes the margin files; rank 0 only. After a resume, steps that were lost appear again, and the later line counts."""
+    """Writes the margin files; rank 0 only. After a resume, steps that were lost appear again, and
+    the later line counts."""
 
     def __init__(self, run_dir: str):
         self.folder = os.path.join(run_dir, "logs", "margins")
@@ -121,18 +142,23 @@ class MarginLog:
         self._file = append_whole_lines(os.path.join(self.folder, "margins_log.jsonl"))
 
     def write(self, interval: Interval) -> None:
-        """One array file per epoch of the interval, then one line per batch that names its file and rows."""
+        """One array file per epoch of the interval, then one line per batch that names its file and
+        rows."""
         lines = []
         for epoch in sorted({batch.epoch for batch in interval.batches}):
             batches = [batch for batch in interval.batches if batch.epoch == epoch]
             name = f"epoch_{epoch:03d}/step_{batches[-1].step:05d}.npy"
             content = io.BytesIO()
-            np.save(content, np.concatenate([batch.margins for batch in batches]).astype(np.float32))
+            np.save(
+                content, np.concatenate([batch.margins for batch in batches]).astype(np.float32)
+            )
             write_whole(os.path.join(self.folder, name), content.getvalue())
             at = 0
             for batch in batches:
                 rows = [at, at + len(batch.margins)]
-                lines.append(json.dumps({**describe(batch), "file": name, "rows": rows}, allow_nan=False))
+                lines.append(
+                    json.dumps({**describe(batch), "file": name, "rows": rows}, allow_nan=False)
+                )
                 at = rows[1]
         self._file.write("".join(line + "\n" for line in lines))
         self._file.flush()
@@ -147,11 +173,21 @@ def describe(batch: Batch) -> dict[str, Any]:
     with np.errstate(invalid="ignore"):
         low, middle, high = np.quantile(margins, [0.1, 0.5, 0.9])
         numbers = {
-            "loss": batch.losses.mean(), "mean": margins.mean(), "std": margins.std(), "min": margins.min(),
-            "p10": low, "median": middle, "p90": high, "max": margins.max(), "positive": (margins > 0).mean(),
-            "rewards_chosen": batch.chosen_rewards.mean(), "rewards_rejected": batch.rejected_rewards.mean(),
-        }  # fmt: skip
-    finite = {name: float(value) if math.isfinite(value) else None for name, value in numbers.items()}
+            "loss": batch.losses.mean(),
+            "mean": margins.mean(),
+            "std": margins.std(),
+            "min": margins.min(),
+            "p10": low,
+            "median": middle,
+            "p90": high,
+            "max": margins.max(),
+            "positive": (margins > 0).mean(),
+            "rewards_chosen": batch.chosen_rewards.mean(),
+            "rewards_rejected": batch.rejected_rewards.mean(),
+        }
+    finite = {
+        name: float(value) if math.isfinite(value) else None for name, value in numbers.items()
+    }
     return {"epoch": batch.epoch, "step": batch.step, "pairs": len(margins), **finite}
 
 

@@ -1,4 +1,5 @@
-"""A causal language model whose forward pass gives the log-probabilities of whole replies. Files only, no network."""
+"""A causal language model whose forward pass gives the log-probabilities of whole replies. Files
+only, no network."""
 
 from __future__ import annotations
 
@@ -22,14 +23,18 @@ from hpctrain.train.sft.model import has_weights, read_model_config
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "olmo2", "phi3")
 MAX_LOGITS = (
     2**26
-)  # fp32 numbers that exist at once (256 MiB); more are computed in parts, and again in the backward pass
+    # fp32 numbers that exist at once (256 MiB); more are computed in parts, and again in the
+    # backward pass
+)
 
 
 class DpoForward:
-    """Mixed in before a `…ForCausalLM` class: `forward` gives the summed log-probability of each reply, fp64.
+    """Mixed in before a `…ForCausalLM` class: `forward` gives the summed log-probability of each
+    reply, fp64.
 
-    Logits are computed only where a reply's token is predicted. Of a reply with a sum near -100 an fp32 sum keeps 1e-5,
-    and a margin is beta times the difference of four such sums: so tokens are added in fp64, which costs nothing here.
+    Logits are computed only where a reply's token is predicted. Of a reply with a sum near -100 an
+    fp32 sum keeps 1e-5, and a margin is beta times the difference of four such sums: so tokens are
+    added in fp64, which costs nothing here.
     """
 
     def forward(
@@ -44,13 +49,19 @@ class DpoForward:
         shape: tuple[int, int],
     ) -> torch.Tensor:
         hidden = self.base_model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
         ).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])[select]
         head = self.get_output_embeddings()
         per_part = max(1, MAX_LOGITS // self.config.vocab_size)
         if len(labels) <= per_part or not torch.is_grad_enabled():
-            parts = [_token_logps(head, *part) for part in zip(hidden.split(per_part), labels.split(per_part))]
+            parts = [
+                _token_logps(head, *part)
+                for part in zip(hidden.split(per_part), labels.split(per_part))
+            ]
         else:
             parts = [
                 checkpoint(_token_logps, head, *part, use_reentrant=False)
@@ -62,14 +73,17 @@ class DpoForward:
 
 
 def _token_logps(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    # In fp32: log-probabilities of bf16 logits would be mostly noise, and a margin is their difference.
+    # In fp32: log-probabilities of bf16 logits would be mostly noise, and a margin is their
+    # difference.
     return -nn.functional.cross_entropy(head(hidden).float(), labels, reduction="none")
 
 
 def dpo_model_config(folder: str, attention: str) -> Any:
-    """The `transformers` config of a model, with every dropout at zero: both sides of a ratio must see the same model.
+    """The `transformers` config of a model, with every dropout at zero: both sides of a ratio must
+    see the same model.
 
-    Raises UsageError for a family whose logits are not known to be right, and for a quantised model.
+    Raises UsageError for a family whose logits are not known to be right, and for a quantised
+    model.
     """
     found = read_model_config(folder, FAMILIES)
     for name in list(vars(found)):
@@ -87,9 +101,12 @@ def model_class(model_config: Any) -> Any:
 
 
 def read_pretrained(folder: str, model_config: Any) -> Any:
-    """The model in fp32 on the CPU with the weights of a Hugging Face directory. Raises UsageError without weights."""
+    """The model in fp32 on the CPU with the weights of a Hugging Face directory. Raises UsageError
+    without weights."""
     if not has_weights(folder):
-        raise UsageError("the model has no weights", where=folder, hint="DPO starts from a trained model")
+        raise UsageError(
+            "the model has no weights", where=folder, hint="DPO starts from a trained model"
+        )
     model = whole.read_pretrained(folder, torch.float32, config=model_config)
     model.__class__ = model_class(model_config)
     return model.float().train()
@@ -97,13 +114,16 @@ def read_pretrained(folder: str, model_config: Any) -> Any:
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Parameters of modules made inside take no memory; buffers are real, since no checkpoint holds them."""
+    """Parameters of modules made inside take no memory; buffers are real, since no checkpoint holds
+    them."""
     register = nn.Module.register_parameter
 
     def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(self, name, parameter)
         if parameter is not None:
-            self._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            self._parameters[name] = nn.Parameter(
+                parameter.detach().to("meta"), requires_grad=parameter.requires_grad
+            )
 
     nn.Module.register_parameter = on_meta
     try:
@@ -122,19 +142,29 @@ def weight_files(folder: str) -> list[str]:
         "*model_states.pt",
         "*optim_states.pt",
     )
-    return sorted(path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(folder), pattern)))
+    return sorted(
+        path
+        for pattern in patterns
+        for path in glob.glob(os.path.join(glob.escape(folder), pattern))
+    )
 
 
 def can_share_prompt(model_config: Any, attention: str) -> bool:
-    """Whether rows of prompt, chosen, rejected can be computed: the mask must be ours, and no layer have its own."""
-    windows = getattr(model_config, "sliding_window", None) and getattr(model_config, "use_sliding_window", True)
+    """Whether rows of prompt, chosen, rejected can be computed: the mask must be ours, and no layer
+    have its own."""
+    windows = getattr(model_config, "sliding_window", None) and getattr(
+        model_config, "use_sliding_window", True
+    )
     return attention != "flash_attention_2" and not windows
 
 
 def to_tensors(rows: Rows, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The arguments of `DpoForward.forward`. Rows of one reply need no mask; shared ones hide the replies from each other."""
+    """The arguments of `DpoForward.forward`. Rows of one reply need no mask; shared ones hide the
+    replies from each other."""
     names = ("input_ids", "select", "labels", "sequence", "offset")
-    arrays = {name: torch.from_numpy(getattr(rows, name)).to(device, non_blocking=True) for name in names}
+    arrays = {
+        name: torch.from_numpy(getattr(rows, name)).to(device, non_blocking=True) for name in names
+    }
     arguments: dict[str, Any] = {**arrays, "shape": (2 * rows.num_pairs, max(1, rows.longest))}
     if not rows.shared:
         return {**arguments, "position_ids": None, "attention_mask": None}

@@ -1,8 +1,10 @@
-"""Records to token ids, done once by rank 0 and kept beside the checkpoints; every rank maps the same file.
+"""Records to token ids, done once by rank 0 and kept beside the checkpoints; every rank maps the
+same file.
 
     CHECKPOINT_DIR/pairs-<key>.npy    int32: number of pairs, their three lengths each, then all tokens
 
-The key hashes the data, the tokenizer and the settings that shape tokens, so nothing stale is ever read.
+The key hashes the data, the tokenizer and the settings that shape tokens, so nothing stale is ever
+read.
 """
 
 from __future__ import annotations
@@ -22,11 +24,20 @@ from hpctrain.train.dpo.batches import Pair
 from hpctrain.train.dpo.records import Record, as_text, find_files, read_records
 
 _FORM = 1  # raise it when the same input gives other tokens
-_TOKENIZER_FILES = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
+_TOKENIZER_FILES = (
+    "token",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+)
 
 
 class Pairs:
-    """All pairs of a run, truncated to `max_len`. `fingerprint` names their tokens; `dropped` had no room for a reply."""
+    """All pairs of a run, truncated to `max_len`. `fingerprint` names their tokens; `dropped` had
+    no room for a reply."""
 
     def __init__(self, flat: np.ndarray, max_len: int):
         count = int(flat[0])
@@ -108,7 +119,9 @@ def load_pairs(path: str, config: DpoConfig) -> Pairs:
     try:
         pairs = Pairs(np.load(path, mmap_mode="r"), config.dataset["max_len"])
     except (OSError, ValueError) as error:
-        raise EnvironmentFault(f"cannot read it: {error}", where=path, hint="delete it; it is made again") from error
+        raise EnvironmentFault(
+            f"cannot read it: {error}", where=path, hint="delete it; it is made again"
+        ) from error
     if not len(pairs):
         raise UsageError(
             f"no pair is left: all {pairs.dropped} prompts fill `max_len` {pairs.max_len} alone",
@@ -132,8 +145,8 @@ def load_tokenizer(folder: str) -> Any:
 def tokenize(records: list[Record], tokenizer: Any) -> np.ndarray:
     """All records in the flat form of the file.
 
-    As TRL 1.16 does it: prompt + reply are tokenized together, and a reply begins where they stop agreeing with the
-    prompt alone; text replies end with the tokenizer's end-of-sequence token.
+    As TRL 1.16 does it: prompt + reply are tokenized together, and a reply begins where they stop
+    agreeing with the prompt alone; text replies end with the tokenizer's end-of-sequence token.
     """
     sizes: list[tuple[int, int, int]] = []
     tokens: list[np.ndarray] = []
@@ -152,18 +165,27 @@ def tokenize(records: list[Record], tokenizer: Any) -> np.ndarray:
     return np.concatenate([head, *tokens])
 
 
-def _encode(records: list[Record], tokenizer: Any) -> Iterator[tuple[list[int], list[int], list[int]]]:
+def _encode(
+    records: list[Record], tokenizer: Any
+) -> Iterator[tuple[list[int], list[int], list[int]]]:
     """Token ids of prompt, prompt + chosen and prompt + rejected of each record."""
-    if isinstance(records[0].prompt, str) and all(isinstance(record.prompt, str) for record in records):
+    if isinstance(records[0].prompt, str) and all(
+        isinstance(record.prompt, str) for record in records
+    ):
         eos = tokenizer.eos_token or ""
         texts: list[Any] = [record.prompt for record in records]
         for name in ("chosen", "rejected"):
             for record in records:
                 reply = getattr(record, name)
-                texts.append(record.prompt + (reply if eos and reply.endswith(eos) else reply + eos))
+                texts.append(
+                    record.prompt + (reply if eos and reply.endswith(eos) else reply + eos)
+                )
         ids = tokenizer(texts)["input_ids"]
     else:
-        ids = [_chat(tokenizer, record.prompt, record, add_generation_prompt=True) for record in records]
+        ids = [
+            _chat(tokenizer, record.prompt, record, add_generation_prompt=True)
+            for record in records
+        ]
         for name in ("chosen", "rejected"):
             ids += [_chat(tokenizer, _joined(record, name), record) for record in records]
     count = len(records)
@@ -172,7 +194,10 @@ def _encode(records: list[Record], tokenizer: Any) -> Iterator[tuple[list[int], 
 
 def _joined(record: Record, name: str) -> Any:
     if isinstance(record.prompt, str):
-        return [{"role": "user", "content": record.prompt}, {"role": "assistant", "content": getattr(record, name)}]
+        return [
+            {"role": "user", "content": record.prompt},
+            {"role": "assistant", "content": getattr(record, name)},
+        ]
     return record.prompt + getattr(record, name)
 
 
@@ -180,8 +205,11 @@ def _chat(tokenizer: Any, messages: Any, record: Record, **options: Any) -> list
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     try:
-        found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
-    except Exception as error:  # a template is a program of the model's authors and may raise anything
+        found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)[
+            "input_ids"
+        ]
+    except Exception as error:
+        # a template is a program of the model's authors and may raise anything
         raise UsageError(f"the chat template refuses it: {error}", where=record.where) from error
     return list(found)
 
@@ -198,7 +226,9 @@ def _key(config: DpoConfig, files: list[str]) -> str:
     import transformers
 
     digest = hashlib.sha256(
-        repr((_FORM, config.dataset["subset"], tokenizers.__version__, transformers.__version__)).encode()
+        repr(
+            (_FORM, config.dataset["subset"], tokenizers.__version__, transformers.__version__)
+        ).encode()
     )
     tokenizer_files = [
         os.path.join(config.policy_name, name)
@@ -206,7 +236,9 @@ def _key(config: DpoConfig, files: list[str]) -> str:
         if name.startswith(_TOKENIZER_FILES)
     ]
     for path in files + tokenizer_files:
-        digest.update(f"{os.path.basename(path)} {os.path.getsize(path)}".encode("utf-8", "surrogateescape"))
+        digest.update(
+            f"{os.path.basename(path)} {os.path.getsize(path)}".encode("utf-8", "surrogateescape")
+        )
         with open(path, "rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)

@@ -1,8 +1,9 @@
-"""The model over the ranks: sharded (FSDP2) or a whole copy on each, weights in, weights out, and its optimizer.
+"""The model over the ranks: sharded (FSDP2) or a whole copy on each, weights in, weights out, and
+its optimizer.
 
-One process in fp32 needs none of it and gets the plain model. Everything else is `fully_shard`ed: over all ranks with
-`fsdp`, else over none with the gradients summed (a mesh of so many copies of one shard), so that bf16 compute, fp32
-weights and fp32 gradient sums are the same code.
+One process in fp32 needs none of it and gets the plain model. Everything else is `fully_shard`ed:
+over all ranks with `fsdp`, else over none with the gradients summed (a mesh of so many copies of
+one shard), so that bf16 compute, fp32 weights and fp32 gradient sums are the same code.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ def is_plain(config: DpoConfig) -> bool:
     return dist.get_world_size() == 1 and config.precision == "fp32"
 
 
-def place(model_config: Any, config: DpoConfig, device: torch.device, read: Weights | None, rank: int) -> Any:
-    """The model on its ranks, with the weights that `read` gives on rank 0 (the only full copy), or none yet.
+def place(
+    model_config: Any, config: DpoConfig, device: torch.device, read: Weights | None, rank: int
+) -> Any:
+    """The model on its ranks, with the weights that `read` gives on rank 0 (the only full copy), or
+    none yet.
 
     Never more than one full copy in a job's memory, and that on the CPU of rank 0.
     """
@@ -49,7 +53,8 @@ def place(model_config: Any, config: DpoConfig, device: torch.device, read: Weig
         options: dict[str, Any] = {
             "mesh": _mesh(config, device),
             "mp_policy": MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16 if config.precision == "bf16" else None, reduce_dtype=torch.float32
+                param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+                reduce_dtype=torch.float32,
             ),
         }
         for layer in layers:
@@ -62,14 +67,17 @@ def place(model_config: Any, config: DpoConfig, device: torch.device, read: Weig
         buffer.copy_(buffers[name])
     if read is not None:
         weights: dict[str, torch.Tensor] = {}
-        ranks.on_first(rank, lambda: weights.update(read()))  # what is wrong with them ends all ranks
+        # what is wrong with them ends all ranks
+        ranks.on_first(rank, lambda: weights.update(read()))
         put_weights(model, weights)
     return model
 
 
 def put_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
     """Put full weights, given on rank 0 and empty elsewhere, into a placed model."""
-    options = state_dicts.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.get_world_size() > 1)
+    options = state_dicts.StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=dist.get_world_size() > 1
+    )
     state_dicts.set_model_state_dict(model, weights, options=options)
 
 
@@ -82,8 +90,8 @@ def full_weights(model: Any) -> dict[str, torch.Tensor]:
 def reshard(model: Any) -> None:
     """Give back what a forward pass without a backward pass left gathered.
 
-    Until then `parameters()` of the root are whole tensors that FSDP throws away: an optimizer made of them trains
-    nothing of the embedding, the last norm and the head, while the loss still falls.
+    Until then `parameters()` of the root are whole tensors that FSDP throws away: an optimizer made
+    of them trains nothing of the embedding, the last norm and the head, while the loss still falls.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -91,7 +99,8 @@ def reshard(model: Any) -> None:
 
 
 def make_optimizer(model: Any, config: DpoConfig) -> torch.optim.AdamW:
-    """AdamW over the fp32 weights. Raises RuntimeError if any of them is not what FSDP shards (see `reshard`)."""
+    """AdamW over the fp32 weights. Raises RuntimeError if any of them is not what FSDP shards (see
+    `reshard`)."""
     values = config.training
     optimizer = torch.optim.AdamW(
         parameter_groups(model, values["weight_decay"]),
@@ -103,18 +112,22 @@ def make_optimizer(model: Any, config: DpoConfig) -> torch.optim.AdamW:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if isinstance(model, FSDPModule) and not isinstance(parameter, DTensor):
-                raise RuntimeError("the optimizer was given a gathered parameter; reshard the model first")
+                raise RuntimeError(
+                    "the optimizer was given a gathered parameter; reshard the model first"
+                )
     return optimizer
 
 
 def hold_gradients(model: Any, config: DpoConfig, last: bool) -> None:
-    """Before a forward pass: whether its backward pass sums gradients over ranks. Whole copies wait for the last one."""
+    """Before a forward pass: whether its backward pass sums gradients over ranks. Whole copies wait
+    for the last one."""
     if isinstance(model, FSDPModule) and not config.training["fsdp"]:
         model.set_requires_gradient_sync(last)
 
 
 def clip(model: Any, limit: float) -> float:
-    """Scale the gradients to a norm of at most `limit` (0: any); returns the norm before, over all ranks."""
+    """Scale the gradients to a norm of at most `limit` (0: any); returns the norm before, over all
+    ranks."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()

@@ -1,7 +1,9 @@
-"""Preference records from files: jsonl, json, parquet, arrow and folders of them, in one shape, with their places.
+"""Preference records from files: jsonl, json, parquet, arrow and folders of them, in one shape,
+with their places.
 
-Understood are the columns `prompt`, `chosen`, `rejected` as text or as lists of messages, replies that begin with the
-same messages instead of a prompt, and `system`, `question`, `chosen`, `rejected` (orca_dpo_pairs).
+Understood are the columns `prompt`, `chosen`, `rejected` as text or as lists of messages, replies
+that begin with the same messages instead of a prompt, and `system`, `question`, `chosen`,
+`rejected` (orca_dpo_pairs).
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Record:
-    """One preference: all three are text, or all three are messages, `prompt` the part that both replies answer."""
+    """One preference: all three are text, or all three are messages, `prompt` the part that both
+    replies answer."""
 
     prompt: str | Messages
     chosen: str | Messages
@@ -30,7 +33,8 @@ class Record:
 
 
 def find_files(path: str, split: str) -> list[str]:
-    """The data files that `path` stands for, in order. Raises UsageError when there are none, or no such split."""
+    """The data files that `path` stands for, in order. Raises UsageError when there are none, or no
+    such split."""
     if os.path.isfile(path):
         return [path]
     splits = os.path.join(path, "dataset_dict.json")
@@ -38,12 +42,17 @@ def find_files(path: str, split: str) -> list[str]:
         known = _json_file(splits).get("splits", [])
         if split not in known:
             raise UsageError(
-                f"there is no split `{split}`", where=path, hint=f"set dataset.split to one of {', '.join(known)}"
+                f"there is no split `{split}`",
+                where=path,
+                hint=f"set dataset.split to one of {', '.join(known)}",
             )
         path = os.path.join(path, split)
     state = os.path.join(path, "state.json")
     if os.path.isfile(state):  # as `Dataset.save_to_disk` writes it
-        return [os.path.join(path, entry["filename"]) for entry in _json_file(state).get("_data_files", [])]
+        return [
+            os.path.join(path, entry["filename"])
+            for entry in _json_file(state).get("_data_files", [])
+        ]
     found = [
         os.path.join(folder, name)
         for folder, below, names in sorted(os.walk(path))
@@ -53,7 +62,9 @@ def find_files(path: str, split: str) -> list[str]:
     for suffix in SUFFIXES:  # one format only: the same rows often lie there in several
         files = [file for file in found if file.endswith(suffix)]
         if files:
-            of_split = [file for file in files if split in os.path.basename(file) or f"/{split}/" in file]
+            of_split = [
+                file for file in files if split in os.path.basename(file) or f"/{split}/" in file
+            ]
             return of_split or files
     raise UsageError(f"no data files in `{path}`", hint=f"files may end in {', '.join(SUFFIXES)}")
 
@@ -61,7 +72,8 @@ def find_files(path: str, split: str) -> list[str]:
 def read_records(files: list[str], limit: int | None = None) -> list[Record]:
     """The records of the files, at most `limit`.
 
-    Raises UsageError with the place of every bad record (the first 20 of them), EnvironmentFault for unreadable files.
+    Raises UsageError with the place of every bad record (the first 20 of them), EnvironmentFault
+    for unreadable files.
     """
     records: list[Record] = []
     problems: list[Problem] = []
@@ -75,9 +87,15 @@ def read_records(files: list[str], limit: int | None = None) -> list[Record]:
                 except ValueError as error:
                     problems.append(Problem(str(error), where=where))
         except OSError as error:
-            raise EnvironmentFault(f"cannot read it: {error.strerror or error}", where=file) from error
+            raise EnvironmentFault(
+                f"cannot read it: {error.strerror or error}", where=file
+            ) from error
     if problems:
-        more = [Problem(f"{len(problems) - MAX_SHOWN} more bad records")] if len(problems) > MAX_SHOWN else []
+        more = (
+            [Problem(f"{len(problems) - MAX_SHOWN} more bad records")]
+            if len(problems) > MAX_SHOWN
+            else []
+        )
         raise UsageError(problems[:MAX_SHOWN] + more)
     if not records:
         raise UsageError("no preference pairs in it", where=files[0] if files else "")
@@ -102,7 +120,10 @@ def parse_record(row: Any, where: str = "") -> Record:
         if row.get("system"):
             prompt.insert(0, {"role": "system", "content": _text(row, "system")})
     elif isinstance(chosen, list) and isinstance(rejected, list):
-        same = next((n for n, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+        same = next(
+            (n for n, (a, b) in enumerate(zip(chosen, rejected)) if a != b),
+            min(len(chosen), len(rejected)),
+        )
         same = min(same, len(chosen) - 1, len(rejected) - 1)
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
         if not prompt:
@@ -112,15 +133,22 @@ def parse_record(row: Any, where: str = "") -> Record:
     if isinstance(prompt, str) and isinstance(chosen, list):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list) and isinstance(chosen, str):
-        chosen, rejected = ([{"role": "assistant", "content": str(text)}] for text in (chosen, rejected))
+        chosen, rejected = (
+            [{"role": "assistant", "content": str(text)}] for text in (chosen, rejected)
+        )
     return Record(prompt, chosen, rejected, where)
 
 
 def as_text(record: Record) -> Record:
-    """A record of messages as plain text, for tokenizers without a chat template; roles are left out."""
+    """A record of messages as plain text, for tokenizers without a chat template; roles are left
+    out."""
 
     def joined(messages: str | Messages) -> str:
-        return messages if isinstance(messages, str) else "\n".join(message["content"] for message in messages)
+        return (
+            messages
+            if isinstance(messages, str)
+            else "\n".join(message["content"] for message in messages)
+        )
 
     prompt = joined(record.prompt)
     if isinstance(record.prompt, list):
@@ -153,7 +181,8 @@ def _text(row: dict[str, Any], name: str) -> str:
 
 
 def data_rows(file: str) -> Iterator[tuple[str, Any]]:
-    """(place, row) of every row of a file, whatever its format; a line that is no JSON gives None."""
+    """(place, row) of every row of a file, whatever its format; a line that is no JSON gives
+    None."""
     if file.endswith(".parquet"):
         yield from _parquet(file)
     elif file.endswith(".arrow"):
@@ -167,7 +196,10 @@ def _json_lines(file: str) -> Iterator[tuple[str, Any]]:
         if stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             stream.seek(0)
             try:
-                yield from ((f"{file}: record {n}", row) for n, row in enumerate(json.loads(stream.read()), 1))
+                yield from (
+                    (f"{file}: record {n}", row)
+                    for n, row in enumerate(json.loads(stream.read()), 1)
+                )
             except ValueError as error:
                 raise UsageError(f"not valid JSON: {error}", where=file) from error
             return

@@ -1,9 +1,11 @@
-"""Reference log-probabilities, computed once and kept on disk: one forward pass a pair instead of one each step.
+"""Reference log-probabilities, computed once and kept on disk: one forward pass a pair instead of
+one each step.
 
     FOLDER/reference-<key>.npz    values (pairs, 2): chosen, rejected; NaN where not computed yet; and a hash of them
 
-The key hashes the tokens, the reference's weights and the precision, so a cache can neither be stale nor, after a change
-of either, be used by mistake. It grows while it is computed: a job that ends in between loses a minute of it.
+The key hashes the tokens, the reference's weights and the precision, so a cache can neither be
+stale nor, after a change of either, be used by mistake. It grows while it is computed: a job that
+ends in between loses a minute of it.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def cache_key(pairs_fingerprint: str, weights: str, precision: str) -> str:
 
 
 class ReferenceCache:
-    """The values of one key. `complete` when no pair is left; `damaged` says what was wrong with a file that was there."""
+    """The values of one key. `complete` when no pair is left; `damaged` says what was wrong with a
+    file that was there."""
 
     def __init__(self, folder: str, key: str, num_pairs: int):
         self.path = os.path.join(folder, f"reference-{key[:16]}.npz")
@@ -68,7 +71,11 @@ class ReferenceCache:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             self.damaged = str(error) or type(error).__name__
             return
-        if about.get("key") != key or values.shape != self.values.shape or about.get("sha256") != _hash(values):
+        if (
+            about.get("key") != key
+            or values.shape != self.values.shape
+            or about.get("sha256") != _hash(values)
+        ):
             self.damaged = "its content is not what was written"
             return
         self.values = values
@@ -96,7 +103,8 @@ def fill(
     stop: Callable[[], bool],
     say: Callable[[str], None],
 ) -> bool:
-    """Compute what is missing on all ranks together, saving on the way; False when stopped before the end.
+    """Compute what is missing on all ranks together, saving on the way; False when stopped before
+    the end.
 
     Leaves the model gathered, as any forward pass does: see `parallel.reshard`.
     """
@@ -125,7 +133,10 @@ def fill(
             cache.save()
             saved = time.monotonic()
             speed = (start + len(numbers)) / (saved - began)
-            say(f"Caching reference logprobs: {start + len(numbers):,} of {len(missing):,} pairs, {speed:.1f} pairs/s")
+            say(
+                f"Caching reference logprobs: {start + len(numbers):,} of {len(missing):,} pairs,"
+                f" {speed:.1f} pairs/s"
+            )
         if stopping and not last:
             return False
     ranks.barrier()

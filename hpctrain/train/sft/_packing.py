@@ -13,7 +13,8 @@ OPEN_ROWS = 16
 def pack_best_fit(
     order: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], capacity: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows as (documents, bounds): row r holds `documents[bounds[r]:bounds[r + 1]]`, together at most `capacity` tokens."""
+    """Rows as (documents, bounds): row r holds `documents[bounds[r]:bounds[r + 1]]`, together at
+    most `capacity` tokens."""
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (free tokens, row), fullest first
     for document in order.tolist():
@@ -30,5 +31,7 @@ def pack_best_fit(
         if free > size:
             insort(open_rows, (free - size, row))
     lengths = [len(row) for row in rows]
-    documents = np.fromiter((document for row in rows for document in row), dtype=np.int64, count=sum(lengths))
+    documents = np.fromiter(
+        (document for row in rows for document in row), dtype=np.int64, count=sum(lengths)
+    )
     return documents, np.cumsum([0, *lengths])

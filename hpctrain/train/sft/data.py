@@ -1,7 +1,8 @@
-"""Indexed datasets as rows of whole documents: which row is trained when is a pure function of the config and a counter.
+"""Indexed datasets as rows of whole documents: which row is trained when is a pure function of the
+config and a counter.
 
-Nothing is shuffled on the fly: sample `n` of a run is always the same row, so a resumed run needs only the number of
-samples it has consumed.
+Nothing is shuffled on the fly: sample `n` of a run is always the same row, so a resumed run needs
+only the number of samples it has consumed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ import numpy.typing as npt
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.config.trainers.sft import SftConfig
 from hpctrain.data.dataset.indexed_dataset import Dataset, open_dataset
-from hpctrain.data.dataset.loss_mask import MaskRules, find_unclosed, rules_from_config, trained_tokens
+from hpctrain.data.dataset.loss_mask import (
+    MaskRules,
+    find_unclosed,
+    rules_from_config,
+    trained_tokens,
+)
 from hpctrain.train.sft._packing import pack_best_fit
 
 Ints = npt.NDArray[np.int64]
@@ -33,9 +39,9 @@ class DataError(UsageError):
 class MicroBatch:
     """Rows of one forward pass, as numpy arrays.
 
-    `input_ids`, `position_ids` (restarting per document) and `document` (1, 2, … per row, 0 for padding) are
-    (rows, seq_length). `trained` indexes the flattened (rows * seq_length) positions whose next token is trained and
-    `labels` holds those tokens.
+    `input_ids`, `position_ids` (restarting per document) and `document` (1, 2, … per row, 0 for
+    padding) are (rows, seq_length). `trained` indexes the flattened (rows * seq_length) positions
+    whose next token is trained and `labels` holds those tokens.
     """
 
     input_ids: Ints
@@ -48,16 +54,20 @@ class MicroBatch:
 class PackedRows:
     """All rows of one epoch, and the endless stream of samples over them.
 
-    Raises UsageError when a file is not an indexed dataset, when no document fits, or when `loss_mask_*` is wrong.
+    Raises UsageError when a file is not an indexed dataset, when no document fits, or when
+    `loss_mask_*` is wrong.
     """
 
     def __init__(self, config: SftConfig):
         self.seq_length = config.seq_length
         self.seed = config.seed
         self.rules = rules_from_config(
-            config.loss_mask_pairs, config.loss_mask_alternating_individual, config.loss_mask_individual,
-            config.eod_mask_loss, config.eod_id,
-        )  # fmt: skip
+            config.loss_mask_pairs,
+            config.loss_mask_alternating_individual,
+            config.loss_mask_individual,
+            config.eod_mask_loss,
+            config.eod_id,
+        )
         self._parts: list[Dataset] = [_open_whole(prefix) for prefix in config.train_data_paths]
         self._first = np.cumsum([0, *(len(part.sizes) for part in self._parts)])
         sizes = np.concatenate([part.sizes for part in self._parts]).astype(np.int64)
@@ -78,7 +88,14 @@ class PackedRows:
         self._epoch = (-1, np.empty(0, dtype=np.int64))
         layout = hashlib.sha256(sizes.tobytes())
         layout.update(
-            repr((config.seq_length, config.seed, config.pack_impl, [len(p.sizes) for p in self._parts])).encode()
+            repr(
+                (
+                    config.seq_length,
+                    config.seed,
+                    config.pack_impl,
+                    [len(p.sizes) for p in self._parts],
+                )
+            ).encode()
         )
         self.fingerprint = layout.hexdigest()
 
@@ -99,10 +116,14 @@ class PackedRows:
     def documents_of(self, sample: int) -> list[int]:
         """The documents in the row of sample `sample` (counted from 0, endless)."""
         row = self._row_of(sample)
-        return [int(document) for document in self._documents[self._row_bounds[row] : self._row_bounds[row + 1]]]
+        return [
+            int(document)
+            for document in self._documents[self._row_bounds[row] : self._row_bounds[row + 1]]
+        ]
 
     def micro_batch(self, samples: Sequence[int]) -> MicroBatch:
-        """The rows of these samples. Every document is whole, and its first token is never a trained one."""
+        """The rows of these samples. Every document is whole, and its first token is never a
+        trained one."""
         shape = (len(samples), self.seq_length + 1)
         tokens, positions, document = (np.zeros(shape, dtype=np.int64) for _ in range(3))
         trained = np.zeros(shape, dtype=bool)
@@ -113,11 +134,13 @@ class PackedRows:
             end = int(lengths.sum())
             tokens[index, :end] = np.concatenate(pieces)
             positions[index, :end] = np.arange(end) - np.repeat(starts, lengths)
-            # No further than documents reach: positions beyond would change the angles of rotary scaling that adapts.
+            # No further than documents reach: positions beyond would change the angles of rotary
+            # scaling that adapts.
             positions[index, end:] = np.arange(shape[1] - end) % self.longest
             document[index, :end] = np.repeat(np.arange(1, len(pieces) + 1), lengths)
             trained[index, :end] = trained_tokens(tokens[index, :end], self.rules, starts)
-            # Nothing before it belongs to the same document, so there is nothing to predict it from.
+            # Nothing before it belongs to the same document, so there is nothing to predict it
+            # from.
             trained[index, starts] = False
         flat = np.flatnonzero(trained[:, 1:])
         labels = tokens[:, 1:].reshape(-1)[flat]
@@ -128,17 +151,24 @@ class PackedRows:
         largest = max(int(batch.input_ids.max()), int(batch.labels.max(initial=0)))
         if largest < vocab_size:
             return
-        bad = [number for sample in samples for number in self.documents_of(sample)
-               if int(self._read(number).max()) >= vocab_size]  # fmt: skip
+        bad = [
+            number
+            for sample in samples
+            for number in self.documents_of(sample)
+            if int(self._read(number).max()) >= vocab_size
+        ]
         raise DataError(
-            f"token {largest} in {', '.join(map(self.name, bad[:5]))} is outside the model's vocabulary",
+            f"token {largest} in {', '.join(map(self.name, bad[:5]))} is outside the model's"
+            " vocabulary",
             why=f"the model has {vocab_size} token embeddings, 0 to {vocab_size - 1}",
             hint="tokenize the data with the model's own tokenizer",
         )
 
     def look_through(self, limit: int = 2000) -> tuple[list[int], list[int]]:
-        """Among the first `limit` documents in training order: those that leave a pair or an alternating token open, and
-        those of which no token is trained. Raises UsageError when nothing at all is trained in them."""
+        """Among the first `limit` documents in training order: those that leave a pair or an
+        alternating token open, and those of which no token is trained. Raises UsageError when
+        nothing at all is trained in them.
+        """
         looked = self._documents[:limit]
         unclosed, silent = [], []
         for number in looked:
@@ -151,26 +181,35 @@ class PackedRows:
             raise UsageError(
                 "no token of the data is trained",
                 where=", ".join(part.prefix for part in self._parts),
-                why=f"{len(looked):,} documents hold nothing that the `loss_mask_*` rules leave, such as a reply",
+                why=(
+                    f"{len(looked):,} documents hold nothing that the `loss_mask_*` rules leave,"
+                    " such as a reply"
+                ),
                 hint="`hpctrain data inspect` shows which tokens are trained",
             )
         return unclosed, silent
 
     def content(self) -> str:
-        """A hash of what the .bin files hold: of all of a small one, of 256 pieces of 64 KiB of a large one."""
+        """A hash of what the .bin files hold: of all of a small one, of 256 pieces of 64 KiB of a
+        large one."""
         digest = hashlib.sha256()
         for part in self._parts:
             tokens, piece = part.tokens, _PIECE // part.tokens.dtype.itemsize
             count = min(-(-len(tokens) // piece), _PIECES)
             digest.update(f"{len(tokens)} ".encode())
-            for start in np.linspace(0, max(0, len(tokens) - piece), count).astype(np.int64).tolist():
+            for start in (
+                np.linspace(0, max(0, len(tokens) - piece), count).astype(np.int64).tolist()
+            ):
                 digest.update(tokens[start : start + piece].tobytes())
         return digest.hexdigest()
 
     def _row_of(self, sample: int) -> int:
         epoch, position = divmod(sample, len(self))
         if self._epoch[0] != epoch:
-            self._epoch = (epoch, np.random.default_rng([self.seed, 1, epoch]).permutation(len(self)))
+            self._epoch = (
+                epoch,
+                np.random.default_rng([self.seed, 1, epoch]).permutation(len(self)),
+            )
         return int(self._epoch[1][position])
 
     def _read(self, document: int) -> npt.NDArray[Any]:
@@ -178,8 +217,11 @@ class PackedRows:
         return self._parts[part][int(document - self._first[part])]
 
 
-def step_samples(step_start: int, rank: int, num_ranks: int, micro: int, accumulation: int) -> list[list[int]]:
-    """The samples of each forward pass of one rank in the step whose first sample is `step_start`."""
+def step_samples(
+    step_start: int, rank: int, num_ranks: int, micro: int, accumulation: int
+) -> list[list[int]]:
+    """The samples of each forward pass of one rank in the step whose first sample is
+    `step_start`."""
     return [
         [step_start + (turn * num_ranks + rank) * micro + index for index in range(micro)]
         for turn in range(accumulation)
@@ -187,19 +229,23 @@ def step_samples(step_start: int, rank: int, num_ranks: int, micro: int, accumul
 
 
 def describe_too_long(rows: PackedRows, limit: int = 10) -> str:
-    """One line that counts and names the documents that no row can hold; empty when there are none."""
+    """One line that counts and names the documents that no row can hold; empty when there are
+    none."""
     if not len(rows.too_long):
         return ""
-    named = [f"{rows.name(number)} ({rows.sizes[number]} tokens)" for number in rows.too_long[:limit]]
+    named = [
+        f"{rows.name(number)} ({rows.sizes[number]} tokens)" for number in rows.too_long[:limit]
+    ]
     more = f", and {len(rows.too_long) - limit} more" if len(rows.too_long) > limit else ""
     return (
-        f"{len(rows.too_long)} of {rows.num_documents} documents are longer than seq_length + 1 = {rows.seq_length + 1}"
-        f" tokens and are never trained: {', '.join(named)}{more}"
+        f"{len(rows.too_long)} of {rows.num_documents} documents are longer than seq_length + 1 ="
+        f" {rows.seq_length + 1} tokens and are never trained: {', '.join(named)}{more}"
     )
 
 
 def _open_whole(prefix: str) -> Dataset:
-    """The dataset, if its .bin holds all that its .idx promises; a copy that was cut off does not."""
+    """The dataset, if its .bin holds all that its .idx promises; a copy that was cut off does
+    not."""
     dataset = open_dataset(prefix)
     itemsize = dataset.tokens.dtype.itemsize
     needed = int((dataset.pointers // itemsize + dataset.sizes).max(initial=0))
@@ -215,7 +261,10 @@ def _nothing_fits(config: SftConfig, sizes: Ints) -> Problem:
         return Problem(f"{paths} holds no tokens")
     return Problem(
         f"no document of {paths} fits into a row",
-        why=f"the shortest has {sizes[sizes > 0].min()} tokens, a row seq_length + 1 = {config.seq_length + 1}",
+        why=(
+            f"the shortest has {sizes[sizes > 0].min()} tokens, a row seq_length + 1 ="
+            f" {config.seq_length + 1}"
+        ),
         hint="raise `seq_length`",
     )
 

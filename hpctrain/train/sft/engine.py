@@ -30,7 +30,8 @@ from hpctrain.train.sft.model import parameter_groups
 def start(launch: Launch, timeout_s: int) -> torch.device:
     """Join the other ranks over NCCL (or RCCL), gloo without a GPU; returns this rank's device."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed would compile a shared-memory all-reduce with g++ at start, on every node; gloo needs nothing built.
+    # DeepSpeed would compile a shared-memory all-reduce with g++ at start, on every node; gloo
+    # needs nothing built.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     joined = dist.is_initialized()
     device = ranks.join(launch, timeout_s)
@@ -40,14 +41,18 @@ def start(launch: Launch, timeout_s: int) -> torch.device:
 
 
 def deepspeed_config(config: SftConfig, batch: Batch) -> dict[str, Any]:
-    """DeepSpeed's JSON for a config. Every value that matters is written out: its defaults differ between releases."""
+    """DeepSpeed's JSON for a config. Every value that matters is written out: its defaults differ
+    between releases."""
     bf16 = config.precision == "bf16"
     return {
         "train_batch_size": batch.train_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": config.gradient_clipping,
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": torch.cuda.is_available(),
+        },
         "zero_allow_untested_optimizer": True,
         # Skips a step whose gradient is not finite instead of poisoning the weights.
         "bf16": {"enabled": bf16, "check_grad_overflow": bf16},
@@ -75,10 +80,11 @@ class Stepper:
     def step(
         self, micro_batches: list[dict[str, Any]], lr: float, trained_tokens: int
     ) -> tuple[torch.Tensor, float, bool]:
-        """One step; returns this rank's summed loss (on the device), the gradient norm, and whether it was skipped.
+        """One step; returns this rank's summed loss (on the device), the gradient norm, and whether
+        it was skipped.
 
-        The gradient is that of the loss per trained token over the whole batch of all ranks, so it does not depend on
-        how rows are spread over ranks and forward passes.
+        The gradient is that of the loss per trained token over the whole batch of all ranks, so it
+        does not depend on how rows are spread over ranks and forward passes.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -107,11 +113,14 @@ class Stepper:
         return total, norm, skipped
 
     def weights(self, rank: int) -> dict[str, torch.Tensor]:
-        """All weights by name on the CPU, on rank 0; empty on the others. All ranks call it: ZeRO 3 gathers them one by one."""
+        """All weights by name on the CPU, on rank 0; empty on the others. All ranks call it: ZeRO 3
+        gathers them one by one."""
         out: dict[str, torch.Tensor] = {}
         for name, value in self.engine.module.state_dict(keep_vars=True).items():
             sharded = hasattr(value, "ds_id")
-            with deepspeed.zero.GatheredParameters([value]) if sharded else contextlib.nullcontext():
+            with (
+                deepspeed.zero.GatheredParameters([value]) if sharded else contextlib.nullcontext()
+            ):
                 if rank == 0:
                     out[name] = value.detach().cpu().clone()
         return out
@@ -135,7 +144,11 @@ def make_stepper(model: Any, config: SftConfig, batch: Batch) -> Stepper:
         fused=torch.cuda.is_available(),
     )
     # DeepSpeed announces its memory use with print, whatever its log level is.
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return Stepper(engine, batch, config.gradient_clipping, by_hand)

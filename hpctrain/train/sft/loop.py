@@ -32,7 +32,8 @@ from hpctrain.train.sft.model import (
 
 
 class Trainer:
-    """One rank of one link. Raises UsageError, Refused or EnvironmentFault while setting up; see `run` for the rest."""
+    """One rank of one link. Raises UsageError, Refused or EnvironmentFault while setting up; see
+    `run` for the rest."""
 
     def __init__(self, config: SftConfig, launch: Launch, batch: Batch):
         self.config, self.launch, self.batch = config, launch, batch
@@ -59,7 +60,9 @@ class Trainer:
         self._check_fit()
         model_values = self.model_config.to_dict()
         resumed = (
-            checkpoint.check_resume(launch.checkpoint, self.progress, model_values) if launch.mode == "resume" else None
+            checkpoint.check_resume(launch.checkpoint, self.progress, model_values)
+            if launch.mode == "resume"
+            else None
         )
         model = self._model()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -73,20 +76,34 @@ class Trainer:
     def run(self, stop: StopRequest) -> int:
         """Step to the last iteration, saving on the way; returns the exit code.
 
-        0 at the end or after a save on the stop signal, 1 when the gradient stays not finite (nothing is saved then, so
-        the last good checkpoint stays the last).
+        0 at the end or after a save on the stop signal, 1 when the gradient stays not finite
+        (nothing is saved then, so the last good checkpoint stays the last).
         """
         first = self.progress.iteration + 1
         if first > self.train_iters:
             self._export()
-            self.say(f"nothing to train: iteration {self.progress.iteration} of {self.train_iters} is done")
+            self.say(
+                f"nothing to train: iteration {self.progress.iteration} of {self.train_iters} is"
+                " done"
+            )
             return errors.DONE
         export_to = [os.path.dirname(self.config.export_dir)] if self.config.export_dir else []
-        ranks.on_first(self.launch.rank, lambda: list(map(
-            checkpoint.check_writable, [self.launch.checkpoint_dir, self.launch.run_dir, *export_to])))  # fmt: skip
+        ranks.on_first(
+            self.launch.rank,
+            lambda: list(
+                map(
+                    checkpoint.check_writable,
+                    [self.launch.checkpoint_dir, self.launch.run_dir, *export_to],
+                )
+            ),
+        )
         if self.launch.rank == 0:
-            self.log = MetricsLog(self.launch.run_dir, self.launch.link, self.config.wandb_project,
-                                  dataclasses.asdict(self.config))  # fmt: skip
+            self.log = MetricsLog(
+                self.launch.run_dir,
+                self.launch.link,
+                self.config.wandb_project,
+                dataclasses.asdict(self.config),
+            )
         interval = _Interval(self.device)
         saved = self.progress.iteration
         in_a_row = 0
@@ -98,7 +115,11 @@ class Trainer:
                     self._save()
                 why = "the stop file" if stop_after_save else f"signal {self.config.stop_signal}"
                 place = f"iteration {self.progress.iteration} of {self.train_iters}"
-                kept = f"saved at {place}" if self.progress.iteration >= first else f"nothing new to save at {place}"
+                kept = (
+                    f"saved at {place}"
+                    if self.progress.iteration >= first
+                    else f"nothing new to save at {place}"
+                )
                 self.say(f"stopped by {why}: {kept}, exit 0")
                 return errors.DONE
             torch.manual_seed(self._step_seed(iteration))
@@ -112,19 +133,27 @@ class Trainer:
             )
             in_a_row = in_a_row + 1 if skipped else 0
             last = iteration == self.train_iters
-            given_up = in_a_row >= self.config.max_skipped_in_a_row or (last and in_a_row == iteration)
+            given_up = in_a_row >= self.config.max_skipped_in_a_row or (
+                last and in_a_row == iteration
+            )
             if iteration % self.config.log_interval == 0 or iteration == first or last or given_up:
                 self._report(interval, lr, norm)
             if given_up:
-                self.say(f"error: no finite gradient for {in_a_row} steps in a row; nothing is saved, exit 1")
+                self.say(
+                    f"error: no finite gradient for {in_a_row} steps in a row; nothing is saved,"
+                    " exit 1"
+                )
                 return errors.NO
             if last:
-                # Before the checkpoint that says the run is done: once that exists, no later link would export.
+                # Before the checkpoint that says the run is done: once that exists, no later link
+                # would export.
                 interval.exclude(self._export())
             if last or iteration % self.config.checkpoint_factor == 0:
                 interval.exclude(self._save())
                 saved = iteration
-                stop_after_save = self.launch.rank == 0 and os.path.exists(os.path.join(self.launch.run_dir, "STOP"))
+                stop_after_save = self.launch.rank == 0 and os.path.exists(
+                    os.path.join(self.launch.run_dir, "STOP")
+                )
         self.say(f"done: iteration {self.train_iters} of {self.train_iters}, exit 0")
         return errors.DONE
 
@@ -150,7 +179,9 @@ class Trainer:
         if self.launch.mode == "scratch" and pretrained and wanted != "random":
             source, self.origin = self.config.model, f"the weights of {self.config.model}"
         elif (
-            self.launch.mode == "finetune" and os.path.isfile(os.path.join(start, "config.json")) and has_weights(start)
+            self.launch.mode == "finetune"
+            and os.path.isfile(os.path.join(start, "config.json"))
+            and has_weights(start)
         ):
             source, self.origin = start, f"the weights of {start}"
         model = build_model(self.config, self.model_config, source, self.config.seed)
@@ -164,61 +195,104 @@ class Trainer:
         limit = longest_document(self.model_config)
         if limit and self.rows.longest - 1 > limit:
             raise errors.UsageError(
-                f"the longest document has {self.rows.longest} tokens, and the model knows {limit} positions",
-                where=self.launch.config, why="`max_position_embeddings` of the model's config.json",
-                hint=f"set `seq_length` to at most {limit}; longer documents are then named and left out")  # fmt: skip
+                f"the longest document has {self.rows.longest} tokens, and the model knows {limit}"
+                " positions",
+                where=self.launch.config,
+                why="`max_position_embeddings` of the model's config.json",
+                hint=(
+                    f"set `seq_length` to at most {limit}; longer documents are then named and"
+                    " left out"
+                ),
+            )
         if self.config.tokenizer:
-            pieces = ranks.on_first(self.launch.rank, lambda: load_model(str(self.config.tokenizer)).vocab_size)
-            export.check_vocabulary(pieces, int(self.model_config.vocab_size), self.config.tokenizer)
+            pieces = ranks.on_first(
+                self.launch.rank, lambda: load_model(str(self.config.tokenizer)).vocab_size
+            )
+            export.check_vocabulary(
+                pieces, int(self.model_config.vocab_size), self.config.tokenizer
+            )
 
     def _resume(self, then: checkpoint.Progress) -> None:
         directory, tag = os.path.split(self.launch.checkpoint)
         try:
             path, client = self.stepper.engine.load_checkpoint(directory, tag=tag)
-        except (OSError, RuntimeError, ValueError, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            EOFError,
+            pickle.UnpicklingError,
+        ) as error:
             what = f"cannot load the checkpoint: {checkpoint.describe_failure(error)}"
-            raise errors.EnvironmentFault(what, where=self.launch.checkpoint,
-                                          hint="`hpctrain checkpoint verify` looks at its files") from error  # fmt: skip
+            raise errors.EnvironmentFault(
+                what,
+                where=self.launch.checkpoint,
+                hint="`hpctrain checkpoint verify` looks at its files",
+            ) from error
         if path is None or client.get("hpctrain", {}).get("iteration") != then.iteration:
-            raise errors.EnvironmentFault("DeepSpeed could not load the checkpoint", where=self.launch.checkpoint)
+            raise errors.EnvironmentFault(
+                "DeepSpeed could not load the checkpoint", where=self.launch.checkpoint
+            )
         self.progress = dataclasses.replace(
-            self.progress, run_id=then.run_id, iteration=then.iteration, consumed_samples=then.consumed_samples
+            self.progress,
+            run_id=then.run_id,
+            iteration=then.iteration,
+            consumed_samples=then.consumed_samples,
         )
         self.origin = f"{self.launch.checkpoint}, whole, at iteration {then.iteration}"
         for change in checkpoint.changed_keys(then.config, self.progress.config):
             self.say(f"note: changed since the checkpoint: {change}")
         batch = self.batch.train_batch_size
-        if then.train_batch_size and then.train_batch_size != batch and not self.config.train_batch_size:
+        if (
+            then.train_batch_size
+            and then.train_batch_size != batch
+            and not self.config.train_batch_size
+        ):
             ranks_now = f"with {then.num_ranks} ranks, and is {batch} with {self.batch.ranks}"
-            self.say(f"warning: the batch was {then.train_batch_size} {ranks_now}; `train_batch_size` would keep it")
+            self.say(
+                f"warning: the batch was {then.train_batch_size} {ranks_now}; `train_batch_size`"
+                " would keep it"
+            )
 
     def _say_setup(self) -> None:
         rows, batch = self.rows, self.batch
         self.say(f"mode {self.launch.mode}: starts from {self.origin}")
         self.say(
-            f"model {self.model_config.model_type}, {self.num_parameters:,} parameters, {self.config.precision},"
-            f" ZeRO {self.config.zero_stage}, attention {self.attention}, {batch.ranks} ranks on {self.device.type}"
+            f"model {self.model_config.model_type}, {self.num_parameters:,} parameters,"
+            f" {self.config.precision}, ZeRO {self.config.zero_stage}, attention {self.attention},"
+            f" {batch.ranks} ranks on {self.device.type}"
         )
         self.say(
-            f"data {rows.num_documents:,} documents, {rows.num_tokens:,} tokens in {len(rows):,} rows"
-            f" of {rows.seq_length + 1} ({100 * rows.fill:.1f} % full)"
+            f"data {rows.num_documents:,} documents, {rows.num_tokens:,} tokens in {len(rows):,}"
+            f" rows of {rows.seq_length + 1} ({100 * rows.fill:.1f} % full)"
         )
         self.say(
-            f"batch {batch.train_batch_size} = {batch.micro} x {batch.accumulation} accumulation x {batch.ranks} ranks;"
-            f" {self.train_iters} iterations = {self.train_iters * batch.train_batch_size / len(rows):.2f} epochs"
+            f"batch {batch.train_batch_size} = {batch.micro} x {batch.accumulation} accumulation x"
+            f" {batch.ranks} ranks; {self.train_iters} iterations ="
+            f" {self.train_iters * batch.train_batch_size / len(rows):.2f} epochs"
         )
         too_long = describe_too_long(rows)
         if too_long:
             self.say(f"warning: {too_long}")
         unclosed, silent = ranks.on_first(self.launch.rank, rows.look_through)
-        for found, what in ((unclosed, "leave a loss_mask token open"), (silent, "hold no token that is trained")):
+        for found, what in (
+            (unclosed, "leave a loss_mask token open"),
+            (silent, "hold no token that is trained"),
+        ):
             if found:
-                self.say(f"warning: {len(found)} documents {what}, such as {', '.join(map(rows.name, found[:5]))}")
+                self.say(
+                    f"warning: {len(found)} documents {what}, such as"
+                    f" {', '.join(map(rows.name, found[:5]))}"
+                )
 
     def _prepare(self, stopping: bool) -> tuple[list[dict[str, Any]], int, bool]:
-        """This rank's arguments for the next step, the trained tokens of the whole batch, and whether to stop instead.
+        """This rank's arguments for the next step, the trained tokens of the whole batch, and
+        whether to stop instead.
 
-        The last two are the same on every rank. Raises on all ranks when one of them meets bad data.
+        The last two are the same on every rank. Raises on all ranks when one of them meets bad
+        data.
         """
         arguments: list[dict[str, Any]] = []
         tokens, bad = 0, None
@@ -231,43 +305,60 @@ class Trainer:
                 arguments.append(to_tensors(rows, self.attention, self.dtype, self.device))
         except DataError as error:
             bad = error
-        votes = torch.tensor([tokens, int(stopping), int(bad is not None)], dtype=torch.int64, device=self.device)
+        votes = torch.tensor(
+            [tokens, int(stopping), int(bad is not None)], dtype=torch.int64, device=self.device
+        )
         total, stops, bads = map(int, engine.sum_over_ranks(votes).tolist())
         if bads:
             raise bad or DataError(())  # the rank that met it says what it is
         return arguments, total, stops > 0
 
     def _step_seed(self, iteration: int) -> int:
-        """Dropout's seed: another one for each step and rank, and the same one when the step is run again."""
+        """Dropout's seed: another one for each step and rank, and the same one when the step is run
+        again."""
         return (self.config.seed * 1_000_003 + iteration) * 65_537 + self.launch.rank
 
     def _save(self) -> float:
         """Write the checkpoint of this iteration on all ranks; returns the seconds it took."""
         start_s = time.monotonic()
-        extra = {"config.json": json.dumps(self.model_config.to_dict(), indent=1, default=str).encode()}
+        extra = {
+            "config.json": json.dumps(self.model_config.to_dict(), indent=1, default=str).encode()
+        }
         if self.config.tokenizer:
             with open(self.config.tokenizer, "rb") as file:
                 extra["tokenizer.model"] = file.read()
         path = checkpoint.save(
-            self.stepper.engine, self.launch.checkpoint_dir, self.progress, extra, engine.barrier, self.launch.rank
+            self.stepper.engine,
+            self.launch.checkpoint_dir,
+            self.progress,
+            extra,
+            engine.barrier,
+            self.launch.rank,
         )
         took_s = time.monotonic() - start_s
         self.say(f"saved {path} in {took_s:.1f} s")
         if self.config.keep_last_n_checkpoints and self.launch.rank == 0:
             for old in checkpoint.prune(
-                self.launch.checkpoint_dir, self.progress.run_id, self.config.keep_last_n_checkpoints
+                self.launch.checkpoint_dir,
+                self.progress.run_id,
+                self.config.keep_last_n_checkpoints,
             ):
-                self.say(f"deleted {old} (keep_last_n_checkpoints {self.config.keep_last_n_checkpoints})")
+                self.say(
+                    f"deleted {old} (keep_last_n_checkpoints {self.config.keep_last_n_checkpoints})"
+                )
         return took_s
 
     def _export(self) -> float:
-        """The model in `export_dir`, if there is to be one and this very state is not there; returns the seconds it took."""
+        """The model in `export_dir`, if there is to be one and this very state is not there;
+        returns the seconds it took."""
         target, start_s = self.config.export_dir, time.monotonic()
         if target is None:
             return 0.0
         if not ranks.on_first(self.launch.rank, lambda: export.is_export(target, self.progress)):
             weights = self.stepper.weights(self.launch.rank)
-            ranks.on_first(self.launch.rank, lambda: export.export_trained(target, weights, self.progress))
+            ranks.on_first(
+                self.launch.rank, lambda: export.export_trained(target, weights, self.progress)
+            )
             self.say(f"wrote {target}")
         return time.monotonic() - start_s
 
@@ -288,7 +379,8 @@ class Trainer:
                 step_time_s=step_s,
                 samples_per_s=samples_per_s,
                 tokens_per_s_per_gpu=per_gpu,
-                # 6 floating point operations per parameter and token, forward and backward (arXiv 2001.08361 §2.1).
+                # 6 floating point operations per parameter and token, forward and backward (arXiv
+                # 2001.08361 §2.1).
                 tflops_per_gpu=6 * self.num_parameters * per_gpu / 1e12,
                 trained_tokens=tokens,
                 consumed_samples=self.progress.consumed_samples,
@@ -300,7 +392,8 @@ class Trainer:
 
 
 class _Interval:
-    """Loss, tokens and time since the last log line; one sum over ranks when it is closed, none in between."""
+    """Loss, tokens and time since the last log line; one sum over ranks when it is closed, none in
+    between."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -321,10 +414,13 @@ class _Interval:
         self._since += seconds
 
     def close(self) -> tuple[int, int, float, float]:
-        """Steps, trained tokens, seconds, and the loss per trained token over the steps whose loss was finite."""
+        """Steps, trained tokens, seconds, and the loss per trained token over the steps whose loss
+        was finite."""
         losses = engine.sum_over_ranks(torch.stack(self._losses)).tolist()
         seconds = time.monotonic() - self._since
-        finite = [(loss, tokens) for loss, tokens in zip(losses, self._tokens) if math.isfinite(loss)]
+        finite = [
+            (loss, tokens) for loss, tokens in zip(losses, self._tokens) if math.isfinite(loss)
+        ]
         self.nan += len(losses) - len(finite)
         tokens = sum(tokens for _, tokens in finite)
         loss = sum(loss for loss, _ in finite) / max(1, tokens) if finite else math.nan

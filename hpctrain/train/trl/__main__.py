@@ -1,7 +1,9 @@
-"""`python -m hpctrain.train.trl [--config config_sft.yaml]`, once per rank: under srun, torchrun, or alone.
+"""`python -m hpctrain.train.trl [--config config_sft.yaml]`, once per rank: under srun, torchrun,
+or alone.
 
-In a job the orders come from the environment (HPCTRAIN_*). With --config the run directory is the current one, the
-checkpoint folder is `checkpoints` there, and a run goes on from its newest complete checkpoint.
+In a job the orders come from the environment (HPCTRAIN_*). With --config the run directory is the
+current one, the checkpoint folder is `checkpoints` there, and a run goes on from its newest
+complete checkpoint.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from hpctrain.train.core.source import HF_TRAINER
 
 
 def start(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
-    """Import what trains, and train. Raises EnvironmentFault naming the extra for what is not installed."""
+    """Import what trains, and train. Raises EnvironmentFault naming the extra for what is not
+    installed."""
     # Nothing is ever fetched: what a run needs is named in its config.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     # What the libraries deprecate in each other is nothing that the reader of a job log can mend.
     warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"(torch|transformers|trl|peft|accelerate|datasets)\."
+        "ignore",
+        category=FutureWarning,
+        module=r"(torch|transformers|trl|peft|accelerate|datasets)\.",
     )
     try:
         if config.engine != "trl" and _has_gpu_and_unsloth(launch):
@@ -42,8 +47,10 @@ def start(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
         raise
     except (ImportError, RuntimeError) as error:  # what was built for other versions of the rest
         lines = [line for line in str(error).splitlines() if line.strip()]
-        raise errors.EnvironmentFault(f"the packages do not fit each other: {'; '.join(lines[:3])}",
-                                      hint="`hpctrain doctor run.yaml` compares them with what the recipe needs") from error  # fmt: skip
+        raise errors.EnvironmentFault(
+            f"the packages do not fit each other: {'; '.join(lines[:3])}",
+            hint="`hpctrain doctor run.yaml` compares them with what the recipe needs",
+        ) from error
     transformers.utils.logging.disable_progress_bar()  # a job log has no use for one
     datasets.disable_progress_bars()
     try:
@@ -62,11 +69,16 @@ def _has_gpu_and_unsloth(launch: Launch) -> bool:
 
 
 PROGRAM = Program(
-    module="hpctrain.train.trl", doc=__doc__, example="config_sft.yaml", layout=HF_TRAINER.name, load=load_config, train=start,
+    module="hpctrain.train.trl",
+    doc=__doc__,
+    example="config_sft.yaml",
+    layout=HF_TRAINER.name,
+    load=load_config,
+    train=start,
     # SIGTERM is what `scancel` sends first.
     signals=lambda config: {config.stop_signal_number, int(signal.SIGTERM)},
     checkpoints=lambda config, folder: os.path.join(folder, "checkpoints"),
-)  # fmt: skip
+)
 
 if __name__ == "__main__":
     sys.exit(main(PROGRAM))

@@ -1,9 +1,11 @@
-"""The data, tokenized once and kept beside the checkpoints, so that no link of a chain does it again.
+"""The data, tokenized once and kept beside the checkpoints, so that no link of a chain does it
+again.
 
     CHECKPOINT_DIR/prepared-<key>/data.arrow       input_ids, labels: one row each
                                   manifest.json    its sha256, its size, rows, tokens, what they were made from
 
-The key hashes the data, the tokenizer and the settings that shape tokens, so nothing stale is ever read.
+The key hashes the data, the tokenizer and the settings that shape tokens, so nothing stale is ever
+read.
 """
 
 from __future__ import annotations
@@ -27,7 +29,15 @@ from hpctrain.train.trl.rows import Encoder, marking_template
 DATA, MANIFEST = "data.arrow", "manifest.json"
 MAX_SHOWN = 20
 _FORM = 1  # raise it when the same input gives other tokens
-_TOKENIZER_FILES = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
+_TOKENIZER_FILES = (
+    "token",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+)
 _ROWS_AT_ONCE = 1000
 
 
@@ -35,8 +45,8 @@ _ROWS_AT_ONCE = 1000
 class Prepared:
     """Prepared data: `path` of its arrow file, whose content has `sha256` and `num_bytes`.
 
-    `source_rows` were read; `dropped` had no token to train on; `trained_tokens` count towards the loss. `longest` row in
-    tokens and `largest_token` are 0 in what earlier versions prepared.
+    `source_rows` were read; `dropped` had no token to train on; `trained_tokens` count towards the
+    loss. `longest` row in tokens and `largest_token` are 0 in what earlier versions prepared.
     """
 
     path: str
@@ -53,10 +63,12 @@ class Prepared:
 
 
 def prepare(config: HfSftConfig, folder: str, say: Callable[[str], None]) -> Prepared:
-    """The prepared data of a config in `folder`; it is made unless it lies there already, and appears whole or not at all.
+    """The prepared data of a config in `folder`; it is made unless it lies there already, and
+    appears whole or not at all.
 
-    Raises UsageError for bad rows (the first 20, with their places), a data file of another checksum or number of rows
-    than the config says, and a tokenizer that does not load; EnvironmentFault for what cannot be read or written.
+    Raises UsageError for bad rows (the first 20, with their places), a data file of another
+    checksum or number of rows than the config says, and a tokenizer that does not load;
+    EnvironmentFault for what cannot be read or written.
     """
     files = find_files(config.dataset_path, "train")
     sums = [sha256_of(file) for file in files]
@@ -66,21 +78,28 @@ def prepare(config: HfSftConfig, folder: str, say: Callable[[str], None]) -> Pre
             if len(sums) == 1
             else f"`data_sha256` is of one file, and there are {len(sums)}"
         )
-        raise UsageError(f"this is not the data that the run names: {what}", where=config.dataset_path,
-                         why=f"`data_sha256: {config.data_sha256}`", hint="copy it again, or correct the checksum")  # fmt: skip
+        raise UsageError(
+            f"this is not the data that the run names: {what}",
+            where=config.dataset_path,
+            why=f"`data_sha256: {config.data_sha256}`",
+            hint="copy it again, or correct the checksum",
+        )
     target = os.path.join(folder, f"prepared-{_key(config, files, sums)[:16]}")
     found = read(target)
     if found is None:
         say(f"tokenizing {config.dataset_path}")
         found = _make(config, files, target)
         say(
-            f"{found.rows:,} rows with {found.tokens:,} tokens ({found.truncated:,} truncated, {found.dropped:,} without a token to train on)"
+            f"{found.rows:,} rows with {found.tokens:,} tokens ({found.truncated:,} truncated,"
+            f" {found.dropped:,} without a token to train on)"
         )
     if config.dataset_rows and config.dataset_rows != found.source_rows:
         raise UsageError(
-            f"the data has {found.source_rows:,} rows, and the run says {config.dataset_rows:,}", where=config.dataset_path,
-            why="the number of steps was computed from it", hint=f"set `dataset_rows: {found.source_rows}`",
-        )  # fmt: skip
+            f"the data has {found.source_rows:,} rows, and the run says {config.dataset_rows:,}",
+            where=config.dataset_path,
+            why="the number of steps was computed from it",
+            hint=f"set `dataset_rows: {found.source_rows}`",
+        )
     return found
 
 
@@ -141,18 +160,29 @@ def _make(config: HfSftConfig, files: list[str], target: str) -> Prepared:
             "largest_token": 0,
         }
         schema = pyarrow.schema(
-            [("input_ids", pyarrow.list_(pyarrow.int32())), ("labels", pyarrow.list_(pyarrow.int32()))]
+            [
+                ("input_ids", pyarrow.list_(pyarrow.int32())),
+                ("labels", pyarrow.list_(pyarrow.int32())),
+            ]
         )
         rows = 0
         with pyarrow.OSFile(path, "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
             for batch in _batches(encoder, files, counts):
                 rows += len(batch)
-                columns = [pyarrow.array([row[part] for row in batch], schema.types[part]) for part in (0, 1)]
+                columns = [
+                    pyarrow.array([row[part] for row in batch], schema.types[part])
+                    for part in (0, 1)
+                ]
                 writer.write_batch(pyarrow.record_batch(columns, schema=schema))
         if not rows:
-            raise UsageError("no row is left to train on", where=config.dataset_path,
-                             hint="raise `max_length`; rows whose prompt alone fills it are dropped")  # fmt: skip
-        found = Prepared(os.path.join(target, DATA), sha256_of(path), os.path.getsize(path), rows=rows, **counts)
+            raise UsageError(
+                "no row is left to train on",
+                where=config.dataset_path,
+                hint="raise `max_length`; rows whose prompt alone fills it are dropped",
+            )
+        found = Prepared(
+            os.path.join(target, DATA), sha256_of(path), os.path.getsize(path), rows=rows, **counts
+        )
         about = {"data": asdict(found), "files": files, "max_length": config.max_length}
         with open(os.path.join(staged, MANIFEST), "w", encoding="utf-8") as file:
             json.dump(about, file, indent=1)
@@ -165,7 +195,9 @@ def _make(config: HfSftConfig, files: list[str], target: str) -> Prepared:
     except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
         if isinstance(error, OSError):
-            raise EnvironmentFault(f"cannot keep the prepared data: {error.strerror or error}", where=parent) from error
+            raise EnvironmentFault(
+                f"cannot keep the prepared data: {error.strerror or error}", where=parent
+            ) from error
         raise
     return found
 
@@ -177,12 +209,24 @@ def _encoder(config: HfSftConfig) -> Encoder:
         try:
             template = marking_template(tokenizer)
         except ValueError as error:
-            raise UsageError(str(error), where=config.model_name, why="`assistant_only_loss: true` needs it",
-                             hint="train on all of the dialogue, or put {% generation %} around the turns in it") from error  # fmt: skip
-    return Encoder(tokenizer, config.max_length, config.completion_only_loss, config.assistant_only_loss, template)
+            raise UsageError(
+                str(error),
+                where=config.model_name,
+                why="`assistant_only_loss: true` needs it",
+                hint="train on all of the dialogue, or put {% generation %} around the turns in it",
+            ) from error
+    return Encoder(
+        tokenizer,
+        config.max_length,
+        config.completion_only_loss,
+        config.assistant_only_loss,
+        template,
+    )
 
 
-def _batches(encoder: Encoder, files: list[str], counts: dict[str, int]) -> Iterator[list[tuple[list[int], list[int]]]]:
+def _batches(
+    encoder: Encoder, files: list[str], counts: dict[str, int]
+) -> Iterator[list[tuple[list[int], list[int]]]]:
     problems: list[Problem] = []
     bad = 0
     batch: list[tuple[list[int], list[int]]] = []
@@ -210,9 +254,13 @@ def _batches(encoder: Encoder, files: list[str], counts: dict[str, int]) -> Iter
                     yield batch
                     batch = []
         except OSError as error:
-            raise EnvironmentFault(f"cannot read it: {error.strerror or error}", where=file) from error
+            raise EnvironmentFault(
+                f"cannot read it: {error.strerror or error}", where=file
+            ) from error
     if problems:
-        raise UsageError(problems + ([Problem(f"{bad - MAX_SHOWN} more bad rows")] if bad > MAX_SHOWN else []))
+        raise UsageError(
+            problems + ([Problem(f"{bad - MAX_SHOWN} more bad rows")] if bad > MAX_SHOWN else [])
+        )
     if batch:
         yield batch
 
@@ -223,7 +271,8 @@ def tokenizer_files(folder: str) -> list[str]:
 
 
 def load_rows(path: str) -> Any:
-    """The prepared rows as a `datasets.Dataset`, mapped from the file and never copied into memory."""
+    """The prepared rows as a `datasets.Dataset`, mapped from the file and never copied into
+    memory."""
     try:
         import datasets
     except ImportError as error:

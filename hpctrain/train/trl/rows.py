@@ -1,7 +1,8 @@
 """Rows of a data file to tokens and labels, in the shapes and with the answers of TRL's SFTTrainer.
 
-Understood are `messages` (or `conversations` with from/value), `prompt` and `completion` as text or as messages, `text`,
-and tokenized rows: `input_ids` with `labels`, `completion_mask` or `assistant_masks`.
+Understood are `messages` (or `conversations` with from/value), `prompt` and `completion` as text or
+as messages, `text`, and tokenized rows: `input_ids` with `labels`, `completion_mask` or
+`assistant_masks`.
 """
 
 from __future__ import annotations
@@ -10,23 +11,36 @@ from collections.abc import Sequence
 from typing import Any
 
 IGNORED = -100
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
 SHAPES = "`messages`, `prompt` and `completion`, `text`, or `input_ids`"
 Tokens = tuple[list[int], list[int]]
 
 
 class Encoder:
-    """Encodes rows with one tokenizer. `template`: the chat template that marks the assistant's turns, where needed."""
+    """Encodes rows with one tokenizer. `template`: the chat template that marks the assistant's
+    turns, where needed."""
 
     def __init__(
-        self, tokenizer: Any, max_length: int, completion_only: bool | None, assistant_only: bool, template: str | None
+        self,
+        tokenizer: Any,
+        max_length: int,
+        completion_only: bool | None,
+        assistant_only: bool,
+        template: str | None,
     ):
         self.tokenizer, self.max_length = tokenizer, max_length
         self.completion_only = completion_only is not False
         self.assistant_only, self.template = assistant_only, template
 
     def encode(self, row: Any) -> Tokens | None:
-        """(input_ids, labels) of at most `max_length` tokens; None where no token is left to train on.
+        """(input_ids, labels) of at most `max_length` tokens; None where no token is left to train
+        on.
 
         Raises ValueError with what is wrong with the row.
         """
@@ -35,7 +49,9 @@ class Encoder:
         if row.get("input_ids") is not None:
             ids, labels = _tokenized(row, self.completion_only)
         elif row.get("messages") is not None or row.get("conversations") is not None:
-            ids, labels = self._messages(_messages(row.get("messages") or row.get("conversations"), "messages"))
+            ids, labels = self._messages(
+                _messages(row.get("messages") or row.get("conversations"), "messages")
+            )
         elif row.get("prompt") is not None or row.get("completion") is not None:
             ids, labels = self._completion(row.get("prompt"), row.get("completion"))
         elif row.get("text") is not None:
@@ -47,8 +63,13 @@ class Encoder:
         return (ids, labels) if any(label != IGNORED for label in labels[1:]) else None
 
     def prompt(self, row: dict[str, Any]) -> list[int] | None:
-        """The tokens before a row's last reply, None where there is no telling. Raises ValueError as `encode` does."""
-        messages, prompt, labels = row.get("messages") or row.get("conversations"), row.get("prompt"), row.get("labels")
+        """The tokens before a row's last reply, None where there is no telling. Raises ValueError
+        as `encode` does."""
+        messages, prompt, labels = (
+            row.get("messages") or row.get("conversations"),
+            row.get("prompt"),
+            row.get("labels"),
+        )
         if messages is not None:
             dialogue = _messages(messages, "messages")
             if len(dialogue) < 2 or dialogue[-1]["role"] != "assistant":
@@ -80,27 +101,41 @@ class Encoder:
     def _completion(self, prompt: Any, completion: Any) -> Tokens:
         if isinstance(prompt, list) and isinstance(completion, list):
             head = self._render(_messages(prompt, "prompt"), add_generation_prompt=True)
-            ids, mask = self._chat([*_messages(prompt, "prompt"), *_messages(completion, "completion")])
+            ids, mask = self._chat(
+                [*_messages(prompt, "prompt"), *_messages(completion, "completion")]
+            )
             prompt_ids = list(self.tokenizer(head, add_special_tokens=False)["input_ids"])
         elif isinstance(prompt, str) and isinstance(completion, str) and completion:
             if self.assistant_only:
                 raise ValueError("`assistant_only_loss` needs messages, and this row is text")
-            # The end mark belongs to the completion: TRL adds it to that, also where the prompt ends with one.
+            # The end mark belongs to the completion: TRL adds it to that, also where the prompt
+            # ends with one.
             prompt_ids = list(self.tokenizer(prompt)["input_ids"])
             ids = list(self.tokenizer(prompt + self._ended(completion))["input_ids"])
             mask = [1] * len(ids)
         else:
-            raise ValueError("`prompt` and `completion` must both be text, or both messages, and not empty")
+            raise ValueError(
+                "`prompt` and `completion` must both be text, or both messages, and not empty"
+            )
         begin = _common_prefix(prompt_ids, ids) if self.completion_only else 0
-        return ids, [token if kept and at >= begin else IGNORED for at, (token, kept) in enumerate(zip(ids, mask))]
+        return ids, [
+            token if kept and at >= begin else IGNORED
+            for at, (token, kept) in enumerate(zip(ids, mask))
+        ]
 
     def _chat(self, messages: list[dict[str, str]]) -> tuple[list[int], Sequence[int]]:
         """The tokens of a dialogue, and 1 for each that is trained on."""
         if not self.assistant_only:
-            ids = list(self.tokenizer(self._render(messages), add_special_tokens=False)["input_ids"])
+            ids = list(
+                self.tokenizer(self._render(messages), add_special_tokens=False)["input_ids"]
+            )
             return ids, [1] * len(ids)
         found = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, chat_template=self.template
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            chat_template=self.template,
         )
         if 1 not in found["assistant_masks"]:
             raise ValueError("has no assistant turn to train on")
@@ -112,7 +147,9 @@ class Encoder:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **how))
         except Exception as error:  # a template raises what it likes
-            raise ValueError(f"does not suit the chat template: {str(error).splitlines()[0][:200]}") from error
+            raise ValueError(
+                f"does not suit the chat template: {str(error).splitlines()[0][:200]}"
+            ) from error
 
     def _ended(self, text: str) -> str:
         end = self.tokenizer.eos_token or ""
@@ -120,11 +157,14 @@ class Encoder:
 
 
 def marking_template(tokenizer: Any) -> str | None:
-    """The chat template that marks the assistant's turns (`{% generation %}`): the tokenizer's own, or TRL's for it.
+    """The chat template that marks the assistant's turns (`{% generation %}`): the tokenizer's own,
+    or TRL's for it.
 
     Raises ValueError when there is none.
     """
-    if "{% generation" in (tokenizer.chat_template or "") or "{%- generation" in (tokenizer.chat_template or ""):
+    if "{% generation" in (tokenizer.chat_template or "") or "{%- generation" in (
+        tokenizer.chat_template or ""
+    ):
         return None
     try:
         from trl.chat_template_utils import get_training_chat_template
@@ -139,7 +179,11 @@ def _tokenized(row: dict[str, Any], completion_only: bool) -> Tokens:
     masks = [name for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]
     columns = [ids, *(row[name] for name in ("labels", *masks) if row.get(name) is not None)]
     for column in columns:
-        if not isinstance(column, list) or not column or not all(type(token) is int for token in column):
+        if (
+            not isinstance(column, list)
+            or not column
+            or not all(type(token) is int for token in column)
+        ):
             raise ValueError("`input_ids`, labels and masks must be lists of whole numbers")
         if len(column) != len(ids):
             raise ValueError("`input_ids`, labels and masks differ in length")
@@ -155,10 +199,14 @@ def _messages(value: Any, name: str) -> list[dict[str, str]]:
     out = []
     for message in value:
         role = message.get("role", message.get("from")) if isinstance(message, dict) else None
-        content = message.get("content", message.get("value")) if isinstance(message, dict) else None
+        content = (
+            message.get("content", message.get("value")) if isinstance(message, dict) else None
+        )
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f"`{name}` has a message without `role` and `content` as text")
-        out.append({"role": _ROLES.get(role, role) if "role" not in message else role, "content": content})
+        out.append(
+            {"role": _ROLES.get(role, role) if "role" not in message else role, "content": content}
+        )
     return out
 
 

@@ -1,4 +1,5 @@
-"""A copy of the prepared data on each node's own disk, made by the node's first task and checked by hash. Standard library only."""
+"""A copy of the prepared data on each node's own disk, made by the node's first task and checked by
+hash. Standard library only."""
 
 from __future__ import annotations
 
@@ -25,9 +26,10 @@ def node_name() -> str:
 def stage(source: str, sha256: str, folder: str, say: Callable[[str], None]) -> str:
     """A copy of `source` in `folder`, whose content has this hash; its path.
 
-    The source is hashed while it is read, and the copy is read back from the disk. A copy that an earlier attempt of the
-    job left there is used when its hash is right. Raises EnvironmentFault, which names the node, when there is no space,
-    when the source is not what it was, and when the disk gives back something else.
+    The source is hashed while it is read, and the copy is read back from the disk. A copy that an
+    earlier attempt of the job left there is used when its hash is right. Raises EnvironmentFault,
+    which names the node, when there is no space, when the source is not what it was, and when the
+    disk gives back something else.
     """
     node = node_name()
     target = os.path.join(folder, os.path.basename(source))
@@ -44,27 +46,37 @@ def stage(source: str, sha256: str, folder: str, say: Callable[[str], None]) -> 
         free = shutil.disk_usage(folder).free
         if free < size * _SPARE:
             raise EnvironmentFault(
-                f"node {node} has {format_size(free)} free in {os.path.dirname(folder)}, and the data takes {format_size(size)}",
-                where=folder, hint="`recipe_options: {stage: none}` reads it from the shared file system",
-            )  # fmt: skip
+                f"node {node} has {format_size(free)} free in {os.path.dirname(folder)}, and the"
+                f" data takes {format_size(size)}",
+                where=folder,
+                hint="`recipe_options: {stage: none}` reads it from the shared file system",
+            )
         temporary = f"{target}.part"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         read = _copy(source, temporary)
         if read != sha256:
             os.unlink(temporary)
-            raise EnvironmentFault(f"node {node} read data that is not what was prepared", where=source,
-                                   why=f"sha256 {read[:16]}…, expected {sha256[:16]}…",
-                                   hint="delete its folder; the next start prepares it again")  # fmt: skip
+            raise EnvironmentFault(
+                f"node {node} read data that is not what was prepared",
+                where=source,
+                why=f"sha256 {read[:16]}…, expected {sha256[:16]}…",
+                hint="delete its folder; the next start prepares it again",
+            )
         written = _hash(temporary)
         if written != sha256:
             os.unlink(temporary)
-            raise EnvironmentFault(f"the disk of node {node} gives back other data than was written", where=folder,
-                                   why=f"sha256 {written[:16]}…, expected {sha256[:16]}…",
-                                   hint=f"sbatch: {{exclude: {node}}}, and tell the site")  # fmt: skip
+            raise EnvironmentFault(
+                f"the disk of node {node} gives back other data than was written",
+                where=folder,
+                why=f"sha256 {written[:16]}…, expected {sha256[:16]}…",
+                hint=f"sbatch: {{exclude: {node}}}, and tell the site",
+            )
         os.rename(temporary, target)
     except OSError as error:
-        raise EnvironmentFault(f"node {node} cannot stage the data: {error.strerror or error}", where=folder) from error
+        raise EnvironmentFault(
+            f"node {node} cannot stage the data: {error.strerror or error}", where=folder
+        ) from error
     say(f"data staged to {folder} ({format_size(size)}, sha256 {sha256[:16]}…)")
     return target
 

@@ -1,4 +1,5 @@
-"""Drives TRL's SFTTrainer for one link of a run: base and data checked, update trained, checkpoints saved, log lines said.
+"""Drives TRL's SFTTrainer for one link of a run: base and data checked, update trained, checkpoints
+saved, log lines said.
 
 base checked -> data prepared, staged -> model (+ update) -> SFTTrainer -> checkpoint-N
 """
@@ -37,9 +38,11 @@ Answer = TypeVar("Answer")
 
 
 def train(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
-    """Train to the end, or to the stop signal; both are exit code 0, with a whole checkpoint of the last step.
+    """Train to the end, or to the stop signal; both are exit code 0, with a whole checkpoint of the
+    last step.
 
-    Raises UsageError, EnvironmentFault or Refused for what the user can mend, on all ranks; nothing is trained then.
+    Raises UsageError, EnvironmentFault or Refused for what the user can mend, on all ranks; nothing
+    is trained then.
     """
     rank0 = launch.rank == 0
 
@@ -50,7 +53,8 @@ def train(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
         device = ranks.join(launch, config.distributed_timeout_s)
     else:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # else accelerate makes a group of one and wraps the model
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            # else accelerate makes a group of one and wraps the model
             os.environ.pop(name, None)
 
     folder = base.base_folder(config)
@@ -84,18 +88,36 @@ def train(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
 
     def leave_model() -> None:
         target = str(config.export_dir)
-        _together(launch, lambda: export.export_finished(
-            trainer.model, tokenizer, folder, target, trainer.state.global_step, launch.checkpoint_dir, say))  # fmt: skip
+        _together(
+            launch,
+            lambda: export.export_finished(
+                trainer.model,
+                tokenizer,
+                folder,
+                target,
+                trainer.state.global_step,
+                launch.checkpoint_dir,
+                say,
+            ),
+        )
 
     trainer.add_callback(_callback(log, leave_model if config.export_dir else None))
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     if rank0:
         trained, total = count_parameters(model)
         say(
-            f"engine {engine}, mode {launch.mode}, {launch.num_ranks} ranks; {trained:,} of {total:,} parameters are trained"
+            f"engine {engine}, mode {launch.mode}, {launch.num_ranks} ranks; {trained:,} of"
+            f" {total:,} parameters are trained"
         )
-        ends = f"{config.max_steps:,} steps" if config.max_steps else f"{config.num_train_epochs:g} epochs"
-        say(f"{data.rows:,} rows, {data.tokens:,} tokens, {data.trained_tokens:,} of them trained on; {ends} in all")
+        ends = (
+            f"{config.max_steps:,} steps"
+            if config.max_steps
+            else f"{config.num_train_epochs:g} epochs"
+        )
+        say(
+            f"{data.rows:,} rows, {data.tokens:,} tokens, {data.trained_tokens:,} of them trained"
+            f" on; {ends} in all"
+        )
     trainer.train(resume_from_checkpoint=launch.checkpoint if launch.mode == "resume" else None)
     if launch.num_ranks > 1:
         ranks.barrier()
@@ -105,13 +127,16 @@ def train(config: HfSftConfig, launch: Launch, stop: StopRequest) -> int:
         if not _together(launch, lambda: export.is_finished(*at)):
             leave_model()  # a link that found everything trained
     if rank0:
-        what = f"stopped by signal {log.signal_name(config)}: saved" if log.stopped else "done: saved"
+        what = (
+            f"stopped by signal {log.signal_name(config)}: saved" if log.stopped else "done: saved"
+        )
         say(f"{what} at step {step} of {trainer.state.max_steps}, checkpoint-{step}")
     return 0
 
 
 def check_fit(data: prepare.Prepared, folder: str) -> None:
-    """Raises UsageError for rows that the base cannot read: longer than its positions, or with tokens that it does not have.
+    """Raises UsageError for rows that the base cannot read: longer than its positions, or with
+    tokens that it does not have.
 
     On a GPU the second is an assertion of some kernel, and the first is nothing at all.
     """
@@ -119,12 +144,24 @@ def check_fit(data: prepare.Prepared, folder: str) -> None:
     problems = []
     limit = longest_document(SimpleNamespace(**known))
     if limit and data.longest > limit:
-        problems.append(Problem(f"the longest row has {data.longest} tokens, and the base knows {limit} positions", where=folder,
-                                why="`max_position_embeddings` of its config.json", hint=f"set `max_length` to at most {limit}"))  # fmt: skip
+        problems.append(
+            Problem(
+                f"the longest row has {data.longest} tokens, and the base knows {limit} positions",
+                where=folder,
+                why="`max_position_embeddings` of its config.json",
+                hint=f"set `max_length` to at most {limit}",
+            )
+        )
     vocabulary = known.get("vocab_size")
     if isinstance(vocabulary, int) and data.largest_token >= vocabulary:
-        problems.append(Problem(f"the rows hold token {data.largest_token}, and the base has {vocabulary} embeddings", where=folder,
-                                hint="name the base that the tokenizer, or the tokenized data, belongs to"))  # fmt: skip
+        problems.append(
+            Problem(
+                f"the rows hold token {data.largest_token}, and the base has {vocabulary}"
+                " embeddings",
+                where=folder,
+                hint="name the base that the tokenizer, or the tokenized data, belongs to",
+            )
+        )
     if problems:
         raise UsageError(problems)
 
@@ -135,7 +172,8 @@ def _together(launch: Launch, work: Callable[[], Answer]) -> Answer:
 
 
 def choose_engine(config: HfSftConfig, launch: Launch, device: torch.device) -> str:
-    """`unsloth` or `trl`. Raises EnvironmentFault where Unsloth is asked for and missing, UsageError where it cannot run."""
+    """`unsloth` or `trl`. Raises EnvironmentFault where Unsloth is asked for and missing,
+    UsageError where it cannot run."""
     import importlib.util
 
     there = importlib.util.find_spec("unsloth") is not None
@@ -145,7 +183,11 @@ def choose_engine(config: HfSftConfig, launch: Launch, device: torch.device) -> 
         if device.type == "cpu":
             raise UsageError("`engine: unsloth` needs a GPU", hint="`engine: trl` runs anywhere")
         return "unsloth"
-    return "unsloth" if config.engine == "auto" and there and device.type != "cpu" and launch.num_ranks == 1 else "trl"
+    return (
+        "unsloth"
+        if config.engine == "auto" and there and device.type != "cpu" and launch.num_ranks == 1
+        else "trl"
+    )
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
@@ -155,20 +197,31 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 
 def weight_dtype(config: HfSftConfig) -> torch.dtype:
-    """Of the base's weights: as `precision` says, but fp32 where all of them are trained (bf16 loses small steps)."""
-    return torch.bfloat16 if config.precision == "bf16" and config.lora is not None else torch.float32
+    """Of the base's weights: as `precision` says, but fp32 where all of them are trained (bf16
+    loses small steps)."""
+    return (
+        torch.bfloat16 if config.precision == "bf16" and config.lora is not None else torch.float32
+    )
 
 
 def _staged(data: prepare.Prepared, launch: Launch, say: Callable[[str], None]) -> str:
-    """The prepared data where this rank reads it: the node's own copy, where the job says so. All ranks fail or none."""
+    """The prepared data where this rank reads it: the node's own copy, where the job says so. All
+    ranks fail or none."""
     folder = os.environ.get("HPCTRAIN_STAGE_DIR")
     if not folder:
         return data.path
-    folder = f"{folder}-{stage.node_name()}"  # also where what should be each node's own is shared after all
+    folder = (  # also where what should be each node's own is shared after all
+        f"{folder}-{stage.node_name()}"
+    )
     problem: tuple[Any, ...] | None = None
     if launch.local_rank == 0:
         try:
-            path = stage.stage(data.path, data.sha256, folder, lambda text: say(f"node {stage.node_name()}: {text}"))
+            path = stage.stage(
+                data.path,
+                data.sha256,
+                folder,
+                lambda text: say(f"node {stage.node_name()}: {text}"),
+            )
             atexit.register(stage.clear, path)
         except HpctrainError as error:
             problem = error.problems
@@ -189,13 +242,19 @@ def _load(config: HfSftConfig, launch: Launch, engine: str, say: Callable[[str],
     start = launch.checkpoint if launch.mode == "finetune" else ""
     adapter = base.read_json(os.path.join(start, "adapter_config.json")) if start else {}
     if adapter and config.lora is None:
-        raise UsageError(f"the start `{start}` is an update, and the run trains all weights",
-                         hint="give `lora:`, or merge it first: `hpctrain export`")  # fmt: skip
+        raise UsageError(
+            f"the start `{start}` is an update, and the run trains all weights",
+            hint="give `lora:`, or merge it first: `hpctrain export`",
+        )
     folder = base.base_folder(config)
     if engine == "unsloth":
         return _load_unsloth(config, folder, start if adapter else "")
     attention = None if config.attention == "auto" else config.attention
-    if config.attention == "auto" and torch.cuda.is_available() and transformers.utils.is_flash_attn_2_available():
+    if (
+        config.attention == "auto"
+        and torch.cuda.is_available()
+        and transformers.utils.is_flash_attn_2_available()
+    ):
         attention = "flash_attention_2"
     model = load_base(folder, weight_dtype(config), attention)
     model.config.use_cache = False
@@ -210,40 +269,66 @@ def _load(config: HfSftConfig, launch: Launch, engine: str, say: Callable[[str],
         return peft.PeftModel.from_pretrained(model, start, is_trainable=True)
     lora = config.lora
     wanted = list(lora["target_modules"])
-    known = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    known = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
     lost = [name for name in wanted if name.rsplit(".", 1)[-1] not in known]
     if lost:
-        raise UsageError(f"the base has no linear layer `{lost[0]}`", where=config.model_name,
-                         hint=f"set `lora.target_modules`; {nearest(lost[0], sorted(known - {'lm_head'}))}")  # fmt: skip
+        raise UsageError(
+            f"the base has no linear layer `{lost[0]}`",
+            where=config.model_name,
+            hint=f"set `lora.target_modules`; {nearest(lost[0], sorted(known - {'lm_head'}))}",
+        )
     model = peft.get_peft_model(
         model,
-        peft.LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=wanted,
-                        bias="none", task_type="CAUSAL_LM"),
-    )  # fmt: skip
+        peft.LoraConfig(
+            r=lora["r"],
+            lora_alpha=lora["alpha"],
+            lora_dropout=lora["dropout"],
+            target_modules=wanted,
+            bias="none",
+            task_type="CAUSAL_LM",
+        ),
+    )
     return model
 
 
 def _load_unsloth(config: HfSftConfig, folder: str, adapter: str) -> Any:
-    """The same through Unsloth (unsloth/models/loader.py `FastLanguageModel.from_pretrained`); GPU only."""
+    """The same through Unsloth (unsloth/models/loader.py `FastLanguageModel.from_pretrained`); GPU
+    only."""
     from unsloth import FastLanguageModel
 
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model, _ = FastLanguageModel.from_pretrained(
-        model_name=adapter or folder, max_seq_length=config.max_length, dtype=dtype, load_in_4bit=False,
+        model_name=adapter or folder,
+        max_seq_length=config.max_length,
+        dtype=dtype,
+        load_in_4bit=False,
         **({"full_finetuning": True} if config.lora is None else {}),
-    )  # fmt: skip
+    )
     if config.lora is None or adapter:
         return model
     lora = config.lora
     return FastLanguageModel.get_peft_model(
-        model, r=lora["r"], target_modules=list(lora["target_modules"]), lora_alpha=lora["alpha"],
-        lora_dropout=lora["dropout"], bias="none", random_state=config.seed, max_seq_length=config.max_length,
+        model,
+        r=lora["r"],
+        target_modules=list(lora["target_modules"]),
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        bias="none",
+        random_state=config.seed,
+        max_seq_length=config.max_length,
         use_gradient_checkpointing="unsloth" if config.gradient_checkpointing else False,
-    )  # fmt: skip
+    )
 
 
-def sft_arguments(config: HfSftConfig, launch: Launch, on_cpu: bool, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of SFTConfig, for the TRL whose SFTConfig has the fields `known`. Raises UsageError for others asked for."""
+def sft_arguments(
+    config: HfSftConfig, launch: Launch, on_cpu: bool, known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of SFTConfig, for the TRL whose SFTConfig has the fields `known`. Raises
+    UsageError for others asked for."""
     wanted: dict[str, Any] = {
         "output_dir": launch.checkpoint_dir,
         "num_train_epochs": config.num_train_epochs,
@@ -267,7 +352,9 @@ def sft_arguments(config: HfSftConfig, launch: Launch, on_cpu: bool, known: Mapp
         "report_to": ["wandb"] if config.wandb_project else [],
         "torch_compile": config.torch_compile,
         "gradient_checkpointing": config.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
+        "gradient_checkpointing_kwargs": (
+            {"use_reentrant": False} if config.gradient_checkpointing else None
+        ),
         "bf16": config.precision == "bf16",
         "seed": config.seed,
         "data_seed": config.seed,
@@ -281,19 +368,26 @@ def sft_arguments(config: HfSftConfig, launch: Launch, on_cpu: bool, known: Mapp
         "push_to_hub": False,
         "max_length" if "max_length" in known else "max_seq_length": config.max_length,
         "use_cpu": on_cpu,
-    }  # fmt: skip
+    }
     strange = [key for key in config.trainer if key not in known]
     if strange:
         import trl
 
-        raise UsageError([
-            Problem(f"TRL {trl.__version__} has no argument `{key}` (`trainer.{key}`)", hint=nearest(key, sorted(known)))
-            for key in strange
-        ])  # fmt: skip
+        raise UsageError(
+            [
+                Problem(
+                    f"TRL {trl.__version__} has no argument `{key}` (`trainer.{key}`)",
+                    hint=nearest(key, sorted(known)),
+                )
+                for key in strange
+            ]
+        )
     return {**{key: value for key, value in wanted.items() if key in known}, **config.trainer}
 
 
-def _trainer(config: HfSftConfig, launch: Launch, device: torch.device, model: Any, tokenizer: Any, rows: Any) -> Any:
+def _trainer(
+    config: HfSftConfig, launch: Launch, device: torch.device, model: Any, tokenizer: Any, rows: Any
+) -> Any:
     import trl
 
     known = {field.name: field for field in dataclasses.fields(trl.SFTConfig)}
@@ -303,18 +397,27 @@ def _trainer(config: HfSftConfig, launch: Launch, device: torch.device, model: A
     try:
         arguments = trl.SFTConfig(**sft_arguments(config, launch, device.type == "cpu", known))
     except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(f"TRL {trl.__version__} refuses the arguments: {str(error).splitlines()[0]}",
-                         hint="look at `trainer:` and `optim`") from error  # fmt: skip
+        raise UsageError(
+            f"TRL {trl.__version__} refuses the arguments: {str(error).splitlines()[0]}",
+            hint="look at `trainer:` and `optim`",
+        ) from error
     if config.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()  # else a frozen embedding cuts the update off from the loss
+        # else a frozen embedding cuts the update off from the loss
+        model.enable_input_require_grads()
     takes = inspect.signature(trl.SFTTrainer.__init__).parameters
     name = "processing_class" if "processing_class" in takes else "tokenizer"
-    return trl.SFTTrainer(model=model, args=arguments, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id),
-                          **{name: tokenizer})  # fmt: skip
+    return trl.SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=Collator(tokenizer.pad_token_id),
+        **{name: tokenizer},
+    )
 
 
 class Collator:
-    """Rows of different lengths to one batch, padded at the end; padding is neither seen nor trained on."""
+    """Rows of different lengths to one batch, padded at the end; padding is neither seen nor
+    trained on."""
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
@@ -332,12 +435,17 @@ class Collator:
 
 
 class Log:
-    """Says each interval as transformers does, with the step; appends it to metrics.jsonl; and hears the stop signal."""
+    """Says each interval as transformers does, with the step; appends it to metrics.jsonl; and
+    hears the stop signal."""
 
     def __init__(self, launch: Launch, stop: StopRequest, arguments: Any, rows_per_step: int):
         self.launch, self.stop, self.rows_per_step = launch, stop, rows_per_step
         self.stopped = False
-        self._file = append_whole_lines(os.path.join(launch.run_dir, "metrics.jsonl")) if launch.rank == 0 else None
+        self._file = (
+            append_whole_lines(os.path.join(launch.run_dir, "metrics.jsonl"))
+            if launch.rank == 0
+            else None
+        )
         self._since = (time.monotonic(), 0)
 
     @staticmethod
@@ -348,10 +456,15 @@ class Log:
         self._since = (time.monotonic(), step)
 
     def asked_to_stop(self) -> bool:
-        """Whether any rank was signalled, the same answer on all; a collective call, once a step."""
+        """Whether any rank was signalled, the same answer on all; a collective call, once a
+        step."""
         asked = self.stop.received
         if self.launch.num_ranks > 1:
-            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+            device = (
+                torch.device("cuda", torch.cuda.current_device())
+                if torch.cuda.is_available()
+                else "cpu"
+            )
             flag = torch.tensor([int(asked)], device=device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             asked = bool(flag.item())
@@ -364,13 +477,17 @@ class Log:
         now = time.monotonic()
         seconds, steps = now - self._since[0], step - self._since[1]
         self._since = (now, step)
-        short = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in logs.items()}
+        short = {
+            key: float(f"{value:.6g}") if isinstance(value, float) else value
+            for key, value in logs.items()
+        }
         record = {"step": step, "max_steps": max_steps, **short}
         if steps > 0:
             record["step_time"] = round(seconds / steps, 4)
             record["samples_per_second"] = round(steps * self.rows_per_step / seconds, 3)
         print(record, flush=True)
-        # JSON has no NaN; and one write of a whole line, so that a kill leaves at most one torn line at the end.
+        # JSON has no NaN; and one write of a whole line, so that a kill leaves at most one torn
+        # line at the end.
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
@@ -388,16 +505,20 @@ def _callback(log: Log, leave_model: Callable[[], None] | None) -> Any:
             stop = log.asked_to_stop()
             last = state.global_step >= state.max_steps
             if last and leave_model:
-                # Before the checkpoint that says the run is done: once that exists, no later link would export.
+                # Before the checkpoint that says the run is done: once that exists, no later link
+                # would export.
                 leave_model()
             if stop or last:
-                # The last step's checkpoint is what the next link, or `hpctrain export`, goes on from.
+                # The last step's checkpoint is what the next link, or `hpctrain export`, goes on
+                # from.
                 control.should_save = True
             if stop:
                 control.should_training_stop = True
             return control
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any
+        ) -> None:
             log.write(state.global_step, state.max_steps, logs or {})
 
         def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:

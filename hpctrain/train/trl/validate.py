@@ -1,4 +1,5 @@
-"""Is a merged model any good? Its perplexity on held-out rows, beside its base's, and whether it answers in words.
+"""Is a merged model any good? Its perplexity on held-out rows, beside its base's, and whether it
+answers in words.
 
     python -m hpctrain.train.trl.validate --model_path merged --test_set held_out.jsonl [--base Llama-3.1-8B-Instruct]
 
@@ -39,7 +40,8 @@ class Reply:
 
 @dataclass(frozen=True)
 class Validation:
-    """`perplexity` is of the tokens that a training on these rows would train; `base_perplexity` the base's on the same."""
+    """`perplexity` is of the tokens that a training on these rows would train; `base_perplexity`
+    the base's on the same."""
 
     model: str
     test_set: str
@@ -55,20 +57,37 @@ class Validation:
         """What speaks against the model; empty when nothing does."""
         out = []
         if not self.perplexity < self.max_perplexity:  # also NaN
-            out.append(f"its perplexity is {self.perplexity:.4g}, and less than {self.max_perplexity:g} is wanted")
+            out.append(
+                f"its perplexity is {self.perplexity:.4g}, and less than {self.max_perplexity:g} is"
+                " wanted"
+            )
         if self.base_perplexity is not None and not self.perplexity < self.base_perplexity:
-            out.append(f"its base does no worse on these rows: perplexity {self.base_perplexity:.4g}")
+            out.append(
+                f"its base does no worse on these rows: perplexity {self.base_perplexity:.4g}"
+            )
         bad = [reply.fault for reply in self.replies if reply.fault]
         if bad:
-            out.append(f"{len(bad)} of {len(self.replies)} replies are no answers: {', '.join(dict.fromkeys(bad))}")
+            out.append(
+                f"{len(bad)} of {len(self.replies)} replies are no answers:"
+                f" {', '.join(dict.fromkeys(bad))}"
+            )
         return out
 
 
-def validate(model: str, test_set: str, base: str | None = None, max_perplexity: float = MAX_PERPLEXITY, rows: int = ROWS,
-             replies: int = REPLIES, say: Callable[[str], None] = print) -> Validation:  # fmt: skip
-    """Measure `model`, a Hugging Face directory, on the first `rows` rows of `test_set`, data as the recipe hf-sft reads them.
+def validate(
+    model: str,
+    test_set: str,
+    base: str | None = None,
+    max_perplexity: float = MAX_PERPLEXITY,
+    rows: int = ROWS,
+    replies: int = REPLIES,
+    say: Callable[[str], None] = print,
+) -> Validation:
+    """Measure `model`, a Hugging Face directory, on the first `rows` rows of `test_set`, data as
+    the recipe hf-sft reads them.
 
-    Raises UsageError for a quantised or damaged model, an adapter, bad rows, and rows of which nothing is trained.
+    Raises UsageError for a quantised or damaged model, an adapter, bad rows, and rows of which
+    nothing is trained.
     """
     bases.check_base(model)
     try:
@@ -83,8 +102,13 @@ def validate(model: str, test_set: str, base: str | None = None, max_perplexity:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(folder: str) -> Any:
-        # Computed with in fp32 on a CPU, and in bf16 on a GPU, where 8 billion fp32 weights may not fit.
-        return load_base(folder, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device).eval()
+        # Computed with in fp32 on a CPU, and in bf16 on a GPU, where 8 billion fp32 weights may not
+        # fit.
+        return (
+            load_base(folder, torch.bfloat16 if device.type == "cuda" else torch.float32)
+            .to(device)
+            .eval()
+        )
 
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -97,8 +121,16 @@ def validate(model: str, test_set: str, base: str | None = None, max_perplexity:
             del loaded
             say(f"its base {base} on the same rows")
             base_loss = _loss(load(base), encoded)[0] / tokens
-    return Validation(model, test_set, len(encoded), tokens, perplexity(loss / tokens),
-                      None if base_loss is None else perplexity(base_loss), max_perplexity, found)  # fmt: skip
+    return Validation(
+        model,
+        test_set,
+        len(encoded),
+        tokens,
+        perplexity(loss / tokens),
+        None if base_loss is None else perplexity(base_loss),
+        max_perplexity,
+        found,
+    )
 
 
 def perplexity(loss: float) -> float:
@@ -107,11 +139,17 @@ def perplexity(loss: float) -> float:
 
 
 def fault_of(text: str, ids: Sequence[int], whole: bool) -> str:
-    """What is wrong with a reply: `empty`, `garbled`, `goes round in a circle`, or nothing. `whole`: it was not cut."""
+    """What is wrong with a reply: `empty`, `garbled`, `goes round in a circle`, or nothing.
+    `whole`: it was not cut."""
     text = text if whole else text.rstrip("\ufffd")  # cut inside a character
     if not text.strip():
         return "empty"
-    odd = sum(unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") and char not in "\n\r\t" or char == "\ufffd" for char in text)  # fmt: skip
+    odd = sum(
+        unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs")
+        and char not in "\n\r\t"
+        or char == "\ufffd"
+        for char in text
+    )
     if odd > 0.05 * len(text):
         return "garbled"
     if len(ids) >= _CIRCLE and len(set(ids[-_CIRCLE:])) <= _KINDS:
@@ -145,7 +183,9 @@ def _rows(
                 encoded += [found] if found else []
                 prompts += [prompt[-MAX_LENGTH:]] if prompt else []
         except OSError as error:
-            raise EnvironmentFault(f"cannot read it: {error.strerror or error}", where=file) from error
+            raise EnvironmentFault(
+                f"cannot read it: {error.strerror or error}", where=file
+            ) from error
     if problems:
         raise UsageError(problems)
     if not encoded:
@@ -162,7 +202,9 @@ def _loss(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[float, i
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids], device=device)).logits[0, :-1].float()
         wanted = torch.tensor(labels[1:], device=device)
-        total += float(torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum"))
+        total += float(
+            torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum")
+        )
         count += int((wanted != -100).sum())
     return total, count
 
@@ -175,8 +217,13 @@ def _reply(model: Any, folder: str, prompt: list[int]) -> Reply:
     tokenizer = load_tokenizer(folder)
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     with torch.no_grad():
-        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=REPLY_TOKENS, do_sample=False,
-                              pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)  # fmt: skip
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=REPLY_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )
     new = made[0, len(prompt) :].tolist()
     text = tokenizer.decode(new, skip_special_tokens=True)
     return Reply(tokenizer.decode(prompt), text, fault_of(text, new, len(new) < REPLY_TOKENS))
@@ -184,21 +231,42 @@ def _reply(model: Any, folder: str, prompt: list[int]) -> Reply:
 
 def describe(found: Validation) -> list[str]:
     """The figures in words."""
-    of_base = "" if found.base_perplexity is None else f"; its base's is {found.base_perplexity:.4g}"
+    of_base = (
+        "" if found.base_perplexity is None else f"; its base's is {found.base_perplexity:.4g}"
+    )
     return [
-        f"perplexity {found.perplexity:.4g} over {found.tokens:,} tokens of {found.rows} held-out rows{of_base}",
-        f"{sum(not reply.fault for reply in found.replies)} of {len(found.replies)} replies are in words",
+        (
+            f"perplexity {found.perplexity:.4g} over {found.tokens:,} tokens of {found.rows}"
+            f" held-out rows{of_base}"
+        ),
+        (
+            f"{sum(not reply.fault for reply in found.replies)} of {len(found.replies)} replies are"
+            " in words"
+        ),
     ]
 
 
 @click.command()
-@click.option("--model_path", required=True, help="A Hugging Face directory, such as `hpctrain export` writes.")
+@click.option(
+    "--model_path",
+    required=True,
+    help="A Hugging Face directory, such as `hpctrain export` writes.",
+)
 @click.option("--test_set", required=True, help="Held-out rows: jsonl, parquet or a saved dataset.")
 @click.option("--base", help="The model it was made from, measured on the same rows.")
 @click.option("--max_perplexity", type=float, default=MAX_PERPLEXITY, show_default=True)
-@click.option("--rows", type=click.IntRange(1), default=ROWS, show_default=True, help="How many rows to read.")
+@click.option(
+    "--rows", type=click.IntRange(1), default=ROWS, show_default=True, help="How many rows to read."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(model_path: str, test_set: str, base: str | None, max_perplexity: float, rows: int, as_json: bool) -> None:
+def command(
+    model_path: str,
+    test_set: str,
+    base: str | None,
+    max_perplexity: float,
+    rows: int,
+    as_json: bool,
+) -> None:
     """Measure a merged model on held-out rows; exits with 1 when it falls short."""
     try:
         found = validate(model_path, test_set, base, max_perplexity, rows, say=terminal.info)

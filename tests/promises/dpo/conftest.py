@@ -38,9 +38,21 @@ class Bench:
 
     def config(self, name: str, training: dict[str, Any], **keys: Any) -> Path:
         dataset = {"dataset_name": "./pairs.jsonl", "max_len": 64, **keys.pop("dataset", {})}
-        base = {"batch_size": 4, "learning_rate": 1e-3, "log_steps": 1, "save_steps": 3, "max_steps": 7, "fsdp": True}
-        values = {"policy_name": "./policy", "precision": "fp32", **keys, "dataset": dataset,
-                  "dpo_training": {**base, **training}}  # fmt: skip
+        base = {
+            "batch_size": 4,
+            "learning_rate": 1e-3,
+            "log_steps": 1,
+            "save_steps": 3,
+            "max_steps": 7,
+            "fsdp": True,
+        }
+        values = {
+            "policy_name": "./policy",
+            "precision": "fp32",
+            **keys,
+            "dataset": dataset,
+            "dpo_training": {**base, **training},
+        }
         path = self.path / f"{name}.yaml"
         path.write_text(json.dumps(values))  # JSON is YAML
         return path
@@ -94,7 +106,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(scope="session")
 def same_state() -> Callable[[Path, Path], list[str]]:
-    """Compares weights and optimizer of two checkpoints bit for bit, whatever ranks wrote them: the names of what differs."""
+    """Compares weights and optimizer of two checkpoints bit for bit, whatever ranks wrote them: the
+    names of what differs."""
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -107,7 +120,9 @@ def same_state() -> Callable[[Path, Path], list[str]]:
     def flatten(value: Any, name: str) -> dict[str, Any]:
         if isinstance(value, dict):
             return {
-                key: leaf for part, child in value.items() for key, leaf in flatten(child, f"{name}/{part}").items()
+                key: leaf
+                for part, child in value.items()
+                for key, leaf in flatten(child, f"{name}/{part}").items()
             }
         return {name: value}
 
@@ -115,8 +130,13 @@ def same_state() -> Callable[[Path, Path], list[str]]:
         a, b = read(one), read(two)
         assert a.keys() == b.keys() and any(isinstance(value, torch.Tensor) for value in a.values())
         return [
-            key for key in a
-            if not (torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key])
-        ]  # fmt: skip
+            key
+            for key in a
+            if not (
+                torch.equal(a[key], b[key])
+                if isinstance(a[key], torch.Tensor)
+                else a[key] == b[key]
+            )
+        ]
 
     return compare

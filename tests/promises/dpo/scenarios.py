@@ -1,8 +1,10 @@
-"""One rank that runs many short trainings in a row, so that the tests pay for importing torch only once.
+"""One rank that runs many short trainings in a row, so that the tests pay for importing torch only
+once.
 
     python scenarios.py ORDERS.json        RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment
 
-Each order is the HPCTRAIN_* part of an environment. Writes ORDERS.json.RANK with one `[exit code, [problems], said]` each.
+Each order is the HPCTRAIN_* part of an environment. Writes ORDERS.json.RANK with one `[exit code,
+[problems], said]` each.
 """
 
 from __future__ import annotations
@@ -32,9 +34,13 @@ def main() -> None:
                 launch = Launch.from_environment({**os.environ, **order})
                 stop = StopRequest()
                 stop.received = "STOP_AT_ONCE" in order
-                answers.append([train(load_config(launch.config), launch, stop), [], said.getvalue()])
+                answers.append(
+                    [train(load_config(launch.config), launch, stop), [], said.getvalue()]
+                )
         except errors.HpctrainError as error:
-            answers.append([error.exit_code, [str(problem) for problem in error.problems], said.getvalue()])
+            answers.append(
+                [error.exit_code, [str(problem) for problem in error.problems], said.getvalue()]
+            )
     with open(f"{sys.argv[1]}.{os.environ['RANK']}", "w", encoding="utf-8") as file:
         json.dump(answers, file)
     sys.stdout.flush()

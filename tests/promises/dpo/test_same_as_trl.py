@@ -1,4 +1,5 @@
-"""The same tokens, log-probabilities, losses and training as TRL's DPOTrainer; its answers were kept by tools/trl_vectors.py."""
+"""The same tokens, log-probabilities, losses and training as TRL's DPOTrainer; its answers were
+kept by tools/trl_vectors.py."""
 
 from __future__ import annotations
 
@@ -22,12 +23,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
 
     folder = tmp_path_factory.mktemp("models")
     policy, other = tiny.write_model(folder / "policy"), tiny.write_model(folder / "other", seed=1)
-    return (policy, *(read_pretrained(str(path), dpo_model_config(str(path), "sdpa")) for path in (policy, other)))
+    return (
+        policy,
+        *(
+            read_pretrained(str(path), dpo_model_config(str(path), "sdpa"))
+            for path in (policy, other)
+        ),
+    )
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["a row a reply", "prompts shared"])
-@pytest.mark.parametrize("case", TRL["batches"], ids=lambda case: f"{case['shape']} {case['loss_type']} {case['beta']}")
-def test_tokens_and_loss_of_a_batch_are_trls(models: tuple[Path, Any, Any], case: dict[str, Any], shared: bool) -> None:
+@pytest.mark.parametrize(
+    "case", TRL["batches"], ids=lambda case: f"{case['shape']} {case['loss_type']} {case['beta']}"
+)
+def test_tokens_and_loss_of_a_batch_are_trls(
+    models: tuple[Path, Any, Any], case: dict[str, Any], shared: bool
+) -> None:
     import torch
 
     from hpctrain.train.dpo.batches import lay_out
@@ -40,7 +51,10 @@ def test_tokens_and_loss_of_a_batch_are_trls(models: tuple[Path, Any, Any], case
     records = [parse_record(row) for row in ROWS[case["shape"]]]
     flat = tokenize(records, load_tokenizer(str(folder)))
     whole, pairs = Pairs(flat, 10_000), Pairs(flat, TRL["max_len"])
-    tokens = [{name: getattr(whole[n], name).tolist() for name in ("prompt", "chosen", "rejected")} for n in range(6)]
+    tokens = [
+        {name: getattr(whole[n], name).tolist() for name in ("prompt", "chosen", "rejected")}
+        for n in range(6)
+    ]
     assert [row for row in tokens if len(row["prompt"]) < TRL["max_len"]] == case["tokens"]
 
     chosen_pairs = [pairs[n] for n in range(len(pairs))]
@@ -50,7 +64,8 @@ def test_tokens_and_loss_of_a_batch_are_trls(models: tuple[Path, Any, Any], case
     sizes = None
     if case["loss_type"] == "sigmoid_norm":
         sizes = tuple(
-            torch.tensor([len(getattr(pair, name)) for pair in chosen_pairs]) for name in ("chosen", "rejected")
+            torch.tensor([len(getattr(pair, name)) for pair in chosen_pairs])
+            for name in ("chosen", "rejected")
         )
     losses, _, _ = dpo_loss(*logps, case["beta"], num_tokens=sizes)
 
@@ -63,8 +78,13 @@ def test_five_steps_of_training_are_trls(bench: Bench) -> None:
     orders = []
     for number, case in enumerate(TRL["trained"]):
         training = {key: case[key] for key in ("loss_type", "beta")}
-        orders.append(bench.order(f"trl{number}", training={**training, "max_steps": 5, "save_steps": 100},
-                                  dataset={"dataset_name": "./four.jsonl", "max_len": 32}))  # fmt: skip
+        orders.append(
+            bench.order(
+                f"trl{number}",
+                training={**training, "max_steps": 5, "save_steps": 100},
+                dataset={"dataset_name": "./four.jsonl", "max_len": 32},
+            )
+        )
     answers = bench.train_many(orders, 1)
 
     assert [answer.code for answer in answers] == [0] * len(orders), answers
@@ -73,7 +93,10 @@ def test_five_steps_of_training_are_trls(bench: Bench) -> None:
         losses, norms = ([metrics[n][key] for n in range(1, 6)] for key in ("loss", "grad_norm"))
         assert np.abs(np.subtract(losses, case["losses"])).max() < 1e-5
         assert np.abs(np.divide(norms, case["grad_norms"]) - 1).max() < 1e-3
-        assert np.abs(np.subtract([metrics[n]["margin"] for n in range(1, 6)], case["margins"])).max() < 1e-3
+        assert (
+            np.abs(np.subtract([metrics[n]["margin"] for n in range(1, 6)], case["margins"])).max()
+            < 1e-3
+        )
 
 
 def test_the_known_answers_of_the_formula() -> None:
@@ -92,9 +115,14 @@ def test_the_known_answers_of_the_formula() -> None:
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}, "olmo2": {},
-    "phi3": {"pad_token_id": 0}, "gpt_neox": {},
-}  # fmt: skip
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "olmo2": {},
+    "phi3": {"pad_token_id": 0},
+    "gpt_neox": {},
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,9 +135,16 @@ def test_replies_are_scored_as_the_family_s_own_logits_say(family: str) -> None:
 
     assert set(FAMILIES) == set(dpo.FAMILIES)
     config = transformers.AutoConfig.for_model(
-        family, vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        **({} if family == "gpt_neox" else {"num_key_value_heads": 2}), max_position_embeddings=64, **FAMILIES[family],
-    )  # fmt: skip
+        family,
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **({} if family == "gpt_neox" else {"num_key_value_heads": 2}),
+        max_position_embeddings=64,
+        **FAMILIES[family],
+    )
     config._attn_implementation, config.use_cache = "sdpa", False
     torch.manual_seed(0)
     model = dpo.model_class(config)(config).eval()
@@ -123,17 +158,29 @@ def test_replies_are_scored_as_the_family_s_own_logits_say(family: str) -> None:
     expected = []
     for name in ("chosen", "rejected"):
         for pair in pairs:
-            ids = torch.from_numpy(np.concatenate([pair.prompt, getattr(pair, name)]).astype(np.int64))
-            logps = plain(input_ids=ids[None]).logits[0].float().log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+            ids = torch.from_numpy(
+                np.concatenate([pair.prompt, getattr(pair, name)]).astype(np.int64)
+            )
+            logps = (
+                plain(input_ids=ids[None])
+                .logits[0]
+                .float()
+                .log_softmax(-1)[:-1]
+                .gather(1, ids[1:, None])[:, 0]
+            )
             expected.append(logps[max(0, len(pair.prompt) - 1) :].sum().item())
     assert dpo.can_share_prompt(config, "sdpa")
 
     for shared in (False, True):
-        found = model(**dpo.to_tensors(lay_out(pairs, shared, 4), torch.float32, torch.device("cpu")))
+        found = model(
+            **dpo.to_tensors(lay_out(pairs, shared, 4), torch.float32, torch.device("cpu"))
+        )
         assert np.abs(found.detach().numpy() - expected).max() < 1e-4, shared
 
 
-def test_logits_in_parts_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch, models: tuple[Path, Any, Any]) -> None:
+def test_logits_in_parts_give_the_same_gradient(
+    monkeypatch: pytest.MonkeyPatch, models: tuple[Path, Any, Any]
+) -> None:
     import torch
 
     from hpctrain.train.dpo import model as dpo
@@ -141,13 +188,20 @@ def test_logits_in_parts_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch,
 
     policy = models[1]
     rng = np.random.RandomState(1)
-    rows = lay_out([Pair(*(rng.randint(0, 384, 9).astype(np.int32) for _ in range(3))) for _ in range(2)], True)
+    rows = lay_out(
+        [Pair(*(rng.randint(0, 384, 9).astype(np.int32) for _ in range(3))) for _ in range(2)], True
+    )
     gradients = []
     for limit in (2**26, 384 * 5):
         monkeypatch.setattr(dpo, "MAX_LOGITS", limit)
         policy.zero_grad()
         policy(**dpo.to_tensors(rows, torch.float32, torch.device("cpu"))).sum().backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in policy.named_parameters()})
+        gradients.append(
+            {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+        )
     policy.zero_grad()
 
-    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-4) for name in gradients[0])
+    assert all(
+        torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-4)
+        for name in gradients[0]
+    )

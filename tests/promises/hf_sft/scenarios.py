@@ -1,9 +1,11 @@
-"""Links of hf-sft runs, each in a forked process of its own, so that torch and TRL are imported only once.
+"""Links of hf-sft runs, each in a forked process of its own, so that torch and TRL are imported
+only once.
 
     python scenarios.py ORDERS.json
 
-An order is `[what, arguments]`: `train` (an environment, and perhaps a signal after some log lines), `export`, `validate`, `command` (of hpctrain), `trl_rows`.
-Writes ORDERS.json.out: for each `{"code": …, "said": …, "problems": […], "answer": …}`.
+An order is `[what, arguments]`: `train` (an environment, and perhaps a signal after some log
+lines), `export`, `validate`, `command` (of hpctrain), `trl_rows`. Writes ORDERS.json.out: for each
+`{"code": …, "said": …, "problems": […], "answer": …}`.
 """
 
 from __future__ import annotations
@@ -42,14 +44,17 @@ def train(environment: dict[str, str], **_: Any) -> int:
     stop = StopRequest()
     for number in (signal.SIGUSR1, signal.SIGTERM):
         stop.listen(number)
-    return start(load_config(environment["HPCTRAIN_CONFIG"]), Launch.from_environment(os.environ), stop)
+    return start(
+        load_config(environment["HPCTRAIN_CONFIG"]), Launch.from_environment(os.environ), stop
+    )
 
 
 def export_(source: str, directory: str, **options: Any) -> dict[str, Any]:
     checkpoint = find_checkpoint(source)
     assert checkpoint
     if options.pop("corrupt", False):
-        # What a merge through other precision does: the weights on disk are not those that were computed.
+        # What a merge through other precision does: the weights on disk are not those that were
+        # computed.
         real = transformers.PreTrainedModel.save_pretrained
 
         def save(self: Any, *arguments: Any, **more: Any) -> Any:
@@ -88,16 +93,31 @@ def trl_rows(base: str, cases: list[dict[str, Any]]) -> list[Any]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     for case in cases:
-        arguments = trl.SFTConfig(output_dir=f"{base}/../never", use_cpu=True, report_to=[], max_length=case["max_length"],
-                                  assistant_only_loss=case.get("assistant_only", False), completion_only_loss=case.get("completion_only"))  # fmt: skip
+        arguments = trl.SFTConfig(
+            output_dir=f"{base}/../never",
+            use_cpu=True,
+            report_to=[],
+            max_length=case["max_length"],
+            assistant_only_loss=case.get("assistant_only", False),
+            completion_only_loss=case.get("completion_only"),
+        )
         trainer = trl.SFTTrainer(
-            model, arguments, train_dataset=datasets.Dataset.from_list(case["rows"]), processing_class=tokenizer
+            model,
+            arguments,
+            train_dataset=datasets.Dataset.from_list(case["rows"]),
+            processing_class=tokenizer,
         )
         theirs = [[row["input_ids"], row["labels"]] for row in trainer.train_dataset]
         encoder = rows.Encoder(
-            tokenizer, case["max_length"], case.get("completion_only"), case.get("assistant_only", False), None
+            tokenizer,
+            case["max_length"],
+            case.get("completion_only"),
+            case.get("assistant_only", False),
+            None,
         )
-        answers.append([theirs, [list(found) for found in map(encoder.encode, case["rows"]) if found]])
+        answers.append(
+            [theirs, [list(found) for found in map(encoder.encode, case["rows"]) if found]]
+        )
     return answers
 
 
@@ -105,9 +125,13 @@ def run(what: str, arguments: dict[str, Any], path: str) -> None:
     """In the child: one order, its answer to `path`."""
     answer: dict[str, Any] = {"code": 70, "problems": [], "answer": None}
     try:
-        found = {"train": train, "export": export_, "trl_rows": trl_rows, "validate": validate_, "command": command}[
-            what
-        ](**arguments)
+        found = {
+            "train": train,
+            "export": export_,
+            "trl_rows": trl_rows,
+            "validate": validate_,
+            "command": command,
+        }[what](**arguments)
         answer.update(code=found if what in ("train", "command") else 0, answer=found)
     except errors.HpctrainError as error:
         answer.update(code=error.exit_code, problems=[str(problem) for problem in error.problems])
@@ -136,7 +160,9 @@ def main() -> None:
     answers = []
     for number, (what, arguments) in enumerate(orders):
         path = f"{sys.argv[1]}.{number}"
-        log = os.path.join(arguments.get("environment", {}).get("HPCTRAIN_RUN_DIR", ""), "metrics.jsonl")
+        log = os.path.join(
+            arguments.get("environment", {}).get("HPCTRAIN_RUN_DIR", ""), "metrics.jsonl"
+        )
         before = lines(log)
         child = os.fork()
         if child == 0:
@@ -147,7 +173,8 @@ def main() -> None:
         if "signal" in arguments:
             name, after = arguments["signal"]
             while (
-                lines(log) < before + after and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+                lines(log) < before + after
+                and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
             ):
                 time.sleep(0.005)
             os.kill(child, getattr(signal, f"SIG{name}"))

@@ -1,4 +1,5 @@
-"""A tiny model, a tiny indexed dataset, and ways to run the trainer on them: as real processes, never faked."""
+"""A tiny model, a tiny indexed dataset, and ways to run the trainer on them: as real processes,
+never faked."""
 
 from __future__ import annotations
 
@@ -14,22 +15,47 @@ from start_ranks import start_ranks
 
 HERE = Path(__file__).parent
 LLAMA = {
-    "model_type": "llama", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "attention_dropout": 0.1,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "attention_dropout": 0.1,
+}
 NEOX = {
-    "model_type": "gpt_neox", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 128, "hidden_dropout": 0.1,
-}  # fmt: skip
+    "model_type": "gpt_neox",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "hidden_dropout": 0.1,
+}
 CONFIG: dict[str, Any] = {
-    "model": "llama.json", "train_data_paths": ["data"], "seq_length": 64, "train_iters": 6, "precision": "fp32",
-    "train_micro_batch_size_per_gpu": 1, "train_batch_size": 4, "loss_mask_pairs": [7, 7], "zero_stage": 1,
-    "loss_mask_alternating_individual": [8], "lr": 1.0e-3, "warmup_iters": 2, "checkpoint_factor": 3, "log_interval": 1,
-}  # fmt: skip
+    "model": "llama.json",
+    "train_data_paths": ["data"],
+    "seq_length": 64,
+    "train_iters": 6,
+    "precision": "fp32",
+    "train_micro_batch_size_per_gpu": 1,
+    "train_batch_size": 4,
+    "loss_mask_pairs": [7, 7],
+    "zero_stage": 1,
+    "loss_mask_alternating_individual": [8],
+    "lr": 1.0e-3,
+    "warmup_iters": 2,
+    "checkpoint_factor": 3,
+    "log_interval": 1,
+}
 
 
 def dialogues(count: int = 200, seed: int = 0) -> list[np.ndarray]:
-    """Documents `7 user 7 8 reply 8 2`, whose reply is each user token plus one: something a model can learn."""
+    """Documents `7 user 7 8 reply 8 2`, whose reply is each user token plus one: something a model
+    can learn."""
     rng = np.random.default_rng(seed)
     out = []
     for _ in range(count):
@@ -47,7 +73,11 @@ def write_indexed(prefix: Path, documents: Sequence[np.ndarray]) -> None:
     np.concatenate(documents).astype("<u2").tofile(f"{prefix}.bin")
     pointers = (np.cumsum(sizes, dtype="<i8") - sizes) * 2
     header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(sizes), len(sizes) + 1)
-    body = sizes.tobytes() + pointers.astype("<i8").tobytes() + np.arange(len(sizes) + 1, dtype="<i8").tobytes()
+    body = (
+        sizes.tobytes()
+        + pointers.astype("<i8").tobytes()
+        + np.arange(len(sizes) + 1, dtype="<i8").tobytes()
+    )
     Path(f"{prefix}.idx").write_bytes(header + body)
 
 
@@ -61,7 +91,9 @@ class Bench:
         (path / "neox.json").write_text(json.dumps(NEOX))
         write_indexed(path / "data", dialogues())
 
-    def order(self, name: str, mode: str = "scratch", checkpoint: Path | str = "", **changes: Any) -> dict[str, str]:
+    def order(
+        self, name: str, mode: str = "scratch", checkpoint: Path | str = "", **changes: Any
+    ) -> dict[str, str]:
         """The HPCTRAIN_* environment of a training whose checkpoints and logs go to `name`."""
         config = self.path / f"{name}.yml"
         config.write_text(json.dumps({**CONFIG, **changes}))  # JSON is YAML
@@ -74,13 +106,17 @@ class Bench:
         }
 
     def train(self, order: dict[str, str], num_ranks: int = 1) -> list[tuple[int, str, str]]:
-        """`python -m hpctrain.train.sft` on so many ranks: each rank's exit code, stdout, stderr."""
+        """`python -m hpctrain.train.sft` on so many ranks: each rank's exit code, stdout,
+        stderr."""
         processes = start_ranks(["-m", "hpctrain.train.sft"], order, num_ranks)
         texts = [process.communicate(timeout=600) for process in processes]
         return [(process.returncode, *text) for process, text in zip(processes, texts)]
 
-    def train_many(self, orders: Sequence[dict[str, str]], num_ranks: int) -> list[tuple[int, list[str]]]:
-        """Many trainings in the same processes: the exit code, the same on every rank, and all ranks' problems for each."""
+    def train_many(
+        self, orders: Sequence[dict[str, str]], num_ranks: int
+    ) -> list[tuple[int, list[str]]]:
+        """Many trainings in the same processes: the exit code, the same on every rank, and all
+        ranks' problems for each."""
         file = self.path / f"orders-{num_ranks}-{len(list(self.path.glob('orders-*')))}.json"
         file.write_text(json.dumps(orders))
         processes = start_ranks([str(HERE / "scenarios.py"), str(file)], {}, num_ranks)
@@ -92,7 +128,12 @@ class Bench:
             codes = {code for code, _ in order}
             assert len(codes) == 1, order
             # What every rank says is said once; what only one of them knows is there too.
-            answers.append((codes.pop(), list(dict.fromkeys(problem for _, found in order for problem in found))))
+            answers.append(
+                (
+                    codes.pop(),
+                    list(dict.fromkeys(problem for _, found in order for problem in found)),
+                )
+            )
         return answers
 
     def latest(self, name: str) -> str:
@@ -115,7 +156,11 @@ def same_tensors() -> Callable[[Path, Path], list[str]]:
 
     def flatten(value: Any, name: str) -> dict[str, Any]:
         items = (
-            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value)
+            if isinstance(value, (list, tuple))
+            else ()
         )
         out = {} if items else {name: value}
         for key, child in items:
@@ -124,15 +169,21 @@ def same_tensors() -> Callable[[Path, Path], list[str]]:
 
     def equal(one: Any, two: Any) -> bool:
         if isinstance(one, torch.Tensor):
-            return isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
-        return isinstance(one, type(two)) and (not isinstance(one, (int, float, str, bool)) or one == two)
+            return (
+                isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
+            )
+        return isinstance(one, type(two)) and (
+            not isinstance(one, (int, float, str, bool)) or one == two
+        )
 
     def compare(one: Path, two: Path) -> list[str]:
         files = sorted(path.name for path in one.glob("*.pt"))
         assert files and files == sorted(path.name for path in two.glob("*.pt"))
         different = []
         for file in files:
-            a, b = (flatten(torch.load(path / file, weights_only=False), file) for path in (one, two))
+            a, b = (
+                flatten(torch.load(path / file, weights_only=False), file) for path in (one, two)
+            )
             a, b = ({k: v for k, v in x.items() if "run_id" not in k} for x in (a, b))
             assert a.keys() == b.keys()
             different += [name for name in a if not equal(a[name], b[name])]

@@ -1,9 +1,10 @@
-"""One rank that runs many short trainings in a row, so that the tests pay for importing torch only once.
+"""One rank that runs many short trainings in a row, so that the tests pay for importing torch only
+once.
 
     python scenarios.py ORDERS.json        RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment
 
-Each order is the HPCTRAIN_* part of an environment. Prints nothing of its own; writes ORDERS.json.RANK with one
-`[exit code, [problems]]` per order.
+Each order is the HPCTRAIN_* part of an environment. Prints nothing of its own; writes
+ORDERS.json.RANK with one `[exit code, [problems]]` per order.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ import pytest
 
 from .conftest import Bench, dialogues, write_indexed
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"
+)
 FAMILIES = {"llama.json": "attention_dropout", "neox.json": "hidden_dropout"}
 
 
@@ -21,15 +23,22 @@ def model_and_rows(bench: Bench, family: str, attention: str, **keys: Any) -> An
 
     write_indexed(bench.path / "few", dialogues(12))
     config = SftConfig(
-        model=str(bench.path / family), train_data_paths=(str(bench.path / "few"),), seq_length=64, attention=attention,
-        loss_mask_pairs=(7, 7), loss_mask_alternating_individual=(8,), **keys,
-    )  # fmt: skip
+        model=str(bench.path / family),
+        train_data_paths=(str(bench.path / "few"),),
+        seq_length=64,
+        attention=attention,
+        loss_mask_pairs=(7, 7),
+        loss_mask_alternating_individual=(8,),
+        **keys,
+    )
     model_config = read_model_config(config.model)
     setattr(model_config, FAMILIES[family], 0.0)
     return build_model(config, model_config, None, seed=3), PackedRows(config)
 
 
-def loss_and_gradient(model: Any, rows: Any, samples: list[int], attention: str) -> tuple[float, int, np.ndarray]:
+def loss_and_gradient(
+    model: Any, rows: Any, samples: list[int], attention: str
+) -> tuple[float, int, np.ndarray]:
     import torch
 
     from hpctrain.train.sft.model import to_tensors
@@ -91,8 +100,14 @@ def test_changing_one_document_changes_no_other_documents_loss(bench: Bench) -> 
     assert batch.document.max() >= 2
     arguments = to_tensors(batch, "sdpa", torch.float32, torch.device("cpu"))
     second = np.flatnonzero(batch.document.reshape(-1)[batch.trained] == 2)
-    only_second = {**arguments, "trained": arguments["trained"][second], "labels": arguments["labels"][second]}
+    only_second = {
+        **arguments,
+        "trained": arguments["trained"][second],
+        "labels": arguments["labels"][second],
+    }
     before = float(model(**only_second))
-    only_second["input_ids"] = torch.where(torch.from_numpy(batch.document) == 1, 99, arguments["input_ids"])
+    only_second["input_ids"] = torch.where(
+        torch.from_numpy(batch.document) == 1, 99, arguments["input_ids"]
+    )
 
     assert float(model(**only_second)) == before

@@ -1,4 +1,5 @@
-"""A run that was interrupted is the run that never was; finetune takes weights only; resume refuses what is not exact."""
+"""A run that was interrupted is the run that never was; finetune takes weights only; resume refuses
+what is not exact."""
 
 from __future__ import annotations
 
@@ -23,13 +24,16 @@ Answers = dict[str, tuple[int, list[str]]]
 
 
 def straight_and_resumed(bench: Bench, num_ranks: int) -> dict[str, dict[str, str]]:
-    """For every stage and precision: six steps with a checkpoint after three, and the last three again from there."""
+    """For every stage and precision: six steps with a checkpoint after three, and the last three
+    again from there."""
     out = {}
     for stage, precision in COMBINATIONS:
         name = f"{num_ranks}r-z{stage}-{precision}"
         keys: dict[str, Any] = {"zero_stage": stage, "precision": precision}
         out[name] = bench.order(name, **keys)
-        out[f"{name}-resumed"] = bench.order(f"{name}-resumed", "resume", bench.path / name / "global_step3", **keys)
+        out[f"{name}-resumed"] = bench.order(
+            f"{name}-resumed", "resume", bench.path / name / "global_step3", **keys
+        )
     return out
 
 
@@ -41,7 +45,10 @@ def by_two(bench: Bench) -> Answers:
     documents = dialogues(40)
     documents[17] = np.array([7, 20, 7, 8, 999, 8, 2], dtype=np.uint16)
     write_indexed(bench.path / "strange", documents)
-    orders = {f"z{stage}": bench.order(f"z{stage}", zero_stage=stage, precision="bf16", **QUIET) for stage in range(4)}
+    orders = {
+        f"z{stage}": bench.order(f"z{stage}", zero_stage=stage, precision="bf16", **QUIET)
+        for stage in range(4)
+    }
     orders["neox-2r"] = bench.order("neox-2r", model="neox.json", **QUIET)
     orders["calm-2r"] = bench.order("calm-2r", model="calm.json", train_iters=6, zero_stage=2)
     (bench.path / "blocked").mkdir()
@@ -63,12 +70,16 @@ def by_one(bench: Bench, by_two: Answers) -> Answers:
         names[f"finetune-z{stage}"] = b.order(
             f"finetune-z{stage}", "finetune", step[f"z{stage}"], zero_stage=1, **QUIET
         )
-    names["finetune-neox"] = b.order("finetune-neox", "finetune", step["neox-2r"], model="neox.json", **QUIET)
+    names["finetune-neox"] = b.order(
+        "finetune-neox", "finetune", step["neox-2r"], model="neox.json", **QUIET
+    )
     names["finetune-wrong"] = b.order("finetune-wrong", "finetune", step["neox-2r"], **QUIET)
     more = {"train_iters": 3, "precision": "bf16"}
     names["resume-z0"] = b.order("resume-z0", "resume", step["z0"], zero_stage=0, **more)
     names["resume-z1"] = b.order("resume-z1", "resume", step["z1"], zero_stage=1, **more)
-    names["resume-mixed"] = b.order("resume-mixed", "resume", step["z0"], zero_stage=2, train_iters=3)
+    names["resume-mixed"] = b.order(
+        "resume-mixed", "resume", step["z0"], zero_stage=2, train_iters=3
+    )
     names["resume-data"] = b.order(
         "resume-data", "resume", step["z0"], zero_stage=0, train_data_paths=["other"], **more
     )
@@ -82,7 +93,9 @@ def by_one(bench: Bench, by_two: Answers) -> Answers:
     (b.path / "eps.json").write_text(json.dumps({**llama, "rms_norm_eps": 1e-3}))
     (b.path / "nan.json").write_text(json.dumps({**llama, "rms_norm_eps": float("nan")}))
     (b.path / "short.json").write_text(json.dumps({**llama, "max_position_embeddings": 16}))
-    names["resume-eps"] = b.order("resume-eps", "resume", step["z0"], zero_stage=0, model="eps.json", **more)
+    names["resume-eps"] = b.order(
+        "resume-eps", "resume", step["z0"], zero_stage=0, model="eps.json", **more
+    )
     names["no-finite-step"] = b.order("no-finite-step", model="nan.json", **QUIET)
     names["short"] = b.order("short", model="short.json", **QUIET)
     torn = b.path / "torn" / "global_step2"
@@ -94,11 +107,24 @@ def by_one(bench: Bench, by_two: Answers) -> Answers:
     names["calm-1r"] = b.order(
         "calm-1r", model="calm.json", train_iters=6, zero_stage=0, train_micro_batch_size_per_gpu=4
     )
-    names["nan"] = b.order("nan", lr=1e30, warmup_iters=0, max_skipped_in_a_row=2, checkpoint_factor=1, train_iters=6)
-    names["nan-z0"] = b.order("nan-z0", lr=1e30, warmup_iters=0, max_skipped_in_a_row=2, zero_stage=0, train_iters=6)
-    names["nan-z0-bf16"] = b.order("nan-z0-bf16", lr=1e30, warmup_iters=0, max_skipped_in_a_row=2, zero_stage=0,
-                                   precision="bf16", train_iters=6)  # fmt: skip
-    names["nan-z3"] = b.order("nan-z3", lr=1e30, warmup_iters=0, max_skipped_in_a_row=2, zero_stage=3, train_iters=6)
+    names["nan"] = b.order(
+        "nan", lr=1e30, warmup_iters=0, max_skipped_in_a_row=2, checkpoint_factor=1, train_iters=6
+    )
+    names["nan-z0"] = b.order(
+        "nan-z0", lr=1e30, warmup_iters=0, max_skipped_in_a_row=2, zero_stage=0, train_iters=6
+    )
+    names["nan-z0-bf16"] = b.order(
+        "nan-z0-bf16",
+        lr=1e30,
+        warmup_iters=0,
+        max_skipped_in_a_row=2,
+        zero_stage=0,
+        precision="bf16",
+        train_iters=6,
+    )
+    names["nan-z3"] = b.order(
+        "nan-z3", lr=1e30, warmup_iters=0, max_skipped_in_a_row=2, zero_stage=3, train_iters=6
+    )
     names.update(straight_and_resumed(bench, 1))
     return dict(zip(names, b.train_many(list(names.values()), 1)))
 
@@ -106,9 +132,14 @@ def by_one(bench: Bench, by_two: Answers) -> Answers:
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("stage,precision", COMBINATIONS)
 def test_six_steps_are_three_steps_and_three_resumed_ones_bit_for_bit(
-    bench: Bench, by_one: Answers, by_two: Answers, same_tensors: Callable[[Path, Path], list[str]],
-    stage: int, precision: str, num_ranks: int,
-) -> None:  # fmt: skip
+    bench: Bench,
+    by_one: Answers,
+    by_two: Answers,
+    same_tensors: Callable[[Path, Path], list[str]],
+    stage: int,
+    precision: str,
+    num_ranks: int,
+) -> None:
     straight = bench.path / f"{num_ranks}r-z{stage}-{precision}"
     resumed = bench.path / f"{straight.name}-resumed"
     answers = {**by_one, **by_two}
@@ -119,7 +150,9 @@ def test_six_steps_are_three_steps_and_three_resumed_ones_bit_for_bit(
     for name in (straight.name, resumed.name):
         assert bench.latest(name) == "global_step6"
     losses = {line["iteration"]: line["loss"] for line in bench.metrics(straight.name)}
-    assert {line["iteration"]: line["loss"] for line in bench.metrics(resumed.name)}.items() <= losses.items()
+    assert {
+        line["iteration"]: line["loss"] for line in bench.metrics(resumed.name)
+    }.items() <= losses.items()
     assert losses[6] < losses[1]
 
 
@@ -129,7 +162,14 @@ def test_the_runtime_guard_takes_every_checkpoint_for_complete_and_one_without_a
     runtime = Path(hpctrain.runtime.__file__).parent / "__main__.py"
 
     def verify(*checkpoints: Path) -> int:
-        command = [sys.executable, str(runtime), "verify", "--layout", "deepspeed", *map(str, checkpoints)]
+        command = [
+            sys.executable,
+            str(runtime),
+            "verify",
+            "--layout",
+            "deepspeed",
+            *map(str, checkpoints),
+        ]
         return subprocess.run(command, capture_output=True, check=False).returncode
 
     found = sorted(bench.path.glob("[12]r-z*/global_step*"))
@@ -147,7 +187,9 @@ def test_the_runtime_guard_takes_every_checkpoint_for_complete_and_one_without_a
         assert verify(torn) == 1
 
 
-def test_a_token_outside_the_vocabulary_ends_all_ranks_and_names_its_document(by_two: Answers) -> None:
+def test_a_token_outside_the_vocabulary_ends_all_ranks_and_names_its_document(
+    by_two: Answers,
+) -> None:
     code, found = by_two["strange"]
 
     assert code == 2 and len(found) == 1
@@ -155,19 +197,20 @@ def test_a_token_outside_the_vocabulary_ends_all_ranks_and_names_its_document(by
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_finetune_takes_the_weights_of_any_stage_and_number_of_ranks(bench: Bench, by_one: Answers, stage: int) -> None:
+def test_finetune_takes_the_weights_of_any_stage_and_number_of_ranks(
+    bench: Bench, by_one: Answers, stage: int
+) -> None:
     name = f"finetune-z{stage}"
     assert by_one[name] == (0, [])
 
     first, before = bench.metrics(name)[0], bench.metrics(f"z{stage}")
-    assert first["iteration"] == 1 and first["lr"] == pytest.approx(5e-4)  # the warm-up starts again
+    # the warm-up starts again
+    assert first["iteration"] == 1 and first["lr"] == pytest.approx(5e-4)
     assert first["consumed_samples"] == 4
     assert first["loss"] < before[0]["loss"]  # and the weights do not
 
 
-def test_finetune_of_the_other_family_and_of_a_model_that_does_not_fit(
-    by_one: Answers,
-) -> None:
+def test_finetune_of_the_other_family_and_of_a_model_that_does_not_fit(by_one: Answers) -> None:
     assert by_one["finetune-neox"] == (0, [])
     code, found = by_one["finetune-wrong"]
     assert code == 2 and "do not fit the model" in found[0]
@@ -188,7 +231,9 @@ def test_resume_with_another_number_of_ranks_works_without_zero_and_is_refused_w
 def test_resume_names_everything_that_stands_against_it(by_one: Answers) -> None:
     code, found = by_one["resume-mixed"]
     assert code == 4
-    assert ["precision" in found[0], "zero_stage" in found[1], "number of ranks" in found[2]] == [True] * 3
+    assert ["precision" in found[0], "zero_stage" in found[1], "number of ranks" in found[2]] == [
+        True
+    ] * 3
 
     code, found = by_one["resume-data"]
     assert code == 4 and "the data is not what the run was trained on" in found[0]
@@ -206,7 +251,11 @@ def test_a_save_that_fails_and_a_torn_checkpoint_are_told_and_nothing_of_them_is
     bench: Bench, by_one: Answers, by_two: Answers
 ) -> None:
     code, found = by_two["blocked"]
-    assert code == 3 and len(found) == 2 and all("cannot save `global_step2`: " in text for text in found)
+    assert (
+        code == 3
+        and len(found) == 2
+        and all("cannot save `global_step2`: " in text for text in found)
+    )
     assert [path.name for path in (bench.path / "blocked").iterdir()] == ["partial_global_step2"]
 
     code, found = by_one["torn"]

@@ -1,7 +1,8 @@
-"""Stands in for verl.trainer.main_ppo: reads its overrides, asks Ray for its nodes, and saves as verl does. Standard library.
+"""Stands in for verl.trainer.main_ppo: reads its overrides, asks Ray for its nodes, and saves as
+verl does. Standard library.
 
-`python -m verl.trainer.main_ppo key=value …`. It resumes from the tracker, as `resume_mode: auto` does, and refuses shards of
-another number of ranks. STANDIN_STEP_S: seconds a step.
+`python -m verl.trainer.main_ppo key=value …`. It resumes from the tracker, as `resume_mode: auto`
+does, and refuses shards of another number of ranks. STANDIN_STEP_S: seconds a step.
 """
 
 import io
@@ -16,8 +17,14 @@ import ray
 
 def main():
     values = dict(word.lstrip("+").split("=", 1) for word in sys.argv[1:])
-    text = {key: value[1:-1].replace("\\'", "'") if value[:1] == "'" else value for key, value in values.items()}
-    nodes, ranks = int(values["trainer.nnodes"]), int(values["trainer.nnodes"]) * int(values["trainer.n_gpus_per_node"])
+    text = {
+        key: value[1:-1].replace("\\'", "'") if value[:1] == "'" else value
+        for key, value in values.items()
+    }
+    nodes, ranks = (
+        int(values["trainer.nnodes"]),
+        int(values["trainer.nnodes"]) * int(values["trainer.n_gpus_per_node"]),
+    )
     ray.init()
     alive = ray.nodes()
     gpus = sum(node["Resources"]["GPU"] for node in alive)
@@ -31,14 +38,20 @@ def main():
         for role in ("actor", "critic"):
             for rank in range(ranks):
                 open(
-                    os.path.join(folder, f"global_step_{step}", role, f"model_world_size_{ranks}_rank_{rank}.pt")
+                    os.path.join(
+                        folder,
+                        f"global_step_{step}",
+                        role,
+                        f"model_world_size_{ranks}_rank_{rank}.pt",
+                    )
                 ).close()
     print(f"begins at {step}, validates first: {values['trainer.val_before_train']}", flush=True)
     while step < int(values["trainer.total_training_steps"]):
         step += 1
         time.sleep(float(os.environ.get("STANDIN_STEP_S", "0")))
         print(
-            f"step:{step} - actor/pg_loss:{1 / step:.4f} - actor/grad_norm:0.5 - critic/vf_loss:{2 / step:.4f}",
+            f"step:{step} - actor/pg_loss:{1 / step:.4f} - actor/grad_norm:0.5 -"
+            f" critic/vf_loss:{2 / step:.4f}",
             flush=True,
         )
         if step % int(values["trainer.save_freq"]) == 0:

@@ -1,4 +1,5 @@
-"""Values as shell words and #SBATCH values: what bash and sbatch's own rules read back is the value."""
+"""Values as shell words and #SBATCH values: what bash and sbatch's own rules read back is the
+value."""
 
 from __future__ import annotations
 
@@ -37,17 +38,22 @@ NASTY = [
     "é\u2028",
     "\x1b[31m",
 ]
-TEXT = st.text(alphabet=st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=60)
+TEXT = st.text(
+    alphabet=st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=60
+)
 
 
 def bash(script, **environ):
-    done = subprocess.run(["bash", "-c", script], env={"PATH": "/usr/bin:/bin", **environ}, capture_output=True)
+    done = subprocess.run(
+        ["bash", "-c", script], env={"PATH": "/usr/bin:/bin", **environ}, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def as_sbatch_reads(text):
-    """What `_get_argument` of sbatch (src/sbatch/opt.c) makes of a directive's value: the first word, unquoted."""
+    """What `_get_argument` of sbatch (src/sbatch/opt.c) makes of a directive's value: the first
+    word, unquoted."""
     out, quoted, index = [], "", 0
     while index < len(text):
         char = text[index]
@@ -93,7 +99,9 @@ def test_a_nul_can_be_no_argument():
         quote("a\0b")
 
 
-@pytest.mark.parametrize("value", ["a b", "it's", 'say "x"', "\\", 'a\\"b', "C:\\dir", "#x", "a,b", "é", "$HOME"])
+@pytest.mark.parametrize(
+    "value", ["a b", "it's", 'say "x"', "\\", 'a\\"b', "C:\\dir", "#x", "a,b", "é", "$HOME"]
+)
 def test_sbatch_reads_a_directives_value_back(value):
     assert as_sbatch_reads(sbatch_value(value)) == value
 
@@ -111,7 +119,8 @@ def test_a_plain_directive_stays_plain_and_is_no_shell_text():
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [("", "it is empty"), ("a\nb", "control character"), ("\x7f", "control character")]
+    ("value", "words"),
+    [("", "it is empty"), ("a\nb", "control character"), ("\x7f", "control character")],
 )
 def test_what_no_directive_can_hold_is_refused(value, words):
     with pytest.raises(ValueError, match=words):

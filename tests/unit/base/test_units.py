@@ -32,7 +32,9 @@ def test_durations_are_read_as_slurm_reads_them(text, seconds):
     assert parse_time_s(format_time(seconds)) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "h", "20 hours ago", "1:2:3:4", "-5", "0", "٣", "1e3h", "99999-00", "$(id)"])
+@pytest.mark.parametrize(
+    "text", ["", "h", "20 hours ago", "1:2:3:4", "-5", "0", "٣", "1e3h", "99999-00", "$(id)"]
+)
 def test_other_durations_are_refused(text):
     with pytest.raises(ValueError):
         parse_time_s(text)
@@ -57,11 +59,18 @@ def test_node_lists_round_trip():
     assert compress_nodes(["a9", "a10", "b"]) == "a9,a10,b"
 
 
-@pytest.mark.parametrize("text", ["nid[1-", "nid[3-1]", "n[1-999999999]", "a,,b", "n[x]", "n[1][2]"])
+@pytest.mark.parametrize(
+    "text", ["nid[1-", "nid[3-1]", "n[1-999999999]", "a,,b", "n[x]", "n[1][2]"]
+)
 def test_malformed_node_lists_are_refused(text):
     with pytest.raises(ValueError):
         expand_nodes(text)
 
 
 def test_durations_for_people():
-    assert [format_duration(s) for s in (42, 425, 12000, 187200)] == ["42s", "7m05s", "3h20m", "2d04h"]
+    assert [format_duration(s) for s in (42, 425, 12000, 187200)] == [
+        "42s",
+        "7m05s",
+        "3h20m",
+        "2d04h",
+    ]

@@ -48,7 +48,12 @@ def test_the_largest_share_of_a_slice_is_billed_rounded_up(cores, memory_gib, gp
 
 
 def test_a_slice_of_one_kind_only_and_of_none():
-    assert cost(partition(per_slice_hour=1, slice={"cores": 4, "memory_gib": None}), 1, 9, 999, 0, 3600).billed == 3
+    assert (
+        cost(
+            partition(per_slice_hour=1, slice={"cores": 4, "memory_gib": None}), 1, 9, 999, 0, 3600
+        ).billed
+        == 3
+    )
     bare = cost(partition(per_slice_hour=1, slice={}), 2, 9, 999, 0, 1800)
     assert bare.billed == 1 and "by nodes" in bare.formula
 

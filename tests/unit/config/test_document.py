@@ -23,7 +23,10 @@ def test_all_duplicate_keys_are_reported_at_once_with_both_places():
 
 
 def test_durations_and_dates_stay_text():
-    assert parse_yaml("time: 20:00:00\nday: 2026-11-21\n", "f").data == {"time": "20:00:00", "day": "2026-11-21"}
+    assert parse_yaml("time: 20:00:00\nday: 2026-11-21\n", "f").data == {
+        "time": "20:00:00",
+        "day": "2026-11-21",
+    }
 
 
 def test_a_number_that_yaml_takes_for_text_is_noticed():
@@ -32,7 +35,17 @@ def test_a_number_that_yaml_takes_for_text_is_noticed():
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [", "a: !!python/object:os.system x", "\tb: 1", "a: &x [*x]", "? [a]\n: 1", "a: 'x", "%", "a: \x00"]
+    "text",
+    [
+        "a: [",
+        "a: !!python/object:os.system x",
+        "\tb: 1",
+        "a: &x [*x]",
+        "? [a]\n: 1",
+        "a: 'x",
+        "%",
+        "a: \x00",
+    ],
 )
 def test_broken_yaml_is_one_clear_error(text):
     with pytest.raises(UsageError) as caught:
@@ -71,7 +84,8 @@ def test_bad_set_options_are_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("007", 7), ("0", 0), ("1_000", 1000), ("0x10", 16), ("'010'", "010"), ("08", "08")]
+    ("text", "value"),
+    [("007", 7), ("0", 0), ("1_000", 1000), ("0x10", 16), ("'010'", "010"), ("08", "08")],
 )
 def test_a_number_that_all_yaml_reads_alike_is_taken(text, value):
     assert parse_yaml(f"a: {text}\n", "f").data == {"a": value}
@@ -87,7 +101,14 @@ def test_a_leading_zero_that_would_change_the_number_is_refused():
 
 
 @pytest.mark.parametrize(
-    "text", ["a: {<<: 3}", "a: {<<: [x]}", "a: &m\n  <<: *m\n  [x]: 1", "a: {<<: {b: 1}, [x]: 2}", "a: {<<: , b: 1}"]
+    "text",
+    [
+        "a: {<<: 3}",
+        "a: {<<: [x]}",
+        "a: &m\n  <<: *m\n  [x]: 1",
+        "a: {<<: {b: 1}, [x]: 2}",
+        "a: {<<: , b: 1}",
+    ],
 )
 def test_a_merge_key_that_merges_nothing_is_one_clear_error(text):
     with pytest.raises(UsageError) as caught:

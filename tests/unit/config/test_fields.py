@@ -1,4 +1,5 @@
-"""Declared fields: what is checked, where and how each problem is told, and what JSON Schema says of them."""
+"""Declared fields: what is checked, where and how each problem is told, and what JSON Schema says
+of them."""
 
 from __future__ import annotations
 
@@ -34,10 +35,15 @@ def test_good_values_come_through_and_absent_ones_are_their_defaults():
         "plain": Field("scalar", "plain"),
         "list": Field("list", "items", items=Field("int", "one")),
         "map": Field("map", "pairs", items=Field("text", "one")),
-        "table": Field("table", "inner", fields={"a": Field("int", "a", default=5), "b": Field("text", "b")}),
+        "table": Field(
+            "table", "inner", fields={"a": Field("int", "a", default=5), "b": Field("text", "b")}
+        ),
         "none": Field("list", "kept None", items=Field("int", "one"), nullable=True),
     }
-    text = "name: x\nlr: 1.5\nflag: true\ntime: 90\nmem: 2G\nany: [1]\nplain: 3\nlist: [1, 2]\nmap: {k: v}\ntable: {b: y}\n"
+    text = (
+        "name: x\nlr: 1.5\nflag: true\ntime: 90\nmem: 2G\nany: [1]\nplain: 3\nlist: [1, 2]\nmap:"
+        " {k: v}\ntable: {b: y}\n"
+    )
     values, problems = checked(text, **fields)
     assert problems == []
     assert values == {
@@ -55,7 +61,12 @@ def test_good_values_come_through_and_absent_ones_are_their_defaults():
         "none": None,
     }
     values, _ = checked("name: x\n", **fields)
-    assert (values["list"], values["map"], values["table"], values["lr"]) == ([], {}, {"a": 5, "b": None}, None)
+    assert (values["list"], values["map"], values["table"], values["lr"]) == (
+        [],
+        {},
+        {"a": 5, "b": None},
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +75,12 @@ def test_good_values_come_through_and_absent_ones_are_their_defaults():
         (Field("int", "d"), "k: '2'", "`k: 2` must be a whole number", "write it without quotes"),
         (Field("int", "d"), "k: true", "`k: true` must be a whole number", ""),
         (Field("int", "d"), "k: 1.5", "`k: 1.5` must be a whole number", ""),
-        (Field("number", "d"), "k: 1e5", "`k: 1e5` must be a number", "YAML reads `1e5` as text; write 1.0e5"),
+        (
+            Field("number", "d"),
+            "k: 1e5",
+            "`k: 1e5` must be a number",
+            "YAML reads `1e5` as text; write 1.0e5",
+        ),
         (Field("number", "d"), "k: abc", "`k: abc` must be a number", ""),
         (Field("number", "d"), "k: yes", "`k: yes` must be a number", ""),
         (Field("bool", "d"), "k: 1", "`k: 1` must be true or false", ""),
@@ -72,18 +88,30 @@ def test_good_values_come_through_and_absent_ones_are_their_defaults():
         (Field("text", "d"), "k: no", "`k: no` must be text", 'quote it: "no"'),
         (Field("text", "d"), "k: [a]", "`k: ['a']` must be text", ""),
         (Field("path", "d"), "k: ''", "`k: ` must be a path", ""),
-        (Field("list", "d", items=Field("int", "d")), "k: a", "must be a list", "write [a, b], or one `- item` a line"),
+        (
+            Field("list", "d", items=Field("int", "d")),
+            "k: a",
+            "must be a list",
+            "write [a, b], or one `- item` a line",
+        ),
         (Field("map", "d", items=Field("int", "d")), "k: [1]", "must be a mapping", ""),
         (Field("table", "d", fields={}), "k: 3", "must be a mapping", ""),
         (Field("scalar", "d"), "k: [1]", "must be a plain value", ""),
         (Field("text", "d", required=True), "k:", "`k` is empty, and must be text", ""),
-        (Field("table", "d", fields={}, switch=True), "k: 3", "must be true, false or a mapping", ""),
+        (
+            Field("table", "d", fields={}, switch=True),
+            "k: 3",
+            "must be true, false or a mapping",
+            "",
+        ),
         (Field("time", "d"), "k: soon", "`k`: ", ""),
         (Field("time", "d"), "k: true", "`k`: `True` is not a duration", ""),
         (Field("memory", "d"), "k: [1]", "`k`: `[1]` is not an amount of memory", ""),
     ],
 )
-def test_a_value_of_another_kind_is_told_with_what_was_written_and_what_helps(field, text, what, hint):
+def test_a_value_of_another_kind_is_told_with_what_was_written_and_what_helps(
+    field, text, what, hint
+):
     _, problem = only(f"# first line\n{text}\n", k=field)
     assert what in problem.what and problem.hint == hint
     assert problem.where.startswith("f.yaml:2:")
@@ -115,17 +143,25 @@ def test_numbers_have_bounds(text, what):
 
 @pytest.mark.parametrize("value", [2, 5, 3.5])
 def test_the_bounds_themselves_are_allowed(value):
-    assert checked(f"k: {value}\n", k=Field("number", "d", minimum=2, maximum=5)) == ({"k": value}, [])
+    assert checked(f"k: {value}\n", k=Field("number", "d", minimum=2, maximum=5)) == (
+        {"k": value},
+        [],
+    )
 
 
 def test_choices_patterns_and_empty_texts():
     values, problem = only("k: gren\n", k=Field("text", "d", choices=("green", "red")))
-    assert problem.what == "`k: gren` is not one of them" and "did you mean `green`?" in problem.hint
+    assert (
+        problem.what == "`k: gren` is not one of them" and "did you mean `green`?" in problem.hint
+    )
     assert values == {"k": "gren"}
     _, problem = only("k: a b\n", k=Field("text", "d", pattern="[a-z]+", shape="a word"))
     assert (problem.what, problem.why) == ("`k: a b` is not a word", "allowed: [a-z]+")
     assert checked("k: ab\n", k=Field("text", "d", pattern="[a-z]+", shape="a word"))[1] == []
-    assert only("k: é\n", k=Field("text", "d", pattern=r"\w+", shape="a word"))[1].what == "`k: é` is not a word"
+    assert (
+        only("k: é\n", k=Field("text", "d", pattern=r"\w+", shape="a word"))[1].what
+        == "`k: é` is not a word"
+    )
     assert only("k: ''\n", k=Field("text", "d", required=True))[1].what == "`k: ` is empty"
     assert checked("k: ''\n", k=Field("text", "d"))[1] == []
 
@@ -142,7 +178,10 @@ def test_text_that_cannot_be_carried_is_told_and_does_not_go_on():
 
 
 def test_unknown_and_missing_keys_are_told_at_their_places():
-    fields = {"nodes": Field("int", "how many"), "name": Field("text", "what it is called", required=True)}
+    fields = {
+        "nodes": Field("int", "how many"),
+        "name": Field("text", "what it is called", required=True),
+    }
     values, problems = checked("nodes: 2\n  \nnodse: 3\n", **fields)
     assert [(p.what, p.where) for p in problems] == [
         ("unknown key `nodse`", "f.yaml:3:1"),
@@ -158,7 +197,9 @@ def test_inside_lists_maps_and_tables_the_whole_path_is_told():
         "list": Field("list", "d", items=inner),
         "map": Field("map", "d", items=Field("int", "d"), keys="[a-z]+"),
     }
-    values, problems = checked("list:\n- {n: 1}\n- {n: x, m: 2}\nmap: {a: b, B2: 3, c: 4}\n", **fields)
+    values, problems = checked(
+        "list:\n- {n: 1}\n- {n: x, m: 2}\nmap: {a: b, B2: 3, c: 4}\n", **fields
+    )
     assert sorted((p.what, p.where) for p in problems) == [
         ("`B2` is not a valid name in `map`", "f.yaml:4:13"),
         ("`list.1.n: x` must be a whole number", "f.yaml:3:7"),
@@ -169,7 +210,9 @@ def test_inside_lists_maps_and_tables_the_whole_path_is_told():
 
 
 def test_the_keys_of_a_map_become_text_but_for_maps_of_anything():
-    assert checked("k: {1: 2}\n", k=Field("map", "d", items=Field("int", "d")))[0] == {"k": {"1": 2}}
+    assert checked("k: {1: 2}\n", k=Field("map", "d", items=Field("int", "d")))[0] == {
+        "k": {"1": 2}
+    }
     assert checked("k: {1: 2}\n", k=Field("map", "d", items=Field("any", "d")))[0] == {"k": {1: 2}}
 
 

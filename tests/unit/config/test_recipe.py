@@ -43,10 +43,20 @@ def options(recipe, text):
 
 def test_declared_options_are_checked_with_their_defaults(toy):
     recipe = toy()
-    assert (recipe.tasks, recipe.values["needs_gpus"], recipe.values["layout"]) == ("per_gpu", True, "none")
+    assert (recipe.tasks, recipe.values["needs_gpus"], recipe.values["layout"]) == (
+        "per_gpu",
+        True,
+        "none",
+    )
     values, problems = options(recipe, "recipe_options: {argv: [a, 'b\\n'], free: {x: [1]}}\n")
     assert problems == []
-    assert values == {"argv": ["a", "b\\n"], "paths": [], "size": 3, "mode": None, "free": {"x": [1]}}
+    assert values == {
+        "argv": ["a", "b\\n"],
+        "paths": [],
+        "size": 3,
+        "mode": None,
+        "free": {"x": [1]},
+    }
 
 
 @pytest.mark.parametrize(
@@ -77,7 +87,9 @@ def test_a_recipe_that_is_wrong_is_refused_with_every_problem(toy):
     with pytest.raises(UsageError) as caught:
         toy(module="Bad Module", titel="x", signal={"name": "KILL"})
     assert len(caught.value.problems) == 3
-    assert all(problem.where.startswith("templates/toy/recipe.yaml:") for problem in caught.value.problems)
+    assert all(
+        problem.where.startswith("templates/toy/recipe.yaml:") for problem in caught.value.problems
+    )
 
 
 def test_a_recipe_that_is_not_there_names_the_nearest(toy, tmp_path):

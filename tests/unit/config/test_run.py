@@ -15,7 +15,8 @@ RUN = "name: r\nsite: lumi\nrecipe: command\ntime: 2h\n"
 
 @pytest.fixture
 def spec_of(tmp_path):
-    """(RunSpec, problems) of RUN with more lines, with `--set` words and what a stage hands over."""
+    """(RunSpec, problems) of RUN with more lines, with `--set` words and what a stage hands
+    over."""
 
     def read(more="", *words, handed=None):
         path = tmp_path / "run.yaml"
@@ -39,37 +40,71 @@ def test_a_short_run_has_the_defaults_of_everything_else(spec_of, tmp_path):
     assert problems == []
     assert (spec.name, spec.site, spec.recipe, spec.time_s) == ("r", "lumi", "command", 7200)
     assert (spec.num_nodes, spec.num_links, spec.give_up_after) == (1, 1, 3)
-    unset = (spec.account, spec.partition, spec.gpus_per_node, spec.tasks_per_node, spec.container, spec.secrets)
-    assert unset == (None,) * 6 and spec.checkpoint_dir is spec.checkpoint_start is spec.after_each is None
-    assert spec.data == {"train": (), "valid": (), "test": ()} and spec.env == {} and spec.sbatch == {}
-    assert (spec.preflight, spec.step_time_s, spec.handed, spec.has_start) == (None, None, None, False)
-    assert spec.base_dir == str(tmp_path) and spec.where("time").startswith(str(tmp_path / "run.yaml:4:"))
+    unset = (
+        spec.account,
+        spec.partition,
+        spec.gpus_per_node,
+        spec.tasks_per_node,
+        spec.container,
+        spec.secrets,
+    )
+    assert (
+        unset == (None,) * 6
+        and spec.checkpoint_dir is spec.checkpoint_start is spec.after_each is None
+    )
+    assert (
+        spec.data == {"train": (), "valid": (), "test": ()} and spec.env == {} and spec.sbatch == {}
+    )
+    assert (spec.preflight, spec.step_time_s, spec.handed, spec.has_start) == (
+        None,
+        None,
+        None,
+        False,
+    )
+    assert spec.base_dir == str(tmp_path) and spec.where("time").startswith(
+        str(tmp_path / "run.yaml:4:")
+    )
 
 
 def test_paths_are_relative_to_run_yaml_and_of_the_user(spec_of, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    more = "checkpoint: {start: ../base/s1, dir: ~/ck}\ncontainer: /c//x.sif\ndata: {train: [d/a, /d/b], test: [t]}\n"
-    spec, problems = spec_of(more + "chain: {jobs: 4, give_up_after: 2, after_each: bench.sh}\nsecrets: ~/s.env\n")
+    more = (
+        "checkpoint: {start: ../base/s1, dir: ~/ck}\ncontainer: /c//x.sif\ndata: {train: [d/a,"
+        " /d/b], test: [t]}\n"
+    )
+    spec, problems = spec_of(
+        more + "chain: {jobs: 4, give_up_after: 2, after_each: bench.sh}\nsecrets: ~/s.env\n"
+    )
     assert problems == []
     assert spec.checkpoint_start == str(tmp_path.parent / "base" / "s1") and spec.has_start
     assert (spec.checkpoint_dir, spec.container) == ("/home/me/ck", "/c/x.sif")
-    assert spec.data == {"train": (f"{tmp_path}/d/a", "/d/b"), "valid": (), "test": (f"{tmp_path}/t",)}
+    assert spec.data == {
+        "train": (f"{tmp_path}/d/a", "/d/b"),
+        "valid": (),
+        "test": (f"{tmp_path}/t",),
+    }
     assert (spec.num_links, spec.give_up_after, spec.after_each) == (4, 2, f"{tmp_path}/bench.sh")
     assert spec.secrets == "~/s.env"  # of whoever the job runs as
     assert absolute("a/../b", "/x") == "/x/b" and absolute("/a", "/x") == "/a"
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [("5", "5"), ("1.5", "1.5"), ("true", "true"), ("false", "false"), ("'a b'", "a b")]
+    ("value", "text"),
+    [("5", "5"), ("1.5", "1.5"), ("true", "true"), ("false", "false"), ("'a b'", "a b")],
 )
 def test_variables_are_text_as_a_shell_would_have_them(spec_of, value, text):
     assert spec_of(f"env: {{X: {value}}}\n")[0].env == {"X": text}
 
 
-@pytest.mark.parametrize("name", ["RANK", "MASTER_PORT", "SLURM_JOB_ID", "HPCTRAIN_X", "PMIX_A", "IFS", "ENV"])
+@pytest.mark.parametrize(
+    "name", ["RANK", "MASTER_PORT", "SLURM_JOB_ID", "HPCTRAIN_X", "PMIX_A", "IFS", "ENV"]
+)
 def test_what_hpctrain_and_slurm_set_cannot_be_set(spec_of, name):
     (problem,) = spec_of(f"env: {{{name}: x}}\n")[1]
-    assert problem.what == f"`env.{name}` is set by hpctrain or Slurm in every job" and problem.hint == "delete it"
+    assert (
+        problem.what == f"`env.{name}` is set by hpctrain or Slurm in every job"
+        and problem.hint == "delete it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +167,9 @@ def test_a_spec_with_problems_is_still_good_for_finding_more(spec_of):
 
 
 def test_set_wins_over_run_yaml_over_the_site_of_the_user_over_the_user(spec_of, user_config):
-    user_config.write_text("account: everywhere\nnodes: 9\ntime: 9h\nsites:\n  lumi: {account: here, nodes: 8}\n")
+    user_config.write_text(
+        "account: everywhere\nnodes: 9\ntime: 9h\nsites:\n  lumi: {account: here, nodes: 8}\n"
+    )
     spec, problems = spec_of("nodes: 7\n")
     assert problems == [] and (spec.account, spec.num_nodes, spec.time_s) == ("here", 7, 7200)
     assert spec.where("account") == f"{user_config}:5:19"
@@ -160,7 +197,11 @@ def test_the_users_config_may_be_off_empty_or_wrong(user_config, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", "the file is empty"), ("- a\n", "is a mapping of keys to values"), ("stages: {a: {}}\n", "is a pipeline")],
+    [
+        ("", "the file is empty"),
+        ("- a\n", "is a mapping of keys to values"),
+        ("stages: {a: {}}\n", "is a pipeline"),
+    ],
 )
 def test_a_file_that_is_no_run_is_told(tmp_path, text, words):
     path = tmp_path / "run.yaml"
@@ -203,7 +244,8 @@ def test_a_stage_starts_from_what_the_one_before_hands_over(spec_of):
 
 
 @pytest.mark.parametrize(
-    ("start", "good"), [("/ck/warm/step9", True), ("/ck/warm", True), ("/ck/warmer/step9", False), ("/other", False)]
+    ("start", "good"),
+    [("/ck/warm/step9", True), ("/ck/warm", True), ("/ck/warmer/step9", False), ("/other", False)],
 )
 def test_a_start_of_ones_own_must_be_the_earlier_stages(spec_of, start, good):
     spec, problems = spec_of(f"checkpoint: {{start: {start}, dir: /ck/r}}\n", handed=handed())

@@ -18,10 +18,19 @@ PROFILE = {
     "verified": {"date": "2026-01-01", "by": "us", "evidence": "none"},
     "slurm": {"gpu_request": "gres"},
     "node_types": {
-        "g": {"cores": 64, "usable_cores": 56, "memory_gib": 480, "gpus": 8, "cpu_bind": {7: "mask"}},
+        "g": {
+            "cores": 64,
+            "usable_cores": 56,
+            "memory_gib": 480,
+            "gpus": 8,
+            "cpu_bind": {7: "mask"},
+        },
         "c": {"cores": 128, "memory_gib": 224},
     },
-    "partitions": {"small": {"node_type": "g", "max_time": "1d", "max_nodes": 4}, "cpu": {"node_type": "c"}},
+    "partitions": {
+        "small": {"node_type": "g", "max_time": "1d", "max_nodes": 4},
+        "cpu": {"node_type": "c"},
+    },
 }
 
 
@@ -42,7 +51,13 @@ def site_of(tmp_path):
 def test_a_profile_becomes_nodes_and_partitions(site_of):
     site = site_of()
     big, small = site.node_types["g"], site.node_types["c"]
-    assert (big.cores, big.usable_cores, big.memory_gib, big.gpus, big.cpu_bind) == (64, 56, 480, 8, {7: "mask"})
+    assert (big.cores, big.usable_cores, big.memory_gib, big.gpus, big.cpu_bind) == (
+        64,
+        56,
+        480,
+        8,
+        {7: "mask"},
+    )
     assert (small.usable_cores, small.gpus, small.gpu_vendor, small.sockets) == (128, 0, "", 1)
     partition = site.partitions["small"]
     assert (partition.node_type, partition.max_time_s, partition.max_nodes) == (big, 86400, 4)
@@ -60,7 +75,10 @@ def test_a_site_without_partitions_takes_any_name(site_of):
         del profile["partitions"]
 
     assert site_of(bare).partition("x").node_type.name == "c"  # the first by name
-    assert site_of(lambda p: (bare(p), p.update(default_node_type="g"))).partition("x").node_type.name == "g"
+    assert (
+        site_of(lambda p: (bare(p), p.update(default_node_type="g"))).partition("x").node_type.name
+        == "g"
+    )
 
 
 def setting(*path, value):
@@ -75,18 +93,35 @@ def setting(*path, value):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (setting("partitions", "small", "node_type", value="gg"), "partition `small` names an unknown node type `gg`"),
+        (
+            setting("partitions", "small", "node_type", value="gg"),
+            "partition `small` names an unknown node type `gg`",
+        ),
         (
             setting("partitions", "small", "billing", value={"unit": "h"}),
             "billing of `small` needs one of per_node_hour and per_slice_hour",
         ),
         (
-            setting("partitions", "small", "billing", value={"unit": "h", "per_node_hour": 1, "per_slice_hour": 1}),
+            setting(
+                "partitions",
+                "small",
+                "billing",
+                value={"unit": "h", "per_node_hour": 1, "per_slice_hour": 1},
+            ),
             "billing of `small` needs one of",
         ),
-        (setting("node_types", "g", "usable_cores", value=65), "has more usable cores (65) than cores (64)"),
-        (setting("tools", "cpu_partition", value="cp"), "tools.cpu_partition names an unknown partition `cp`"),
-        (setting("tools", "debug_partition", value="x"), "tools.debug_partition names an unknown partition `x`"),
+        (
+            setting("node_types", "g", "usable_cores", value=65),
+            "has more usable cores (65) than cores (64)",
+        ),
+        (
+            setting("tools", "cpu_partition", value="cp"),
+            "tools.cpu_partition names an unknown partition `cp`",
+        ),
+        (
+            setting("tools", "debug_partition", value="x"),
+            "tools.debug_partition names an unknown partition `x`",
+        ),
         (setting("default_node_type", value="x"), "default_node_type `x` is unknown"),
         (setting("account", "pattern", value="("), "`(` is not a regular expression"),
         (setting("match", "hostnames", value=["ok", "["]), "`[` is not a regular expression"),
@@ -115,7 +150,13 @@ def test_what_only_just_fits_is_fine(site_of, change):
 
 def test_every_problem_is_told_at_once(site_of):
     with pytest.raises(UsageError) as caught:
-        site_of(lambda p: (p.update(titel="x"), p["node_types"]["g"].update(cores="many"), p.pop("title")))
+        site_of(
+            lambda p: (
+                p.update(titel="x"),
+                p["node_types"]["g"].update(cores="many"),
+                p.pop("title"),
+            )
+        )
     assert len(caught.value.problems) == 3
 
 
@@ -155,7 +196,10 @@ def test_ones_own_lumi_may_extend_lumi_and_nothing_extends_itself(project):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("lumo", "there is no site profile `lumo`"), ("./nowhere", "there is no site profile at `./nowhere`")],
+    [
+        ("lumo", "there is no site profile `lumo`"),
+        ("./nowhere", "there is no site profile at `./nowhere`"),
+    ],
 )
 def test_a_site_that_is_not_there(name, words):
     with pytest.raises(UsageError, match=words) as caught:

@@ -12,11 +12,17 @@ from hpctrain.config.document import parse_yaml
 from hpctrain.config.text import block, comment, flow, scalar
 
 TEXT = st.text(
-    alphabet=st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\u2028\u2029\ufeff\ufffe\uffff"),
+    alphabet=st.characters(
+        exclude_categories=["Cs", "Cc"], exclude_characters="\u2028\u2029\ufeff\ufffe\uffff"
+    ),
     max_size=30,
 )
-PLAIN = st.one_of(st.none(), st.booleans(), st.integers(-(2**60), 2**60), st.floats(allow_nan=False), TEXT)
-VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
+PLAIN = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**60), 2**60), st.floats(allow_nan=False), TEXT
+)
+VALUES = st.recursive(
+    PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3)
+)
 
 
 def read(lines):
@@ -25,7 +31,10 @@ def read(lines):
 
 @given(st.dictionaries(TEXT, VALUES, max_size=4))
 def test_any_value_reads_back(values):
-    assert read([line for key, value in values.items() for line in block(key, value)] or ["{}"]) == values
+    assert (
+        read([line for key, value in values.items() for line in block(key, value)] or ["{}"])
+        == values
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,5 +82,7 @@ def test_lists_stand_in_one_line_and_tables_below_their_key():
 def test_a_comment_cannot_end_itself_and_is_wrapped():
     assert comment("a\nb\x07 c") == ["# a b? c"]
     lines = comment("word " * 60, 4)
-    assert len(lines) == 3 and all(line.startswith("    # word") and len(line) <= 118 for line in lines)
+    assert len(lines) == 3 and all(
+        line.startswith("    # word") and len(line) <= 118 for line in lines
+    )
     assert comment("") == []

@@ -60,7 +60,9 @@ def test_pieces_that_text_can_spell_are_refused():
     asked = [f"{U}=<sep>", f"{A}=<|assistant|>"]
 
     assert "not a control symbol of this model but user_defined" in problems(model, asked)[0]
-    assert resolve(model, asked, allow_user_defined=True).forgeable == (model.pieces.index("<sep>"),)
+    assert resolve(model, asked, allow_user_defined=True).forgeable == (
+        model.pieces.index("<sep>"),
+    )
     assert (
         "but normal" in problems(model, [f"{U}=the"], allow_user_defined=True)[0]
         or "no piece" in problems(model, [f"{U}=the"])[0]

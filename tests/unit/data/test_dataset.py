@@ -97,7 +97,11 @@ def test_what_is_missing_says_what_is_there(tmp_path):
     (tmp_path / "b.bin").write_bytes(b"")
     write(tmp_path / "c", DOCUMENTS)
     (tmp_path / "c.bin").unlink()
-    for name, hint in (("a", "did you mean .*a_text_document"), ("b", "its .bin is there"), ("c", "only that copied")):
+    for name, hint in (
+        ("a", "did you mean .*a_text_document"),
+        ("b", "its .bin is there"),
+        ("c", "only that copied"),
+    ):
         with pytest.raises(EnvironmentFault, match=hint):
             open_dataset(str(tmp_path / name))
 
@@ -116,7 +120,10 @@ def test_verify_finds_what_opening_cannot(tmp_path):
     (tmp_path / "d.idx").write_bytes(index)
     found = " ".join(problem.what for problem in verify(open_dataset(str(tmp_path / "d"))))
     assert "pointer of sequence 1" in found
-    assert "2 of 3 sequences do not end with id 9" in verify(write(tmp_path / "e", DOCUMENTS), None, 9)[0].what
+    assert (
+        "2 of 3 sequences do not end with id 9"
+        in verify(write(tmp_path / "e", DOCUMENTS), None, 9)[0].what
+    )
     with pytest.raises(EnvironmentFault, match="cannot be read"):
         open_dataset(str(tmp_path / "nothing"))
 
@@ -147,9 +154,14 @@ def test_what_is_shown_as_masked_is_what_training_masks(tmp_path):
     whole, broken, empty = documents(open_dataset(str(tmp_path / "a")), model, rules, 0, 99)
 
     assert rules == MaskRules(pairs=((7, 7),), alternating=(8,))
-    assert [(part.trained, part.ids) for part in whole.stretches] == [(False, (7, 5, 7, 8)), (True, (6, 6, 8, 9))]
+    assert [(part.trained, part.ids) for part in whole.stretches] == [
+        (False, (7, 5, 7, 8)),
+        (True, (6, 6, 8, 9)),
+    ]
     assert (whole.num_trained, whole.problems, empty.stretches) == (4, (), ())
-    assert [problem.what for problem in broken.problems] == ["document 1 leaves loss_mask_pairs [7, 7] open"]
+    assert [problem.what for problem in broken.problems] == [
+        "document 1 leaves loss_mask_pairs [7, 7] open"
+    ]
     roles = {"tokens": [{"role": "human", "id": 3}, {"role": "assistant", "id": 4}]}
     assert default_rules(roles, model) == MaskRules(pairs=((3, 3),), alternating=(4,))
 
@@ -249,6 +261,13 @@ def test_arrays_never_exceed_any_limit(tasks, shards, queued, counts):
 
 def test_a_task_asks_for_the_memory_of_the_longest_line_it_may_meet(tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", dialogues(2))
-    asked = {limit: request(tmp_path, data, options=replace(PLAIN, max_line_mib=limit)) for limit in (1, 64, 1024)}
+    asked = {
+        limit: request(tmp_path, data, options=replace(PLAIN, max_line_mib=limit))
+        for limit in (1, 64, 1024)
+    }
 
-    assert {limit: mem_gib(prepare(one).plan) for limit, one in asked.items()} == {1: 2, 64: 2, 1024: 30}
+    assert {limit: mem_gib(prepare(one).plan) for limit, one in asked.items()} == {
+        1: 2,
+        64: 2,
+        1024: 30,
+    }

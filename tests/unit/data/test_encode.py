@@ -1,4 +1,5 @@
-"""The fast encoder equals SentencePiece on everything, or is not used; text never becomes a control token."""
+"""The fast encoder equals SentencePiece on everything, or is not used; text never becomes a control
+token."""
 
 import json
 import random
@@ -62,7 +63,9 @@ def test_fast_equals_sentencepiece_on_any_text(kind, data):
         st.sampled_from(pieces).map(lambda piece: piece * 7),
         st.sampled_from([" ", "  ", "\n", "▁", "\u3000", "<0x41>", "<unk>"]),
     )
-    spans = data.draw(st.lists(st.lists(words, min_size=1, max_size=12).map("".join), min_size=1, max_size=10))
+    spans = data.draw(
+        st.lists(st.lists(words, min_size=1, max_size=12).map("".join), min_size=1, max_size=10)
+    )
 
     check(encoder(kind), spans)
 
@@ -79,8 +82,19 @@ def test_fast_equals_sentencepiece_on_other_fuzz_and_dialogues(kind):
 def test_text_never_becomes_a_control_token(kind):
     model = load_model(model_path(kind))
     control = set(model.ids_of_type(CONTROL_TYPE))
-    glued = ["".join(random.Random(n).choices([*CONTROL, "<s>", "</s>", " ", "a"], k=5)) for n in range(200)]
-    spans = [*CONTROL, "<s>", "</s>", "<unk>", "<0x07>", *glued, *(f"\U0010ffff{n}\U0010ffff" for n in range(10))]
+    glued = [
+        "".join(random.Random(n).choices([*CONTROL, "<s>", "</s>", " ", "a"], k=5))
+        for n in range(200)
+    ]
+    spans = [
+        *CONTROL,
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<0x07>",
+        *glued,
+        *(f"\U0010ffff{n}\U0010ffff" for n in range(10)),
+    ]
     ids, _ = encoder(kind).encode(spans)
 
     assert control.isdisjoint(ids.tolist())
@@ -89,7 +103,19 @@ def test_text_never_becomes_a_control_token(kind):
 def test_user_defined_pieces_take_no_detour():
     one = encoder("bpe_user_defined")
     before = one.fallbacks
-    check(one, ["a <sep> b", "==>x", "nothing of it", "=<sep", "<sep><sep>", " <sep>  <sep> ", "   ", "a\0<sep>"])
+    check(
+        one,
+        [
+            "a <sep> b",
+            "==>x",
+            "nothing of it",
+            "=<sep",
+            "<sep><sep>",
+            " <sep>  <sep> ",
+            "   ",
+            "a\0<sep>",
+        ],
+    )
 
     assert one.fallbacks == before + 1  # for the NUL
 
@@ -107,7 +133,9 @@ def test_an_encoder_that_is_wrong_is_found_out(monkeypatch):
     model = load_model(model_path("bpe_identity"))
     right = fast.tokenizer_json(model)
     monkeypatch.setattr(
-        fast, "tokenizer_json", lambda model: right.replace(b'["a","n"],', b"").replace(b'["t","h"],', b"")
+        fast,
+        "tokenizer_json",
+        lambda model: right.replace(b'["a","n"],', b"").replace(b'["t","h"],', b""),
     )
     with pytest.raises(EncoderDisagrees, match="other ids"):
         fast.FastEncoder(model, ["the man than an"])
@@ -155,16 +183,21 @@ print(json.dumps([renewed, peaks]))
 
 
 def test_a_cache_that_never_forgets_does_not_grow_with_the_input():
-    """2.4 million words that never come again, about 230 MiB of cache, with a budget of 24: a table doubles, and no more."""
-    argv = [sys.executable, "-c", GROWTH, model_path("bpe_identity")]  # a process whose memory nothing else uses
-    renewed, peaks = json.loads(subprocess.run(argv, check=True, capture_output=True, timeout=120).stdout)
+    """2.4 million words that never come again, about 230 MiB of cache, with a budget of 24: a table
+    doubles, and no more."""
+    # a process whose memory nothing else uses
+    argv = [sys.executable, "-c", GROWTH, model_path("bpe_identity")]
+    renewed, peaks = json.loads(
+        subprocess.run(argv, check=True, capture_output=True, timeout=120).stdout
+    )
 
     assert renewed >= 2
     assert max(peaks) < 110 << 20, peaks
 
 
 def change(data, pieces=(), score=None):
-    """The model file with some pieces' types or scores changed, by the protobuf classes that come with sentencepiece."""
+    """The model file with some pieces' types or scores changed, by the protobuf classes that come
+    with sentencepiece."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -180,7 +213,11 @@ def test_models_it_does_not_follow_are_refused(monkeypatch):
     model = load_model(model_path("bpe_identity"))
     assert fast.unsuited(model) == ""
     single = next(i for i, piece in enumerate(model.pieces) if piece == "e")
-    double = next(i for i, (piece, kind) in enumerate(zip(model.pieces, model.types)) if len(piece) == 2 and kind == 1)
+    double = next(
+        i
+        for i, (piece, kind) in enumerate(zip(model.pieces, model.types))
+        if len(piece) == 2 and kind == 1
+    )
     for pieces, score, why in [
         (((single, 3),), None, "no piece itself"),
         (((double, 5),), None, "unused"),
@@ -201,7 +238,9 @@ def test_model_files_are_read_as_sentencepiece_reads_them():
         assert model.add_dummy_prefix == (sp.encode("x y", out_type=str)[0].startswith("▁"))
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00", b"hello", b"\x0a\xff\xff", b"\x0a\x05\x0a\x03abc", b"\xff" * 100])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x00", b"hello", b"\x0a\xff\xff", b"\x0a\x05\x0a\x03abc", b"\xff" * 100]
+)
 def test_files_that_are_no_model_are_refused(tmp_path, data):
     from hpctrain.base.errors import UsageError
 

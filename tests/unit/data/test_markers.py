@@ -14,7 +14,21 @@ from hpctrain.data.markers import ALLOWABLE, SPAN, Splitter
 IDS = {U: 7, A: 8}
 PARTS = st.lists(
     st.sampled_from(
-        [U, A, "x", " ", "\n", "\u00a0", "<<<|", "|>>>", "<<<|x|>>>", "text <|user|>", "\u2028", "a\0b", "<"]
+        [
+            U,
+            A,
+            "x",
+            " ",
+            "\n",
+            "\u00a0",
+            "<<<|",
+            "|>>>",
+            "<<<|x|>>>",
+            "text <|user|>",
+            "\u2028",
+            "a\0b",
+            "<",
+        ]
     ),
     max_size=12,
 ).map("".join)
@@ -88,7 +102,9 @@ def test_blank_spans_vanish_and_are_counted():
 
 
 def test_isspace_is_strip_for_every_character():
-    assert all(bool(chr(code).strip()) == (not chr(code).isspace()) for code in range(sys.maxunicode + 1))
+    assert all(
+        bool(chr(code).strip()) == (not chr(code).isspace()) for code in range(sys.maxunicode + 1)
+    )
 
 
 def test_markers_of_any_shape_and_number():

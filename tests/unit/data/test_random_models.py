@@ -1,4 +1,5 @@
-"""BPE models of any shape: ties, spaces at the end, user-defined pieces inside each other, names as odd as may be."""
+"""BPE models of any shape: ties, spaces at the end, user-defined pieces inside each other, names as
+odd as may be."""
 
 import os
 import random
@@ -16,17 +17,25 @@ NUM_MODELS = int(os.environ.get("TOKENIZE_RANDOM_MODELS", "80"))
 
 
 def random_model(rng, charsmap=b""):
-    """(bytes of a small model, its alphabet): pieces in any order of scores, spaces anywhere in them, control pieces like text."""
+    """(bytes of a small model, its alphabet): pieces in any order of scores, spaces anywhere in
+    them, control pieces like text."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
     alphabet = [*rng.sample("abcdeāßжи漢字😀.=0", rng.randint(2, 6)), "▁"]
     across = rng.random() < 0.1
-    texts = {"".join(rng.choices(alphabet, k=rng.choice((2, 2, 3, 4, 6, 12)))) for _ in range(rng.randint(3, 60))}
-    texts |= {"".join(rng.choices(alphabet[:2], k=length)) for length in range(2, rng.randint(3, 6))}
+    texts = {
+        "".join(rng.choices(alphabet, k=rng.choice((2, 2, 3, 4, 6, 12))))
+        for _ in range(rng.randint(3, 60))
+    }
+    texts |= {
+        "".join(rng.choices(alphabet[:2], k=length)) for length in range(2, rng.randint(3, 6))
+    }
     if not across:
         texts = {text for text in texts if "▁" not in text.lstrip("▁")}
-    defined = {text for text in sorted(texts) if rng.random() < 0.1} if rng.random() < 0.6 else set()
+    defined = (
+        {text for text in sorted(texts) if rng.random() < 0.1} if rng.random() < 0.6 else set()
+    )
     if defined and rng.random() < 0.5:
         defined |= {rng.choice(["\n", "a b", "é", "▁", "  "])}
     texts = texts - defined | set(alphabet) - defined
@@ -35,10 +44,18 @@ def random_model(rng, charsmap=b""):
     rows += [(f"<0x{byte:02X}>", 6) for byte in range(256)] if fallback else []
     rows += [(text, 1) for text in sorted(texts)] + [(text, 4) for text in sorted(defined)]
     rng.shuffle(rows)
-    many = rng.random() < 0.4  # scores, so that no two are the same; else ties are everywhere, or among the runs
-    scores = rng.sample(range(-3000, 3), len(rows)) if many else rng.choices(range(-2000, 3), k=len(rows))
+    # scores, so that no two are the same; else ties are everywhere, or among the runs
+    many = rng.random() < 0.4
+    scores = (
+        rng.sample(range(-3000, 3), len(rows))
+        if many
+        else rng.choices(range(-2000, 3), k=len(rows))
+    )
     if not many and rng.random() < 0.5:
-        scores = [-1e9 if len(text) > 1 and len(set(text)) == 1 else score for (text, _), score in zip(rows, scores)]
+        scores = [
+            -1e9 if len(text) > 1 and len(set(text)) == 1 else score
+            for (text, _), score in zip(rows, scores)
+        ]
     for (text, kind), score in zip(rows, scores):
         piece = proto.pieces.add()
         piece.piece, piece.score, piece.type = text, score, kind
@@ -52,7 +69,11 @@ def random_model(rng, charsmap=b""):
 
 
 def random_spans(rng, alphabet, count):
-    letters = [*alphabet[:-1], " ", *rng.sample([" ", "▁", "  ", "\n", "x", "é", "界", "<s>", "\u200b", "ﬁ", "a b"], 4)]
+    letters = [
+        *alphabet[:-1],
+        " ",
+        *rng.sample([" ", "▁", "  ", "\n", "x", "é", "界", "<s>", "\u200b", "ﬁ", "a b"], 4),
+    ]
     for _ in range(count):
         few = rng.sample(letters, rng.randint(1, len(letters)))
         yield "".join(rng.choices(few, k=rng.choice((1, 2, 3, 8, 30, 200, 1000))))
@@ -60,7 +81,8 @@ def random_spans(rng, alphabet, count):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_models_give_the_ids_of_sentencepiece(seed):
-    """80 models x 40 spans, twice, the second time from what was kept; TOKENIZE_RANDOM_MODELS asks for more."""
+    """80 models x 40 spans, twice, the second time from what was kept; TOKENIZE_RANDOM_MODELS asks
+    for more."""
     charsmap = load_model(model_path("bpe_nmt_nfkc")).charsmap
     compared = 0
     for number in range(NUM_MODELS // 4):
@@ -73,7 +95,8 @@ def test_random_models_give_the_ids_of_sentencepiece(seed):
         try:
             one = fast.FastEncoder(model, [])
         except EncoderDisagrees:
-            assert tied_runs(scores), (seed, number)  # the one structure that only the self-check tells apart
+            # the one structure that only the self-check tells apart
+            assert tied_runs(scores), (seed, number)
             continue
         spans = list(random_spans(rng, alphabet, 40))
         want = [processor(model).encode(span) for span in spans]

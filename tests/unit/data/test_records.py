@@ -45,7 +45,10 @@ def parse(line):
         ({"messages": [{"role": "user"}]}, "text"),
         ({"messages": [{"role": 1, "content": "x"}]}, "text"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "role"),
-        ({"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}, "role"),
+        (
+            {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]},
+            "role",
+        ),
         ({"messages": [{"role": "user", "content": "\udfff"}]}, "surrogate"),
     ],
 )
@@ -54,9 +57,15 @@ def test_what_cannot_be_read_is_a_fault(record, kind):
 
 
 def test_messages_give_the_same_as_marked_up_text():
-    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " b\n"}]}
+    chat = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " b\n"}]
+    }
 
-    assert add(chat) == add({"text": f"{U}a{U}{A} b\n{A}"}) == (None, [7, SPAN, 7, 8, SPAN, 8], ["a", " b\n"])
+    assert (
+        add(chat)
+        == add({"text": f"{U}a{U}{A} b\n{A}"})
+        == (None, [7, SPAN, 7, 8, SPAN, 8], ["a", " b\n"])
+    )
 
 
 def test_gad_records_have_their_reply_beside_the_messages():
@@ -97,7 +106,12 @@ def test_bad_lines_say_where_in_bytes(line, kind, offset):
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"text": "x", "score": NaN}', b'{"score": -Infinity, "text": "x"}', b'{"a": "\\ud800", "text": "x"}']
+    "line",
+    [
+        b'{"text": "x", "score": NaN}',
+        b'{"score": -Infinity, "text": "x"}',
+        b'{"a": "\\ud800", "text": "x"}',
+    ],
 )
 def test_oddities_in_other_keys_do_not_matter(line):
     assert parse(line)[0]["text"] == "x"
@@ -109,7 +123,11 @@ def test_the_last_of_two_equal_keys_counts():
 
 
 # Hypothesis also tries the strings that it finds in our code, so that a marker itself may come up.
-@given(st.text(st.characters(exclude_categories=[]), max_size=20).filter(lambda text: U not in text and A not in text))
+@given(
+    st.text(st.characters(exclude_categories=[]), max_size=20).filter(
+        lambda text: U not in text and A not in text
+    )
+)
 def test_every_string_is_taken_verbatim_or_refused(text):
     record, fault = parse(json.dumps({"text": f"{U}x{text}{U}"}).encode())
     kind, _, spans = add(record) if not fault else (fault.kind, [], [])

@@ -61,14 +61,20 @@ def test_compressed_files_read_the_same_and_damage_is_an_error(tmp_path):
 
     lines = [f"line {n} ".encode() * (n % 50) for n in range(5000)]
     plain = b"\n".join(lines) + b"\n"
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain[:10_000]) + gzip.compress(plain[10_000:]))
+    (tmp_path / "a.jsonl.gz").write_bytes(
+        gzip.compress(plain[:10_000]) + gzip.compress(plain[10_000:])
+    )
     frames = zstandard.compress(plain[:10_000]) + zstandard.compress(plain[10_000:])
     (tmp_path / "a.jsonl.zst").write_bytes(frames)
     for name in ("a.jsonl.gz", "a.jsonl.zst"):
         path = tmp_path / name
         size = path.stat().st_size
         assert read(path, Segment(0, 0, size)) == (lines, 0, size)
-        for damaged in (path.read_bytes()[:-5], path.read_bytes()[: size // 2], path.read_bytes()[:-9] + b"x" * 9):
+        for damaged in (
+            path.read_bytes()[:-5],
+            path.read_bytes()[: size // 2],
+            path.read_bytes()[:-9] + b"x" * 9,
+        ):
             path.write_bytes(damaged)
             with pytest.raises(UsageError, match="broken"):
                 read(path, Segment(0, 0, len(damaged)))
@@ -82,7 +88,11 @@ def test_parquet_row_groups(tmp_path):
     table = pyarrow.table({"text": [f"t{n}" for n in range(100)], "n": list(range(100))})
     pyarrow.parquet.write_table(table, path, row_group_size=30)
     assert describe(str(path)).units == 4
-    found = [row["text"] for begin, end in ((0, 1), (1, 3), (3, 4)) for row in read(path, Segment(0, begin, end))[0]]
+    found = [
+        row["text"]
+        for begin, end in ((0, 1), (1, 3), (3, 4))
+        for row in read(path, Segment(0, begin, end))[0]
+    ]
     assert found == [f"t{n}" for n in range(100)]
     path.write_bytes(b"PAR1 not really")
     with pytest.raises(EnvironmentFault, match="not a parquet file"):
@@ -98,7 +108,10 @@ def test_other_columns_of_parquet_are_not_looked_at(tmp_path):
     far = pyarrow.array([2**62, 1], pyarrow.timestamp("us", tz="Europe/Nowhere"))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "when": far}), path)
 
-    assert read(path, Segment(0, 0, 1), columns=["text", "messages"])[0] == [{"text": "a"}, {"text": "b"}]
+    assert read(path, Segment(0, 0, 1), columns=["text", "messages"])[0] == [
+        {"text": "a"},
+        {"text": "b"},
+    ]
     assert read(path, Segment(0, 0, 1), columns=["messages"])[0] == [{}, {}]
 
 
@@ -109,7 +122,9 @@ def test_a_few_bytes_of_zstd_do_not_become_all_their_text_at_once(tmp_path):
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(zstandard.compress(line * 64_000, 19))
     assert path.stat().st_size < 1 << 14
-    reader = SegmentReader(describe(str(path)), Segment(0, 0, path.stat().st_size), hashlib.sha256())
+    reader = SegmentReader(
+        describe(str(path)), Segment(0, 0, path.stat().st_size), hashlib.sha256()
+    )
     sizes = [block.num_bytes for block in reader.blocks()]
 
     assert sum(sizes) == 64_000_000
@@ -156,7 +171,10 @@ def test_all_bad_inputs_are_named_at_once(tmp_path):
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["lines", "gz", "parquet"]), st.integers(0, 500), st.integers(0, 9)), max_size=6
+        st.tuples(
+            st.sampled_from(["lines", "gz", "parquet"]), st.integers(0, 500), st.integers(0, 9)
+        ),
+        max_size=6,
     ),
     st.integers(1, 20),
 )

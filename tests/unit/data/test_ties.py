@@ -19,7 +19,11 @@ def merged(text, order):
     """
     symbols = list(text)
     while True:
-        pairs = [(order(a + b, at), at) for at, (a, b) in enumerate(zip(symbols, symbols[1:])) if order(a + b, at)]
+        pairs = [
+            (order(a + b, at), at)
+            for at, (a, b) in enumerate(zip(symbols, symbols[1:]))
+            if order(a + b, at)
+        ]
         if not pairs:
             return symbols
         at = min(pairs)[1]
@@ -42,7 +46,11 @@ def differs(scores, ranks, texts):
 
 
 def texts_of(alphabet):
-    return ["".join(word) for size in range(2, LENGTH + 1) for word in itertools.product(alphabet, repeat=size)]
+    return [
+        "".join(word)
+        for size in range(2, LENGTH + 1)
+        for word in itertools.product(alphabet, repeat=size)
+    ]
 
 
 ALL = texts_of("ab")
@@ -56,7 +64,11 @@ def test_no_text_tells_ties_apart_that_do_not_meet(model, rng):
     scores = {"a": 0.0, "b": 0.0, **model}
     pieces = list(scores)
     ranks = dict(zip(rng.sample(pieces, len(pieces)), range(len(pieces))))
-    runs = [char * size for char, longest in tied_runs(scores).items() for size in range(2, 3 * longest + 2)]
+    runs = [
+        char * size
+        for char, longest in tied_runs(scores).items()
+        for size in range(2, 3 * longest + 2)
+    ]
 
     if not tied_pieces_meet(scores) and differs(scores, ranks, runs) is None:
         assert differs(scores, ranks, ALL) is None
@@ -103,4 +115,6 @@ def test_runs_of_one_character_are_left_to_a_comparison_of_every_length():
     assert tied_runs(scores) == {"▁": 8} and not tied_pieces_meet(scores)
     assert tied_pieces_meet({**scores, "▁b": -1e9})  # a word that competes with them
     assert tied_pieces_meet({**scores, "▁▁a": -1.0})  # one that they grow into
-    assert tied_pieces_meet({**scores, "▁▁": -5.0}) is True and tied_runs({**scores, "▁▁": -5.0}) == {}
+    assert (
+        tied_pieces_meet({**scores, "▁▁": -5.0}) is True and tied_runs({**scores, "▁▁": -5.0}) == {}
+    )

@@ -1,4 +1,5 @@
-"""A Slurm of a few lines on PATH: sbatch hands out numbers, squeue lists them, and a test says what has ended."""
+"""A Slurm of a few lines on PATH: sbatch hands out numbers, squeue lists them, and a test says what
+has ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`hpctrain checkpoint`: what it says, what it refuses, and that it changes nothing it was not asked to."""
+"""`hpctrain checkpoint`: what it says, what it refuses, and that it changes nothing it was not
+asked to."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def cli():
         result = CliRunner().invoke(command, [str(arg) for arg in args])
         if isinstance(result.exception, errors.HpctrainError):
             return result.exception.exit_code, str(result.exception)
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        assert result.exception is None or isinstance(result.exception, SystemExit), (
+            result.exception
+        )
         return result.exit_code, result.output
 
     return run
@@ -28,24 +31,32 @@ def cli():
 
 @pytest.fixture
 def base(tmp_path):
-    return checkpoints.save(str(tmp_path / "base v2"), 423858, 2, 2, name="_global_step423858_backup")
+    return checkpoints.save(
+        str(tmp_path / "base v2"), 423858, 2, 2, name="_global_step423858_backup"
+    )
 
 
-def test_bootstrap_makes_the_folder_of_the_seed_and_says_what_it_read_from_the_name(cli, tmp_path, base):
+def test_bootstrap_makes_the_folder_of_the_seed_and_says_what_it_read_from_the_name(
+    cli, tmp_path, base
+):
     parent = tmp_path / "project"
     parent.mkdir()
     os.chmod(parent, 0o2770)
     before = checkpoints.snapshot(base)
     old = os.umask(0o077)
     try:
-        code, said = cli("bootstrap", parent / "ck" / "new", "--start", base, "--layout", "deepspeed", "--tp", 2)
+        code, said = cli(
+            "bootstrap", parent / "ck" / "new", "--start", base, "--layout", "deepspeed", "--tp", 2
+        )
     finally:
         os.umask(old)
     folder = parent / "ck" / "new"
     assert (code, "iteration 423858" in said) == (0, True)
     assert os.readlink(folder / "global_step423858") == "../../../base v2/_global_step423858_backup"
     assert (folder / "latest").read_bytes() == b"global_step423858"
-    assert [stat.S_IMODE(os.stat(path).st_mode) & 0o2070 for path in (parent / "ck", folder)] == [0o2070] * 2
+    assert [stat.S_IMODE(os.stat(path).st_mode) & 0o2070 for path in (parent / "ck", folder)] == [
+        0o2070
+    ] * 2
     assert stat.S_IMODE(os.stat(folder / "latest").st_mode) & 0o060 == 0o060
     again = checkpoints.snapshot(folder)
     assert cli("bootstrap", folder, "--start", base)[0] == 0
@@ -54,7 +65,10 @@ def test_bootstrap_makes_the_folder_of_the_seed_and_says_what_it_read_from_the_n
 
 
 def test_bootstrap_dry_run_writes_nothing(cli, tmp_path, base):
-    assert cli("bootstrap", tmp_path / "new", "--start", base, "--layout", "deepspeed", "--dry-run")[0] == 0
+    assert (
+        cli("bootstrap", tmp_path / "new", "--start", base, "--layout", "deepspeed", "--dry-run")[0]
+        == 0
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -91,20 +105,25 @@ def test_list_says_which_is_complete_which_is_named_and_which_comes_next(cli, tm
     code, said = cli("list", tmp_path, "--json")
     found = {row["name"]: row for row in json.loads(said)["checkpoints"]}
     assert code == 0
-    assert [found[name]["complete"] for name in ("global_step10", "global_step20", "global_step30")] == [
-        True,
-        True,
-        False,
-    ]
+    assert [
+        found[name]["complete"] for name in ("global_step10", "global_step20", "global_step30")
+    ] == [True, True, False]
     assert found["global_step30"]["named"] and found["global_step20"]["chosen"]
     assert [
-        row["complete"] for row in json.loads(cli("list", tmp_path, "--names-only", "--json")[1])["checkpoints"]
+        row["complete"]
+        for row in json.loads(cli("list", tmp_path, "--names-only", "--json")[1])["checkpoints"]
     ] == [None] * 3
 
 
 def test_ranks_that_a_checkpoint_must_have_and_has_not_are_no_success(cli, tmp_path):
     good = checkpoints.save(str(tmp_path / "ck"), 10, 2, 2)
-    for ranks in (("--tp", 4), ("--tp", 2, "--dp", 4), ("--tp", 2, "--pp", 2), ("--tp", 1, "--pp", 1), ("--zero", 3)):
+    for ranks in (
+        ("--tp", 4),
+        ("--tp", 2, "--dp", 4),
+        ("--tp", 2, "--pp", 2),
+        ("--tp", 1, "--pp", 1),
+        ("--zero", 3),
+    ):
         code, said = cli("verify", good, *ranks)
         assert code == 1 and "the plan has" in said, ranks
         assert cli("bootstrap", tmp_path / "new", "--start", good, *ranks)[0] == 2, ranks
@@ -188,11 +207,21 @@ def test_use_refuses_while_a_link_works_there(cli, tmp_path, monkeypatch):
     assert (tmp_path / "global_step20").is_dir()
 
 
-@pytest.mark.parametrize("args", [
-    ("list", "nowhere"), ("list", "nowhere", "--layout", "deepspeed"), ("verify", "nowhere"), ("use", "nowhere", "--back", "1"),
-    ("bootstrap", "nowhere"), ("bootstrap", "nowhere", "--start", "also nowhere", "--layout", "deepspeed"), ("list", "run.yaml"),
-    ("use", "."), ("use", ".", "--to", "../x", "--layout", "deepspeed"), ("use", ".", "--back", "1", "--layout", "deepspeed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("list", "nowhere"),
+        ("list", "nowhere", "--layout", "deepspeed"),
+        ("verify", "nowhere"),
+        ("use", "nowhere", "--back", "1"),
+        ("bootstrap", "nowhere"),
+        ("bootstrap", "nowhere", "--start", "also nowhere", "--layout", "deepspeed"),
+        ("list", "run.yaml"),
+        ("use", "."),
+        ("use", ".", "--to", "../x", "--layout", "deepspeed"),
+        ("use", ".", "--back", "1", "--layout", "deepspeed"),
+    ],
+)
 def test_what_is_not_there_is_said_and_not_made(cli, tmp_path, monkeypatch, args):
     monkeypatch.chdir(tmp_path)
     code, said = cli(*args)

@@ -1,4 +1,5 @@
-"""The ladder's rungs as they are planned: own output, the same global batch, the toggles of the recipe."""
+"""The ladder's rungs as they are planned: own output, the same global batch, the toggles of the
+recipe."""
 
 from __future__ import annotations
 
@@ -33,7 +34,11 @@ def test_the_global_batch_stays_the_same_and_every_rung_has_its_own_output(examp
         data = plan.spec.num_nodes * plan.gpus_per_node // 8  # tensor parallelism 8
         assert config["train_batch_size"] == 576 == 3 * config["gradient_accumulation_steps"] * data
         assert config["train_iters"] == 150 and plan.spec.num_links == 1
-    assert len({rung.run_dir for rung in rungs}) == len({rung.loaded.plan.spec.checkpoint_dir for rung in rungs}) == 3
+    assert (
+        len({rung.run_dir for rung in rungs})
+        == len({rung.loaded.plan.spec.checkpoint_dir for rung in rungs})
+        == 3
+    )
 
 
 def test_every_rung_that_cannot_be_is_named_at_once(example):
@@ -63,12 +68,17 @@ def test_a_dry_run_writes_nothing(hpctrain, example):
         ("hello", {}, {}, None),
         ("sft", {"config.zero_stage": 0}, {}, 64),
         ("lumi-dpo", {"config.dpo_training.fsdp": False}, {"config.dpo_training.fsdp": True}, 128),
-        ("open-instruct-sft", {"recipe_options.deepspeed": "none", "config.use_8bit_optimizer": True},
-         {"recipe_options.deepspeed": "zero3", "config.use_8bit_optimizer": False}, 128),
+        (
+            "open-instruct-sft",
+            {"recipe_options.deepspeed": "none", "config.use_8bit_optimizer": True},
+            {"recipe_options.deepspeed": "zero3", "config.use_8bit_optimizer": False},
+            128,
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_recipe_has_its_toggles_and_keeps_its_batch(name, one, more, batch):
-    """DeepSpeed off and 8-bit states on for one GPU, ZeRO-3 and none for more, where the recipe has these."""
+    """DeepSpeed off and 8-bit states on for one GPU, ZeRO-3 and none for more, where the recipe has
+    these."""
     site = (
         ["site=lumi", "partition=small-g", "account=project_465001281", "gpus_per_node=8"]
         if name in ("hello", "sft")
@@ -78,14 +88,20 @@ def test_each_recipe_has_its_toggles_and_keeps_its_batch(name, one, more, batch)
     for rung in rungs:
         wanted = one if rung.num_gpus == 1 else more
         assert {key: rung.changes[key] for key in wanted} == wanted
-        decided = [d.value for d in rung.loaded.plan.decisions if d.name == "batch.train_batch_size"]
+        decided = [
+            d.value for d in rung.loaded.plan.decisions if d.name == "batch.train_batch_size"
+        ]
         if batch:
-            assert decided == [batch] or rung.loaded.plan.spec.config.get("train_batch_size") == batch, decided
+            assert (
+                decided == [batch] or rung.loaded.plan.spec.config.get("train_batch_size") == batch
+            ), decided
         assert 150 in rung.changes.values()
     assert [purpose(rungs, rung)[0] for rung in rungs] == ["sanity", "distributed", "full"]
 
 
-@pytest.mark.parametrize("name", ["lumi-sft", "lumi-dpo", "lumi-neox-sft", "open-instruct-sft", "hf-sft"])
+@pytest.mark.parametrize(
+    "name", ["lumi-sft", "lumi-dpo", "lumi-neox-sft", "open-instruct-sft", "hf-sft"]
+)
 @pytest.mark.parametrize("options", [[], ["--set", "time=02:00:00"]])
 def test_a_ladder_has_one_price_whoever_is_asked(name, options, cli):
     run_yaml = EXAMPLE.parent / name / "run.yaml"
@@ -95,22 +111,39 @@ def test_a_ladder_has_one_price_whoever_is_asked(name, options, cli):
     told = json.loads(out)
     code, out, err = cli("cost", run_yaml, "--ladder", numbers, *options, "--json")
     assert code == 0, err
-    bills = [bill for bill in json.loads(out)["bills"] if "rung" in bill["what"] or "ladder" in bill["what"]]
+    bills = [
+        bill
+        for bill in json.loads(out)["bills"]
+        if "rung" in bill["what"] or "ladder" in bill["what"]
+    ]
 
     assert bills == [*(rung["bill"] for rung in told["rungs"]), told["total"]]
     for what in ("time_s", "node_hours", "gpu_hours"):
-        assert told["total"][what] == pytest.approx(sum(rung["bill"][what] for rung in told["rungs"]))
+        assert told["total"][what] == pytest.approx(
+            sum(rung["bill"][what] for rung in told["rungs"])
+        )
     assert all(rung["bill"]["time_s"] == 1800 for rung in told["rungs"])
     # The same in people's words, also where the site names no units.
     for verb in (["ladder", "--rungs", numbers, "--dry-run"], ["cost", "--ladder", numbers]):
         out = cli(verb[0], run_yaml, *verb[1:], *options)[1]
-        assert f"{told['total']['gpu_hours']:,.2f}" in out.split("the ladder")[1].split("\n")[0], out
+        assert f"{told['total']['gpu_hours']:,.2f}" in out.split("the ladder")[1].split("\n")[0], (
+            out
+        )
 
 
 def test_the_questions_of_the_guides_are_answered_by_the_rules():
     lines = [f"step {i}/150 loss={2.5 - 0.01 * i:.4f} grad_norm=1.0\n" for i in range(1, 151)]
     for text, wanted in (
-        (lines, {"loss": "pass", "finite": "pass", "memory": "pass", "gradients": "pass", "steps": "pass"}),
+        (
+            lines,
+            {
+                "loss": "pass",
+                "finite": "pass",
+                "memory": "pass",
+                "gradients": "pass",
+                "steps": "pass",
+            },
+        ),
         ([*lines[:120], "RuntimeError: CUDA out of memory\n"], {"memory": "fail"}),
         ([], {"loss": "not seen", "finite": "not seen", "steps": "not seen"}),
     ):
@@ -122,9 +155,12 @@ def test_the_questions_of_the_guides_are_answered_by_the_rules():
 
 def test_a_ladder_after_one_that_climbed_has_folders_of_its_own(example):
     first = plan_rungs(example, [], [8, 16], 150, "00:30:00")
-    assert plan_rungs(example, [], [8, 16], 150, "00:30:00")[0].run_dir == first[0].run_dir  # rendered only
+    # rendered only
+    assert plan_rungs(example, [], [8, 16], 150, "00:30:00")[0].run_dir == first[0].run_dir
     (Path(first[1].run_dir) / "logs").mkdir(parents=True)
-    (Path(first[1].run_dir) / "logs" / "x-17.out").write_text("hpctrain: job 17, restart 0, 1 nodes: n1\n")
+    (Path(first[1].run_dir) / "logs" / "x-17.out").write_text(
+        "hpctrain: job 17, restart 0, 1 nodes: n1\n"
+    )
     second = plan_rungs(example, [], [8, 16], 150, "00:30:00")
     assert [Path(rung.run_dir).name[-2:] for rung in second] == ["-2", "-2"]
     for before, after in zip(first, second):
@@ -168,7 +204,9 @@ CUT = "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-21T10:17:12 DUE T
 
 
 def diagnosed(steps, tail="", drop=0.01, **thresholds):
-    lines = [f"step {i}/2000 loss={2.5 - drop * i:.4f} grad_norm=1.0\n" for i in range(1, steps + 1)]
+    lines = [
+        f"step {i}/2000 loss={2.5 - drop * i:.4f} grad_norm=1.0\n" for i in range(1, steps + 1)
+    ]
     engine = Engine(Thresholds(**thresholds))
     engine.log("x").feed(("".join(lines) + tail).encode())
     return judge(engine, Circumstances(running=False))
@@ -182,7 +220,13 @@ def diagnosed(steps, tail="", drop=0.01, **thresholds):
         # Cut by its time limit: what a hundred steps say is said.
         (lambda: diagnosed(120, CUT), 1, False, True, "GREEN for 120 steps, until the time limit"),
         (lambda: diagnosed(100, CUT), 1, False, True, "GREEN for 100 steps"),
-        (lambda: diagnosed(99, CUT), 1, False, False, "the time limit came after 99 steps; 100 are needed"),
+        (
+            lambda: diagnosed(99, CUT),
+            1,
+            False,
+            False,
+            "the time limit came after 99 steps; 100 are needed",
+        ),
         (lambda: diagnosed(120, CUT, drop=-0.02), 1, False, False, "RED"),
         (lambda: diagnosed(120, "RuntimeError: CUDA out of memory\n"), 1, False, False, "RED"),
         # The loss must fall by a tenth before more GPUs are worth it, unless told otherwise.
@@ -200,7 +244,8 @@ def test_when_the_next_rung_is_climbed(diagnosis, code, last, passed, words):
 
 def test_a_rung_that_was_cut_too_early_says_which_time_is_enough():
     text = "".join(
-        f" iteration {i:8d}/2000 | elapsed time per iteration (ms): 36000.0 | lm_loss: {2.5 - 0.01 * i} |\n"
+        f" iteration {i:8d}/2000 | elapsed time per iteration (ms): 36000.0 | lm_loss:"
+        f" {2.5 - 0.01 * i} |\n"
         for i in range(1, 51)
     )
     engine = Engine()
@@ -210,5 +255,7 @@ def test_a_rung_that_was_cut_too_early_says_which_time_is_enough():
 
 
 def test_thresholds_reach_the_judgement(cli, example):
-    code, _, err = cli("ladder", example, "--rungs", "8", "--dry-run", "--threshold", "loss_drop_to_scale=x")
+    code, _, err = cli(
+        "ladder", example, "--rungs", "8", "--dry-run", "--threshold", "loss_drop_to_scale=x"
+    )
     assert code == 2 and "`x` is not a value for threshold `loss_drop_to_scale`" in err

@@ -1,4 +1,5 @@
-"""The ledger: a line before each sbatch and one after, so that a rerun neither loses nor doubles a link."""
+"""The ledger: a line before each sbatch and one after, so that a rerun neither loses nor doubles a
+link."""
 
 from __future__ import annotations
 
@@ -40,22 +41,39 @@ def records(run_dir):
 
 
 def dependency(words):
-    return next((word.rpartition(":")[2] for word in words if word.startswith("--dependency=afterany:")), None)
+    return next(
+        (word.rpartition(":")[2] for word in words if word.startswith("--dependency=afterany:")),
+        None,
+    )
 
 
 def test_each_link_waits_for_the_one_before_it_and_its_side_job_for_it(cluster, run_dir):
     ids = submit_all(str(run_dir), links(1, 2, 3, side=(1, 2)))
-    assert ids == {(1, MAIN): "100", (1, SIDE): "101", (2, MAIN): "102", (2, SIDE): "103", (3, MAIN): "104"}
+    assert ids == {
+        (1, MAIN): "100",
+        (1, SIDE): "101",
+        (2, MAIN): "102",
+        (2, SIDE): "103",
+        (3, MAIN): "104",
+    }
     assert [dependency(words) for words in cluster.submitted] == [None, "100", "100", "102", "102"]
     first = cluster.submitted[0]
-    assert first[0] == "--parsable" and first[-2:] == ["job.sbatch", "1"] and "--exclude=n1" in first
-    assert cluster.submitted[1][-1] == "side/after-1.sbatch" and "--exclude=n1" not in cluster.submitted[1]
+    assert (
+        first[0] == "--parsable" and first[-2:] == ["job.sbatch", "1"] and "--exclude=n1" in first
+    )
+    assert (
+        cluster.submitted[1][-1] == "side/after-1.sbatch"
+        and "--exclude=n1" not in cluster.submitted[1]
+    )
 
 
 def test_a_line_before_and_one_after_tell_all_of_each_job(cluster, run_dir):
     submit_all(str(run_dir), links(1, 2))
     one, two, three, four = records(run_dir)
-    assert [one["event"], two["event"], three["event"], four["event"]] == ["submitting", "submitted"] * 2
+    assert [one["event"], two["event"], three["event"], four["event"]] == [
+        "submitting",
+        "submitted",
+    ] * 2
     assert (one["job_id"], two["job_id"], one["link"], one["kind"]) == (None, "100", 1, MAIN)
     assert (one["depends_on"], three["depends_on"], four["depends_on"]) == (None, "100", "100")
     prefix, uid, link, kind, _ = one["tag"].split(":")
@@ -112,7 +130,9 @@ def test_what_slurm_took_before_it_refused_is_on_record_and_the_rest_follows(clu
     with pytest.raises(EnvironmentFault, match="QOSMaxSubmitJobPerUserLimit"):
         submit_all(str(run_dir), links(1, 2, 3))
     ledger = read_ledger(str(run_dir))
-    assert ledger.submitted() == {(1, MAIN): "100", (2, MAIN): "101"} and list(ledger.open()) == [(3, MAIN)]
+    assert ledger.submitted() == {(1, MAIN): "100", (2, MAIN): "101"} and list(ledger.open()) == [
+        (3, MAIN)
+    ]
     cluster.refuse_after(None)
     assert submit_all(str(run_dir), links(1, 2, 3))[3, MAIN] == "102"
     assert len(cluster.jobs) == 3 and read_ledger(str(run_dir)).open() == {}
@@ -128,8 +148,15 @@ def test_a_job_whose_record_was_cut_off_is_found_by_its_tag(cluster, run_dir, ca
     submit_all(str(run_dir), links(1, 2))
     cut_off_after_sbatch(run_dir)
     assert list(read_ledger(str(run_dir)).open()) == [(2, MAIN)]
-    assert submit_all(str(run_dir), links(1, 2, 3)) == {(1, MAIN): "100", (2, MAIN): "101", (3, MAIN): "102"}
-    assert len(cluster.submitted) == 3 and "link 2 was submitted before as job 101" in capsys.readouterr().err
+    assert submit_all(str(run_dir), links(1, 2, 3)) == {
+        (1, MAIN): "100",
+        (2, MAIN): "101",
+        (3, MAIN): "102",
+    }
+    assert (
+        len(cluster.submitted) == 3
+        and "link 2 was submitted before as job 101" in capsys.readouterr().err
+    )
     assert read_ledger(str(run_dir)).open() == {}
 
 
@@ -161,7 +188,10 @@ def test_a_job_that_slurm_never_got_is_submitted(cluster, run_dir):
 def test_a_torn_or_foreign_line_spoils_only_itself(cluster, run_dir):
     submit_all(str(run_dir), links(1))
     with (run_dir / "ledger.jsonl").open("a") as file:
-        file.write('{"event": "note"}\n[1]\n{"event": "submitted", "link": "x", "job_id": "9"}\n{"event": "subm')
+        file.write(
+            '{"event": "note"}\n[1]\n{"event": "submitted", "link": "x", "job_id": "9"}\n{"event":'
+            ' "subm'
+        )
     ledger = read_ledger(str(run_dir))
     assert ledger.submitted() == {(1, MAIN): "100"} and ledger.last_link() == 1
     assert submit_all(str(run_dir), links(1, 2))[2, MAIN] == "101"
@@ -199,7 +229,10 @@ def test_two_cannot_submit_for_one_run_at_once(run_dir):
     other = context.Process(target=_hold, args=(str(run_dir), ready, done))
     other.start()
     assert ready.wait(30)
-    with pytest.raises(Refused, match="another hpctrain is submitting jobs"), only_one(str(run_dir)):
+    with (
+        pytest.raises(Refused, match="another hpctrain is submitting jobs"),
+        only_one(str(run_dir)),
+    ):
         pass
     done.set()
     other.join(30)

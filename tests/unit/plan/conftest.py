@@ -1,4 +1,5 @@
-"""A site of our own and a run on it, planned by the real loader: tests change one thing and look at what is decided."""
+"""A site of our own and a run on it, planned by the real loader: tests change one thing and look at
+what is decided."""
 
 from __future__ import annotations
 
@@ -31,7 +32,14 @@ SITE = {
             "cpu_bind": {7: "mask_cpu:0xfe"},
             "tmp": {"path": "/tmp", "kind": "ram"},
         },
-        "c": {"sockets": 2, "cores": 128, "threads_per_core": 1, "memory_gib": 224, "gpus": 0, "tasks_per_node": 16},
+        "c": {
+            "sockets": 2,
+            "cores": 128,
+            "threads_per_core": 1,
+            "memory_gib": 224,
+            "gpus": 0,
+            "tasks_per_node": 16,
+        },
     },
     "partitions": {
         "large-g": {"node_type": "g", "max_nodes": 1024, "max_time": "2-00:00:00"},
@@ -98,7 +106,9 @@ def planned(tmp_path):
     """`planned(run={…}, site={…})`: the plan of RUN on SITE with these changes."""
 
     def make(run=None, site=None):
-        (tmp_path / "site.yaml").write_text(yaml.safe_dump(merged(SITE, site or {}), sort_keys=False))
+        (tmp_path / "site.yaml").write_text(
+            yaml.safe_dump(merged(SITE, site or {}), sort_keys=False)
+        )
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump(merged(RUN, run or {}), sort_keys=False))
         return Planned(load_plan(str(path)).plan)

@@ -23,7 +23,8 @@ recipe_options: {argv: [python3, train.py], workdir: /project/x}
 
 @pytest.fixture
 def check(tmp_path, hpctrain, monkeypatch):
-    """Write a run.yaml (RUN with lines replaced or added) and check it: gives the exit code and the problems."""
+    """Write a run.yaml (RUN with lines replaced or added) and check it: gives the exit code and the
+    problems."""
     monkeypatch.setenv("PATH", f"{os.path.dirname(os.sys.executable)}:/usr/bin:/bin")
 
     def run(*changes, text=RUN):
@@ -61,13 +62,21 @@ def test_a_good_run_has_no_errors(check):
         ("nodes: 2000", "more than partition `standard-g` allows (1024)", ""),
         ("nodes: two", "must be a whole number", ""),
         ("nodes: '2'", "must be a whole number", "without quotes"),
-        ("time: 80h", "`time: 80h` is longer than partition `standard-g` allows (2-00:00:00)", "chain: {jobs: 2}"),
+        (
+            "time: 80h",
+            "`time: 80h` is longer than partition `standard-g` allows (2-00:00:00)",
+            "chain: {jobs: 2}",
+        ),
         ("time: soon", "not a duration", ""),
         ("partition: standard-x", "has no partition", "did you mean `standard-g`?"),
         ("site: lumo", "no site profile", "did you mean `lumi`?"),
         ("recipe: comand", "no recipe", "did you mean `command`?"),
         ("gpus_per_node: 9", "more than a `lumi-g` node has (8)", ""),
-        ("sbatch: {cpus-per-task: 8}", "8 tasks x 8 cpus = 64 cores a node", "at most `cpus-per-task: 7`"),
+        (
+            "sbatch: {cpus-per-task: 8}",
+            "8 tasks x 8 cpus = 64 cores a node",
+            "at most `cpus-per-task: 7`",
+        ),
         ("sbatch: {mem: 500G}", "more than a `lumi-g` node gives", ""),
         ("sbatch: {acount: x}", "no option `--acount`", "did you mean `account`?"),
         ("sbatch: {output: x.log}", "cannot be set here", "logs/"),
@@ -75,20 +84,36 @@ def test_a_good_run_has_no_errors(check):
         ("env: {RANK: 0}", "set by hpctrain or Slurm", ""),
         ("env: {HF_TOKEN: hf_x}", "looks like a secret", "secrets:"),
         ("chain: {jobs: 3}", "needs to know the checkpoints", "layout"),
-        ("chain: {jobs: 300}", "more than partition `standard-g` allows (210 submitted jobs a user)", ""),
+        (
+            "chain: {jobs: 300}",
+            "more than partition `standard-g` allows (210 submitted jobs a user)",
+            "",
+        ),
         ("checkpoint: {start: /scratch/x/global_step1}", "without `checkpoint.dir`", ""),
-        ("recipe_options: {argv: [a], workdri: /x}", "unknown key `recipe_options.workdri`", "did you mean `workdir`?"),
+        (
+            "recipe_options: {argv: [a], workdri: /x}",
+            "unknown key `recipe_options.workdri`",
+            "did you mean `workdir`?",
+        ),
         ("recipe_options: {argv: a}", "must be a list", ""),
         ("recipe_options: {}", "`recipe_options.argv` is missing", ""),
         ("container_binds: [/x]", "without a `container`", ""),
-        ("checkpoint: {dir: /project/project_465001281/c}", "do not belong on `project`", "/scratch/project_465001281"),
+        (
+            "checkpoint: {dir: /project/project_465001281/c}",
+            "do not belong on `project`",
+            "/scratch/project_465001281",
+        ),
         ("checkpoint: {dir: /users/me/c}", "do not belong on `home`", "/scratch/"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_error_with_its_place_and_what_to_do(check, change, what, hint):
     if change.startswith("chain: {jobs: 300"):
         change = "chain: {jobs: 300}"
-        result = check(change, "checkpoint: {dir: /scratch/c}", "recipe_options: {argv: [a], layout: deepspeed}")
+        result = check(
+            change,
+            "checkpoint: {dir: /scratch/c}",
+            "recipe_options: {argv: [a], layout: deepspeed}",
+        )
     else:
         result = check(change)
     error = the_error(result)
@@ -102,11 +127,20 @@ def test_a_checkpoint_folder_on_one_nodes_own_disk_is_warned_of(check):
     code, problems = check("checkpoint: {dir: /tmp/c}")
 
     assert code == 0
-    assert [p["level"] for p in problems if "lies on each node's own /tmp" in p["what"]] == ["warning"]
+    assert [p["level"] for p in problems if "lies on each node's own /tmp" in p["what"]] == [
+        "warning"
+    ]
 
 
 def test_all_problems_come_at_once(check):
-    _, problems = check("acount: x", "time: 80h", "nodes: 2000", "env: {RANK: 0}", "sbatch: {acount: x}", "site: lumi")
+    _, problems = check(
+        "acount: x",
+        "time: 80h",
+        "nodes: 2000",
+        "env: {RANK: 0}",
+        "sbatch: {acount: x}",
+        "site: lumi",
+    )
 
     assert len([problem for problem in problems if problem["level"] == "error"]) == 5
 
@@ -126,19 +160,27 @@ def test_settings_of_the_submitting_shell_are_noticed(check, monkeypatch):
     assert code == 0
     warnings = [problem["what"] for problem in problems if problem["level"] == "warning"]
     assert any("SBATCH_ACCOUNT" in what for what in warnings)
-    assert not any("SLURM_CPU_BIND" in what for what in warnings)  # the job script takes none of those
+    # the job script takes none of those
+    assert not any("SLURM_CPU_BIND" in what for what in warnings)
 
 
 def test_missing_files_are_errors_at_the_site_and_notes_away_from_it(check):
     away = check("container: /scratch/none.sif", "data: {train: [/scratch/none]}")
     at_site = check(
-        "site: local", "partition: main", "data: {train: [/scratch/none]}", "recipe_options: {argv: [true], workdir: /}"
+        "site: local",
+        "partition: main",
+        "data: {train: [/scratch/none]}",
+        "recipe_options: {argv: [true], workdir: /}",
     )
 
     assert away[0] == 0
-    assert [problem["level"] for problem in away[1] if "is not there" in problem["what"]] == ["note"] * 4
+    assert [problem["level"] for problem in away[1] if "is not there" in problem["what"]] == [
+        "note"
+    ] * 4
     assert at_site[0] in (1, 2)
-    assert [problem["level"] for problem in at_site[1] if "is not there" in problem["what"]] == ["error"] * 2
+    assert [problem["level"] for problem in at_site[1] if "is not there" in problem["what"]] == [
+        "error"
+    ] * 2
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
@@ -160,17 +202,36 @@ def test_a_secrets_file_that_others_can_read_is_refused_and_never_shown(check, t
     [
         ({"SBATCH_ACCOUNT": "mine", "SBATCH_TIMELIMIT": "01:00:00", "SBATCH_REQUEUE": "1"}, ""),
         ({"SBATCH_EXPORT": "NONE", "SBATCH_MEM_BIND": "local", "SBATCH_WAIT": "1"}, ""),
-        ({"SLURM_JOB_ID": "5", "SLURM_MEM_PER_CPU": "50", "SRUN_CPUS_PER_TASK": "4", "PMI_RANK": "0"}, ""),
+        (
+            {
+                "SLURM_JOB_ID": "5",
+                "SLURM_MEM_PER_CPU": "50",
+                "SRUN_CPUS_PER_TASK": "4",
+                "PMI_RANK": "0",
+            },
+            "",
+        ),
         ({"SLURM_HINT": "nomultithread"}, ""),
-        ({"SBATCH_ACCOUNT": "other", "SBATCH_ARRAY_INX": "0-3"}, "SBATCH_ACCOUNT, SBATCH_ARRAY_INX"),
+        (
+            {"SBATCH_ACCOUNT": "other", "SBATCH_ARRAY_INX": "0-3"},
+            "SBATCH_ACCOUNT, SBATCH_ARRAY_INX",
+        ),
         ({"SBATCH_OPEN_MODE": "truncate"}, "SBATCH_OPEN_MODE"),
         ({"SLURM_HINT": "multithread", "SLURM_CLUSTERS": "b"}, "SLURM_CLUSTERS, SLURM_HINT"),
     ],
 )
 def test_a_shell_is_warned_of_where_it_would_change_the_job_and_nowhere_else(environment, named):
-    asked = {"account": "mine", "time": "01:00:00", "requeue": "", "open-mode": "append", "hint": "nomultithread"}
+    asked = {
+        "account": "mine",
+        "time": "01:00:00",
+        "requeue": "",
+        "open-mode": "append",
+        "hint": "nomultithread",
+    }
     found = list(shell_problems(environment, asked))
 
     assert [problem.what for problem in found] == (
-        [f"this shell sets {named}, which sbatch takes before the job script's own options"] if named else []
+        [f"this shell sets {named}, which sbatch takes before the job script's own options"]
+        if named
+        else []
     )

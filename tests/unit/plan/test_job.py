@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-SAVES = {"recipe_options": {"argv": ["true"], "signal": True, "layout": "dcp"}, "checkpoint": {"dir": "/ck"}}
+SAVES = {
+    "recipe_options": {"argv": ["true"], "signal": True, "layout": "dcp"},
+    "checkpoint": {"dir": "/ck"},
+}
 
 
 @pytest.mark.parametrize(
     ("time", "lead"),
-    [
-        ("2h", 60),
-        ("4m", 60),  # a quarter of it
-        ("239s", 59),
-        ("2m", 30),
-        ("100s", 25),
-        ("5s", 1),
-    ],
+    [("2h", 60), ("4m", 60), ("239s", 59), ("2m", 30), ("100s", 25), ("5s", 1)],  # a quarter of it
 )
-def test_the_notice_comes_a_minute_before_the_limit_or_a_quarter_of_a_short_job(planned, time, lead):
+def test_the_notice_comes_a_minute_before_the_limit_or_a_quarter_of_a_short_job(
+    planned, time, lead
+):
     found = planned({"time": time})
     value, reason = found.decided["signal"]
     assert value == f"B:USR1@{lead}" == found.sbatch["signal"] and found.errors == []
     assert ("a quarter of this short job" in reason) == (lead < 60)
-    assert found.plan.signal == {"name": "USR1", "lead_s": lead, "forward": False, "passed_by": None}
+    assert found.plan.signal == {
+        "name": "USR1",
+        "lead_s": lead,
+        "forward": False,
+        "passed_by": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -43,11 +46,16 @@ def test_a_signal_of_ones_own(planned, text, signal):
 
 @pytest.mark.parametrize("text", ["KILL@5", "USR1@65536", "USR1@x", "R:USR1@5", "usr1", "9@60"])
 def test_a_signal_that_is_none_is_refused(planned, text):
-    assert "B:USR1@300" in planned({"sbatch": {"signal": text}}).problem(f"`signal: {text}` is not").hint
+    assert (
+        "B:USR1@300"
+        in planned({"sbatch": {"signal": text}}).problem(f"`signal: {text}` is not").hint
+    )
 
 
 def test_a_signal_before_the_job_begins_is_refused(planned):
-    assert planned({"sbatch": {"signal": "USR1@7200"}}).problem("the signal would come 7200 s before the end")
+    assert planned({"sbatch": {"signal": "USR1@7200"}}).problem(
+        "the signal would come 7200 s before the end"
+    )
     assert planned({"sbatch": {"signal": "USR1@7199"}}).errors == []
 
 
@@ -75,13 +83,19 @@ def test_every_directive_of_a_plain_job(planned):
 
 @pytest.mark.parametrize(
     ("request_", "option", "value"),
-    [("gres", "gres", "gpu:mi250:8"), ("gpus-per-node", "gpus-per-node", "8"), ("none", None, None)],
+    [
+        ("gres", "gres", "gpu:mi250:8"),
+        ("gpus-per-node", "gpus-per-node", "8"),
+        ("none", None, None),
+    ],
 )
 def test_gpus_are_asked_for_as_the_site_wants_it(planned, request_, option, value):
     found = planned(site={"slurm": {"gpu_request": request_}})
     assert found.sbatch.get(option) == value
     assert {"gres", "gpus-per-node"} & set(found.sbatch) == ({option} if option else set())
-    untyped = planned(site={"slurm": {"gpu_request": "gres"}, "node_types": {"g": {"gpu_type": ""}}})
+    untyped = planned(
+        site={"slurm": {"gpu_request": "gres"}, "node_types": {"g": {"gpu_type": ""}}}
+    )
     assert untyped.sbatch["gres"] == "gpu:8"
     assert "gres" not in planned({"gpus_per_node": 0, "partition": "small-g"}).sbatch
 
@@ -108,9 +122,21 @@ def test_a_job_is_put_back_into_the_queue_unless_site_or_run_say_otherwise(plann
 
 def test_the_runs_options_win_over_the_sites_and_the_plans(planned):
     site = {"slurm": {"always": {"nice": 5, "comment": "x"}}}
-    run = {"sbatch": {"nice": 7, "comment": None, "reservation": "res", "mem-per-cpu": "2G", "exclusive": False}}
+    run = {
+        "sbatch": {
+            "nice": 7,
+            "comment": None,
+            "reservation": "res",
+            "mem-per-cpu": "2G",
+            "exclusive": False,
+        }
+    }
     found = planned(run, site)
-    assert (found.sbatch["nice"], found.sbatch["reservation"], found.sbatch["mem-per-cpu"]) == ("7", "res", "2G")
+    assert (found.sbatch["nice"], found.sbatch["reservation"], found.sbatch["mem-per-cpu"]) == (
+        "7",
+        "res",
+        "2G",
+    )
     assert "mem" not in found.sbatch and "exclusive" not in found.sbatch
     assert found.decided["sbatch.nice"] == (7, "as the run says")
     assert planned(site=site).decided["sbatch.nice"] == (5, "the site's rule")
@@ -119,7 +145,10 @@ def test_the_runs_options_win_over_the_sites_and_the_plans(planned):
 def test_an_account_where_the_site_needs_one(planned):
     site = {"account": {"required": True, "pattern": "p_[0-9]+", "example": "p_1"}}
     assert "`account: p_1`" in planned(site=site).problem("site `mine` needs an account").hint
-    assert "accounts look like p_1" in planned({"account": "q"}, site).problem("`account: q` is not an account").why
+    assert (
+        "accounts look like p_1"
+        in planned({"account": "q"}, site).problem("`account: q` is not an account").why
+    )
     assert planned({"account": "p_22"}, site).sbatch["account"] == "p_22"
     assert planned({"account": "p_22x"}, site).errors != []
     assert "account" not in planned().sbatch and planned().errors == []
@@ -140,7 +169,8 @@ def test_the_steps_options_are_the_sites(planned):
 
 
 @pytest.mark.parametrize(
-    "run", [{"gpus_per_node": 4}, {"sbatch": {"cpus-per-task": 6}}, {"sbatch": {"exclusive": False}}]
+    "run",
+    [{"gpus_per_node": 4}, {"sbatch": {"cpus-per-task": 6}}, {"sbatch": {"exclusive": False}}],
 )
 def test_a_mask_is_for_whole_nodes_of_just_that_shape(planned, run):
     assert "cpu-bind" not in planned(run).srun
@@ -161,13 +191,18 @@ def test_variables_of_site_recipe_and_run_win_in_that_order(planned):
     assert found.decided["env.B"] == ("2", "b")
     assert "the site's wins" in found.problem("`env.CACHE` is a folder", "warning").why
     assert dict((v.name, v.value) for v in planned({"nodes": 1}, site).plan.env)["B"] == "1"
-    assert dict((v.name, v.value) for v in planned({"nodes": 16, "time": "1h"}, site).plan.env)["B"] == "16"
+    assert (
+        dict((v.name, v.value) for v in planned({"nodes": 16, "time": "1h"}, site).plan.env)["B"]
+        == "16"
+    )
     same = {variable.name: variable.why for variable in planned({"env": {"A": "1"}}, site).plan.env}
     assert same["A"] == "w"
 
 
 def test_a_container_binds_what_the_job_needs_and_no_more(planned):
-    site = {"container": {"runtime": "apptainer", "gpu_flag": "--rocm", "binds": ["/scratch", "/a:/b"]}}
+    site = {
+        "container": {"runtime": "apptainer", "gpu_flag": "--rocm", "binds": ["/scratch", "/a:/b"]}
+    }
     run = {
         "container": "/images/x.sif",
         "container_binds": ["/extra"],
@@ -185,10 +220,14 @@ def test_a_container_binds_what_the_job_needs_and_no_more(planned):
 
 
 def test_containers_that_cannot_be_are_refused(planned):
-    assert planned({"container": "/x.sif"}, {"container": {"runtime": "none"}}).problem("runs no containers")
+    assert planned({"container": "/x.sif"}, {"container": {"runtime": "none"}}).problem(
+        "runs no containers"
+    )
     site = {"container": {"runtime": "apptainer"}}
     assert planned({"container": "/x:y.sif"}, site).problem("cannot hold `:` or `,`")
-    assert planned({"container_binds": ["/a"]}, site).problem("`container_binds` without a `container`")
+    assert planned({"container_binds": ["/a"]}, site).problem(
+        "`container_binds` without a `container`"
+    )
     data = {"container": "/x.sif", "data": {"train": ["/da:ta/part"]}}
     assert planned(data, site).problem("the data `/da:ta` cannot be bound")
     assert planned({}, site).plan.container == ()

@@ -57,7 +57,9 @@ def planned(tmp_path, argv, more=""):
     text += f"recipe_options: {{argv: {json.dumps(argv)}, signal: true}}\n"
     (tmp_path / "run.yaml").write_text(text)
     plan = load_plan(str(tmp_path / "run.yaml"), (), None).plan
-    return plan.signal, [f"{problem.level}: {problem.what} {problem.hint}" for problem in plan.problems]
+    return plan.signal, [
+        f"{problem.level}: {problem.what} {problem.hint}" for problem in plan.problems
+    ]
 
 
 def test_a_launcher_is_started_with_the_signal_ignored_and_the_program_gets_it(tmp_path):
@@ -69,24 +71,42 @@ def test_a_launcher_is_started_with_the_signal_ignored_and_the_program_gets_it(t
 @pytest.mark.parametrize(
     "argv, more, words",
     [
-        (["torchrun", "w.py"], "sbatch: {signal: TERM@300}\n", ["warning", "at SIGTERM `torchrun` ends", "delete it"]),
+        (
+            ["torchrun", "w.py"],
+            "sbatch: {signal: TERM@300}\n",
+            ["warning", "at SIGTERM `torchrun` ends", "delete it"],
+        ),
         (
             ["bash", "-c", "trap : USR1; torchrun w.py"],
             "",
             ["warning", "SIGUSR1 ends `torchrun` too", "take the `trap`"],
         ),
-        (["bash", "-c", "a\npython w.py"], "", ["warning", "the shell that runs `a`", "`trap : USR1`"]),
+        (
+            ["bash", "-c", "a\npython w.py"],
+            "",
+            ["warning", "the shell that runs `a`", "`trap : USR1`"],
+        ),
         (["./train.sh"], "", ["note", "the shell that runs `./train.sh`", "`exec`"]),
     ],
 )
-def test_what_cannot_be_helped_is_said_before_the_queue_with_the_way_out(tmp_path, argv, more, words):
+def test_what_cannot_be_helped_is_said_before_the_queue_with_the_way_out(
+    tmp_path, argv, more, words
+):
     signal, [said] = planned(tmp_path, argv, more)
 
     assert signal["passed_by"] is None and all(word in said for word in words)
 
 
 @pytest.mark.parametrize(
-    "argv", [["python", "w.py"], ["bash", "-c", "trap : USR1; a; python w.py"], ["bash", "-c", "a; exec python w.py"]]
+    "argv",
+    [
+        ["python", "w.py"],
+        ["bash", "-c", "trap : USR1; a; python w.py"],
+        ["bash", "-c", "a; exec python w.py"],
+    ],
 )
 def test_a_command_that_takes_the_signal_right_is_not_spoken_of(tmp_path, argv):
-    assert planned(tmp_path, argv) == ({"name": "USR1", "lead_s": 120, "forward": True, "passed_by": None}, [])
+    assert planned(tmp_path, argv) == (
+        {"name": "USR1", "lead_s": 120, "forward": True, "passed_by": None},
+        [],
+    )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-CHECKPOINTS = {"recipe_options": {"argv": ["true"], "layout": "dcp"}, "checkpoint": {"dir": "/ck/r"}}
+CHECKPOINTS = {
+    "recipe_options": {"argv": ["true"], "layout": "dcp"},
+    "checkpoint": {"dir": "/ck/r"},
+}
 
 
 def saving(**changes):
@@ -20,8 +23,16 @@ def saving(**changes):
             "is longer than partition `quick-g` allows (01:00:00)",
             "set `time: 01:00:00` and `chain: {jobs: 2}`; partitions that fit: small-g, large-g",
         ),
-        ({"partition": "small-g", "nodes": 5}, "`nodes: 5` is more than", "partitions that fit: large-g"),
-        ({"partition": "wide-g", "nodes": 7, "time": "1h"}, "`nodes: 7` is less than", "partitions that fit: large-g"),
+        (
+            {"partition": "small-g", "nodes": 5},
+            "`nodes: 5` is more than",
+            "partitions that fit: large-g",
+        ),
+        (
+            {"partition": "wide-g", "nodes": 7, "time": "1h"},
+            "`nodes: 7` is less than",
+            "partitions that fit: large-g",
+        ),
     ],
 )
 def test_a_limit_is_told_with_what_would_fit(planned, run, words, hint):
@@ -43,7 +54,9 @@ def test_the_limits_themselves_are_allowed(planned, run):
 
 
 def test_a_chain_longer_than_one_may_queue_is_refused(planned):
-    problem = planned(saving(partition="small-g", chain={"jobs": 6})).problem("a chain of 6 jobs is more")
+    problem = planned(saving(partition="small-g", chain={"jobs": 6})).problem(
+        "a chain of 6 jobs is more"
+    )
     assert "(5 submitted jobs a user)" in problem.what and "queue at most 5" in problem.hint
 
 
@@ -58,7 +71,9 @@ def test_a_start_needs_a_folder_to_save_to_that_it_does_not_lie_in(planned, tmp_
     assert planned(inside).problem("`checkpoint.start` lies inside `checkpoint.dir`")
     assert planned(saving(checkpoint={"start": "/ck/r", "dir": "/ck/r"})).errors != []
     assert planned(saving(checkpoint={"start": "/ck/r2/step1", "dir": "/ck/r"})).errors == []
-    assert planned(saving(checkpoint={"dir": str(tmp_path)})).problem("is the folder of run.yaml itself")
+    assert planned(saving(checkpoint={"dir": str(tmp_path)})).problem(
+        "is the folder of run.yaml itself"
+    )
 
 
 STORAGE = {
@@ -122,7 +137,9 @@ def test_the_links_that_the_iterations_need_are_counted(planned):
 
 def test_a_save_that_no_link_reaches_is_refused(planned):
     options = {"argv": ["true"], "layout": "dcp", "target_iteration": 1000, "save_every": 241}
-    problem = planned(saving(recipe_options=options)).problem("a checkpoint every 241 iterations of 30 s never comes")
+    problem = planned(saving(recipe_options=options)).problem(
+        "a checkpoint every 241 iterations of 30 s never comes"
+    )
     assert "02:00:30" in problem.why and problem.hint == "save every 60 iterations or so"
     assert planned(saving(recipe_options={**options, "save_every": 240})).errors == []
     # All of it fits into one link: nothing needs to be saved before the end.
@@ -133,5 +150,7 @@ def test_the_best_interval_by_young_and_daly(planned):
     value, reason = planned(saving()).decided["checkpoint.best_interval"]
     assert "sqrt(2 x 120 s save x 1846 h between failures)" in reason
     assert value == "11:05:38"  # sqrt(2 x 120 x 6,646,154) = 39,938 s
-    slow = planned(saving(estimate={"step_time_s": 30, "save_time_s": 480})).decided["checkpoint.best_interval"]
+    slow = planned(saving(estimate={"step_time_s": 30, "save_time_s": 480})).decided[
+        "checkpoint.best_interval"
+    ]
     assert slow[0] == "22:11:16" and "480 s save" in slow[1]

@@ -29,9 +29,15 @@ def project(tmp_path, monkeypatch):
 def test_templates_are_found_by_name_and_by_recipe(project):
     template = find_template("command")
     assert template == find_template(NAME)
-    assert (template.layer, template.shadows, template.problem) == ("shipped", (), "") and shipped(template)
+    assert (template.layer, template.shadows, template.problem) == ("shipped", (), "") and shipped(
+        template
+    )
     # Those of the template and of the one it extends, in the order of the job script.
-    assert template.blocks.index("directives") < template.blocks.index(USER_BLOCK) < template.blocks.index("step")
+    assert (
+        template.blocks.index("directives")
+        < template.blocks.index(USER_BLOCK)
+        < template.blocks.index("step")
+    )
     assert len(set(template.blocks)) == len(template.blocks)
     with pytest.raises(UsageError, match="there is no template `comand`"):
         find_template("comand")
@@ -40,7 +46,11 @@ def test_templates_are_found_by_name_and_by_recipe(project):
 def test_the_strongest_layer_wins_and_names_what_it_shadows(project):
     user = project('{% extends "!builtin/command/job.sbatch.j2" %}\n', for_user=True)
     found = find_template(NAME)
-    assert (found.layer, found.path, found.shadows) == ("user", str(user), ("shipped",)) and shipped(found)
+    assert (found.layer, found.path, found.shadows) == (
+        "user",
+        str(user),
+        ("shipped",),
+    ) and shipped(found)
     own = project("#!/bin/bash\n{% block mine %}{% endblock %}\n")
     found = find_template(NAME)
     assert (found.layer, found.path, found.shadows) == ("project", str(own), ("user", "shipped"))
@@ -79,7 +89,10 @@ def test_a_child_repeats_its_blocks_and_leaves_room(project):
     template = find_template("command")
     lines = child_text(template, ["step", USER_BLOCK, "step"]).splitlines()
     assert '{% extends "!builtin/command/job.sbatch.j2" %}' in lines
-    assert [line for line in lines if line.startswith("{% block")] == ["{% block step %}", "{% block user_setup %}"]
+    assert [line for line in lines if line.startswith("{% block")] == [
+        "{% block step %}",
+        "{% block user_setup %}",
+    ]
     # The user's block is empty: there is nothing to repeat.
     assert lines.count("{{ super() }}") == 1 and lines.count("# lines of your own go here") == 2
     with pytest.raises(UsageError) as caught:

@@ -15,7 +15,11 @@ FILES = {"job.sbatch": b"#!/bin/bash\n", "plan.json": b"{}\n", "runtime/a.py": b
 
 
 def tree(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -56,7 +60,12 @@ def test_a_change_is_refused_with_its_difference_until_it_is_forced(run_dir):
     with pytest.raises(Refused, match="was rendered from something else") as caught:
         write(run_dir, changed)
     why = caught.value.problems[0].why
-    assert "plan.json:" in why and "  -{}" in why and '  +{"a": 1}' in why and "new.yml: would be added" in why
+    assert (
+        "plan.json:" in why
+        and "  -{}" in why
+        and '  +{"a": 1}' in why
+        and "new.yml: would be added" in why
+    )
     assert "job.sbatch" not in why and tree(run_dir)["plan.json"] == b"{}\n"
     assert write(run_dir, changed, force=True) is True
     assert tree(run_dir) == {**changed, "links.jsonl": b"{}\n", "logs/r-1.out": b"log"}
@@ -110,7 +119,11 @@ def test_a_render_that_was_cut_off_before_its_commit_leaves_the_old_files(run_di
 def test_a_render_that_was_cut_off_after_its_commit_is_finished_first(run_dir):
     write(run_dir)
     (run_dir / COMMIT / "runtime").mkdir(parents=True)
-    changed = {"job.sbatch": b"#!/bin/sh\n", "plan.json": FILES["plan.json"], "runtime/a.py": b"new\n"}
+    changed = {
+        "job.sbatch": b"#!/bin/sh\n",
+        "plan.json": FILES["plan.json"],
+        "runtime/a.py": b"new\n",
+    }
     for name in ("job.sbatch", "runtime/a.py"):
         (run_dir / COMMIT / name).write_bytes(changed[name])
     assert write(run_dir, changed) is False
@@ -121,7 +134,9 @@ def test_the_job_script_is_the_last_to_change(run_dir, monkeypatch):
     write(run_dir)
     moved = []
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(os.path.basename(b)), replace(a, b)))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (moved.append(os.path.basename(b)), replace(a, b))
+    )
     write(run_dir, {name: text + b"#" for name, text in FILES.items()}, force=True)
     assert moved == ["plan.json", "a.py", "job.sbatch"]
 

@@ -26,11 +26,17 @@ def test_the_smallest_partition_that_fits_is_picked(planned, run, partition, oth
     found = planned(run)
     value, reason = found.decided["partition"]
     assert (value, found.plan.partition.name) == (partition, partition) and found.errors == []
-    assert "the smallest that fits" in reason and others in reason and ("would fit" in reason) == bool(others)
+    assert (
+        "the smallest that fits" in reason
+        and others in reason
+        and ("would fit" in reason) == bool(others)
+    )
 
 
 def test_when_none_fits_every_limit_is_told(planned):
-    problem = planned({"nodes": 2000}).problem("no partition of `mine` fits 2000 nodes for 02:00:00")
+    problem = planned({"nodes": 2000}).problem(
+        "no partition of `mine` fits 2000 nodes for 02:00:00"
+    )
     assert "large-g: up to 1024 nodes, 2-00:00:00, 8 GPUs a node" in problem.why
     assert "dev-g: up to 32 nodes, 03:00:00, 8 GPUs a node, debug" in problem.why
     assert "cpu: up to 512 nodes, 2-00:00:00, CPU only" in problem.why
@@ -38,12 +44,16 @@ def test_when_none_fits_every_limit_is_told(planned):
 
 
 def test_when_none_fits_each_partition_says_why(planned):
-    problem = planned({"nodes": 600, "time": "1h", "gpus_per_node": None}).problem("no partition of `mine` fits 600")
+    problem = planned({"nodes": 600, "time": "1h", "gpus_per_node": None}).problem(
+        "no partition of `mine` fits 600"
+    )
     lines = dict(line.split(": ", 1) for line in problem.why.splitlines())
 
     assert lines["large-g"].endswith(": it has GPUs, and the run asks for none")
     assert lines["cpu"].endswith(": 600 nodes are too many")
-    assert lines["dev-g"].endswith(": it has GPUs, and the run asks for none; it is for tests; 600 nodes are too many")
+    assert lines["dev-g"].endswith(
+        ": it has GPUs, and the run asks for none; it is for tests; 600 nodes are too many"
+    )
     assert "gpus_per_node" in problem.hint
     assert all(": " in line for line in lines.values())
 
@@ -55,7 +65,10 @@ def test_a_run_without_gpus_takes_a_partition_with_them_where_there_is_no_other(
 
 
 def test_a_partition_that_is_not_there_names_the_nearest(planned):
-    assert "did you mean `small-g`?" in planned({"partition": "smal-g"}).problem("no partition `smal-g`").hint
+    assert (
+        "did you mean `small-g`?"
+        in planned({"partition": "smal-g"}).problem("no partition `smal-g`").hint
+    )
 
 
 def test_a_named_partition_is_taken_even_for_tests(planned):
@@ -77,7 +90,10 @@ def test_a_site_without_partitions_leaves_the_choice_to_slurm(planned):
         ({"gpus_per_node": 1}, (1, 1, 7)),
         ({"gpus_per_node": 3}, (3, 3, 7)),
         # Eight tasks on the eight cores of one GPU's share and a bit: one each, and never none.
-        ({"gpus_per_node": 1, "recipe_options": {"argv": ["true"]}, "tasks_per_node": 1}, (1, 1, 7)),
+        (
+            {"gpus_per_node": 1, "recipe_options": {"argv": ["true"]}, "tasks_per_node": 1},
+            (1, 1, 7),
+        ),
         ({"gpus_per_node": None, "partition": "cpu"}, (0, 16, 8)),
         ({"gpus_per_node": None, "partition": "cpu", "tasks_per_node": 128}, (0, 128, 1)),
         ({"gpus_per_node": None, "partition": "cpu", "tasks_per_node": 3}, (0, 3, 42)),
@@ -87,7 +103,11 @@ def test_a_site_without_partitions_leaves_the_choice_to_slurm(planned):
 )
 def test_gpus_tasks_and_cpus_of_a_node(planned, run, shape):
     plan = planned(run).plan
-    assert (plan.gpus_per_node, plan.tasks_per_node, plan.cpus_per_task) == shape and plan.errors == []
+    assert (
+        plan.gpus_per_node,
+        plan.tasks_per_node,
+        plan.cpus_per_task,
+    ) == shape and plan.errors == []
 
 
 def test_a_node_with_one_core_a_task_is_full_and_not_too_small(planned):
@@ -101,14 +121,22 @@ def test_more_tasks_than_cores_are_refused_with_what_fits(planned):
     run = {"gpus_per_node": None, "partition": "cpu", "tasks_per_node": 129}
     problem = planned(run).problem("129 tasks x 1 cpus = 129 cores a node")
     assert "has 128 usable ones" in problem.what and "at most `cpus-per-task: 1`" in problem.hint
-    problem = planned({"sbatch": {"cpus-per-task": 8}}).problem("8 tasks x 8 cpus = 64 cores a node")
-    assert "at most `cpus-per-task: 7` with 8 tasks" in problem.hint and "(8 of 64 cores are reserved)" in problem.why
+    problem = planned({"sbatch": {"cpus-per-task": 8}}).problem(
+        "8 tasks x 8 cpus = 64 cores a node"
+    )
+    assert (
+        "at most `cpus-per-task: 7` with 8 tasks" in problem.hint
+        and "(8 of 64 cores are reserved)" in problem.why
+    )
 
 
 @pytest.mark.parametrize("value", [0, "x", True, "-1", "1.5"])
 @pytest.mark.parametrize("option", ["ntasks-per-node", "cpus-per-task"])
 def test_what_is_no_number_is_refused(planned, option, value):
-    words = {"ntasks-per-node": "is not a number of tasks", "cpus-per-task": "is not a number of cpus"}
+    words = {
+        "ntasks-per-node": "is not a number of tasks",
+        "cpus-per-task": "is not a number of cpus",
+    }
     assert planned({"sbatch": {option: value}}).problem(words[option])
 
 
@@ -121,9 +149,14 @@ def test_more_gpus_than_a_node_has_are_refused(planned):
 
 def test_all_gpus_unless_the_run_or_a_site_without_gpu_requests_says_otherwise(planned):
     found = planned({"gpus_per_node": None, "partition": "large-g"})
-    assert found.decided["gpus_per_node"] == (8, "all of a `g` node") and found.plan.tasks_per_node == 8
+    assert (
+        found.decided["gpus_per_node"] == (8, "all of a `g` node")
+        and found.plan.tasks_per_node == 8
+    )
     assert planned().decided["gpus_per_node"] == (8, "as the run says")
-    bare = planned({"gpus_per_node": None, "partition": "large-g"}, {"slurm": {"gpu_request": "none"}})
+    bare = planned(
+        {"gpus_per_node": None, "partition": "large-g"}, {"slurm": {"gpu_request": "none"}}
+    )
     assert bare.plan.gpus_per_node == 0
 
 
@@ -148,7 +181,12 @@ def test_memory_and_whole_nodes(planned, run, site, mem, exclusive):
 
 def test_a_share_of_a_cpu_node_gets_its_share_of_memory(planned):
     site = {"partitions": {"cpu": {"whole_nodes": False}}}
-    run = {"gpus_per_node": None, "partition": "cpu", "tasks_per_node": 1, "sbatch": {"cpus-per-task": 32}}
+    run = {
+        "gpus_per_node": None,
+        "partition": "cpu",
+        "tasks_per_node": 1,
+        "sbatch": {"cpus-per-task": 32},
+    }
     assert planned(run, site).sbatch["mem"] == "56G"
 
 
@@ -159,6 +197,11 @@ def test_more_memory_than_a_node_has_is_refused(planned):
 
 
 def test_a_recipe_with_one_launcher_a_node_or_one_task_a_gpu_keeps_to_it(planned, tmp_path):
-    neox = {"recipe": "dpo", "recipe_options": None, "tasks_per_node": 4, "config": {"policy_name": "/p"}}
+    neox = {
+        "recipe": "dpo",
+        "recipe_options": None,
+        "tasks_per_node": 4,
+        "config": {"policy_name": "/p"},
+    }
     problem = planned(neox).problem("4 tasks a node with 8 GPUs")
     assert "needs one task per GPU" in problem.what and "`gpus_per_node: 4`" in problem.hint

@@ -1,4 +1,5 @@
-"""What a template may write, and where: each rule of the lint by itself. Whole templates: tests/promises."""
+"""What a template may write, and where: each rule of the lint by itself. Whole templates:
+tests/promises."""
 
 from __future__ import annotations
 
@@ -60,7 +61,13 @@ NO_FILTER = "an expression that does not end in a quoting filter (q, qjoin, sbat
     ],
 )
 def test_each_filter_has_its_places(name, line, place):
-    allowed = {"q": ["word"], "qjoin": ["word"], "sbatch": ["directive"], "comment": ["comment"], "upper": []}
+    allowed = {
+        "q": ["word"],
+        "qjoin": ["word"],
+        "sbatch": ["directive"],
+        "comment": ["comment"],
+        "upper": [],
+    }
     good = place in allowed.get(name, ["word", "quotes", "directive", "comment"])
     text = line.replace("\\\\", "\\").format("{{ x|" + name + " }}")
     assert (words(text) == []) == good, words(text)
@@ -68,11 +75,15 @@ def test_each_filter_has_its_places(name, line, place):
 
 def test_a_misplaced_filter_is_told_with_its_line_and_what_it_is_for():
     assert found("a\nb {{ x|comment }}\n") == [
-        (2, "the filter comment within a command; it quotes for a comment"),
+        (2, "the filter comment within a command; it quotes for a comment")
     ]
     assert words("# {{ x|q }}") == ["the filter q within a comment; it quotes for a command"]
-    assert words("#SBATCH {{ x|qjoin }}") == ["the filter qjoin within an #SBATCH line; it quotes for a command"]
-    assert words("'{{ x|sbatch }}'") == ["the filter sbatch within quotes; it quotes for an #SBATCH line"]
+    assert words("#SBATCH {{ x|qjoin }}") == [
+        "the filter qjoin within an #SBATCH line; it quotes for a command"
+    ]
+    assert words("'{{ x|sbatch }}'") == [
+        "the filter sbatch within quotes; it quotes for an #SBATCH line"
+    ]
 
 
 def test_a_line_break_begins_anew():
@@ -134,21 +145,45 @@ def test_every_way_to_a_place_counts(text, good):
     [
         ("{% filter upper %}a{% endfilter %}", "`filter`, which can let a value out unquoted"),
         ("{% call m() %}a{% endcall %}", "`call`, which can let a value out unquoted"),
-        ("{% autoescape true %}a{% endautoescape %}", "`autoescape`, which can let a value out unquoted"),
+        (
+            "{% autoescape true %}a{% endautoescape %}",
+            "`autoescape`, which can let a value out unquoted",
+        ),
         ("{% include a %}", "`include` of an expression: name the template itself"),
         ("{% import a as b %}", "`import` of an expression: name the template itself"),
         ("{% from a import b %}", "`import` of an expression: name the template itself"),
         ("{% extends a %}", "`extends` of an expression: name the template itself"),
         ("{% set super = 1 %}", "a variable called `super`, which is a name of Jinja's own"),
         ("{% set a, self = b %}", "a variable called `self`, which is a name of Jinja's own"),
-        ("{% for caller in a %}{% endfor %}", "a variable called `caller`, which is a name of Jinja's own"),
-        ("{% with super = 1 %}{% endwith %}", "a variable called `super`, which is a name of Jinja's own"),
-        ("{% macro super() %}{% endmacro %}", "a variable called `super`, which is a name of Jinja's own"),
-        ("{% macro m(self) %}{% endmacro %}", "a variable called `self`, which is a name of Jinja's own"),
+        (
+            "{% for caller in a %}{% endfor %}",
+            "a variable called `caller`, which is a name of Jinja's own",
+        ),
+        (
+            "{% with super = 1 %}{% endwith %}",
+            "a variable called `super`, which is a name of Jinja's own",
+        ),
+        (
+            "{% macro super() %}{% endmacro %}",
+            "a variable called `super`, which is a name of Jinja's own",
+        ),
+        (
+            "{% macro m(self) %}{% endmacro %}",
+            "a variable called `self`, which is a name of Jinja's own",
+        ),
         ("{% import 'a' as super %}", "a variable called `super`, which is a name of Jinja's own"),
-        ("{% from 'a' import super %}", "a variable called `super`, which is a name of Jinja's own"),
-        ("{% from 'a' import b as super %}", "a variable called `super`, which is a name of Jinja's own"),
-        ("{% set super %}a{% endset %}", "a variable called `super`, which is a name of Jinja's own"),
+        (
+            "{% from 'a' import super %}",
+            "a variable called `super`, which is a name of Jinja's own",
+        ),
+        (
+            "{% from 'a' import b as super %}",
+            "a variable called `super`, which is a name of Jinja's own",
+        ),
+        (
+            "{% set super %}a{% endset %}",
+            "a variable called `super`, which is a name of Jinja's own",
+        ),
     ],
 )
 def test_what_no_template_may_hold_is_named_with_its_line(text, what):

@@ -19,15 +19,27 @@ def errors(example, *changes):
 @pytest.mark.parametrize("example", ["lumi-sft", "lumi-neox-sft"])
 def test_rows_given_to_a_trainer_of_tokens_are_refused_with_the_verb_that_makes_them(example):
     for name in ("/scratch/x.jsonl", "/scratch/x.Parquet", "/scratch/it's $(x).txt"):
-        (problem,) = [p for p in errors(example, f'data.train=["{name}"]') if "is no indexed dataset" in p.what]
+        (problem,) = [
+            p
+            for p in errors(example, f'data.train=["{name}"]')
+            if "is no indexed dataset" in p.what
+        ]
         assert name in problem.what and "hpctrain tokenize" in problem.hint
     assert errors(example) == []
 
 
 @pytest.mark.parametrize("example", ["hf-sft", "lumi-dpo"])
 def test_what_holds_no_rows_is_refused_by_a_trainer_of_rows(example):
-    for name, hint in (("/scratch/x.csv", "write it as .jsonl"), ("/scratch/x.bin", "tokenized from"), ("/scratch/x.jsonl.gz", "write it as .jsonl")):  # fmt: skip
-        (problem,) = [p for p in errors(example, f"data.train=[{name}]") if "none of the files that are read" in p.what]
+    for name, hint in (
+        ("/scratch/x.csv", "write it as .jsonl"),
+        ("/scratch/x.bin", "tokenized from"),
+        ("/scratch/x.jsonl.gz", "write it as .jsonl"),
+    ):
+        (problem,) = [
+            p
+            for p in errors(example, f"data.train=[{name}]")
+            if "none of the files that are read" in p.what
+        ]
         assert hint in problem.hint
     for name in ("/scratch/x.jsonl", "/scratch/x.parquet", "/scratch/a.folder", "/scratch/x.arrow"):
         assert errors(example, f"data.train=[{name}]") == []
@@ -41,5 +53,7 @@ def test_a_key_of_the_training_beside_it_is_sent_to_its_table():
 def test_a_file_that_is_not_there_is_said_once():
     found = find_problems(load_plan(str(EXAMPLES / "lumi-sft" / "run.yaml")))
     for ending in ("bin", "idx"):
-        (problem,) = [problem for problem in found if f"sft_text_document.{ending}`" in problem.what]
+        (problem,) = [
+            problem for problem in found if f"sft_text_document.{ending}`" in problem.what
+        ]
         assert "hpctrain tokenize" in problem.hint

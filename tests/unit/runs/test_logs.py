@@ -1,4 +1,5 @@
-"""`logs`: the lines around the first failure, found without reading a long log line by line a second time."""
+"""`logs`: the lines around the first failure, found without reading a long log line by line a
+second time."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def incident_of(path):
 
 
 @pytest.mark.parametrize("before", [0, 3, 40, 9000])
-@pytest.mark.parametrize("told", ["by its offset", "by its number alone", "by an offset of a longer file"])
+@pytest.mark.parametrize(
+    "told", ["by its offset", "by its number alone", "by an offset of a longer file"]
+)
 def test_the_lines_around_the_failure_are_the_same_however_they_are_found(tmp_path, before, told):
     path = tmp_path / "r-1.out"
     a_log(path, before, 30)
@@ -40,10 +43,14 @@ def test_the_lines_around_the_failure_are_the_same_however_they_are_found(tmp_pa
     assert incident.event.offset is not None
     if told != "by its offset":
         offset = None if "number" in told else 10**12
-        incident = dataclasses.replace(incident, event=dataclasses.replace(incident.event, offset=offset))
+        incident = dataclasses.replace(
+            incident, event=dataclasses.replace(incident.event, offset=offset)
+        )
     shown = logs.failing_lines(incident, before=4, after=2).lines
     mine = [i for i in range(1, before + 1) if i % 3 == 1][-4:]
-    assert [line.split("] ")[1].split(" x")[0] for line in shown[: len(mine)]] == [f"talk {i}" for i in mine]
+    assert [line.split("] ")[1].split(" x")[0] for line in shown[: len(mine)]] == [
+        f"talk {i}" for i in mine
+    ]
     assert shown[len(mine)].startswith(f"> {before + 1}: [rank1]: RuntimeError: HIP out of memory")
     assert len(shown) == len(mine) + 3
 
@@ -54,7 +61,9 @@ def test_of_a_long_log_only_the_part_around_the_failure_is_read_again(tmp_path, 
     incident = incident_of(path)
     read = []
     real = logs._lines
-    monkeypatch.setattr(logs, "_lines", lambda file: (read.append(line) or line for line in real(file)))
+    monkeypatch.setattr(
+        logs, "_lines", lambda file: (read.append(line) or line for line in real(file))
+    )
     logs.failing_lines(incident)
     assert len(read) < 6000
 

@@ -29,8 +29,20 @@ NOBODY = Answer({}, {}, ("Slurm was not asked",))
 PLAN = {
     "run": "r",
     "guard": {"target": 1000, "counter": "latest"},
-    "job": {"time_s": 3600, "num_nodes": 1, "tasks_per_node": 1, "iterations": 1000, "num_links": 2},
-    "cost": {"node_hours": 1.0, "gpu_hours": 8.0, "billed": 4.0, "unit": "GPU-hour", "formula": "f"},
+    "job": {
+        "time_s": 3600,
+        "num_nodes": 1,
+        "tasks_per_node": 1,
+        "iterations": 1000,
+        "num_links": 2,
+    },
+    "cost": {
+        "node_hours": 1.0,
+        "gpu_hours": 8.0,
+        "billed": 4.0,
+        "unit": "GPU-hour",
+        "formula": "f",
+    },
 }
 
 
@@ -92,10 +104,16 @@ def told(run, answer=NOBODY, minute=600):
     status = status_of(run, answer, now_s)
     spent = cost.spent(run, answer, now_s)
     report = gather(run.run_dir, ask_slurm=False, now_s=now_s) if answer is NOBODY else None
-    return SimpleNamespace(status=status, spent=spent, report=report, starts=starts_of(run, answer, now_s))
+    return SimpleNamespace(
+        status=status, spent=spent, report=report, starts=starts_of(run, answer, now_s)
+    )
 
 
-REQUEUED = (record("begin", 0), record("begin", 5, restart=1), record("end", 7, restart=1, exit_code=0))
+REQUEUED = (
+    record("begin", 0),
+    record("begin", 5, restart=1),
+    record("end", 7, restart=1, exit_code=0),
+)
 
 
 def test_a_requeued_job_ran_as_long_for_status_as_for_cost_and_report(run_of):
@@ -118,7 +136,12 @@ def test_accounting_and_records_are_put_together_start_by_start(run_of):
     end = record("end", 8.9, restart=1, exit_code=3, iteration=150, checkpoint="c150")
     one, two = told(run_of(*begins, end), Answer({"7": second}, {"7": [first]})).starts
 
-    assert (one.state, one.nodes, one.elapsed_s, one.exit_code) == ("NODE_FAIL", ("n1", "n2"), 240, None)
+    assert (one.state, one.nodes, one.elapsed_s, one.exit_code) == (
+        "NODE_FAIL",
+        ("n1", "n2"),
+        240,
+        None,
+    )
     assert (two.state, two.nodes, two.elapsed_s) == ("FAILED", ("n3",), 240)
     assert two.exit_code == 3  # the step's own, rather than the batch script's
     assert (one.iteration_from, two.iteration_from, two.iteration_to) == (0, 100, 150)
@@ -130,9 +153,15 @@ def test_what_only_the_newest_answer_tells_is_of_the_newest_start(run_of):
     restart 0.
     """
     begins = (record("begin", 0), record("begin", 5, restart=1))
-    for job in (slurm_job(state="RUNNING", start=5, source="squeue"), slurm_job(state="TIMEOUT", start=5, end=65)):
+    for job in (
+        slurm_job(state="RUNNING", start=5, source="squeue"),
+        slurm_job(state="TIMEOUT", start=5, end=65),
+    ):
         starts = told(run_of(*begins), Answer({"7": job}, {}), minute=15).starts
-        assert [(start.restart, start.elapsed_s) for start in starts] == [(0, 300), (1, 600 if job.running else 3600)]
+        assert [(start.restart, start.elapsed_s) for start in starts] == [
+            (0, 300),
+            (1, 600 if job.running else 3600),
+        ]
         assert [start.active for start in starts] == [False, job.running]
 
 
@@ -154,7 +183,11 @@ def test_a_job_that_waits_again_has_had_its_starts(run_of):
     found = told(run_of(record("begin", 0)), Answer({"7": waiting}, {"7": [first]}))
     (link,) = found.status.links
     assert [(start.restart, start.elapsed_s) for start in found.starts] == [(0, 240)]
-    assert (link.pending, link.elapsed_s, utc(link.expected_start_s)) == (True, 240, utc(ZERO + 5400))
+    assert (link.pending, link.elapsed_s, utc(link.expected_start_s)) == (
+        True,
+        240,
+        utc(ZERO + 5400),
+    )
     assert found.spent.still.time_s == 3600 and found.spent.used.time_s == 240
 
 
@@ -163,11 +196,15 @@ def test_a_job_that_was_cancelled_before_it_began_never_started(run_of):
     ledger = [{"event": "submitted", "link": 1, "job_id": "7", "kind": "link"}]
     found = told(run_of(ledger=ledger), Answer({"7": gone}, {}))
     assert found.starts == [] and found.spent.used.time_s == 0
-    assert [(link.state, link.start_s, link.elapsed_s) for link in found.status.links] == [("CANCELLED", None, None)]
+    assert [(link.state, link.start_s, link.elapsed_s) for link in found.status.links] == [
+        ("CANCELLED", None, None)
+    ]
 
 
 def test_a_start_without_an_end_lasted_until_its_log_was_last_written(run_of):
-    run = run_of(record("begin", 0), logs={"r-7.out": ("hpctrain: job 7, restart 0, 1 nodes: n1\n", 30)})
+    run = run_of(
+        record("begin", 0), logs={"r-7.out": ("hpctrain: job 7, restart 0, 1 nodes: n1\n", 30)}
+    )
     found = told(run)
     (start,) = found.starts
     assert (start.elapsed_s, start.source, start.state) == (1800, "log", "began, no end recorded")
@@ -233,7 +270,11 @@ def test_triage_and_bad_nodes_read_the_same_starts(run_of):
     attempts = {(one.job_id, one.restart): one for one in subject.engine.attempts}
     assert attempts["7", 0].slurm_state == "NODE_FAIL"
     assert (attempts["7", 1].slurm_state, attempts["7", 1].slurm_signal) == ("FAILED", 9)
-    assert (attempts["8", 0].slurm_state, attempts["8", 0].exit_code, attempts["8", 0].link) == (None, 0, 2)
+    assert (attempts["8", 0].slurm_state, attempts["8", 0].exit_code, attempts["8", 0].link) == (
+        None,
+        0,
+        2,
+    )
 
 
 MINUTES = st.integers(0, 200)
@@ -259,7 +300,9 @@ JOBS = st.builds(
 
 
 @given(st.lists(RECORDS, max_size=8), st.lists(JOBS, max_size=5))
-def test_whatever_is_on_record_status_and_cost_agree_and_no_start_comes_twice(tmp_path_factory, links, slurm_jobs):
+def test_whatever_is_on_record_status_and_cost_agree_and_no_start_comes_twice(
+    tmp_path_factory, links, slurm_jobs
+):
     folder = tmp_path_factory.mktemp("run")
     (folder / "plan.json").write_text(json.dumps(PLAN))
     (folder / "links.jsonl").write_text("".join(json.dumps(one) + "\n" for one in links))

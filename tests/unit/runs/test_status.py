@@ -1,4 +1,5 @@
-"""status and cost from squeue, sacct and the run directory, each of them optional; the answers of a real Slurm 22.05 as text."""
+"""status and cost from squeue, sacct and the run directory, each of them optional; the answers of a
+real Slurm 22.05 as text."""
 
 from __future__ import annotations
 
@@ -23,26 +24,124 @@ NOW = 1795250000.0
 SQUEUE = "\n".join(
     S.join(fields)
     for fields in [
-        ("102", "RUNNING", "None", "2026-11-20T21:00:00", "2026-11-20T20:00:00", "nid[000001-000002]", "2", "2026-11-20T23:00:00", "/r/a", "a b", "(null)"),
-        ("103", "PENDING", "Dependency", "2026-11-21T02:00:00", "2026-11-20T20:00:00", "", "2", "N/A", "/r/a", "a", ""),
+        (
+            "102",
+            "RUNNING",
+            "None",
+            "2026-11-20T21:00:00",
+            "2026-11-20T20:00:00",
+            "nid[000001-000002]",
+            "2",
+            "2026-11-20T23:00:00",
+            "/r/a",
+            "a b",
+            "(null)",
+        ),
+        (
+            "103",
+            "PENDING",
+            "Dependency",
+            "2026-11-21T02:00:00",
+            "2026-11-20T20:00:00",
+            "",
+            "2",
+            "N/A",
+            "/r/a",
+            "a",
+            "",
+        ),
         ("garbage",),
     ]
-)  # fmt: skip
+)
 SACCT = "\n".join(
     S.join(fields)
     for fields in [
-        ("101", "101", "NODE_FAIL", "0:0", "2026-11-20T18:00:00", "2026-11-20T18:00:05", "2026-11-20T18:30:05", "1800", "nid[000001-000002]", "2", "/r/a", "a", ""),
-        ("101", "101", "TIMEOUT", "0:15", "2026-11-20T18:31:00", "2026-11-20T18:40:00", "2026-11-20T20:40:00", "7200", "nid[000001,000003]", "2", "/r/a", "a", ""),
-        ("102", "102", "RUNNING", "0:0", "2026-11-20T20:00:00", "2026-11-20T21:00:00", "Unknown", "60", "nid[000001-000002]", "2", "/r/a", "a", ""),
-        ("104", "104", "CANCELLED by 1000", "0:0", "2026-11-20T20:00:00", "None", "2026-11-20T20:00:00", "0", "None assigned", "2", "/r/a", "a", ""),
+        (
+            "101",
+            "101",
+            "NODE_FAIL",
+            "0:0",
+            "2026-11-20T18:00:00",
+            "2026-11-20T18:00:05",
+            "2026-11-20T18:30:05",
+            "1800",
+            "nid[000001-000002]",
+            "2",
+            "/r/a",
+            "a",
+            "",
+        ),
+        (
+            "101",
+            "101",
+            "TIMEOUT",
+            "0:15",
+            "2026-11-20T18:31:00",
+            "2026-11-20T18:40:00",
+            "2026-11-20T20:40:00",
+            "7200",
+            "nid[000001,000003]",
+            "2",
+            "/r/a",
+            "a",
+            "",
+        ),
+        (
+            "102",
+            "102",
+            "RUNNING",
+            "0:0",
+            "2026-11-20T20:00:00",
+            "2026-11-20T21:00:00",
+            "Unknown",
+            "60",
+            "nid[000001-000002]",
+            "2",
+            "/r/a",
+            "a",
+            "",
+        ),
+        (
+            "104",
+            "104",
+            "CANCELLED by 1000",
+            "0:0",
+            "2026-11-20T20:00:00",
+            "None",
+            "2026-11-20T20:00:00",
+            "0",
+            "None assigned",
+            "2",
+            "/r/a",
+            "a",
+            "",
+        ),
     ]
-)  # fmt: skip
+)
 PLAN = {
-    "run": "a", "site": "lumi", "recipe": "command", "guard": {"target": 1000, "checkpoint_dir": None},
-    "job": {"time_s": 7200, "num_nodes": 2, "tasks_per_node": 8, "step_time_s": 10.0, "save_every": 100, "num_links": 3, "iterations": 1000,
-            "signal": {"lead_s": 60}, "saves_on_signal": False},
-    "cost": {"node_hours": 4.0, "gpu_hours": 32.0, "billed": 16.0, "unit": "GPU-hour", "formula": "f"},
-}  # fmt: skip
+    "run": "a",
+    "site": "lumi",
+    "recipe": "command",
+    "guard": {"target": 1000, "checkpoint_dir": None},
+    "job": {
+        "time_s": 7200,
+        "num_nodes": 2,
+        "tasks_per_node": 8,
+        "step_time_s": 10.0,
+        "save_every": 100,
+        "num_links": 3,
+        "iterations": 1000,
+        "signal": {"lead_s": 60},
+        "saves_on_signal": False,
+    },
+    "cost": {
+        "node_hours": 4.0,
+        "gpu_hours": 32.0,
+        "billed": 16.0,
+        "unit": "GPU-hour",
+        "formula": "f",
+    },
+}
 
 
 def lines(*records):
@@ -55,15 +154,61 @@ def run_dir(tmp_path):
     (folder / "logs").mkdir(parents=True)
     (folder / "plan.json").write_text(json.dumps(PLAN))
     (folder / "ledger.jsonl").write_text(
-        lines(*({"event": "submitted", "link": link, "job_id": str(100 + link), "depends_on": None, "time": "2026-11-20T17:59:00Z", "kind": "link"} for link in (1, 2, 3)))
+        lines(
+            *(
+                {
+                    "event": "submitted",
+                    "link": link,
+                    "job_id": str(100 + link),
+                    "depends_on": None,
+                    "time": "2026-11-20T17:59:00Z",
+                    "kind": "link",
+                }
+                for link in (1, 2, 3)
+            )
+        )
         + '{"event": "submi'
-    )  # fmt: skip
-    begin = {"event": "begin", "exit_code": None, "nodes": "nid[000001-000002]", "reason": "", "checkpoint": None}
-    (folder / "links.jsonl").write_text(lines(
-        {**begin, "link": 1, "job_id": "101", "restart": 0, "mode": "scratch", "iteration": 0, "time": "2026-11-20T18:00:10Z"},
-        {**begin, "link": 1, "job_id": "101", "restart": 1, "mode": "resume", "iteration": 100, "time": "2026-11-20T18:40:10Z", "checkpoint": "global_step100"},
-        {**begin, "link": 2, "job_id": "102", "restart": 0, "mode": "resume", "iteration": 700, "time": "2026-11-20T21:00:05Z", "checkpoint": "global_step700"},
-    ))  # fmt: skip
+    )
+    begin = {
+        "event": "begin",
+        "exit_code": None,
+        "nodes": "nid[000001-000002]",
+        "reason": "",
+        "checkpoint": None,
+    }
+    (folder / "links.jsonl").write_text(
+        lines(
+            {
+                **begin,
+                "link": 1,
+                "job_id": "101",
+                "restart": 0,
+                "mode": "scratch",
+                "iteration": 0,
+                "time": "2026-11-20T18:00:10Z",
+            },
+            {
+                **begin,
+                "link": 1,
+                "job_id": "101",
+                "restart": 1,
+                "mode": "resume",
+                "iteration": 100,
+                "time": "2026-11-20T18:40:10Z",
+                "checkpoint": "global_step100",
+            },
+            {
+                **begin,
+                "link": 2,
+                "job_id": "102",
+                "restart": 0,
+                "mode": "resume",
+                "iteration": 700,
+                "time": "2026-11-20T21:00:05Z",
+                "checkpoint": "global_step700",
+            },
+        )
+    )
     return folder
 
 
@@ -92,22 +237,27 @@ def test_squeue_and_sacct_together_tell_every_link(run_dir, slurm_says):
     status = observe([str(run_dir)], now_s=NOW)[0]
     assert status.state == "running"
     by_link = {link.link: link for link in status.links}
-    assert (by_link[1].state, by_link[1].restarts, by_link[1].iteration_from, by_link[1].iteration_to) == (
-        "TIMEOUT",
-        1,
-        0,
-        700,
-    )
+    assert (
+        by_link[1].state,
+        by_link[1].restarts,
+        by_link[1].iteration_from,
+        by_link[1].iteration_to,
+    ) == ("TIMEOUT", 1, 0, 700)
     assert by_link[1].nodes == ("nid000001", "nid000003")
     assert (by_link[2].state, by_link[2].mode, by_link[2].active) == ("RUNNING", "resume", True)
-    assert (by_link[3].state, by_link[3].reason, by_link[3].pending) == ("PENDING", "Dependency", True)
+    assert (by_link[3].state, by_link[3].reason, by_link[3].pending) == (
+        "PENDING",
+        "Dependency",
+        True,
+    )
     assert utc(by_link[3].expected_start_s) == "2026-11-21T02:00:00Z"
     assert status.progress.eta_s == 3000 and status.progress.links_needed == 1
     assert not any("squeue" in what or "sacct" in what for what in status.unseen)
 
 
 @pytest.mark.parametrize(
-    ("squeue", "sacct", "state"), [(SQUEUE, None, "running"), (None, SACCT, "running"), (None, None, "unknown")]
+    ("squeue", "sacct", "state"),
+    [(SQUEUE, None, "running"), (None, SACCT, "running"), (None, None, "unknown")],
 )
 def test_either_alone_or_neither_still_answers_and_says_what_it_could_not_see(
     run_dir, slurm_says, squeue, sacct, state
@@ -128,7 +278,12 @@ def test_200_links_of_many_runs_cost_one_squeue_and_one_sacct(tmp_path, slurm_sa
         folder = tmp_path / f"r{number}"
         folder.mkdir()
         (folder / "ledger.jsonl").write_text(
-            lines(*({"event": "submitted", "link": i, "job_id": str(1000 * number + i)} for i in range(1, 51)))
+            lines(
+                *(
+                    {"event": "submitted", "link": i, "job_id": str(1000 * number + i)}
+                    for i in range(1, 51)
+                )
+            )
         )
         folders.append(str(folder))
     statuses = observe(folders, now_s=NOW)
@@ -154,7 +309,9 @@ def test_slurm_that_fails_is_named(monkeypatch):
     monkeypatch.setattr(
         slurm,
         "run",
-        lambda argv, **_: slurm.subprocess.CompletedProcess(argv, 1, "", "Slurm accounting storage is disabled"),
+        lambda argv, **_: slurm.subprocess.CompletedProcess(
+            argv, 1, "", "Slurm accounting storage is disabled"
+        ),
     )
     assert "sacct: Slurm accounting storage is disabled" in jobs.query(["9"]).unseen
 
@@ -170,9 +327,18 @@ def test_any_answer_of_slurm_is_parsed_without_a_crash(one, other):
 
 
 def test_every_torn_run_directory_still_gives_a_status(run_dir):
-    whole = {name: (run_dir / name).read_bytes() for name in ("plan.json", "ledger.jsonl", "links.jsonl")}
+    whole = {
+        name: (run_dir / name).read_bytes() for name in ("plan.json", "ledger.jsonl", "links.jsonl")
+    }
     for name, content in whole.items():
-        for replacement in (None, b"", content[: len(content) // 2], b"\xff\x00[]", b"[1, 2]", b'{"event": {}}\n'):
+        for replacement in (
+            None,
+            b"",
+            content[: len(content) // 2],
+            b"\xff\x00[]",
+            b"[1, 2]",
+            b'{"event": {}}\n',
+        ):
             path = run_dir / name
             path.unlink()
             if replacement is not None:
@@ -184,11 +350,14 @@ def test_every_torn_run_directory_still_gives_a_status(run_dir):
 
 def test_the_log_tells_the_end_that_nobody_recorded(run_dir):
     (run_dir / "logs" / "a-101.out").write_text(
-        "hpctrain: job 101, restart 1, 2 nodes: nid[000001-000002]\n step 5/1000 loss=2.0\n"
-        "slurmstepd: error: *** JOB 101 ON nid000001 CANCELLED AT 2026-11-20T20:40:00 DUE TO TIME LIMIT ***\n"
+        "hpctrain: job 101, restart 1, 2 nodes: nid[000001-000002]\n step 5/1000"
+        " loss=2.0\nslurmstepd: error: *** JOB 101 ON nid000001 CANCELLED AT 2026-11-20T20:40:00"
+        " DUE TO TIME LIMIT ***\n"
     )
     status = observe([str(run_dir)], ask_slurm=False, now_s=NOW)[0]
-    assert status.links[0].state == "TIMEOUT" and status.links[0].reason == "time limit on nid000001"
+    assert (
+        status.links[0].state == "TIMEOUT" and status.links[0].reason == "time limit on nid000001"
+    )
 
 
 def test_runs_are_found_by_directory_name_and_job_id(run_dir, tmp_path, monkeypatch):
@@ -222,18 +391,36 @@ def test_each_start_is_billed_for_the_time_it_took(run_dir):
 
 def test_without_slurm_the_records_and_the_next_start_bound_the_time(run_dir):
     spent = cost.spent(read_run(str(run_dir)), Answer({}, {}, ("x",)), NOW)
-    assert [(s.restart, s.elapsed_s) for s, _ in spent.starts] == [(0, 2400.0), (1, None), (0, None)]
+    assert [(s.restart, s.elapsed_s) for s, _ in spent.starts] == [
+        (0, 2400.0),
+        (1, None),
+        (0, None),
+    ]
     assert sum("how long job" in what for what in spent.unseen) == 2
 
 
 def test_lumis_formula_by_hand(hpctrain, tmp_path):
-    """standard-g: 4 GPU-hours a node-hour, so 192 nodes for 48 hours are 36,864 (docs.lumi-supercomputer.eu, billing)."""
-    (tmp_path / "run.yaml").write_text(json.dumps({
-        "name": "x", "site": "lumi", "recipe": "command", "account": "project_465000000", "partition": "standard-g", "nodes": 192,
-        "gpus_per_node": 8, "time": "2-00:00:00", "recipe_options": {"argv": ["true"]},
-    }))  # fmt: skip
+    """standard-g: 4 GPU-hours a node-hour, so 192 nodes for 48 hours are 36,864
+    (docs.lumi-supercomputer.eu, billing)."""
+    (tmp_path / "run.yaml").write_text(
+        json.dumps(
+            {
+                "name": "x",
+                "site": "lumi",
+                "recipe": "command",
+                "account": "project_465000000",
+                "partition": "standard-g",
+                "nodes": 192,
+                "gpus_per_node": 8,
+                "time": "2-00:00:00",
+                "recipe_options": {"argv": ["true"]},
+            }
+        )
+    )
     answer = json.loads(
-        hpctrain("cost", "run.yaml", "--array", "3", "--ladder", "1,8,16", "--json", cwd=tmp_path).stdout
+        hpctrain(
+            "cost", "run.yaml", "--array", "3", "--ladder", "1,8,16", "--json", cwd=tmp_path
+        ).stdout
     )
     bills = {bill["what"]: bill["billed"] for bill in answer["bills"]}
     assert bills["one job"] == 36864 and bills["an array of 3 such jobs"] == 3 * 36864
@@ -244,11 +431,17 @@ def test_lumis_formula_by_hand(hpctrain, tmp_path):
 
 
 def test_what_is_left_is_read_from_the_sites_own_tool():
-    said = "Project | CPU\nproject_465000001 | 12,345/500000 (2.4%) core/hours | 6,789.5/50000 (13%) gpu/hours|\n"
+    said = (
+        "Project | CPU\nproject_465000001 | 12,345/500000 (2.4%) core/hours | 6,789.5/50000 (13%)"
+        " gpu/hours|\n"
+    )
     from hpctrain.config.site import load_site
 
     patterns = load_site("lumi").values["tools"]["allocation"]["patterns"]
     left = cost.read_allocation(said, patterns["GPU-hour"], "project_465000001", "GPU-hour")
     assert left is not None and (left.used, left.granted, left.left) == (6789.5, 50000, 43210.5)
     assert cost.read_allocation(said, patterns["GPU-hour"], "project_465000002", "GPU-hour") is None
-    assert cost.read_allocation("nonsense", patterns["core-hour"], "project_465000001", "core-hour") is None
+    assert (
+        cost.read_allocation("nonsense", patterns["core-hour"], "project_465000001", "core-hour")
+        is None
+    )

@@ -1,4 +1,5 @@
-"""Caches of an open-instruct run: a folder for each content, nothing cut off is taken for whole, nothing missing is trained without."""
+"""Caches of an open-instruct run: a folder for each content, nothing cut off is taken for whole,
+nothing missing is trained without."""
 
 from __future__ import annotations
 
@@ -22,24 +23,39 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 
 class Case:
-    """A run directory with its caches.json, a hub cache with one model and one data set, and a local data file."""
+    """A run directory with its caches.json, a hub cache with one model and one data set, and a
+    local data file."""
 
     def __init__(self, root: Path) -> None:
-        self.home, self.run, self.data = root / "hf", root / "run", root / "it's $(touch canary).jsonl"
+        self.home, self.run, self.data = (
+            root / "hf",
+            root / "run",
+            root / "it's $(touch canary).jsonl",
+        )
         self.repo = self.home / "hub" / "models--org--base"
         fill(self.repo / "snapshots" / COMMIT)
         write(self.repo / "refs" / "main", COMMIT)
-        write(self.home / "datasets" / "org___my_data" / "default" / "0.0.0" / "abc" / "x.arrow", "x")
+        write(
+            self.home / "datasets" / "org___my_data" / "default" / "0.0.0" / "abc" / "x.arrow", "x"
+        )
         write(self.data, '{"messages": []}\n')
         self.said: list[str] = []
         self.settings: dict[str, Any] = {
-            "schema_version": 1, "cache_dir": str(root / "cache"), "program": {"commit": "e" * 40, "entrypoint": "f.py"},
-            "mixer": [str(self.data), "1.0", "org/MyData", "0.1"], "dataset": {"max_seq_length": 64}, "tokenizer": "org/base",
-            "model": {"name": "org/base", "folder": None, "alias": False, "revision": "main"}, "hf_home": str(self.home),
-            "offline": True, "reference": {"loss_type": "dpo_norm"},
-            "needed": [{"what": "model", "kind": "model", "repo": "org/base", "revision": "main"},
-                       {"what": "data set", "kind": "dataset", "repo": "org/MyData", "revision": "main"}],
-        }  # fmt: skip
+            "schema_version": 1,
+            "cache_dir": str(root / "cache"),
+            "program": {"commit": "e" * 40, "entrypoint": "f.py"},
+            "mixer": [str(self.data), "1.0", "org/MyData", "0.1"],
+            "dataset": {"max_seq_length": 64},
+            "tokenizer": "org/base",
+            "model": {"name": "org/base", "folder": None, "alias": False, "revision": "main"},
+            "hf_home": str(self.home),
+            "offline": True,
+            "reference": {"loss_type": "dpo_norm"},
+            "needed": [
+                {"what": "model", "kind": "model", "repo": "org/base", "revision": "main"},
+                {"what": "data set", "kind": "dataset", "repo": "org/MyData", "revision": "main"},
+            ],
+        }
 
     def prepare(self, mode: str = "scratch", job: str = "7", state: str = "dead") -> dict[str, str]:
         write(self.run / "caches.json", json.dumps(self.settings))
@@ -69,7 +85,11 @@ def torch_file(path: Path) -> None:
 
 def test_the_same_inputs_give_the_same_folders_and_each_change_another(case: Case) -> None:
     first = case.prepare()
-    again = case.prepare("resume") if torch_file(Path(first["REFERENCE_LOGPROBS_CACHE_PATH"]) / "k.pt") is None else {}
+    again = (
+        case.prepare("resume")
+        if torch_file(Path(first["REFERENCE_LOGPROBS_CACHE_PATH"]) / "k.pt") is None
+        else {}
+    )
     seen = {first["HPCTRAIN_DATASET_CACHE"]}
 
     assert again == first
@@ -79,7 +99,8 @@ def test_the_same_inputs_give_the_same_folders_and_each_change_another(case: Cas
         assert found not in seen
         seen.add(found)
 
-    write(case.data, '{"messages": [1]}\n')  # open-instruct's own key does not look into local files
+    # open-instruct's own key does not look into local files
+    write(case.data, '{"messages": [1]}\n')
     changed()
     case.settings["dataset"]["max_seq_length"] = 65
     changed()
@@ -97,7 +118,12 @@ def test_the_same_inputs_give_the_same_folders_and_each_change_another(case: Cas
 def test_the_reference_folder_follows_the_models_weights(case: Case, tmp_path: Path) -> None:
     model = tmp_path / "model"
     fill(model)
-    case.settings["model"] = {"name": str(model), "folder": str(model), "alias": False, "revision": "main"}
+    case.settings["model"] = {
+        "name": str(model),
+        "folder": str(model),
+        "alias": False,
+        "revision": "main",
+    }
     case.settings["tokenizer"] = str(model)
     first = case.prepare()
     write(model / "model.safetensors", "trained")
@@ -109,7 +135,9 @@ def test_the_reference_folder_follows_the_models_weights(case: Case, tmp_path: P
     assert len({found["REFERENCE_LOGPROBS_CACHE_PATH"] for found in (first, second, third)}) == 3
 
 
-def test_a_large_file_is_read_once_for_all_links(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_file_is_read_once_for_all_links(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = case.prepare()
     monkeypatch.setattr(caches.hashlib, "sha256", _only_text(caches.hashlib.sha256))
 
@@ -162,9 +190,16 @@ def test_every_shard_that_an_index_names_must_be_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "repo_id,folder", [("org/MyData", "org___my_data"), ("allenai/tulu-3-sft-mixture", "allenai___tulu-3-sft-mixture"), ("GSM8K", "gsm8_k")]
-)  # fmt: skip
-def test_prepared_data_sets_are_found_under_the_name_that_datasets_gives_them(repo_id: str, folder: str) -> None:
+    "repo_id,folder",
+    [
+        ("org/MyData", "org___my_data"),
+        ("allenai/tulu-3-sft-mixture", "allenai___tulu-3-sft-mixture"),
+        ("GSM8K", "gsm8_k"),
+    ],
+)
+def test_prepared_data_sets_are_found_under_the_name_that_datasets_gives_them(
+    repo_id: str, folder: str
+) -> None:
     assert hubcache.prepared_folder("/hf", repo_id) == f"/hf/datasets/{folder}"
 
 
@@ -203,7 +238,9 @@ def test_a_resume_without_its_reference_does_not_start(case: Case) -> None:
     assert (folder / "damaged-0123").stat().st_size == 20, "renamed, never deleted"
 
 
-def test_the_rehearsals_stand_in_leaves_what_a_resume_and_a_finished_run_need(case: Case, tmp_path: Path) -> None:
+def test_the_rehearsals_stand_in_leaves_what_a_resume_and_a_finished_run_need(
+    case: Case, tmp_path: Path
+) -> None:
     standin.write_reference(case.prepare())
     case.prepare("resume")
     folder = str(tmp_path / "ckpt")
@@ -217,7 +254,12 @@ def test_the_rehearsals_stand_in_leaves_what_a_resume_and_a_finished_run_need(ca
 def test_a_folder_is_shown_as_a_repository_beside_all_others(case: Case, tmp_path: Path) -> None:
     model = tmp_path / "my model"
     fill(model)
-    case.settings["model"] = {"name": "local/my-model", "folder": str(model), "alias": True, "revision": "main"}
+    case.settings["model"] = {
+        "name": "local/my-model",
+        "folder": str(model),
+        "alias": True,
+        "revision": "main",
+    }
     for _ in range(2):
         view = Path(case.prepare()["HF_HUB_CACHE"])
         home = str(view.parent / "home")
@@ -227,7 +269,9 @@ def test_a_folder_is_shown_as_a_repository_beside_all_others(case: Case, tmp_pat
 
         for repo_id in ("local/my-model", "org/base"):
             assert hubcache.missing(home, Repo("model", repo_id, "main")) == []
-    assert sorted(os.listdir(case.home / "hub")) == ["models--org--base"], "the user's own cache is not written to"
+    assert sorted(os.listdir(case.home / "hub")) == ["models--org--base"], (
+        "the user's own cache is not written to"
+    )
 
 
 def test_a_damaged_caches_json_says_what_to_do(case: Case) -> None:

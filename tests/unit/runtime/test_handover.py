@@ -19,16 +19,26 @@ from hpctrain.runtime.settings import read_settings
 class Stages:
     """Two run directories with nothing but a plan: `first` hands on to `second`."""
 
-    def __init__(self, top: Path, way="symlink", target=9, hand_over="checkpoint", layout="deepspeed", **more):
+    def __init__(
+        self, top: Path, way="symlink", target=9, hand_over="checkpoint", layout="deepspeed", **more
+    ):
         self.top, self.said = top, []
         self.first, self.second, self.from_ckpt, self.ckpt = (
-            top / "a", top / "b's", top / "ck a", top / "ck b",
-        )  # fmt: skip
+            top / "a",
+            top / "b's",
+            top / "ck a",
+            top / "ck b",
+        )
         self.jobs = 0
         self.plan(self.first, checkpoint_dir=str(self.from_ckpt), target=target, layout=layout)
         expected = None if target is None else str(self.from_ckpt / f"global_step{target}")
-        source = {"stage": "warmup", "run_dir": str(self.first), "hand_over": hand_over, "checkpoint": expected,
-                  "model": str(top / "model")}  # fmt: skip
+        source = {
+            "stage": "warmup",
+            "run_dir": str(self.first),
+            "hand_over": hand_over,
+            "checkpoint": expected,
+            "model": str(top / "model"),
+        }
         self.plan(
             self.second,
             checkpoint_dir=str(self.ckpt),
@@ -57,7 +67,9 @@ class Stages:
         return guard.begin(str(run_dir or self.second), self.jobs, environ, self.said.append)
 
     def end(self, code=0, run_dir=None):
-        guard.end(str(run_dir or self.second), code, {"SLURM_JOB_ID": str(self.jobs)}, lambda text: None)
+        guard.end(
+            str(run_dir or self.second), code, {"SLURM_JOB_ID": str(self.jobs)}, lambda text: None
+        )
 
     def names(self):
         return sorted(name for name in os.listdir(self.ckpt) if name[0] != ".")
@@ -70,20 +82,29 @@ class Stages:
 def test_a_stage_that_did_not_reach_its_target_makes_the_next_give_up_and_say_why(tmp_path):
     stages = Stages(tmp_path)
     assert stages.begin()["HPCTRAIN_DECISION"] == "gave_up"
-    assert "stage `warmup` has no complete checkpoint and its target is 9; none of its links has begun" in stages.reason
+    assert (
+        "stage `warmup` has no complete checkpoint and its target is 9; none of its links has begun"
+        in stages.reason
+    )
     checkpoints.save(str(stages.from_ckpt), 6, 1, 2)
     append_record(
-        str(stages.first / "links.jsonl"), {"event": "begin", "mode": "gave_up", "reason": "3 links in a row"}
+        str(stages.first / "links.jsonl"),
+        {"event": "begin", "mode": "gave_up", "reason": "3 links in a row"},
     )
     assert stages.begin()["HPCTRAIN_DECISION"] == "gave_up"
-    assert "stage `warmup` is at 6 and its target is 9; its last link: 3 links in a row" in stages.reason
+    assert (
+        "stage `warmup` is at 6 and its target is 9; its last link: 3 links in a row"
+        in stages.reason
+    )
     assert stages.names() == [] and not (stages.second / "hand_over.json").exists()
     checkpoints.save(str(stages.from_ckpt), 9, 1, 2)
     assert stages.begin()["HPCTRAIN_MODE"] == "finetune"  # a link submitted since then tries again
 
 
 @pytest.mark.parametrize("way", ["symlink", "copy", "hardlink"])
-def test_the_newest_complete_checkpoint_is_brought_in_once_and_the_stage_then_goes_its_own_way(tmp_path, way):
+def test_the_newest_complete_checkpoint_is_brought_in_once_and_the_stage_then_goes_its_own_way(
+    tmp_path, way
+):
     stages = Stages(tmp_path, way)
     for step in (6, 9):
         checkpoints.save(str(stages.from_ckpt), step, 1, 2, lineage="warmup")
@@ -118,7 +139,10 @@ def test_the_newest_complete_checkpoint_is_brought_in_once_and_the_stage_then_go
 @pytest.mark.parametrize("way", ["symlink", "copy", "hardlink"])
 def test_a_save_at_the_starts_own_number_never_reaches_the_stage_before(tmp_path, way):
     stages = Stages(tmp_path, way)
-    stages.plan(stages.second, **{**json.loads((stages.second / "plan.json").read_text())["guard"], "target": 20})
+    stages.plan(
+        stages.second,
+        **{**json.loads((stages.second / "plan.json").read_text())["guard"], "target": 20},
+    )
     checkpoints.save(str(stages.from_ckpt), 9, 1, 2, lineage="warmup")
     assert stages.begin()["HPCTRAIN_CHECKPOINT"] == str(stages.ckpt / "start-9")
     assert any("its save at 9 would go through it" in line for line in stages.said)
@@ -185,7 +209,9 @@ def test_without_a_target_the_stage_is_through_when_its_last_link_ended_well(tmp
     stages = Stages(tmp_path, target=None)
     checkpoints.save(str(stages.from_ckpt), 7, 1, 2)
     assert "has not ended with exit code 0" in (stages.begin(), stages.reason)[1]
-    append_record(str(stages.first / "links.jsonl"), {"event": "end", "mode": "scratch", "exit_code": 0})
+    append_record(
+        str(stages.first / "links.jsonl"), {"event": "end", "mode": "scratch", "exit_code": 0}
+    )
     assert stages.begin()["HPCTRAIN_ITERATION"] == "7"
 
 
@@ -199,14 +225,21 @@ def test_the_forks_counter_refuses_another_number_than_the_planned_one(tmp_path)
 def test_what_the_recipe_needs_in_the_start_must_be_there(tmp_path):
     stages = Stages(tmp_path, start_needs=["critic"])
     checkpoints.save(str(stages.from_ckpt), 9, 1, 2)
-    assert stages.begin()["HPCTRAIN_DECISION"] == "gave_up" and "it has no `critic`" in stages.reason
+    assert (
+        stages.begin()["HPCTRAIN_DECISION"] == "gave_up" and "it has no `critic`" in stages.reason
+    )
 
 
 def verl(folder: Path, step: int, world: int) -> None:
     for rank in range(world):
         for role in ("actor", "critic"):
             for kind in ("model", "optim", "extra_state"):
-                path = folder / f"global_step_{step}" / role / f"{kind}_world_size_{world}_rank_{rank}.pt"
+                path = (
+                    folder
+                    / f"global_step_{step}"
+                    / role
+                    / f"{kind}_world_size_{world}_rank_{rank}.pt"
+                )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(checkpoints.torch_file({"step": step}))
     (folder / f"global_step_{step}" / "actor" / "huggingface").mkdir()
@@ -216,9 +249,16 @@ def verl(folder: Path, step: int, world: int) -> None:
 
 
 @pytest.mark.parametrize(("world", "decision"), [(2, "run"), (4, "gave_up")])
-def test_verls_checkpoint_with_actor_critic_and_data_for_the_same_world_size(tmp_path, world, decision):
-    stages = Stages(tmp_path, "copy", target=2204, layout="verl", start_needs=["critic"], data_parallel=world)
-    stages.plan(stages.second, **{**json.loads((stages.second / "plan.json").read_text())["guard"], "target": 4408})
+def test_verls_checkpoint_with_actor_critic_and_data_for_the_same_world_size(
+    tmp_path, world, decision
+):
+    stages = Stages(
+        tmp_path, "copy", target=2204, layout="verl", start_needs=["critic"], data_parallel=world
+    )
+    stages.plan(
+        stages.second,
+        **{**json.loads((stages.second / "plan.json").read_text())["guard"], "target": 4408},
+    )
     verl(stages.from_ckpt, 2204, 2)
     found = stages.begin()
     assert found["HPCTRAIN_DECISION"] == decision
@@ -226,7 +266,9 @@ def test_verls_checkpoint_with_actor_critic_and_data_for_the_same_world_size(tmp
         assert (found["HPCTRAIN_MODE"], found["HPCTRAIN_ITERATION"]) == ("finetune", "2204")
         assert stages.names() == ["global_step_2204", "latest_checkpointed_iteration.txt"]
         assert (stages.ckpt / "latest_checkpointed_iteration.txt").read_bytes() == b"2204"
-        assert (stages.ckpt / "global_step_2204" / "actor" / "huggingface" / "config.json").read_text() == "{}"
+        assert (
+            stages.ckpt / "global_step_2204" / "actor" / "huggingface" / "config.json"
+        ).read_text() == "{}"
         stages.end(1)
         verl(stages.ckpt, 2304, 2)
         assert stages.begin()["HPCTRAIN_ITERATION"] == "2304"
@@ -234,7 +276,9 @@ def test_verls_checkpoint_with_actor_critic_and_data_for_the_same_world_size(tmp
         assert "was saved by 2 ranks, and the plan has 4" in stages.reason
 
 
-@pytest.mark.parametrize("weights", ["model.safetensors", "index", "index cut", "index gap", "none", "no config"])
+@pytest.mark.parametrize(
+    "weights", ["model.safetensors", "index", "index cut", "index gap", "none", "no config"]
+)
 def test_a_model_is_taken_when_it_is_whole(tmp_path, weights):
     stages = Stages(tmp_path, hand_over="model")
     checkpoints.save(str(stages.from_ckpt), 9, 1, 2)
@@ -244,7 +288,9 @@ def test_a_model_is_taken_when_it_is_whole(tmp_path, weights):
         (model / "config.json").write_text("{}")
     if weights.startswith("index"):
         text = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
-        (model / "model.safetensors.index.json").write_text(text[: 20 if weights == "index cut" else None])
+        (model / "model.safetensors.index.json").write_text(
+            text[: 20 if weights == "index cut" else None]
+        )
         (model / "model-1.safetensors").touch()
         if weights != "index gap":
             (model / "model-2.safetensors").touch()
@@ -252,7 +298,9 @@ def test_a_model_is_taken_when_it_is_whole(tmp_path, weights):
         (model / "model.safetensors").touch()
     found = stages.begin()
     good = weights in ("model.safetensors", "index")
-    assert (found["HPCTRAIN_DECISION"], found["HPCTRAIN_MODE"]) == (("run", "scratch") if good else ("gave_up", ""))
+    assert (found["HPCTRAIN_DECISION"], found["HPCTRAIN_MODE"]) == (
+        ("run", "scratch") if good else ("gave_up", "")
+    )
     assert good or "stage `warmup`" in stages.reason
     assert not stages.ckpt.exists() or stages.names() == []
 

@@ -35,8 +35,12 @@ def write(folder, files):
 
 
 @pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize(("tp", "dp", "zero"), [(1, 1, 0), (2, 2, 1), (2, 3, 2), (1, 4, 3), (2, 2, 3), (8, 12, 1)])
-def test_a_whole_deepspeed_checkpoint_is_complete_and_without_any_one_file_it_is_not(tmp_path, tp, dp, zero, told):
+@pytest.mark.parametrize(
+    ("tp", "dp", "zero"), [(1, 1, 0), (2, 2, 1), (2, 3, 2), (1, 4, 3), (2, 2, 3), (8, 12, 1)]
+)
+def test_a_whole_deepspeed_checkpoint_is_complete_and_without_any_one_file_it_is_not(
+    tmp_path, tp, dp, zero, told
+):
     path = checkpoints.save(str(tmp_path), 10, tp, dp, zero, told=told)
     expected = Expected() if told else Expected(tp, 0, dp, zero)
     assert faults("deepspeed", path, expected) == []
@@ -72,9 +76,19 @@ def test_every_length_of_a_torch_file_but_the_whole_is_damaged(tmp_path):
 
 def test_pipeline_layers_must_be_there_for_every_tensor_rank(tmp_path):
     path = tmp_path / "global_step4"
-    files = {f"layer_{layer:02d}-model_{tp:02d}-model_states.pt": TORCH for layer in (0, 2, 3, 5) for tp in range(2)}
+    files = {
+        f"layer_{layer:02d}-model_{tp:02d}-model_states.pt": TORCH
+        for layer in (0, 2, 3, 5)
+        for tp in range(2)
+    }
     files.update({f"mp_rank_{mp:02d}_model_states.pt": TORCH for mp in range(4)})
-    files.update({f"zero_pp_rank_{dp}_mp_rank_{mp:02d}_optim_states.pt": TORCH for mp in range(4) for dp in range(2)})
+    files.update(
+        {
+            f"zero_pp_rank_{dp}_mp_rank_{mp:02d}_optim_states.pt": TORCH
+            for mp in range(4)
+            for dp in range(2)
+        }
+    )
     write(path, files)
     plan = Expected(tensor_parallel=2, pipeline_parallel=2, data_parallel=2, zero_stage=1)
     assert faults("deepspeed", path, plan) == []
@@ -82,7 +96,9 @@ def test_pipeline_layers_must_be_there_for_every_tensor_rank(tmp_path):
     assert "layer_03-model_01-model_states.pt" in faults("deepspeed", path, plan)[0]
 
 
-def test_the_checkpoints_own_word_on_its_ranks_wins_over_the_plans_and_the_difference_is_said(tmp_path):
+def test_the_checkpoints_own_word_on_its_ranks_wins_over_the_plans_and_the_difference_is_said(
+    tmp_path,
+):
     path = checkpoints.save(str(tmp_path), 10, tp=2, dp=2)
     found = verdict("deepspeed", path, Expected(2, 0, 4, 1))
     assert found.faults == ()
@@ -103,11 +119,17 @@ def test_reading_what_a_file_says_of_itself_runs_none_of_its_code(tmp_path):
 
 def hf(folder, step=4, **changes):
     files = {
-        "trainer_state.json": json.dumps({"global_step": step}), "optimizer.pt": TORCH, "scheduler.pt": TORCH,
-        "rng_state.pth": TORCH, "model.safetensors": safetensors(), "config.json": "{}", **changes,
-    }  # fmt: skip
+        "trainer_state.json": json.dumps({"global_step": step}),
+        "optimizer.pt": TORCH,
+        "scheduler.pt": TORCH,
+        "rng_state.pth": TORCH,
+        "model.safetensors": safetensors(),
+        "config.json": "{}",
+        **changes,
+    }
     return write(
-        folder / f"checkpoint-{step}", {name: content for name, content in files.items() if content is not None}
+        folder / f"checkpoint-{step}",
+        {name: content for name, content in files.items() if content is not None},
     )
 
 
@@ -116,11 +138,20 @@ def safetensors(payload=b"\0" * 16):
     return struct.pack("<Q", len(header)) + header + payload
 
 
-@pytest.mark.parametrize("change", [
-    {"trainer_state.json": None}, {"trainer_state.json": '{"global_st'}, {"trainer_state.json": '{"global_step": 3}'},
-    {"optimizer.pt": None}, {"rng_state.pth": None}, {"model.safetensors": safetensors(b"\0" * 15)}, {"model.safetensors": None},
-    {"checkpoint-is-incomplete.txt": ""}, {"optimizer.pt": TORCH[:-5]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"trainer_state.json": None},
+        {"trainer_state.json": '{"global_st'},
+        {"trainer_state.json": '{"global_step": 3}'},
+        {"optimizer.pt": None},
+        {"rng_state.pth": None},
+        {"model.safetensors": safetensors(b"\0" * 15)},
+        {"model.safetensors": None},
+        {"checkpoint-is-incomplete.txt": ""},
+        {"optimizer.pt": TORCH[:-5]},
+    ],
+)
 def test_hf_trainer_checkpoints(tmp_path, change):
     assert faults("hf-trainer", hf(tmp_path / "good")) == []
     assert faults("hf-trainer", hf(tmp_path / "bad", **change))
@@ -130,17 +161,27 @@ def test_hf_weights_named_by_an_index_must_all_be_there(tmp_path):
     index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
     path = hf(
         tmp_path,
-        **{"model.safetensors": None, "model.safetensors.index.json": index, "model-1.safetensors": safetensors()},
+        **{
+            "model.safetensors": None,
+            "model.safetensors.index.json": index,
+            "model-1.safetensors": safetensors(),
+        },
     )
     assert "model-2.safetensors" in faults("hf-trainer", path)[0]
     write(path, {"model-2.safetensors": safetensors()})
     assert faults("hf-trainer", path) == []
 
 
-def test_verl_needs_every_rank_of_one_world_size_in_actor_and_critic_and_the_data_position(tmp_path):
+def test_verl_needs_every_rank_of_one_world_size_in_actor_and_critic_and_the_data_position(
+    tmp_path,
+):
     def files(world, roles=("actor", "critic")):
-        return {f"{role}/{kind}_world_size_{world}_rank_{rank}.pt": TORCH
-                for role in roles for kind in ("model", "optim", "extra_state") for rank in range(world)}  # fmt: skip
+        return {
+            f"{role}/{kind}_world_size_{world}_rank_{rank}.pt": TORCH
+            for role in roles
+            for kind in ("model", "optim", "extra_state")
+            for rank in range(world)
+        }
 
     good = write(tmp_path / "global_step_5", {**files(3), "data.pt": TORCH})
     assert faults("verl", good) == []
@@ -148,17 +189,32 @@ def test_verl_needs_every_rank_of_one_world_size_in_actor_and_critic_and_the_dat
         os.rename(good / name, tmp_path / "away")
         assert faults("verl", good), name
         os.rename(tmp_path / "away", good / name)
-    mixed = write(tmp_path / "global_step_6", {**files(3), **files(2, ("actor",)), "data.pt": TORCH})
+    mixed = write(
+        tmp_path / "global_step_6", {**files(3), **files(2, ("actor",)), "data.pt": TORCH}
+    )
     assert "world sizes 2, 3" in faults("verl", mixed)[0]
 
 
 def test_open_instruct_trusts_no_marker(tmp_path):
-    good = write(tmp_path / "step_8", {"COMPLETED": "", "random_states_0.pkl": b"x", "random_states_1.pkl": b"x",
-                                       "model.safetensors": safetensors(), "optimizer.bin": TORCH})  # fmt: skip
+    good = write(
+        tmp_path / "step_8",
+        {
+            "COMPLETED": "",
+            "random_states_0.pkl": b"x",
+            "random_states_1.pkl": b"x",
+            "model.safetensors": safetensors(),
+            "optimizer.bin": TORCH,
+        },
+    )
     assert faults("open-instruct", good) == []
     bad = write(
         tmp_path / "step_16",
-        {"COMPLETED": "", "random_states_0.pkl": b"x", "model.safetensors": b"", "optimizer.bin": TORCH},
+        {
+            "COMPLETED": "",
+            "random_states_0.pkl": b"x",
+            "model.safetensors": b"",
+            "optimizer.bin": TORCH,
+        },
     )
     assert faults("open-instruct", bad)
     layout = LAYOUTS["open-instruct"]
@@ -166,18 +222,36 @@ def test_open_instruct_trusts_no_marker(tmp_path):
 
 
 def test_open_instruct_looks_into_deepspeed_shards(tmp_path):
-    inner = {f"zero_pp_rank_{dp}_mp_rank_00_{kind}_states.pt": TORCH for dp in range(2) for kind in ("model", "optim")}
-    files = {"COMPLETED": "", **{f"random_states_{rank}.pkl": b"x" for rank in range(2)},
-             **{f"pytorch_model/{name}": content for name, content in inner.items()}}  # fmt: skip
+    inner = {
+        f"zero_pp_rank_{dp}_mp_rank_00_{kind}_states.pt": TORCH
+        for dp in range(2)
+        for kind in ("model", "optim")
+    }
+    files = {
+        "COMPLETED": "",
+        **{f"random_states_{rank}.pkl": b"x" for rank in range(2)},
+        **{f"pytorch_model/{name}": content for name, content in inner.items()},
+    }
     path = write(tmp_path / "step_3", files)
     assert faults("open-instruct", path) == []
     os.unlink(path / "pytorch_model" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
     assert faults("open-instruct", path)
 
 
-def test_an_open_instruct_model_is_exported_when_all_its_parts_are_younger_than_the_last_checkpoint(tmp_path):
-    write(tmp_path, {"step_6/COMPLETED": "", "model-1.safetensors": safetensors(), "tokenizer_config.json": "{}",
-                     "model.safetensors.index.json": json.dumps({"weight_map": {"a": "model-1.safetensors"}})})  # fmt: skip
+def test_an_open_instruct_model_is_exported_when_all_its_parts_are_younger_than_the_last_checkpoint(
+    tmp_path,
+):
+    write(
+        tmp_path,
+        {
+            "step_6/COMPLETED": "",
+            "model-1.safetensors": safetensors(),
+            "tokenizer_config.json": "{}",
+            "model.safetensors.index.json": json.dumps(
+                {"weight_map": {"a": "model-1.safetensors"}}
+            ),
+        },
+    )
 
     def lacking():
         return LAYOUTS["open-instruct"].export_faults(str(tmp_path), "step_6", Listing())
@@ -197,7 +271,9 @@ def test_an_open_instruct_model_is_exported_when_all_its_parts_are_younger_than_
     assert "model-1.safetensors" in lacking()[0]
 
 
-@pytest.mark.parametrize("form", ["mp_rank_{:02d}/model_optim_rng.pt", "mp_rank_{:02d}_{:03d}/model_optim_rng.pt"])
+@pytest.mark.parametrize(
+    "form", ["mp_rank_{:02d}/model_optim_rng.pt", "mp_rank_{:02d}_{:03d}/model_optim_rng.pt"]
+)
 def test_megatron_ranks(tmp_path, form):
     stages = 2 if form.count("{") == 2 else 1
     names = [form.format(tp, pp) for tp in range(2) for pp in range(stages)]
@@ -208,13 +284,23 @@ def test_megatron_ranks(tmp_path, form):
     assert faults("megatron", path, plan)
 
 
-@pytest.mark.parametrize(("layout", "name", "number", "text"), [
-    ("deepspeed", "global_step100", 100, "global_step100"), ("deepspeed", "start-7", 7, "start-7"),
-    ("deepspeed", "global_step100_bak", None, None), ("deepspeed", "_global_step100", None, None),
-    ("deepspeed", "global_step", None, None), ("megatron", "iter_0000100", 100, "100"), ("verl", "global_step_5", 5, "5"),
-    ("hf-trainer", "checkpoint-12", 12, None), ("hf-trainer", "checkpoint-12-old", None, None),
-    ("open-instruct", "epoch_2", 2, None), ("dcp", "step-3", 3, "step-3"), ("none", "global_step1", None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layout", "name", "number", "text"),
+    [
+        ("deepspeed", "global_step100", 100, "global_step100"),
+        ("deepspeed", "start-7", 7, "start-7"),
+        ("deepspeed", "global_step100_bak", None, None),
+        ("deepspeed", "_global_step100", None, None),
+        ("deepspeed", "global_step", None, None),
+        ("megatron", "iter_0000100", 100, "100"),
+        ("verl", "global_step_5", 5, "5"),
+        ("hf-trainer", "checkpoint-12", 12, None),
+        ("hf-trainer", "checkpoint-12-old", None, None),
+        ("open-instruct", "epoch_2", 2, None),
+        ("dcp", "step-3", 3, "step-3"),
+        ("none", "global_step1", None, None),
+    ],
+)
 def test_names(layout, name, number, text):
     rules = LAYOUTS[layout]
     assert rules.number(name) == number
@@ -234,8 +320,12 @@ def test_no_folder_is_listed_twice_and_no_file_is_stated_twice_or_read_whole(tmp
     listed, opened, read = [], [], []
     scandir, open_, pread = os.scandir, os.open, os.pread
     monkeypatch.setattr(os, "scandir", lambda path: (listed.append(path), scandir(path))[1])
-    monkeypatch.setattr(os, "open", lambda path, *args: (opened.append(path), open_(path, *args))[1])
-    monkeypatch.setattr(os, "pread", lambda fd, size, at: (read.append(size), pread(fd, size, at))[1])
+    monkeypatch.setattr(
+        os, "open", lambda path, *args: (opened.append(path), open_(path, *args))[1]
+    )
+    monkeypatch.setattr(
+        os, "pread", lambda fd, size, at: (read.append(size), pread(fd, size, at))[1]
+    )
     assert faults("deepspeed", path, Expected(8, 0, 24, 1)) == []
     assert len(listed) == len(set(listed)) == 1
     assert len(opened) == len(set(opened)) == 8 + 8 * 24

@@ -1,4 +1,5 @@
-"""preflight: the measurement really runs here, alone and with torch's collectives; the judgement of what ranks left behind."""
+"""preflight: the measurement really runs here, alone and with torch's collectives; the judgement of
+what ranks left behind."""
 
 from __future__ import annotations
 
@@ -75,7 +76,10 @@ def test_it_is_stdlib_only_and_leaves_nothing_but_its_notes(tmp_path):
     out = tmp_path / "out"
     # -S: no site packages, so neither torch nor mpi4py
     subprocess.run(
-        [sys.executable, "-S", "-I", str(SCRIPT), "measure", "--out", str(out)], env=environ, check=True, timeout=60
+        [sys.executable, "-S", "-I", str(SCRIPT), "measure", "--out", str(out)],
+        env=environ,
+        check=True,
+        timeout=60,
     )
     judged = subprocess.run(
         [sys.executable, "-S", "-I", str(SCRIPT), "judge", "--out", str(out), "--ranks", "1"],
@@ -134,7 +138,13 @@ def begin(job, restart, link=1, checkpoint=None):
 
 
 def put_back(job, restart, link=1):
-    return {"event": "preflight", "link": link, "job_id": job, "restart": restart, "action": "requeue"}
+    return {
+        "event": "preflight",
+        "link": link,
+        "job_id": job,
+        "restart": restart,
+        "action": "requeue",
+    }
 
 
 RULES = nodecheck.Rules("exclude", 3, False, None, 2)
@@ -142,8 +152,12 @@ HOSTS = ["n0", "n1", "n2", "n3"]
 
 
 def answer(bad=(), slow=(), ok=None, remarks=()):
-    return {"ok": not bad if ok is None else ok, "bad": {node: ["x"] for node in bad}, "slow": {node: ["x"] for node in slow},
-            "remarks": list(remarks)}  # fmt: skip
+    return {
+        "ok": not bad if ok is None else ok,
+        "bad": {node: ["x"] for node in bad},
+        "slow": {node: ["x"] for node in slow},
+        "remarks": list(remarks),
+    }
 
 
 @pytest.mark.parametrize(
@@ -168,7 +182,13 @@ def test_what_is_done_about_bad_nodes(rules, found, requeued, word, nodes):
 
 
 def test_a_start_that_its_preflight_put_back_is_no_start_without_progress():
-    links = [begin("7", 0), begin("8", 0, 2), put_back("8", 0, 2), begin("8", 1, 2), put_back("8", 1, 2)]
+    links = [
+        begin("7", 0),
+        begin("8", 0, 2),
+        put_back("8", 0, 2),
+        begin("8", 1, 2),
+        put_back("8", 1, 2),
+    ]
     still = history.standstill(links, 3, None)
     assert (still.links, still.starts) == (1, 1)
     assert history.preflight_requeues(links, "8") == 2
@@ -209,7 +229,10 @@ def test_the_policy_is_decided_with_its_reason(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"preflight": {"policy": "exclude"}, "sbatch": {"no-requeue": True}}, "`no-requeue` forbids"),
+        (
+            {"preflight": {"policy": "exclude"}, "sbatch": {"no-requeue": True}},
+            "`no-requeue` forbids",
+        ),
         ({"preflight": True, "time": "00:04:00"}, "does not fit"),
     ],
 )

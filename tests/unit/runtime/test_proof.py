@@ -1,4 +1,5 @@
-"""The rule of proof: complete, torn, unknown, unreadable; each from what lies there, and only torn ones are ever moved."""
+"""The rule of proof: complete, torn, unknown, unreadable; each from what lies there, and only torn
+ones are ever moved."""
 
 from __future__ import annotations
 
@@ -62,7 +63,12 @@ def state(path, layout=None):
 
 def hf(folder, step=5, **more):
     trainer = json.dumps({"global_step": step}).encode()
-    files = {"model.safetensors": safetensors(), "optimizer.pt": TORCH, "scheduler.pt": TORCH, "rng_state.pth": TORCH}
+    files = {
+        "model.safetensors": safetensors(),
+        "optimizer.pt": TORCH,
+        "scheduler.pt": TORCH,
+        "rng_state.pth": TORCH,
+    }
     return write(folder, {**files, "trainer_state.json": trainer, **more})
 
 
@@ -135,7 +141,10 @@ class TestTorchDistributed:
         path = tmp_path / "step10"
         dcp(path / "model_and_optim", __0_0=20)
         rank = checkpoints.torch_file({"world_size": 2, "global_step": 10})
-        write(path, {"train/rank0.pt": rank, "train/rank1.pt": rank, ".metadata.json": b'{"version": "3"}'})
+        write(
+            path,
+            {"train/rank0.pt": rank, "train/rank1.pt": rank, ".metadata.json": b'{"version": "3"}'},
+        )
         assert state(path, "dcp") == state(path, "olmo-core") == state(path) == "complete"
         os.unlink(path / "train" / "rank1.pt")  # the framework lets the first rank's stand in
         assert state(path, "dcp") == "complete"
@@ -145,13 +154,22 @@ class TestTorchDistributed:
     def test_torchtitans_last_step_may_be_a_model(self, tmp_path):
         shard = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
         files = {"model.safetensors.index.json": json.dumps(shard).encode()}
-        path = write(tmp_path / "step-9", {**files, "model-00001-of-00001.safetensors": safetensors()})
+        path = write(
+            tmp_path / "step-9", {**files, "model-00001-of-00001.safetensors": safetensors()}
+        )
         assert state(path, "torchtitan") == state(path, "dcp") == "complete"
 
 
 class TestHuggingFace:
     @pytest.mark.parametrize(
-        "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"]
+        "name",
+        [
+            "optimizer.pt",
+            "scheduler.pt",
+            "rng_state.pth",
+            "trainer_state.json",
+            "model.safetensors",
+        ],
     )
     def test_what_the_trainer_would_begin_anew_in_silence_is_missed(self, tmp_path, name):
         path = hf(tmp_path / "checkpoint-5")
@@ -182,7 +200,9 @@ class TestHuggingFace:
         assert state(path, "hf-trainer") == "torn"
 
     def test_a_save_that_was_cut_off_at_its_first_file_is_torn_in_its_own_layout(self, tmp_path):
-        path = write(tmp_path / "checkpoint-5", {"config.json": b"{}", "model.safetensors": safetensors()})
+        path = write(
+            tmp_path / "checkpoint-5", {"config.json": b"{}", "model.safetensors": safetensors()}
+        )
         assert state(path, "hf-trainer") == "torn"
         assert state(path) == "complete"  # by itself it is a model
 
@@ -213,7 +233,9 @@ class TestDeepSpeed:
         gates = {f"{layer}.deepspeed_moe.gate.wg.weight": 1 for layer in range(2)}
         path = self.folder(tmp_path / "global_step7", num_experts=[2, 2], module=gates)
         names = [
-            f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt" for layer in range(2) for expert in range(2)
+            f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
+            for layer in range(2)
+            for expert in range(2)
         ]
         write(path, dict.fromkeys(names, TORCH))
         assert state(path) == "complete"
@@ -228,8 +250,13 @@ class TestDeepSpeed:
         assert "of step 3" in judge_path(str(path))[1].reason
 
     def test_universal_checkpoints_hold_the_same_states_of_each_parameter(self, tmp_path):
-        parts = {f"zero/{name}/{kind}.pt": TORCH for name in ("a", "b") for kind in ("fp32", "exp_avg")}
-        path = write(tmp_path / "global_step7_universal", {**parts, "mp_rank_00_model_states.pt": self.model()})
+        parts = {
+            f"zero/{name}/{kind}.pt": TORCH for name in ("a", "b") for kind in ("fp32", "exp_avg")
+        }
+        path = write(
+            tmp_path / "global_step7_universal",
+            {**parts, "mp_rank_00_model_states.pt": self.model()},
+        )
         assert state(path) == "complete"
         os.unlink(path / "zero" / "b" / "exp_avg.pt")
         assert state(path) == "torn"
@@ -240,7 +267,9 @@ class TestMegatronLegacy:
     def test_expert_ranks_are_ranks(self, tmp_path, form):
         stages = 2 if "{1" in form else 1
         names = {form.format(t, p, e) for t in range(2) for p in range(stages) for e in range(2)}
-        path = write(tmp_path / "iter_0001000", {f"{name}/model_optim_rng.pt": TORCH for name in names})
+        path = write(
+            tmp_path / "iter_0001000", {f"{name}/model_optim_rng.pt": TORCH for name in names}
+        )
         assert state(path, "megatron") == "complete"
         os.unlink(path / max(names) / "model_optim_rng.pt")
         assert state(path, "megatron") == "torn"
@@ -251,13 +280,18 @@ class TestMegatronLegacy:
         buffer = tmp_path / "file"
         with zipfile.ZipFile(buffer, "w") as archive:
             archive.writestr("a/data.pkl", pickle.dumps(said, protocol=2))
-        path = write(tmp_path / "iter_0001000", {"mp_rank_00/model_optim_rng.pt": buffer.read_bytes()})
+        path = write(
+            tmp_path / "iter_0001000", {"mp_rank_00/model_optim_rng.pt": buffer.read_bytes()}
+        )
         assert "`mp_rank_01/model_optim_rng.pt`" in judge_path(str(path))[1].reason
 
 
 class TestWhatNobodyKnows:
     def test_it_is_unknown_and_nothing_at_all_is_torn(self, tmp_path):
-        assert state(write(tmp_path / "step-5", {"shard.orbax": b"x", "manifest.ocdbt": b"y"}), "dcp") == "unknown"
+        assert (
+            state(write(tmp_path / "step-5", {"shard.orbax": b"x", "manifest.ocdbt": b"y"}), "dcp")
+            == "unknown"
+        )
         (tmp_path / "step-6").mkdir()
         assert state(tmp_path / "step-6", "dcp") == "torn"
 

@@ -17,11 +17,17 @@ from hpctrain.sandbox import daemons, leftovers, packages, shape
 from hpctrain.sandbox.from_site import shape_from_site
 from hpctrain.sandbox.standins import singularity
 
-PLACE = shape.Place("/s", "/r", "me", shape.Ports(11000, 11001, 11002), "/plugins", 1001, has_lua=True)
+PLACE = shape.Place(
+    "/s", "/r", "me", shape.Ports(11000, 11001, 11002), "/plugins", 1001, has_lua=True
+)
 
 
 def settings(text: str) -> dict[str, str]:
-    lines = [line for line in text.splitlines() if not line.startswith(("#", "NodeName", "PartitionName"))]
+    lines = [
+        line
+        for line in text.splitlines()
+        if not line.startswith(("#", "NodeName", "PartitionName"))
+    ]
     return dict(line.split("=", 1) for line in lines)
 
 
@@ -30,7 +36,11 @@ def test_a_lumi_shape_has_lumis_partitions_limits_and_nodes() -> None:
     files = shape.config_files(lumi, PLACE)
     text = files["slurm.conf"]
     assert settings(text)["EnforcePartLimits"] == "ALL" and settings(text)["MaxArraySize"] == "1001"
-    node = next(line for line in text.splitlines() if "nid[000001-000192]" in line and line.startswith("NodeName"))
+    node = next(
+        line
+        for line in text.splitlines()
+        if "nid[000001-000192]" in line and line.startswith("NodeName")
+    )
     for word in ("Port=[11002-11193]", "ThreadsPerCore=2", "RealMemory=491520", "Gres=gpu:mi250:8"):
         assert word in node.split()
     # Core 0 of each group of 8, both threads: 56 of 64 cores are left.
@@ -45,9 +55,14 @@ def test_a_lumi_shape_has_lumis_partitions_limits_and_nodes() -> None:
     ):
         assert word in part.split()
     assert "Flags=amd_gpu_env" in files["gres.conf"]
-    assert ["add", "qos", "part-dev-g", "MaxSubmitJobsPerUser=2", "MaxJobsPerUser=1", "Flags=DenyOnLimit"] in (
-        shape.accounting_commands(lumi, "me")
-    )
+    assert [
+        "add",
+        "qos",
+        "part-dev-g",
+        "MaxSubmitJobsPerUser=2",
+        "MaxJobsPerUser=1",
+        "Flags=DenyOnLimit",
+    ] in (shape.accounting_commands(lumi, "me"))
     assert "127.77.0.192 nid000192" in files["hosts"].splitlines()
 
 
@@ -55,7 +70,9 @@ def test_only_folders_of_jobs_that_the_controller_names_are_left_overs() -> None
     lumi = shape_from_site(load_site("lumi"), 1)
     assert "/tmp/{user}-{job}-miopen" in lumi.node_dirs
     folders = leftovers.node_dirs(lumi.node_dirs, {"7", "12"})
-    assert f"/tmp/{os.geteuid()}-7-miopen" in folders and f"/tmp/{os.geteuid()}-12-triton" in folders
+    assert (
+        f"/tmp/{os.geteuid()}-7-miopen" in folders and f"/tmp/{os.geteuid()}-12-triton" in folders
+    )
     assert all(re.search(r"-(7|12)-", folder) for folder in folders)
 
 
@@ -73,13 +90,22 @@ def test_a_shape_survives_json_with_everything_set() -> None:
         load_site("lumi"), {"lumi-g": 3, "lumi-c": 0}, accounting=True, mounts=[("/a", "/scratch")]
     )
     assert shape.ClusterShape.from_json(json.loads(json.dumps(wanted.as_json()))) == wanted
-    assert {part.name for part in wanted.partitions} == {"standard-g", "small-g", "dev-g", "largemem"}
+    assert {part.name for part in wanted.partitions} == {
+        "standard-g",
+        "small-g",
+        "dev-g",
+        "largemem",
+    }
 
 
 def test_everything_wrong_with_a_shape_is_said_at_once() -> None:
     bad = shape.ClusterShape(
         "a b",
-        (shape.NodeGroup("n", shape.NodeShape(1, 4, 1, 1.0, reserved_cores=(9,)), 1, prefix="x\ny"),),
+        (
+            shape.NodeGroup(
+                "n", shape.NodeShape(1, 4, 1, 1.0, reserved_cores=(9,)), 1, prefix="x\ny"
+            ),
+        ),
         (shape.PartitionShape("p#", ("nope",)),),
         accounts=("$(x)",),
         mounts=(("rel", "/"),),
@@ -89,14 +115,18 @@ def test_everything_wrong_with_a_shape_is_said_at_once() -> None:
     assert len(caught.value.problems) == 7
 
 
-@pytest.mark.parametrize("path", ["/a b", "/a#b", "/a%n", "/a,b", "/a'b", "/a\nb", "relative", "/é"])
+@pytest.mark.parametrize(
+    "path", ["/a b", "/a#b", "/a%n", "/a,b", "/a'b", "/a\nb", "relative", "/é"]
+)
 def test_paths_that_slurm_conf_cannot_hold_are_refused(path: str) -> None:
     with pytest.raises(errors.UsageError):
         shape.check_path(path, "the directory")
 
 
 @given(st.integers(1, 64), st.integers(1, 4), st.data())
-def test_reserved_cores_keep_their_threads_together(cores: int, threads: int, data: st.DataObject) -> None:
+def test_reserved_cores_keep_their_threads_together(
+    cores: int, threads: int, data: st.DataObject
+) -> None:
     reserved = data.draw(st.sets(st.integers(0, cores - 1), max_size=cores - 1))
     node = shape.NodeShape(1, cores, threads, 1.0, reserved_cores=tuple(reserved))
     ids = shape.reserved_cpu_ids(node)
@@ -115,9 +145,10 @@ def test_node_addresses_are_distinct_for_the_largest_sandbox() -> None:
 
 def test_libraries_are_found_and_maintainer_tools_are_not() -> None:
     text = (
-        "Package: slurmd\nVersion: 1\nArchitecture: amd64\nSHA256: aa\nPre-Depends: libx1 (>= 2)\n"
-        "Depends: libc6 (>= 2.34), libhwloc15 (>= 2), ucf, munge (>= 0.5), libpam0g | libpam-x, adduser\n"
-        "Description: x\n Depends: libnot\n\nPackage: slurmd\nVersion: 0\nArchitecture: amd64\nSHA256: bb\n"
+        "Package: slurmd\nVersion: 1\nArchitecture: amd64\nSHA256: aa\nPre-Depends: libx1 (>="
+        " 2)\nDepends: libc6 (>= 2.34), libhwloc15 (>= 2), ucf, munge (>= 0.5), libpam0g |"
+        " libpam-x, adduser\nDescription: x\n Depends: libnot\n\nPackage: slurmd\nVersion:"
+        " 0\nArchitecture: amd64\nSHA256: bb\n"
     )
     found = packages.parse_index(text)
     assert found["slurmd"]["Version"] == "1"
@@ -133,7 +164,9 @@ def test_libraries_are_found_and_maintainer_tools_are_not() -> None:
         ("/a:/b:ro,image-src=/,/c", [("/a", "/b", "ro,image-src=/"), ("/c", "/c", "rw")]),
     ],
 )
-def test_bind_lists_are_read_as_singularity_reads_them(text: str, binds: list[tuple[str, str, str]]) -> None:
+def test_bind_lists_are_read_as_singularity_reads_them(
+    text: str, binds: list[tuple[str, str, str]]
+) -> None:
     assert singularity.split_binds(text) == binds
 
 
@@ -144,9 +177,15 @@ def test_bind_lists_are_read_as_singularity_reads_them(text: str, binds: list[tu
         (["just talk"], "just talk", ""),
         (
             [
-                "[2026-11-21T10:30:13.237] error: Error binding slurm stream socket: Address already in use",
+                (
+                    "[2026-11-21T10:30:13.237] error: Error binding slurm stream socket: Address"
+                    " already in use"
+                ),
                 "slurmd: error: MPI: Cannot create context for mpi/pmix",
-                "slurmd: error: Couldn't load specified plugin name for mpi/pmix_v4: Plugin init() callback failed",
+                (
+                    "slurmd: error: Couldn't load specified plugin name for mpi/pmix_v4: Plugin"
+                    " init() callback failed"
+                ),
                 "slurmctld: error: Error binding slurm stream socket: Address already in use",
             ],
             "error: Error binding slurm stream socket: Address already in use",
@@ -160,14 +199,20 @@ def test_bind_lists_are_read_as_singularity_reads_them(text: str, binds: list[tu
         ),
     ],
 )
-def test_a_daemons_last_words_are_told_once_and_with_what_to_do(lines: list[str], why: str, hint: str) -> None:
+def test_a_daemons_last_words_are_told_once_and_with_what_to_do(
+    lines: list[str], why: str, hint: str
+) -> None:
     told, advice = daemons.last_words(lines)
     assert told == why and advice.startswith(hint) and bool(advice) == bool(hint)
 
 
-def test_every_missing_tool_is_named_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_missing_tool_is_named_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(errors.EnvironmentFault, match="`apt-get`, `apt-cache`, `dpkg-deb` are not here"):
+    with pytest.raises(
+        errors.EnvironmentFault, match="`apt-get`, `apt-cache`, `dpkg-deb` are not here"
+    ):
         packages.unpack(tmp_path / "cache", report=lambda text: None)
 
 

@@ -1,4 +1,5 @@
-"""doctor: the Python that trains is really started and its packages really imported; pins of all sources held together."""
+"""doctor: the Python that trains is really started and its packages really imported; pins of all
+sources held together."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def test_the_score_counts_what_could_be_seen():
 
 @pytest.fixture
 def fake_site(tmp_path):
-    """A Python whose packages are ours: a broken flash-attn, a torch that says what it was built for."""
+    """A Python whose packages are ours: a broken flash-attn, a torch that says what it was built
+    for."""
 
     def make(**files):
         for name, text in files.items():
@@ -39,7 +41,8 @@ def fake_site(tmp_path):
             info = tmp_path / f"{module}-{version.replace('_', '.').replace('PLUS', '+')}.dist-info"
             info.mkdir()
             (info / "METADATA").write_text(
-                f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: {version.replace('_', '.').replace('PLUS', '+')}\n"
+                f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion:"
+                f" {version.replace('_', '.').replace('PLUS', '+')}\n"
             )
         wrapper = tmp_path / "python with spaces"
         wrapper.write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path}" exec "{sys.executable}" -S "$@"\n')
@@ -49,25 +52,34 @@ def fake_site(tmp_path):
     return make
 
 
-TORCH = "class version: cuda='12.4'; hip=None\nclass _C: _GLIBCXX_USE_CXX11_ABI=False\nclass cuda:\n  is_available=staticmethod(lambda: False)\nxpu = cuda\nprint('noise on stdout')\n"
+TORCH = (
+    "class version: cuda='12.4'; hip=None\nclass _C: _GLIBCXX_USE_CXX11_ABI=False\nclass cuda:\n "
+    " is_available=staticmethod(lambda: False)\nxpu = cuda\nprint('noise on stdout')\n"
+)
 
 
 def test_a_package_that_is_installed_and_does_not_import_is_found(fake_site):
-    python = fake_site(torch__2_3_1=TORCH, flash_attn__2_5_8="raise ImportError('x.so: undefined symbol: _ZN3c10')")
+    python = fake_site(
+        torch__2_3_1=TORCH, flash_attn__2_5_8="raise ImportError('x.so: undefined symbol: _ZN3c10')"
+    )
     pins = [
         Pin("torch", ">=2.3", "recipe r", "trains"),
         Pin("flash-attn", "", "recipe r", "fast", required=False),
         Pin("deepspeed", "", "recipe r", "shards"),
     ]
     facts, said = pythons.probe(python, pins)
-    found = list(pythons.judge_python(facts, said, [Pin("python", ">=3.9", "recipe r")], pins, "amd"))
+    found = list(
+        pythons.judge_python(facts, said, [Pin("python", ">=3.9", "recipe r")], pins, "amd")
+    )
     got = results(found)
     assert got["python", "version"] == OK
     assert got["packages", "torch"] == OK
     assert got["packages", "deepspeed"] == PROBLEM
     assert got["imports", "flash-attn"] == WARNING
     assert got["imports", "torch build"] == PROBLEM  # CUDA on AMD GPUs
-    assert "another torch" in next(f.hint for f in found if f.name == "flash-attn" and f.area == "imports")
+    assert "another torch" in next(
+        f.hint for f in found if f.name == "flash-attn" and f.area == "imports"
+    )
 
 
 BUILDS = {
@@ -101,7 +113,9 @@ default_node_type: n
     ],
 )
 @pytest.mark.parametrize("build", BUILDS)
-def test_the_profile_says_whose_gpus_torch_must_be_built_for(gpus, fits, named, build, tmp_path, fake_site, cli):
+def test_the_profile_says_whose_gpus_torch_must_be_built_for(
+    gpus, fits, named, build, tmp_path, fake_site, cli
+):
     (python,) = fake_site(torch__2_7_0=TORCH.replace("cuda='12.4'; hip=None", BUILDS[build]))
     (tmp_path / "site.yaml").write_text(SITE.format(gpus=gpus))
     (tmp_path / "run.yaml").write_text(
@@ -115,7 +129,9 @@ def test_the_profile_says_whose_gpus_torch_must_be_built_for(gpus, fits, named, 
     assert build in fits or code == 1
 
 
-def test_a_shipped_site_without_a_gpu_type_refuses_a_torch_that_sees_no_gpus(tmp_path, fake_site, cli):
+def test_a_shipped_site_without_a_gpu_type_refuses_a_torch_that_sees_no_gpus(
+    tmp_path, fake_site, cli
+):
     (python,) = fake_site(torch__2_7_0=TORCH.replace("cuda='12.4'; hip=None", BUILDS["CPU only"]))
     assert cli("init", tmp_path, "--site", "generic-cuda", "--recipe", "hf-sft")[0] == 0
     code, out, _ = cli("doctor", tmp_path / "run.yaml", "--python", python)
@@ -127,7 +143,9 @@ def test_flash_attn_for_another_torch_is_named_by_its_wheels_own_version(fake_si
     python = fake_site(torch__2_8_0=TORCH, flash_attn__2_5_8PLUScu122torch2_3cxx11abiTRUE="")
     facts, said = pythons.probe(python, [])
     found = [
-        f for f in pythons.judge_python(facts, said, [], [], "nvidia") if f.name == "flash-attn" and f.result == PROBLEM
+        f
+        for f in pythons.judge_python(facts, said, [], [], "nvidia")
+        if f.name == "flash-attn" and f.result == PROBLEM
     ]
     assert len(found) == 1
     assert "torch 2.3" in found[0].what and "cxx11abi" in found[0].what
@@ -144,7 +162,11 @@ def test_lustre_quota():
     got = results(places.judge_quota("scratch", text))
     assert got == {("disk", "scratch quota, space"): OK, ("disk", "scratch quota, files"): PROBLEM}
     assert (
-        list(places.judge_quota("scratch", "     /home  12*      0       0       -      1       0       0       -\n"))
+        list(
+            places.judge_quota(
+                "scratch", "     /home  12*      0       0       -      1       0       0       -\n"
+            )
+        )
         == []
     )
     assert list(places.judge_quota("x", "Permission denied\n")) == []
@@ -155,19 +177,37 @@ def test_the_branch_of_the_working_copy(tmp_path):
     env = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
     for words in (
         ["init", "-q", "-b", "gad", str(copy)],
-        ["-C", str(copy), "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"],
+        [
+            "-C",
+            str(copy),
+            "-c",
+            "user.name=a",
+            "-c",
+            "user.email=a@b",
+            "commit",
+            "-q",
+            "--allow-empty",
+            "-m",
+            "x",
+        ],
     ):
         subprocess.run(["git", *words], check=True, env=env)
     assert results(places.working_copy(str(copy), "gad"))["code", "branch"] == OK
     assert results(places.working_copy(str(copy), "warmup"))["code", "branch"] == PROBLEM
-    assert results(places.working_copy(str(tmp_path / "no"), "x"))["code", "working copy"] == NOT_SEEN
+    assert (
+        results(places.working_copy(str(tmp_path / "no"), "x"))["code", "working copy"] == NOT_SEEN
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_found_and_nothing_is_left_behind(tmp_path):
     free = tmp_path / "free"
     free.mkdir()
     before = list(tmp_path.rglob("*"))
-    environ = {"HF_HOME": "/proc/x", "TORCH_HOME": str(free / "deep" / "er"), "PIP_CACHE_DIR": "/nosuch/x"}
+    environ = {
+        "HF_HOME": "/proc/x",
+        "TORCH_HOME": str(free / "deep" / "er"),
+        "PIP_CACHE_DIR": "/nosuch/x",
+    }
     got = results(places.caches(environ))
     assert got["caches", "PIP_CACHE_DIR"] == NOT_SEEN  # the site's, seen from a laptop
     assert got["caches", "HF_HOME"] == PROBLEM
@@ -198,7 +238,9 @@ def test_the_command_line(hpctrain, tmp_path):
 
 
 def finding(out, area, name, result=None):
-    found = [one for one in json.loads(out)["findings"] if (one["area"], one["name"]) == (area, name)]
+    found = [
+        one for one in json.loads(out)["findings"] if (one["area"], one["name"]) == (area, name)
+    ]
     found = [one for one in found if result in (None, one["result"])]
     assert len(found) == 1, found
     return found[0]
@@ -224,11 +266,20 @@ def test_the_working_copys_own_bounds_and_its_package_count(tmp_path, cli, fake_
     (python,) = fake_site(verl__0_9_1="", transformers__5_24_0="", vllm__0_33_0="")
     assert cli("init", tmp_path / "r", "--site", "generic-cuda", "--recipe", "verl-gad")[0] == 0
     words = ["--set", f"recipe_options.verl={copy}"]
-    code, out, err = cli("doctor", tmp_path / "r" / "run.yaml", *words, "--python", python, "--json")
+    code, out, err = cli(
+        "doctor", tmp_path / "r" / "run.yaml", *words, "--python", python, "--json"
+    )
     assert code == 1, err
     verl = finding(out, "packages", "verl", PROBLEM)
-    assert f"trains with {copy}" in verl["what"] and verl["hint"] == f"pip install --no-deps -e {copy}"
-    assert f"{copy}/requirements.txt:1 needs <5" in finding(out, "packages", "transformers", PROBLEM)["what"]
+    assert (
+        f"trains with {copy}" in verl["what"] and verl["hint"] == f"pip install --no-deps -e {copy}"
+    )
+    assert (
+        f"{copy}/requirements.txt:1 needs <5"
+        in finding(out, "packages", "transformers", PROBLEM)["what"]
+    )
     assert "needs <=0.8.5" in finding(out, "packages", "vllm", PROBLEM)["what"]
-    assert f"{copy}/pyproject.toml needs ==2.7.*" in finding(out, "python", "version", PROBLEM)["what"]
+    assert (
+        f"{copy}/pyproject.toml needs ==2.7.*" in finding(out, "python", "version", PROBLEM)["what"]
+    )
     assert "unused" not in out

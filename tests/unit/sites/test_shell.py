@@ -1,4 +1,5 @@
-"""`hpctrain shell`: the srun it becomes, for each site, and the limits it knows; what it would run is run, with a fake srun."""
+"""`hpctrain shell`: the srun it becomes, for each site, and the limits it knows; what it would run
+is run, with a fake srun."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from hostile import HOSTILE  # noqa: E402
 
 LUMI = {"site": "lumi", "account": "project_465000001"}
-# Runs what a real srun would run, and notes what it was asked and which Slurm variables leaked into it.
+# Runs what a real srun would run, and notes what it was asked and which Slurm variables leaked into
+# it.
 SRUN = """#!/usr/bin/env python3
 import json, os, sys
 words = sys.argv[1:]
@@ -37,7 +39,10 @@ def fake_srun(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     for name, text in (
         ("srun", SRUN),
-        ("singularity", '#!/bin/bash\nwhile [ "$1" != "${1%.sif}.sif" ]; do shift; done; shift; exec "$@"\n'),
+        (
+            "singularity",
+            '#!/bin/bash\nwhile [ "$1" != "${1%.sif}.sif" ]; do shift; done; shift; exec "$@"\n',
+        ),
         ("module", "#!/bin/sh\n"),
     ):
         (tmp_path / "bin" / name).write_text(text)
@@ -45,7 +50,8 @@ def fake_srun(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setenv("NOTE", str(tmp_path / "note.json"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("USER", f"hpctrain-test-{os.getpid()}")  # the folders made on the node are told by it
+    # the folders made on the node are told by it
+    monkeypatch.setenv("USER", f"hpctrain-test-{os.getpid()}")
     yield lambda: json.loads((tmp_path / "note.json").read_text())
     for folder in glob.glob(f"/tmp/hpctrain-test-{os.getpid()}-7-*"):
         os.rmdir(folder)
@@ -60,11 +66,25 @@ def argv(run_yaml=None, **wanted):
 def test_lumi_gets_one_gpu_and_its_fair_share_on_the_debug_partition():
     words = argv(**LUMI, container="/scratch/c.sif")
 
-    for word in ("--partition=dev-g", "--gpus-per-node=1", "--cpus-per-task=7", "--mem=60G", "--time=00:45:00", "--nodes=1", "--pty",
-                 "--account=project_465000001", "--hint=nomultithread"):  # fmt: skip
+    for word in (
+        "--partition=dev-g",
+        "--gpus-per-node=1",
+        "--cpus-per-task=7",
+        "--mem=60G",
+        "--time=00:45:00",
+        "--nodes=1",
+        "--pty",
+        "--account=project_465000001",
+        "--hint=nomultithread",
+    ):
         assert word in words
     at = words.index("singularity")
-    assert words[at + 1] == "exec" and words[-4:] == ["-c", 'eval "${WITH_CONDA:-:}"; exec "$@"', "activate", "bash"]
+    assert words[at + 1] == "exec" and words[-4:] == [
+        "-c",
+        'eval "${WITH_CONDA:-:}"; exec "$@"',
+        "activate",
+        "bash",
+    ]
     assert "/scratch/c.sif" in words and "--bind" in words
 
 
@@ -86,11 +106,18 @@ def test_cpu_partitions_ask_for_no_gpu():
 
 def test_the_run_gives_site_account_container_binds_and_environment(tmp_path):
     run = tmp_path / "run.yaml"
-    run.write_text("name: r\nsite: lumi\nrecipe: command\ntime: 1h\naccount: project_465000002\ncontainer: c/x.sif\ncontainer_binds: [/opt/mine]\n"
-                   "env: {GREETING: \"it's $HOME\"}\nrecipe_options: {argv: [x]}\n")  # fmt: skip
+    run.write_text(
+        "name: r\nsite: lumi\nrecipe: command\ntime: 1h\naccount: project_465000002\ncontainer:"
+        ' c/x.sif\ncontainer_binds: [/opt/mine]\nenv: {GREETING: "it\'s $HOME"}\nrecipe_options:'
+        " {argv: [x]}\n"
+    )
     words = argv(str(run))
 
-    assert "--account=project_465000002" in words and str(tmp_path / "c/x.sif") in words and "/opt/mine" in words
+    assert (
+        "--account=project_465000002" in words
+        and str(tmp_path / "c/x.sif") in words
+        and "/opt/mine" in words
+    )
     assert "export GREETING='it'\"'\"'s $HOME'" in words[words.index("-c") + 1]
     assert "--account=project_465000009" in argv(str(run), account="project_465000009")
 
@@ -119,10 +146,16 @@ def test_what_cannot_be_is_refused_with_its_limit(wanted, words, tmp_path, monke
 def test_dry_run_prints_one_command_that_a_shell_reads_back(fake_srun, cli, monkeypatch):
     monkeypatch.setenv("SBATCH_ACCOUNT", "other")
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    code, out, _ = cli("shell", "--site", "local", "--dry-run", "--", "echo", "it's `touch canary` $(touch canary)")
+    code, out, _ = cli(
+        "shell", "--site", "local", "--dry-run", "--", "echo", "it's `touch canary` $(touch canary)"
+    )
     words = shlex.split(out)
 
-    assert code == 0 and words[:3] == ["env", "--unset=SBATCH_ACCOUNT", "--unset=SLURM_JOB_ID"] and "--pty" not in words
+    assert (
+        code == 0
+        and words[:3] == ["env", "--unset=SBATCH_ACCOUNT", "--unset=SLURM_JOB_ID"]
+        and "--pty" not in words
+    )
     assert words[-2:] == ["echo", "it's `touch canary` $(touch canary)"]
     done = subprocess.run(["bash", "-c", out], capture_output=True, text=True, check=False)
     assert done.stdout == "it's `touch canary` $(touch canary)\n" and not Path("canary").exists()
@@ -137,12 +170,32 @@ def test_nothing_of_an_enclosing_allocation_reaches_srun(fake_srun, hpctrain, mo
     assert fake_srun()["leaked"] == []
 
 
-@pytest.mark.parametrize("words", [HOSTILE[start : start + 24] for start in range(0, len(HOSTILE), 24)])
+@pytest.mark.parametrize(
+    "words", [HOSTILE[start : start + 24] for start in range(0, len(HOSTILE), 24)]
+)
 def test_the_words_of_a_command_arrive_as_they_are(words, fake_srun, hpctrain, tmp_path):
-    words = [word for word in words if "\0" not in word and word.isprintable() or word in ("a\tb", "x\ntouch canary")]
-    show = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['MIOPEN_USER_DB_PATH']]))"
-    done = hpctrain("shell", "--site", "lumi", "--account", "project_465000001", "--container", tmp_path / "it's $(touch canary).sif",
-                    "--", sys.executable, "-c", show, *words)  # fmt: skip
+    words = [
+        word
+        for word in words
+        if "\0" not in word and word.isprintable() or word in ("a\tb", "x\ntouch canary")
+    ]
+    show = (
+        "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['MIOPEN_USER_DB_PATH']]))"
+    )
+    done = hpctrain(
+        "shell",
+        "--site",
+        "lumi",
+        "--account",
+        "project_465000001",
+        "--container",
+        tmp_path / "it's $(touch canary).sif",
+        "--",
+        sys.executable,
+        "-c",
+        show,
+        *words,
+    )
 
     assert done.returncode == 0, done.stderr
     arrived, folder = json.loads(done.stdout)
@@ -155,7 +208,15 @@ def test_the_exit_code_is_the_programs(fake_srun, hpctrain):
 
 
 def test_without_slurm_it_says_so(hpctrain, tmp_path):
-    done = hpctrain("shell", "--site", "local", "--", "true", env={**os.environ, "PATH": str(tmp_path)}, cwd=tmp_path)
+    done = hpctrain(
+        "shell",
+        "--site",
+        "local",
+        "--",
+        "true",
+        env={**os.environ, "PATH": str(tmp_path)},
+        cwd=tmp_path,
+    )
 
     assert done.returncode == 3 and "there is no `srun` here" in done.stderr
 

@@ -165,7 +165,9 @@ def test_a_checkout_tells_its_own_bounds_of_what_the_recipe_uses(tmp_path):
     assert checkout.other == []
 
 
-@pytest.mark.parametrize("text", ["not toml [", "[project]\ndependencies = 5\n", "[project]\n", "project = 3\n"])
+@pytest.mark.parametrize(
+    "text", ["not toml [", "[project]\ndependencies = 5\n", "[project]\n", "project = 3\n"]
+)
 def test_a_checkout_that_tells_nothing_is_no_error(tmp_path, text):
     (tmp_path / "pyproject.toml").write_text(text)
     checkout = read_checkout(str(tmp_path), ["pyproject.toml"], ["torch"])
@@ -175,7 +177,8 @@ def test_a_checkout_that_tells_nothing_is_no_error(tmp_path, text):
 
 @pytest.fixture
 def environment(tmp_path):
-    """A Python with these packages: name -> version, what it requires, and where its module lies."""
+    """A Python with these packages: name -> version, what it requires, and where its module
+    lies."""
 
     def make(packages, requires=(), modules=None, direct=None):
         site = tmp_path / "site"
@@ -192,7 +195,9 @@ def environment(tmp_path):
             (folder / "__init__.py").write_text("")
         paths = [str(site), *map(str, (modules or {}).values())]
         wrapper = tmp_path / "python"
-        wrapper.write_text(f'#!/bin/sh\nPYTHONPATH="{":".join(paths)}" exec "{sys.executable}" -S "$@"\n')
+        wrapper.write_text(
+            f'#!/bin/sh\nPYTHONPATH="{":".join(paths)}" exec "{sys.executable}" -S "$@"\n'
+        )
         wrapper.chmod(0o755)
         return str(wrapper)
 
@@ -212,13 +217,26 @@ def test_what_an_installed_package_forbids_of_another_is_found(environment):
     """Unsloth's ceilings: an environment that satisfies the recipe, and not one of its packages."""
     packages = {"unsloth": "2026.10.9", "trl": "1.16.0", "datasets": "5.2.0", "rich": "1"}
     requires = {
-        "unsloth": ["trl<=1.15.0,>=0.18", "datasets<5.0.0; extra == 'huggingface'", "Rich>=2", "gone>=1"],
+        "unsloth": [
+            "trl<=1.15.0,>=0.18",
+            "datasets<5.0.0; extra == 'huggingface'",
+            "Rich>=2",
+            "gone>=1",
+        ],
         "trl": ["datasets>=3", "rich<2; python_version < '3'"],
     }
-    pins = [Pin("unsloth", "", "recipe r", "engine", required=False), Pin("trl", ">=0.9", "recipe r", "trains")]
+    pins = [
+        Pin("unsloth", "", "recipe r", "engine", required=False),
+        Pin("trl", ">=0.9", "recipe r", "trains"),
+    ]
     found = rows(examined(environment(packages, requires), pins))
-    assert "trl 1.16.0 is installed; unsloth 2026.10.9 needs <=1.15.0,>=0.18" in found["unsloth", WARNING]
-    assert not any("datasets" in what or "rich" in what or "gone" in what for what in found.values())
+    assert (
+        "trl 1.16.0 is installed; unsloth 2026.10.9 needs <=1.15.0,>=0.18"
+        in found["unsloth", WARNING]
+    )
+    assert not any(
+        "datasets" in what or "rich" in what or "gone" in what for what in found.values()
+    )
 
 
 def test_what_a_required_package_forbids_is_a_problem(environment):
@@ -226,14 +244,20 @@ def test_what_a_required_package_forbids_is_a_problem(environment):
     pins = [Pin("trl", "", "recipe r", "trains"), Pin("transformers", "", "recipe r", "models")]
     python = environment(packages, {"trl": ["transformers<5.20"]})
     (finding,) = [one for one in examined(python, pins) if one.result == PROBLEM]
-    assert finding.name == "trl" and "transformers 5.24.0 is installed; trl 1.16.0 needs <5.20" in finding.what
+    assert (
+        finding.name == "trl"
+        and "transformers 5.24.0 is installed; trl 1.16.0 needs <5.20" in finding.what
+    )
     assert finding.hint == "pip install 'transformers<5.20'"
 
 
 def test_the_wishes_of_an_extra_count_where_the_recipe_uses_it(environment):
     packages = {"verl": "0.4.1", "vllm": "0.33.0"}
     python = environment(packages, {"verl": ["vllm<=0.8.5; extra == 'vllm'"]})
-    pins = [Pin("verl", "", "recipe r", "trains", extras=("vllm",)), Pin("vllm", "", "recipe r", "generates")]
+    pins = [
+        Pin("verl", "", "recipe r", "trains", extras=("vllm",)),
+        Pin("vllm", "", "recipe r", "generates"),
+    ]
     found = [one for one in examined(python, pins) if one.result == PROBLEM]
     assert [one.name for one in found] == ["verl"] and "needs <=0.8.5" in found[0].what
     without = [Pin("verl", "", "recipe r", "trains"), pins[1]]
@@ -241,8 +265,13 @@ def test_the_wishes_of_an_extra_count_where_the_recipe_uses_it(environment):
 
 
 def test_a_build_of_a_hardware_maker_is_told_and_not_refused(environment):
-    python = environment({"torch-like": "2.6.0a0+nv25.01", "user": "1"}, {"user": ["torch-like>=2.6"]})
-    pins = [Pin("torch-like", ">=2.6", "recipe r", "trains"), Pin("user", "", "recipe r", "uses it")]
+    python = environment(
+        {"torch-like": "2.6.0a0+nv25.01", "user": "1"}, {"user": ["torch-like>=2.6"]}
+    )
+    pins = [
+        Pin("torch-like", ">=2.6", "recipe r", "trains"),
+        Pin("user", "", "recipe r", "uses it"),
+    ]
     found = examined(python, pins)
     assert not [one for one in found if one.result == PROBLEM]
     (finding,) = [one for one in found if one.result == WARNING]
@@ -265,7 +294,10 @@ def test_a_package_of_a_working_copy_is_not_its_namesake(environment, tmp_path):
     namesake = environment({"verl": "0.9.1"})
     found = [one for one in examined(namesake, [pin]) if one.name == "verl"]
     (finding,) = [one for one in found if one.result == PROBLEM]
-    assert f"verl 0.9.1 is the package of {tmp_path / 'site'}, and recipe verl-gad trains with {copy}" in finding.what
+    assert (
+        f"verl 0.9.1 is the package of {tmp_path / 'site'}, and recipe verl-gad trains with {copy}"
+        in finding.what
+    )
     assert finding.hint == f"pip install --no-deps -e {copy}"
 
 
@@ -284,16 +316,31 @@ def test_where_a_checkout_takes_a_fork_its_namesake_is_told(environment):
     required = [Pin("deepspeed", "", "recipe r", "trains"), pin]
     found = [one for one in examined(environment({}), required) if one.result == PROBLEM]
     assert [one.hint for one in found] == [f"pip install '{url}'"]
-    index = [one for one in examined(environment({"deepspeed": "0.19"}), required) if one.result == WARNING]
-    assert "deepspeed 0.19 is of a package index, and /neox/requirements.txt:3 takes it from" in index[0].what
+    index = [
+        one
+        for one in examined(environment({"deepspeed": "0.19"}), required)
+        if one.result == WARNING
+    ]
+    assert (
+        "deepspeed 0.19 is of a package index, and /neox/requirements.txt:3 takes it from"
+        in index[0].what
+    )
 
 
 def test_where_a_fork_is_installed_it_is_good(environment):
     url = "git+https://github.com/EleutherAI/DeeperSpeed.git@b926"
-    direct = {"deepspeed": '{"url": "https://github.com/EleutherAI/DeeperSpeed.git", "vcs_info": {"vcs": "git"}}'}
+    direct = {
+        "deepspeed": (
+            '{"url": "https://github.com/EleutherAI/DeeperSpeed.git", "vcs_info": {"vcs": "git"}}'
+        )
+    }
     python = environment({"deepspeed": "0.19"}, direct=direct)
     pin = Pin("deepspeed", "", "/neox/requirements.txt:3", url=url, required=False)
-    found = [one.result for one in examined(python, [pin]) if (one.area, one.name) == ("packages", "deepspeed")]
+    found = [
+        one.result
+        for one in examined(python, [pin])
+        if (one.area, one.name) == ("packages", "deepspeed")
+    ]
     assert found == [OK]
 
 
@@ -304,7 +351,9 @@ def test_the_pins_of_the_published_guide_are_right_where_they_are_installed(envi
         "flash-attn": "2.5.8",
         "trl": "0.9.6",
     }
-    (tmp_path / "r.txt").write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
+    (tmp_path / "r.txt").write_text(
+        "".join(f"{name}=={version}\n" for name, version in pins.items())
+    )
     wishes, other = read_requirements(str(tmp_path / "r.txt"))
     found = examined(environment(pins), wishes)
     assert other == [] and {one.result for one in found if one.area == "packages"} == {OK}

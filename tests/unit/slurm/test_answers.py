@@ -1,7 +1,8 @@
-"""Slurm's silence is told from its refusals, and a job that waits for a person from one that waits for time.
+"""Slurm's silence is told from its refusals, and a job that waits for a person from one that waits
+for time.
 
-The texts are what Slurm 22.05.8's commands printed with a controller that is down and without a configuration, and
-messages of src/common/slurm_errno.c.
+The texts are what Slurm 22.05.8's commands printed with a controller that is down and without a
+configuration, and messages of src/common/slurm_errno.c.
 """
 
 from __future__ import annotations
@@ -11,41 +12,79 @@ import pytest
 from hpctrain.slurm import answers, commands, jobs
 
 NO_CONFIGURATION = [
-    "sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
-    "sbatch: error: fetch_config: DNS SRV lookup failed\n"
-    "sbatch: error: _establish_config_source: failed to fetch config\n"
-    "sbatch: fatal: Could not establish a configuration source\n",
-    "squeue: error: s_p_parse_file: cannot stat file /etc/slurm/slurm.conf: No such file or directory, retrying\n"
-    "squeue: error: ClusterName needs to be specified\nsqueue: fatal: Unable to process configuration file\n",
+    (
+        "sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
+        "sbatch: error: fetch_config: DNS SRV lookup failed\n"
+        "sbatch: error: _establish_config_source: failed to fetch config\n"
+        "sbatch: fatal: Could not establish a configuration source\n"
+    ),
+    (
+        "squeue: error: s_p_parse_file: cannot stat file /etc/slurm/slurm.conf: No such file or"
+        " directory, retrying\nsqueue: error: ClusterName needs to be specified\nsqueue: fatal:"
+        " Unable to process configuration file\n"
+    ),
 ]
 SILENT = [
     "allocation failure: Unable to contact slurm controller (connect failure)",
     "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
-    "scancel: error: Kill job error on job id 5: Unable to contact slurm controller (connect failure)",
+    (
+        "scancel: error: Kill job error on job id 5: Unable to contact slurm controller (connect"
+        " failure)"
+    ),
     "Unexpected message received for job 5",
     "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
     "slurm_load_partitions: Zero Bytes were transmitted or received",
     "sbatch: error: Batch job submission failed: Slurm backup controller in standby mode",
-    "squeue: error: If munged is up, restart with --num-threads=10\nsqueue: error: Munge encode failed: Failed to access",
+    (
+        "squeue: error: If munged is up, restart with --num-threads=10\nsqueue: error: Munge encode"
+        " failed: Failed to access"
+    ),
     "sbatch: error: Batch job submission failed: Protocol authentication error",
-    "sacct: error: slurm_persist_conn_open: failed to open persistent connection to host:db:6819: Connection refused",
+    (
+        "sacct: error: slurm_persist_conn_open: failed to open persistent connection to"
+        " host:db:6819: Connection refused"
+    ),
     "sacct: error: Problem talking to the database: Connection timed out",
-]  # fmt: skip
+]
 REFUSED = [
-    ("sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)", "partition"),
+    (
+        (
+            "sbatch: error: Batch job submission failed: Requested time limit is invalid (missing"
+            " or exceeds some limit)"
+        ),
+        "partition",
+    ),
     ("sbatch: error: invalid partition specified: nosuch", "partition"),
-    ("sbatch: error: Batch job submission failed: Invalid license specification", "scontrol show licenses"),
-    ("sbatch: error: Batch job submission failed: Requested reservation is invalid", "scontrol show reservation"),
+    (
+        "sbatch: error: Batch job submission failed: Invalid license specification",
+        "scontrol show licenses",
+    ),
+    (
+        "sbatch: error: Batch job submission failed: Requested reservation is invalid",
+        "scontrol show reservation",
+    ),
     ("sbatch: error: Batch job submission failed: Invalid feature specification", "%f"),
-    ("sbatch: error: Batch job submission failed: Invalid generic resource (gres) specification", "%G"),
-    ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified", "sacctmgr"),
+    (
+        "sbatch: error: Batch job submission failed: Invalid generic resource (gres) specification",
+        "%G",
+    ),
+    (
+        (
+            "sbatch: error: Batch job submission failed: Invalid account or account/partition"
+            " combination specified"
+        ),
+        "sacctmgr",
+    ),
     ("sbatch: error: Batch job submission failed: Invalid qos specification", "sacctmgr"),
     ("sbatch: error: QOSMaxSubmitJobPerUserLimit", "sacctmgr"),
-    ("sbatch: error: Batch job submission failed: Requested node configuration is not available", "sinfo -N"),
+    (
+        "sbatch: error: Batch job submission failed: Requested node configuration is not available",
+        "sinfo -N",
+    ),
     ("sbatch: error: Memory specification can not be satisfied", "sinfo -N"),
     ("Slurm accounting storage is disabled", ""),
     ("slurm_load_jobs error: Invalid job id specified", ""),
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -72,7 +111,9 @@ def test_silence_is_no_answer_in_one_line_with_what_to_do(says, words):
             call()
         problem = caught.value.problems[0]
         assert "Slurm did not answer" in problem.what and "\\n" not in problem.what
-        assert ("no configuration" if words in NO_CONFIGURATION else "scontrol ping") in problem.hint
+        assert (
+            "no configuration" if words in NO_CONFIGURATION else "scontrol ping"
+        ) in problem.hint
     assert commands.cluster_name() is None
 
 
@@ -94,10 +135,13 @@ def test_the_words_of_a_command_that_succeeded_are_no_silence(says, words):
 @pytest.mark.parametrize(
     "out, job_id",
     [
-        ("77\n", "77"), ("77;cluster\n", "77"), ("Welcome to 2026\n77\n", "77"), ("77\nsee https://x/77\n", "77"),
+        ("77\n", "77"),
+        ("77;cluster\n", "77"),
+        ("Welcome to 2026\n77\n", "77"),
+        ("77\nsee https://x/77\n", "77"),
         ("  77  \n", "77"),
     ],
-)  # fmt: skip
+)
 def test_the_id_is_found_between_what_a_wrapper_prints(says, out, job_id):
     says(0, out)
 
@@ -107,12 +151,27 @@ def test_the_id_is_found_between_what_a_wrapper_prints(says, out, job_id):
 @pytest.mark.parametrize(
     "code, out, err",
     [
-        (1, "", "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"),
-        (1, "", "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"),
-        (-9, "", ""), (0, "", ""), (0, "submitted, see the portal\n", ""), (0, "77\n78\n", ""), (1, "77\n", "broken pipe"),
+        (
+            1,
+            "",
+            "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+        ),
+        (
+            1,
+            "",
+            (
+                "sbatch: error: Batch job submission failed: Unable to contact slurm controller"
+                " (connect failure)"
+            ),
+        ),
+        (-9, "", ""),
+        (0, "", ""),
+        (0, "submitted, see the portal\n", ""),
+        (0, "77\n78\n", ""),
+        (1, "77\n", "broken pipe"),
         (1, "", ""),
     ],
-)  # fmt: skip
+)
 def test_a_lost_answer_is_no_refusal(says, code, out, err):
     says(code, out, err)
 
@@ -140,7 +199,12 @@ def test_a_refused_job_is_not_called_maybe_queued(says, words):
         ("REQUEUE_HOLD", "", "held", "scontrol release 7"),
         ("SPECIAL_EXIT", "JobHeldUser", "held", "scontrol release 7"),
         ("PENDING", "JobHoldMaxRequeue", "held", "scontrol release 7"),
-        ("PENDING", "DependencyNeverSatisfied", "never start", "scontrol update jobid=7 dependency="),
+        (
+            "PENDING",
+            "DependencyNeverSatisfied",
+            "never start",
+            "scontrol update jobid=7 dependency=",
+        ),
         ("PENDING", "BadConstraints", "never start", "scancel 7"),
         ("PENDING", "PartitionTimeLimit", "never start", "scancel 7"),
         ("PENDING", "QOSMaxNodePerJobLimit", "never start", "scancel 7"),
@@ -150,7 +214,9 @@ def test_a_refused_job_is_not_called_maybe_queued(says, words):
         ("PENDING", "AssocGrpBillingMinutes", "used up", ""),
     ],
 )
-def test_what_waits_for_a_person_is_told_with_the_command_that_changes_it(state, reason, what, command):
+def test_what_waits_for_a_person_is_told_with_the_command_that_changes_it(
+    state, reason, what, command
+):
     found, release = answers.stuck("7", state, reason)
 
     assert what in found and release == command
@@ -159,10 +225,21 @@ def test_what_waits_for_a_person_is_told_with_the_command_that_changes_it(state,
 @pytest.mark.parametrize(
     "reason",
     [
-        "Priority", "Resources", "Dependency", "BeginTime", "QOSMaxJobsPerUserLimit", "QOSMaxSubmitJobPerUserLimit",
-        "AssocGrpCPURunMinutesLimit", "AssocMaxJobsLimit", "ReqNodeNotAvail, UnavailableNodes:n1", "Licenses",
-        "PartitionDown", "Reservation", "", "None",
+        "Priority",
+        "Resources",
+        "Dependency",
+        "BeginTime",
+        "QOSMaxJobsPerUserLimit",
+        "QOSMaxSubmitJobPerUserLimit",
+        "AssocGrpCPURunMinutesLimit",
+        "AssocMaxJobsLimit",
+        "ReqNodeNotAvail, UnavailableNodes:n1",
+        "Licenses",
+        "PartitionDown",
+        "Reservation",
+        "",
+        "None",
     ],
-)  # fmt: skip
+)
 def test_what_passes_by_itself_is_not_called_stuck(reason):
     assert answers.stuck("7", "PENDING", reason) == ("", "")

@@ -1,4 +1,5 @@
-"""The only caller of Slurm: what it asks, in which environment, and how each way to fail is told."""
+"""The only caller of Slurm: what it asks, in which environment, and how each way to fail is
+told."""
 
 from __future__ import annotations
 
@@ -33,7 +34,13 @@ def test_what_the_shell_holds_does_not_reach_the_job(fake, monkeypatch):
 
     assert fake.asked[0]["leaks"] == ["SLURM_CONF"]
     leaking = set(slurm.leaking(os.environ))
-    assert leaking == {"SLURM_JOB_ID", "SBATCH_TIMELIMIT", "SRUN_CPUS_PER_TASK", "PMI_RANK", "PMIX_RANK"}
+    assert leaking == {
+        "SLURM_JOB_ID",
+        "SBATCH_TIMELIMIT",
+        "SRUN_CPUS_PER_TASK",
+        "PMI_RANK",
+        "PMIX_RANK",
+    }
 
 
 @pytest.mark.parametrize("said", ["123\n", "123;cluster\n", "warning: x\n123\n"])
@@ -46,7 +53,12 @@ def test_a_submitted_job_is_told_by_its_id(fake, said):
 @pytest.mark.parametrize(
     ("out", "err", "code", "words"),
     [
-        ("", "sbatch: error: Invalid account\nsbatch: error: again\n", 1, "Invalid account; sbatch: error: again"),
+        (
+            "",
+            "sbatch: error: Invalid account\nsbatch: error: again\n",
+            1,
+            "Invalid account; sbatch: error: again",
+        )
     ],
 )
 def test_a_refused_job_is_told_in_slurms_words(fake, out, err, code, words):

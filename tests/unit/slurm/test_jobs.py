@@ -82,7 +82,9 @@ def test_what_squeue_does_not_know_is_empty():
     )
 
 
-@pytest.mark.parametrize("line", ["", "slurm_load_jobs error\n", squeue_line(id="x"), squeue_line() + S + "more"])
+@pytest.mark.parametrize(
+    "line", ["", "slurm_load_jobs error\n", squeue_line(id="x"), squeue_line() + S + "more"]
+)
 def test_lines_of_another_form_are_left_out(line):
     assert [job.job_id for job in parse_squeue(line)] == (["77"] if "more" in line else [])
 
@@ -147,7 +149,8 @@ def test_this_users_jobs_are_asked_once_in_utc(fake):
     asked = fake.asked[0]
     assert asked["zone"] == "UTC0"
     assert {"--noheader", "--states=all", f"--user={os.getuid()}"} <= set(asked["argv"])
-    assert not any(word.startswith("--jobs") for word in asked["argv"])  # an unknown id would fail all
+    # an unknown id would fail all
+    assert not any(word.startswith("--jobs") for word in asked["argv"])
 
 
 def test_waiting_and_running_jobs_by_name(fake):
@@ -171,7 +174,11 @@ def test_an_answer_that_did_not_come_is_an_error(fake):
 
 def test_a_job_is_found_by_its_tag_in_accounting(fake):
     assert jobs.ended_by_comment("tag") == []  # no sacct here
-    lines = [sacct_line(id="5", comment="tag"), sacct_line(id="6", comment="tags"), sacct_line(id="7_1", comment="tag")]
+    lines = [
+        sacct_line(id="5", comment="tag"),
+        sacct_line(id="6", comment="tags"),
+        sacct_line(id="7_1", comment="tag"),
+    ]
     fake.says("sacct", "".join(lines))
     assert jobs.ended_by_comment("tag") == ["5"]
     assert f"--user={os.getuid()}" in fake.asked[0]["argv"]
@@ -200,7 +207,10 @@ def test_the_expected_start_of_a_job_that_was_put_back_or_held_is_not_the_one_it
 
 
 def test_squeue_and_sacct_are_put_together(fake):
-    fake.says("squeue", squeue_line(id="1") + squeue_line(id="2", state="FAILED", reason="NonZeroExitCode"))
+    fake.says(
+        "squeue",
+        squeue_line(id="1") + squeue_line(id="2", state="FAILED", reason="NonZeroExitCode"),
+    )
     fake.says(
         "sacct",
         sacct_line(id="1", state="NODE_FAIL", submit="2026-11-21T08:00:00")
@@ -211,12 +221,18 @@ def test_squeue_and_sacct_are_put_together(fake):
     answer = jobs.query(["1", "2", "3", "4"])
     running, failed, gone = (answer.jobs[job_id] for job_id in "123")
     assert (running.source, running.state, running.elapsed_s) == ("squeue", "RUNNING", 30)
-    assert (failed.source, failed.exit_code, failed.reason) == ("squeue+sacct", 3, "NonZeroExitCode")
+    assert (failed.source, failed.exit_code, failed.reason) == (
+        "squeue+sacct",
+        3,
+        "NonZeroExitCode",
+    )
     assert failed.nodes == ("n1", "n2")  # squeue's, where accounting has none
     assert (gone.source, gone.state) == ("sacct", "COMPLETED")
     assert [job.state for job in answer.earlier["1"]] == ["NODE_FAIL"]
     assert answer.complete and answer.unseen == ()
-    assert answer.forgotten(["3", "4"]) == ["Slurm knows nothing (any more) of job 4: how they ended is not seen"]
+    assert answer.forgotten(["3", "4"]) == [
+        "Slurm knows nothing (any more) of job 4: how they ended is not seen"
+    ]
 
 
 def test_the_time_of_an_earlier_start_is_not_the_present_ones(fake):

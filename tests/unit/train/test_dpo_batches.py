@@ -1,4 +1,5 @@
-"""Batches: every pair once an epoch, the same for any number of ranks, and rows that score exactly the replies."""
+"""Batches: every pair once an epoch, the same for any number of ranks, and rows that score exactly
+the replies."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ def test_every_pair_is_in_exactly_one_batch_of_an_epoch(count: int, batch: int, 
 
 def test_epochs_and_seeds_differ_and_lengths_are_bucketed() -> None:
     lengths = np.random.default_rng(0).integers(2, 1000, 4096)
-    plans = [np.concatenate(plan_epoch(lengths, 8, seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    plans = [
+        np.concatenate(plan_epoch(lengths, 8, seed, epoch))
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
     assert not np.array_equal(plans[0], plans[1]) and not np.array_equal(plans[0], plans[2])
 
     def padding(batches: list[np.ndarray]) -> float:
@@ -47,8 +51,13 @@ def test_ranks_share_a_batch_without_gap_or_overlap(count: int, shape: tuple[int
     passes = [rank_slots(pairs, rank, num_ranks, micro) for rank in range(num_ranks)]
 
     assert len({len(mine) for mine in passes}) == 1
-    counted = [(place, pair) for mine in passes for slots in mine
-               for place, pair, counts in zip(slots.places, slots.pairs, slots.counts) if counts]  # fmt: skip
+    counted = [
+        (place, pair)
+        for mine in passes
+        for slots in mine
+        for place, pair, counts in zip(slots.places, slots.pairs, slots.counts)
+        if counts
+    ]
     assert sorted(counted) == [(place, place + 100) for place in range(count)]
     assert all(set(slots.pairs) <= set(pairs.tolist()) for mine in passes for slots in mine)
 
@@ -60,7 +69,10 @@ def test_rows_score_every_token_of_a_reply_once_from_the_token_before(
     shared: bool, sizes: list[tuple[int, int, int]], multiple: int
 ) -> None:
     fresh = iter(range(1, 10_000))
-    pairs = [Pair(*(np.array([next(fresh) for _ in range(size)], np.int32) for size in row)) for row in sizes]
+    pairs = [
+        Pair(*(np.array([next(fresh) for _ in range(size)], np.int32) for size in row))
+        for row in sizes
+    ]
 
     rows = lay_out(pairs, shared, multiple)
 
@@ -72,7 +84,10 @@ def test_rows_score_every_token_of_a_reply_once_from_the_token_before(
         for number, pair in enumerate(pairs):
             whole = [*pair.prompt.tolist(), *getattr(pair, name).tolist()]
             start = max(1, len(pair.prompt))
-            expected += [(whole[at - 1], whole[at], kind * len(pairs) + number) for at in range(start, len(whole))]
+            expected += [
+                (whole[at - 1], whole[at], kind * len(pairs) + number)
+                for at in range(start, len(whole))
+            ]
     before = rows.input_ids.reshape(-1)[rows.select].tolist()
     assert list(zip(before, rows.labels.tolist(), rows.sequence.tolist())) == expected
     assert len(set(zip(rows.sequence.tolist(), rows.offset.tolist()))) == len(expected)

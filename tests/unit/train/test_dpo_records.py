@@ -64,7 +64,9 @@ def _literal(text: str) -> str:
 def write(folder: Path, kind: str) -> Path:
     folder.mkdir()
     if kind == "jsonl":
-        (folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+        (folder / "x.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8"
+        )
         return folder / "x.jsonl"
     if kind == "json":
         (folder / "x.json").write_text("\ufeff " + json.dumps(ROWS), encoding="utf-8")
@@ -83,9 +85,14 @@ def write(folder: Path, kind: str) -> Path:
     inside = folder / "train" if kind == "saved splits" else folder
     inside.mkdir(exist_ok=True)
     for name, part in (("data-0.arrow", table.slice(0, 3)), ("data-1.arrow", table.slice(3))):
-        with pyarrow.OSFile(str(inside / name), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        with (
+            pyarrow.OSFile(str(inside / name), "wb") as sink,
+            pyarrow.ipc.new_stream(sink, table.schema) as writer,
+        ):
             writer.write_table(part)
-    (inside / "state.json").write_text(json.dumps({"_data_files": [{"filename": f"data-{n}.arrow"} for n in (0, 1)]}))
+    (inside / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": f"data-{n}.arrow"} for n in (0, 1)]})
+    )
     if kind == "saved splits":
         (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     return folder
@@ -105,12 +112,18 @@ def test_every_file_format_gives_the_same_records(tmp_path: Path, kind: str) -> 
 
 def test_bad_records_are_named_by_line_all_at_once(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n\n{"prompt"\n\xff\n' + b"{}\n" * 30)
+    path.write_bytes(
+        b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n\n{"prompt"\n\xff\n' + b"{}\n" * 30
+    )
 
     with pytest.raises(UsageError) as caught:
         read_records([str(path)])
 
-    assert [problem.where.rpartition(":")[2] for problem in caught.value.problems[:3]] == ["3", "4", "5"]
+    assert [problem.where.rpartition(":")[2] for problem in caught.value.problems[:3]] == [
+        "3",
+        "4",
+        "5",
+    ]
     assert caught.value.problems[-1].what == "12 more bad records"
 
 

@@ -1,4 +1,5 @@
-"""A checkpoint exists whole or not at all, wherever the writer dies; and nothing but our own old ones is ever deleted."""
+"""A checkpoint exists whole or not at all, wherever the writer dies; and nothing but our own old
+ones is ever deleted."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from hpctrain.base import errors
 from hpctrain.train.core import checkpoint
 from hpctrain.train.core.checkpoint import Progress, prune, read_progress, save, write_latest
 
-FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "config.json", "hpctrain.json")
+FILES = (
+    "mp_rank_00_model_states.pt",
+    "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    "config.json",
+    "hpctrain.json",
+)
 
 
 class Died(BaseException):
@@ -24,7 +30,9 @@ class Died(BaseException):
 class Writer:
     """Writes what DeepSpeed writes, in the order in which it does."""
 
-    def save_checkpoint(self, directory: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
+    def save_checkpoint(
+        self, directory: str, tag: str, client_state: dict[str, Any], save_latest: bool
+    ) -> None:
         assert not save_latest
         os.makedirs(os.path.join(directory, tag), exist_ok=True)
         for name in FILES[:2]:
@@ -37,11 +45,20 @@ def progress(iteration: int, run_id: str = "a") -> Progress:
 
 
 def write(directory: Path, iteration: int, run_id: str = "a") -> str:
-    return save(Writer(), str(directory), progress(iteration, run_id), {"config.json": b"{}"}, lambda: None, 0)
+    return save(
+        Writer(),
+        str(directory),
+        progress(iteration, run_id),
+        {"config.json": b"{}"},
+        lambda: None,
+        0,
+    )
 
 
 def whole(path: Path) -> bool:
-    return all((path / name).is_file() for name in FILES) and (path / FILES[0]).read_text() == "whole"
+    return (
+        all((path / name).is_file() for name in FILES) and (path / FILES[0]).read_text() == "whole"
+    )
 
 
 def test_a_death_at_any_system_call_leaves_the_old_checkpoint_or_the_new_one(
@@ -76,12 +93,16 @@ def test_a_death_at_any_system_call_leaves_the_old_checkpoint_or_the_new_one(
         complete = [path.name for path in directory.glob("global_step*")]
         assert all(whole(directory / name) for name in complete)
         write(directory, 20)  # and the next try finds its way through the rests
-        assert (directory / "latest").read_text() == "global_step20" and whole(directory / "global_step20")
+        assert (directory / "latest").read_text() == "global_step20" and whole(
+            directory / "global_step20"
+        )
         assert not list(directory.glob("partial_*"))
     assert calls > 10
 
 
-def test_a_link_or_directory_of_the_same_name_is_set_aside_and_never_written_into(tmp_path: Path) -> None:
+def test_a_link_or_directory_of_the_same_name_is_set_aside_and_never_written_into(
+    tmp_path: Path,
+) -> None:
     base = tmp_path / "base"
     base.mkdir()
     (base / "precious").write_text("weights")
@@ -98,20 +119,31 @@ def test_a_link_or_directory_of_the_same_name_is_set_aside_and_never_written_int
     assert whole(directory / "set_aside_global_step5_2") and whole(directory / "global_step5")
 
 
-def test_a_full_disk_is_told_in_the_system_s_words_and_its_rest_does_not_stay(tmp_path: Path) -> None:
+def test_a_full_disk_is_told_in_the_system_s_words_and_its_rest_does_not_stay(
+    tmp_path: Path,
+) -> None:
     class Full(Writer):
-        def save_checkpoint(self, directory: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
+        def save_checkpoint(
+            self, directory: str, tag: str, client_state: dict[str, Any], save_latest: bool
+        ) -> None:
             super().save_checkpoint(directory, tag, client_state, save_latest)
             try:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:  # as torch.save does: what the disk said is only the context of what it raises
-                raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 57344 vs 57232")  # noqa: B904
+            except OSError:
+                # As torch.save does: what the disk said is only the context of what it raises.
+                raise RuntimeError(  # noqa: B904
+                    "[enforce fail at inline_container.cc:672] . unexpected pos 57344 vs 57232"
+                )
 
     write(tmp_path, 10)
-    with pytest.raises(checkpoint.CannotSave, match="rank 0 cannot save `global_step20`: No space left on device"):
+    with pytest.raises(
+        checkpoint.CannotSave, match="rank 0 cannot save `global_step20`: No space left on device"
+    ):
         save(Full(), str(tmp_path), progress(20), {}, lambda: None, 0)
 
-    bare = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 143936 vs 143824")
+    bare = RuntimeError(
+        "[enforce fail at inline_container.cc:672] . unexpected pos 143936 vs 143824"
+    )
     assert checkpoint.describe_failure(bare).startswith("No space left on device, or a quota")
     assert checkpoint.describe_failure(ValueError()) == "ValueError"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step10", "latest"]
@@ -127,14 +159,24 @@ def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path: Path)
         checkpoint.check_writable(str(tmp_path / "file" / "folder"))
 
 
-def test_another_model_is_named_by_the_keys_that_differ_and_another_release_is_no_other_model(tmp_path: Path) -> None:
-    then = {"hidden_size": 32, "rms_norm_eps": 1e-6, "old_key": 1, "transformers_version": "4.44", "use_cache": True}
+def test_another_model_is_named_by_the_keys_that_differ_and_another_release_is_no_other_model(
+    tmp_path: Path,
+) -> None:
+    then = {
+        "hidden_size": 32,
+        "rms_norm_eps": 1e-6,
+        "old_key": 1,
+        "transformers_version": "4.44",
+        "use_cache": True,
+    }
     (tmp_path / "config.json").write_text(json.dumps(then))
     now = {**then, "transformers_version": "5.1", "use_cache": False, "new_key": 2}
     del now["old_key"]
 
     assert checkpoint.changed_model(str(tmp_path), now) == []
-    assert checkpoint.changed_model(str(tmp_path), {**now, "hidden_size": 64}) == ["hidden_size 32 -> 64"]
+    assert checkpoint.changed_model(str(tmp_path), {**now, "hidden_size": 64}) == [
+        "hidden_size 32 -> 64"
+    ]
     assert checkpoint.changed_model(str(tmp_path / "nowhere"), now) == []
 
 
@@ -145,7 +187,9 @@ def test_latest_is_replaced_even_when_it_is_a_link(tmp_path: Path) -> None:
     write_latest(str(tmp_path), "global_step1")
 
     assert (tmp_path / "elsewhere").read_text() == "mine"
-    assert (tmp_path / "latest").read_text() == "global_step1" and not (tmp_path / "latest").is_symlink()
+    assert (tmp_path / "latest").read_text() == "global_step1" and not (
+        tmp_path / "latest"
+    ).is_symlink()
 
 
 def test_only_this_runs_own_old_checkpoints_are_pruned(tmp_path: Path) -> None:
@@ -161,7 +205,8 @@ def test_only_this_runs_own_old_checkpoints_are_pruned(tmp_path: Path) -> None:
 
     deleted = prune(str(directory), "a", keep=2)
 
-    assert [os.path.basename(path) for path in deleted] == ["global_step4"]  # 2 is what `latest` names
+    # 2 is what `latest` names
+    assert [os.path.basename(path) for path in deleted] == ["global_step4"]
     names = sorted(path.name for path in directory.glob("*_step*"))
     assert names == [f"global_step{n}" for n in (1, 2, 3, 5, 6, 8)]
     assert whole(base / "global_step1")

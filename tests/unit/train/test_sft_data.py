@@ -1,4 +1,5 @@
-"""Packed rows: whole documents, every one once an epoch, the same row for the same sample for ever."""
+"""Packed rows: whole documents, every one once an epoch, the same row for the same sample for
+ever."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ def write(prefix: Path, documents: list[list[int]], dtype: str = "<u2", code: in
     pointers = (np.cumsum(sizes, dtype="<i8") - sizes) * flat.dtype.itemsize
     header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(sizes), len(sizes) + 1)
     Path(f"{prefix}.idx").write_bytes(
-        header + sizes.tobytes() + pointers.tobytes() + np.arange(len(sizes) + 1, dtype="<i8").tobytes()
+        header
+        + sizes.tobytes()
+        + pointers.tobytes()
+        + np.arange(len(sizes) + 1, dtype="<i8").tobytes()
     )
     return str(prefix)
 
@@ -41,14 +45,22 @@ def prefix(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("pack_impl", ["k_bin_packed", "unpacked"])
-def test_an_epoch_holds_every_document_once_and_whole(prefix: str, tmp_path: Path, pack_impl: str) -> None:
-    data = rows(prefix, write(tmp_path / "e", DOCUMENTS[:7], "<i4", 4), pack_impl=pack_impl, seq_length=30)
+def test_an_epoch_holds_every_document_once_and_whole(
+    prefix: str, tmp_path: Path, pack_impl: str
+) -> None:
+    data = rows(
+        prefix, write(tmp_path / "e", DOCUMENTS[:7], "<i4", 4), pack_impl=pack_impl, seq_length=30
+    )
     seen = [document for sample in range(len(data)) for document in data.documents_of(sample)]
 
     assert sorted(seen) == list(range(67))
     batch = data.micro_batch(range(len(data)))
     for row, sample in enumerate(range(len(data))):
-        tokens = [token for number in data.documents_of(sample) for token in [*DOCUMENTS, *DOCUMENTS[:7]][number]]
+        tokens = [
+            token
+            for number in data.documents_of(sample)
+            for token in [*DOCUMENTS, *DOCUMENTS[:7]][number]
+        ]
         assert batch.input_ids[row].tolist() == (tokens + [0] * 31)[:30]
     assert pack_impl == "unpacked" or data.fill > 0.9
 
@@ -64,13 +76,18 @@ def test_positions_restart_and_labels_stay_inside_their_document(prefix: str) ->
             assert batch.position_ids[row, where].tolist() == list(range(len(where)))
     rows_, columns = np.divmod(batch.trained, 30)
     inner = columns < 29
-    assert (flat_document[rows_[inner], columns[inner]] == flat_document[rows_[inner], columns[inner] + 1]).all()
+    assert (
+        flat_document[rows_[inner], columns[inner]]
+        == flat_document[rows_[inner], columns[inner] + 1]
+    ).all()
     assert (batch.labels[inner] == batch.input_ids[rows_[inner], columns[inner] + 1]).all()
     assert 7 in batch.labels  # without rules everything but a document's first token is trained
 
 
 def test_only_replies_are_trained_under_the_chat_rules(prefix: str) -> None:
-    data = rows(prefix, seq_length=30, loss_mask_pairs=(7, 7), loss_mask_alternating_individual=(8,))
+    data = rows(
+        prefix, seq_length=30, loss_mask_pairs=(7, 7), loss_mask_alternating_individual=(8,)
+    )
     labels = data.micro_batch(range(len(data))).labels
 
     assert set(labels.tolist()) == {2, 8, *range(40, 44)}
@@ -100,25 +117,34 @@ def test_documents_that_fit_no_row_are_counted_and_named(prefix: str) -> None:
 
 
 def test_no_document_that_fits_is_an_error_that_names_the_shortest(prefix: str) -> None:
-    with pytest.raises(errors.UsageError, match="the shortest has 5 tokens, a row seq_length \\+ 1 = 4"):
+    with pytest.raises(
+        errors.UsageError, match="the shortest has 5 tokens, a row seq_length \\+ 1 = 4"
+    ):
         rows(prefix, seq_length=3)
 
 
 def test_unclosed_documents_and_foreign_tokens_are_named(tmp_path: Path) -> None:
-    data = rows(write(tmp_path / "d", [[7, 20, 7, 8, 8, 2], [7, 20, 8, 300, 8, 2]]), loss_mask_pairs=(7, 7))
+    data = rows(
+        write(tmp_path / "d", [[7, 20, 7, 8, 8, 2], [7, 20, 8, 300, 8, 2]]), loss_mask_pairs=(7, 7)
+    )
 
     assert [data.name(number) for number in data.look_through()[0]] == [f"{tmp_path}/d#1"]
     with pytest.raises(DataError, match="token 300 in .*d#1 is outside"):
         data.check_tokens(data.micro_batch([0]), [0], vocab_size=300)
 
 
-def test_documents_without_a_reply_are_named_and_data_without_any_is_refused(tmp_path: Path) -> None:
+def test_documents_without_a_reply_are_named_and_data_without_any_is_refused(
+    tmp_path: Path,
+) -> None:
     rules = {"loss_mask_pairs": (7, 7), "loss_mask_alternating_individual": (8,)}
     some = rows(write(tmp_path / "some", [[7, 20, 7], [7, 20, 7, 8, 30, 8], [5]]), **rules)
     none = rows(write(tmp_path / "none", [[7, 20, 7], [7, 20, 20, 7], [5]]), **rules)
 
     unclosed, silent = some.look_through()
-    assert unclosed == [] and sorted(map(some.name, silent)) == [f"{tmp_path}/some#0", f"{tmp_path}/some#2"]
+    assert unclosed == [] and sorted(map(some.name, silent)) == [
+        f"{tmp_path}/some#0",
+        f"{tmp_path}/some#2",
+    ]
     with pytest.raises(errors.UsageError, match="no token of the data is trained"):
         none.look_through()
 
@@ -135,7 +161,8 @@ def test_other_tokens_in_documents_of_the_same_lengths_are_other_data(
     assert one.content() == same.content() != last.content()
     monkeypatch.setattr("hpctrain.train.sft.data._PIECE", 64)
     monkeypatch.setattr("hpctrain.train.sft.data._PIECES", 7)
-    assert one.content() == same.content() != last.content()  # the end is looked at whatever the size
+    # the end is looked at whatever the size
+    assert one.content() == same.content() != last.content()
 
 
 def test_padding_has_no_position_that_no_document_has(tmp_path: Path) -> None:
@@ -160,6 +187,11 @@ def test_ranks_and_accumulation_share_a_step_without_gap_or_overlap(
     ranks: int, micro: int, gas: int, step: int
 ) -> None:
     size = ranks * micro * gas
-    taken = [n for rank in range(ranks) for turn in step_samples(step * size, rank, ranks, micro, gas) for n in turn]
+    taken = [
+        n
+        for rank in range(ranks)
+        for turn in step_samples(step * size, rank, ranks, micro, gas)
+        for n in turn
+    ]
 
     assert sorted(taken) == list(range(step * size, (step + 1) * size))

@@ -1,4 +1,5 @@
-"""hf-sft before torch is loaded: staging by hash, what a model directory says of itself, rows that are no rows."""
+"""hf-sft before torch is loaded: staging by hash, what a model directory says of itself, rows that
+are no rows."""
 
 from __future__ import annotations
 
@@ -44,7 +45,10 @@ def test_a_copy_is_made_once_and_for_this_user_alone(source: Path, tmp_path: Pat
     assert Path(path).read_bytes() == CONTENT and folder.stat().st_mode & 0o777 == 0o700
     before = os.stat(path).st_ino
 
-    assert stage.stage(str(source), SHA, str(folder), said.append) == path and os.stat(path).st_ino == before
+    assert (
+        stage.stage(str(source), SHA, str(folder), said.append) == path
+        and os.stat(path).st_ino == before
+    )
     assert len(said) == 1 and SHA[:16] in said[0]
     stage.clear(path)
     assert not folder.exists() and source.read_bytes() == CONTENT
@@ -85,7 +89,9 @@ def test_a_source_that_changed_a_disk_that_lies_and_a_full_one_are_named_with_th
     with monkeypatch.context() as patch:
         patch.setattr(stage, "_copy", lying)
         assert "the disk of node nid000007 gives back other data" in problem()
-    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(9, 9, 100))
+    monkeypatch.setattr(
+        stage.shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(9, 9, 100)
+    )
     assert "node nid000007 has 100 B free" in problem()
 
 
@@ -121,16 +127,28 @@ def model(folder: Path, config: Any = (), **tensors: tuple[str, list[int]]) -> s
 def test_parameters_and_bytes_are_read_from_the_headers(tmp_path: Path) -> None:
     weights = base.check_base(model(tmp_path / "m", a=("BF16", [3, 5]), b=("F32", [7])))
 
-    assert weights and (weights.parameters, weights.num_bytes, weights.dtypes) == (22, 58, ("BF16", "F32"))
+    assert weights and (weights.parameters, weights.num_bytes, weights.dtypes) == (
+        22,
+        58,
+        ("BF16", "F32"),
+    )
 
 
-@pytest.mark.parametrize("name, config, tensors, words", [
-    ("llama-bnb-4bit", {}, {}, "its name says `bnb`"),
-    ("models--unsloth--llama-3-8b-bnb-4bit", {}, {}, "its name says `bnb`"),
-    ("m", {"quantization_config": {"quant_method": "awq"}}, {}, "(awq)"),
-    ("m", {}, {"q_proj.weight": ("U8", [4])}, "it holds U8 tensors"),
-    ("m", {}, {"q_proj.weight": ("F32", [4]), "q_proj.qweight": ("F32", [4])}, "it holds `q_proj.qweight`"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, config, tensors, words",
+    [
+        ("llama-bnb-4bit", {}, {}, "its name says `bnb`"),
+        ("models--unsloth--llama-3-8b-bnb-4bit", {}, {}, "its name says `bnb`"),
+        ("m", {"quantization_config": {"quant_method": "awq"}}, {}, "(awq)"),
+        ("m", {}, {"q_proj.weight": ("U8", [4])}, "it holds U8 tensors"),
+        (
+            "m",
+            {},
+            {"q_proj.weight": ("F32", [4]), "q_proj.qweight": ("F32", [4])},
+            "it holds `q_proj.qweight`",
+        ),
+    ],
+)
 def test_a_quantised_base_is_known_by_name_config_or_tensors(
     name: str, config: Any, tensors: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
@@ -150,7 +168,9 @@ def test_a_base_that_is_cut_short_or_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_update_belongs_to_its_base(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"})
+    )
     ours = str(tmp_path)
 
     for same in ("/models/Llama-3.1-8B", "/cache/models--meta-llama--Llama-3.1-8B/snapshots/0123"):
@@ -159,13 +179,17 @@ def test_an_update_belongs_to_its_base(tmp_path: Path) -> None:
         base.check_adapter(ours, "/models/Llama-3.2-3B")
 
 
-def test_space_for_two_checkpoints_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_for_two_checkpoints_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def config(text: str) -> Any:
         return parse_config(parse_yaml(f"model_name: a\ndataset_path: b\n{text}", "c"), "/")[0]
 
     weights = base.Weights(8_000_000_000, 16_000_000_000, 0, ("BF16",), frozenset())
     monkeypatch.setattr(
-        base.shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(9, 9, 100 * 1024**3)
+        base.shutil,
+        "disk_usage",
+        lambda path: namedtuple("Usage", "total used free")(9, 9, 100 * 1024**3),
     )
     assert "needed" in base.check_space(config("lora: {r: 16}"), weights, str(tmp_path))
     # All of 8 B weights: 12 bytes each, twice.
@@ -183,13 +207,25 @@ class Letters:
         return {"input_ids": [ord(letter) for letter in text]}
 
 
-@pytest.mark.parametrize("row, words", [
-    (None, "is not an object"), ({}, "has none of the columns"), ({"text": ""}, "empty"), ({"text": 3}, "is not text"),
-    ({"prompt": "a"}, "must both be text"), ({"prompt": "a", "completion": ""}, "not empty"), ({"prompt": ["a"], "completion": "b"}, "must both"),
-    ({"messages": []}, "empty"), ({"messages": [{"role": "user"}]}, "without `role` and `content`"),
-    ({"messages": [{"role": "user", "content": "x"}]}, "no chat template"), ({"conversations": [{"from": "human", "value": 3}]}, "as text"),
-    ({"input_ids": ["a"]}, "whole numbers"), ({"input_ids": [1, 2], "labels": [1]}, "differ in length"), ({"input_ids": [True, 2]}, "whole numbers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        (None, "is not an object"),
+        ({}, "has none of the columns"),
+        ({"text": ""}, "empty"),
+        ({"text": 3}, "is not text"),
+        ({"prompt": "a"}, "must both be text"),
+        ({"prompt": "a", "completion": ""}, "not empty"),
+        ({"prompt": ["a"], "completion": "b"}, "must both"),
+        ({"messages": []}, "empty"),
+        ({"messages": [{"role": "user"}]}, "without `role` and `content`"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no chat template"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "as text"),
+        ({"input_ids": ["a"]}, "whole numbers"),
+        ({"input_ids": [1, 2], "labels": [1]}, "differ in length"),
+        ({"input_ids": [True, 2]}, "whole numbers"),
+    ],
+)
 def test_a_bad_row_is_said_to_be_one(row: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Encoder(Letters(), 100, None, False, None).encode(row)
@@ -208,37 +244,51 @@ def checkpoint(folder: Path, number: int, whole: bool = True) -> Path:
     path = folder / f"checkpoint-{number}"
     path.mkdir(parents=True)
     (path / "trainer_state.json").write_text(json.dumps({"global_step": number}))
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors")[: None if whole else 3]:
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors")[
+        : None if whole else 3
+    ]:
         write_safetensors(path / name, {"w": ("F32", [2])})
     return path
 
 
 def test_only_whole_checkpoints_are_exported_or_gone_on_from(tmp_path: Path) -> None:
     folder = tmp_path / "ckpt"
-    assert newest_complete("hf-trainer", str(folder)) is None and find_checkpoint(str(tmp_path)) is None
+    assert (
+        newest_complete("hf-trainer", str(folder)) is None
+        and find_checkpoint(str(tmp_path)) is None
+    )
     for number, whole in ((9, True), (10, True), (12, False)):
         checkpoint(folder, number, whole)
     (folder / "checkpoint-nonsense").mkdir()
-    (tmp_path / "plan.json").write_text(json.dumps({"guard": {"layout": "hf-trainer", "checkpoint_dir": str(folder)}}))
+    (tmp_path / "plan.json").write_text(
+        json.dumps({"guard": {"layout": "hf-trainer", "checkpoint_dir": str(folder)}})
+    )
 
     for path in (tmp_path, folder, folder / "checkpoint-10"):
         found = find_checkpoint(str(path))
         assert found and (found.path, found.iteration) == (str(folder / "checkpoint-10"), 10)
     with pytest.raises(UsageError, match="the weights are missing"):
         find_checkpoint(str(folder / "checkpoint-12"))
-    (tmp_path / "plan.json").write_text(json.dumps({"guard": {"layout": "deepspeed", "checkpoint_dir": str(folder)}}))
+    (tmp_path / "plan.json").write_text(
+        json.dumps({"guard": {"layout": "deepspeed", "checkpoint_dir": str(folder)}})
+    )
     assert find_checkpoint(str(tmp_path)) is None
 
 
-@pytest.mark.parametrize(("text", "ids", "whole", "fault"), [
-    ("Paris is the capital.", [5, 6, 7], True, ""),
-    ("Rīga ir Latvijas galvaspilsēta 🙂\n\t- jā", [5, 6, 7], True, ""),
-    ("cut in a char\ufffd\ufffd", [5, 6, 7], False, ""),
-    ("", [1], True, "empty"), (" \n", [4, 1], True, "empty"),
-    ("\ufffd\ufffd a\ufffd b", [5, 6], True, "garbled"), ("ok\x00\x01\x02\x03", [5], True, "garbled"),
-    ("the the the", [9, 8] * 20, False, "goes round in a circle"),
-    ("ha ha ha", [9, 8] * 4, True, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "ids", "whole", "fault"),
+    [
+        ("Paris is the capital.", [5, 6, 7], True, ""),
+        ("Rīga ir Latvijas galvaspilsēta 🙂\n\t- jā", [5, 6, 7], True, ""),
+        ("cut in a char\ufffd\ufffd", [5, 6, 7], False, ""),
+        ("", [1], True, "empty"),
+        (" \n", [4, 1], True, "empty"),
+        ("\ufffd\ufffd a\ufffd b", [5, 6], True, "garbled"),
+        ("ok\x00\x01\x02\x03", [5], True, "garbled"),
+        ("the the the", [9, 8] * 20, False, "goes round in a circle"),
+        ("ha ha ha", [9, 8] * 4, True, ""),
+    ],
+)
 def test_a_reply_that_is_no_answer_is_told_from_one_in_words(text, ids, whole, fault):
     from hpctrain.train.trl.validate import fault_of
 
@@ -250,6 +300,12 @@ def test_the_faults_of_a_validation():
 
     good = Validation("m", "t", 3, 30, 4.2, 6.0, 10.0, (Reply("q", "a", ""),))
     assert good.faults == []
-    bad = dataclasses.replace(good, perplexity=float("nan"), replies=(Reply("q", "", "empty"), Reply("q", "a", "")))
+    bad = dataclasses.replace(
+        good, perplexity=float("nan"), replies=(Reply("q", "", "empty"), Reply("q", "a", ""))
+    )
     assert len(bad.faults) == 3 and "1 of 2 replies are no answers: empty" in bad.faults[2]
-    assert perplexity(0.0) == 1 and perplexity(1e9) == float("inf") and perplexity(float("nan")) != perplexity(0.0)
+    assert (
+        perplexity(0.0) == 1
+        and perplexity(1e9) == float("inf")
+        and perplexity(float("nan")) != perplexity(0.0)
+    )

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from triage_texts import STEP, diagnose, steps, verdicts  # noqa: E402
 
 DATA = Path(__file__).parents[2] / "data" / "triage"
-# Written after the rules, from other people's reports; docs/triage.md says how many were right at first sight.
+# Written after the rules, from other people's reports; docs/triage.md says how many were right at
+# first sight.
 HELD_OUT = DATA.with_name("triage-held-out")
 LABELS = {
     folder / name: label
@@ -47,7 +48,9 @@ def test_a_labelled_log_gets_its_verdict_cause_and_place(path):
     event = diagnosis.cause.event if diagnosis.cause else None
     assert (event.failure if event else None) == label["cause"], diagnosis.summary
     assert diagnosis.verdict == label["verdict"], diagnosis.summary
-    assert {rule for rule, verdict in verdicts(diagnosis).items() if verdict == RED} == set(label["red"])
+    assert {rule for rule, verdict in verdicts(diagnosis).items() if verdict == RED} == set(
+        label["red"]
+    )
     if label["line"]:
         lines = path.read_bytes().split(b"\n")
         assert label["line"].encode() in lines[event.place.number - 1]
@@ -56,11 +59,18 @@ def test_a_labelled_log_gets_its_verdict_cause_and_place(path):
     if label["node"] is not None:
         assert event.node == label["node"]
     if label.get("recovered"):
-        assert [(i.event.failure, i.recovered) for i in diagnosis.incidents] == [(label["recovered"], True)]
+        assert [(i.event.failure, i.recovered) for i in diagnosis.incidents] == [
+            (label["recovered"], True)
+        ]
 
 
 def test_every_labelled_log_is_there_and_names_its_source():
-    found = {path for folder in (DATA, HELD_OUT) for path in folder.iterdir() if path.name != "labels.json"}
+    found = {
+        path
+        for folder in (DATA, HELD_OUT)
+        for path in folder.iterdir()
+        if path.name != "labels.json"
+    }
     assert set(LABELS) == found
     assert all(label["source"] for label in LABELS.values())
 
@@ -101,9 +111,15 @@ def test_any_split_of_a_log_gives_the_same_events(seed, name):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    text=st.binary(max_size=300).map(lambda raw: raw.replace(b"\x03", b"Error: CUDA").replace(b"\x04", b"loss=")),
-    anchors=st.lists(st.sampled_from([b"Error", b"CUDA ", b"loss=", b"r: CUDA", b"\x00\x00\x00\x00\x00"]), min_size=1, unique=True),
-)  # fmt: skip
+    text=st.binary(max_size=300).map(
+        lambda raw: raw.replace(b"\x03", b"Error: CUDA").replace(b"\x04", b"loss=")
+    ),
+    anchors=st.lists(
+        st.sampled_from([b"Error", b"CUDA ", b"loss=", b"r: CUDA", b"\x00\x00\x00\x00\x00"]),
+        min_size=1,
+        unique=True,
+    ),
+)
 def test_the_matcher_finds_exactly_what_bytes_find_finds(text, anchors):
     expected = []
     for index, anchor in enumerate(anchors):
@@ -116,9 +132,17 @@ def test_the_matcher_finds_exactly_what_bytes_find_finds(text, anchors):
 
 def test_line_numbers_count_line_feeds_whatever_the_pieces():
     scanner = LineScanner(Matcher([b"needle"]))
-    hits = [h for piece in (b"a\nb\rneed", b"le x\nc", b"\n\nneedle\r\n", b"needle") for h in scanner.feed(piece)]
+    hits = [
+        h
+        for piece in (b"a\nb\rneed", b"le x\nc", b"\n\nneedle\r\n", b"needle")
+        for h in scanner.feed(piece)
+    ]
     hits += list(scanner.close())
-    assert [(hit.line, hit.number) for hit in hits] == [(b"needle x", 2), (b"needle", 5), (b"needle", 6)]
+    assert [(hit.line, hit.number) for hit in hits] == [
+        (b"needle x", 2),
+        (b"needle", 5),
+        (b"needle", 6),
+    ]
 
 
 def test_memory_stays_fixed_for_a_log_without_line_ends_and_for_a_long_one():
@@ -148,7 +172,9 @@ def test_no_data_never_passes():
 
 
 def test_grad_norm_is_not_observed_where_no_line_has_one():
-    text = b"".join(b"INFO Step: %d, LR: 0.1, Loss: %.3f, TPS: 100.0\n" % (i, 3 - i * 0.01) for i in range(120))
+    text = b"".join(
+        b"INFO Step: %d, LR: 0.1, Loss: %.3f, TPS: 100.0\n" % (i, 3 - i * 0.01) for i in range(120)
+    )
     found = verdicts(diagnose(text))
     assert found["gradients"] == NOT_OBSERVED
     assert found["loss_trend"] == GREEN
@@ -173,7 +199,10 @@ def test_a_spike_is_a_remark_and_a_row_of_them_is_red():
     once = diagnose(steps(60, norm=lambda i: 5000 if i == 30 else 1.0))
     assert verdicts(once)["gradients"] == GREEN
     assert "spiked" in next(v.detail for v in once.verdicts if v.rule == "gradients")
-    assert verdicts(diagnose(steps(60, norm=lambda i: 5000 if 30 <= i < 33 else 1.0)))["gradients"] == RED
+    assert (
+        verdicts(diagnose(steps(60, norm=lambda i: 5000 if 30 <= i < 33 else 1.0)))["gradients"]
+        == RED
+    )
 
 
 def test_thresholds_change_the_verdict():
@@ -192,7 +221,11 @@ def test_bad_thresholds_are_all_named_at_once():
 
 
 def test_what_training_survived_is_no_cause():
-    text = steps(30) + b"n1:1:2 [0] NCCL WARN socket: Connection reset by peer\n" + steps(30, first=31, total=60)
+    text = (
+        steps(30)
+        + b"n1:1:2 [0] NCCL WARN socket: Connection reset by peer\n"
+        + steps(30, first=31, total=60)
+    )
     diagnosis = diagnose(text)
     assert diagnosis.cause is None
     assert verdicts(diagnosis)["communication"] == GREEN
@@ -201,11 +234,20 @@ def test_what_training_survived_is_no_cause():
 def test_an_error_of_one_rank_is_the_cause_though_another_wrote_steps_until_srun_ended_it():
     lines = [b"step %d/120 loss=%.4f\n" % (i, 2.5 - 0.01 * i) for i in range(1, 121)]
     lines.insert(60, b"RuntimeError: HIP out of memory. Tried to allocate 9.00 GiB\n")
-    failed = b"hpctrain: the first task to fail was rank 1 on nid000001, with exit code 1\nhpctrain: finished rc=1\n"
+    failed = (
+        b"hpctrain: the first task to fail was rank 1 on nid000001, with exit code 1\nhpctrain:"
+        b" finished rc=1\n"
+    )
     for place in (61, 80, 118, 121):
-        said = [*lines[:place], b"srun: error: nid000001: task 1: Exited with exit code 1\n", *lines[place:], failed]
+        said = [
+            *lines[:place],
+            b"srun: error: nid000001: task 1: Exited with exit code 1\n",
+            *lines[place:],
+            failed,
+        ]
         ended = (
-            b"slurmstepd-nid000001: error: *** STEP 7.0 ON nid000001 CANCELLED AT 2026-11-21T15:19:13 ***\nTerminated\n"
+            b"slurmstepd-nid000001: error: *** STEP 7.0 ON nid000001 CANCELLED AT"
+            b" 2026-11-21T15:19:13 ***\nTerminated\n"
         )
         for text in (said, [*said[: place + 3], ended, *said[place + 3 :]]):
             event = diagnose(b"".join(text)).cause.event
@@ -213,19 +255,27 @@ def test_an_error_of_one_rank_is_the_cause_though_another_wrote_steps_until_srun
 
 
 def test_the_rank_gives_the_node_through_the_node_list():
-    text = b"hpctrain: job 7, restart 0, 2 nodes: nid[000007,000009]\n" + steps(3) + b"[rank5]: ValueError: x\n"
+    text = (
+        b"hpctrain: job 7, restart 0, 2 nodes: nid[000007,000009]\n"
+        + steps(3)
+        + b"[rank5]: ValueError: x\n"
+    )
     event = diagnose(text, tasks_per_node=4).cause.event
     assert (event.rank, event.node, event.place.number) == (5, "nid000009", 5)
 
 
 def test_an_exit_code_without_a_reason_says_so():
-    diagnosis = diagnose(b"hpctrain: job 7, restart 0, 1 nodes: n1\n" + steps(3) + b"hpctrain: finished rc=5\n")
+    diagnosis = diagnose(
+        b"hpctrain: job 7, restart 0, 1 nodes: n1\n" + steps(3) + b"hpctrain: finished rc=5\n"
+    )
     assert diagnosis.verdict == RED
     assert diagnosis.cause.event.failure == "unknown"
 
 
 def test_rc_0_without_reaching_the_end_does_not_hide_an_oom():
-    text = steps(3) + b"RuntimeError: HIP out of memory. Tried to allocate\nhpctrain: finished rc=0\n"
+    text = (
+        steps(3) + b"RuntimeError: HIP out of memory. Tried to allocate\nhpctrain: finished rc=0\n"
+    )
     assert diagnose(text).cause.event.failure == "gpu_oom"
 
 
@@ -237,22 +287,101 @@ def test_escape_sequences_and_control_characters_do_not_reach_the_terminal():
 @pytest.mark.parametrize(
     ("parse", "line", "expected"),
     [
-        (formats.megatron, b" samples/sec: 1.5 | iteration       10/     100 | elapsed time per iteration (ms): 1234.5 | learning rate: 1.000E-04 | approx flops per GPU: 1.0TFLOPS | lm_loss: 1.5E+00 | loss scale: 1024.0 | number of skipped iterations:   2 | number of nan iterations:   1 |", (10, 100, 1.5, None, 1e-4, 1.2345, None, 1.5, 2, 1)),
-        (formats.megatron, b" iteration        5/  120000 | elapsed time per iteration (ms): 16491.5 | learning rate: 0.000E+00 | loss scale: 268435456.0 | number of skipped iterations:   5 | number of nan iterations:   0 |", (5, 120000, None, None, 0.0, 16.4915, None, None, 5, 0)),
-        (formats.megatron, b" iteration     5426/  250000 | consumed samples: 43408 | lm loss: 2.0E+00 | grad norm: nan | number of skipped iterations:   0 | number of nan iterations:   0 | samples per second: 1.886 | TFLOPs: 78.46 |", (5426, 250000, 2.0, math.nan, None, None, None, 1.886, 0, 0)),
-        (formats.open_instruct, b"x\r 3%|  2026-11-21 01:52:08 - INFO - finetune.py:948 - [RANK 0]   Step: 1, LR: 0.00075, Loss: 6.2693, TPS: 1341.9", (1, None, 6.2693, None, 0.00075, None, 1341.9, None, None, None)),
-        (formats.hugging_face, b"{'loss': '0.6931', 'grad_norm': '1.952', 'learning_rate': '0.001', 'rewards/margins': '0', 'epoch': '0.06'}", (None, None, 0.6931, 1.952, 0.001, None, None, None, None, None)),
-        (formats.hugging_face, b"{'loss': nan, 'grad_norm': inf, 'learning_rate': 2.9411764705882356e-07, 'epoch': 0.28}", (None, None, math.nan, math.inf, 2.9411764705882356e-07, None, None, None, None, None)),
-        (formats.hugging_face, b"{'step': 7, 'max_steps': 12, 'loss': 6.3, 'grad_norm': 1.3, 'learning_rate': 0.001, 'epoch': 0.4, 'step_time': 0.12, 'samples_per_second': 33.2}", (7, 12, 6.3, 1.3, 0.001, 0.12, None, 33.2, None, None)),
+        (
+            formats.megatron,
+            (
+                b" samples/sec: 1.5 | iteration       10/     100 | elapsed time per iteration"
+                b" (ms): 1234.5 | learning rate: 1.000E-04 | approx flops per GPU: 1.0TFLOPS |"
+                b" lm_loss: 1.5E+00 | loss scale: 1024.0 | number of skipped iterations:   2 |"
+                b" number of nan iterations:   1 |"
+            ),
+            (10, 100, 1.5, None, 1e-4, 1.2345, None, 1.5, 2, 1),
+        ),
+        (
+            formats.megatron,
+            (
+                b" iteration        5/  120000 | elapsed time per iteration (ms): 16491.5 |"
+                b" learning rate: 0.000E+00 | loss scale: 268435456.0 | number of skipped"
+                b" iterations:   5 | number of nan iterations:   0 |"
+            ),
+            (5, 120000, None, None, 0.0, 16.4915, None, None, 5, 0),
+        ),
+        (
+            formats.megatron,
+            (
+                b" iteration     5426/  250000 | consumed samples: 43408 | lm loss: 2.0E+00 | grad"
+                b" norm: nan | number of skipped iterations:   0 | number of nan iterations:   0 |"
+                b" samples per second: 1.886 | TFLOPs: 78.46 |"
+            ),
+            (5426, 250000, 2.0, math.nan, None, None, None, 1.886, 0, 0),
+        ),
+        (
+            formats.open_instruct,
+            (
+                b"x\r 3%|  2026-11-21 01:52:08 - INFO - finetune.py:948 - [RANK 0]   Step: 1, LR:"
+                b" 0.00075, Loss: 6.2693, TPS: 1341.9"
+            ),
+            (1, None, 6.2693, None, 0.00075, None, 1341.9, None, None, None),
+        ),
+        (
+            formats.hugging_face,
+            (
+                b"{'loss': '0.6931', 'grad_norm': '1.952', 'learning_rate': '0.001',"
+                b" 'rewards/margins': '0', 'epoch': '0.06'}"
+            ),
+            (None, None, 0.6931, 1.952, 0.001, None, None, None, None, None),
+        ),
+        (
+            formats.hugging_face,
+            (
+                b"{'loss': nan, 'grad_norm': inf, 'learning_rate': 2.9411764705882356e-07, 'epoch':"
+                b" 0.28}"
+            ),
+            (None, None, math.nan, math.inf, 2.9411764705882356e-07, None, None, None, None, None),
+        ),
+        (
+            formats.hugging_face,
+            (
+                b"{'step': 7, 'max_steps': 12, 'loss': 6.3, 'grad_norm': 1.3, 'learning_rate':"
+                b" 0.001, 'epoch': 0.4, 'step_time': 0.12, 'samples_per_second': 33.2}"
+            ),
+            (7, 12, 6.3, 1.3, 0.001, 0.12, None, 33.2, None, None),
+        ),
         (formats.hugging_face, b"{'eval_loss': 1.0, 'epoch': 1.0}", None),
         (formats.hugging_face, b"{'train_runtime': 3.2, 'train_loss': 0.61, 'loss': 1.0}", None),
-        (formats.verl, b"(TaskRunner pid=16292) step:2 - global_seqlen/min:538646.000 - actor/pg_loss:0.001 - actor/grad_norm:np.float64(0.069) - actor/lr:0.000 - perf/throughput:12.5", (2, None, 0.001, 0.069, 0.0, None, 12.5, None, None, None)),
-        (formats.em_dpo, b"train stats after 64 examples: {'loss/train': '0.69315', 'examples_per_second': '3.1', 'grad_norm': '12.1'}", (64, None, 0.69315, 12.1, None, None, None, 3.1, None, None)),
-        (formats.deepspeed, b"[2023-04-28 06:59:46,878] [INFO] [logging.py:96:log_dist] [Rank 0] step=510, skipped=8, lr=[9.65e-06], mom=[[0.9, 0.95]]", (510, None, None, None, 9.65e-06, None, None, None, 8, None)),
-        (formats.anything, b"2023-03-22 09:30:39 iter 2920: loss 3.9883, time 1099.34ms, mfu 15.34%", (2920, None, 3.9883, None, None, None, None, None, None, None)),
+        (
+            formats.verl,
+            (
+                b"(TaskRunner pid=16292) step:2 - global_seqlen/min:538646.000 -"
+                b" actor/pg_loss:0.001 - actor/grad_norm:np.float64(0.069) - actor/lr:0.000 -"
+                b" perf/throughput:12.5"
+            ),
+            (2, None, 0.001, 0.069, 0.0, None, 12.5, None, None, None),
+        ),
+        (
+            formats.em_dpo,
+            (
+                b"train stats after 64 examples: {'loss/train': '0.69315', 'examples_per_second':"
+                b" '3.1', 'grad_norm': '12.1'}"
+            ),
+            (64, None, 0.69315, 12.1, None, None, None, 3.1, None, None),
+        ),
+        (
+            formats.deepspeed,
+            (
+                b"[2023-04-28 06:59:46,878] [INFO] [logging.py:96:log_dist] [Rank 0] step=510,"
+                b" skipped=8, lr=[9.65e-06], mom=[[0.9, 0.95]]"
+            ),
+            (510, None, None, None, 9.65e-06, None, None, None, 8, None),
+        ),
+        (
+            formats.anything,
+            b"2023-03-22 09:30:39 iter 2920: loss 3.9883, time 1099.34ms, mfu 15.34%",
+            (2920, None, 3.9883, None, None, None, None, None, None, None),
+        ),
         (formats.anything, b"step 3000: train loss 4.0390, val loss 4.0427", None),
     ],
-)  # fmt: skip
+)
 def test_the_step_line_of_each_framework(parse, line, expected):
     step = parse(line)
     if expected is None:
@@ -328,30 +457,55 @@ def test_an_error_before_quick_lines_of_other_ranks_is_still_the_cause_when_the_
 
 def test_a_short_run_whose_loss_multiplies_is_red():
     assert verdicts(diagnose(steps(12, loss=lambda i: 2.3 if i == 1 else 11.0)))["loss_rise"] == RED
-    assert verdicts(diagnose(steps(12, loss=lambda i: 0.2 if i == 1 else 0.7)))["loss_rise"] == NOT_OBSERVED
+    assert (
+        verdicts(diagnose(steps(12, loss=lambda i: 0.2 if i == 1 else 0.7)))["loss_rise"]
+        == NOT_OBSERVED
+    )
 
 
 HEALTHY = {
     "neox": lambda i: STEP.format(i=i, n=9000, loss=2.5 - 1e-4 * i, norm=0.9 + i % 7 / 10),
-    "hf": lambda i: f"\r {i % 100}%|█▍        | {i}/9000 [10:02<12:01,  2.02s/it]\n{{'loss': {2.5 - 1e-4 * i:.4f}, 'grad_norm': {0.9 + i % 7 / 10:.6f}, 'learning_rate': 1e-05, 'epoch': 0.{i}}}\n",
-    "hf5": lambda i: f"{{'loss': '{2.5 - 1e-4 * i:.4f}', 'grad_norm': '{0.9 + i % 7 / 10:.6f}', 'learning_rate': '1e-05', 'epoch': '0.{i}'}}\r {i % 100}%|█▍        | {i}/9000 [10:02<12:01,  2.02s/it]\n",
-    "own": lambda i: f"step {i}/9000 loss {2.5 - 1e-4 * i:.4f} grad_norm {0.9 + i % 7 / 10:.3f} {1000 + i} tok/s\n",
-    "open-instruct": lambda i: f"2026-11-21 01:52:08 - INFO - finetune.py:948 - [RANK 0]   Step: {i}, LR: 0.00075, Loss: {2.5 - 1e-4 * i:.4f}, TPS: 1341.9\n",
-}  # fmt: skip
+    "hf": lambda i: (
+        f"\r {i % 100}%|█▍        | {i}/9000 [10:02<12:01,  2.02s/it]\n{{'loss':"
+        f" {2.5 - 1e-4 * i:.4f}, 'grad_norm': {0.9 + i % 7 / 10:.6f}, 'learning_rate': 1e-05,"
+        f" 'epoch': 0.{i}}}\n"
+    ),
+    "hf5": lambda i: (
+        f"{{'loss': '{2.5 - 1e-4 * i:.4f}', 'grad_norm': '{0.9 + i % 7 / 10:.6f}', 'learning_rate':"
+        f" '1e-05', 'epoch': '0.{i}'}}\r {i % 100}%|█▍        | {i}/9000 [10:02<12:01,  2.02s/it]\n"
+    ),
+    "own": lambda i: (
+        f"step {i}/9000 loss {2.5 - 1e-4 * i:.4f} grad_norm {0.9 + i % 7 / 10:.3f} {1000 + i}"
+        " tok/s\n"
+    ),
+    "open-instruct": lambda i: (
+        f"2026-11-21 01:52:08 - INFO - finetune.py:948 - [RANK 0]   Step: {i}, LR: 0.00075, Loss:"
+        f" {2.5 - 1e-4 * i:.4f}, TPS: 1341.9\n"
+    ),
+}
 HURTS = {
-    "nan loss": lambda line: re.sub(r"(loss'?:? '?)2\.[\dE+]+", r"\1nan", line, flags=re.IGNORECASE),
+    "nan loss": lambda line: re.sub(
+        r"(loss'?:? '?)2\.[\dE+]+", r"\1nan", line, flags=re.IGNORECASE
+    ),
     "error": lambda line: line + "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB\n",
     "xid": lambda line: line + "NVRM: Xid (PCI:0000:41:00): 79, GPU has fallen off the bus\n",
-    "huge grad": lambda line: line.replace("0.9", "12345.9").replace("1.0", "22345.0").replace("1.1", "32345.1"),
-    "zero grad": lambda line: line.replace("0.9", "0.0").replace("1.0", "0.0").replace("1.1", "0.0"),
+    "huge grad": (
+        lambda line: (
+            line.replace("0.9", "12345.9").replace("1.0", "22345.0").replace("1.1", "32345.1")
+        )
+    ),
+    "zero grad": (
+        lambda line: line.replace("0.9", "0.0").replace("1.0", "0.0").replace("1.1", "0.0")
+    ),
     "skipped": lambda line: line.replace("skipped iterations:   0", "skipped iterations:   3"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", HEALTHY)
 @pytest.mark.parametrize("hurt", HURTS)
 def test_a_stretch_of_healthy_step_lines_hides_nothing_that_is_wrong_in_it(kind, hurt):
-    """Whatever the fast way finds is what reading every single line finds, with the same line numbers."""
+    """Whatever the fast way finds is what reading every single line finds, with the same line
+    numbers."""
     rnd = random.Random(zlib.crc32(f"{kind} {hurt}".encode()))
     place = rnd.randint(1500, 1900)
     lines = [HEALTHY[kind](i) for i in range(1, 2000)]
@@ -366,10 +520,26 @@ def test_a_stretch_of_healthy_step_lines_hides_nothing_that_is_wrong_in_it(kind,
             reader.feed(text[start : start + 60_000])
         reader.close()
         attempt = engine.attempts[0]
-        events = [(e.failure, e.place, e.steps_before) for kept in attempt.events.values() for e in kept]
-        found = {v.rule for v in judge(engine, Circumstances(running=False)).verdicts if v.verdict == RED}
-        answers.append((attempt.num_steps, reader.num_lines, attempt.last, attempt.last_place, attempt.loss.first_bad, attempt.skipped,
-                        attempt.grad_big.first_bad, attempt.grad_zero.first_bad, events, found))  # fmt: skip
+        events = [
+            (e.failure, e.place, e.steps_before) for kept in attempt.events.values() for e in kept
+        ]
+        found = {
+            v.rule for v in judge(engine, Circumstances(running=False)).verdicts if v.verdict == RED
+        }
+        answers.append(
+            (
+                attempt.num_steps,
+                reader.num_lines,
+                attempt.last,
+                attempt.last_place,
+                attempt.loss.first_bad,
+                attempt.skipped,
+                attempt.grad_big.first_bad,
+                attempt.grad_zero.first_bad,
+                events,
+                found,
+            )
+        )
     assert answers[0] == answers[1]
     assert answers[0][0] == 1999
 
@@ -378,7 +548,10 @@ def test_most_of_a_long_stretch_is_not_read_line_by_line():
     engine = Engine()
     reader = engine.log("x")
     parsed = []
-    reader._step = lambda hit, parse, now_s, real=reader._step: (parsed.append(hit), real(hit, parse, now_s))[1]
+    reader._step = lambda hit, parse, now_s, real=reader._step: (
+        parsed.append(hit),
+        real(hit, parse, now_s),
+    )[1]
     reader.feed("".join(HEALTHY["neox"](i) for i in range(1, 20_000)).encode()[:1000_000])
     for i in range(5000, 20_000, 500):
         reader.feed("".join(HEALTHY["neox"](j) for j in range(i, i + 500)).encode())

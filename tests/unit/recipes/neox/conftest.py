@@ -1,4 +1,5 @@
-"""A NeoX run written to disk, planned by the real loader: tests change one thing and look at what is said or written."""
+"""A NeoX run written to disk, planned by the real loader: tests change one thing and look at what
+is said or written."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import yaml
 from hpctrain.plan.load import load_plan
 from hpctrain.plan.make import Plan
 
-# Raw YAML by key, so that tests can write what a person would type. The shape is the fork's 30B model.
+# Raw YAML by key, so that tests can write what a person would type. The shape is the fork's 30B
+# model.
 BASE = {
     "pipe_parallel_size": "0",
     "model_parallel_size": "8",
@@ -79,9 +81,15 @@ class Planned:
 def neox(tmp_path, monkeypatch):
     def plan(config="", base=None, run=None, options=None, more_bases=None) -> Planned:
         def raw(values):
-            return "".join(f"{key}: {value}\n" for key, value in values.items() if value is not None)
+            return "".join(
+                f"{key}: {value}\n" for key, value in values.items() if value is not None
+            )
 
-        text = raw({**RUN, **(run or {})}) + "recipe_options:\n" + indent(raw({**OPTIONS, **(options or {})}), "  ")
+        text = (
+            raw({**RUN, **(run or {})})
+            + "recipe_options:\n"
+            + indent(raw({**OPTIONS, **(options or {})}), "  ")
+        )
         if config:
             text += "config:\n" + indent(config.rstrip("\n") + "\n", "  ")
         (tmp_path / "run.yaml").write_text(text)

@@ -16,7 +16,9 @@ def test_the_runs_data_replaces_the_bases(neox):
     }
     config = neox(base=base).config("finetune")
 
-    assert config["train_data_paths"] == ["/scratch/d/sft"] and config["valid_data_paths"] == ["/scratch/d/v"]
+    assert config["train_data_paths"] == ["/scratch/d/sft"] and config["valid_data_paths"] == [
+        "/scratch/d/v"
+    ]
     assert not {"train_data_weights", "data_path"} & set(config)
 
 
@@ -30,7 +32,9 @@ def test_validation_data_that_lacks_is_filled_in_and_said(neox):
     planned = neox("train_data_weights: [1.0, 2.0]\n", run=NO_VALID)
     config = planned.config("finetune")
 
-    assert config["valid_data_paths"] == config["test_data_paths"] == ["/scratch/d/a", "/scratch/d/b"]
+    assert (
+        config["valid_data_paths"] == config["test_data_paths"] == ["/scratch/d/a", "/scratch/d/b"]
+    )
     assert config["test_data_weights"] == [1.0, 2.0]
     assert "data: {valid:" in planned.problem("no valid and test data", "warning").hint
 
@@ -40,7 +44,9 @@ def test_no_data_at_all_is_refused(neox):
 
 
 def test_a_suffix_is_refused_at_its_place(neox):
-    problem = neox(run={"data": "{train: [/d/a, /d/b.bin], valid: [/d/v], test: [/d/v]}"}).problem("wants the prefix")
+    problem = neox(run={"data": "{train: [/d/a, /d/b.bin], valid: [/d/v], test: [/d/v]}"}).problem(
+        "wants the prefix"
+    )
 
     assert problem.where == "run.yaml:10:22" and problem.hint == "write /d/b"
 
@@ -54,7 +60,10 @@ def test_a_suffix_is_refused_at_its_place(neox):
         ("train_label_data_paths: [/l, /m]", "`train_label_data_paths` has 2 entries for 1"),
         ("eval_interval: 0", "`eval_interval` must be at least 1"),
         ("pack_impl: packed", "cuts conversations in two"),
-        ("train_epochs: 2\ntrain_iters: null", "`train_epochs` does not work with `pack_impl: k_bin_packed`"),
+        (
+            "train_epochs: 2\ntrain_iters: null",
+            "`train_epochs` does not work with `pack_impl: k_bin_packed`",
+        ),
         ("loss_mask_pairs: [7, 7, 8]", "`loss_mask_pairs` has 3 ids"),
         ("loss_mask_pairs: [[7, 7]]", "must be token ids"),
         ("loss_mask_individual: [true]", "must be token ids"),
@@ -91,7 +100,9 @@ def test_masks_that_train_on_prompts_are_warned_about(neox):
     neox("loss_mask_pairs: []\n").problem("the loss masks are empty", "warning")
     neox("loss_mask_pairs: null\n").problem("the loss masks are empty", "warning")
     neox("loss_mask_individual: [8]\n").problem("the user's turns are trained on", "warning")
-    neox("loss_mask_pairs: [7, 7]\ntrain_label_data_paths: [/l]\n").problem("together with label data", "warning")
+    neox("loss_mask_pairs: [7, 7]\ntrain_label_data_paths: [/l]\n").problem(
+        "together with label data", "warning"
+    )
 
 
 def test_overflow_packing_in_the_fork_keeps_samples_whole(neox):
@@ -113,7 +124,9 @@ def test_upstream_packs_and_masks_in_its_own_way(neox):
 
 
 def test_labels_stand_in_with_the_data(neox):
-    config = neox("train_label_data_paths: [/l, /m]\n", run=NO_VALID, options=UPSTREAM).config("finetune")
+    config = neox("train_label_data_paths: [/l, /m]\n", run=NO_VALID, options=UPSTREAM).config(
+        "finetune"
+    )
 
     assert config["valid_label_data_paths"] == config["test_label_data_paths"] == ["/l", "/m"]
 
@@ -125,7 +138,10 @@ def test_other_kinds_of_training_are_warned_about(neox):
 def test_every_file_the_job_needs_is_listed(neox):
     base = {"valid_data_paths": "[/base/v, rel/v]", "test_data_paths": "[/base/v]"}
     planned = neox(
-        "train_label_data_paths: [/l]\n", base=base, run={"data": "{train: [/scratch/d/sft]}"}, options=UPSTREAM
+        "train_label_data_paths: [/l]\n",
+        base=base,
+        run={"data": "{train: [/scratch/d/sft]}"},
+        options=UPSTREAM,
     )
     paths = {path: (what, where) for what, path, where in planned.plan.resolved.paths}
 
@@ -138,4 +154,5 @@ def test_every_file_the_job_needs_is_listed(neox):
     }
     assert paths["/base/v.idx"] == ("valid data", "base.yml:20:20")
     assert "/project/neox/rel/v.bin" in paths and "/l.bin" in paths
-    assert "/scratch/d/sft.bin" not in paths  # run.yaml's own data is looked for by the check of every recipe
+    # run.yaml's own data is looked for by the check of every recipe
+    assert "/scratch/d/sft.bin" not in paths

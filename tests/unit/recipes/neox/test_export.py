@@ -1,7 +1,9 @@
-"""The job that runs NeoX's own converter: what it is told about the model, what it may touch, and what comes out.
+"""The job that runs NeoX's own converter: what it is told about the model, what it may touch, and
+what comes out.
 
-The stand-in converter is called as the real one is, records how, and writes weights in fp32 whatever it is asked for,
-as the real one does (gpt-neox ea7aefd: main() parses --precision and does not pass it on).
+The stand-in converter is called as the real one is, records how, and writes weights in fp32
+whatever it is asked for, as the real one does (gpt-neox ea7aefd: main() parses --precision and does
+not pass it on).
 """
 
 from __future__ import annotations
@@ -38,9 +40,14 @@ if os.environ.get("BREAK") == "taken":
     os.mkdir(os.environ["OUT"])
 """
 LLAMA = {
-    "norm": "rmsnorm", "pos_emb": "rotary", "activation": "swiglu", "use_bias_in_attn_linear": "false",
-    "use_bias_in_mlp": "false", "use_bias_in_norms": "false", "no_weight_tying": "true",
-}  # fmt: skip
+    "norm": "rmsnorm",
+    "pos_emb": "rotary",
+    "activation": "swiglu",
+    "use_bias_in_attn_linear": "false",
+    "use_bias_in_mlp": "false",
+    "use_bias_in_norms": "false",
+    "no_weight_tying": "true",
+}
 
 
 def exported(planned) -> dict:
@@ -57,8 +64,17 @@ def test_the_converter_is_told_the_size_that_neox_makes_of_a_gated_mlp(neox):
     # 64512 is the fork's 30B model, whose published Hugging Face config has 21504.
     base = {**LLAMA, "intermediate_size": "64512"}
 
-    assert exported(neox(base=base))["intermediate_size"] == 64512  # the fork's converter takes the third itself
-    upstream = neox(base=base, options={"flavor": "upstream"}, run={"container": "/scratch/c.sif"}, config="pack_impl: unpacked\ntrain_label_data_paths: [/l]\nvalid_label_data_paths: [/l]\ntest_label_data_paths: [/l]\n")  # fmt: skip
+    # the fork's converter takes the third itself
+    assert exported(neox(base=base))["intermediate_size"] == 64512
+    upstream = neox(
+        base=base,
+        options={"flavor": "upstream"},
+        run={"container": "/scratch/c.sif"},
+        config=(
+            "pack_impl: unpacked\ntrain_label_data_paths: [/l]\nvalid_label_data_paths:"
+            " [/l]\ntest_label_data_paths: [/l]\n"
+        ),
+    )
     assert exported(upstream)["intermediate_size"] == 21504
 
 
@@ -96,17 +112,26 @@ def test_a_model_that_the_converter_would_get_wrong_has_no_export_job(neox, base
 
 @pytest.fixture
 def run(neox, tmp_path):
-    """A run directory with two checkpoints, the newer of them torn; and a NeoX whose converter is the stand-in."""
+    """A run directory with two checkpoints, the newer of them torn; and a NeoX whose converter is
+    the stand-in."""
     code = tmp_path / "my 'neox' $(touch canary)"
     (code / "tools" / "ckpts").mkdir(parents=True)
     (code / "tools" / "ckpts" / "convert_neox_to_hf.py").write_text(CONVERTER)
     folder = tmp_path / "check points"
     planned = neox(
         base={**LLAMA, "model_parallel_size": "1"},
-        run={"site": "generic-cuda", "account": None, "partition": None, "nodes": "1", "gpus_per_node": "1", "container": None,
-             "checkpoint": json.dumps({"dir": str(folder)}), "time": "1h"},
+        run={
+            "site": "generic-cuda",
+            "account": None,
+            "partition": None,
+            "nodes": "1",
+            "gpus_per_node": "1",
+            "container": None,
+            "checkpoint": json.dumps({"dir": str(folder)}),
+            "time": "1h",
+        },
         options={"dir": json.dumps(str(code)), "python": "python3", "flavor": "tilde"},
-    )  # fmt: skip
+    )
     assert planned.said() == []
     for name, raw in run_files(planned.plan, planned.inputs).items():
         path = Path(planned.plan.run_dir) / name
@@ -121,53 +146,82 @@ def run(neox, tmp_path):
 
 def convert(run_job, run, tmp_path, out="the model", **env):
     plan = plan_export(str(run), str(tmp_path / out))
-    return run_job(run / "export.sbatch", args=plan.argv("")[-4:], env={"SEEN": str(tmp_path / "seen.json"), **env})[0]
+    return run_job(
+        run / "export.sbatch",
+        args=plan.argv("")[-4:],
+        env={"SEEN": str(tmp_path / "seen.json"), **env},
+    )[0]
 
 
 def test_the_newest_complete_checkpoint_goes_through_neoxs_own_converter(run, run_job, tmp_path):
     pytest.importorskip("torch")
-    done = convert(run_job, run, tmp_path, CUDA_VISIBLE_DEVICES="0", PYTHONPATH=os.pathsep.join(__import__("sys").path))
+    done = convert(
+        run_job,
+        run,
+        tmp_path,
+        CUDA_VISIBLE_DEVICES="0",
+        PYTHONPATH=os.pathsep.join(__import__("sys").path),
+    )
 
     assert done.returncode == 0, done.stdout + done.stderr
     seen = json.loads((tmp_path / "seen.json").read_text())
     options = dict(zip(seen["argv"][1::2], seen["argv"][2::2]))
     assert options.pop("--output_dir").startswith(str(tmp_path / ".the model."))
     assert options == {
-        "--input_dir": str(tmp_path / "check points" / "global_step10"), "--precision": "bf16", "--architecture": "llama",
+        "--input_dir": str(tmp_path / "check points" / "global_step10"),
+        "--precision": "bf16",
+        "--architecture": "llama",
         "--config_file": str(run / "config.export.yml"),
-    }  # fmt: skip
+    }
     env = seen["env"]
     assert env["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1" and env["CUDA_VISIBLE_DEVICES"] == ""
     assert "cast to BF16" in done.stdout and "6 parameters, BF16" in done.stdout
-    assert json.loads((tmp_path / "the model" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert (
+        json.loads((tmp_path / "the model" / "config.json").read_text())["torch_dtype"]
+        == "bfloat16"
+    )
     assert (tmp_path / "the model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert not list(tmp_path.glob(".the model*")) and not list(tmp_path.rglob("canary"))
 
 
 @pytest.mark.parametrize(
-    ("how", "words"), [("converter", "calculated vocab size"), ("torn", "should have"), ("taken", "nothing is written")]
+    ("how", "words"),
+    [
+        ("converter", "calculated vocab size"),
+        ("torn", "should have"),
+        ("taken", "nothing is written"),
+    ],
 )
-def test_a_conversion_that_fails_leaves_nothing_behind_and_nothing_is_overwritten(run, run_job, tmp_path, how, words):
+def test_a_conversion_that_fails_leaves_nothing_behind_and_nothing_is_overwritten(
+    run, run_job, tmp_path, how, words
+):
     plan = plan_export(str(run), str(tmp_path / "model"), precision="fp32")
-    done, _ = run_job(run / "export.sbatch", args=plan.argv("")[-4:],
-                      env={"SEEN": str(tmp_path / "seen.json"), "BREAK": how, "OUT": str(tmp_path / "model")})  # fmt: skip
+    done, _ = run_job(
+        run / "export.sbatch",
+        args=plan.argv("")[-4:],
+        env={"SEEN": str(tmp_path / "seen.json"), "BREAK": how, "OUT": str(tmp_path / "model")},
+    )
 
     assert done.returncode != 0 and words in done.stdout + done.stderr
     assert not list(tmp_path.glob(".model*"))
-    assert (tmp_path / "model").exists() == (how == "taken") and not list((tmp_path / "model").glob("*"))
+    assert (tmp_path / "model").exists() == (how == "taken") and not list(
+        (tmp_path / "model").glob("*")
+    )
 
 
 def test_an_export_that_exists_is_not_touched_by_a_job_submitted_by_hand(run, run_job, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").write_text("x")
     done, _ = run_job(
-        run / "export.sbatch", args=[str(tmp_path / "model"), str(tmp_path / "check points" / "global_step10")]
+        run / "export.sbatch",
+        args=[str(tmp_path / "model"), str(tmp_path / "check points" / "global_step10")],
     )
 
     assert done.returncode == 1 and "nothing is written over it" in done.stderr
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["mine"]
     done, _ = run_job(
-        run / "export.sbatch", args=[str(tmp_path / "m2"), str(tmp_path / "check points" / "global_step20")]
+        run / "export.sbatch",
+        args=[str(tmp_path / "m2"), str(tmp_path / "check points" / "global_step20")],
     )
     assert done.returncode == 1 and "torn" in done.stdout
 
@@ -175,7 +229,9 @@ def test_an_export_that_exists_is_not_touched_by_a_job_submitted_by_hand(run, ru
 def test_dry_run_shows_the_job_and_writes_nothing(run, cli, tmp_path):
     before = sorted(tmp_path.rglob("*"))
 
-    code, out, err = cli("export", run, "-o", tmp_path / "model", "--dry-run", "--sbatch=--partition=large mem")
+    code, out, err = cli(
+        "export", run, "-o", tmp_path / "model", "--dry-run", "--sbatch=--partition=large mem"
+    )
 
     assert code == 0, err
     assert out.startswith("sbatch --mem=5G '--partition=large mem' ") and out.count("\n") == 1

@@ -1,4 +1,5 @@
-"""The job script and neox_args.py, run: what reaches train.py, with stand-ins for srun, the container and NeoX's classes."""
+"""The job script and neox_args.py, run: what reaches train.py, with stand-ins for srun, the
+container and NeoX's classes."""
 
 from __future__ import annotations
 
@@ -50,9 +51,18 @@ def neox_dir(tmp_path):
 def run_args(neox_dir, config, **env):
     return subprocess.run(
         [sys.executable, str(SCRIPT), str(config), str(neox_dir), str(neox_dir / "train.py")],
-        capture_output=True, text=True, timeout=60, check=False,
-        env={"PATH": os.environ["PATH"], "RANK": "3", "WORLD_SIZE": "16", "DLTS_HOSTFILE": "/nowhere", **env},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={
+            "PATH": os.environ["PATH"],
+            "RANK": "3",
+            "WORLD_SIZE": "16",
+            "DLTS_HOSTFILE": "/nowhere",
+            **env,
+        },
+    )
 
 
 def test_only_the_four_arguments_reach_standard_output(neox_dir, tmp_path):
@@ -105,9 +115,12 @@ def job(neox, neox_dir, tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(raw)
         decision = (
-            "HPCTRAIN_DECISION=run HPCTRAIN_MODE=finetune HPCTRAIN_CHECKPOINT= HPCTRAIN_ITERATION=0 HPCTRAIN_LINK=1"
+            "HPCTRAIN_DECISION=run HPCTRAIN_MODE=finetune HPCTRAIN_CHECKPOINT= HPCTRAIN_ITERATION=0"
+            " HPCTRAIN_LINK=1"
         )
-        (folder / "runtime" / "__main__.py").write_text(f"import sys\nif sys.argv[1] == 'begin': print('{decision}')\n")
+        (folder / "runtime" / "__main__.py").write_text(
+            f"import sys\nif sys.argv[1] == 'begin': print('{decision}')\n"
+        )
         return folder / "job.sbatch"
 
     return write
@@ -128,9 +141,13 @@ def test_every_task_runs_train_py_with_neox_own_arguments(job, run_job, neox_dir
     assert not list(tmp_path.rglob("canary"))
 
 
-def test_a_configuration_that_neox_refuses_ends_the_link_before_any_rank_starts(job, run_job, neox_dir):
+def test_a_configuration_that_neox_refuses_ends_the_link_before_any_rank_starts(
+    job, run_job, neox_dir
+):
     script = job()
-    (neox_dir / "megatron" / "neox_arguments.py").write_text("raise TypeError('unexpected keyword')")
+    (neox_dir / "megatron" / "neox_arguments.py").write_text(
+        "raise TypeError('unexpected keyword')"
+    )
 
     done, noted = run_job(script)
 
@@ -147,7 +164,9 @@ def test_deepy_gets_a_fresh_hostfile_and_the_config(job, run_job, neox_dir, tmp_
         done, _ = run_job(script)
 
     assert done.returncode == 0, done.stdout + done.stderr
-    argv, cwd, env = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("[["))
+    argv, cwd, env = next(
+        json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")
+    )
     assert argv == [str(neox_dir / name) for name in ("deepy.py", "train.py")] + [
         str(script.parent / "config.finetune.yml")
     ]

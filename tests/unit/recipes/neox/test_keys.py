@@ -29,7 +29,9 @@ def test_a_misspelt_key_names_its_line_and_the_right_one(neox):
 
 
 def test_a_key_of_the_other_flavor_says_so(neox):
-    problem = neox("iteration_offset: 423858\n", options=UPSTREAM).problem("unknown key `iteration_offset`")
+    problem = neox("iteration_offset: 423858\n", options=UPSTREAM).problem(
+        "unknown key `iteration_offset`"
+    )
 
     assert "Tilde fork only" in problem.why and "flavor: tilde" in problem.hint
 
@@ -54,7 +56,8 @@ def test_a_key_given_with_dash_and_underscore_is_refused(neox):
 
 def test_the_same_key_in_two_base_configs_is_refused(neox):
     planned = neox(
-        options={"base_config": "[base.yml, more.yml]"}, more_bases={"more.yml": "seed: 1\nnum-layers: 60\n"}
+        options={"base_config": "[base.yml, more.yml]"},
+        more_bases={"more.yml": "seed: 1\nnum-layers: 60\n"},
     )
 
     problem = planned.problem("`num_layers` is in two base configs")
@@ -63,7 +66,9 @@ def test_the_same_key_in_two_base_configs_is_refused(neox):
 
 @pytest.mark.parametrize("content", ["", "# nothing\n", "[1, 2]\n", "text\n"])
 def test_a_base_config_that_is_no_mapping_is_refused(neox, content):
-    planned = neox(options={"base_config": "[base.yml, more.yml]"}, more_bases={"more.yml": content})
+    planned = neox(
+        options={"base_config": "[base.yml, more.yml]"}, more_bases={"more.yml": content}
+    )
 
     assert any("more.yml" in line and "mapping" in line for line in planned.said())
 
@@ -90,23 +95,31 @@ def test_a_wrong_type_is_refused_with_the_right_spelling(neox, line, hint):
 
 
 def test_types_follow_neox_own_rule(neox):
-    planned = neox("min_lr: 0\nprecision: BFLOAT16\nextra_save_iters: null\ncheckpoint_factor: 50.0\n")
+    planned = neox(
+        "min_lr: 0\nprecision: BFLOAT16\nextra_save_iters: null\ncheckpoint_factor: 50.0\n"
+    )
 
     assert planned.config("finetune")["precision"] == "BFLOAT16"
 
 
 def test_a_number_read_as_text_inside_a_mapping_is_refused_with_its_place(neox):
-    problem = neox("optimizer: {params: {lr: 8e-6}}\n").problem("`optimizer.params.lr: 8e-6` is text")
+    problem = neox("optimizer: {params: {lr: 8e-6}}\n").problem(
+        "`optimizer.params.lr: 8e-6` is text"
+    )
 
     assert problem.where == "run.yaml:16:28" and problem.hint == "write 8.0e-6"
 
 
 def test_a_quoted_number_in_the_optimizer_is_refused(neox):
-    assert neox('optimizer: {params: {lr: "0.001"}}\n').problem("must be a number").where == "run.yaml:16:28"
+    assert (
+        neox('optimizer: {params: {lr: "0.001"}}\n').problem("must be a number").where
+        == "run.yaml:16:28"
+    )
 
 
 @pytest.mark.parametrize(
-    "text, good", [("8e-6", "8.0e-6"), ("1.0e6", "1.0e+6"), ("-2.E3", "-2.0e+3"), ("1e+5", "1.0e+5")]
+    "text, good",
+    [("8e-6", "8.0e-6"), ("1.0e6", "1.0e+6"), ("-2.E3", "-2.0e+3"), ("1e+5", "1.0e+5")],
 )
 def test_the_spelling_offered_is_read_as_a_number(text, good):
     import yaml

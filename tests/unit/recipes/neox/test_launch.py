@@ -22,7 +22,10 @@ def test_srun_starts_train_py_and_neox_keeps_out(neox):
 
     assert config["launcher"] == "slurm" and config["deepspeed_slurm"] is False
     assert not {"no_ssh_check", "master_port", "hostfile"} & set(config)
-    assert resolved.argv == ("python", "-u", "/project/neox/train.py") and resolved.workdir == "/project/neox"
+    assert (
+        resolved.argv == ("python", "-u", "/project/neox/train.py")
+        and resolved.workdir == "/project/neox"
+    )
     assert "get_deepspeed_main_args" in resolved.files["neox_args.py"]
 
 
@@ -31,7 +34,11 @@ def test_deepy_gets_the_keys_it_needs(neox):
     config = planned.config("finetune")
 
     assert config["deepspeed_slurm"] is True and config["no_ssh_check"] is True
-    assert planned.plan.resolved.argv == ("python", "/project/neox/deepy.py", "/project/neox/train.py")
+    assert planned.plan.resolved.argv == (
+        "python",
+        "/project/neox/deepy.py",
+        "/project/neox/train.py",
+    )
     assert planned.plan.resolved.files == {}
     assert any(path.endswith("deepy.py") for _, path, _ in planned.plan.resolved.paths)
 
@@ -46,7 +53,9 @@ def test_places_in_the_run_are_refused(neox, line):
     neox(line + "\n").problem("is not for a run to set")
 
 
-@pytest.mark.parametrize("line", ["launcher: slurm", "deepspeed_slurm: false", "num_nodes: -1", "force_multi: false"])
+@pytest.mark.parametrize(
+    "line", ["launcher: slurm", "deepspeed_slurm: false", "num_nodes: -1", "force_multi: false"]
+)
 def test_keys_in_the_run_that_say_the_same_are_fine(neox, line):
     assert neox(line + "\n").said() == []
 
@@ -65,12 +74,17 @@ def test_weights_and_biases(neox):
 
 def test_the_forks_attention_mask(neox):
     variables = {v.name: v for v in neox().plan.resolved.env}
-    assert variables["CURSE_ATTENTION"].value == "1" and "end-of-document" in variables["CURSE_ATTENTION"].why
+    assert (
+        variables["CURSE_ATTENTION"].value == "1"
+        and "end-of-document" in variables["CURSE_ATTENTION"].why
+    )
     assert neox(options=UPSTREAM).plan.resolved.env == ()
     neox(run={"env": '{CURSE_ATTENTION: "0"}'}).problem("see each other", "warning")
     neox(run={"env": '{SFT_ENABLED: "1"}'}).problem("`env.SFT_ENABLED` has no effect", "warning")
     neox(run={"env": '{SAMPLE_ENDS: "1"}'}).problem("experimental", "warning")
-    neox(run={"env": '{CURSE_ATTENTION: "1"}'}, options=UPSTREAM).problem("has no effect upstream", "warning")
+    neox(run={"env": '{CURSE_ATTENTION: "1"}'}, options=UPSTREAM).problem(
+        "has no effect upstream", "warning"
+    )
 
 
 def test_tasks_must_see_all_gpus(neox):
@@ -93,4 +107,7 @@ def test_every_key_has_a_decision(neox):
     assert {f"config.{key}" for key in planned.config("resume")} <= named
     assert "over the base" not in planned.decision("config.log_interval").reason
     overriding = neox("train_iters: 50\n").decision("config.train_iters")
-    assert "over the base config's at base.yml:18:1" in overriding.reason and overriding.origin == "run.yaml:16:16"
+    assert (
+        "over the base config's at base.yml:18:1" in overriding.reason
+        and overriding.origin == "run.yaml:16:16"
+    )

@@ -1,4 +1,5 @@
-"""templates/verl-gad/check_verl.py: the imported verl is the stage's branch of the working copy, or the job says why not."""
+"""templates/verl-gad/check_verl.py: the imported verl is the stage's branch of the working copy, or
+the job says why not."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def git(folder: Path, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working copy called verl with the branches main, warmup and gad, each one commit further."""
+    """A working copy called verl with the branches main, warmup and gad, each one commit
+    further."""
     folder = tmp_path_factory.mktemp("origin") / "verl"
     (folder / "verl").mkdir(parents=True)
     (folder / "verl" / "__init__.py").write_text("raise SystemExit('imported, which takes long')\n")
@@ -50,9 +52,16 @@ def copy(origin: Path, tmp_path: Path) -> Path:
     return tmp_path / "it's a copy"
 
 
-def check(folder: Path, branch: str, *, path: Path | None = None, cwd: Path | None = None) -> tuple[int, str]:
+def check(
+    folder: Path, branch: str, *, path: Path | None = None, cwd: Path | None = None
+) -> tuple[int, str]:
     argv = [sys.executable, "-B", SCRIPT, str(folder), branch]
-    environ = {**os.environ, "PYTHONPATH": str(path or folder), "SLURMD_NODENAME": "n7", "PATH": "/nonexistent"}
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(path or folder),
+        "SLURMD_NODENAME": "n7",
+        "PATH": "/nonexistent",
+    }
     done = subprocess.run(argv, env=environ, cwd=cwd, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
@@ -101,7 +110,8 @@ def test_a_package_from_elsewhere_is_refused(copy: Path, origin: Path) -> None:
 
 
 def test_a_folder_that_only_looks_like_the_package_is_refused(copy: Path, tmp_path: Path) -> None:
-    """Started beside a clone called verl, Python takes the clone's folder for the package and finds nothing in it."""
+    """Started beside a clone called verl, Python takes the clone's folder for the package and finds
+    nothing in it."""
     (tmp_path / "beside" / "verl").mkdir(parents=True)
     code, said = check(copy, "warmup", path=tmp_path / "beside")
 

@@ -1,4 +1,5 @@
-"""templates/verl-gad/merge_start.py: whole models of the start's shards, made once, never inside the start checkpoint."""
+"""templates/verl-gad/merge_start.py: whole models of the start's shards, made once, never inside
+the start checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ import pytest
 from hpctrain.base.paths import shipped_dir
 
 SCRIPT = os.path.join(shipped_dir("templates"), "verl-gad", "merge_start.py")
-# As LMOps' gad/tools/merge_model2hf.py: reads model shards and huggingface/config.json below --local_dir, writes beside it.
+# As LMOps' gad/tools/merge_model2hf.py: reads model shards and huggingface/config.json below
+# --local_dir, writes beside it.
 MERGE = """
 import json, os, sys
 folder = sys.argv[sys.argv.index("--local_dir") + 1]
@@ -35,7 +37,8 @@ open("merged.log", "a").write(folder + "\\n")
 
 @pytest.fixture(params=["in huggingface", "beside the shards"])
 def start(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """global_step_2204 of two ranks, with configuration and tokenizer as this or that version of verl leaves them."""
+    """global_step_2204 of two ranks, with configuration and tokenizer as this or that version of
+    verl leaves them."""
     folder = tmp_path / "warm up" / "global_step_2204"
     for role in ("actor", "critic"):
         for kind in ("model", "optim", "extra_state"):
@@ -43,7 +46,9 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
                 path = folder / role / f"{kind}_world_size_2_rank_{rank}.pt"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(f"{role} {kind} {rank};")
-        inside = folder / role / "huggingface" if request.param == "in huggingface" else folder / role
+        inside = (
+            folder / role / "huggingface" if request.param == "in huggingface" else folder / role
+        )
         inside.mkdir(exist_ok=True)
         (inside / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"]}')
         (inside / "tokenizer.json").write_text("{}")
@@ -51,9 +56,21 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def merge(tmp_path: Path, start: Path | str, mode: str = "finetune", **environ: str) -> tuple[int, str]:
-    argv = [sys.executable, "-B", SCRIPT, str(tmp_path / "run" / "start-model"), "--", sys.executable, "-c", MERGE,
-            "--local_dir", "@SHARDS"]  # fmt: skip
+def merge(
+    tmp_path: Path, start: Path | str, mode: str = "finetune", **environ: str
+) -> tuple[int, str]:
+    argv = [
+        sys.executable,
+        "-B",
+        SCRIPT,
+        str(tmp_path / "run" / "start-model"),
+        "--",
+        sys.executable,
+        "-c",
+        MERGE,
+        "--local_dir",
+        "@SHARDS",
+    ]
     done = subprocess.run(
         argv,
         cwd=tmp_path,
@@ -72,10 +89,16 @@ def merge(tmp_path: Path, start: Path | str, mode: str = "finetune", **environ: 
 
 
 def tree(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
-def test_both_models_are_made_once_and_the_start_is_not_touched(tmp_path: Path, start: Path) -> None:
+def test_both_models_are_made_once_and_the_start_is_not_touched(
+    tmp_path: Path, start: Path
+) -> None:
     before = tree(start)
     code, said = merge(tmp_path, start)
     models = tmp_path / "run" / "start-model"
@@ -83,15 +106,21 @@ def test_both_models_are_made_once_and_the_start_is_not_touched(tmp_path: Path, 
     assert code == 0, said
     assert (models / "actor" / "model.safetensors").read_text() == "actor model 0;actor model 1;"
     assert (models / "critic" / "model.safetensors").read_text() == "critic model 0;critic model 1;"
-    assert (models / "actor" / "tokenizer.json").exists() and json.loads((models / "actor" / "start.json").read_text()) == {
-        "checkpoint": "global_step_2204", "role": "actor"}  # fmt: skip
-    assert tree(start) == before and sorted(path.name for path in models.iterdir()) == ["actor", "critic"]
+    assert (models / "actor" / "tokenizer.json").exists() and json.loads(
+        (models / "actor" / "start.json").read_text()
+    ) == {"checkpoint": "global_step_2204", "role": "actor"}
+    assert tree(start) == before and sorted(path.name for path in models.iterdir()) == [
+        "actor",
+        "critic",
+    ]
     after = tree(models)
     assert merge(tmp_path, start, mode="resume")[0] == 0
     assert tree(models) == after and (tmp_path / "merged.log").read_text().count("\n") == 2
 
 
-def test_a_link_that_resumes_finds_the_start_again_if_a_model_is_missing(tmp_path: Path, start: Path) -> None:
+def test_a_link_that_resumes_finds_the_start_again_if_a_model_is_missing(
+    tmp_path: Path, start: Path
+) -> None:
     (tmp_path / "hand_over.json").write_text(json.dumps({"checkpoint": str(start)}))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / start.name).symlink_to(start)
@@ -100,15 +129,23 @@ def test_a_link_that_resumes_finds_the_start_again_if_a_model_is_missing(tmp_pat
     assert code == 0, said
 
     os.rename(start, tmp_path / "away")
-    assert merge(tmp_path, start, mode="resume", **newest)[0] == 0  # both models are there: the start may be gone
+    # both models are there: the start may be gone
+    assert merge(tmp_path, start, mode="resume", **newest)[0] == 0
     (tmp_path / "away").rename(tmp_path / "run" / "copy")
     (tmp_path / "run" / start.name).unlink()
     (tmp_path / "run" / "copy").rename(tmp_path / "run" / start.name)
     os.rename(tmp_path / "run" / "start-model" / "critic", tmp_path / "old")
-    assert merge(tmp_path, start, mode="resume", HPCTRAIN_CHECKPOINT_DIR=str(tmp_path / "run"), **newest)[0] == 0
+    assert (
+        merge(
+            tmp_path, start, mode="resume", HPCTRAIN_CHECKPOINT_DIR=str(tmp_path / "run"), **newest
+        )[0]
+        == 0
+    )
 
 
-@pytest.mark.parametrize("fail,words", [("yes", "ended with exit code 3"), ("half", "its model has no weights")])
+@pytest.mark.parametrize(
+    "fail,words", [("yes", "ended with exit code 3"), ("half", "its model has no weights")]
+)
 def test_a_merge_that_fails_leaves_no_model_and_may_be_repeated(
     tmp_path: Path, start: Path, fail: str, words: str
 ) -> None:
@@ -118,7 +155,10 @@ def test_a_merge_that_fails_leaves_no_model_and_may_be_repeated(
     assert code == 1 and words in said and "Traceback" not in said
     assert not (tmp_path / "run" / "start-model" / "actor").exists() and tree(start) == before
     assert merge(tmp_path, start)[0] == 0
-    assert sorted(path.name for path in (tmp_path / "run" / "start-model").iterdir()) == ["actor", "critic"]
+    assert sorted(path.name for path in (tmp_path / "run" / "start-model").iterdir()) == [
+        "actor",
+        "critic",
+    ]
 
 
 def test_missing_shards_and_a_changed_start_are_refused(tmp_path: Path, start: Path) -> None:
@@ -131,7 +171,10 @@ def test_missing_shards_and_a_changed_start_are_refused(tmp_path: Path, start: P
     other = start.with_name("global_step_3000")
     os.rename(start, other)
     code, said = merge(tmp_path, other)
-    assert code == 1 and "was made of global_step_2204, and the run starts from global_step_3000" in said
+    assert (
+        code == 1
+        and "was made of global_step_2204, and the run starts from global_step_3000" in said
+    )
 
 
 def test_a_damaged_model_is_said_and_not_overwritten(tmp_path: Path, start: Path) -> None:

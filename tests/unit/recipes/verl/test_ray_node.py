@@ -1,4 +1,5 @@
-"""templates/verl-gad/ray_node.py with a stand-in for Ray: all nodes or none, the program's exit code, and nothing left over."""
+"""templates/verl-gad/ray_node.py with a stand-in for Ray: all nodes or none, the program's exit
+code, and nothing left over."""
 
 from __future__ import annotations
 
@@ -31,16 +32,44 @@ class Job:
             self.port = probe.getsockname()[1]
         (folder / "tmp").mkdir()
 
-    def start(self, index: int, program: str = "", timeout: float = 20, **environ: str) -> subprocess.Popen[str]:
+    def start(
+        self, index: int, program: str = "", timeout: float = 20, **environ: str
+    ) -> subprocess.Popen[str]:
         environment = {
-            **os.environ, "PYTHONPATH": str(STANDIN), "RAY_STANDIN_LOG": str(self.folder / "ray.jsonl"), "STRAY_MARK": self.mark,
-            "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": str(self.num_nodes), "SLURM_NODEID": str(index), "SLURM_CPUS_PER_TASK": "3",
-            "SLURMD_NODENAME": f"n{index}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), "RANK": str(index),
-            "HPCTRAIN_RAY_TOKEN": "secret", "HPCTRAIN_RUN_DIR": str(self.folder), "ROCR_VISIBLE_DEVICES": "0,1", **environ,
-        }  # fmt: skip
-        argv = [sys.executable, SCRIPT, "--gpus", "2", "--timeout", str(timeout), "--tmp", str(self.folder / "tmp"),
-                "--", sys.executable, "-c", program]  # fmt: skip
-        node = subprocess.Popen(argv, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            **os.environ,
+            "PYTHONPATH": str(STANDIN),
+            "RAY_STANDIN_LOG": str(self.folder / "ray.jsonl"),
+            "STRAY_MARK": self.mark,
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NUM_NODES": str(self.num_nodes),
+            "SLURM_NODEID": str(index),
+            "SLURM_CPUS_PER_TASK": "3",
+            "SLURMD_NODENAME": f"n{index}",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.port),
+            "RANK": str(index),
+            "HPCTRAIN_RAY_TOKEN": "secret",
+            "HPCTRAIN_RUN_DIR": str(self.folder),
+            "ROCR_VISIBLE_DEVICES": "0,1",
+            **environ,
+        }
+        argv = [
+            sys.executable,
+            SCRIPT,
+            "--gpus",
+            "2",
+            "--timeout",
+            str(timeout),
+            "--tmp",
+            str(self.folder / "tmp"),
+            "--",
+            sys.executable,
+            "-c",
+            program,
+        ]
+        node = subprocess.Popen(
+            argv, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         self.nodes.append(node)
         return node
 
@@ -55,7 +84,11 @@ class Job:
         found = []
         for name in os.listdir("/proc"):
             try:
-                words = Path("/proc", name, "cmdline").read_bytes().split(b"\0") if name.isdigit() else []
+                words = (
+                    Path("/proc", name, "cmdline").read_bytes().split(b"\0")
+                    if name.isdigit()
+                    else []
+                )
             except OSError:
                 continue
             if f"stray-{self.mark}".encode() in words:
@@ -106,7 +139,9 @@ def test_the_program_runs_once_with_every_node_and_gpu_and_nothing_is_left(job: 
     assert [line["head"] for line in started].count(True) == 1 and len(started) == 3
     assert {line["rank"] for line in started} == {None}
     # No port that another job on the node would choose too.
-    assert {(line["min_worker_port"], line["dashboard_agent_listen_port"]) for line in started} == {("0", "0")}
+    assert {(line["min_worker_port"], line["dashboard_agent_listen_port"]) for line in started} == {
+        ("0", "0")
+    }
 
 
 def test_the_programs_exit_code_is_the_heads_and_the_other_nodes_end_well(job: Job) -> None:
@@ -126,7 +161,10 @@ def test_a_node_that_never_comes_ends_the_job_with_its_number(job: Job) -> None:
 
 
 def test_a_node_that_dies_ends_the_program_on_the_first_node(job: Job) -> None:
-    nodes = [job.start(index, "import time; print('up', flush=True); time.sleep(100)") for index in range(3)]
+    nodes = [
+        job.start(index, "import time; print('up', flush=True); time.sleep(100)")
+        for index in range(3)
+    ]
     assert nodes[0].stdout
     until(lambda: "up" in nodes[0].stdout.readline())
     nodes[2].terminate()
@@ -149,7 +187,8 @@ def test_a_signal_ends_every_process_of_every_node_soon(job: Job) -> None:
     for node in nodes:
         node.communicate(timeout=60)
 
-    # KillWait is 30 s on most sites; what is left then, Slurm would not find (Ray's processes have sessions of their own).
+    # KillWait is 30 s on most sites; what is left then, Slurm would not find (Ray's processes have
+    # sessions of their own).
     assert time.monotonic() - began < 15
     assert nodes[0].returncode == 128 + signal.SIGTERM and job.strays() == []
 

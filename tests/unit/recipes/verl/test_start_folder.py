@@ -1,4 +1,5 @@
-"""A start that is another run's folder: its tracker names the step when the first link begins, and never again."""
+"""A start that is another run's folder: its tracker names the step when the first link begins, and
+never again."""
 
 from __future__ import annotations
 
@@ -22,20 +23,50 @@ TRACKER = "latest_checkpointed_iteration.txt"
 class Adversarial:
     """A run directory whose start is the folder `warmup`, and its links."""
 
-    def __init__(self, top: Path, way: str = "hardlink", step: int | None = None, ranks: int = 2) -> None:
-        self.run_dir, self.warmup, self.ckpt, self.jobs = top / "run's", top / "warm up", top / "adversarial", 0
+    def __init__(
+        self, top: Path, way: str = "hardlink", step: int | None = None, ranks: int = 2
+    ) -> None:
+        self.run_dir, self.warmup, self.ckpt, self.jobs = (
+            top / "run's",
+            top / "warm up",
+            top / "adversarial",
+            0,
+        )
         self.run_dir.mkdir()
         chosen = str(self.warmup / f"global_step_{step}") if step else None
-        source = {"stage": "", "run_dir": str(self.warmup), "hand_over": "folder", "checkpoint": chosen, "model": None}
-        (self.run_dir / "plan.json").write_text(json.dumps({"guard": {
-            "schema_version": 1, "run": "adversarial", "layout": "verl", "checkpoint_dir": str(self.ckpt), "start": None,
-            "data_parallel": ranks, "target": 4408, "give_up_after": 3, "counter": "latest", "start_as": way,
-            "start_needs": ["actor", "critic", "data.pt"], "from": source,
-        }}))  # fmt: skip
+        source = {
+            "stage": "",
+            "run_dir": str(self.warmup),
+            "hand_over": "folder",
+            "checkpoint": chosen,
+            "model": None,
+        }
+        (self.run_dir / "plan.json").write_text(
+            json.dumps(
+                {
+                    "guard": {
+                        "schema_version": 1,
+                        "run": "adversarial",
+                        "layout": "verl",
+                        "checkpoint_dir": str(self.ckpt),
+                        "start": None,
+                        "data_parallel": ranks,
+                        "target": 4408,
+                        "give_up_after": 3,
+                        "counter": "latest",
+                        "start_as": way,
+                        "start_needs": ["actor", "critic", "data.pt"],
+                        "from": source,
+                    }
+                }
+            )
+        )
 
     def begin(self) -> dict[str, str]:
         self.jobs += 1
-        return guard.begin(str(self.run_dir), self.jobs, {"SLURM_JOB_ID": str(self.jobs)}, lambda text: None)
+        return guard.begin(
+            str(self.run_dir), self.jobs, {"SLURM_JOB_ID": str(self.jobs)}, lambda text: None
+        )
 
     def end(self, code: int = 0) -> None:
         guard.end(str(self.run_dir), code, {"SLURM_JOB_ID": str(self.jobs)}, lambda text: None)
@@ -46,7 +77,11 @@ class Adversarial:
 
 
 def save(
-    folder: Path, step: int, world: int = 2, roles: tuple[str, ...] = ("actor", "critic"), tracker: bool = True
+    folder: Path,
+    step: int,
+    world: int = 2,
+    roles: tuple[str, ...] = ("actor", "critic"),
+    tracker: bool = True,
 ) -> Path:
     path = folder / f"global_step_{step}"
     for role in roles:
@@ -63,7 +98,11 @@ def save(
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".hpctrain-"))
+    found = (
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".hpctrain-")
+    )
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
@@ -82,8 +121,14 @@ def test_the_trackers_step_is_brought_in_and_stays_the_start(tmp_path: Path, way
         "finetune",
         "2204",
     )
-    assert found["HPCTRAIN_CHECKPOINT"] == str(inside) and (run.ckpt / TRACKER).read_bytes() == b"2204"
-    assert inside.is_symlink() == (way == "symlink") and files(inside) == files(start) and files(run.warmup) == before
+    assert (
+        found["HPCTRAIN_CHECKPOINT"] == str(inside) and (run.ckpt / TRACKER).read_bytes() == b"2204"
+    )
+    assert (
+        inside.is_symlink() == (way == "symlink")
+        and files(inside) == files(start)
+        and files(run.warmup) == before
+    )
     assert (inside / "data.pt").samefile(start / "data.pt") == (way != "copy")
     run.end(1)
 
@@ -137,11 +182,19 @@ def test_a_chosen_step_is_taken_instead_of_the_trackers(tmp_path: Path) -> None:
         (lambda start: (start.parent / TRACKER).write_text("9999"), "is not there"),
         (lambda start: (start / "data.pt").unlink(), "`data.pt`"),
         (lambda start: shutil.rmtree(start / "critic"), "it has no `critic`"),
-        (lambda start: (start / "critic" / "optim_world_size_2_rank_1.pt").unlink(), "optim shards of the critic"),
-        (lambda start: (start / "actor" / "model_world_size_2_rank_0.pt").write_bytes(b"PK\3\4 cut"), "model_world_size_2_rank_0.pt"),
+        (
+            lambda start: (start / "critic" / "optim_world_size_2_rank_1.pt").unlink(),
+            "optim shards of the critic",
+        ),
+        (
+            lambda start: (start / "actor" / "model_world_size_2_rank_0.pt").write_bytes(
+                b"PK\3\4 cut"
+            ),
+            "model_world_size_2_rank_0.pt",
+        ),
         (lambda start: shutil.rmtree(start.parent), f"has no `{TRACKER}`"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_whole_start_ends_the_chain_before_any_gpu_works_and_may_be_mended(
     tmp_path: Path, break_it: Any, words: str
 ) -> None:
@@ -149,17 +202,25 @@ def test_what_is_no_whole_start_ends_the_chain_before_any_gpu_works_and_may_be_m
     break_it(save(run.warmup, 2204))
     assert run.begin()["HPCTRAIN_DECISION"] == "gave_up"
     assert words in run.reason and "pipeline" not in run.reason
-    assert not (run.run_dir / "hand_over.json").exists() and not (run.ckpt / "global_step_2204").exists()
+    assert (
+        not (run.run_dir / "hand_over.json").exists()
+        and not (run.ckpt / "global_step_2204").exists()
+    )
 
     shutil.rmtree(run.warmup, ignore_errors=True)
     save(run.warmup, 2250)
     assert run.begin()["HPCTRAIN_ITERATION"] == "2250"
 
 
-def test_shards_of_another_number_of_ranks_are_refused_at_the_start_and_on_a_resume(tmp_path: Path) -> None:
+def test_shards_of_another_number_of_ranks_are_refused_at_the_start_and_on_a_resume(
+    tmp_path: Path,
+) -> None:
     run = Adversarial(tmp_path, ranks=4)
     save(run.warmup, 2204)
-    assert run.begin()["HPCTRAIN_DECISION"] == "gave_up" and "was saved by 2 ranks, and the plan has 4" in run.reason
+    assert (
+        run.begin()["HPCTRAIN_DECISION"] == "gave_up"
+        and "was saved by 2 ranks, and the plan has 4" in run.reason
+    )
 
     save(run.ckpt, 2304)  # made when the run had two ranks
     before = files(run.ckpt)

@@ -1,4 +1,5 @@
-"""A run directory for the guard: what a link does when it starts, on the oldest Python that must run it too."""
+"""A run directory for the guard: what a link does when it starts, on the oldest Python that must
+run it too."""
 
 from __future__ import annotations
 
@@ -18,23 +19,37 @@ from hpctrain.runtime import history
 from hpctrain.runtime import link as guard
 
 RUNTIME = Path(history.__file__).parent
-# Python 3.6 where this machine has one; the syntax of the oldest is checked for everybody by test_runtime_is_python_3_6.
+# Python 3.6 where this machine has one; the syntax of the oldest is checked for everybody by
+# test_runtime_is_python_3_6.
 OLD = sorted(map(str, (Path.home() / ".pyenv/versions").glob("3.6.*/bin/python")))
 PYTHONS = [sys.executable, *OLD[:1]]
 
 
 class Run:
-    """A run directory with nothing but plan.json and runtime/, and the guard in a process of its own."""
+    """A run directory with nothing but plan.json and runtime/, and the guard in a process of its
+    own."""
 
     def __init__(self, top: Path, **guard):
         self.dir, self.ckpt = top / "run dir", top / "ckpt's"
         self.aside = top / "ckpt's.hpctrain"
         self.start = str(top / "base" / "global_step50")
         self.guard = {
-            "schema_version": 1, "run": "ft", "layout": "deepspeed", "checkpoint_dir": str(self.ckpt), "start": None,
-            "tensor_parallel": 1, "pipeline_parallel": 0, "data_parallel": 2, "zero_stage": 1, "target": 300,
-            "give_up_after": 3, "after_each": None, "quarantine": True, "counter": "latest", **guard,
-        }  # fmt: skip
+            "schema_version": 1,
+            "run": "ft",
+            "layout": "deepspeed",
+            "checkpoint_dir": str(self.ckpt),
+            "start": None,
+            "tensor_parallel": 1,
+            "pipeline_parallel": 0,
+            "data_parallel": 2,
+            "zero_stage": 1,
+            "target": 300,
+            "give_up_after": 3,
+            "after_each": None,
+            "quarantine": True,
+            "counter": "latest",
+            **guard,
+        }
         self.dir.mkdir(parents=True)
         (top / "logs").mkdir(exist_ok=True)
         shutil.copytree(RUNTIME, self.dir / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
@@ -55,8 +70,14 @@ class Run:
         (self.bin / name).chmod(0o755)
 
     def environment(self, job="7", restart=0, **env):
-        return {"PATH": f"{self.bin}:/usr/bin:/bin", "SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart),
-                "SLURM_JOB_NODELIST": "nid[01-02]", "HPCTRAIN_LOCK_WAIT_S": "0.2", **env}  # fmt: skip
+        return {
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "SLURM_JOB_ID": job,
+            "SLURM_RESTART_COUNT": str(restart),
+            "SLURM_JOB_NODELIST": "nid[01-02]",
+            "HPCTRAIN_LOCK_WAIT_S": "0.2",
+            **env,
+        }
 
     def call(self, *args, **env):
         command = [

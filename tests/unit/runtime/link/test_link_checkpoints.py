@@ -19,7 +19,9 @@ def visible(folder):
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
-@pytest.mark.parametrize("text", ["", "\n", "global_step999", "../base/global_step50", "\0\0\0", "global_step20"])
+@pytest.mark.parametrize(
+    "text", ["", "\n", "global_step999", "../base/global_step50", "\0\0\0", "global_step20"]
+)
 def test_a_bad_latest_falls_back_to_the_newest_complete(quick, text):
     quick.save(10)
     quick.save(20)
@@ -44,8 +46,11 @@ def test_shards_of_an_interrupted_save_never_mix_with_those_of_the_next(quick):
     checkpoints.partial_save(str(quick.ckpt), 20, [6, 1], 1, 2, lineage="first")
     quick.begin(1)
     checkpoints.partial_save(str(quick.ckpt), 20, [0, 3], 1, 2, lineage="second")
-    assert quick.begin(2, job="8")["iteration"] == "10"  # the two halves would have looked like one whole
-    assert {"interrupted-global_step20", "interrupted-global_step20.2"} <= set(os.listdir(quick.aside))
+    # the two halves would have looked like one whole
+    assert quick.begin(2, job="8")["iteration"] == "10"
+    assert {"interrupted-global_step20", "interrupted-global_step20.2"} <= set(
+        os.listdir(quick.aside)
+    )
 
 
 def test_a_save_cut_off_before_latest_is_not_lost(quick):
@@ -58,7 +63,9 @@ def test_a_save_cut_off_before_latest_is_not_lost(quick):
     assert quick.begin(1)["iteration"] == "20"
 
 
-def test_a_latest_that_passes_over_a_newer_complete_checkpoint_is_asked_about_and_nothing_moves(quick):
+def test_a_latest_that_passes_over_a_newer_complete_checkpoint_is_asked_about_and_nothing_moves(
+    quick,
+):
     quick.save(10)
     quick.save(20)
     (quick.ckpt / "latest").write_text("global_step10")
@@ -109,7 +116,8 @@ def test_the_forks_counter_sees_only_the_chosen_checkpoint(quick):
     seen = [name for name in os.listdir(quick.ckpt) if "global_step" in name]
     assert sorted(seen) == ["global_step50", "global_step60"]
     shutil.copytree(quick.ckpt / "global_step60", quick.ckpt / "global_step65_bak")
-    assert quick.begin(3, job="9")["decision"] == "gave_up"  # it is the user's: only they may move it
+    # it is the user's: only they may move it
+    assert quick.begin(3, job="9")["decision"] == "gave_up"
     assert "`global_step65_bak`" in quick.records()[-1]["reason"]
     assert (quick.ckpt / "global_step65_bak").is_dir()
 
@@ -130,8 +138,18 @@ def test_made_tells_a_side_job_whether_its_link_made_a_checkpoint(quick):
 
 def test_watch_returns_when_a_checkpoint_was_made_after_the_stop_file_was_seen(quick):
     quick.save(10)
-    watcher = subprocess.Popen([sys.executable, "-B", str(quick.dir / "runtime" / "__main__.py"), "watch", "--run-dir", str(quick.dir),
-                                "--every", "0.1"])  # fmt: skip
+    watcher = subprocess.Popen(
+        [
+            sys.executable,
+            "-B",
+            str(quick.dir / "runtime" / "__main__.py"),
+            "watch",
+            "--run-dir",
+            str(quick.dir),
+            "--every",
+            "0.1",
+        ]
+    )
     try:
         quick.save(20)
         with pytest.raises(subprocess.TimeoutExpired):

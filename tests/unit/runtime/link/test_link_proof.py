@@ -1,5 +1,5 @@
-"""A link acts on proof: what it cannot tell it refuses, what it cannot read it leaves, and it owns no room in the
-framework's folder."""
+"""A link acts on proof: what it cannot tell it refuses, what it cannot read it leaves, and it owns
+no room in the framework's folder."""
 
 from __future__ import annotations
 
@@ -67,11 +67,18 @@ def test_a_checkpoint_that_nobody_has_a_rule_for_is_never_moved_nor_passed_over(
     assert checkpoints.snapshot(str(quick.ckpt)) == before
 
 
-@pytest.mark.parametrize(("name", "files", "layout"), [
-    ("checkpoint-500", {"trainer_state.json": b'{"global_step": 500}', "optimizer.pt": None}, "hf-trainer"),
-    ("iter_0000500", {"mp_rank_00/model_optim_rng.pt": None}, "megatron"),
-    ("step500", {"train/rank0.pt": None, ".metadata.json": b"{}"}, "olmo-core"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "files", "layout"),
+    [
+        (
+            "checkpoint-500",
+            {"trainer_state.json": b'{"global_step": 500}', "optimizer.pt": None},
+            "hf-trainer",
+        ),
+        ("iter_0000500", {"mp_rank_00/model_optim_rng.pt": None}, "megatron"),
+        ("step500", {"train/rank0.pt": None, ".metadata.json": b"{}"}, "olmo-core"),
+    ],
+)
 def test_another_writers_checkpoints_are_not_an_empty_folder(quick, name, files, layout):
     for file, content in files.items():
         path = quick.ckpt / name / file
@@ -99,11 +106,19 @@ def test_of_tags_of_ones_own_the_newest_whole_one_is_gone_on_from(quick):
     for tag, step in (("epoch2", 20), ("epoch4", 40)):
         quick.save(step, name=tag)
         model = quick.ckpt / tag / "mp_rank_00_model_states.pt"
-        told = {"dp_world_size": 2, "mp_world_size": 1, "ds_config": {"zero_optimization": {"stage": 1}}}
+        told = {
+            "dp_world_size": 2,
+            "mp_world_size": 1,
+            "ds_config": {"zero_optimization": {"stage": 1}},
+        }
         model.write_bytes(checkpoints.torch_file({**told, "global_steps": step}))
     os.unlink(quick.ckpt / "epoch4" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
     found = quick.begin(1)
-    assert (found["mode"], found["iteration"], found["checkpoint"]) == ("resume", "20", str(quick.ckpt / "epoch2"))
+    assert (found["mode"], found["iteration"], found["checkpoint"]) == (
+        "resume",
+        "20",
+        str(quick.ckpt / "epoch2"),
+    )
     assert (quick.ckpt / "latest").read_text() == "epoch2"
     assert "interrupted-epoch4" in names(quick.aside)
 
@@ -156,11 +171,22 @@ def test_a_colleagues_umask_is_no_damage():
         os.chmod(inside, 0o700 if os.getuid() == 0 else 0)
         before = names(run.ckpt)
         runtime = run.dir / "runtime" / "__main__.py"
-        command = [sys.executable, "-B", str(runtime), "begin", "--run-dir", str(run.dir), "--link", "1"]
+        command = [
+            sys.executable,
+            "-B",
+            str(runtime),
+            "begin",
+            "--run-dir",
+            str(run.dir),
+            "--link",
+            "1",
+        ]
         as_nobody = {"user": 65534, "group": 65534} if os.getuid() == 0 else {}
         python = shutil.which("python3", path="/usr/bin:/bin")
         command[0] = python or sys.executable
-        done = subprocess.run(command, env=run.environment(), capture_output=True, text=True, check=False, **as_nobody)
+        done = subprocess.run(
+            command, env=run.environment(), capture_output=True, text=True, check=False, **as_nobody
+        )
         assert done.returncode == 1 and "Permission denied" in done.stderr, done.stderr
         assert "nothing was changed" in done.stderr
         assert names(run.ckpt) == before and run.records() == []
@@ -188,11 +214,25 @@ def test_odd_state_files_neither_hold_nor_end_a_guard(run, name, odd):
     assert (run.ckpt / "latest").read_text() == "global_step10"
 
 
-@pytest.mark.parametrize(("rule", "whole"), [
-    ({"pattern": "ckpt_{iteration}", "marker": "DONE"}, {"w.bin": b"x", "DONE": b""}),
-    ({"pattern": "run*-{iteration}", "files": ["model.pt", "opt.pt"]}, {"model.pt": None, "opt.pt": None}),
-    ({"pattern": "{iteration}", "marker": "DONE", "tracker": "latest.txt", "tracker_holds": "iteration"}, {"DONE": b""}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rule", "whole"),
+    [
+        ({"pattern": "ckpt_{iteration}", "marker": "DONE"}, {"w.bin": b"x", "DONE": b""}),
+        (
+            {"pattern": "run*-{iteration}", "files": ["model.pt", "opt.pt"]},
+            {"model.pt": None, "opt.pt": None},
+        ),
+        (
+            {
+                "pattern": "{iteration}",
+                "marker": "DONE",
+                "tracker": "latest.txt",
+                "tracker_holds": "iteration",
+            },
+            {"DONE": b""},
+        ),
+    ],
+)
 def test_a_layout_of_ones_own_is_chained_like_any(tmp_path, rule, whole):
     run = Run(tmp_path, layout="own", own_layout=rule)
     run.python = None
@@ -239,7 +279,10 @@ def test_a_link_that_ends_beside_a_folder_it_cannot_tell_warns(quick):
     (odd / "optimizer.pt").write_bytes(checkpoints.torch_file({}))
     quick.python = sys.executable
     done = quick.call("end", "--exit-code", 0)
-    assert "newest complete checkpoint: none" in done.stderr and "warning: there are checkpoints" in done.stderr
+    assert (
+        "newest complete checkpoint: none" in done.stderr
+        and "warning: there are checkpoints" in done.stderr
+    )
 
 
 def test_megatron_bridges_own_tracker_follows_the_chosen_checkpoint(tmp_path):
@@ -248,7 +291,9 @@ def test_megatron_bridges_own_tracker_follows_the_chosen_checkpoint(tmp_path):
     for step in (10, 20):
         folder = run.ckpt / f"iter_{step:07d}"
         (folder / "mp_rank_00").mkdir(parents=True)
-        (folder / "mp_rank_00" / "model_optim_rng.pt").write_bytes(checkpoints.torch_file({"iteration": step}))
+        (folder / "mp_rank_00" / "model_optim_rng.pt").write_bytes(
+            checkpoints.torch_file({"iteration": step})
+        )
         (folder / "train_state.pt").write_bytes(checkpoints.torch_file({"step": step}))
     shutil.copy(run.ckpt / "iter_0000020" / "train_state.pt", run.ckpt / "latest_train_state.pt")
     os.truncate(run.ckpt / "iter_0000020" / "mp_rank_00" / "model_optim_rng.pt", 40)

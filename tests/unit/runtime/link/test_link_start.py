@@ -1,4 +1,5 @@
-"""How a link begins: from nothing, from a start, or from what was made since; and when it had better not."""
+"""How a link begins: from nothing, from a start, or from what was made since; and when it had
+better not."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ from .conftest import Run
 
 
 def test_nothing_there_and_no_start_is_from_scratch(run):
-    assert run.begin(1) == {"decision": "run", "mode": "scratch", "checkpoint": "", "iteration": "0", "link": "1"}
+    assert run.begin(1) == {
+        "decision": "run",
+        "mode": "scratch",
+        "checkpoint": "",
+        "iteration": "0",
+        "link": "1",
+    }
 
 
 def test_a_start_is_bootstrapped_and_finetuned_from_once(run):
@@ -31,8 +38,18 @@ def test_a_start_is_bootstrapped_and_finetuned_from_once(run):
     assert run.begin(2, job="8")["mode"] == "resume"
     assert run.records()[-1]["checkpoint"] == "global_step10"
     assert {**run.records()[1], "time": ""} == {
-        "event": "end", "link": 1, "job_id": "7", "restart": 0, "mode": "finetune", "checkpoint": "global_step10", "iteration": 10,
-        "exit_code": 1, "nodes": "nid[01-02]", "reason": "exit code 1", "time": ""}  # fmt: skip
+        "event": "end",
+        "link": 1,
+        "job_id": "7",
+        "restart": 0,
+        "mode": "finetune",
+        "checkpoint": "global_step10",
+        "iteration": 10,
+        "exit_code": 1,
+        "nodes": "nid[01-02]",
+        "reason": "exit code 1",
+        "time": "",
+    }
 
 
 def test_made_since_is_not_a_greater_number(run):
@@ -52,14 +69,20 @@ def test_made_since_is_not_a_greater_number(run):
 
 
 def test_a_folder_bootstrapped_under_the_other_name_is_taken_as_it_is(quick):
-    """An earlier version's link, or a plan that had a greater target then: nothing is made twice, nothing is renamed."""
+    """An earlier version's link, or a plan that had a greater target then: nothing is made twice,
+    nothing is renamed."""
     quick.base()
-    assert quick.begin(1)["mode"] == "finetune" and (quick.ckpt / "latest").read_text() == "start-50"
+    assert (
+        quick.begin(1)["mode"] == "finetune" and (quick.ckpt / "latest").read_text() == "start-50"
+    )
     quick.end(1)
     quick.write_plan(target=49)
     found = quick.begin(2, job="8")
     assert (found["mode"], found["checkpoint"]) == ("finetune", str(quick.ckpt / "start-50"))
-    assert sorted(name for name in os.listdir(quick.ckpt) if name[0] != ".") == ["latest", "start-50"]
+    assert sorted(name for name in os.listdir(quick.ckpt) if name[0] != ".") == [
+        "latest",
+        "start-50",
+    ]
     assert (quick.ckpt / "latest").read_text() == "start-50"
     quick.save(10)
     assert quick.begin(3, job="9")["mode"] == "resume"
@@ -92,7 +115,8 @@ def test_a_link_made_by_hand_gets_the_safe_name_before_the_framework_can_stumble
     quick.save(10)
     assert quick.begin(2, job="8")["mode"] == "resume"
     assert sorted(os.listdir(quick.ckpt)) == ["global_step10", "latest"]
-    assert os.path.samefile(quick.aside / "aside-global_step50", quick.start)  # a link still leads there
+    # a link still leads there
+    assert os.path.samefile(quick.aside / "aside-global_step50", quick.start)
 
 
 def test_a_start_never_counts_as_done(quick):
@@ -149,10 +173,21 @@ def test_nothing_of_the_start_ever_changes(quick):
     assert checkpoints.snapshot(quick.start) == before
 
 
-@pytest.mark.parametrize(("name", "number"), [
-    ("global_step423858", 423858), ("_global_step423858_backup", 423858), ("_global_step_423858_backup", 423858), ("iter_0001000", 1000),
-    ("checkpoint-12", 12), ("v2_global_step7_b3", 7), ("model-7", 7), ("v2-7b", None), ("final", None), ("step_3_step_4", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("global_step423858", 423858),
+        ("_global_step423858_backup", 423858),
+        ("_global_step_423858_backup", 423858),
+        ("iter_0001000", 1000),
+        ("checkpoint-12", 12),
+        ("v2_global_step7_b3", 7),
+        ("model-7", 7),
+        ("v2-7b", None),
+        ("final", None),
+        ("step_3_step_4", None),
+    ],
+)
 def test_the_iteration_in_a_starts_name(name, number):
     assert start_number("/x/" + name) == number
 
@@ -163,12 +198,21 @@ def test_a_start_without_a_number_is_refused_with_a_hint(quick):
     assert "cannot be read from its name" in quick.records()[0]["reason"]
 
 
-@pytest.mark.parametrize(("counter", "target", "retention", "name", "why"), [
-    ("latest", 49, False, "global_step50", ""), ("latest", 50, False, "start-50", "its save at 50"), ("latest", 1337, False, "start-50", "to 1337"),
-    ("latest", None, False, "start-50", "not known"), ("latest", 49, True, "start-50", "retention"),
-    ("greatest_folder", 1337, True, "global_step50", ""), ("greatest_folder", None, False, "global_step50", ""),
-])  # fmt: skip
-def test_the_starts_link_has_the_frameworks_name_unless_that_does_harm(counter, target, retention, name, why):
+@pytest.mark.parametrize(
+    ("counter", "target", "retention", "name", "why"),
+    [
+        ("latest", 49, False, "global_step50", ""),
+        ("latest", 50, False, "start-50", "its save at 50"),
+        ("latest", 1337, False, "start-50", "to 1337"),
+        ("latest", None, False, "start-50", "not known"),
+        ("latest", 49, True, "start-50", "retention"),
+        ("greatest_folder", 1337, True, "global_step50", ""),
+        ("greatest_folder", None, False, "global_step50", ""),
+    ],
+)
+def test_the_starts_link_has_the_frameworks_name_unless_that_does_harm(
+    counter, target, retention, name, why
+):
     guard = {
         "schema_version": 1,
         "layout": "deepspeed",

@@ -1,4 +1,5 @@
-"""`python -m ray.scripts.scripts start …`: a head or a node that registers there, each with a process in a session of its own."""
+"""`python -m ray.scripts.scripts start …`: a head or a node that registers there, each with a
+process in a session of its own."""
 
 import argparse
 import json
@@ -15,18 +16,32 @@ def main():
     parser.add_argument("verb", choices=["start"])
     for flag in ("--head", "--block", "--disable-usage-stats"):
         parser.add_argument(flag, action="store_true")
-    for option in ("--address", "--node-ip-address", "--port", "--temp-dir", "--num-cpus", "--num-gpus", "--include-dashboard",
-                   "--min-worker-port", "--max-worker-port", "--dashboard-agent-listen-port", "--ray-client-server-port"):  # fmt: skip
+    for option in (
+        "--address",
+        "--node-ip-address",
+        "--port",
+        "--temp-dir",
+        "--num-cpus",
+        "--num-gpus",
+        "--include-dashboard",
+        "--min-worker-port",
+        "--max-worker-port",
+        "--dashboard-agent-listen-port",
+        "--ray-client-server-port",
+    ):
         parser.add_argument(option)
     args = parser.parse_args()
-    # As Ray's raylet and workers: a session of its own, left behind by its parent; where asked, deaf to the polite signal.
+    # As Ray's raylet and workers: a session of its own, left behind by its parent; where asked,
+    # deaf to the polite signal.
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); " if os.environ.get("STRAY_DEAF") else ""
     daemon = f"import signal, time; {deaf}time.sleep(300)"
     words = [sys.executable, "-c", daemon, "stray-" + os.environ["STRAY_MARK"]]
     leave = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True)"
     subprocess.Popen([sys.executable, "-c", leave, *words]).wait()
     with open(os.environ["RAY_STANDIN_LOG"], "a") as stream:
-        stream.write(json.dumps({"pid": os.getpid(), "rank": os.environ.get("RANK"), **vars(args)}) + "\n")
+        stream.write(
+            json.dumps({"pid": os.getpid(), "rank": os.environ.get("RANK"), **vars(args)}) + "\n"
+        )
     me = {"Alive": True, "Resources": {"CPU": float(args.num_cpus), "GPU": float(args.num_gpus)}}
     node, times = (os.environ.get("RAY_STANDIN_FAIL", "") + ":").split(":")[:2]
     if node == os.environ.get("SLURM_NODEID"):
