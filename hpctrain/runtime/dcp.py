@@ -13,14 +13,19 @@ MAX_INDEX_BYTES = 1 << 30  # the index of a trillion parameters on ten thousand 
 _RANK_INDEX = re.compile(r"__(\d+)\.metadata\Z")
 _RANK_FILE = re.compile(r"__(\d+)_\d+\.distcp\Z")
 _INDEX = re.compile(r"(?:__\d+)?\.metadata\Z")
+# What Megatron adds to torch's index: dist_checkpointing/strategies/state_dict_saver.py, before
+# 0.16 strategies/torch.py `MCoreMetadata`.
+_TORCH_DIST = ("all_local_plans", "mcore_data")
+_BESIDE_TORCH_DIST = ("metadata.json", "common.pt")
 
 
 class Index(NamedTuple):
-    """What an index says: where each file's last entry begins and ends, and how many entries it
-    has."""
+    """What an index says: where each file's last entry begins and ends, how many entries it has,
+    and whether Megatron's torch_dist wrote it."""
 
     last: Dict[str, Tuple[int, int]]
     num_entries: int
+    torch_dist: bool = False
 
 
 class BadIndex(Exception):
@@ -38,7 +43,8 @@ def read_index(path: str) -> Index:
         with os.fdopen(open_state(path), "rb") as stream:
             if os.fstat(stream.fileno()).st_size > MAX_INDEX_BYTES:
                 raise BadIndex("is larger than any index")
-            entries = _entries(_loaded(stream))
+            found = _loaded(stream)
+        entries = _entries(found)
     except OddFile as error:
         raise BadIndex("is no file") from error
     except (OSError, BadIndex):
@@ -49,7 +55,7 @@ def read_index(path: str) -> Index:
     for name, begin, end in entries:
         if name not in last or end > last[name][1]:
             last[name] = (begin, end)
-    return Index(last, len(entries))
+    return Index(last, len(entries), any(hasattr(found, name) for name in _TORCH_DIST))
 
 
 def ranks_in(names: Iterable[str]) -> int:
@@ -109,9 +115,14 @@ def _judge_one(part: Folder, name: str, prefix: str, report: Report) -> Optional
     if part.files[name].size <= 0:
         return "is empty"
     try:
-        last = read_index(os.path.join(part.path, name)).last
+        index = read_index(os.path.join(part.path, name))
     except BadIndex as error:
         return str(error)
+    last = index.last
+    if index.torch_dist:
+        lost_beside = [one for one in _BESIDE_TORCH_DIST if one not in part.files]
+        said = ["`{}{}` is missing".format(prefix, one) for one in lost_beside]
+        report.torn += [line for line in said if line not in report.torn]
     if any(os.path.isabs(file) or ".." in file.split("/") for file in last):
         report.unknown.append("`{}{}` names files elsewhere".format(prefix, name))
         return None

@@ -1,18 +1,16 @@
 """How transformers' Trainer, accelerate, open-instruct and exporters write a checkpoint."""
 
-import json
 import os
 import re
-from typing import Dict, List, Optional, Pattern, Set, Tuple
+from typing import List, Optional, Pattern, Set, Tuple
 
 from .dcp import judge_index, ranks_in
 from .deepspeed import DeepSpeed
 from .files import read_text
-from .layout import Expected, Folder, Form, Report, missing, opened
+from .layout import Expected, Folder, Form, Report, missing, opened, read_json
 from .shards import top_values
 
 CUT_SHORT = "is cut short"
-_MAX_JSON_BYTES = 256 * 1024 * 1024
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = (
     "model.safetensors",
@@ -26,8 +24,7 @@ _OF = re.compile(r"(model|pytorch_model)-(\d{5})-of-(\d{5})\.(safetensors|bin)\Z
 # What save_pretrained leaves beside the weights of any model, tokenizer, processor or adapter.
 _DESCRIBES = (
     r"(?:[\w.-]*config|generation_config|tokenizer[\w.-]*|special_tokens_map|added_tokens|vocab"
-    r"|chat_template[\w.-]*|preprocessor_config|processor_config|merges)\.(?:json|txt"
-    r"|jinja|model)\Z"
+    r"|chat_template[\w.-]*|preprocessor_config|processor_config|merges)\.(?:json|txt|jinja|model)\Z"
     r"|tokenizer\.model\Z|spiece\.model\Z|[\w.-]*\.spm\Z|README\.md\Z|chat_template\.jinja\Z"
     r"|training_args\.bin\Z|.*\.(?:py|md|txt)\Z|additional_chat_templates/.*"
 )
@@ -36,17 +33,6 @@ _MODEL_FILES = (
     r"|(?:model\.safetensors|pytorch_model\.bin)\.index\.json\Z"
 )
 _FSDP = r"(?:pytorch_model_fsdp|optimizer)_\d+/.*|pytorch_model_fsdp[\w]*\.bin\Z"
-
-
-def read_json(folder: Folder, name: str) -> Optional[Dict[str, object]]:
-    """The object in a small JSON file of the checkpoint, None where it is missing or damaged."""
-    if name not in folder.files:
-        return None
-    try:
-        found = json.loads(read_text(os.path.join(folder.path, name), _MAX_JSON_BYTES) or "")
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def weight_faults(folder: Folder) -> List[str]:
@@ -307,8 +293,7 @@ class Accelerate(Form):
     name = "accelerate"
     marks = re.compile(
         r"random_states_\d+\.pkl\Z|custom_checkpoint_\d+\.pkl\Z|optimizer(?:_\d+)?\.bin\Z"
-        r"|scheduler(?:_\d+)?\.bin\Z|sampler(?:_\d+)?\.bin\Z|dl_state_dict(?:_\d+)?\.bin\Z"
-        r"|COMPLETED\Z"
+        r"|scheduler(?:_\d+)?\.bin\Z|sampler(?:_\d+)?\.bin\Z|dl_state_dict(?:_\d+)?\.bin\Z|COMPLETED\Z"
     )
     writes = re.compile(
         "|".join([marks.pattern, _MODEL_FILES, _DESCRIBES, _FSDP, r"scaler\.pt\Z"])
@@ -327,7 +312,7 @@ class Accelerate(Form):
         report.torn += missing("random states", range(least), ranks, "random_states_{}.pkl".format)
         fewer_ranks(folder, self._RANDOM, ranks, report)
         report.torn += whole_files(folder, sorted(top))
-        before = [name for name in folder.previous if "/" not in name and self.marks.match(name)]
+        before = [one for one in folder.previous if "/" not in one and Accelerate.marks.match(one)]
         report.torn += [
             "`{}` is missing".format(name)
             for name in sorted(before)

@@ -133,12 +133,20 @@ def form_of(layout: Optional[Layout], folder: Folder) -> Optional[Form]:
             return form
     for form in FORMS:
         if form.recognises(folder):
-            early = [mine for mine in own if isinstance(form, Weights) and mine.could_be(folder)]
-            return early[0] if early else form
+            early = _cut_off_early(own, folder) if isinstance(form, Weights) else None
+            return early or form
     for form in (*own, SingleFile()):
         if form.could_be(folder):
             return form
     return None
+
+
+def _cut_off_early(own: Tuple[Form, ...], folder: Folder) -> Optional[Form]:
+    """What was writing a folder that holds a model and nothing else yet: the layout's own form,
+    else what the one beside it is."""
+    before = Folder(folder.path, folder.previous)
+    beside = [form for form in FORMS if not isinstance(form, Weights) and form.recognises(before)]
+    return next((form for form in (*own, *beside) if form.could_be(folder)), None)
 
 
 def _no_rule(folder: Folder) -> Report:

@@ -7,7 +7,17 @@ from typing import Any, Dict, List, Optional, Tuple
 from . import shards
 from .dcp import judge_index
 from .files import read_text
-from .layout import Expected, Folder, Form, Report, missing, opened
+from .layout import (
+    MAX_TEXT_BYTES,
+    Expected,
+    Folder,
+    Form,
+    Report,
+    json_faults,
+    missing,
+    opened,
+    read_json,
+)
 
 _ARGUMENTS = (
     ("tensor_model_parallel_size", "tensor_parallel", "tensor-parallel"),
@@ -129,16 +139,17 @@ class MegatronDist(Form):
         where = "weights" if "weights" in folder.folders() else ""
         part = folder.below(where) if where else folder
         prefix = where + "/" if where else ""
-        if "metadata.json" in part.files and part.files["metadata.json"].size > 0:
-            backend = _backend(part)
-            if backend not in ("torch_dist", ""):
-                report.unknown.append("there is no rule for Megatron's `{}`".format(backend))
-                return
+        backend = (read_json(part, "metadata.json") or {}).get("sharded_backend", "torch_dist")
+        if backend != "torch_dist":
+            report.unknown.append("there is no rule for Megatron's `{}`".format(backend))
+            return
         for name in ("metadata.json", "common.pt"):
             if name not in part.files:
                 report.torn.append("`{}{}` is missing".format(prefix, name))
             elif part.files[name].size <= 0:
                 report.torn.append("`{}{}` is empty".format(prefix, name))
+        if "metadata.json" in part.files and part.files["metadata.json"].size > 0:
+            report.torn += json_faults(part, ["metadata.json"], prefix)
         judge_index(folder, where, report)
         small = [prefix + name for name in ("common.pt",) if name in part.files]
         small += [name for name in ("train_state.pt",) if name in folder.files]
@@ -157,18 +168,28 @@ class MegatronDist(Form):
         if there:
             faults = ["`{}` is missing".format(name) for name in own if name not in folder.files]
             report.torn += faults
+        if "run_config.yaml" in folder.files:
+            text = read_text(os.path.join(folder.path, "run_config.yaml"), MAX_TEXT_BYTES) or ""
+            if not _may_be_yaml(text):
+                report.torn.append("`run_config.yaml` is cut short")
 
 
-def _backend(part: Folder) -> str:
-    text = read_text(os.path.join(part.path, "metadata.json")) or ""
-    match = re.search(r'"sharded_backend"\s*:\s*"(\w+)"', text)
-    return match.group(1) if match else ""
+def _may_be_yaml(text: str) -> bool:
+    """Whether a mapping may end like that: with a whole line, or in one that says what a key is and
+    closes what it opens. Nothing of YAML is read on batch hosts."""
+    if not text.strip() or "\0" in text:
+        return False
+    last = text.rsplit("\n", 1)[-1]
+    if not last.strip():
+        return True
+    closed = last.count("{") == last.count("}") and last.count("[") == last.count("]")
+    return closed and bool(re.search(r":(?:\s|\Z)|\A\s*-|[}\]]\s*\Z", last))
 
 
 class TorchDcp(Form):
     """Megatron's `torch_dcp` and `fsdp_dtensor`: a plain distributed checkpoint without `common.pt`
     and `metadata.json` (checkpointing.py `_get_checkpoint_format`). Where the checkpoint before had
-    them, or its index is torch_dist's own, these two are missing."""
+    them these two are missing."""
 
     name = "Megatron torch_dcp"
     marks = re.compile(r"(?:__\d+)?\.metadata\Z|.*\.distcp\Z")
@@ -177,16 +198,5 @@ class TorchDcp(Form):
     def judge(self, folder: Folder, expected: Expected, report: Report) -> None:
         judge_index(folder, "", report)
         needed = [name for name in ("metadata.json", "common.pt") if name in folder.previous]
-        if not needed and not report.torn and _is_torch_dist(folder):
-            needed = ["metadata.json", "common.pt"]
         report.torn += ["`{}` is missing".format(name) for name in needed]
         MegatronDist._bridge(folder, report)
-
-
-def _is_torch_dist(folder: Folder) -> bool:
-    """torch_dist's index is of a class of its own (strategies/torch.py `MCoreMetadata`)."""
-    try:
-        with open(os.path.join(folder.path, ".metadata"), "rb") as stream:
-            return b"MCoreMetadata" in stream.read(4096)
-    except OSError:
-        return False

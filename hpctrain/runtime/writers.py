@@ -6,8 +6,18 @@ from typing import Dict, List, Set, Tuple
 
 from . import shards
 from .dcp import judge_index
-from .huggingface import deepspeed_tag, judge_deepspeed, read_json, whole_files
-from .layout import Expected, Folder, Form, Report, missing, opened, shape_of
+from .huggingface import deepspeed_tag, judge_deepspeed, whole_files
+from .layout import (
+    Expected,
+    Folder,
+    Form,
+    Report,
+    json_faults,
+    missing,
+    opened,
+    read_json,
+    shape_of,
+)
 
 
 class Verl(Form):
@@ -88,6 +98,7 @@ class Verl(Form):
             for name in ("dist_ckpt/metadata.json", "dist_ckpt/common.pt"):
                 if name not in part.files:
                     report.torn.append("`{}/{}` is missing".format(role, name))
+            report.torn += json_faults(part, ["dist_ckpt/metadata.json"], role + "/")
 
 
 class OlmoCore(Form):
@@ -163,6 +174,8 @@ class Nanotron(Form):
         r"|(?:model_)?config\.(?:json|yaml)\Z"
     )
     _OF = re.compile(r"(\d+)-of-(\d+)")
+    _PARSED = ("checkpoint_metadata.json", "optimizer/optimizer_config.json")
+    _LOADED = re.compile(r"(?:model|optimizer|lr_scheduler|random)/.*\.(?:safetensors|pt|json)\Z")
 
     def judge(self, folder: Folder, expected: Expected, report: Report) -> None:
         if "checkpoint_metadata.json" not in folder.files:
@@ -170,11 +183,11 @@ class Nanotron(Form):
         needed = ("model/", "optimizer/", "lr_scheduler/", "optimizer/optimizer_config.json")
         lost = [name for name in needed if not any(file.startswith(name) for file in folder.files)]
         self.lacking(folder, report, ["`{}` is missing".format(name) for name in lost])
-        report.torn += whole_files(folder)
+        report.torn += json_faults(folder, self._PARSED) + whole_files(folder)
         for names in self._families(folder).values():
             report.torn += self._lost(names)[:3]
         report.torn += self._parameters(folder)
-        before = {shape_of(name) for name in folder.previous}
+        before = {shape_of(name) for name in folder.previous if self._LOADED.match(name)}
         gone = sorted(before - {shape_of(name) for name in folder.files})
         report.torn += [
             "`{}`, as in the one beside it, is missing".format(name) for name in gone[:3]

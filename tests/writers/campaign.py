@@ -143,8 +143,8 @@ class Bench:
             top = os.path.join(self.folder, f"case-{number}")
             root = os.path.join(top, self.writer.root_name)
             copy_tree(os.path.dirname(self.whole), top)
-            done = damage(root, name, other, dice)
             tracker = damage_tracker(self.writer, root, dice)
+            done = damage(root, name, other, dice)
             yield self.judged(root, name, done, f"{seed}/{number}", tracker)
             if keep:
                 target = os.path.join(keep, f"{self.writer.name}-{number}")

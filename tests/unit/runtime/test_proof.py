@@ -286,6 +286,99 @@ class TestMegatronLegacy:
         assert "`mp_rank_01/model_optim_rng.pt`" in judge_path(str(path))[1].reason
 
 
+class TestSmallFilesThatLoadersParse:
+    """A settings file that its loader parses is whole only when it can be parsed."""
+
+    def nanotron(self, path):
+        files = {
+            "checkpoint_metadata.json": b'{"tp": 1}',
+            "optimizer/optimizer_config.json": b'{"type": "x"}',
+            "optimizer/optimizer_pp-0-of-1_dp-0-of-1_tp-0-of-1_exp-0-of-1.pt": TORCH,
+            "lr_scheduler/lr_scheduler_pp-0-of-1_dp-0-of-1_tp-0-of-1_exp-0-of-1.pt": TORCH,
+            "model/model/norm/pp_block/model_weight.safetensors": safetensors(),
+        }
+        return write(path, files), ("checkpoint_metadata.json", "optimizer/optimizer_config.json")
+
+    def megatron(self, path):
+        files = {"metadata.json": b'{"sharded_backend": "torch_dist"}', "common.pt": TORCH}
+        return write(dcp(path, __0_0=20), files), ("metadata.json",)
+
+    def ours(self, path):
+        record = {"hpctrain.json": b'{"iteration": 7, "config": {}}'}
+        return write(dcp(path, __0_0=20), record), ("hpctrain.json",)
+
+    @pytest.mark.parametrize("kind", ["nanotron", "megatron", "ours"])
+    @pytest.mark.parametrize(
+        "damage", [lambda c: b"", lambda c: c[:-1], lambda c: c[:-3] + b"\0\0\0"]
+    )
+    def test_one_that_is_cut_or_ends_in_zeros_is_torn(self, tmp_path, kind, damage):
+        path, names = getattr(self, kind)(tmp_path / {"ours": "step-7"}.get(kind, "7"))
+        assert state(path) == "complete"
+        for name in names:
+            content = (path / name).read_bytes()
+            (path / name).write_bytes(damage(content))
+            assert state(path) == "torn", name
+            (path / name).write_bytes(content)
+
+    @pytest.mark.parametrize("layout", [None, "dcp"])
+    def test_hpctrains_own_record_of_another_step_is_a_mixture(self, tmp_path, layout):
+        path, _ = self.ours(tmp_path / "step-8")
+        assert state(path, layout) == "torn"
+
+    @pytest.mark.parametrize(
+        ("text", "answer"),
+        [
+            ("model: {tp: 2}\ncheckpoint: {save_rng: true}\n", "complete"),
+            ("model:\n  tp: 2", "complete"),
+            ("{}", "complete"),
+            ("model: {tp: 2}\ncheckpoint: {save", "torn"),
+            ("model:\n  tp: 2\nchec", "torn"),
+            ("model: {tp: 2}\n\0\0\0", "torn"),
+            ("", "torn"),
+        ],
+    )
+    def test_bridges_configuration_is_cut_where_no_yaml_can_end(self, tmp_path, text, answer):
+        path, _ = self.megatron(tmp_path / "iter_0000007")
+        write(path, {"train_state.pt": TORCH, "run_config.yaml": text.encode()})
+        assert state(path) == state(path, "megatron") == answer
+
+
+class TestTheOneBeside:
+    """The checkpoint before tells what the program writes, and only that."""
+
+    def test_a_lone_model_beside_a_trainers_checkpoint_is_one_that_was_cut_off(self, tmp_path):
+        hf(tmp_path / "checkpoint-4", step=4)
+        path = write(
+            tmp_path / "checkpoint-5", {"config.json": b"{}", "model.safetensors": safetensors()}
+        )
+        assert state(path) == "torn"
+
+    def test_torch_dist_is_told_by_its_index_when_all_else_is_gone(self, tmp_path):
+        path = dcp(tmp_path / "copy-of-7", __0_0=20)
+        told = Metadata({("w", 0): _StorageInfo("__0_0.distcp", 0, 20)})
+        told.all_local_plans = []
+        (path / ".metadata").write_bytes(pickle.dumps(told))
+        form, verdict = judge_path(str(path))
+        assert verdict.state == "torn" and "`metadata.json`" in verdict.reason
+
+    def test_open_instruct_misses_what_the_one_before_has(self, tmp_path):
+        files = {
+            "model.safetensors": safetensors(),
+            "optimizer.bin": TORCH,
+            "random_states_0.pkl": TORCH,
+        }
+        files["COMPLETED"] = b"COMPLETED"
+        write(tmp_path / "step_2", {**files, "scheduler.bin": TORCH})
+        path = write(tmp_path / "step_4", files)
+        assert state(path) == "torn"
+
+    def test_a_file_of_nobodys_in_the_one_before_is_not_missed(self, tmp_path):
+        made, _ = TestSmallFilesThatLoadersParse().nanotron(tmp_path / "5")
+        write(made, {"model/model/.rsync-filter": b"x", "slurm-1.out": b"x"})
+        path, _ = TestSmallFilesThatLoadersParse().nanotron(tmp_path / "7")
+        assert state(path) == "complete"
+
+
 class TestWhatNobodyKnows:
     def test_it_is_unknown_and_nothing_at_all_is_torn(self, tmp_path):
         assert (
