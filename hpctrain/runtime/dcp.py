@@ -105,6 +105,11 @@ def judge_index(folder: Folder, where: str, report: Report) -> None:
         ranks = {match.group(1) for match in map(_RANK_FILE.match, part.files) if match}
         wanted = sorted(ranks, key=int)
         report.torn += missing("indexes", wanted, own, (prefix + "__{}.metadata").format)
+        before = sum(1 for name in part.previous if _RANK_INDEX.match(name))
+        if len(own) < before:
+            # Nothing says how many ranks there were: fewer, or the last ones never wrote theirs.
+            line = "it has indexes of {} ranks, the one before of {}"
+            report.unknown.append(line.format(len(own), before))
     for name in sorted(indexes):
         fault = _judge_one(part, name, prefix, report)
         if fault:

@@ -24,7 +24,8 @@ _OF = re.compile(r"(model|pytorch_model)-(\d{5})-of-(\d{5})\.(safetensors|bin)\Z
 # What save_pretrained leaves beside the weights of any model, tokenizer, processor or adapter.
 _DESCRIBES = (
     r"(?:[\w.-]*config|generation_config|tokenizer[\w.-]*|special_tokens_map|added_tokens|vocab"
-    r"|chat_template[\w.-]*|preprocessor_config|processor_config|merges)\.(?:json|txt|jinja|model)\Z"
+    r"|chat_template[\w.-]*|preprocessor_config|processor_config|merges)"
+    r"\.(?:json|txt|jinja|model)\Z"
     r"|tokenizer\.model\Z|spiece\.model\Z|[\w.-]*\.spm\Z|README\.md\Z|chat_template\.jinja\Z"
     r"|training_args\.bin\Z|.*\.(?:py|md|txt)\Z|additional_chat_templates/.*"
 )
@@ -293,7 +294,8 @@ class Accelerate(Form):
     name = "accelerate"
     marks = re.compile(
         r"random_states_\d+\.pkl\Z|custom_checkpoint_\d+\.pkl\Z|optimizer(?:_\d+)?\.bin\Z"
-        r"|scheduler(?:_\d+)?\.bin\Z|sampler(?:_\d+)?\.bin\Z|dl_state_dict(?:_\d+)?\.bin\Z|COMPLETED\Z"
+        r"|scheduler(?:_\d+)?\.bin\Z|sampler(?:_\d+)?\.bin\Z|dl_state_dict(?:_\d+)?\.bin\Z"
+        r"|COMPLETED\Z"
     )
     writes = re.compile(
         "|".join([marks.pattern, _MODEL_FILES, _DESCRIBES, _FSDP, r"scaler\.pt\Z"])

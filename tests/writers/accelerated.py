@@ -7,7 +7,8 @@ from typing import Any
 
 from .contract import COMMON_MODULES, Leaves, Load, Writer, leaves, without_gaps
 from .dcp import POISON, model, poisoned, train_step
-from .hf import fsdp_on_cpu, random_states, set_random_states
+from .hf import HfTrainer, fsdp_on_cpu, random_states, set_random_states
+from .zero import model_state, optimizer_state, poison, without_shared_memory
 
 
 class _Counter:
@@ -127,6 +128,95 @@ class Fsdp(Accelerated):
         )
 
 
+class Zero(Accelerated):
+    """accelerate's DeepSpeed plugin: the engine's own checkpoint in `pytorch_model/`."""
+
+    num_ranks = num_readers = 2
+    reloads = False
+    stage = 2
+    preload = (*Accelerated.preload, *HfTrainer.preload)
+
+    def get_ready(self) -> None:
+        super().get_ready()
+        without_shared_memory()
+
+    def could_be_whole(self, left: set[str]) -> bool:
+        """As above; DeepSpeed tells its ranks by itself."""
+        parts = {
+            f"pytorch_model/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)
+        }
+        if self.stage == 3:
+            parts |= {one.replace("optim_states", "model_states") for one in parts}
+        else:
+            parts.add("pytorch_model/mp_rank_00_model_states.pt")
+        return left >= {*parts, "random_states_0.pkl", "random_states_1.pkl"}
+
+    def parts(self, root: str, automatic: bool = True) -> tuple[Any, Any, Any, Any, Any]:
+        import torch
+        from accelerate import Accelerator, DeepSpeedPlugin
+        from accelerate.utils import ProjectConfiguration
+
+        project = ProjectConfiguration(
+            project_dir=os.path.dirname(root), automatic_checkpoint_naming=automatic
+        )
+        config = {
+            "train_micro_batch_size_per_gpu": 8,
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": {"stage": self.stage},
+            "zero_allow_untested_optimizer": True,
+        }
+        accelerator = Accelerator(
+            project_config=project, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config)
+        )
+        net = model(8)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=9)
+        net, optimizer, schedule = accelerator.prepare(net, optimizer, schedule)
+        counter = _Counter()
+        accelerator.register_for_checkpointing(counter)
+        return accelerator, net, optimizer, schedule, counter
+
+    def train(self, accelerator: Any, net: Any, step: int) -> None:
+        import torch
+
+        ids = torch.randint(0, 40, (8,), generator=torch.Generator().manual_seed(step))
+        accelerator.backward(torch.nn.functional.cross_entropy(net(ids), ids))
+
+    def write(self, root: str, rank: int) -> None:
+        set_random_states(5)
+        accelerator, net, _, schedule, counter = self.parts(root)
+        for step in range(max(self.steps) + 1):
+            self.train(accelerator, net, step)
+            schedule.step()
+            counter.value, accelerator.step = step + 50, step + 70
+            accelerator.save_state()
+            set_random_states(step + 6)
+
+    def reader(self, rank: int) -> Load:
+        accelerator, net, _, schedule, counter = self.parts("/tmp/unused/checkpoints")
+        self.train(accelerator, net, 3)
+
+        def load(root: str, name: str) -> Leaves:
+            poison(net)
+            counter.value, accelerator.step = -1, -1
+            set_random_states(99)
+            accelerator.load_state(os.path.join(root, name))
+            kept = {"model": model_state(net), "optimizer": optimizer_state(net)}
+            kept.update(scheduler=schedule.state_dict(), random=random_states())
+            return leaves({**kept, "counter": counter.value, "step": accelerator.step})
+
+        return load
+
+
+class Zero2(Zero):
+    name = "accelerate-zero2-2"
+
+
+class Zero3(Zero):
+    name = "accelerate-zero3-2"
+    stage = 3
+
+
 class OpenInstruct(Accelerated):
     """open-instruct's finetune.py: `save_state(step_N)`, then the file COMPLETED (finetune.py
     967-972, utils.py 789)."""
@@ -162,4 +252,4 @@ class OpenInstruct(Accelerated):
         return load
 
 
-WRITERS = (Accelerated, Fsdp, OpenInstruct)
+WRITERS = (Accelerated, Fsdp, Zero2, Zero3, OpenInstruct)

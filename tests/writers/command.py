@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import gc
 import json
 import os
 import resource
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         for one in chosen:
             about = next(kind.__doc__ for kind in type(one).__mro__ if kind.__doc__) or ""
-            print(f"{one.name:30}{'built' if one.built else ''}", about.splitlines()[0])
+            print(f"{one.name:30}{one.built:13}{about.splitlines()[0]}")
         return
     began = time.monotonic()
     settle()
@@ -81,6 +81,7 @@ def choose(wanted: list[str] | None) -> list[Writer]:
 
 def settle() -> None:
     """What all processes forked from this one shall find: one thread, no GPU, no network."""
+    gc.disable()  # in this process, which does nothing but import
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     find_olmo()
@@ -114,8 +115,8 @@ def campaign(
             todo = (
                 range(args.case, args.case + 1) if args.case is not None else numbers[writer.name]
             )
-            for module in writer.preload:  # here, so that each is imported once
-                importlib.import_module(module)
+            writer.get_ready()
+            gc.freeze()  # else each process would touch, and so copy, all that was imported
             ours, theirs = FORK.Pipe(duplex=False)
             process = FORK.Process(target=work, args=(writer, todo, args, folder, theirs))
             process.start()
@@ -144,6 +145,7 @@ def work(
     writer: Writer, todo: range, args: argparse.Namespace, folder: str, end: Connection
 ) -> None:
     """One writer's part, in a process of its own."""
+    gc.enable()
     bench = Bench(writer, folder)
     began = ready = time.monotonic()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -43,7 +44,7 @@ class Writer:
     # a file that only this layout asks for: what lacks it is another writer's whole checkpoint
     marker = ""
     resumes = True  # False: what it leaves out on purpose, nobody can go on without
-    built = False  # a tree built from the writer's sources, judged by a rule written from them
+    built = ""  # what of it no framework wrote, but a tree built from its sources
     preload: ClassVar[tuple[str, ...]] = ()  # imported before any process is forked
 
     @property
@@ -52,6 +53,11 @@ class Writer:
         if self.slow:
             return 2
         return 10 if self.num_readers == 1 and self.reloads else 3
+
+    def get_ready(self) -> None:
+        """What is done once, before any process is forked: each then finds it done."""
+        for module in self.preload:
+            importlib.import_module(module)
 
     def folder(self, step: int) -> str:
         """The name of the folder (or file) of a checkpoint."""

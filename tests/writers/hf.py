@@ -99,21 +99,26 @@ class HfTrainer(Writer):
 
         if "fsdp" in self.arguments:
             fsdp_on_cpu()
-        transformers.logging.set_verbosity_error()
-        args = transformers.TrainingArguments(
-            output_dir=root,
-            max_steps=max_steps,
-            save_steps=2,
-            per_device_train_batch_size=2,
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            logging_strategy="no",
-            lr_scheduler_type="linear",
-            warmup_steps=3,
-            **self.arguments,
-        )
+        args = transformers.TrainingArguments(**self.settings(root, max_steps))
         return transformers.Trainer(self.net(seed), args, train_dataset=examples())
+
+    def settings(self, root: str, max_steps: int) -> dict[str, Any]:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        return {
+            "output_dir": root,
+            "max_steps": max_steps,
+            "save_steps": 2,
+            "per_device_train_batch_size": 2,
+            "use_cpu": True,
+            "report_to": [],
+            "disable_tqdm": True,
+            "logging_strategy": "no",
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 3,
+            **self.arguments,
+        }
 
     def write(self, root: str, rank: int) -> None:
         self.trainer(root, max(self.steps)).train()
@@ -254,9 +259,9 @@ class DeepSpeed(HfTrainer):
     reloads = False
     preload = HfTrainer.preload
 
-    def trainer(self, root: str, max_steps: int, seed: int = 3) -> Any:
+    def get_ready(self) -> None:
+        super().get_ready()
         without_shared_memory()
-        return super().trainer(root, max_steps, seed)
 
     @property
     def arguments(self) -> dict[str, Any]:  # type: ignore[override]
@@ -292,4 +297,53 @@ class Zero3(DeepSpeed):
     stage = 3
 
 
-WRITERS = (Plain, Shards, Peft, OnlyModel, Ddp, Fsdp, FsdpFull, Zero1, Zero2, Zero3)
+class Sft(HfTrainer):
+    """TRL's SFTTrainer: transformers' checkpoint, and its own tokenizer beside the model."""
+
+    name = "trl-sft"
+    preload = (*HfTrainer.preload, "trl.trainer.sft_trainer", "datasets")
+
+    def trainer(self, root: str, max_steps: int, seed: int = 3) -> Any:
+        import trl
+        from datasets import Dataset
+
+        args = trl.SFTConfig(**self.settings(root, max_steps))
+        data = Dataset.from_list(examples())
+        return trl.SFTTrainer(
+            self.net(seed), args, train_dataset=data, processing_class=tiny_tokenizer()
+        )
+
+
+class Dpo(Sft):
+    """TRL's DPOTrainer: a reference model that is not saved."""
+
+    name = "trl-dpo"
+    preload = (*HfTrainer.preload, "trl.trainer.dpo_trainer", "datasets")
+
+    def trainer(self, root: str, max_steps: int, seed: int = 3) -> Any:
+        import trl
+        from datasets import Dataset
+
+        args = trl.DPOConfig(**self.settings(root, max_steps))
+        rows = [{"prompt": "a b", "chosen": f"c{row}", "rejected": "d"} for row in range(16)]
+        return trl.DPOTrainer(
+            self.net(seed),
+            ref_model=self.net(1),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tiny_tokenizer(),
+        )
+
+
+def tiny_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(("<pad>", "</s>", "<unk>", *"abcd"))}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    marks = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **marks)
+
+
+WRITERS = (Plain, Shards, Peft, OnlyModel, Ddp, Fsdp, FsdpFull, Zero1, Zero2, Zero3, Sft, Dpo)

@@ -11,7 +11,7 @@ from .hf import _Stop
 
 
 class Lightning(Writer):
-    """`epoch=E-step=S.ckpt` and `last.ckpt`; loaded by `fit(ckpt_path=…)` up to its first batch."""
+    """`epoch=E-step=S.ckpt` and `last.ckpt`; loaded by `fit(ckpt_path=…)` up to a first batch."""
 
     name = "lightning-1"
     layout = "lightning"

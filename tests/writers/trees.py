@@ -19,7 +19,7 @@ class Tree(Writer):
     """`needed` files raise when they cannot be read, `silent` ones are left out when they are not
     there, others unread."""
 
-    built = True
+    built = "built"
     preload = ("torch", "safetensors.torch")
 
     def needed(self) -> list[str]:

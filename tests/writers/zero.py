@@ -21,7 +21,8 @@ ENGINE_MODULES = (
 
 
 def without_shared_memory() -> None:
-    """DeepSpeed would compile a shared-memory all-reduce with g++; gloo needs nothing built."""
+    """DeepSpeed would compile a shared-memory all-reduce with g++; gloo needs nothing built. To ask
+    what could be built at all runs the compiler four times."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -37,6 +38,10 @@ class Engine(Writer):
     preload = ENGINE_MODULES
     stage = 0
     more: dict[str, Any] = {}
+
+    def get_ready(self) -> None:
+        super().get_ready()
+        without_shared_memory()
 
     def folder(self, step: int) -> str:
         return f"global_step{step}"
@@ -59,7 +64,6 @@ class Engine(Writer):
         import deepspeed
         import torch
 
-        without_shared_memory()
         if not torch.distributed.is_initialized():
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
             torch.distributed.init_process_group(
@@ -287,6 +291,7 @@ class Universal(Zero1):
     """The normal checkpoint with a universal one beside it, as `ds_to_universal.py` converts it."""
 
     name = "deepspeed-universal-beside-2"
+    preload = (*ENGINE_MODULES, "deepspeed.checkpoint.ds_to_universal")
     num_ranks = num_readers = 2
 
     def write(self, root: str, rank: int) -> None:
@@ -299,25 +304,15 @@ class Universal(Zero1):
 
 
 def to_universal(root: str, name: str) -> None:
-    import subprocess
-    import sys
+    from argparse import Namespace
+
+    from deepspeed.checkpoint import ds_to_universal
 
     path = os.path.join(root, name)
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.checkpoint.ds_to_universal",
-        "--input_folder",
-        path,
-        "--output_folder",
-        f"{path}_universal",
-        "--num_extract_workers",
-        "1",
-        "--num_merge_workers",
-        "1",
-        "--inject_missing_state",
-    ]
-    subprocess.run(command, check=True)
+    given = Namespace(input_folder=path, output_folder=f"{path}_universal", strict=True)
+    given.num_extract_workers = given.num_merge_workers = 1
+    given.inject_missing_state, given.keep_temp_folder = True, False
+    ds_to_universal.main(given)
 
 
 WRITERS = (

@@ -106,6 +106,18 @@ class TestTorchDistributed:
         (path / ".metadata").write_bytes(index(__0_0=20)[:keep])
         assert state(path) == "torn"
 
+    def test_indexes_of_fewer_ranks_than_before_may_be_all_or_not(self, tmp_path):
+        for rank in range(2):
+            for step in (4, 5):
+                made = dcp(tmp_path / f"step-{step}", **{f"__{rank}_0": 20})
+                (made / ".metadata").rename(made / f"__{rank}.metadata")
+        path = tmp_path / "step-5"
+        assert state(path) == "complete"
+        os.unlink(path / "__1.metadata")
+        assert state(path) == "torn"
+        os.unlink(path / "__1_0.distcp")
+        assert state(path) == "unknown"
+
     def test_an_index_runs_nothing_and_reads_nothing_elsewhere(self, tmp_path):
         class Evil:
             def __reduce__(self):
