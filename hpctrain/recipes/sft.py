@@ -137,7 +137,7 @@ def config_text(config: SftConfig, name: str) -> str:
         value = list(value) if isinstance(value, tuple) else value
         if value is None or value == []:
             continue
-        lines += ["", *text.comment(item.metadata["doc"]), *text.block(item.name, value)]
+        lines += ["", *text.comment(item.metadata["field"].doc), *text.block(item.name, value)]
     return "\n".join(lines) + "\n"
 
 

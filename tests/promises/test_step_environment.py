@@ -35,9 +35,8 @@ def play(tmp_path, monkeypatch, cli, run_job):
             template = tmp_path / ".hpctrain/templates/command/job.sbatch.j2"
             template.parent.mkdir(parents=True, exist_ok=True)
             template.write_text(
-                '{% extends "!builtin/command/job.sbatch.j2" %}\n{% block user_setup %}\n'
-                + setup
-                + "\n{% endblock %}\n"
+                '{% extends "!builtin/command/job.sbatch.j2" %}\n'
+                "{% block user_setup %}\n" + setup + "\n{% endblock %}\n"
             )
         code, out, err = cli("render", "--force")
         assert code == 0, err

@@ -15,9 +15,9 @@ from typing import Any
 
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.paths import hub_cache_dir
-from hpctrain.config.document import Document, load_yaml, looks_like_float
+from hpctrain.config.document import Document, load_yaml
 from hpctrain.config.fields import Field, check
-from hpctrain.config.trainers.sft import SftConfig, is_stop_signal
+from hpctrain.config.trainers.sft import SftConfig, read_numbers, stop_signal_problems
 
 _DATASET = {
     "dataset_name": Field(
@@ -351,26 +351,5 @@ def _contradictions(config: DpoConfig, document: Document) -> list[Problem]:
             "`share_prompt: always` needs a mask that flash_attention_2 cannot take",
             "delete one of them",
         )
-    if not is_stop_signal(values["stop_signal"]):
-        add(
-            "stop_signal",
-            f"`stop_signal: {values['stop_signal']}` is not the name of a signal that a process can"
-            " hear",
-            "such as USR1",
-        )
-    return found
-
-
-def read_numbers(data: Any, fields: Mapping[str, Field]) -> Any:
-    """The data with `5e-7`, which YAML 1.1 reads as text, as the number it means."""
-    if not isinstance(data, dict):
-        return data
-    out = {}
-    for key, value in data.items():
-        field = fields.get(key)
-        if field and field.kind == "table":
-            value = read_numbers(value, field.fields or {})
-        elif field and field.kind == "number" and looks_like_float(value):
-            value = float(value)
-        out[key] = value
-    return out
+    where = document.where("dpo_training", "stop_signal")
+    return found + stop_signal_problems(values["stop_signal"], where)

@@ -7,23 +7,24 @@ the data.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 import os
 import signal
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.config.document import Document, load_yaml, looks_like_float
-from hpctrain.config.fields import countable
+from hpctrain.config.fields import Field, check
+
+_TOKEN = Field("int", "a token id", minimum=0)
 
 
-def _key(default: Any, doc: str, **rules: Any) -> Any:
-    """A config key: its default, one sentence, and rules among `choices`, `least`, `most`,
-    `above`."""
-    return field(default=default, metadata={"doc": doc, **rules})
+def _key(kind: str, doc: str, default: Any = None, **rules: Any) -> Any:
+    """A config key: a dataclass field that carries its declaration."""
+    declared = Field(kind, doc, default=default, **rules)
+    return field(default=() if kind == "list" else default, metadata={"field": declared})
 
 
 @dataclass(frozen=True)
@@ -31,101 +32,135 @@ class SftConfig:
     """What `hpctrain.train.sft` trains. Paths are absolute once parsed (relative ones are relative
     to the file)."""
 
-    model: str = _key("", "Hugging Face directory, or a config.json for random weights")
-    train_data_paths: tuple[str, ...] = _key((), "prefixes of indexed datasets, without .bin")
-    seq_length: int = _key(2048, "tokens the model sees per row; rows hold one more", least=2)
-    train_iters: int | None = _key(None, "optimizer steps in all; or give train_epochs", least=1)
-    train_epochs: float | None = _key(None, "passes over the data; or give train_iters", above=0)
+    model: str = _key(
+        "path", "Hugging Face directory, or a config.json for random weights", required=True
+    )
+    train_data_paths: tuple[str, ...] = _key(
+        "list",
+        "prefixes of indexed datasets, without .bin",
+        required=True,
+        items=Field("path", "a prefix"),
+    )
+    seq_length: int = _key(
+        "int", "tokens the model sees per row; rows hold one more", 2048, minimum=2
+    )
+    train_iters: int | None = _key("int", "optimizer steps in all; or give train_epochs", minimum=1)
+    train_epochs: float | None = _key(
+        "number", "passes over the data; or give train_iters", minimum=1e-6
+    )
     init: str = _key(
-        "auto",
+        "text",
         "weights of a fresh start: auto takes the directory's when it has any",
+        "auto",
         choices=("auto", "random", "pretrained"),
     )
     tokenizer: str | None = _key(
-        None, "SentencePiece model; kept in each checkpoint for export and generate"
+        "path", "SentencePiece model; kept in each checkpoint for export and generate"
     )
 
-    train_micro_batch_size_per_gpu: int = _key(1, "rows per rank and forward pass", least=1)
+    train_micro_batch_size_per_gpu: int = _key(
+        "int", "rows per rank and forward pass", 1, minimum=1
+    )
     gradient_accumulation_steps: int | None = _key(
-        None, "forward passes per step; derived when absent", least=1
+        "int", "forward passes per step; derived when absent", minimum=1
     )
     train_batch_size: int | None = _key(
-        None, "rows per step over all ranks; derived when absent", least=1
+        "int", "rows per step over all ranks; derived when absent", minimum=1
     )
 
     pack_impl: str = _key(
-        "k_bin_packed",
+        "text",
         "best fit of whole documents, or one document a row",
+        "k_bin_packed",
         choices=("k_bin_packed", "unpacked"),
     )
     loss_mask_pairs: tuple[int, ...] = _key(
-        (), "flat list open, close, …: untrained from open to close, both included"
+        "list",
+        "flat list open, close, …: untrained from open to close, both included",
+        items=_TOKEN,
     )
     loss_mask_alternating_individual: tuple[int, ...] = _key(
-        (), "ids whose 1st, 3rd, … occurrence is untrained"
+        "list", "ids whose 1st, 3rd, … occurrence is untrained", items=_TOKEN
     )
-    loss_mask_individual: tuple[int, ...] = _key((), "ids that are never trained")
+    loss_mask_individual: tuple[int, ...] = _key("list", "ids that are never trained", items=_TOKEN)
     eod_mask_loss: bool = _key(
-        False, "whether the token after an end of document is untrained; needs eod_id"
+        "bool", "whether the token after an end of document is untrained; needs eod_id", False
     )
-    eod_id: int | None = _key(None, "the end-of-document token", least=0)
+    eod_id: int | None = _key("int", "the end-of-document token", minimum=0)
 
     precision: str = _key(
-        "bf16", "of weights and activations; the optimizer is always fp32", choices=("bf16", "fp32")
+        "text",
+        "of weights and activations; the optimizer is always fp32",
+        "bf16",
+        choices=("bf16", "fp32"),
     )
-    zero_stage: int = _key(1, "DeepSpeed ZeRO stage", least=0, most=3)
+    zero_stage: int = _key("int", "DeepSpeed ZeRO stage", 1, minimum=0, maximum=3)
     attention: str = _key(
-        "auto",
+        "text",
         "auto takes flash_attention_2 where it is installed, else sdpa",
+        "auto",
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
     )
     activation_checkpointing: bool = _key(
-        False, "recompute activations in the backward pass to save memory"
+        "bool", "recompute activations in the backward pass to save memory", False
     )
 
-    lr: float = _key(1e-5, "peak learning rate", least=0)
-    min_lr: float = _key(0.0, "learning rate at the end of the decay", least=0)
+    lr: float = _key("number", "peak learning rate", 1e-5, minimum=0)
+    min_lr: float = _key("number", "learning rate at the end of the decay", 0.0, minimum=0)
     lr_decay_style: str = _key(
-        "cosine", "shape after the warm-up", choices=("cosine", "linear", "constant")
+        "text", "shape after the warm-up", "cosine", choices=("cosine", "linear", "constant")
     )
     lr_decay_iters: int | None = _key(
-        None, "iteration where the decay ends; train_iters when absent", least=1
+        "int", "iteration where the decay ends; train_iters when absent", minimum=1
     )
-    warmup_iters: int = _key(0, "iterations of linear warm-up", least=0)
-    weight_decay: float = _key(0.0, "AdamW weight decay of matrices; vectors get none", least=0)
-    adam_beta1: float = _key(0.9, "AdamW beta1", least=0, most=1)
-    adam_beta2: float = _key(0.95, "AdamW beta2", least=0, most=1)
-    adam_eps: float = _key(1e-8, "AdamW epsilon", above=0)
-    gradient_clipping: float = _key(1.0, "largest gradient norm; 0 for none", least=0)
-    seed: int = _key(1234, "of initial weights, data order and dropout", least=0, most=2**31 - 1)
+    warmup_iters: int = _key("int", "iterations of linear warm-up", 0, minimum=0)
+    weight_decay: float = _key(
+        "number", "AdamW weight decay of matrices; vectors get none", 0.0, minimum=0
+    )
+    adam_beta1: float = _key("number", "AdamW beta1", 0.9, minimum=0, maximum=1)
+    adam_beta2: float = _key("number", "AdamW beta2", 0.95, minimum=0, maximum=1)
+    adam_eps: float = _key("number", "AdamW epsilon", 1e-8, minimum=1e-30)
+    gradient_clipping: float = _key("number", "largest gradient norm; 0 for none", 1.0, minimum=0)
+    seed: int = _key(
+        "int", "of initial weights, data order and dropout", 1234, minimum=0, maximum=2**31 - 1
+    )
 
-    checkpoint_factor: int = _key(100, "iterations between checkpoints", least=1)
+    checkpoint_factor: int = _key("int", "iterations between checkpoints", 100, minimum=1)
     keep_last_n_checkpoints: int | None = _key(
-        None, "how many of this run's checkpoints to keep; absent keeps all", least=2
+        "int", "how many of this run's checkpoints to keep; absent keeps all", minimum=2
     )
     export_dir: str | None = _key(
-        None, "Hugging Face directory that the finished run leaves, which a pipeline hands on"
+        "path", "Hugging Face directory that the finished run leaves, which a pipeline hands on"
     )
-    stop_signal: str = _key("USR1", "the signal that means: save and exit 0 at the next step")
-    log_interval: int = _key(10, "iterations between log lines", least=1)
+    stop_signal: str = _key(
+        "text", "the signal that means: save and exit 0 at the next step", "USR1"
+    )
+    log_interval: int = _key("int", "iterations between log lines", 10, minimum=1)
     max_skipped_in_a_row: int = _key(
-        10, "stop after so many steps in a row without a finite gradient", least=1
+        "int", "stop after so many steps in a row without a finite gradient", 10, minimum=1
     )
     wandb_project: str | None = _key(
-        None, "Weights & Biases project; offline unless WANDB_MODE says otherwise"
+        "text", "Weights & Biases project; offline unless WANDB_MODE says otherwise"
     )
-    distributed_timeout_s: int = _key(1800, "how long a rank waits for the others", least=30)
+    distributed_timeout_s: int = _key(
+        "int", "how long a rank waits for the others", 1800, minimum=30
+    )
 
     @property
     def stop_signal_number(self) -> int:
         return int(signal.Signals["SIG" + self.stop_signal.removeprefix("SIG")])
 
 
-def is_stop_signal(name: str) -> bool:
-    """Whether it is the name of a signal that can ask a process to stop: no process hears KILL and
-    STOP."""
+def stop_signal_problems(name: str, where: str) -> list[Problem]:
+    """One when no signal of that name can ask a process to stop: no process hears KILL and STOP."""
     bare = name.removeprefix("SIG")
-    return "SIG" + bare in signal.Signals.__members__ and bare not in ("KILL", "STOP")
+    if "SIG" + bare in signal.Signals.__members__ and bare not in ("KILL", "STOP"):
+        return []
+    what = f"`stop_signal: {name}` is not the name of a signal that a process can hear"
+    return [Problem(what, where=where, hint="such as USR1")]
+
+
+FIELDS: dict[str, Field] = {item.name: item.metadata["field"] for item in fields(SftConfig)}
 
 
 def load_config(path: str) -> SftConfig:
@@ -151,42 +186,71 @@ def parse_config(document: Document, base_dir: str) -> tuple[SftConfig, list[Pro
     With problems it is a best guess, good for finding more of them. Relative paths are relative to
     `base_dir`.
     """
-    data = {} if document.data is None else document.data
-    if not isinstance(data, dict):
-        return SftConfig(), [Problem("the config is not a mapping of keys", where=document.where())]
-    problems: list[Problem] = []
-    fields = {item.name: item for item in dataclasses.fields(SftConfig)}
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else ""
-            problems.append(
-                Problem(f"unknown key `{key}`", where=document.where_key(key), hint=hint)
-            )
-            continue
-        try:
-            values[key] = _convert(value, fields[key])
-        except ValueError as error:
-            what = f"`{key}: {_show(value)}` {error}"
-            problems.append(
-                Problem(what, document.where(key), why=f"{key}: {fields[key].metadata['doc']}")
-            )
-    for key in ("model", "tokenizer", "export_dir"):
-        if values.get(key):
-            values[key] = os.path.join(base_dir, os.path.expanduser(values[key]))
-    if "train_data_paths" in values:
-        values["train_data_paths"] = tuple(
-            os.path.join(base_dir, prefix) for prefix in values["train_data_paths"]
-        )
+    data = document.data or {}
+    values, problems = check(replace(document, data=_as_meant(data)), FIELDS)
+    problems += _empty_keys(data, document)
+    for key, declared in FIELDS.items():
+        if declared.kind == "path" and values.get(key):
+            values[key] = _below(base_dir, values[key])
+        elif declared.kind == "list":
+            values[key] = tuple(item for item in values.get(key) or () if item is not None)
+    values["train_data_paths"] = tuple(
+        _below(base_dir, prefix) for prefix in values["train_data_paths"]
+    )
+    config = replace(
+        SftConfig(), **{key: value for key, value in values.items() if value is not None}
+    )
     bad = {problem.where for problem in problems}
-    config = dataclasses.replace(SftConfig(), **values)
+    given = set(data) if isinstance(data, dict) else set()
     problems += [
-        problem
-        for problem in _contradictions(config, document, set(data))
-        if problem.where not in bad
+        problem for problem in _contradictions(config, document, given) if problem.where not in bad
     ]
     return config, problems
+
+
+def _empty_keys(data: Any, document: Document) -> list[Problem]:
+    """The keys with a default of their own that are given without a value: nobody means that."""
+    given = data if isinstance(data, dict) else {}
+    empty = [key for key in FIELDS if key in given and given[key] is None]
+    hint = "delete the line to take the default, {}"
+    return [
+        Problem(f"`{key}` has no value", document.where(key), hint=hint.format(FIELDS[key].default))
+        for key in empty
+        if FIELDS[key].default is not None
+    ]
+
+
+def _below(folder: str, path: str) -> str:
+    return os.path.join(folder, os.path.expanduser(path))
+
+
+def _as_meant(data: Any) -> Any:
+    """The data with NeoX's name for bf16, one item where a list is due as a list, and `8e-6` as a
+    number."""
+    if not isinstance(data, dict):
+        return data
+    data = read_numbers(data, FIELDS)
+    for key, value in data.items():
+        if key in FIELDS and FIELDS[key].kind == "list" and isinstance(value, (str, int)):
+            data[key] = [value]
+    if data.get("precision") == "bfloat16":
+        data["precision"] = "bf16"
+    return data
+
+
+def read_numbers(data: Any, fields: Mapping[str, Field]) -> Any:
+    """The data with `5e-7`, which YAML 1.1 reads as text, as the number it means."""
+    if not isinstance(data, dict):
+        return data
+    out = {}
+    for key, value in data.items():
+        declared = fields.get(key)
+        if declared and declared.kind == "table":
+            value = read_numbers(value, declared.fields or {})
+        elif declared and declared.kind == "number" and looks_like_float(value):
+            value = float(value)
+        out[key] = value
+    return out
 
 
 @dataclass(frozen=True)
@@ -244,51 +308,6 @@ def learning_rate(config: SftConfig, iteration: int, train_iters: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * share
 
 
-def _convert(value: Any, item: Any) -> Any:
-    """`value` as the field's type. Raises ValueError with a clause that continues '`key: value`
-    …'."""
-    kind, rules = item.type, item.metadata
-    if value is None:
-        if "None" in kind:
-            return None
-        raise ValueError("has no value")
-    if kind.startswith("tuple"):
-        value = value if isinstance(value, list) else [value]
-        wanted = int if "int" in kind else str
-        if any(not isinstance(child, wanted) or isinstance(child, bool) for child in value):
-            raise ValueError(f"is not a list of {'token ids' if wanted is int else 'paths'}")
-        if wanted is int and min(value, default=0) < 0:
-            raise ValueError("has a negative token id")
-        return tuple(value)
-    if kind.startswith("bool"):
-        if not isinstance(value, bool):
-            raise ValueError("is not true or false")
-        return value
-    if kind.startswith("str"):
-        if item.name == "precision" and value == "bfloat16":
-            value = "bf16"  # NeoX's name for it
-        if not isinstance(value, str) or not value or "\0" in value:
-            raise ValueError("is not text")
-        if "choices" in rules and value not in rules["choices"]:
-            raise ValueError(f"is none of {', '.join(rules['choices'])}")
-        if item.name == "stop_signal" and not is_stop_signal(value):
-            raise ValueError("is not the name of a signal that a process can hear, such as USR1")
-        return value
-    if kind.startswith("float") and looks_like_float(value):
-        value = float(value)  # YAML 1.1 reads 8e-6 as text
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not countable(value):
-        raise ValueError("is not a number")
-    if kind.startswith("int") and not isinstance(value, int):
-        raise ValueError("is not a whole number")
-    if "least" in rules and value < rules["least"]:
-        raise ValueError(f"is below {rules['least']}")
-    if "most" in rules and value > rules["most"]:
-        raise ValueError(f"is above {rules['most']}")
-    if "above" in rules and value <= rules["above"]:
-        raise ValueError(f"is not above {rules['above']}")
-    return float(value) if kind.startswith("float") else value
-
-
 def _contradictions(config: SftConfig, document: Document, given: set[str]) -> list[Problem]:
     """Keys that are valid alone and wrong together."""
     found = []
@@ -296,9 +315,6 @@ def _contradictions(config: SftConfig, document: Document, given: set[str]) -> l
     def add(key: str, what: str, hint: str = "") -> None:
         found.append(Problem(what, where=document.where(key), hint=hint))
 
-    for key in ("model", "train_data_paths"):
-        if key not in given:
-            add(key, f"`{key}` is missing", SftConfig.__dataclass_fields__[key].metadata["doc"])
     if (config.train_iters is None) == (config.train_epochs is None) and not given >= {
         "train_iters",
         "train_epochs",
@@ -334,7 +350,7 @@ def _contradictions(config: SftConfig, document: Document, given: set[str]) -> l
         )
     if config.lr_decay_iters and config.lr_decay_iters < config.warmup_iters:
         add("lr_decay_iters", "the decay ends before the warm-up does")
-    return found
+    return found + stop_signal_problems(config.stop_signal, document.where("stop_signal"))
 
 
 def _missing_files(config: SftConfig, document: Document) -> list[Problem]:
@@ -368,8 +384,3 @@ def _missing_files(config: SftConfig, document: Document) -> list[Problem]:
             what = f"{' and '.join(gone)} {'do' if gone[1:] else 'does'} not exist"
             found.append(Problem(what, where=document.where("train_data_paths", number), hint=hint))
     return found
-
-
-def _show(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "…"

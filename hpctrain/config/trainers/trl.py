@@ -17,8 +17,8 @@ from typing import Any
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.config.document import Document, load_yaml
 from hpctrain.config.fields import Field, check
-from hpctrain.config.trainers.dpo import absolute_source, find_source, read_numbers
-from hpctrain.config.trainers.sft import is_stop_signal
+from hpctrain.config.trainers.dpo import absolute_source, find_source
+from hpctrain.config.trainers.sft import read_numbers, stop_signal_problems
 
 ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _LORA = {
@@ -337,15 +337,7 @@ def _contradictions(config: HfSftConfig, document: Document) -> list[Problem]:
                     hint=f"set `{key}`",
                 )
             )
-    if not is_stop_signal(config.values["stop_signal"]):
-        found.append(
-            Problem(
-                f"`stop_signal: {config.values['stop_signal']}` is no signal that a process can"
-                " hear",
-                where=document.where("stop_signal"),
-                hint="USR1, USR2 or TERM",
-            )
-        )
+    found += stop_signal_problems(config.stop_signal, document.where("stop_signal"))
     if config.max_steps and config.warmup_steps > config.max_steps:
         found.append(
             Problem(

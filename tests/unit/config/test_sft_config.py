@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base import errors
-from hpctrain.config.trainers.sft import SftConfig, learning_rate, load_config, resolve_batch
+from hpctrain.config.document import load_yaml
+from hpctrain.config.trainers.sft import (
+    SftConfig,
+    learning_rate,
+    load_config,
+    parse_config,
+    resolve_batch,
+)
 from hpctrain.train.core.launch import Launch
 
 
@@ -57,15 +64,15 @@ def test_all_problems_come_at_once_in_a_form_that_says_where(files: Path) -> Non
         "2:23": "d.bin.idx` do not exist",
         "4:15": "both",
         "5:1": "learning_rate",
-        "6:13": "above 3",
+        "6:13": "more than 3",
         "7:9": "above `lr",
         "8:16": "needs `eod_id`",
         "9:13": "whole number",
         "10:14": "signal",
         "11:18": "3 ids",
-        "12:11": "not above 0",
+        "12:11": "less than 1e-30",
         "13:15": "above `train_iters",
-        "14:12": "k_bin_packed",
+        "14:12": "pack_impl: magic` is not one of them",
     }.items():
         assert words in found.get(place, ""), (place, found)
 
@@ -136,3 +143,13 @@ def test_scratch_ignores_a_checkpoint_and_the_others_need_one(tmp_path: Path) ->
     assert Launch.from_environment({**env, "HPCTRAIN_MODE": "scratch"}).checkpoint == ""
     with pytest.raises(errors.UsageError, match="not a directory"):
         Launch.from_environment({**env, "HPCTRAIN_MODE": "resume"})
+
+
+def test_a_key_without_a_value_never_takes_its_default_in_silence(files: Path) -> None:
+    (files / "c.yml").write_text(
+        "model: m\ntrain_data_paths: [d]\ntrain_iters: 3\nlr:\nzero_stage:\nwandb_project:\n"
+    )
+    config, found = parse_config(load_yaml(str(files / "c.yml")), str(files))
+    told = {problem.what for problem in found}
+    assert {"`lr` has no value", "`zero_stage` has no value"} <= told
+    assert config.wandb_project is None and not any("wandb" in what for what in told)

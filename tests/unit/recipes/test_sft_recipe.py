@@ -77,7 +77,7 @@ def test_the_signal_of_the_run_is_the_one_the_trainer_stops_on(tmp_path: Path) -
             "train_iter: 3",
             "unknown key `train_iter`",
         ),
-        ({"config": {**RUN["config"], "zero_stage": 9}}, "zero_stage: 9", "above 3"),
+        ({"config": {**RUN["config"], "zero_stage": 9}}, "zero_stage: 9", "more than 3"),
         ({"config": {**RUN["config"], "model": "x"}}, "model: x", "set as `recipe_options.model`"),
         ({"data": {}}, "data:", "no training data"),
         ({"checkpoint": {}}, "checkpoint:", "needs a folder"),
