@@ -77,10 +77,10 @@ def command(
                 "hpctrain chain" if planned.spec.num_links > 1 else "hpctrain render"
             )
         return
-    from hpctrain.slurm.jobs import query
+    from hpctrain.runs.live import ask
 
-    run = read_run(find_runs(target)[0])
-    result = cost.spent(run, query(run.job_ids()), time.time())
+    (run,), answer = ask([read_run(find_runs(target)[0])])
+    result = cost.spent(run, answer, time.time())
     if as_json:
         terminal.data_json(**run_bills.spent_fields(result))
     else:

@@ -15,7 +15,6 @@ from hpctrain.config import billing
 from hpctrain.jobs import bad_nodes as badnodes
 from hpctrain.jobs import checkpoints
 from hpctrain.jobs import side as sidejobs
-from hpctrain.jobs.checkpoints import read_plan
 from hpctrain.jobs.ledger import (
     MAIN,
     SIDE,
@@ -28,8 +27,10 @@ from hpctrain.jobs.ledger import (
 )
 from hpctrain.plan.load import Loaded
 from hpctrain.plan.run_dir import run_files, write_run_dir
+from hpctrain.runs.live import live_jobs
 from hpctrain.runs.records import RunRecords, find_pipeline, find_runs, read_run
 from hpctrain.runs.starts import Start, starts_of
+from hpctrain.runs.status import observe
 from hpctrain.runtime import history
 from hpctrain.runtime.files import read_records, write_atomic
 from hpctrain.runtime.handover import expected
@@ -37,7 +38,7 @@ from hpctrain.runtime.link import decide_now
 from hpctrain.runtime.settings import Settings, handed_over, parse_settings
 from hpctrain.runtime.survey import Choice, Survey, choose
 from hpctrain.slurm import commands as slurm
-from hpctrain.slurm.jobs import Job, of_user
+from hpctrain.slurm.jobs import Job, in_queue, of_user
 
 # Above this much of the machine a person should look once more: a day of one 8-GPU node is 192.
 ASK_ABOVE_HOURS = 200.0
@@ -376,38 +377,75 @@ def stop(run_dir: str, dry_run: bool = False) -> list[Job]:
 
     Returns the running jobs. Never cancels anything.
     """
-    plan = read_plan(run_dir)
-    running = [job for job in _live_jobs(run_dir) if job.state == "RUNNING"]
+    run = read_run(run_dir)
     if not dry_run:
         try:
             write_atomic(os.path.join(run_dir, "STOP"), "")
         except OSError as error:
-            raise EnvironmentFault(f"cannot write `{run_dir}/STOP`: {error.strerror}") from error
-        signal = plan["job"]["signal"]
-        for job in running if signal.get("forward") else ():
+            hint = f"`hpctrain cancel {run_dir}` ends its jobs now"
+            what = f"cannot write `{run_dir}/STOP`: {error.strerror}"
+            raise EnvironmentFault(what, hint=hint) from error
+    running = [job for job in live_jobs(run) if job.state == "RUNNING"]
+    signal = run.section("job").get("signal") or {}
+    if not dry_run and signal.get("forward"):
+        for job in running:
             slurm.signal_batch(job.job_id, signal["name"])
     return running
 
 
-def cancel(run_dir: str, dry_run: bool = False) -> list[Job]:
-    """Cancel every waiting and running job of the chain now, the last link first; returns them."""
-    with only_one(run_dir):
-        ledger = read_ledger(run_dir)
-        order = {job_id: key for key, job_id in ledger.submitted().items()}
-        found = sorted(
-            _live_jobs(run_dir), key=lambda job: order.get(job.job_id, (0, MAIN)), reverse=True
-        )
+@dataclass(frozen=True)
+class Cancelled:
+    """The jobs that were cancelled, what that loses in words, and why the run directory does not
+    have it on record, where it does not."""
+
+    jobs: tuple[Job, ...]
+    lost: str
+    unrecorded: str = ""
+
+
+def cancel(run_dir: str, dry_run: bool = False, job_id: str | None = None) -> Cancelled:
+    """Cancel every waiting and running job of the run now, the last link first, and `job_id` in any
+    case. Raises EnvironmentFault when Slurm does not answer.
+
+    Nothing but Slurm is needed for it: a folder that cannot be written loses the record alone.
+    """
+    with contextlib.ExitStack() as held:
+        unrecorded = ""
+        try:
+            held.enter_context(only_one(run_dir))
+        except OSError as error:
+            unrecorded = f"`{error.filename}`: {error.strerror}"
+        run = read_run(run_dir)
+        order = {str(record.get("job_id")): record.get("link") or 0 for record in run.ledger}
+        found = live_jobs(run)
+        if job_id and job_id not in {job.job_id for job in found}:
+            found += [job for job in in_queue([job_id]) if job.live]
+        found.sort(key=lambda job: (order.get(job.job_id, 0), int(job.job_id)), reverse=True)
         if not dry_run and found:
             slurm.cancel([job.job_id for job in found])
-            record_cancelled(run_dir, [job.job_id for job in found])
-    return found
+            try:
+                record_cancelled(run_dir, [job.job_id for job in found])
+            except (EnvironmentFault, OSError) as error:
+                unrecorded = str(error)
+    lost = _lost(run_dir) if any(job.running for job in found) else ""
+    return Cancelled(tuple(found), lost, unrecorded)
+
+
+def _lost(run_dir: str) -> str:
+    """What its end now costs a run, in words; empty where nothing of it runs."""
+    status = observe([run_dir], ask_slurm=False)[0]
+    progress, newest = status.progress, status.progress.checkpoint
+    if progress.unsaved is None:
+        return "what was trained since the newest checkpoint, if any; how much is not known"
+    since = f"the newest complete checkpoint, `{newest}`" if newest else "the beginning"
+    return f"{progress.unsaved} iterations since {since}"
 
 
 def exclude_bad(run_dir: str, bad: Sequence[badnodes.BadNode]) -> list[str]:
     """Keep the waiting links off the bad nodes, beside those they avoid already; returns the jobs
     that were changed."""
     changed = []
-    for job in _live_jobs(run_dir):
+    for job in live_jobs(read_run(run_dir)):
         if job.state == "PENDING":
             try:
                 slurm.exclude_nodes(
@@ -419,18 +457,6 @@ def exclude_bad(run_dir: str, bad: Sequence[badnodes.BadNode]) -> list[str]:
                 continue  # it began, or ended, in between
             changed.append(job.job_id)
     return changed
-
-
-def _live_jobs(run_dir: str) -> list[Job]:
-    ledger = read_ledger(run_dir)
-    ids = set(ledger.submitted().values())
-    uid = ledger.uid
-    # By tag too: a job whose ledger line was cut off is one of ours.
-    return [
-        job
-        for job in of_user()
-        if job.live and (job.job_id in ids or (uid and job.comment.startswith(f"hpctrain:{uid}:")))
-    ]
 
 
 def find_chains(target: str) -> list[str]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.runs import daemons
+from hpctrain.runs.live import ask
 from hpctrain.runs.records import RunRecords, by_hand, find_one, list_logs, read_run
 from hpctrain.runs.starts import Start, starts_of
-from hpctrain.slurm.jobs import Answer, query
+from hpctrain.slurm.jobs import Answer
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.engine import Engine
 from hpctrain.triage.judge import Diagnosis, in_order, judge
@@ -103,7 +104,7 @@ class Subject:
     def ask_slurm(self) -> None:
         """Ask squeue, sacct and scontrol of the run's jobs and nodes, each once."""
         assert self.run is not None
-        self.slurm = query(self.run.job_ids())
+        (self.run,), self.slurm = ask([self.run])
         starts = self._starts()
         nodes = dict.fromkeys(node for start in starts for node in start.nodes)
         if starts:

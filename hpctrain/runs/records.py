@@ -28,7 +28,8 @@ PIPELINE = "pipeline.json"
 
 @dataclass(frozen=True)
 class RunRecords:
-    """What a run directory tells by itself. `unseen` says what could not be read."""
+    """What a run directory tells by itself. `unseen` says what could not be read, `queued` which
+    jobs squeue lists as this run's beside those on record (`runs.live`)."""
 
     run_dir: str
     name: str
@@ -38,6 +39,7 @@ class RunRecords:
     logs: tuple[str, ...] = ()
     stop: bool = False
     unseen: tuple[str, ...] = ()
+    queued: tuple[str, ...] = ()
 
     def section(self, name: str) -> Mapping[str, Any]:
         """`job`, `guard` or `cost` of plan.json, empty when it is not there."""
@@ -50,9 +52,25 @@ class RunRecords:
         return value if isinstance(value, int) and value > 0 else None
 
     @property
+    def offset(self) -> int:
+        """What the numbers of checkpoints are ahead of the run's own iterations: the tilde fork
+        counts on from its start's number."""
+        guard, own = self.section("guard"), self.section("job").get("iterations")
+        target = guard.get("target")
+        if guard.get("counter") != "greatest_folder":
+            return 0
+        return max(target - own, 0) if isinstance(target, int) and isinstance(own, int) else 0
+
+    @property
     def recipe(self) -> str | None:
         value = self.plan.get("recipe")
         return value if isinstance(value, str) else None
+
+    @property
+    def uid(self) -> str | None:
+        """The run's own word in the tag of each job of ours, None before the first submission."""
+        tags = (str(record.get("tag", "")).split(":") for record in self.ledger)
+        return next((parts[1] for parts in tags if len(parts) >= 3), None)
 
     def ended_jobs(self) -> set[str]:
         """The jobs whose end, or whose cancelling, the run directory itself records."""
@@ -64,8 +82,8 @@ class RunRecords:
         }
 
     def job_ids(self) -> list[str]:
-        """Every job id that the ledger, the links or the logs name, oldest first."""
-        found: dict[str, None] = {}
+        """Every job id that the ledger, the links, the logs or squeue name, oldest first."""
+        found: dict[str, None] = dict.fromkeys(self.queued)
         for record in (*self.ledger, *self.links):
             job_id = str(record.get("job_id") or "")
             if _JOB_ID.match(job_id):
@@ -85,7 +103,7 @@ def by_hand(run: RunRecords) -> list[str]:
     ran = dict.fromkeys(
         str(record.get("job_id")) for record in run.links if record.get("event") == "begin"
     )
-    ran.update(dict.fromkeys(filter(None, map(job_of_log, run.logs))))
+    ran.update(dict.fromkeys((*filter(None, map(job_of_log, run.logs)), *run.queued)))
     return [job_id for job_id in ran if job_id not in queued] if queued else []
 
 

@@ -131,6 +131,7 @@ def jobs_of(run: RunRecords, answer: Answer | None = None, now_s: float = 0.0) -
         starts = _starts(
             first, records.get(job_id, ()), list(filter(_began, told)), counts_on, now_s
         )
+        starts = [_own_iterations(start, run.offset) for start in starts]
         queued, cancelled = (job_id, "submitted") in events, (job_id, "cancelled") in events
         starts = _bounded(starts, logs.get(job_id))
         jobs.append(JobHistory(job_id, first.link, queued, cancelled, newest, tuple(starts)))
@@ -238,6 +239,15 @@ def _recorded(
         end_s=end_s,
         elapsed_s=_between(start.start_s, end_s),
     )
+
+
+def _own_iterations(start: Start, offset: int) -> Start:
+    """The start with the run's own iterations, of numbers that are `offset` ahead of them."""
+    first, last = (
+        None if number is None else max(number - offset, 0)
+        for number in (start.iteration_from, start.iteration_to)
+    )
+    return replace(start, iteration_from=first, iteration_to=last)
 
 
 def _accounted(start: Start, job: Job, now_s: float) -> Start:

@@ -1,6 +1,6 @@
 """What a run is doing: the run directory, squeue and sacct put together, each of them optional.
 
-One squeue and one sacct call serve any number of runs and links. Whatever could not be asked is
+Two squeue calls and one sacct call serve any number of runs and links. Whatever could not be asked is
 named in `unseen`.
 """
 
@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.config import billing
+from hpctrain.runs.live import ask
 from hpctrain.runs.records import RunRecords, by_hand, read_run
 from hpctrain.runs.starts import NO_END, JobHistory, Start, jobs_of
-from hpctrain.slurm.jobs import Answer, query
+from hpctrain.slurm.jobs import Answer
 from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.records import Event, distinct, job_of_log, utc
 
@@ -110,7 +111,10 @@ class LinkStatus:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `eta_s` is time of running still needed, without the time in the queue."""
+    """How far a run is. `eta_s` is time of running still needed, without the time in the queue.
+
+    Iterations are the run's own; the numbers of checkpoints are `offset` ahead of them.
+    """
 
     iteration: int | None = None
     target: int | None = None
@@ -119,6 +123,14 @@ class Progress:
     links_needed: int | None = None
     checkpoint: str | None = None
     checkpoint_iteration: int | None = None
+    offset: int = 0
+
+    @property
+    def unsaved(self) -> int | None:
+        """Iterations since the newest complete checkpoint; None where it is not known."""
+        if self.iteration is None:
+            return None
+        return max(self.iteration - (self.checkpoint_iteration or 0), 0)
 
     def as_json(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -159,12 +171,15 @@ def observe(
     now_s: float | None = None,
     read_logs: bool = True,
 ) -> list[RunStatus]:
-    """The status of each run, in the order given, with one squeue and one sacct call for all of
-    them."""
+    """The status of each run, in the order given, with two squeue calls at most and one sacct call
+    for all of them."""
     now_s = time.time() if now_s is None else now_s
     runs = [read_run(run_dir) for run_dir in run_dirs]
-    ids = list(dict.fromkeys(job_id for run in runs for job_id in run.job_ids()))
-    answer = query(ids) if ask_slurm else Answer({}, {}, ("Slurm was not asked",) if ids else ())
+    if ask_slurm:
+        runs, answer = ask(runs)
+    else:
+        submitted = any(run.job_ids() for run in runs)
+        answer = Answer({}, {}, ("Slurm was not asked",) if submitted else ())
     return [status_of(run, answer, now_s, read_logs) for run in runs]
 
 
@@ -345,9 +360,10 @@ def _progress(
     number: int | None,
 ) -> Progress:
     job, guard = run.section("job"), run.section("guard")
-    target = (
-        _whole(guard.get("target")) or _whole(job.get("iterations")) or _whole(tail.get("total"))
-    )
+    target = _whole(guard.get("target"))
+    target = target - run.offset if target else None
+    target = target or _whole(job.get("iterations")) or _whole(tail.get("total"))
+    number = None if number is None else max(number - run.offset, 0)
     known = [
         value
         for link in links
@@ -380,7 +396,7 @@ def _progress(
             )
         else:
             needed = 0 if not left else None
-    return Progress(iteration, target, step_s, eta_s, needed, checkpoint, number)
+    return Progress(iteration, target, step_s, eta_s, needed, checkpoint, number, run.offset)
 
 
 def _newest_checkpoint(run: RunRecords, unseen: list[str]) -> tuple[str | None, int | None]:

@@ -198,9 +198,11 @@ def _progress(status: RunStatus) -> str:
         return "unknown"
     if not progress.target:
         return str(progress.iteration)
+    base = progress.offset
+    counted = f" [{progress.iteration + base} of {progress.target + base}]" if base else ""
     return (
         f"{progress.iteration} of {progress.target}"
-        f" ({100 * progress.iteration / progress.target:.0f}%)"
+        f" ({100 * progress.iteration / progress.target:.0f}%){counted}"
     )
 
 

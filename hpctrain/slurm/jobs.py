@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hpctrain.base.errors import EnvironmentFault
@@ -25,7 +25,7 @@ RUNNING_STATES = frozenset(
 )
 LIVE_STATES = PENDING_STATES | RUNNING_STATES
 _SEPARATOR = "\x1f"
-_SQUEUE = ("%i", "%T", "%r", "%S", "%V", "%N", "%D", "%e", "%Z", "%j", "%k")
+_SQUEUE = ("%i", "%T", "%r", "%S", "%V", "%N", "%D", "%e", "%Z", "%j", "%k", "%o")
 _SACCT = (
     "JobIDRaw",
     "JobID",
@@ -74,6 +74,7 @@ class Job:
     work_dir: str = ""
     name: str = ""
     comment: str = ""
+    command: str = ""  # its script with arguments; empty where it came through a pipe
 
     @property
     def pending(self) -> bool:
@@ -125,20 +126,20 @@ class Answer:
         ]
 
 
-def query(job_ids: Sequence[str]) -> Answer:
-    """Ask squeue and then sacct about the jobs, once each. What is missing or does not answer is
-    told in `unseen`."""
-    jobs: dict[str, Job] = {}
+def query(job_ids: Sequence[str], queue: Sequence[Job] | None = None) -> Answer:
+    """Ask about the jobs: squeue for those that are not in `queue` (`of_user`'s answer), and sacct.
+    What is missing or does not answer is told in `unseen`."""
+    wanted = set(job_ids)
+    jobs = {job.job_id: job for job in queue or () if job.job_id in wanted}
     earlier: dict[str, list[Job]] = {}
     if not job_ids:
         return Answer(jobs, earlier)
     unseen: list[str] = []
-    listed = ",".join(job_ids)
     try:
-        asked = ["squeue", "--noheader", "--states=all", f"--jobs={listed}", _SQUEUE_FORMAT]
-        jobs.update((job.job_id, job) for job in parse_squeue(_ask(asked)))
+        jobs.update((job.job_id, job) for job in in_queue(wanted - set(jobs)))
     except EnvironmentFault as error:
         unseen.append(f"squeue: {error.problems[0].what}")
+    listed = ",".join(job_ids)
     try:
         found = parse_sacct(_ask(["sacct", *_SACCT_FORMAT, "--duplicates", f"--jobs={listed}"]))
         for job_id, records in found.items():
@@ -151,6 +152,14 @@ def query(job_ids: Sequence[str]) -> Answer:
     except EnvironmentFault as error:
         unseen.append(f"sacct: {error.problems[0].what}")
     return Answer(jobs, earlier, tuple(unseen), not unseen)
+
+
+def in_queue(job_ids: Collection[str]) -> list[Job]:
+    """Those of the jobs that slurmctld knows, whosever they are. Raises EnvironmentFault."""
+    if not job_ids:
+        return []
+    listed = f"--jobs={','.join(sorted(job_ids))}"
+    return parse_squeue(_ask(["squeue", "--noheader", "--states=all", listed, _SQUEUE_FORMAT]))
 
 
 def of_user(ids: Iterable[str] = ()) -> list[Job]:
@@ -214,9 +223,8 @@ def parse_squeue(text: str) -> list[Job]:
         fields = [field.strip() for field in line.split(_SEPARATOR)]
         if len(fields) != len(_SQUEUE) or not fields[0][:1].isdigit():
             continue
-        job_id, state, reason, start, submit, nodes, num_nodes, end, work_dir, name, comment = (
-            fields
-        )
+        job_id, state, reason, start, submit, nodes, num_nodes, end, *words = fields
+        work_dir, name, comment, command = ("" if word == "(null)" else word for word in words)
         out.append(
             Job(
                 job_id,
@@ -230,7 +238,8 @@ def parse_squeue(text: str) -> list[Job]:
                 num_nodes=_number(num_nodes),
                 work_dir=work_dir,
                 name=name,
-                comment="" if comment == "(null)" else comment,
+                comment=comment,
+                command=command,
             )
         )
     return out
@@ -293,8 +302,12 @@ def merge(queue: Job, accounting: Job) -> Job:
 
 def work_dir_of(job_id: str) -> str | None:
     """The working directory Slurm knows for a job, which for ours is the run directory; None when
-    nobody knows."""
-    job = query([job_id]).jobs.get(job_id)
+    there is no such job. Raises EnvironmentFault where Slurm did not answer."""
+    answer = query([job_id])
+    job = answer.jobs.get(job_id)
+    silent = [what for what in answer.unseen if what.startswith("squeue")]
+    if job is None and silent and slurm.have("squeue"):
+        raise EnvironmentFault(f"whose job {job_id} is, Slurm did not tell: {silent[0]}")
     return job.work_dir or None if job else None
 
 

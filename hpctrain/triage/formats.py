@@ -21,7 +21,7 @@ from collections.abc import Callable
 from hpctrain.triage.records import Step, last_match
 
 _N = rb"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|[nN][aA][nN]|[iI]nf(?:inity)?)"
-_ITERATION = re.compile(rb"\biteration:?\s+(\d+)\s*(?:/\s*(\d+))?")
+_ITERATION = re.compile(rb"\biteration:?\s+(\d+)(?:\s*\[\s*\d+\])?\s*(?:/\s*(\d+))?")
 # The line as GPT-NeoX and hpctrain print it today, in one go; any other order of fields takes the
 # slow way.
 _NEOX = re.compile(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import chains
 import pytest
 
 from hpctrain.config.site import load_site
@@ -148,3 +149,16 @@ def idle(sandbox: Sandbox) -> Iterator[Sandbox]:
         if not sandbox.ok("squeue", "-h").strip():
             break
         time.sleep(0.1)
+
+
+@pytest.fixture
+def make(sandbox: Sandbox, tmp_path: Path) -> Iterator[Any]:
+    """Makes a `Chain` in a folder of its own; its jobs are ended afterwards."""
+
+    def made(**changes: Any) -> chains.Chain:
+        return chains.Chain(sandbox, tmp_path, **changes)
+
+    yield made
+    ids = [job_id for job_id, *_ in chains.Chain(sandbox, tmp_path).queue()]
+    if ids:
+        sandbox.ok("scancel", *ids)

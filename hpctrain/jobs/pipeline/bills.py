@@ -19,8 +19,8 @@ from hpctrain.plan.render import plan_json
 from hpctrain.runs import bills as run_bills
 from hpctrain.runs import cost
 from hpctrain.runs.cost import Allocation, Bill, Spent
+from hpctrain.runs.live import ask
 from hpctrain.runs.records import find_pipeline, is_run_dir, read_pipeline_index, read_run
-from hpctrain.slurm.jobs import query
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,8 @@ def read(
 def stages(contents: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[StageCost]:
     """Each stage's cost from (name, run directory, plan.json's content). Raises UsageError where a
     plan tells no cost."""
-    runs = {path: read_run(path) for _, path, _ in contents if is_run_dir(path)}
-    jobs = [job_id for run in runs.values() for job_id in run.job_ids()]
-    answer, now_s = query(jobs), time.time()
+    found, answer = ask([read_run(path) for _, path, _ in contents if is_run_dir(path)])
+    runs, now_s = {run.run_dir: run for run in found}, time.time()
     out = []
     for name, path, content in contents:
         job = cost.full_job(content)
@@ -136,7 +135,7 @@ def stages(contents: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[Stage
             for bill in cost.before(content)
             if "iterations" in bill.what
         ]
-        run = runs.get(path)
+        run = runs.get(os.path.abspath(path))
         out.append(
             StageCost(
                 name,

@@ -113,7 +113,7 @@ def gather(run_dir: str, ask_slurm: bool = True, now_s: float | None = None) -> 
     subject = Subject(list(run.logs), Thresholds(), run, Answer({}, {}, ("Slurm was not asked",)))
     if ask_slurm:
         subject.ask_slurm()
-    answer = subject.slurm
+    run, answer = subject.run or run, subject.slurm
     points = Points()
     subject.engine.on_step = points.add
     diagnosis = subject.diagnose()

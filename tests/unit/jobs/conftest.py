@@ -28,7 +28,7 @@ elif name == "sbatch":
 elif name == "squeue":
     for job_id, job in state["jobs"].items():
         if not job.get("forgotten"):
-            fields = [job_id, job["state"], "None", "N/A", "N/A", "", "1", "N/A", "/x", "ft", job["comment"]]
+            fields = [job_id, job["state"], "None", "N/A", "N/A", "", "1", "N/A", "/x", "ft", job["comment"], "(null)"]
             print("\\x1f".join(fields))
 elif name == "scancel":
     for job_id in words:

@@ -36,6 +36,7 @@ SQUEUE = "\n".join(
             "/r/a",
             "a b",
             "(null)",
+            "/r/a/job.sbatch 2",
         ),
         (
             "103",
@@ -49,6 +50,7 @@ SQUEUE = "\n".join(
             "/r/a",
             "a",
             "",
+            "/r/a/job.sbatch 2",
         ),
         ("garbage",),
     ]
@@ -271,7 +273,7 @@ def test_either_alone_or_neither_still_answers_and_says_what_it_could_not_see(
     json.dumps(status.as_json(), allow_nan=False)
 
 
-def test_200_links_of_many_runs_cost_one_squeue_and_one_sacct(tmp_path, slurm_says):
+def test_200_links_of_many_runs_cost_two_squeues_and_one_sacct(tmp_path, slurm_says):
     calls = slurm_says("", "")
     folders = []
     for number in range(4):
@@ -288,7 +290,7 @@ def test_200_links_of_many_runs_cost_one_squeue_and_one_sacct(tmp_path, slurm_sa
         folders.append(str(folder))
     statuses = observe(folders, now_s=NOW)
     assert sum(len(status.links) for status in statuses) == 200
-    assert calls == ["squeue", "sacct"]
+    assert calls == ["squeue", "squeue", "sacct"]
 
 
 def test_an_unknown_job_id_is_no_error(monkeypatch):

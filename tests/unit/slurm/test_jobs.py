@@ -28,6 +28,7 @@ def squeue_line(**changes):
         "work_dir": "/a dir/x",
         "name": "ft",
         "comment": "(null)",
+        "command": "/a dir/x/job.sbatch 2",
     }
     return S.join({**fields, **changes}.values()) + "\n"
 
@@ -66,6 +67,7 @@ def test_every_field_of_squeue_has_its_place():
         work_dir="/a dir/x",
         name="ft",
         comment="hpctrain:u:1:link:ab",
+        command="/a dir/x/job.sbatch 2",
     )
 
 
