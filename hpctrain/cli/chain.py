@@ -148,4 +148,5 @@ def _number(jobs: str | None) -> int | None:
 
 
 def _span(first: int | None, last: int | None) -> str:
-    return "" if first is None else f"{first} -> {'?' if last is None else last}"
+    end = "?" if last is None else last
+    return "" if first is None else f"{first} -> {end}"

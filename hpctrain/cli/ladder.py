@@ -117,7 +117,8 @@ def _show(results: Sequence[Result], as_json: bool) -> None:
         rows = []
         for r in results:
             name, validates = purpose(rungs, r.rung)
-            verdict = "pass" if r.passed else "stop" if r.job_id else "not reached"
+            stopped = "stop" if r.job_id else "not reached"
+            verdict = "pass" if r.passed else stopped
             switched = " ".join(
                 f"{key.rpartition('.')[2]}={value}" for key, value in toggles(r.rung).items()
             )

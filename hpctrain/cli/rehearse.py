@@ -122,9 +122,8 @@ def command(
             terminal.info(line)
     ok = all(outcome.ok for outcome in outcomes)
     name = "" if run_yaml == "run.yaml" else " " + shlex.quote(run_yaml)
-    terminal.next_step(
-        f"hpctrain {('pipeline' if wanted.pipeline else 'chain') if ok else 'rehearse'}{name}"
-    )
+    verb = "pipeline" if wanted.pipeline else "chain"
+    terminal.next_step(f"hpctrain {verb if ok else 'rehearse'}{name}")
     if not ok:
         raise click.exceptions.Exit(errors.NO)
 

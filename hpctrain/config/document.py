@@ -226,14 +226,8 @@ def parse_set(assignments: Sequence[str]) -> Document:
 def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Every value in a tree with its path, parents first."""
     yield path, value
-    items: Any = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    for key, child in items:
+    items = enumerate(value) if isinstance(value, list) else ()
+    for key, child in value.items() if isinstance(value, dict) else items:
         yield from walk(child, (*path, key))
 
 

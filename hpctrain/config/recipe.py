@@ -241,7 +241,11 @@ def check_recipe_options(
 
 
 def _field(declared: Mapping[str, Any]) -> Field:
-    kind = declared["kind"]
+    kind, items = declared["kind"], None
+    if kind == "list":
+        items = Field(declared["items"], "", multiline=declared["items"] == "text")
+    elif kind == "map":
+        items = Field("any", "")
     return Field(
         kind,
         declared["doc"],
@@ -250,12 +254,6 @@ def _field(declared: Mapping[str, Any]) -> Field:
         choices=tuple(declared["choices"]),
         minimum=declared["minimum"],
         maximum=declared["maximum"],
-        items=(
-            Field(declared["items"], "", multiline=declared["items"] == "text")
-            if kind == "list"
-            else Field("any", "")
-            if kind == "map"
-            else None
-        ),
+        items=items,
         multiline=kind == "text",
     )

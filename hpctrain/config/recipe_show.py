@@ -33,9 +33,8 @@ def describe(name: str) -> dict[str, Any]:
     options = []
     for option, field in recipe.options.items():
         declared = recipe.values["options"][option]
-        default = (
-            "required" if field.required else "" if field.default is None else flow(field.default)
-        )
+        shown = "" if field.default is None else flow(field.default)
+        default = "required" if field.required else shown
         kind = f"list of {declared['items']}" if field.kind == "list" else field.kind
         options.append(
             {

@@ -68,7 +68,9 @@ def tokenize(
 
     Raises UsageError, EnvironmentFault, Refused, or the errors of the tasks.
     """
-    engine = how.engine if how.engine != "auto" else ("array" if slurm.have("sbatch") else "local")
+    engine = how.engine
+    if engine == "auto":
+        engine = "array" if slurm.have("sbatch") else "local"
     prepared = prepare(request)
     for note in prepared.notes:
         tell(note)

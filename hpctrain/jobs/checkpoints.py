@@ -412,7 +412,9 @@ def _survey(settings: Settings) -> Survey:
 
 
 def _kind(found: Candidate) -> str:
-    return "start" if found.is_start else "link" if found.is_link else "made"
+    if found.is_start:
+        return "start"
+    return "link" if found.is_link else "made"
 
 
 def _named(survey: Survey, to: str) -> Candidate:

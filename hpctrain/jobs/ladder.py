@@ -312,8 +312,9 @@ def checks(diagnosis: Diagnosis | None) -> dict[str, str]:
     found = {verdict.rule: verdict.verdict for verdict in diagnosis.verdicts} if diagnosis else {}
     out = {}
     for name, wanted in CHECKS:
-        verdicts = [found[rule] for rule in wanted if rule in found]
-        out[name] = "fail" if RED in verdicts else "pass" if GREEN in verdicts else "not seen"
+        verdicts = {found[rule] for rule in wanted if rule in found}
+        passed = "pass" if GREEN in verdicts else "not seen"
+        out[name] = "fail" if RED in verdicts else passed
     return out
 
 

@@ -121,7 +121,8 @@ def _read_options(
         if declared["reads"] != "yaml":
             continue
         value = spec.recipe_options.get(option, declared["default"])
-        names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        listed = value if isinstance(value, list) else []
+        names = [value] if isinstance(value, str) else listed
         found = []
         for index, name in enumerate(names):
             if not isinstance(name, str):

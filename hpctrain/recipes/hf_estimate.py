@@ -181,13 +181,9 @@ def _rate(context: Context, batch: int) -> tuple[float | None, list[Problem]]:
 
 def _hours(hours: float) -> str:
     """As people state it: `12 h`, `208 h`; short ones in minutes."""
-    return (
-        f"{hours:,.3g} h"
-        if hours < 100 and hours >= 1
-        else f"{hours:,.0f} h"
-        if hours >= 100
-        else format_duration(hours * 3600)
-    )
+    if hours < 1:
+        return format_duration(hours * 3600)
+    return f"{hours:,.3g} h" if hours < 100 else f"{hours:,.0f} h"
 
 
 def _same(one: float, other: float) -> bool:

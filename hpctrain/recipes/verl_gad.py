@@ -641,13 +641,9 @@ def _decisions(
             if steps and "trainer.total_training_steps" not in values
             else "as the run says"
         )
-        new = (
-            f"; {target - start} of them new"
-            if start
-            else "; those of the warmup count"
-            if spec.has_start
-            else ""
-        )
+        new = "; those of the warmup count" if spec.has_start else ""
+        if start:
+            new = f"; {target - start} of them new"
         out.append(Decision("steps.target", target, epochs + new, where("trainer.total_epochs")))
     out += [
         Decision(

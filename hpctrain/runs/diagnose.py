@@ -62,13 +62,9 @@ class Subject:
         if not events:
             return ""
         first = min(events, key=lambda event: event.order)
-        who = (
-            f", rank {first.rank}"
-            if first.rank is not None
-            else f", node {first.node}"
-            if first.node
-            else ""
-        )
+        who = f", node {first.node}" if first.node else ""
+        if first.rank is not None:
+            who = f", rank {first.rank}"
         return f"{first.failure} at {os.path.basename(first.place.file)}:{first.place.number}{who}"
 
     @property

@@ -234,11 +234,8 @@ def _node_types(kinds: Mapping[NodeShape, str], shapes: Mapping[NodeShape, int])
     lines = ["node_types:"]
     for shape, name in kinds.items():
         count = shapes[shape]
-        seen = (
-            f"{count} node{'s' if count > 1 else ''}"
-            if count
-            else "from a partition's totals; no node was shown"
-        )
+        unseen = "from a partition's totals; no node was shown"
+        seen = f"{count} node{'s' * (count > 1)}" if count else unseen
         lines += [
             f"  # {seen}",
             f"  {scalar(name)}:",

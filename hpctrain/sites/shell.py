@@ -268,11 +268,10 @@ def _gpu_option(site: Site, node: NodeType, gpus: int) -> dict[str, str]:
     request = site.values["slurm"]["gpu_request"]
     if not gpus or request == "none":
         return {}
-    return (
-        {"gpus-per-node": str(gpus)}
-        if request == "gpus-per-node"
-        else {"gres": f"gpu:{node.gpu_type + ':' if node.gpu_type else ''}{gpus}"}
-    )
+    if request == "gpus-per-node":
+        return {request: str(gpus)}
+    kind = f"{node.gpu_type}:" if node.gpu_type else ""
+    return {"gres": f"gpu:{kind}{gpus}"}
 
 
 def _words(options: Mapping[str, Any]) -> list[str]:

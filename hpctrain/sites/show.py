@@ -69,13 +69,9 @@ def blame(site: Site) -> list[tuple[str, Any, str]]:
 
 def value_text(value: Any) -> str:
     """A value for one column of a table."""
-    text = (
-        flow(value)[1:-1]
-        if isinstance(value, list)
-        else flow(value)
-        if isinstance(value, (bool, dict))
-        else str(value)
-    )
+    text = flow(value) if isinstance(value, (bool, dict, list)) else str(value)
+    if isinstance(value, list):
+        text = text[1:-1]
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

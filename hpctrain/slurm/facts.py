@@ -129,7 +129,8 @@ def _records(text: str) -> Iterable[tuple[str, list[str]]]:
         if start or header or _CONFIG_LINE.match(line):
             if current:
                 yield current
-            current = (start[1] if start else "table" if header else "config", [line])
+            other = "table" if header else "config"
+            current = (start[1] if start else other, [line])
         elif not line.strip():
             if current and current[0] != "table":
                 yield current
@@ -198,7 +199,9 @@ def _node(pairs: Mapping[str, str]) -> NodeShape | None:
     threads = _count(pairs.get("ThreadsPerCore", "")) or 1
     sockets, per_socket = _count(pairs.get("Sockets", "")), _count(pairs.get("CoresPerSocket", ""))
     cpus, mem_mib = _count(pairs.get("CPUTot", "")), _count(pairs.get("RealMemory", ""))
-    cores = sockets * per_socket if sockets and per_socket else cpus // threads if cpus else 0
+    cores = (cpus or 0) // threads
+    if sockets and per_socket:
+        cores = sockets * per_socket
     if not cores or not mem_mib or "Gres" not in pairs and "CPUTot" not in pairs:
         return None
     # CPUs without those reserved for the system; since Slurm 22.05

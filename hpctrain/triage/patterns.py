@@ -549,13 +549,10 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ),  # last: any other class says more
 )
 
+_UNCONFIRMED = {"program": RAISED}
 PATTERNS = tuple(
     Pattern(
-        failure,
-        anchor,
-        _rx(confirm) if confirm else RAISED if failure == "program" else None,
-        _QUOTED,
-        bool(weak),
+        failure, anchor, _rx(confirm) if confirm else _UNCONFIRMED.get(failure), _QUOTED, bool(weak)
     )
     for failure, anchor, confirm, *weak in _PATTERNS
 )

@@ -186,9 +186,8 @@ def _loss_trend(first: Attempt, t: Thresholds) -> Verdict:
             "the first loss is not above 0: a policy's loss, which need not fall",
         )
     if drop <= t.loss_drop:
-        change = (
-            f"{_percent(abs(drop))} {'higher' if drop < 0 else 'lower'}" if drop else "the same"
-        )
+        way = "higher" if drop < 0 else "lower"
+        change = f"{_percent(abs(drop))} {way}" if drop else "the same"
         return Verdict(
             "loss_trend",
             RED,

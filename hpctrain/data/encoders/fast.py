@@ -145,7 +145,8 @@ class FastEncoder:
         if not spans:
             return np.zeros(0, np.int32), np.zeros(0, np.int64)
         odd = {index for index, span in enumerate(spans) if "\0" in span}
-        text = self._normalized(["" if "\0" in span else span for span in spans] if odd else spans)
+        plain = ["" if "\0" in span else span for span in spans]
+        text = self._normalized(plain if odd else spans)
         if text[:1] in (b"", b"\0") or text[-1:] == b"\0" or b"\0\0" in text:
             # Where nothing is left of a span, SentencePiece may still give a lone dummy prefix.
             odd.update(index for index, part in enumerate(text.split(b"\0")) if not part)

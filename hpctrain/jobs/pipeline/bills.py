@@ -228,13 +228,10 @@ def _hours(bill: Bill | Sum | None, unit: str) -> tuple[str, str]:
     if bill is None:
         return "", ""
     hours = bill.gpu_hours if unit == "GPU-hours" else bill.node_hours
-    by_unit = (
-        bill.billed
-        if not isinstance(bill, Bill)
-        else None
-        if bill.billed is None
-        else {bill.unit: bill.billed}
-    )
+    if isinstance(bill, Bill):
+        by_unit = None if bill.billed is None else {bill.unit: bill.billed}
+    else:
+        by_unit = bill.billed
     billed = (
         "unknown"
         if by_unit is None

@@ -210,6 +210,7 @@ def rows(queue: Sequence[StagePlan], ids: Mapping[str, Mapping[int, str]]) -> li
     for found in queue:
         stage, links = found.planned.stage, found.chain.links if found.chain else ()
         jobs = ids.get(stage.name, {})
+        nothing_left = "done" if found.state == "done" else ""
         out.append(
             {
                 "stage": stage.name,
@@ -221,7 +222,7 @@ def rows(queue: Sequence[StagePlan], ids: Mapping[str, Mapping[int, str]]) -> li
                 "as": stage.way if stage.source else None,
                 "new": list(found.new),
                 "new_jobs": [jobs[link] for link in found.new if link in jobs],
-                "expected": links[0].mode if links else "done" if found.state == "done" else "",
+                "expected": links[0].mode if links else nothing_left,
                 "links": [
                     {
                         "link": link.link,

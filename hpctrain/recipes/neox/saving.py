@@ -398,7 +398,8 @@ def retention(draft: Draft, saves: Saves, start: Start | None) -> int | None:
     if keep is None or "keep_last_n_checkpoints" not in draft.values:
         return None
     total = saves.count()
-    return None if keep > 0 and total is not None and total + (1 if start else 0) <= keep else keep
+    enough = keep > 0 and total is not None and total + bool(start) <= keep
+    return None if enough else keep
 
 
 def check_retention(draft: Draft, saves: Saves, start: Start | None) -> None:

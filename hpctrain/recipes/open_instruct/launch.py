@@ -19,16 +19,12 @@ def decide_sharding(draft: Draft) -> str:
     """`zero3`, `zero2` or `none`; by itself ZeRO-3 for several processes and nothing for one."""
     asked = str(draft.options["deepspeed"])
     where = draft.option_where("deepspeed")
-    chosen = asked if asked != "auto" else ("zero3" if draft.world_size > 1 else "none")
-    reason = (
-        "as the run says"
-        if asked != "auto"
-        else (
-            "several processes: weights, gradients and optimizer are sharded over them"
-            if chosen == "zero3"
-            else "one process has nothing to shard with"
-        )
-    )
+    chosen, reason = asked, "as the run says"
+    if asked == "auto" and draft.world_size > 1:
+        chosen = "zero3"
+        reason = "several processes: weights, gradients and optimizer are sharded over them"
+    elif asked == "auto":
+        chosen, reason = "none", "one process has nothing to shard with"
     draft.decide("launch.deepspeed", chosen, reason, where)
     if chosen == "none" and draft.world_size > 1:
         draft.error(

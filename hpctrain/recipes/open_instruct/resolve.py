@@ -84,15 +84,13 @@ def resolve(context: Context) -> Resolved:
             ("DeepSpeed configuration", config_file or "", draft.option_where("deepspeed_config"))
         )
     failed = any(problem.level == "error" for problem in draft.problems)
-    caches = _caches(draft, model, mixer, cache_dir, values)
+    files = {CACHES_FILE: _caches(draft, model, mixer, cache_dir, values)}
+    if deepspeed:
+        files[launch.DEEPSPEED_FILE] = deepspeed
     return Resolved(
         argv=(options["python"], "-u", "-m", "accelerate.commands.launch"),
         workdir=folder,
-        files=(
-            {}
-            if failed
-            else {CACHES_FILE: caches, **({launch.DEEPSPEED_FILE: deepspeed} if deepspeed else {})}
-        ),
+        files={} if failed else files,
         env=launch.environment(draft, hf_home),
         guard=Guard(
             layout="open-instruct",

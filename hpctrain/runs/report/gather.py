@@ -250,7 +250,8 @@ def cadence_of(run: RunRecords, attempts: Sequence[Attempt]) -> dict[str, Any]:
     job = run.section("job")
     steps = [value for attempt in attempts for value in attempt.step_times.values]
     planned = job.get("step_time_s")
-    step_s = median(steps) if steps else planned if isinstance(planned, (int, float)) else None
+    expected = planned if isinstance(planned, (int, float)) else None
+    step_s = median(steps) if steps else expected
     every, nodes = job.get("save_every"), job.get("num_nodes")
     interval = every * step_s if isinstance(every, int) and step_s else None
     if not isinstance(nodes, int) or nodes < 1:

@@ -107,11 +107,8 @@ _REAL = {
 
 def _typed(frame: Any) -> Any:
     """The same types whatever a run tells: files of several runs can then be read as one."""
-    types = {
-        name: "Int64" if name in _WHOLE else "float64" if name in _REAL else "string"
-        for name in frame.columns
-    }
-    return frame.astype(types)
+    types = {**dict.fromkeys(_REAL, "float64"), **dict.fromkeys(_WHOLE, "Int64")}
+    return frame.astype({name: types.get(name, "string") for name in frame.columns})
 
 
 def need_parquet() -> None:

@@ -202,11 +202,9 @@ def lines(wanted: Wanted, outcomes: Sequence[Outcome], found: Sequence[Sequence[
         problem for outcome in outcomes for problem in outcome.problems if problem.level == "error"
     ]
     num_jobs = sum(len(outcome.jobs) for outcome in outcomes)
-    good = (
-        "all right"
-        if any(outcome.attempts for outcome in outcomes)
-        else f"Slurm takes {'the job' if num_jobs == 1 else f'all {num_jobs} jobs'}"
-    )
+    jobs = "the job" if num_jobs == 1 else f"all {num_jobs} jobs"
+    played = any(outcome.attempts for outcome in outcomes)
+    good = "all right" if played else f"Slurm takes {jobs}"
     return [*out, f"{len(bad)} thing{'s' * (len(bad) > 1)} would go wrong" if bad else good]
 
 

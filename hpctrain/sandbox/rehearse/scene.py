@@ -193,11 +193,9 @@ def ranks_of(plan: Plan) -> dict[str, int | None]:
     data = facts.data_parallel or max(
         world // ((facts.tensor_parallel or 1) * max(facts.pipeline_parallel or 1, 1)), 1
     )
-    zero = (
-        facts.zero_stage
-        if facts.zero_stage is not None
-        else (1 if facts.layout == "deepspeed" else None)
-    )
+    zero = facts.zero_stage
+    if zero is None and facts.layout == "deepspeed":
+        zero = 1
     return {
         "tensor": facts.tensor_parallel,
         "pipeline": facts.pipeline_parallel,

@@ -91,7 +91,9 @@ def judge_quota(what: str, said: str) -> Iterator[Finding]:
             if name == "space"
             else f"{value:,} of {limit:,} files"
         )
-        result = PROBLEM if share > _FULL else WARNING if share > _ALMOST_FULL else OK
+        result = WARNING if share > _ALMOST_FULL else OK
+        if share > _FULL:
+            result = PROBLEM
         yield Finding(
             "disk",
             f"{what} quota, {name}",

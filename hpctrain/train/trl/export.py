@@ -100,7 +100,8 @@ def _publish(
     if adapter:
         bases.check_adapter(checkpoint.path, folder)
     stored = {_STORED[dtype] for dtype in weights.dtypes} if weights else {"bf16"}
-    chosen = (stored.pop() if len(stored) == 1 else "fp32") if precision == "auto" else precision
+    own = stored.pop() if len(stored) == 1 else "fp32"
+    chosen = own if precision == "auto" else precision
     proofs: list[Proof] = []
 
     def fill(staged: str) -> None:

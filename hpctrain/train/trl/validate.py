@@ -135,7 +135,9 @@ def validate(
 
 def perplexity(loss: float) -> float:
     """e to the mean loss per token; infinite where that is too large for a number."""
-    return math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
+    if math.isnan(loss):
+        return loss
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def fault_of(text: str, ids: Sequence[int], whole: bool) -> str:
