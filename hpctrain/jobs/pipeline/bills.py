@@ -228,6 +228,7 @@ def _hours(bill: Bill | Sum | None, unit: str) -> tuple[str, str]:
     if bill is None:
         return "", ""
     hours = bill.gpu_hours if unit == "GPU-hours" else bill.node_hours
+    by_unit: Mapping[str, float] | None
     if isinstance(bill, Bill):
         by_unit = None if bill.billed is None else {bill.unit: bill.billed}
     else:
