@@ -114,13 +114,14 @@ class TorchDist2(TorchDist):
 
 
 class Bridge(TorchDist):
-    """Megatron-Bridge: `train_state.pt` and last `run_config.yaml` in the folder,
-    `latest_train_state.pt` beside.
+    """Megatron-Bridge: `train_state.pt` and last `run_config.yaml`, `latest_train_state.pt` beside.
 
-    After its training/checkpointing.py (1456-1500, 2813); megatron-core writes the shards.
+    megatron-core writes and loads the shards. These three files are built after Bridge's
+    training/checkpointing.py (1456-1500, 2813), and read as it reads them.
     """
 
     name = "megatron-bridge-2"
+    built = "partly built"
     num_ranks = num_readers = 2
 
     def tell(self, root: str, step: int) -> None:
@@ -156,10 +157,14 @@ class Bridge(TorchDist):
 
 
 class Nemo(TorchDist):
-    """NeMo 2: `weights/` (torch_dist) and `context/`, of which a resume reads the first
-    (lightning/ckpt_utils.py)."""
+    """NeMo 2: `weights/` (torch_dist) and `context/`, of which a resume reads the first.
+
+    megatron-core writes and loads `weights/`; the names and `context/` are built after NeMo's
+    lightning/ckpt_utils.py.
+    """
 
     name = "nemo-2"
+    built = "partly built"
     layout = "nemo"
     num_ranks = num_readers = 2
     tracker = None
