@@ -151,9 +151,8 @@ class MegatronDist(Form):
         if "metadata.json" in part.files and part.files["metadata.json"].size > 0:
             report.torn += json_faults(part, ["metadata.json"], prefix)
         judge_index(folder, where, report)
-        small = [prefix + name for name in ("common.pt",) if name in part.files]
-        small += [name for name in ("train_state.pt",) if name in folder.files]
-        report.torn += opened(folder, [name for name in small if folder.files[name].size > 0])
+        if "common.pt" in part.files and part.files["common.pt"].size > 0:
+            report.torn += opened(folder, [prefix + "common.pt"])
         self._bridge(folder, report)
         common = shards.top_values(os.path.join(part.path, "common.pt"), ("args", "iteration"))
         step = common.get("iteration")
@@ -168,6 +167,7 @@ class MegatronDist(Form):
         if there:
             faults = ["`{}` is missing".format(name) for name in own if name not in folder.files]
             report.torn += faults
+        report.torn += opened(folder, [name for name in own[:1] if name in folder.files])
         if "run_config.yaml" in folder.files:
             text = read_text(os.path.join(folder.path, "run_config.yaml"), MAX_TEXT_BYTES) or ""
             if not _may_be_yaml(text):

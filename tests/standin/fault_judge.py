@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import checkpoints
+import saves
 from fault_kinds import NOT_BY_STATUS, TOLD
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ def judge(run: Run, result: Result) -> None:
     if run.steps in whole.values():
         result.outcome = "reached"
         tag = next(tag for tag, step in whole.items() if step == run.steps)
-        shard = run.ckpt / tag / "mp_rank_00_model_states.pt"
-        optimizer_steps = checkpoints.load_file(shard)["optimizer_steps"]
+        optimizer_steps = saves.values_of(str(run.ckpt / tag))[0]["optimizer_steps"]
         if optimizer_steps != run.steps:
             wrong.append(f"the optimizer saw {optimizer_steps} of {run.steps} steps")
     elif begins and begins[-1]["mode"] == "gave_up":

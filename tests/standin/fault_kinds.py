@@ -28,6 +28,8 @@ OUTSIDE = (
     "twice",
 )
 KINDS = INSIDE + OUTSIDE
+# Only a tracker can be hurt, and only a tracker tells that what it names was taken away.
+OF_TRACKER = ("latest_empty", "latest_gone", "latest_garbage", "folder_gone")
 # in units of the others
 SLOW = {"time_limit": 6, "node_crash": 4, "kill_slurmd": 2, "preempt": 2, "requeue": 2}
 WORDS = {
@@ -35,9 +37,9 @@ WORDS = {
     "kill_in_save": "one rank is killed at a write of a save",
     "kill_all_in_save": "all ranks are killed in a save",
     "disk_full": "the disk is full in a save",
-    "latest_empty": "`latest` is truncated to nothing",
-    "latest_gone": "`latest` is removed",
-    "latest_garbage": "`latest` holds garbage",
+    "latest_empty": "the tracker is truncated to nothing",
+    "latest_gone": "the tracker is removed",
+    "latest_garbage": "the tracker holds garbage",
     "shard_cut": "a shard of the newest checkpoint is cut short",
     "shard_gone": "a shard of the newest checkpoint is removed",
     "folder_gone": "the newest checkpoint is removed by hand",
@@ -61,8 +63,8 @@ TOLD: dict[str, str] = {
     "kill_in_save": "killed from outside",
     "kill_all_in_save": "killed from outside",
     "disk_full": "disk, quota",
-    "latest_empty": "`latest` is empty",
-    "latest_gone": "`latest` is missing",
+    "latest_empty": r"`(latest|newest)[\w.]*` is empty",
+    "latest_gone": r"`(latest|newest)[\w.]*` is missing",
     "latest_garbage": "names no checkpoint",
     "shard_cut": "is not complete",
     "shard_gone": "is not complete",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import checkpoints
+import saves
 from fault_cluster import Cluster
 from fault_judge import judge
 from fault_kinds import INSIDE, OUTSIDE
@@ -35,16 +36,27 @@ class Result:
     lost_iterations: int = 0
     seconds: float = 0.0
     wrong: list[str] = field(default_factory=list)
+    layout: str = ""
     untold: list[str] = field(default_factory=list)  # faults that a verb does not tell of
 
 
 class Run:
     """One chain under its faults."""
 
-    def __init__(self, cluster: Cluster, top: Path, seed: int, kinds: list[str], node: str = ""):
+    def __init__(
+        self,
+        cluster: Cluster,
+        top: Path,
+        seed: int,
+        kinds: list[str],
+        node: str = "",
+        layout: str = "deepspeed",
+    ):
         self.cluster, self.top, self.seed, self.kinds, self.node = cluster, top, seed, kinds, node
         self.random = random.Random(seed)
+        self.saves = saves.ALL[layout]
         self.fork, self.started = self.random.random() < 0.5, self.random.random() < 0.7
+        self.fork = self.fork and layout == "deepspeed"
         self.steps, self.offset, self.num_links = 9, 0, 7 + len(kinds)
         self.dir, self.ckpt, self.truth = top / "runs" / "ft", top / "ck", top / "truth"
         if self.fork and self.started:
@@ -65,24 +77,21 @@ class Run:
                 "at_step": at_save - self.random.choice([0, 1]),
             }
             if kind in ("kill_in_save", "kill_all_in_save", "disk_full"):
-                most = checkpoints.num_writes(plan["rank"], 2, 1)
+                most = self.saves.num_writes(plan["rank"], 2)
                 plan.update(
                     kind="disk_full" if kind == "disk_full" else "kill_in_save",
                     how=kind,
                     write=self.random.randint(1, most),
                 )
                 if kind == "kill_all_in_save":
-                    plan.update(
-                        rank="all", write=self.random.randint(1, checkpoints.num_writes(1, 2, 1))
-                    )
+                    most = self.saves.num_writes(1, 2)
+                    plan.update(rank="all", write=self.random.randint(1, most))
             elif kind != "kill_rank":
                 plan.update(kind="hurt", how=kind)
             (self.truth / "faults" / str(number)).write_text(json.dumps(plan))
         checkpoint = {"dir": str(self.ckpt)}
         if self.started:
-            checkpoint["start"] = checkpoints.save(
-                str(self.top / "base"), 50, 2, 1, lineage="base", name="_global_step50_backup"
-            )
+            checkpoint["start"] = self.saves.save(str(self.top / "base"), 50, 2, "base")
         argv = [
             sys.executable,
             str(TRAINER),
@@ -92,6 +101,8 @@ class Run:
             str(self.steps),
             "--save-every",
             "3",
+            "--layout",
+            self.saves.name,
             "--tp",
             "2",
             "--step-s",
@@ -119,7 +130,7 @@ class Run:
                     "chain": {"jobs": self.num_links},
                     "recipe_options": {
                         "argv": argv,
-                        "layout": "deepspeed",
+                        "layout": self.saves.layout or self.saves.name,
                         "target_iteration": self.steps + self.offset,
                         "save_every": 3,
                         "signal": False,
@@ -140,7 +151,8 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def play_all(self) -> Result:
-        result, begun = Result(self.seed, list(self.kinds)), time.monotonic()
+        result = Result(self.seed, list(self.kinds), layout=self.saves.name)
+        begun = time.monotonic()
         self.write()
         self.precious = {
             name: checkpoints.snapshot(self.top / name) for name in ("base",) if self.started

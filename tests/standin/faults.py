@@ -21,8 +21,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import saves
 from fault_cluster import Cluster
-from fault_kinds import KINDS, SLOW, WORDS
+from fault_kinds import KINDS, OF_TRACKER, SLOW, WORDS
 from fault_run import Result, Run
 
 
@@ -40,6 +41,25 @@ def plan_faults(seed: int, num: int, of: tuple[str, ...] = KINDS) -> list[list[s
         groups.append(kinds[:size])
         kinds = kinds[size:]
     return groups
+
+
+def layout_for(number: int, kinds: list[str]) -> str:
+    """Each layout in its turn; where the tracker is hurt, the next that has one."""
+    names = list(saves.ALL)
+    turn = names[number % len(names) :] + names
+    with_tracker = [name for name in turn if saves.ALL[name].tracker]
+    return with_tracker[0] if set(kinds) & set(OF_TRACKER) else turn[0]
+
+
+def line(number: int, result: Result) -> str:
+    """What became of one chain."""
+    text = (
+        f"{number:4d} {result.layout:10} {result.outcome or 'failed':8} links {result.links}"
+        f" starts {result.starts} lost {result.lost_iterations:2d} {result.seconds:5.0f}s"
+        f" {', '.join(result.faults)}"
+    )
+    text += "  UNTOLD: " + "; ".join(result.untold) if result.untold else ""
+    return text + ("  WRONG: " + "; ".join(result.wrong) if result.wrong else "")
 
 
 def campaign(
@@ -65,19 +85,17 @@ def campaign(
         folder = top / f"run {number}'s"
         folder.mkdir()
         node = nodes.get() if quick else ""
-        run = Run(cluster, folder, seed * 1000 + number, kinds, node)
+        layout = layout_for(number, kinds)
+        run = Run(cluster, folder, seed * 1000 + number, kinds, node, layout)
         try:
             result = run.play_all()
         except Exception as error:
-            result = Result(run.seed, kinds, wrong=[f"{type(error).__name__}: {error}"])
+            result = Result(
+                run.seed, kinds, layout=layout, wrong=[f"{type(error).__name__}: {error}"]
+            )
         finally:
             nodes.put(node)
-        say(
-            f"{number:4d} {result.outcome or 'failed':8} links {result.links} starts"
-            f" {result.starts} lost {result.lost_iterations:2d} "
-            f"{result.seconds:5.0f}s"
-            f" {', '.join(kinds)}{'  UNTOLD: ' + '; '.join(result.untold) if result.untold else ''}{'  WRONG: ' + '; '.join(result.wrong) if result.wrong else ''}"
-        )
+        say(line(number, result))
         if not (result.wrong or keep):
             shutil.rmtree(folder, ignore_errors=True)
         return result
@@ -116,6 +134,12 @@ def table(results: list[Result], command: str) -> str:
         for kind in KINDS
         if planned[kind]
     ]
+    lines += ["", "| layout | chains | faults met | chains with anything wrong |"]
+    lines.append("|---|---|---|---|")
+    for name in saves.ALL:
+        mine = [result for result in results if result.layout == name]
+        met, wrong = sum(len(one.played) for one in mine), sum(bool(one.wrong) for one in mine)
+        lines.append(f"| `{name}` | {len(mine)} | {met} | {wrong} |")
     outcome = Counter(result.outcome for result in results)
     lost = [
         result.lost_iterations / max(len(result.played), 1) for result in results if result.outcome
@@ -162,7 +186,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; the sandbox has ended", flush=True)
         os._exit(130)  # chains that still watch a Slurm that is gone
-    text = table(results, f"tools/faults --seed {args.seed} --num {args.num}")
+    quick = " --quick" if args.quick else ""
+    text = table(results, f"tools/faults --seed {args.seed} --num {args.num}{quick}")
     print(text)
     if args.table:
         path = Path(args.table)

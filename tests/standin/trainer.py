@@ -1,22 +1,25 @@
-"""A training program for tests: every rank is a task of a real srun; it saves as DeepSpeed does and
-counts every step.
+"""A training program for tests: every rank is a task of a real srun; it saves as one of several
+frameworks does (`saves`) and counts every step.
 
 It behaves like GPT-NeoX where that matters (shared facts: a missing `latest` means random weights,
 `finetune` begins at iteration 0 without optimizer, the final save always happens), and can be told
-to die, hurt files or fill the disk at any write of a save. What really happened is kept outside the
-checkpoint folder, in --truth, for the campaign to judge.
+to die, hurt files or fill the disk at any write of a save. It goes on from what the framework would
+find by itself, not from what it is told. What really happened is kept outside the checkpoint
+folder, in --truth, for the campaign to judge.
 
-  trainer.py --truth DIR --steps 12 --save-every 3 [--tp 2] [--offset N] [--step-s 0.1] [--signal]
+  trainer.py --truth DIR --steps 12 --save-every 3 [--layout deepspeed] [--tp 2] [--offset N]
+             [--step-s 0.1] [--signal]
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 
-import checkpoints
+import saves
 
 RANK = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 WORLD = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
@@ -47,70 +50,52 @@ def barrier(args, name):
 
 
 def load(args):
-    """(iteration, optimizer steps) to go on from, as NeoX finds them; the whole checkpoint is read
-    and must be of one piece."""
+    """(iteration, optimizer steps) to go on from, as the framework finds them; the whole checkpoint
+    is read and must be of one piece."""
     folder, mode = os.environ["HPCTRAIN_CHECKPOINT_DIR"], os.environ["HPCTRAIN_MODE"]
-    try:
-        with open(os.path.join(folder, "latest")) as stream:
-            tag = stream.read().strip()
-    except FileNotFoundError:
-        tag = None
-    if mode == "scratch" or tag is None:
+    if mode == "finetune" and not args.saves.by_link:
+        path = os.environ["HPCTRAIN_CHECKPOINT"]
+    else:
+        tag = args.saves.next_one(folder) if mode != "scratch" else None
+        path = os.path.join(folder, tag) if tag else ""
+    if not path:
         if mode != "scratch":
             truth(args, event="random_weights", mode=mode)
         return 0, 0
-    path = os.path.join(folder, tag)
-    values = [
-        checkpoints.load_file(os.path.join(path, name))
-        for name in sorted(os.listdir(path))
-        if name.endswith(".pt")
-    ]
+    values = saves.values_of(path)
     pieces = {(value["step"], value["lineage"]) for value in values}
     if len(pieces) != 1:
-        truth(args, event="mixed", tag=tag, pieces=sorted(map(str, pieces)))
+        truth(args, event="mixed", tag=path, pieces=sorted(map(str, pieces)))
         sys.exit(41)
     if mode == "finetune":
         return 0, 0
     step = values[0]["step"]
     if args.offset:  # the fork counts from the greatest folder's name, whatever `latest` says
-        step = max(
-            int(name[len("global_step") :])
-            for name in os.listdir(folder)
-            if name.startswith("global_step")
-        )
+        numbers = [args.saves.number(name) for name in os.listdir(folder)]
+        step = max(number for number in numbers if number is not None)
     return step - args.offset, values[0]["optimizer_steps"]
 
 
 def hurt(args, folder, how):
     """Damage the folder as crashes and people do."""
-    newest = max(
-        (
-            name
-            for name in os.listdir(folder)
-            if name[11:].isdigit() and not os.path.islink(os.path.join(folder, name))
-        ),
-        key=lambda name: int(name[11:]),
-        default=None,
-    )
-    latest = os.path.join(folder, "latest")
-    if how == "latest_empty":
-        open(latest, "w").close()
-    elif how == "latest_gone":
-        os.unlink(latest)
-    elif how == "latest_garbage":
-        with open(latest, "wb") as stream:
-            stream.write(b"\0\xffglobal_step")
-    elif newest and how == "shard_cut":
-        name = sorted(os.listdir(os.path.join(folder, newest)))[-1]
-        path = os.path.join(folder, newest, name)
-        os.truncate(path, os.path.getsize(path) * 2 // 3)
-    elif newest and how == "shard_gone":
-        os.unlink(os.path.join(folder, newest, sorted(os.listdir(os.path.join(folder, newest)))[0]))
-    elif newest and how == "folder_gone":
-        for name in os.listdir(os.path.join(folder, newest)):
-            os.unlink(os.path.join(folder, newest, name))
-        os.rmdir(os.path.join(folder, newest))
-    if newest and how in ("shard_cut", "shard_gone", "folder_gone"):
+    newest = args.saves.greatest(folder)
+    if how.startswith("latest_"):
+        tracker = os.path.join(folder, args.saves.tracker)
+        if how == "latest_gone":
+            os.unlink(tracker)
+        else:
+            with open(tracker, "wb") as stream:
+                stream.write(b"\0\xffglobal_step" if how == "latest_garbage" else b"")
+    elif newest:
+        path = os.path.join(folder, newest)
+        files = saves.files_of(path)
+        if how == "shard_cut":
+            last = os.path.join(path, files[-1])
+            os.truncate(last, os.path.getsize(last) * 2 // 3)
+        elif how == "shard_gone":
+            os.unlink(os.path.join(path, files[0]))
+        elif how == "folder_gone":
+            shutil.rmtree(path)
         truth(args, event="hurt", tag=newest)
 
 
@@ -138,24 +123,17 @@ def play(args, path, planned):
 
 
 def save(args, step, optimizer_steps):
-    folder, tp = os.environ["HPCTRAIN_CHECKPOINT_DIR"], args.tp
-    name = f"global_step{step + args.offset}"
+    folder = os.environ["HPCTRAIN_CHECKPOINT_DIR"]
+    number_in_name = step + args.offset
+    name = args.saves.folder_of(number_in_name)
     path, planned = fault(args)
     armed = planned.get("at_save") == step
     mine = armed and planned.get("rank") in (RANK, "all")
-    writes = checkpoints.rank_writes(
-        folder,
-        step + args.offset,
-        RANK,
-        tp,
-        WORLD // tp,
-        1,
-        ATTEMPT,
-        optimizer_steps=optimizer_steps,
-    )
-    for number, _ in enumerate(writes, 1):
-        if number == 3 * len(checkpoints.shard_names(RANK, tp, WORLD // tp)):
-            # all of this rank's shards are whole; `latest` may follow
+    writes = args.saves.writes(folder, number_in_name, RANK, WORLD, ATTEMPT, optimizer_steps)
+    for number, what in enumerate(writes, 1):
+        if what == "barrier":
+            barrier(args, f"shards{step}")
+        if what == "whole":  # all that this rank gives is there; the tracker may follow
             truth(args, event="wrote", tag=name, step=step)
         if mine and number == planned.get("write", 1):
             if planned["kind"] == "kill_in_save":
@@ -184,11 +162,13 @@ def main():
     parser.add_argument("--truth", required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--save-every", type=int, required=True)
+    parser.add_argument("--layout", choices=saves.ALL, default="deepspeed")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--offset", type=int, default=0)
     parser.add_argument("--step-s", type=float, default=0.1)
     parser.add_argument("--signal", action="store_true")
     args = parser.parse_args()
+    args.saves = saves.named(args.layout, args.tp)
     os.makedirs(args.truth, exist_ok=True)
     signal.signal(signal.SIGUSR1, on_signal if args.signal else signal.SIG_IGN)
     iteration, optimizer_steps = load(args)

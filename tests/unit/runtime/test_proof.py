@@ -354,6 +354,15 @@ class TestSmallFilesThatLoadersParse:
         write(path, {"train_state.pt": TORCH, "run_config.yaml": text.encode()})
         assert state(path) == state(path, "megatron") == answer
 
+    @pytest.mark.parametrize("beside", [{}, {"metadata.json": b"{}", "common.pt": TORCH}])
+    def test_bridges_own_state_is_whole_or_the_checkpoint_is_not(self, tmp_path, beside):
+        path = write(dcp(tmp_path / "iter_0000007", __0_0=20), beside)
+        write(path, {"train_state.pt": TORCH, "run_config.yaml": b"model: {}\n"})
+        assert state(path, "megatron") == "complete"
+        for content in (b"", TORCH[:-5]):
+            (path / "train_state.pt").write_bytes(content)
+            assert state(path, "megatron") == "torn"
+
 
 class TestTheOneBeside:
     """The checkpoint before tells what the program writes, and only that."""
