@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
-from hpctrain.base.paths import no_user_config, user_dir
 from hpctrain.config.document import Document, load_yaml, merge, parse_set
 from hpctrain.config.fields import Field, check
 from hpctrain.config.sbatch import check_options
 from hpctrain.config.site import ENV_NAME, NAME
+from hpctrain.config.trust import user_config
 
 _SLURM_WORD = r"[A-Za-z0-9_][A-Za-z0-9_@.+-]{0,127}"
 # Set by hpctrain or by Slurm in every job; a value of the user's would break the rendezvous or the
@@ -356,19 +356,14 @@ def absolute(path: str, base_dir: str) -> str:
 
 def user_layers(site: Any) -> list[Document]:
     """The user's config: run.yaml keys for every run, and under `sites: {NAME: …}` for one site."""
-    path = os.path.join(user_dir(), "config.yaml")
-    if no_user_config() or not os.path.isfile(path):
+    document = user_config()
+    if document is None:
         return []
-    document = load_yaml(path)
-    if document.data is None:
-        return []
-    if not isinstance(document.data, dict):
-        raise UsageError("the user's config is a mapping of run.yaml keys to values", where=path)
     everywhere = Document(
-        {key: value for key, value in document.data.items() if key != "sites"},
+        {key: value for key, value in document.data.items() if key not in ("sites", "trusted")},
         document.origins,
         document.key_origins,
-        path,
+        document.name,
     )
     mine = document.section("sites", site) if isinstance(site, str) else Document({})
     return [everywhere, mine] if mine.data else [everywhere]

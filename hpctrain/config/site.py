@@ -15,7 +15,9 @@ from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.paths import layer_dirs, shipped_dir
 from hpctrain.config.document import Document, load_yaml, merge
 from hpctrain.config.fields import Field, check, nearest
+from hpctrain.config.trust import require_trust
 
+_SHIPPED = "site_profiles" + os.sep  # how messages begin the name of a shipped profile
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 _WORD = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}"
@@ -385,6 +387,13 @@ class Site:
     document: Document
     files: tuple[str, ...]
 
+    def check_trust(self) -> None:
+        """Raises Refused where a file of the profile, whose lines and commands are run, could be
+        somebody else's."""
+        for file in self.files:
+            if not file.startswith(_SHIPPED):
+                require_trust(file, "this site profile")
+
     def partition(self, name: str) -> Partition | None:
         """The partition of that name; on sites that list none, any name, with the default kind of
         node."""
@@ -506,9 +515,10 @@ def _display(path: str) -> str:
     everywhere."""
     shipped = shipped_dir("site_profiles")
     if path.startswith(shipped + os.sep):
-        return "site_profiles" + path[len(shipped) :]
+        return _SHIPPED + path[len(shipped) + 1 :]
     here = os.getcwd() + os.sep
-    return path[len(here) :] if path.startswith(here) else path
+    taken = path.startswith(here + _SHIPPED)
+    return path[len(here) :] if path.startswith(here) and not taken else path
 
 
 def _node_type(name: str, fields: Mapping[str, Any]) -> NodeType:

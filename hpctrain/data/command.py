@@ -172,6 +172,7 @@ def _cluster(plan: Plan, request: Request, how: How, prepared: Prepared) -> run.
             raise UsageError("--container needs --site, whose profile says how containers run")
         folders = [os.path.dirname(plan.prefix), os.path.dirname(plan.model_path)]
         folders += sorted({os.path.dirname(source.path) for source in plan.inputs})
+        folders.append(os.path.dirname(run.own_folder(plan, "python")))
         python = run.container_python(site, os.path.abspath(how.container), folders)
     qos = None
     if site and limits.partition:

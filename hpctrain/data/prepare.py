@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from hpctrain.base import files
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.config.trust import require_trust
 from hpctrain.data import sources
 from hpctrain.data.control import DEFAULT_EOD, resolve
 from hpctrain.data.dataset.indexed_dataset import paths
@@ -147,6 +148,7 @@ def write_plan(plan: Plan) -> str:
     """Put the plan into its folder, where tasks read it; the path of its file."""
     files.make_folder(os.path.dirname(plan.prefix))
     files.make_folder(plan.work_dir)
+    require_trust(plan.work_dir, "this folder of an earlier tokenization", above=False)
     path = os.path.join(plan.work_dir, f"{plan.key}.plan.json")
     files.write_json(path, to_json(plan))
     files.write_json(os.path.join(plan.work_dir, "plan.json"), to_json(plan))

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from hpctrain.base import units
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, Refused, missing_package
+from hpctrain.base.paths import cache_home
+from hpctrain.config.trust import require_trust, trusted
 from hpctrain.data import tasks
 from hpctrain.data.limits import ArrayShape
 from hpctrain.data.merge import up_to_date
@@ -186,7 +188,7 @@ def wait(
         raise HpctrainError(
             f"the jobs have ended, but {len(left)} of {len(plan.shards)} shards are not done:"
             f" {', '.join(map(str, left[:20]))}",
-            where=_log_dir(plan),
+            where=own_folder(plan, "logs"),
             why="tasks were killed, ran out of time or memory, or their node failed",
             hint="run the same command again: only these are done",
         )
@@ -213,7 +215,7 @@ def _local_processes(plan: Plan, todo: Sequence[int], count: int, watch: Watch) 
     import submitit
 
     path = os.path.join(plan.work_dir, f"{plan.key}.plan.json")
-    executor = submitit.AutoExecutor(folder=_log_dir(plan), cluster="local")
+    executor = submitit.AutoExecutor(folder=own_folder(plan, "logs"), cluster="local")
     executor.update_parameters(timeout_min=60 * 24 * 14, name=job_name(plan))
     jobs: list[Any] = []
     try:
@@ -236,7 +238,7 @@ def _local_processes(plan: Plan, todo: Sequence[int], count: int, watch: Watch) 
     if left and up_to_date(plan) is None:
         raise HpctrainError(
             f"{len(left)} of {len(plan.shards)} shards are not done: a local process ended early",
-            where=_log_dir(plan),
+            where=own_folder(plan, "logs"),
             hint="run the same command again: only these are done",
         )
 
@@ -250,7 +252,7 @@ def _executor(plan: Plan, cluster: Cluster) -> Any:
     if cluster.python:
         options["slurm_python"] = cluster.python
     with contextlib.redirect_stderr(sys.stderr):
-        return submitit.AutoExecutor(folder=_log_dir(plan), cluster="slurm", **options)
+        return submitit.AutoExecutor(folder=own_folder(plan, "logs"), cluster="slurm", **options)
 
 
 def _finish(plan: Plan, force: bool, keep_shards: bool) -> dict[str, Any]:
@@ -268,15 +270,19 @@ def _raise_failures(plan: Plan) -> None:
         raise error
 
 
-def _log_dir(plan: Plan) -> str:
-    """Where submitit keeps its files. Slurm's file name patterns cannot carry every path, so odd
-    ones get a plain place."""
-    folder = os.path.join(plan.work_dir, "logs")
-    if not _SAFE_PATH.fullmatch(folder):
-        folder = os.path.join(
-            os.path.expanduser("~"), ".cache", "hpctrain", f"tokenize-{plan.content_key}"
-        )
-    os.makedirs(folder, exist_ok=True)
+def own_folder(plan: Plan, name: str) -> str:
+    """A folder for what tasks run or unpickle, which nobody else can enter: beside the shards,
+    else in the home.
+
+    Raises Refused where the home is not safe either. Slurm's file name patterns cannot carry every
+    path, so odd ones get a plain place too.
+    """
+    folder = os.path.join(plan.work_dir, name)
+    if not _SAFE_PATH.fullmatch(folder) or not trusted(folder):
+        folder = os.path.join(cache_home(os.environ), f"tokenize-{plan.content_key}", name)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    require_trust(folder, "this folder for the tasks' code")
+    os.chmod(folder, 0o700)
     return folder
 
 
@@ -288,7 +294,7 @@ def _staged_code(plan: Plan) -> str:
     import importlib.util
     import shutil
 
-    target = os.path.join(plan.work_dir, "python")
+    target = own_folder(plan, "python")
     for name in ("hpctrain", "submitit", "cloudpickle", "typing_extensions"):
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
@@ -298,7 +304,6 @@ def _staged_code(plan: Plan) -> str:
             ignored = shutil.ignore_patterns("__pycache__", "_shipped", "test_*")
             shutil.copytree(source, os.path.join(target, name), ignore=ignored, dirs_exist_ok=True)
         else:
-            os.makedirs(target, exist_ok=True)
             shutil.copy2(spec.origin, target)
     return target
 

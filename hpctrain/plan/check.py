@@ -11,7 +11,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 
-from hpctrain.base.errors import Problem, UsageError
+from hpctrain.base.errors import Problem, Refused, UsageError
 from hpctrain.config.run import RunSpec
 from hpctrain.config.sbatch import overriding_inputs
 from hpctrain.config.site import Site
@@ -47,7 +47,7 @@ def find_problems(loaded: Loaded) -> list[Problem]:
     if not plan.errors:
         try:
             job = render(plan, loaded.inputs, template_cache(os.environ))["job.sbatch"]
-        except UsageError as error:  # a template of the user's own
+        except (UsageError, Refused) as error:  # a template of the user's own, or of another's
             found += error.problems
         else:
             found += _ask_slurm(plan, job, here)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import jinja2
@@ -16,11 +16,12 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hpctrain import __version__
-from hpctrain.base.errors import Problem, UsageError
+from hpctrain.base.errors import HpctrainError, Problem, UsageError
 from hpctrain.base.paths import layer_dirs, shipped_dir
 from hpctrain.base.shell import ShellText, comment, node_path, quote, quote_all, sbatch_value
 from hpctrain.config.sbatch import agreeing_inputs, inherited_inputs
 from hpctrain.config.site import layer_name
+from hpctrain.config.trust import require_trust
 from hpctrain.plan.make import Plan
 from hpctrain.plan.template_lint import lint_template
 
@@ -38,8 +39,10 @@ def render(
 
     `compiled` keeps what compiling the templates gives; the files are the same with and without it.
 
-    Raises UsageError when a template is not valid or a value cannot be carried.
+    Raises UsageError when a template is not valid or a value cannot be carried, Refused when a
+    template or the profile could be somebody else's.
     """
+    plan.site.check_trust()
     files = dict(plan.resolved.configs)
     files.update(plan.resolved.files)
     job = template_name(make_environment(plan.spec.base_dir), plan.recipe.name)
@@ -99,6 +102,10 @@ def _render_script(
                 }
                 for name, fields in values["node_dirs"].items()
             ],
+            # Others are kept from job to job.
+            passing_dirs=[
+                name for name, fields in values["node_dirs"].items() if "{job}" in fields["path"]
+            ],
             workdir=plan.resolved.workdir or plan.run_dir,
             signals=list(dict.fromkeys([plan.signal["name"], "TERM"])),
             # Of the same container without its GPUs, for a job that needs none.
@@ -127,6 +134,8 @@ def _render_script(
         raise UsageError(
             f"template `{name}` extends or includes itself", where=_place(error), hint=hint
         ) from error
+    except HpctrainError:
+        raise
     except Exception as error:
         if not any(used_one.endswith(_OVERRIDE) for used_one in used):
             raise  # a shipped template that fails is a bug of ours
@@ -174,7 +183,7 @@ def _shipped_environment() -> jinja2.Environment:
 
 def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
     shipped = shipped_dir("templates")
-    loaders: list[jinja2.BaseLoader] = [jinja2.FileSystemLoader(folder) for folder in folders]
+    loaders: list[jinja2.BaseLoader] = [_OwnTemplates(folder) for folder in folders]
     loaders += [
         jinja2.PrefixLoader({"!builtin": jinja2.FileSystemLoader(shipped)}),
         jinja2.FileSystemLoader(shipped),
@@ -258,6 +267,21 @@ def plan_json(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, Any]:
             name: {"sha256": _sha256(raw), "size": len(raw)} for name, raw in sorted(inputs.items())
         },
     }
+
+
+class _OwnTemplates(jinja2.FileSystemLoader):
+    """Templates that are not shipped: read from anywhere, run only from where I may be the only
+    author."""
+
+    def load(
+        self,
+        environment: jinja2.Environment,
+        name: str,
+        globals: MutableMapping[str, Any] | None = None,
+    ) -> jinja2.Template:
+        file = self.get_source(environment, name)[1]
+        require_trust(file, "this template")
+        return super().load(environment, name, globals)
 
 
 class _Linted(jinja2.Environment):

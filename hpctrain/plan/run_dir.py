@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused
 from hpctrain.base.files import umask
+from hpctrain.config.trust import require_trust
 from hpctrain.plan.make import Plan
 from hpctrain.plan.render import render
 from hpctrain.plan.template_cache import template_cache
@@ -115,6 +116,7 @@ def _finish_commit(run_dir: str) -> None:
     """Move what is left of a committed render into place; the job script last, so that it never
     runs on half of it."""
     commit = os.path.join(run_dir, COMMIT)
+    require_trust(commit, "this half-written rendering")
     found = []
     for folder, _, names in os.walk(commit):
         found += [os.path.relpath(os.path.join(folder, name), commit) for name in names]

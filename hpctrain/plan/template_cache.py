@@ -11,6 +11,7 @@ from jinja2.bccache import Bucket
 
 from hpctrain import __version__
 from hpctrain.base.paths import cache_home
+from hpctrain.config.trust import trusted
 
 
 def template_cache(environ: Mapping[str, str]) -> jinja2.BytecodeCache | None:
@@ -26,12 +27,10 @@ def template_cache(environ: Mapping[str, str]) -> jinja2.BytecodeCache | None:
         if not os.path.isdir(folder):
             os.stat(os.path.dirname(home))  # a home without any cache stays as it is
             os.makedirs(folder, mode=0o700, exist_ok=True)
-        status = os.stat(folder)
     except OSError:
         return None
     # What is loaded from here is run.
-    safe = status.st_uid == os.geteuid() and not status.st_mode & 0o022
-    return _Cache(folder, "%s.cache") if safe else None
+    return _Cache(folder, "%s.cache") if trusted(folder) else None
 
 
 class _Cache(jinja2.FileSystemBytecodeCache):

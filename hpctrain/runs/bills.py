@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpctrain.base import terminal
-from hpctrain.base.errors import UsageError
+from hpctrain.base.errors import Refused, UsageError
 from hpctrain.base.units import format_duration
 from hpctrain.plan.load import load_plan
 from hpctrain.plan.make import Plan
@@ -34,6 +34,11 @@ def allocation(plan: Plan) -> Allocation | None:
     rules = plan.site.values["tools"].get("allocation")
     unit = plan.cost.unit
     if not rules or not plan.spec.account or unit not in rules["patterns"]:
+        return None
+    try:
+        plan.site.check_trust()
+    except Refused as refusal:
+        terminal.problems(refusal.problems)
         return None
     return cost.ask_allocation(rules["command"], rules["patterns"][unit], plan.spec.account, unit)
 

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpctrain.base.errors import EnvironmentFault
+from hpctrain.base.errors import EnvironmentFault, Refused
 from hpctrain.base.paths import cache_home
+from hpctrain.config.trust import require_trust
 
 # What has to be unpacked; the shared libraries these need are found from their Depends fields.
 SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge")
@@ -165,7 +166,7 @@ def unpack(
         raise EnvironmentFault(
             f"cannot make the cache: {error.strerror}", where=str(cache)
         ) from error
-    _check_owner(cache)
+    require_trust(str(cache), "this cache of programs")
     roots = list(HELPER_PACKAGES)
     if not helpers_only:
         roots += [*SLURM_PACKAGES, *(ACCOUNTING_PACKAGES if accounting else ())]
@@ -214,15 +215,13 @@ def _with_helpers(box: Toolbox, environ: Mapping[str, str], report: Report) -> T
     if "bwrap" in box.programs and box.nss_wrapper:
         return box
     cache = Path(cache_home(environ))
-    helpers = None
-    for path in _candidates(cache, "sandbox-helpers-*"):
-        helpers = helpers or _unpacked(path, needed=("bwrap",))
-    if helpers is None:
-        try:
-            helpers = unpack(cache, helpers_only=True, report=report)
-        except EnvironmentFault as error:
-            report(f"without bubblewrap and libnss_wrapper: {error.problems[0].what}")
-            return box
+    try:
+        found = (_unpacked(path, ("bwrap",)) for path in _candidates(cache, "sandbox-helpers-*"))
+        helpers = next(filter(None, found), None)
+        helpers = helpers or unpack(cache, helpers_only=True, report=report)
+    except (EnvironmentFault, Refused) as error:
+        report(f"without bubblewrap and libnss_wrapper: {error.problems[0].what}")
+        return box
     programs = {**helpers.programs, **box.programs}
     return Toolbox(
         box.version, programs, box.plugin_dir, "", box.nss_wrapper or helpers.nss_wrapper
@@ -417,22 +416,10 @@ def _is_whole(root: Path) -> bool:
     """Whether a published directory still has every file it had, by size (its content was checked
     when unpacked)."""
     try:
-        _check_owner(root)
         files = json.loads((root / "hpctrain-manifest.json").read_text())["files"]
         return all(os.stat(root / name).st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, EnvironmentFault):
+    except (OSError, ValueError, KeyError):
         return False
-
-
-def _check_owner(path: Path) -> None:
-    """Refuse programs that another user could have put there or could change."""
-    status = os.stat(path)
-    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
-        raise EnvironmentFault(
-            "this cache can be written by somebody else, so no program is started from it",
-            where=str(path),
-            hint="chmod go-w it, or set XDG_CACHE_HOME to a directory of your own",
-        )
 
 
 def _candidates(cache: Path, pattern: str) -> list[Path]:
@@ -453,6 +440,9 @@ def _newest_unpacked(cache: Path, accounting: bool) -> Toolbox | None:
 
 
 def _unpacked(root: Path, needed: Sequence[str] = ()) -> Toolbox | None:
+    if not root.exists():
+        return None
+    require_trust(str(root), "this unpacked Slurm")
     if not _is_whole(root):
         return None
     lib_dirs = [root / "usr/lib", root / "lib"]

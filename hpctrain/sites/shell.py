@@ -295,7 +295,9 @@ def _setup(site: Site, spec: RunSpec, node: NodeType) -> str:
         f"export {name}={quote(value)}" for name, value in {**environment, **spec.env}.items()
     ]
     for name, fields in values["node_dirs"].items():
-        lines.append(
-            f'export {name}={node_path(fields["path"], node.tmp_path)}; mkdir -p -m 0700 "${name}"'
-        )
+        lines += [
+            f"export {name}={node_path(fields['path'], node.tmp_path)}",
+            f'mkdir -p "${{{name}%/*}}"; mkdir -m 0700 "${name}" 2>/dev/null ||'
+            f' {{ [ -O "${name}" ] && [ ! -L "${name}" ]; }} || {name}=$(mktemp -d "${name}.XXXXXX")',
+        ]
     return "\n".join([*lines, 'exec "$@"'])

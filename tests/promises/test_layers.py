@@ -54,6 +54,7 @@ IMPURE = {
     "base.files",
     "base.terminal",
     "config.new_run",
+    "config.trust",
     "plan.check",
     "plan.run_dir",
     "plan.template_cache",

@@ -88,7 +88,7 @@ def test_what_others_could_write_is_not_run(tmp_path):
     environ = {"XDG_CACHE_HOME": str(tmp_path)}
     assert template_cache(environ) is not None
     (folder,) = (tmp_path / "hpctrain").iterdir()
-    os.chmod(folder, 0o770)
+    os.chmod(folder, 0o702)
     assert template_cache(environ) is None
 
 

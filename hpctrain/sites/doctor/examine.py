@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hpctrain.base.errors import Refused
 from hpctrain.config.run import absolute
 from hpctrain.config.site import Site, load_site
+from hpctrain.config.trust import require_trust
 from hpctrain.plan.check import secret_problems, shell_problems
 from hpctrain.plan.make import Plan
 from hpctrain.sites.doctor import cluster, places, python
@@ -57,18 +59,7 @@ def examine_run(plan: Plan, python_path: str | None, requirements: Sequence[str]
     more, unread = _of_files(requirements)
     pins, findings = [*pins, *more], [*findings, *unread]
     name = python_path or str(plan.spec.recipe_options.get("python") or "python3")
-    argv = [*plan.container, name]
-    facts, said = (
-        (None, f"the container {plan.spec.container} is not here")
-        if _container_missing(plan)
-        else python.probe(argv, pins)
-    )
-    if facts is None and _container_missing(plan):
-        findings.append(Finding("python", "starts", NOT_SEEN, said, "run this at the site"))
-        findings += contradictions(pins)
-    else:
-        vendor = plan.node_type.gpu_vendor if plan.gpus_per_node else None
-        findings += python.judge_python(facts, said, pythons, pins, vendor)
+    findings += _ask_python(plan, name, pins, pythons, mine=name == python_path)
     findings += places.disks(_folders(plan))
     findings += places.caches({**os.environ, **{one.name: one.value for one in plan.env}})
     findings += [_of_problem("secrets", problem) for problem in secret_problems(plan)]
@@ -84,6 +75,30 @@ def examine_run(plan: Plan, python_path: str | None, requirements: Sequence[str]
         findings += places.working_copy(copy, wanted["git_branch"] or decided)
     findings += cluster.judge_cluster(plan.site)
     return Examination(tuple(findings))
+
+
+def _ask_python(
+    plan: Plan, name: str, pins: list[Pin], pythons: list[Pin], mine: bool
+) -> Iterator[Finding]:
+    """What the run's Python says of itself; one that run.yaml names (not `mine`) is started only
+    where nobody else can have put it there."""
+    try:
+        plan.site.check_trust()
+        if os.sep in name and not plan.container and not mine:
+            require_trust(absolute(name, plan.spec.base_dir), "this Python")
+    except Refused as refusal:
+        problem = refusal.problems[0]
+        yield Finding("python", "starts", PROBLEM, problem.what, problem.hint)
+        yield from contradictions(pins)
+        return
+    if _container_missing(plan):
+        missing = f"the container {plan.spec.container} is not here"
+        yield Finding("python", "starts", NOT_SEEN, missing, "run this at the site")
+        yield from contradictions(pins)
+        return
+    facts, said = python.probe([*plan.container, name], pins)
+    vendor = plan.node_type.gpu_vendor if plan.gpus_per_node else None
+    yield from python.judge_python(facts, said, pythons, pins, vendor)
 
 
 def examine_here(

@@ -15,15 +15,17 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.base.files import sync
+from hpctrain.config.trust import require_trust, trusted
 from hpctrain.runtime.files import write_atomic
 
 META = "hpctrain.json"
@@ -357,8 +359,28 @@ def read_weights(checkpoint: str) -> dict[str, Any]:
     UsageError when the checkpoint holds no weights, EnvironmentFault when a file cannot be read.
     """
     # DeepSpeed tells its life to stdout as soon as it is imported, and stdout is for data.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), plain_types(checkpoint):
         return _read_weights(checkpoint)
+
+
+@contextlib.contextmanager
+def plain_types(checkpoint: str) -> Iterator[None]:
+    """Whatever loads `checkpoint` in here makes tensors and plain types only, also where its code
+    asks for more (torch.load's documentation has the variable).
+
+    Only what nobody else can have written may name other classes. Raises Refused for the rest.
+    """
+    if trusted(checkpoint):
+        yield
+        return
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield
+    except pickle.UnpicklingError:
+        require_trust(checkpoint, "this checkpoint, which names code to run,")
+        raise
+    finally:
+        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
 
 
 def _read_weights(checkpoint: str) -> dict[str, Any]:
@@ -367,8 +389,6 @@ def _read_weights(checkpoint: str) -> dict[str, Any]:
     whole = os.path.join(checkpoint, "mp_rank_00_model_states.pt")
     try:
         if os.path.isfile(whole):
-            # Written by this trainer or put there by the user, who starts a training job from it:
-            # trusted as code is.
             state = torch.load(whole, map_location="cpu", weights_only=False, mmap=True)
             return dict(state["module"])
         if any("model_states" in name for name in os.listdir(checkpoint)):

@@ -10,15 +10,18 @@ Weights and optimizer are cut into new shards when the number of ranks changes.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as state_dicts
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.train.core import checkpoint as whole
@@ -79,12 +82,12 @@ def load(model: Any, optimizer: Any | None, path: str) -> None:
         _check_shapes(model, path)
         if optimizer is None:
             state: dict[str, Any] = {"model": state_dicts.get_model_state_dict(model)}
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+            _fill(state, path)
             state_dicts.set_model_state_dict(model, state["model"])
             return
         weights, optimizer_state = state_dicts.get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": optimizer_state}
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+        _fill(state, path)
         state_dicts.set_state_dict(
             model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
@@ -105,10 +108,41 @@ def load(model: Any, optimizer: Any | None, path: str) -> None:
         ) from cause
 
 
+def _fill(state: dict[str, Any], path: str) -> None:
+    with whole.plain_types(path):
+        dcp.load(state, storage_reader=_Reader(path))
+
+
+class _Reader(dcp.FileSystemReader):  # type: ignore[misc]
+    """DCP's reader, which makes of `.metadata` what DCP writes there, and runs nothing of it."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        with open(os.path.join(self.path, ".metadata"), "rb") as file:
+            metadata = _Metadata(file).load()
+        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Metadata(pickle.Unpickler):
+    _MODULES = re.compile(r"torch\.distributed\.checkpoint\.(metadata|planner|filesystem)")
+    _OTHERS = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A class of DCP's own, a type of numbers, or UnpicklingError."""
+        own = self._MODULES.fullmatch(module) and "." not in name
+        if own or (module == "torch" and "." not in name) or (module, name) in self._OTHERS:
+            found = super().find_class(module, name)
+            defined = own and isinstance(found, type) and found.__module__ == module
+            if defined or isinstance(found, torch.dtype) or (module, name) in self._OTHERS:
+                return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not read")
+
+
 def _check_shapes(model: Any, path: str) -> None:
     """Raises UsageError when a checkpoint is of another model: of a tensor of another shape DCP
     reads what overlaps, and leaves the rest as it was, without a word."""
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = _Reader(path).read_metadata().state_dict_metadata
     have = {
         name.removeprefix("model."): tuple(about.size)
         for name, about in stored.items()

@@ -215,7 +215,8 @@ class Trainer:
     def _resume(self, then: checkpoint.Progress) -> None:
         directory, tag = os.path.split(self.launch.checkpoint)
         try:
-            path, client = self.stepper.engine.load_checkpoint(directory, tag=tag)
+            with checkpoint.plain_types(self.launch.checkpoint):
+                path, client = self.stepper.engine.load_checkpoint(directory, tag=tag)
         except (
             OSError,
             RuntimeError,

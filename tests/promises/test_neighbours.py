@@ -1,0 +1,263 @@
+"""What the users of a shared disk promise each other through hpctrain: nobody's folder runs code as
+whoever reads it, and what waits in the queue is nobody else's to change."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import pytest
+
+STRANGER = 61002
+RUN = (
+    "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname], workdir:"
+    " /}\n"
+)
+TEMPLATE = """{% extends "!builtin/command/job.sbatch.j2" %}
+{% block user_setup %}
+echo planted
+{% endblock %}
+"""
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
+needs_others = pytest.mark.parametrize(
+    "plant",
+    [
+        pytest.param(lambda path: os.chown(path, STRANGER, -1), marks=needs_root, id="another's"),
+        pytest.param(lambda path: os.chmod(path, 0o777), id="anybody's"),
+    ],
+)
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    monkeypatch.delenv("HPCTRAIN_NO_USER_CONFIG")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "run.yaml").write_text(RUN)
+    return folder
+
+
+def template(folder):
+    file = folder / ".hpctrain/templates/command/job.sbatch.j2"
+    file.parent.mkdir(parents=True)
+    file.write_text(TEMPLATE)
+    return file
+
+
+@needs_others
+@pytest.mark.parametrize("verb", ["render", "render --dry-run", "chain --dry-run", "check"])
+def test_a_template_that_may_be_anothers_is_refused_in_one_line(run_dir, hpctrain, plant, verb):
+    plant(template(run_dir))
+
+    done = hpctrain(*verb.split(), cwd=run_dir)
+
+    assert done.returncode == (1 if verb == "check" else 4)
+    assert "this template is not used" in done.stdout + done.stderr
+    assert "hint: " in done.stdout + done.stderr
+    assert not (run_dir / "runs").exists()
+
+
+@needs_others
+def test_what_only_reads_reads_anothers_folder(run_dir, hpctrain, plant):
+    assert hpctrain("render", cwd=run_dir).returncode == 0
+    plant(template(run_dir))
+
+    for verb in ("plan", "status runs/r", "template list", "site list", "report runs/r"):
+        done = hpctrain(*verb.split(), cwd=run_dir)
+        assert "not used" not in done.stdout + done.stderr
+        assert done.returncode in (0, 1, 3), verb
+
+
+@needs_others
+def test_a_profile_that_may_be_anothers_gives_no_line_of_a_job_and_no_command(
+    run_dir, hpctrain, plant
+):
+    profile = run_dir / ".hpctrain/site_profiles/ours/profile.yaml"
+    profile.parent.mkdir(parents=True)
+    profile.write_text("name: ours\nextends: local\ntitle: Ours\n")
+    (run_dir / "run.yaml").write_text(RUN.replace("site: local", "site: ours"))
+    assert hpctrain("render", "--dry-run", cwd=run_dir).returncode == 0
+
+    plant(profile)
+
+    refused = hpctrain("render", cwd=run_dir)
+    assert (refused.returncode, "this site profile is not used" in refused.stderr) == (4, True)
+    assert hpctrain("plan", cwd=run_dir).returncode == 0
+
+
+@needs_others
+def test_doctor_starts_no_python_that_may_be_anothers(run_dir, hpctrain, plant):
+    python = run_dir / "py"
+    python.write_text("#!/bin/sh\ntouch " + str(run_dir / "ran") + "\n")
+    python.chmod(0o755)
+    (run_dir / "run.yaml").unlink()
+    assert hpctrain("init", ".", "--recipe", "sft", "--site", "local", cwd=run_dir).returncode == 0
+    text = (run_dir / "run.yaml").read_text()
+    options = f"recipe_options:\n  python: {python}"
+    (run_dir / "run.yaml").write_text(text.replace("recipe_options:", options))
+    plant(python)
+
+    done = hpctrain("doctor", "run.yaml", cwd=run_dir)
+
+    assert not (run_dir / "ran").exists()
+    assert "this Python is not used" in done.stdout, done.stdout + done.stderr
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_compiled_templates_below_a_folder_of_others_are_not_unpickled(run_dir, hpctrain, tmp_path):
+    """The folder itself is mine and shut: the one above it was not looked at."""
+    from jinja2.bccache import bc_magic
+
+    cache = tmp_path / "home/.cache"
+    cache.mkdir(parents=True)
+    assert hpctrain("render", cwd=run_dir).returncode == 0
+    for file in cache.rglob("*.cache"):
+        raw = file.read_bytes()
+        assert raw.startswith(bc_magic)
+        file.write_bytes(bc_magic + pickle.dumps(Evil(str(tmp_path / "ran"))))
+    cache.chmod(0o777)
+
+    assert hpctrain("render", "--force", cwd=run_dir).returncode == 0
+    assert not (tmp_path / "ran").exists()
+
+
+NODE_DIRS = """name: ours
+extends: local
+node_dirs:
+  TRITON_CACHE_DIR:
+    path: "{here}/{{user}}-{{job}}-triton"
+    why: compiled kernels
+  KEPT_DIR:
+    path: "{here}/kept"
+    why: kept from job to job
+"""
+ASKS = (
+    "name: r\nsite: ./profile.yaml\nrecipe: command\nnodes: 1\ntime: 10m\n"
+    'recipe_options: {argv: [bash, -c, \'ls -A "$TRITON_CACHE_DIR" >seen; cd "$TRITON_CACHE_DIR"; pwd -P >'
+    '"$OLDPWD/where"\'], workdir: "HERE"}\n'
+)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda folder: None,
+        lambda folder: folder.symlink_to(folder.parent / "elsewhere"),
+        pytest.param(
+            lambda folder: (folder.mkdir(mode=0o777), os.chown(folder, STRANGER, -1)),
+            marks=needs_root,
+        ),
+    ],
+    ids=["nothing", "a link", "another's folder"],
+)
+def test_a_folder_that_another_made_on_the_node_is_not_compiled_into(
+    run_dir, cli, run_job, monkeypatch, plant
+):
+    monkeypatch.chdir(run_dir)
+    monkeypatch.setenv("USER", "me")
+    (run_dir / "elsewhere").mkdir()
+    (run_dir / "profile.yaml").write_text(NODE_DIRS.format(here=run_dir))
+    (run_dir / "run.yaml").write_text(ASKS.replace("HERE", str(run_dir)))
+    code, out, err = cli("render")
+    assert code == 0, err
+    planted = run_dir / "me-4711-triton"
+    plant(planted)
+    if planted.is_dir():
+        (planted / "kernel.so").write_text("planted")
+
+    done, _ = run_job(out.strip(), env={"USER": "me", "SLURM_JOB_ID": "4711"})
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kernel.so" not in (run_dir / "seen").read_text()
+    where = (run_dir / "where").read_text().strip()
+    assert (where == str(planted)) == (not os.path.lexists(planted))
+    assert not os.path.exists(where), "the last task takes it away"
+    assert (run_dir / "kept").is_dir()
+
+
+def test_the_folder_of_a_tokenization_that_another_made_is_refused(run_dir, hpctrain):
+    from tokenize_help import dialogues, model_path, write_jsonl
+
+    data = write_jsonl(run_dir / "data.jsonl", dialogues(3))
+    (run_dir / "out.tokenize/logs").mkdir(parents=True)
+    (run_dir / "out.tokenize").chmod(0o777)
+    words = ["tokenize", data, "--tokenizer", model_path("bpe_nmt_nfkc"), "--local"]
+
+    done = hpctrain(*words, "--output-prefix", run_dir / "out", cwd=run_dir)
+
+    assert (done.returncode, "is not used" in done.stderr) == (4, True), done.stderr
+    assert not (run_dir / "out.bin").exists()
+
+
+def test_what_tasks_unpickle_lies_where_nobody_else_can_enter(run_dir, hpctrain, tmp_path):
+    from tokenize_help import dialogues, model_path, write_jsonl
+
+    data = write_jsonl(run_dir / "data.jsonl", dialogues(300))
+    words = ["tokenize", data, "--tokenizer", model_path("bpe_nmt_nfkc"), "--tasks", "2"]
+    words += ["--local", "--processes", "2", "--keep-shards"]
+
+    assert hpctrain(*words, "--output-prefix", run_dir / "a", cwd=run_dir).returncode == 0
+    assert (run_dir / "a.tokenize/logs").stat().st_mode & 0o777 == 0o700
+
+    run_dir.chmod(0o777)  # a project's folder: the shards may lie there, the pickles not
+    assert hpctrain(*words, "--output-prefix", run_dir / "b", cwd=run_dir).returncode == 0
+    assert not list((run_dir / "b.tokenize").rglob("*.pkl"))
+    assert not (run_dir / "b.tokenize/logs").exists()
+
+
+@needs_others
+def test_of_a_checkpoint_that_may_be_anothers_nothing_is_run(tmp_path, cli, plant):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("deepspeed")
+    folder = tmp_path / "ck/global_step5"
+    folder.mkdir(parents=True)
+    (folder / "hpctrain.json").write_text(
+        '{"run_id": "x", "iteration": 5, "consumed_samples": 1, "num_ranks": 1, "zero_stage": 0,'
+        ' "precision": "fp32", "data_fingerprint": "", "config": {}}'
+    )
+    (folder / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_attention_heads":'
+        ' 1, "num_hidden_layers": 1, "vocab_size": 8, "num_key_value_heads": 1}'
+    )
+    evil = {"module": {}, "x": Evil(str(tmp_path / "ran"))}
+    torch.save(evil, folder / "mp_rank_00_model_states.pt")
+    (tmp_path / "ck/latest").write_text("global_step5")
+    plant(folder)
+
+    code, _, err = cli("export", tmp_path / "ck", "-o", tmp_path / "model")
+
+    assert not (tmp_path / "ran").exists()
+    assert (code, "this checkpoint, which names code to run, is not used" in err) == (4, True), err
+
+
+def test_an_index_of_shards_that_names_code_runs_nothing(tmp_path):
+    dpo = pytest.importorskip("hpctrain.train.dpo.checkpoint")
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil(str(tmp_path / "ran"))))
+
+    with pytest.raises(pickle.UnpicklingError, match="which is not read"):
+        dpo._Reader(str(tmp_path)).read_metadata()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_program_is_started_from_a_cache_that_others_write(run_dir, tmp_path):
+    """Whose it is was asked only after the loader that its programs name had been started."""
+    from hpctrain.base.errors import Refused
+    from hpctrain.sandbox import packages
+
+    planted = tmp_path / "cache/hpctrain/slurm-99-amd64"
+    (planted / "usr/bin").mkdir(parents=True)
+    (planted / "hpctrain-manifest.json").write_text('{"files": {}, "packages": {}}')
+    (tmp_path / "cache").chmod(0o777)
+
+    with pytest.raises(Refused, match="anybody may write"):
+        packages.find({"XDG_CACHE_HOME": str(tmp_path / "cache")}, source="unpacked")
