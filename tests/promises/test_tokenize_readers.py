@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from needed import needed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tokenize_help import dialogues, model_path, oracle_ids, write_jsonl  # noqa: E402
@@ -26,9 +26,9 @@ print(json.dumps([data.document_indices.tolist(), data.sequence_lengths.tolist()
 def test_megatron_core_reads_what_we_write(tmp_path):
     """Needs megatron-core, and so torch: `tools/test` installs both (the extra `readers`)."""
     if sys.version_info >= (3, 10):
-        pytest.importorskip("torch")  # without it this is not the environment of tools/test
+        needed("torch")  # without it this is not the environment of tools/test
     else:
-        pytest.importorskip("megatron.core")
+        needed("megatron.core")
 
     import sentencepiece
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from needed import needed
 
 from hpctrain.plan.load import load_plan
 from hpctrain.runtime import history, nodecheck, preflight
@@ -94,7 +95,7 @@ def test_it_is_stdlib_only_and_leaves_nothing_but_its_notes(tmp_path):
 
 
 def test_two_ranks_measure_each_other_with_torch(tmp_path):
-    pytest.importorskip("torch")  # with tools/test it is there
+    needed("torch")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from needed import needed
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.train.dpo.records import find_files, parse_record, read_records
@@ -71,7 +72,7 @@ def write(folder: Path, kind: str) -> Path:
     if kind == "json":
         (folder / "x.json").write_text("\ufeff " + json.dumps(ROWS), encoding="utf-8")
         return folder / "x.json"
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = needed("pyarrow")
     from pyarrow import parquet
 
     table = pyarrow.Table.from_pylist(ROWS)
@@ -129,7 +130,7 @@ def test_bad_records_are_named_by_line_all_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.jsonl", "x.json"])
 def test_an_empty_or_cut_file_is_refused(tmp_path: Path, name: str) -> None:
-    pytest.importorskip("pyarrow")
+    needed("pyarrow")
     for content in (b"", b"[", b"PAR1\x00\x00"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UsageError):

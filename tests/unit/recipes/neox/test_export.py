@@ -15,6 +15,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import yaml
+from needed import needed
 
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.base.shell import quote
@@ -154,7 +155,7 @@ def convert(run_job, run, tmp_path, out="the model", **env):
 
 
 def test_the_newest_complete_checkpoint_goes_through_neoxs_own_converter(run, run_job, tmp_path):
-    pytest.importorskip("torch")
+    needed("torch")
     done = convert(
         run_job,
         run,
