@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from hpctrain.base.errors import Problem
 from hpctrain.plan.make import Plan
+from hpctrain.runtime import handover
 from hpctrain.runtime.bootstrap import StartProblem, plan_bootstrap
 from hpctrain.runtime.files import OddFile, read_records
 from hpctrain.runtime.link import decide_now
@@ -33,6 +34,9 @@ def checkpoint_problems(plan: Plan) -> Iterator[Problem]:
         yield from _folder_problems(plan, settings, survey, choice)
         if choice.kind == "start" and settings.start and os.path.isdir(settings.start):
             plan_bootstrap(settings, survey)
+        refused = handover.refusal(settings) if choice.kind == "nothing" else ""
+        if refused:
+            yield Problem(refused, plan.spec.where("checkpoint", "start"))
     except StartProblem as problem:
         yield Problem(str(problem), plan.spec.where("checkpoint", "start"))
     except OSError as error:

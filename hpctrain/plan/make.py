@@ -88,6 +88,7 @@ class Plan:
             "counter": facts.counter,
             "retention": facts.retention,
             **({"exported": True} if facts.exported else {}),
+            **({"expert_parallel": facts.expert_parallel} if facts.expert_parallel else {}),
             **({"own_layout": dict(facts.own_layout)} if facts.own_layout else {}),
             **({"any_ranks": 1} if facts.any_ranks else {}),
         }

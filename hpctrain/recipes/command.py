@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from hpctrain.base.errors import Problem
@@ -56,6 +57,7 @@ def resolve(context: Context) -> Resolved:
         for bad in [_config_problem(spec.config)]
         if bad
     ]
+    sizes = _sizes(options["argv"]) if layout == "megatron" else {}
     workdir = absolute(options["workdir"], spec.base_dir) if options["workdir"] else spec.base_dir
     config = (
         {}
@@ -75,6 +77,9 @@ def resolve(context: Context) -> Resolved:
             layout=layout,
             own_layout=own_layout,
             target=options["target_iteration"],
+            tensor_parallel=sizes.get("tensor_parallel"),
+            pipeline_parallel=sizes.get("pipeline_parallel"),
+            expert_parallel=sizes.get("expert_parallel"),
             start_takes="of which the program takes what it likes",
         ),
         cadence=Cadence(
@@ -94,6 +99,26 @@ def resolve(context: Context) -> Resolved:
         ),
         problems=tuple(problems),
     )
+
+
+# Megatron's own (megatron/training/arguments.py): a checkpoint of other sizes may not load.
+_SIZES = {
+    "tensor_parallel": "--tensor-model-parallel-size",
+    "pipeline_parallel": "--pipeline-model-parallel-size",
+    "expert_parallel": "--expert-model-parallel-size",
+}
+
+
+def _sizes(argv: Sequence[str]) -> dict[str, int]:
+    """The sizes among a Megatron program's arguments, the last of each as argparse takes it; what
+    is no plain number there is not guessed."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    found = {}
+    for key, option in _SIZES.items():
+        places = [place for place, word in enumerate(words[:-1]) if word == option]
+        if places and words[places[-1] + 1].isdigit():
+            found[key] = int(words[places[-1] + 1])
+    return found
 
 
 def _config_problem(value: Any) -> str:

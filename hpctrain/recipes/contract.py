@@ -78,6 +78,7 @@ class Guard:
     tensor_parallel: int | None = None
     pipeline_parallel: int | None = None
     data_parallel: int | None = None
+    expert_parallel: int | None = None
     zero_stage: int | None = None
     counter: str = "latest"
     quarantine: bool = True

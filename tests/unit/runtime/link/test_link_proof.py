@@ -256,6 +256,19 @@ def test_a_layout_of_ones_own_is_chained_like_any(tmp_path, rule, whole):
         assert (run.ckpt / rule["tracker"]).read_text() == "10"
 
 
+@pytest.mark.parametrize(("holds", "text"), [("iteration", "10"), ("name", "ckpt_10")])
+def test_a_lost_tracker_of_a_layout_of_ones_own_is_written_again(tmp_path, holds, text):
+    """The program would find no checkpoint without it, and begin anew."""
+    rule = {"pattern": "ckpt_{iteration}", "marker": "DONE", "tracker": "newest.txt"}
+    run = Run(tmp_path, layout="own", own_layout={**rule, "tracker_holds": holds})
+    run.python = None
+    (run.ckpt / "ckpt_10").mkdir(parents=True)
+    (run.ckpt / "ckpt_10" / "DONE").touch()
+    found = run.begin(1)
+    assert (found["mode"], found["iteration"]) == ("resume", "10")
+    assert (run.ckpt / "newest.txt").read_text() == text
+
+
 def test_other_ranks_than_the_checkpoints_end_the_chain_before_the_framework_does(quick):
     quick.save(10)
     quick.write_plan(data_parallel=4)
