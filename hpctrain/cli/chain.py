@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import os
 import shlex
+from typing import TYPE_CHECKING
 
 import click
 
 from hpctrain.base import errors, terminal
 from hpctrain.cli import common
+
+if TYPE_CHECKING:
+    from hpctrain.jobs.chain import ChainPlan
 
 
 @click.command()
@@ -14,7 +18,8 @@ from hpctrain.cli import common
 @click.option(
     "--jobs",
     metavar="N|auto",
-    help="Links in all, or as many as the remaining iterations need [default: the run's].",
+    help="Links in all, or as many as the remaining iterations need [default: the run's]; those"
+    " that ended without a new checkpoint are made up for.",
 )
 @click.option(
     "--extend",
@@ -48,7 +53,8 @@ def command(
     """Render, bootstrap and queue a whole chain of jobs; each link decides as it starts what there
     is to do.
 
-    Running it again submits only what is missing.
+    Running it again submits only what is missing: also after a give-up, a cancel, or a stop whose
+    STOP file was removed.
 
     \b
     hpctrain chain --jobs 5
@@ -85,7 +91,8 @@ def command(
         ]
         terminal.table(shown, header=("link", "job", "expected", "iterations"))
     bill = f", {found.billed:.1f} {found.unit}s billed" if found.billed is not None else ""
-    terminal.info(f"{len(found.new)} new links: at most {hours:.1f} {unit}{bill}")
+    beside = f" beside {len(found.live)} that wait or run" if found.live else ""
+    terminal.info(f"{len(found.new)} new links{beside}: at most {hours:.1f} {unit}{bill}")
     for node in found.bad_nodes:
         advice = "" if exclude_bad else "; --exclude-bad keeps the links off it"
         terminal.info(
@@ -104,7 +111,7 @@ def command(
         terminal.info(
             f"queued {len(new)} links: {' '.join(new)}"
             if new
-            else "nothing to submit: all links are on record (--extend N adds more)"
+            else f"nothing to submit: {_nothing(found)}"
         )
     if as_json:
         terminal.data_json(
@@ -116,6 +123,8 @@ def command(
             node_hours=found.node_hours,
             billed=found.billed,
             unit=found.unit,
+            live=list(found.live),
+            done=found.done,
             links=[
                 {
                     "link": e.link,
@@ -135,6 +144,12 @@ def command(
         if dry_run
         else f"hpctrain status {shlex.quote(os.path.relpath(run_dir))}"
     )
+
+
+def _nothing(found: ChainPlan) -> str:
+    if found.done:
+        return f"the run is done, {found.done}"
+    return f"{len(found.live)} links wait or run (--extend N adds more)"
 
 
 def _number(jobs: str | None) -> int | None:

@@ -20,16 +20,14 @@ def command(run: str, dry_run: bool) -> None:
     hpctrain stop 1234567
     """
     from hpctrain.jobs import chain
+    from hpctrain.runs.status import observe, stop_words
 
     run_dirs = chain.find_chains(run)
-    running = [job for run_dir in run_dirs for job in chain.stop(run_dir, dry_run)]
-    would = "would end" if dry_run else "end"
-    for job in running:
-        terminal.info(
-            f"job {job.job_id} runs: it {would} after its next checkpoint where its step can, else"
-            " at its own end"
-        )
-    terminal.info(f"links that wait {would} as they start")
+    for run_dir in run_dirs:
+        chain.stop(run_dir, dry_run)
+    for status in observe(run_dirs):
+        for words in stop_words(status.run, status.links, status.progress):
+            terminal.info(f"note: {words}")
     if not dry_run:
         stops = " ".join(shlex.quote(f"{run_dir}/STOP") for run_dir in run_dirs)
         terminal.next_step(f"hpctrain status {shlex.quote(run)}    (remove {stops} to go on)")

@@ -6,8 +6,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
@@ -27,14 +27,14 @@ from hpctrain.jobs.ledger import (
 )
 from hpctrain.plan.load import Loaded
 from hpctrain.plan.run_dir import run_files, write_run_dir
-from hpctrain.runs.live import live_jobs
-from hpctrain.runs.records import RunRecords, find_pipeline, find_runs, read_run
-from hpctrain.runs.starts import Start, starts_of
+from hpctrain.runs.live import link_in_tag, live_jobs
+from hpctrain.runs.records import RunRecords, find_pipeline, find_runs, offset_of, read_run
+from hpctrain.runs.starts import Start, links_of, starts_of
 from hpctrain.runs.status import observe
 from hpctrain.runtime import history
-from hpctrain.runtime.files import read_records, write_atomic
+from hpctrain.runtime.files import write_atomic
 from hpctrain.runtime.handover import expected
-from hpctrain.runtime.link import decide_now
+from hpctrain.runtime.link import Decision, decide_now, until_exported
 from hpctrain.runtime.settings import Settings, handed_over, parse_settings
 from hpctrain.runtime.survey import Choice, Survey, choose
 from hpctrain.slurm import commands as slurm
@@ -59,7 +59,8 @@ class Expectation:
 @dataclass(frozen=True)
 class ChainPlan:
     """What `chain` would submit, and what that costs. `new` are the link numbers that are not
-    queued yet."""
+    queued yet, `live` the jobs that wait or run. `done`: why there is nothing left to do, where
+    that is so; `behind`: a live job that the ledger does not have, which new links wait for."""
 
     run_dir: str
     run: str
@@ -71,11 +72,64 @@ class ChainPlan:
     billed: float | None
     unit: str
     bad_nodes: tuple[badnodes.BadNode, ...]
+    live: tuple[str, ...] = ()
+    done: str = ""
+    behind: str | None = None
 
     @property
     def hours(self) -> tuple[float, str]:
         """The cost to ask about: GPU-hours, or node-hours where there are no GPUs."""
         return (self.gpu_hours, "GPU-hours") if self.gpu_hours else (self.node_hours, "node-hours")
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a run directory and its checkpoint folder show now, each read once."""
+
+    settings: Settings
+    choice: Choice
+    decided: Decision
+    refusals: Sequence[str]
+    run: RunRecords
+    links: list[dict[str, Any]]
+    ledger: Ledger
+
+    @property
+    def live(self) -> dict[str, int | None]:
+        """The jobs of links that wait or run, and can still work, with their numbers where they
+        have one."""
+        if not self.run.job_ids() and not slurm.have("squeue"):
+            return {}
+        numbers: dict[str, int | None] = dict(links_of(self.run))
+        side = {job_id for (_, kind), job_id in self.ledger.submitted().items() if kind == SIDE}
+        gone = self.ledger.cancelled() | side
+        out = {}
+        for job in live_jobs(self.run):
+            link, kind = link_in_tag(job)
+            if job.job_id not in gone and kind != SIDE and job.state != "COMPLETING":
+                out[job.job_id] = numbers.get(job.job_id, link)
+        return out
+
+    def got_on(self, live: Collection[int | None]) -> int:
+        """How many of the links that are not `live` made a checkpoint: they did their share."""
+        newest = self.choice.name if self.choice.kind == "made" else None
+        ended = {record["link"] for record in self.links if record.get("link")} - {*live}
+        return sum(history.made_by(self.links, link, newest) is not None for link in ended)
+
+
+def _look(run_dir: str, plan: Mapping[str, Any]) -> _Look:
+    """Raises EnvironmentFault when the checkpoint folder cannot be read, OSError for the ledger."""
+    settings = _settings(run_dir, plan)
+    ledger = read_ledger(run_dir)
+    run = read_run(run_dir) if os.path.isdir(run_dir) else RunRecords(run_dir, str(plan["run"]))
+    survey, choice = _survey(settings)
+    if survey:
+        settings = until_exported(settings, survey, choice, lambda _: None)
+    links = [dict(record) for record in run.links]
+    decided = decide_now(settings, choice, links)
+    goes_on = survey and choice.kind == "made" and choice.name
+    refusals = survey.verdict(choice.name).refusals if survey and goes_on and choice.name else ()
+    return _Look(settings, choice, decided, refusals, run, links, ledger)
 
 
 def plan_chain(
@@ -87,51 +141,51 @@ def plan_chain(
     force: bool = False,
 ) -> ChainPlan:
     """Decide which links to submit. `plan` is plan.json's content; reads the run directory and the
-    checkpoint folder.
+    checkpoint folder, and asks Slurm what of the run is live.
 
-    `num_links` is the whole number of links (those on record count), `extend` a number of links
-    more, `auto` as many as the remaining iterations need. Raises UsageError, Refused while a STOP
-    file would end every link at once or the guard would refuse the checkpoints (but for `force`),
-    EnvironmentFault when they cannot be read.
+    `num_links` is the whole number of links: those that wait or run and those that made a
+    checkpoint count, others are made up for; where nothing is live, and the run not done, it gets
+    some in any case. `extend` is a number of links more, `auto` as many as the remaining iterations
+    need. Raises UsageError, Refused while a STOP file would end every link at once or the guard
+    would refuse the checkpoints (but for `force`), EnvironmentFault when they cannot be read or
+    Slurm does not answer.
     """
-    settings = _settings(run_dir, plan)
-    ledger = read_ledger(run_dir)
-    links = read_records(os.path.join(run_dir, "links.jsonl"))
-    if os.path.exists(os.path.join(run_dir, "STOP")):
-        raise Refused(
-            f"`{run_dir}/STOP` is there, so every link would end as it starts",
-            hint="remove that file, then try again",
-        )
-    choice = _choice(settings)
-    _require_clear(settings, choice, links, force)
-    run = read_run(run_dir) if os.path.isdir(run_dir) else RunRecords(run_dir, str(plan["run"]))
-    step_time_s = measured_step_time_s(starts_of(run)) or plan["job"]["step_time_s"]
-    submitted = {link for link, kind in ledger.submitted() if kind == MAIN}
-    unsure = {link for link, kind in ledger.open() if kind == MAIN}
-    if auto:
-        more = (
-            _links_needed(plan, settings, choice, step_time_s)
-            - len(live_links(ledger))
-            - len(unsure)
-        )
-    elif extend:
-        more = extend
-    else:
-        more = (num_links or plan["job"]["num_links"]) - len(submitted | unsure)
-    known = history.last_link(links, list(ledger.records))
+    look = _look(run_dir, plan)
+    done = look.decided.reason if look.decided.decision == "done" and not force else ""
+    if not done:
+        _require_clear(look, force)
+    step_time_s = measured_step_time_s(starts_of(look.run)) or plan["job"]["step_time_s"]
+    unsure = {link for link, kind in look.ledger.open() if kind == MAIN}
+    live = look.live
+    jobs = num_links or plan["job"]["num_links"]
+    more = extend or 0
+    at_work = len(live) + len(unsure - {*live.values()})
+    if done:
+        more, unsure = 0, set()
+    elif auto:
+        more = _links_needed(plan, look, step_time_s) - at_work
+    elif not extend:
+        more = jobs - at_work - look.got_on(live.values())
+        more = more if more > 0 or at_work else jobs
+    known = max([0, *look.ledger.links(), *links_of(look.run).values()])
     new = tuple(sorted({*unsure, *range(known + 1, known + max(more, 0) + 1)}))
-    cost, jobs = plan["cost"], len(new)
+    cost, count = plan["cost"], len(new)
+    on_record = set(look.ledger.submitted().values())
+    others = sorted(set(live) - on_record, key=int)
     return ChainPlan(
         run_dir,
         str(plan["run"]),
         new,
-        _expectations(plan, settings, choice, links, ledger, new, step_time_s),
-        settings.after_each,
-        cost["gpu_hours"] * jobs,
-        cost["node_hours"] * jobs,
-        None if cost["billed"] is None else cost["billed"] * jobs,
+        _expectations(plan, look, live, new, step_time_s),
+        look.settings.after_each,
+        cost["gpu_hours"] * count,
+        cost["node_hours"] * count,
+        None if cost["billed"] is None else cost["billed"] * count,
         cost["unit"],
-        tuple(badnodes.find(run)),
+        tuple(badnodes.find(look.run)),
+        tuple(sorted(live, key=int)),
+        done,
+        others[-1] if others and not set(live) & on_record else None,
     )
 
 
@@ -143,19 +197,13 @@ def _settings(run_dir: str, plan: Mapping[str, Any]) -> Settings:
     return settings._replace(start=handed_over(run_dir) or expected(settings))
 
 
-def is_done(run_dir: str, plan: Mapping[str, Any]) -> bool:
-    """Whether a link that starts now would find nothing left to do."""
-    settings = _settings(run_dir, plan)
-    links = read_records(os.path.join(run_dir, "links.jsonl"))
-    return decide_now(settings, _choice(settings), links).decision == "done"
-
-
-def _choice(settings: Settings) -> Choice:
+def _survey(settings: Settings) -> tuple[Survey | None, Choice]:
     """What a link would start from now. Raises EnvironmentFault when the folder cannot be read."""
     if not settings.checkpoint_dir:
-        return Choice("nothing", None, None, (), ())
+        return None, Choice("nothing", None, None, (), ())
     try:
-        return choose(Survey(settings))
+        survey = Survey(settings)
+        return survey, choose(survey)
     except OSError as error:
         raise _unreadable(f"`{error.filename}` cannot be read: {error.strerror}") from error
 
@@ -165,17 +213,19 @@ def _unreadable(what: str) -> EnvironmentFault:
     return EnvironmentFault(what, hint=hint)
 
 
-def _require_clear(
-    settings: Settings, choice: Choice, links: list[dict[str, Any]], force: bool
-) -> None:
+def _require_clear(look: _Look, force: bool) -> None:
     """Refuse to queue links that the guard would not start."""
-    decided = decide_now(settings, choice, links)
-    if decided.decision == "run" and choice.unreadable:
-        raise _unreadable(choice.unreadable)
+    if look.run.stop:
+        raise Refused(
+            f"`{look.run.run_dir}/STOP` is there, so every link would end as it starts",
+            hint="remove that file, then try again",
+        )
+    decided = look.decided
+    if decided.decision == "run" and look.choice.unreadable:
+        raise _unreadable(look.choice.unreadable)
     why = decided.reason if decided.decision == "gave_up" else ""
-    if decided.decision == "run" and choice.kind == "made" and choice.name:
-        refusals = Survey(settings).verdict(choice.name).refusals
-        why = f"`{choice.name}` {refusals[0]}" if refusals else ""
+    if decided.decision == "run" and look.refusals:
+        why = f"`{look.choice.name}` {look.refusals[0]}"
     if why and not force:
         hint = "`hpctrain checkpoint list` shows the folder; --force queues all the same"
         raise Refused(Problem(why, why="every link would end as it starts", hint=hint))
@@ -195,9 +245,9 @@ def prepare(
     if not dry_run and write_run_dir(plan.run_dir, files, force):
         said.append(f"wrote {plan.run_dir}")
     settings = parse_settings(plan.guard())._replace(run_dir=plan.run_dir)
-    choice = _choice(settings)
+    survey, choice = _survey(settings)
     settled = choice.refusal or choice.unreadable or choice.kind == "made"
-    if settings.start and not settled and not Survey(settings).made:
+    if settings.start and not settled and not (survey and survey.made):
         done = checkpoints.bootstrap(settings, dry_run)
         said += [
             *done.notes,
@@ -236,7 +286,7 @@ def submit_chain(
     by (link, kind).
 
     Where no link of the run waits or runs, the first new one waits for the job `after`, another
-    run's.
+    run's, or for the run's own that was submitted by hand.
     """
     script = os.path.join(chain.run_dir, "job.sbatch")
     options = (f"--exclude={exclude}",) if exclude else ()
@@ -251,7 +301,7 @@ def submit_chain(
             if chain.side_script:
                 side = sidejobs.submission(chain.run_dir, chain.run, link, chain.side_script)
                 wanted.append(Submission(link, SIDE, side.script, (), side.options))
-        return submit_all(chain.run_dir, wanted, after)
+        return submit_all(chain.run_dir, wanted, chain.behind or after)
 
 
 def live_links(ledger: Ledger) -> dict[int, str]:
@@ -282,7 +332,8 @@ def measured_step_time_s(starts: Sequence[Start]) -> float | None:
     return seconds / iterations if iterations else None
 
 
-def _remaining(settings: Settings, plan: Mapping[str, Any], choice: Choice) -> int | None:
+def _remaining(look: _Look, plan: Mapping[str, Any]) -> int | None:
+    settings, choice = look.settings, look.choice
     if settings.target is None:
         return None
     made = choice.kind == "made" or settings.counter == "greatest_folder"
@@ -290,10 +341,8 @@ def _remaining(settings: Settings, plan: Mapping[str, Any], choice: Choice) -> i
     return max(settings.target - (choice.number or 0), 0) if made and choice.number else whole
 
 
-def _links_needed(
-    plan: Mapping[str, Any], settings: Settings, choice: Choice, step_time_s: float | None
-) -> int:
-    remaining = _remaining(settings, plan, choice)
+def _links_needed(plan: Mapping[str, Any], look: _Look, step_time_s: float | None) -> int:
+    remaining = _remaining(look, plan)
     if remaining is None or not step_time_s:
         what = "the step time" if remaining is not None else "the target"
         raise UsageError(
@@ -320,28 +369,22 @@ def _links_needed(
 
 def _expectations(
     plan: Mapping[str, Any],
-    settings: Settings,
-    choice: Choice,
-    links: list[dict[str, Any]],
-    ledger: Ledger,
+    look: _Look,
+    live: Mapping[str, int | None],
     new: Sequence[int],
     step_time_s: float | None,
 ) -> tuple[Expectation, ...]:
-    """What each link that is waiting or new will do, if all goes well: the first from what lies
-    there, the next on from it."""
-    submitted, ended = ledger.submitted(), {r.get("link") for r in links if r.get("event") == "end"}
-    gone = ledger.cancelled()
-    waiting = [
-        link
-        for (link, kind), job_id in submitted.items()
-        if kind == MAIN and job_id not in gone and link not in ended
-    ]
+    """What each link that is live or new will do, if all goes well: the first from what lies there,
+    the next on from it. Iterations are the run's own."""
+    settings, choice = look.settings, look.choice
+    waiting = {link: job_id for job_id, link in live.items() if link is not None}
     job = plan["job"]
     per_link = int(job["time_s"] / step_time_s) if step_time_s else None
     if per_link and job["save_every"] and not job["saves_on_signal"]:
         per_link = per_link // job["save_every"] * job["save_every"]
     out: list[Expectation] = []
-    mode = decide_now(settings, choice, links).mode
+    base = offset_of(plan)
+    mode = look.decided.mode
     counts_on = (
         choice.kind == "made" or settings.counter == "greatest_folder" or settings.start_counts
     )
@@ -357,10 +400,10 @@ def _expectations(
         out.append(
             Expectation(
                 link,
-                submitted.get((link, MAIN)),
+                waiting.get(link),
                 mode,
-                at if mode != "done" else None,
-                last if mode != "done" else None,
+                _own(at, base) if mode != "done" else None,
+                _own(last, base) if mode != "done" else None,
             )
         )
         if mode in ("done", "gave_up"):
@@ -369,6 +412,10 @@ def _expectations(
         mode = "done" if done else "resume" if settings.layout != "none" else mode
         at = last
     return tuple(out)
+
+
+def _own(number: int | None, base: int) -> int | None:
+    return None if number is None else max(number - base, 0)
 
 
 def stop(run_dir: str, dry_run: bool = False) -> list[Job]:
@@ -385,7 +432,11 @@ def stop(run_dir: str, dry_run: bool = False) -> list[Job]:
             hint = f"`hpctrain cancel {run_dir}` ends its jobs now"
             what = f"cannot write `{run_dir}/STOP`: {error.strerror}"
             raise EnvironmentFault(what, hint=hint) from error
-    running = [job for job in live_jobs(run) if job.state == "RUNNING"]
+    try:
+        running = [job for job in live_jobs(run) if job.state == "RUNNING"]
+    except EnvironmentFault as error:
+        first = replace(error.problems[0], why=f"`{run_dir}/STOP` is there for every link to see")
+        raise EnvironmentFault(first) from error
     signal = run.section("job").get("signal") or {}
     if not dry_run and signal.get("forward"):
         for job in running:

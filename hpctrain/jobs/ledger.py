@@ -19,6 +19,7 @@ from typing import Any
 
 from hpctrain.base import terminal
 from hpctrain.base.errors import EnvironmentFault, Refused
+from hpctrain.runs.records import SUBMISSION, word_in_tags
 from hpctrain.runtime import history
 from hpctrain.runtime.files import append_record, read_records
 from hpctrain.runtime.link import now
@@ -46,15 +47,6 @@ class Ledger:
 
     records: tuple[dict[str, Any], ...]
 
-    @property
-    def uid(self) -> str | None:
-        """The run's own word in every tag, None before the first submission."""
-        for record in self.records:
-            parts = str(record.get("tag", "")).split(":")
-            if len(parts) >= 3:
-                return parts[1]
-        return None
-
     def submitted(self) -> dict[tuple[int, str], str]:
         """Job ids by what they are, cancelled ones included."""
         return {
@@ -65,12 +57,8 @@ class Ledger:
 
     def open(self) -> dict[tuple[int, str], dict[str, Any]]:
         """Submissions of which it is not known whether Slurm got them."""
-        done = self.submitted()
-        return {
-            _key(r): r
-            for r in self.records
-            if r.get("event") == "submitting" and _key(r) not in done
-        }
+        newest = {_key(r): r for r in self.records if r.get("event") in SUBMISSION}
+        return {key: r for key, r in newest.items() if r["event"] == "submitting"}
 
     def cancelled(self) -> set[str]:
         """Ids of the jobs that were cancelled."""
@@ -80,9 +68,9 @@ class Ledger:
             if record.get("event") == "cancelled"
         }
 
-    def last_link(self) -> int:
-        """The greatest number of a link that was submitted, 0 before the first."""
-        return max([0, *(link for link, _ in self.submitted())])
+    def links(self) -> set[int]:
+        """The numbers of the links that Slurm has got, or may have."""
+        return {link for link, kind in (*self.submitted(), *self.open()) if kind == MAIN}
 
 
 def read_ledger(run_dir: str) -> Ledger:
@@ -132,7 +120,7 @@ def submit_all(
     """
     path = os.path.join(run_dir, "ledger.jsonl")
     ledger = read_ledger(run_dir)
-    uid = ledger.uid or secrets.token_hex(6)
+    uid = word_in_tags(ledger.records) or secrets.token_hex(6)
     ids = {**ledger.submitted(), **_recover(run_dir, ledger)}
     live = {job.job_id for job in of_user() if job.live} if ids or after else set()
     previous = after
@@ -157,7 +145,13 @@ def submit_all(
             options = [f"--comment={tag}", *item.options]
             if depends_on:
                 options.append(f"--dependency=afterany:{depends_on}")
-            ids[key] = _submit(item, options)
+            try:
+                ids[key] = _submit(item, options)
+            except slurm.Unsure:
+                raise
+            except EnvironmentFault:
+                _append(path, {**record, "event": "refused", "time": now()})
+                raise
             live.add(ids[key])
             _append(path, {**record, "event": "submitted", "job_id": ids[key], "time": now()})
         if item.kind == MAIN:
@@ -229,6 +223,7 @@ def record_cancelled(run_dir: str, ids: Sequence[str]) -> None:
                 "depends_on": None,
                 "time": now(),
                 "kind": kind,
+                "reason": "`hpctrain cancel`",
             },
         )
 

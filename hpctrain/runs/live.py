@@ -46,6 +46,14 @@ def owns(run: RunRecords, job: Job) -> bool:
     return started or (job.work_dir in folders and job.name == run.name)
 
 
+def link_in_tag(job: Job) -> tuple[int | None, str]:
+    """The link that a job of ours is or serves, and its kind, by its tag; (None, "") without one."""
+    parts = job.comment.split(":")
+    if len(parts) != 5 or parts[0] != "hpctrain" or not parts[2].isdigit():
+        return None, ""
+    return int(parts[2]), parts[3]
+
+
 def live_jobs(run: RunRecords) -> list[Job]:
     """The run's jobs that wait, run or are ending now. Raises EnvironmentFault when Slurm does not
     answer: then nothing is known."""

@@ -24,6 +24,7 @@ from hpctrain.triage.records import job_of_log
 _JOB_ID = re.compile(r"\d+(?:_\d+)?\Z")
 MARKS = ("plan.json", "ledger.jsonl", "links.jsonl", "job.sbatch")
 PIPELINE = "pipeline.json"
+SUBMISSION = ("submitting", "submitted", "refused")  # what becomes of an sbatch in ledger.jsonl
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,8 @@ class RunRecords:
 
     @property
     def offset(self) -> int:
-        """What the numbers of checkpoints are ahead of the run's own iterations: the tilde fork
-        counts on from its start's number."""
-        guard, own = self.section("guard"), self.section("job").get("iterations")
-        target = guard.get("target")
-        if guard.get("counter") != "greatest_folder":
-            return 0
-        return max(target - own, 0) if isinstance(target, int) and isinstance(own, int) else 0
+        """`offset_of` its plan."""
+        return offset_of({"guard": self.section("guard"), "job": self.section("job")})
 
     @property
     def recipe(self) -> str | None:
@@ -69,8 +65,7 @@ class RunRecords:
     @property
     def uid(self) -> str | None:
         """The run's own word in the tag of each job of ours, None before the first submission."""
-        tags = (str(record.get("tag", "")).split(":") for record in self.ledger)
-        return next((parts[1] for parts in tags if len(parts) >= 3), None)
+        return word_in_tags(self.ledger)
 
     def ended_jobs(self) -> set[str]:
         """The jobs whose end, or whose cancelling, the run directory itself records."""
@@ -92,6 +87,21 @@ class RunRecords:
             if logged := job_of_log(path):
                 found[logged] = None
         return sorted(found, key=lambda job_id: tuple(map(int, job_id.split("_"))))
+
+
+def offset_of(plan: Mapping[str, Any]) -> int:
+    """What the numbers of checkpoints are ahead of the run's own iterations, by plan.json: the
+    tilde fork counts on from its start's number."""
+    target, own = plan["guard"].get("target"), plan["job"].get("iterations")
+    if plan["guard"].get("counter") != "greatest_folder":
+        return 0
+    return max(target - own, 0) if isinstance(target, int) and isinstance(own, int) else 0
+
+
+def word_in_tags(records: Iterable[Mapping[str, Any]]) -> str | None:
+    """The run's own word in the tags of a ledger, `hpctrain:WORD:LINK:KIND:…`."""
+    tags = (str(record.get("tag", "")).split(":") for record in records)
+    return next((parts[1] for parts in tags if len(parts) >= 3), None)
 
 
 def by_hand(run: RunRecords) -> list[str]:

@@ -100,6 +100,7 @@ class JobHistory:
     link: int | None
     submitted: bool  # by hpctrain, on record in the ledger
     cancelled: bool
+    cancelled_by: str  # by which command of a person; empty where a link did it
     slurm: Job | None
     starts: tuple[Start, ...]
 
@@ -117,7 +118,7 @@ def jobs_of(run: RunRecords, answer: Answer | None = None, now_s: float = 0.0) -
     """
     answer = answer or Answer({}, {})
     links = links_of(run)
-    events = {(str(record.get("job_id")), record.get("event")) for record in run.ledger}
+    events = {(str(record.get("job_id")), record.get("event")): record for record in run.ledger}
     counts_on = run.section("guard").get("counter") == "greatest_folder"
     logs = {job_of_log(path): path for path in run.logs}
     records: dict[str, list[Mapping[str, Any]]] = {}
@@ -132,9 +133,12 @@ def jobs_of(run: RunRecords, answer: Answer | None = None, now_s: float = 0.0) -
             first, records.get(job_id, ()), list(filter(_began, told)), counts_on, now_s
         )
         starts = [_own_iterations(start, run.offset) for start in starts]
-        queued, cancelled = (job_id, "submitted") in events, (job_id, "cancelled") in events
+        queued, cancelled = (job_id, "submitted") in events, events.get((job_id, "cancelled"))
+        by = str(cancelled.get("reason") or "") if cancelled else ""
         starts = _bounded(starts, logs.get(job_id))
-        jobs.append(JobHistory(job_id, first.link, queued, cancelled, newest, tuple(starts)))
+        jobs.append(
+            JobHistory(job_id, first.link, queued, bool(cancelled), by, newest, tuple(starts))
+        )
     return sorted(jobs, key=lambda job: (job.link is None, job.link or 0, _numbers(job.job_id)))
 
 
@@ -148,7 +152,8 @@ def links_of(run: RunRecords) -> dict[str, int]:
 
 def _began(job: Job) -> bool:
     """Whether this is a start: not a wait, and not the end of a job that never began."""
-    return not job.pending and (job.start_s is not None or bool(job.elapsed_s))
+    never = job.state == "CANCELLED" and not job.nodes and job.start_s == job.end_s
+    return not job.pending and not never and (job.start_s is not None or bool(job.elapsed_s))
 
 
 def _starts(

@@ -14,7 +14,7 @@ from typing import Any
 
 from hpctrain.config import billing
 from hpctrain.runs.live import ask
-from hpctrain.runs.records import RunRecords, by_hand, read_run
+from hpctrain.runs.records import SUBMISSION, RunRecords, by_hand, read_run
 from hpctrain.runs.starts import NO_END, JobHistory, Start, jobs_of
 from hpctrain.slurm.jobs import Answer
 from hpctrain.triage.failures import FAILURES
@@ -75,6 +75,7 @@ class LinkStatus:
     end_s: float | None = None
     elapsed_s: float | None = None
     expected_start_s: float | None = None
+    limit_s: float | None = None  # when a running one is ended by Slurm
     active: bool = False
     pending: bool = False
     stuck: str = ""  # what keeps it waiting until a person acts
@@ -103,6 +104,7 @@ class LinkStatus:
             "end": utc(self.end_s),
             "elapsed_s": self.elapsed_s,
             "expected_start": utc(self.expected_start_s),
+            "limit": utc(self.limit_s),
             "stuck": self.stuck,
             "release": self.release,
             "starts": [start.as_json() for start in self.starts],
@@ -210,7 +212,7 @@ def status_of(run: RunRecords, answer: Answer, now_s: float, read_logs: bool = T
         links,
         progress,
         tuple(unseen),
-        tuple(_notes(run, links)),
+        tuple(_notes(run, links, progress)),
     )
 
 
@@ -233,7 +235,7 @@ def _links(jobs: Sequence[JobHistory], tails: Mapping[str, Mapping[str, Any]]) -
         if link.iteration_to is None and following and following.iteration_from is not None:
             link = replace(link, iteration_to=following.iteration_from)
         if jobs[index].cancelled and not jobs[index].starts:
-            link = replace(link, reason=_not_needed(out[:index]))
+            link = replace(link, reason=jobs[index].cancelled_by or _not_needed(out[:index]))
         out[index] = _by_its_log(link, tails.get(link.job_id, {}))
     return out
 
@@ -274,6 +276,7 @@ def _link(job: JobHistory) -> LinkStatus:
         _state(job),
         starts=job.starts,
         expected_start_s=job.slurm.expected_start_s if job.slurm else None,
+        limit_s=job.slurm.end_s if job.slurm and job.slurm.running else None,
         reason=job.slurm.reason if job.slurm else "",
         elapsed_s=sum(times) if times else None,
         pending=pending,
@@ -346,6 +349,8 @@ def overall_state(run: RunRecords, links: Sequence[LinkStatus], progress: Progre
     started = [link for link in links if link.mode or link.exit_code is not None]
     last = started[-1] if started else links[-1]
     if last.state == "COMPLETED" or last.exit_code == 0:
+        if run.stop and run.section("guard").get("layout") != "none":
+            return STOPPED
         return DONE if progress.target is None else ENDED
     if last.exit_code not in (0, None) or last.state in _FAILED_STATES[:-1]:
         return FAILED
@@ -549,16 +554,30 @@ def _end_of(attempt: Any) -> str | None:
     return "FAILED" if cause is not None else None
 
 
-def _notes(run: RunRecords, links: Sequence[LinkStatus]) -> list[str]:
+def stop_words(run: RunRecords, links: Sequence[LinkStatus], progress: Progress) -> list[str]:
+    """What STOP makes of each running link, until when it goes on, and what `cancel` would lose."""
+    out = []
+    for link in (link for link in links if link.active):
+        limit = f"its time limit, {utc(link.limit_s)}" if link.limit_s else "its time limit"
+        lost = progress.unsaved
+        loses = f"would lose {lost} iterations" if lost is not None else "ends it now"
+        ends = "ends after its next checkpoint"
+        if run.section("guard").get("layout") == "none":
+            ends = "goes on to its own end, since nothing tells its checkpoints"
+        out.append(f"job {link.job_id} {ends}, at the latest at {limit}; `hpctrain cancel` {loses}")
+    return [*out, "links that wait end as they start"]
+
+
+def _notes(run: RunRecords, links: Sequence[LinkStatus], progress: Progress) -> list[str]:
     out = []
     if run.stop:
-        out.append("the STOP file is there: the chain ends after the next checkpoint")
-    unfinished = {
-        record.get("link") for record in run.ledger if record.get("event") == "submitting"
+        out += ["the STOP file is there", *stop_words(run, links, progress)]
+    newest = {
+        (record.get("link"), record.get("kind")): record.get("event")
+        for record in run.ledger
+        if record.get("event") in SUBMISSION
     }
-    unfinished -= {
-        record.get("link") for record in run.ledger if record.get("event") == "submitted"
-    }
+    unfinished = {link for (link, _), event in newest.items() if event == "submitting"}
     if unfinished:
         listed = ", ".join(str(link) for link in sorted(unfinished, key=str))
         out.append(

@@ -71,13 +71,11 @@ def test_no_verb_takes_silence_for_an_answer(silent, sandbox, tmp_path):
     code, said = hpctrain("check")
     assert code == 0 and "Slurm did not answer" in said and "its own opinion is not known" in said
     assert hpctrain("plan")[0] == 0
-    code, said = hpctrain("chain", "--yes")
-    assert code == 3 and "Slurm did not answer" not in said and "may be queued" in said
-    code, said = hpctrain("chain", "--yes")
-    assert code == 3 and "Slurm did not answer" in said
     ledger = tmp_path / "runs/r/ledger.jsonl"
-    first = json.loads(ledger.read_text().splitlines()[0])
-    ledger.write_text(json.dumps({**first, "event": "submitted", "job_id": "4711"}) + "\n")
+    code, said = hpctrain("chain", "--yes")
+    assert code == 3 and "Slurm did not answer" in said and not ledger.exists()
+    first = {"event": "submitted", "link": 1, "job_id": "4711", "tag": "hpctrain:u:1:link:ab"}
+    ledger.write_text(json.dumps(first) + "\n")
     code, said = hpctrain("status", "runs/r")
     assert "could not see: squeue: Slurm did not answer" in said and "unknown" in said
     for verb in (
@@ -89,6 +87,9 @@ def test_no_verb_takes_silence_for_an_answer(silent, sandbox, tmp_path):
         target = ("runs/r",) if verb[0] in ("cancel", "stop") else ()
         code, said = hpctrain(*verb, *target)
         assert code == 3 and "Slurm did not answer" in said, (verb, said)
+        if verb == ("stop",):  # links read the file, whether Slurm answers or not
+            (tmp_path / "runs/r/STOP").unlink()
+            assert "STOP` is there" in said
     code, said = hpctrain("cost", "runs/r")
     assert code in (0, 3) and "Slurm did not answer" in said
     assert not [line for line in ledger.read_text().splitlines() if '"cancelled"' in line]

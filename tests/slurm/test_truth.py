@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import pytest
 
@@ -84,6 +85,88 @@ def test_stop_reaches_a_job_that_was_submitted_by_hand(make):
     job = by_hand(chain)
     with chain.held("step"):
         done = chain.ok("stop", "runs/ft")
-        assert f"job {job} runs" in done.stderr
+        assert f"job {job} ends after its next checkpoint" in done.stderr
     chain.wait()
     assert chain.happened("saved")[-1]["step"] == chain.happened("step")[-1]["iteration"] < 1000
+
+
+def change(chain, **fields):
+    spec = json.loads((chain.top / "run.yaml").read_text())
+    spec["recipe_options"].update(fields)
+    (chain.top / "run.yaml").write_text(json.dumps(spec))
+
+
+def test_chain_after_a_give_up_that_was_mended_goes_on_to_the_target(make):
+    chain = make(chain={"jobs": 3, "give_up_after": 2})
+    mended = json.loads((chain.top / "run.yaml").read_text())["recipe_options"]["argv"]
+    change(chain, argv=["false"])
+    chain.ok("chain")
+    chain.wait()
+    assert [record["mode"] for record in chain.records(event="begin")][-1] == "gave_up"
+    change(chain, argv=mended)
+    again = chain.ok("chain", "--force")
+    assert "3 new links: at most" in again.stderr and "queued 3 links" in again.stderr
+    more = chain.ok("chain", "--json")
+    assert "nothing to submit: 3 links wait or run" in more.stderr or chain.happened("end")
+    assert len(set(json.loads(more.stdout)["live"]) & {"4", "5"}) == 0
+    chain.wait()
+    assert chain.happened("end")[-1]["iteration"] == 6
+    done = chain.ok("chain")
+    assert "nothing to submit: the run is done" in done.stderr and not chain.queue()
+    numbers = [record["link"] for record in chain.records("ledger.jsonl", event="submitted")]
+    assert numbers == [1, 2, 3, 4, 5, 6]
+
+
+def test_chain_after_cancel_queues_all_again_and_counts_what_runs_by_hand(make):
+    chain = make(steps=1000, chain={"jobs": 2})
+    chain.ok("chain")
+    chain.wait(lambda chain: chain.happened("saved"))
+    chain.ok("cancel", "ft")
+    chain.wait()
+    told = json.loads(chain.hpctrain("status", "ft", "--json").stdout)["runs"][0]
+    assert told["links"][1]["reason"] == "`hpctrain cancel`"
+    hand = by_hand(chain)
+    with chain.held("step"):
+        chain.wait(lambda chain: len(chain.records(event="begin")) == 2)
+        shown = chain.ok("chain", "--extend", "2")
+        assert "2 new links beside 1 that wait or run" in shown.stderr
+        waits = {job: behind for job, _, behind in chain.queue()}
+        first = min(job for job in waits if job != hand)
+        assert f"afterany:{hand}" in waits[first]
+        assert "nothing to submit: 3 links wait or run" in chain.ok("chain").stderr
+        chain.ok("cancel", "ft")
+
+
+def test_a_refused_submission_is_no_submission_that_was_cut_off(make):
+    chain = make(argv=["sleep", "600"], sbatch={"reservation": "none_such"}, chain={"jobs": 2})
+    done = chain.hpctrain("chain")
+    assert done.returncode == 3 and "reservation" in done.stderr.lower()
+    told = chain.hpctrain("status", "ft")
+    assert "cut off" not in told.stderr and "not submitted" in told.stdout
+
+
+@pytest.mark.parametrize("ignores", ["", "trap '' TERM; "], ids=["leaves", "ignores TERM"])
+def test_stop_ends_a_step_that_knows_nothing_of_it_after_its_next_checkpoint(make, ignores):
+    chain = make(steps=1000, chain={"jobs": 2})
+    argv = json.loads((chain.top / "run.yaml").read_text())["recipe_options"]["argv"]
+    change(chain, argv=["bash", "-c", f'{ignores}"$@"', "x", *argv])
+    chain.ok("chain", HPCTRAIN_WATCH_S="0.3")
+    with chain.held("saved"):
+        said = chain.ok("stop", "ft").stderr
+        assert "ends after its next checkpoint, at the latest at its time limit, 20" in said
+        steps = chain.happened("step")[-1]["iteration"] - chain.happened("saved")[-1]["step"]
+        assert f"`hpctrain cancel` would lose {steps} iterations" in said
+        assert said.splitlines()[0] in chain.hpctrain("status", "ft").stderr
+        time.sleep(3)
+        before = chain.happened("saved")[-1]["step"]
+        assert len(chain.queue()) == 2  # no newer checkpoint, so it goes on
+    chain.wait()
+    first, second = chain.records(event="begin")
+    (end,) = chain.records(event="end")
+    assert second["mode"] == "stopped"
+    assert end["exit_code"] == 0 and "STOP" in end["reason"] and end["iteration"] > before
+    assert json.loads(chain.hpctrain("status", "ft", "--json").stdout)["runs"][0]["state"] == (
+        "stopped"
+    )
+    log = (chain.dir / "logs" / f"ft-{first['job_id']}.out").read_text()
+    assert ("is killed" in log) == bool(ignores)

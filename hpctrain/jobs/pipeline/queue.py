@@ -113,16 +113,12 @@ def plan_queue(pipeline: Pipeline, wanted: Collection[str] = ()) -> list[StagePl
         run_dir = planned.run_dir
         content = json.loads(run_files(planned.plan, planned.loaded.inputs)["plan.json"])
         with chain.readable(run_dir):
-            if chain.is_done(run_dir, content):
+            found = chain.plan_chain(run_dir, content)
+            if found.done:
                 out.append(StagePlan(planned, "done", None))
                 continue
-            found = chain.plan_chain(run_dir, content)
-            live = chain.live_links(read_ledger(run_dir))
-            state = "new"
-            if read_ledger(run_dir).submitted():
-                state = "queued" if live or found.new else "ended"
-            if state == "ended":
-                found = chain.plan_chain(run_dir, content, extend=planned.plan.spec.num_links)
+            before = "ended" if read_ledger(run_dir).submitted() else "new"
+            state = "queued" if found.live else before
         out.append(
             StagePlan(planned, state, found if not wanted or planned.stage.name in wanted else None)
         )

@@ -18,6 +18,7 @@ from hpctrain.jobs.ledger import (
     record_cancelled,
     submit_all,
 )
+from hpctrain.runs.records import word_in_tags
 
 
 def links(*numbers, side=()):
@@ -81,8 +82,11 @@ def test_a_line_before_and_one_after_tell_all_of_each_job(cluster, run_dir):
     assert three["tag"].split(":")[1] == uid and three["tag"] != one["tag"]
     assert cluster.jobs["100"]["comment"] == one["tag"]
     ledger = read_ledger(str(run_dir))
-    assert ledger.uid == uid and ledger.submitted() == {(1, MAIN): "100", (2, MAIN): "101"}
-    assert ledger.open() == {} and ledger.last_link() == 2 and ledger.cancelled() == set()
+    assert word_in_tags(ledger.records) == uid and ledger.submitted() == {
+        (1, MAIN): "100",
+        (2, MAIN): "101",
+    }
+    assert ledger.open() == {} and ledger.links() == {1, 2} and ledger.cancelled() == set()
 
 
 def test_what_is_on_record_is_not_submitted_again(cluster, run_dir):
@@ -90,7 +94,7 @@ def test_what_is_on_record_is_not_submitted_again(cluster, run_dir):
     ids = submit_all(str(run_dir), links(1, 2, 3))
     assert ids == {(1, MAIN): "100", (2, MAIN): "101", (3, MAIN): "102"}
     assert len(cluster.submitted) == 3 and dependency(cluster.submitted[2]) == "101"
-    assert read_ledger(str(run_dir)).uid == records(run_dir)[-1]["tag"].split(":")[1]
+    assert word_in_tags(records(run_dir)) == records(run_dir)[-1]["tag"].split(":")[1]
 
 
 def test_nobody_waits_for_a_job_that_has_ended(cluster, run_dir):
@@ -130,9 +134,9 @@ def test_what_slurm_took_before_it_refused_is_on_record_and_the_rest_follows(clu
     with pytest.raises(EnvironmentFault, match="QOSMaxSubmitJobPerUserLimit"):
         submit_all(str(run_dir), links(1, 2, 3))
     ledger = read_ledger(str(run_dir))
-    assert ledger.submitted() == {(1, MAIN): "100", (2, MAIN): "101"} and list(ledger.open()) == [
-        (3, MAIN)
-    ]
+    assert ledger.submitted() == {(1, MAIN): "100", (2, MAIN): "101"}
+    # Slurm has said that it has not got it, so nothing about it is open.
+    assert ledger.open() == {} and records(run_dir)[-1]["event"] == "refused"
     cluster.refuse_after(None)
     assert submit_all(str(run_dir), links(1, 2, 3))[3, MAIN] == "102"
     assert len(cluster.jobs) == 3 and read_ledger(str(run_dir)).open() == {}
@@ -193,13 +197,13 @@ def test_a_torn_or_foreign_line_spoils_only_itself(cluster, run_dir):
             ' "subm'
         )
     ledger = read_ledger(str(run_dir))
-    assert ledger.submitted() == {(1, MAIN): "100"} and ledger.last_link() == 1
+    assert ledger.submitted() == {(1, MAIN): "100"} and ledger.links() == {1}
     assert submit_all(str(run_dir), links(1, 2))[2, MAIN] == "101"
 
 
 def test_an_empty_ledger(run_dir):
     ledger = read_ledger(str(run_dir))
-    assert (ledger.uid, ledger.submitted(), ledger.open(), ledger.last_link()) == (None, {}, {}, 0)
+    assert (ledger.submitted(), ledger.open(), ledger.links()) == ({}, {}, set())
 
 
 def test_cancelled_jobs_are_noted_with_what_they_were(cluster, run_dir):
