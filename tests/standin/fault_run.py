@@ -182,8 +182,8 @@ class Run:
         """The fork's counter is the neox recipe's business; here the plan is edited, so submit
         without rendering again."""
         code = (
-            "import json, sys; from hpctrain.jobs import chain; d = sys.argv[1]; p ="
-            " chain.read_plan(d);chain.submit_chain(chain.plan_chain(d, p))"
+            "import json, sys; from hpctrain.jobs import chain; d = sys.argv[1];"
+            " p = json.load(open(d + '/plan.json')); chain.submit_chain(chain.plan_chain(d, p))"
         )
         return self.cluster.run(sys.executable, "-c", code, str(self.dir), cwd=self.top)
 
