@@ -285,7 +285,9 @@ def _link(job: JobHistory) -> LinkStatus:
     )
     if first is None or last is None:
         return link
-    reason = link.reason or ("" if pending else last.reason)
+    # Of a guard that let nothing train Slurm knows an exit code, and its record why.
+    decided = bool(last.mode) and not last.trained and not pending
+    reason = last.reason if decided else link.reason or ("" if pending else last.reason)
     return replace(
         link,
         mode=next((start.mode for start in reversed(job.starts) if start.mode), None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 
 import pytest
@@ -170,3 +171,15 @@ def test_stop_ends_a_step_that_knows_nothing_of_it_after_its_next_checkpoint(mak
     )
     log = (chain.dir / "logs" / f"ft-{first['job_id']}.out").read_text()
     assert ("is killed" in log) == bool(ignores)
+
+
+def test_a_failure_that_would_come_again_is_started_twice_and_named(make):
+    chain = make(argv=[sys.executable, "-c", "import no_such"], chain={"jobs": 5})
+    chain.ok("chain")
+    chain.wait()
+    begins = chain.records(event="begin")
+    assert [record["mode"] for record in begins] == ["scratch", "scratch", "gave_up"]
+    why = "the same failure: ModuleNotFoundError: No module named 'no_such'"
+    assert why in begins[-1]["reason"]
+    told = chain.hpctrain("status", "ft")
+    assert told.returncode == 1 and why in told.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -158,8 +159,12 @@ def test_watch_returns_when_a_checkpoint_was_made_after_the_stop_file_was_seen(q
         checkpoints.partial_save(str(quick.ckpt), 30, [3, 0], 1, 2)
         with pytest.raises(subprocess.TimeoutExpired):
             watcher.wait(1)
-        quick.save(30)
-        assert watcher.wait(30) == 0
+        for step in range(30, 300, 10):  # it may have begun to look late
+            quick.save(step)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                watcher.wait(2)
+                break
+        assert watcher.returncode == 0
     finally:
         watcher.kill()
     quick.write_plan(layout="none")
