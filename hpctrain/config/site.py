@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hpctrain.base.errors import Problem, UsageError
@@ -86,8 +86,22 @@ _PARTITION = {
     "node_type": Field("text", "one of node_types", required=True),
     "whole_nodes": Field("bool", "nodes are given whole to one job", default=False),
     "debug": Field("bool", "for short tests; never chosen for a run by itself", default=False),
+    "partition": Field(
+        "text",
+        "Slurm's name of it, where several entries (queues) share one partition",
+        pattern=_WORD,
+        shape="a partition",
+    ),
     "qos": Field("text", "QOS that jobs here must name", pattern=_WORD, shape="a QOS"),
+    "constraint": Field("text", "value of --constraint that jobs here must give"),
+    "special": Field("text", "why no run is put here by itself, such as `on application`"),
     "max_time": Field("time", "longest wall time"),
+    "max_time_by_nodes": Field(
+        "map",
+        "longest wall time of jobs of at least so many nodes",
+        keys="[0-9]+",
+        items=Field("time", "the limit"),
+    ),
     "max_nodes": Field("int", "most nodes a job", minimum=1),
     "min_nodes": Field("int", "fewest nodes a job", minimum=1),
     "max_submitted": Field("int", "most jobs of a user, pending ones included", minimum=1),
@@ -178,6 +192,7 @@ FIELDS: dict[str, Field] = {
             "requeue": Field("bool", "jobs go back to the queue when a node fails", default=True),
             "hint": Field("text", "value of --hint", pattern="[a-z_]+", shape="a hint"),
             "constraint": Field("text", "value of --constraint"),
+            "mem": Field("bool", "jobs say how much memory they need", default=True),
             "always": Field(
                 "map",
                 "sbatch options every job gets",
@@ -372,6 +387,23 @@ class Partition:
     max_submitted: int | None = None
     max_running: int | None = None
     billing: Mapping[str, Any] | None = None
+    partition: str | None = None
+    constraint: str | None = None
+    special: str | None = None
+    max_time_by_nodes: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def slurm_name(self) -> str:
+        """What Slurm calls the partition; `name` is the profile's."""
+        return self.partition or self.name
+
+    def time_limit_s(self, num_nodes: int) -> int | None:
+        """The longest wall time of a job of so many nodes, in seconds; None where there is no
+        limit."""
+        bins = [
+            time for least, time in sorted(self.max_time_by_nodes.items()) if num_nodes >= least
+        ]
+        return bins[-1] if bins else self.max_time_s
 
 
 @dataclass(frozen=True)
@@ -444,9 +476,13 @@ def site_from_document(document: Document, files: tuple[str, ...] = ()) -> Site:
             name=name,
             node_type=node_types[fields["node_type"]],
             max_time_s=fields["max_time"],
+            max_time_by_nodes={int(key): s for key, s in fields["max_time_by_nodes"].items()},
             **{
                 key: fields[key]
                 for key in (
+                    "partition",
+                    "constraint",
+                    "special",
                     "whole_nodes",
                     "debug",
                     "qos",
@@ -576,6 +612,16 @@ def _contradictions(
                 f"tools.{key} names an unknown partition `{wanted}`",
                 where=document.where("tools", key),
                 hint=nearest(wanted, values["partitions"]),
+            )
+    for path, origin in document.origins.items():
+        text = document.get(*path)
+        literal = {"env", "node_dirs", "storage", "node_types", "binds"} & set(path[:2])
+        if literal and path[-1] != "why" and isinstance(text, str) and "$" in text:
+            yield Problem(
+                f"`{text}` holds a `$`, and values of a profile are taken literally",
+                where=str(origin),
+                why="the job would see the dollar sign, and make a folder of that name",
+                hint="write the value out; {tmp}, {user} and {job} are filled in, in node_dirs",
             )
     default = values["default_node_type"]
     if default and default not in node_types:

@@ -174,11 +174,7 @@ def _cluster(plan: Plan, request: Request, how: How, prepared: Prepared) -> run.
         folders += sorted({os.path.dirname(source.path) for source in plan.inputs})
         folders.append(os.path.dirname(run.own_folder(plan, "python")))
         python = run.container_python(site, os.path.abspath(how.container), folders)
-    qos = None
-    if site and limits.partition:
-        partition = site.partition(limits.partition)
-        qos = partition.qos if partition else None
-    return run.Cluster(limits.partition, how.account, qos, python, shape)
+    return run.Cluster(limits.partition, how.account, limits.qos, python, shape)
 
 
 def _check_account(site: Site | None, account: str | None) -> None:

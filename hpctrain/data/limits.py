@@ -21,6 +21,7 @@ class ArrayLimits:
     task is a job."""
 
     partition: str | None = None
+    qos: str | None = None
     max_submitted: int | None = None
     max_running: int | None = None
     max_array_size: int = 1001
@@ -58,7 +59,8 @@ def limits_of(site: Site | None, partition: str | None) -> ArrayLimits:
         )
     slurm = site.values["slurm"]
     return ArrayLimits(
-        partition=name,
+        partition=found.slurm_name if found else name,
+        qos=found.qos if found else None,
         max_submitted=found.max_submitted if found else None,
         max_running=found.max_running if found else None,
         max_array_size=slurm["max_array_size"],

@@ -135,7 +135,7 @@ def decide_directives(
     add("job-name", spec.name)
     _account(notes, add)
     if partition.name:
-        add("partition", partition.name)
+        add("partition", partition.slurm_name)
     add("qos", partition.qos)
     add("nodes", spec.num_nodes)
     add("ntasks-per-node", tasks)
@@ -150,16 +150,14 @@ def decide_directives(
             add("gpus-per-node", typed)
         elif slurm["gpu_request"] == "gres":
             add("gres", f"gpu:{typed}")
-    add(
-        "mem",
-        format_mem_gib(memory_gib),
-        "explicit, so that nodes with leaked memory are avoided" if whole else "",
-    )
+    if slurm["mem"]:
+        why = "explicit, so that nodes with leaked memory are avoided" if whole else ""
+        add("mem", format_mem_gib(memory_gib), why)
     if whole and not partition.whole_nodes:
         add("exclusive", True, "whole nodes, which CPU masks and RCCL/NCCL need")
     add("time", format_time(spec.time_s))
     add("hint", slurm["hint"], "one hardware thread a core")
-    add("constraint", slurm["constraint"])
+    add("constraint", partition.constraint or slurm["constraint"])
     add(
         "signal",
         f"B:{signal['name']}@{signal['lead_s']}",

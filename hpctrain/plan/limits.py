@@ -115,14 +115,15 @@ def check_limits(notes: Notes, partition: Partition) -> None:
             hint="; ".join(filter(None, [hint, others])),
         )
 
-    if partition.max_time_s and spec.time_s > partition.max_time_s:
-        links = -(-spec.time_s // partition.max_time_s)
+    limit_s = partition.time_limit_s(spec.num_nodes)
+    if limit_s and spec.time_s > limit_s:
+        links = -(-spec.time_s // limit_s)
         over(
             f"`time: {spec.document.get('time', default=format_time(spec.time_s))}` is longer",
-            format_time(partition.max_time_s),
+            format_time(limit_s),
             "time",
-            "max_time",
-            f"set `time: {format_time(partition.max_time_s)}` and `chain: {{jobs: {links}}}`",
+            "max_time_by_nodes" if partition.max_time_by_nodes else "max_time",
+            f"set `time: {format_time(limit_s)}` and `chain: {{jobs: {links}}}`",
         )
     if partition.max_nodes and spec.num_nodes > partition.max_nodes:
         over(

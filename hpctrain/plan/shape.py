@@ -67,7 +67,8 @@ def fitting_partitions(notes: Notes, like: Partition | None = None) -> list[Part
     has; the best first."""
     wants = bool(like.node_type.gpus) if like else _wants_gpus(notes)
     found = [p for p in notes.site.partitions.values() if not _misfits(notes, p, wants)]
-    # Shorter partitions drain faster; among equals the one made for small jobs.
+    # Those that are nobody's special ones; shorter partitions drain faster; among equals the one
+    # made for small jobs.
     return sorted(found, key=lambda p: (p.max_nodes or 10**9, p.max_time_s or 10**9, p.name))
 
 
@@ -86,11 +87,13 @@ def _misfits(notes: Notes, partition: Partition, wants_gpus: bool | None) -> lis
     spec, found = notes.spec, _kind_misfit(partition, wants_gpus)
     if partition.debug:
         found.append("it is for tests")
+    if partition.special:
+        found.append(partition.special)
     if spec.num_nodes > (partition.max_nodes or spec.num_nodes):
         found.append(f"{spec.num_nodes} nodes are too many")
     if spec.num_nodes < (partition.min_nodes or 1):
         found.append(f"{spec.num_nodes} nodes are too few, it takes {partition.min_nodes} or more")
-    if spec.time_s > (partition.max_time_s or spec.time_s):
+    if spec.time_s > (partition.time_limit_s(spec.num_nodes) or spec.time_s):
         found.append(f"{format_time(spec.time_s)} is too long")
     return found
 
@@ -102,7 +105,8 @@ def _kind_misfit(partition: Partition, wants_gpus: bool | None) -> list[str]:
 
 
 def limit_line(notes: Notes, partition: Partition) -> str:
-    time = format_time(partition.max_time_s) if partition.max_time_s else "any time"
+    limit_s = partition.time_limit_s(notes.spec.num_nodes)
+    time = format_time(limit_s) if limit_s else "any time"
     nodes = f"{partition.max_nodes} nodes" if partition.max_nodes else "any number of nodes"
     kind = f"{partition.node_type.gpus} GPUs a node" if partition.node_type.gpus else "CPU only"
     return f"{partition.name}: up to {nodes}, {time}, {kind}{', debug' if partition.debug else ''}"

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 
 from hpctrain.base.errors import Problem, UsageError
-from hpctrain.config.site import NodeType, Site
+from hpctrain.base.units import format_time
+from hpctrain.config.site import NodeType, Partition, Site
 from hpctrain.sandbox.shape import ClusterShape, NodeGroup, NodeShape, PartitionShape
 
 OTHER_NODES = 2  # nodes of each kind that nobody asked for, so that its partitions exist
@@ -71,23 +72,10 @@ def shape_from_site(
     return ClusterShape(
         name=site.name,
         groups=tuple(groups),
-        partitions=tuple(
-            PartitionShape(
-                name=part.name,
-                node_types=(part.node_type.name,),
-                max_time_s=part.max_time_s,
-                max_nodes=part.max_nodes,
-                min_nodes=part.min_nodes,
-                whole_nodes=part.whole_nodes,
-                max_submit=part.max_submitted,
-                max_running=part.max_running,
-                is_default=index == 0,
-            )
-            for index, part in enumerate(parts)
-        ),
+        partitions=_partitions(parts),
         accounting=accounting,
         accounts=tuple(dict.fromkeys(accounts)),
-        qos=tuple(sorted({part.qos for part in parts if part.qos})),
+        qos=tuple(sorted({_qos(part) for part in parts if part.qos})),
         max_array_size=slurm["max_array_size"],
         kill_wait_s=kill_wait_s,
         slurmd_timeout_s=slurmd_timeout_s,
@@ -100,6 +88,46 @@ def shape_from_site(
         lean=lean,
         runs_nodes=runs_nodes,
     )
+
+
+def _partitions(parts: Sequence[Partition]) -> tuple[PartitionShape, ...]:
+    """Slurm's partitions; of one that several queues share, what the most generous of them allows:
+    their own limits are their QOS's."""
+    shared: dict[str, list[Partition]] = {}
+    for part in parts:
+        shared.setdefault(part.slurm_name, []).append(part)
+
+    def most(queues: list[Partition], name: str) -> int | None:
+        limits = [getattr(queue, name) for queue in queues]
+        return None if None in limits else max(limits)
+
+    return tuple(
+        PartitionShape(
+            name=name,
+            node_types=tuple(dict.fromkeys(queue.node_type.name for queue in queues)),
+            max_time_s=most(queues, "max_time_s"),
+            max_nodes=most(queues, "max_nodes"),
+            min_nodes=None if len(queues) > 1 else queues[0].min_nodes,
+            whole_nodes=all(queue.whole_nodes for queue in queues),
+            max_submit=most(queues, "max_submitted"),
+            max_running=most(queues, "max_running"),
+            is_default=index == 0,
+        )
+        for index, (name, queues) in enumerate(shared.items())
+    )
+
+
+def _qos(queue: Partition) -> str:
+    """The QOS of a queue, with its limits as `sacctmgr add qos` takes them."""
+    limits = {
+        "MaxWall": queue.max_time_s and format_time(queue.max_time_s),
+        "MaxTRES=node": queue.max_nodes,
+        "MinTRES=node": queue.min_nodes,
+        "MaxSubmitJobsPerUser": queue.max_submitted,
+        "MaxJobsPerUser": queue.max_running,
+    }
+    words = [f"{name}={value}" for name, value in limits.items() if value and queue.partition]
+    return " ".join([str(queue.qos), *words])
 
 
 def _node_dirs(site: Site, node_types: Set[str]) -> tuple[str, ...]:

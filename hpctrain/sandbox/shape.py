@@ -203,7 +203,7 @@ def check(shape: ClusterShape) -> None:
     words += [("node type", group.type_name) for group in shape.groups]
     words += [("GPU type", group.node.gpu_type) for group in shape.groups if group.node.gpu_type]
     words += [("node name prefix", group.prefix) for group in shape.groups] + [
-        ("qos", name) for name in shape.qos
+        ("qos", words.split()[0]) for words in shape.qos
     ]
     problems += [
         Problem(
@@ -306,10 +306,13 @@ def accounting_commands(shape: ClusterShape, user: str) -> list[list[str]]:
             if partition.max_running is not None:
                 limits.append(f"MaxJobsPerUser={partition.max_running}")
             commands.append(["add", "qos", partition.qos, *limits, "Flags=DenyOnLimit"])
-    for qos in shape.qos:
-        if qos != "normal":
-            commands.append(["add", "qos", qos])
-            names.append(qos)
+    for name, *limits in map(str.split, shape.qos):
+        flags = ["Flags=DenyOnLimit"] if limits else []
+        if name != "normal":
+            commands.append(["add", "qos", name, *limits, *flags])
+            names.append(name)
+        elif limits:  # it is there from the beginning
+            commands.append(["modify", "qos", name, "set", *limits, *flags])
     accounts = shape.accounts or ("sandbox",)
     commands.append(
         ["add", "account", ",".join(accounts), f"Cluster={shape.name}", f"QOS={','.join(names)}"]

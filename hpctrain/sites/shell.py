@@ -142,7 +142,7 @@ def allocation(site: Site, spec: RunSpec, wanted: Wanted) -> Allocation:
     options = {
         "job-name": "hpctrain-shell",
         "account": account,
-        "partition": partition.name,
+        "partition": partition.slurm_name,
         "qos": partition.qos,
         "nodes": 1,
         "ntasks": 1,
@@ -151,7 +151,7 @@ def allocation(site: Site, spec: RunSpec, wanted: Wanted) -> Allocation:
         "mem": format_mem_gib(mem_gib),
         "time": format_time(time_s),
         "hint": site.values["slurm"]["hint"],
-        "constraint": site.values["slurm"]["constraint"],
+        "constraint": partition.constraint or site.values["slurm"]["constraint"],
     }
     options.update(
         {

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from hpctrain.base.errors import UsageError
 from hpctrain.config.site import list_sites, load_site
+from hpctrain.plan.load import load_plan
 from hpctrain.sites.show import blame, find_problems
 
 DATA = Path(__file__).parents[1] / "data" / "scontrol"
-TODAY = datetime.date(2026, 11, 21)
+TODAY = datetime.date(2026, 11, 29)
 GOOD = """\
 name: mine
 title: my machine
@@ -215,12 +217,8 @@ def test_checking_all_profiles_goes_on_after_a_broken_one(project, cli):
     profile(project / ".hpctrain" / "site_profiles", "- x\n", "broken")
     code, out, _ = cli("site", "check", "--json")
 
-    assert code == 2 and set(json.loads(out)["sites"]) == {
-        "broken",
-        "generic-cuda",
-        "local",
-        "lumi",
-    }
+    shipped = {name for name, layer, _ in list_sites() if layer == "shipped"}
+    assert code == 2 and set(json.loads(out)["sites"]) == {"broken", *shipped}
 
 
 def test_a_draft_lands_in_the_project_loads_by_name_and_is_never_replaced(project, cli):
@@ -270,3 +268,86 @@ def test_profiles_that_extend_each_other_are_one_clear_error(project, cli, loop)
     code, _, err = cli("site", "check", "./a.yaml")
 
     assert code == 2 and "extends itself" in err and err.count("error:") == 1
+
+
+SHARED = """\
+name: mine
+title: my machine
+docs_url: https://example.org
+maintainers: [me]
+verified: {date: "2026-11-01", by: me}
+slurm: {gpu_request: gres, mem: false}
+node_types:
+  n: {sockets: 2, cores: 64, memory_gib: 100, gpus: 4}
+partitions:
+  small: {partition: all, qos: small_q, node_type: n, max_time: 1d, max_nodes: 4, constraint: h100}
+  large: {partition: all, qos: large_q, node_type: n, max_time: 6h, min_nodes: 5, max_nodes: 16}
+  lent: {node_type: n, special: jobs there are ended at any time}
+  sized: {node_type: n, special: by hand, max_time: 12h, max_time_by_nodes: {1: 2h, 8: 6h, 16: 12h}}
+"""
+
+
+def planned(tmp_path, **changes):
+    profile(tmp_path, SHARED)
+    run = {
+        "name": "r",
+        "site": str(tmp_path / "mine"),
+        "recipe": "command",
+        "gpus_per_node": 4,
+        "recipe_options": {"argv": ["true"]},
+        **changes,
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    return load_plan(str(tmp_path / "run.yaml"), (), str(tmp_path / "runs")).plan
+
+
+def directives(plan):
+    return {one.option: one.value for one in plan.directives}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "queue", "constraint"), [(4, "small", "h100"), (5, "large", None)]
+)
+def test_queues_of_one_partition_are_told_apart_by_their_qos(tmp_path, nodes, queue, constraint):
+    plan = planned(tmp_path, nodes=nodes, time="6h")
+    found = directives(plan)
+    assert not plan.errors and plan.partition.name == queue
+    assert (found["partition"], found["qos"]) == ("all", f"{queue}_q")
+    assert found.get("constraint") == constraint
+    assert "mem" not in found
+
+
+def test_a_special_queue_is_taken_only_by_name(tmp_path):
+    assert planned(tmp_path, nodes=20, time="1h").errors
+    named = planned(tmp_path, nodes=20, time="1h", partition="lent")
+    assert not named.errors and directives(named)["partition"] == "lent"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "time", "fits"),
+    [(7, "2:00:00", True), (7, "2:00:01", False), (8, "6h", True), (15, "6:00:01", False)]
+    + [(16, "12h", True), (400, "12:00:01", False)],
+)
+def test_the_longest_time_follows_the_number_of_nodes(tmp_path, nodes, time, fits):
+    plan = planned(tmp_path, nodes=nodes, time=time, partition="sized")
+    assert bool(plan.errors) == (not fits), plan.errors
+    if not fits:
+        assert "longer than partition `sized` allows" in str(plan.errors[0])
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "env: {X: {value: '$SCRATCH/x', why: y}}\n",
+        "env: {X: {value: a, from_nodes: {2: $B}, why: y}}\n",
+        "node_dirs: {X: {path: '$TMPDIR/x', why: y}}\n",
+        "container: {runtime: apptainer, binds: ['$EBROOTNCCL:/opt/nccl']}\n",
+        "storage: {s: {path: /scratch/$USER}}\n",
+    ],
+)
+def test_a_dollar_sign_that_would_be_taken_literally_is_refused_with_its_line(tmp_path, extra):
+    path = profile(tmp_path, SHARED + extra)
+    with pytest.raises(UsageError) as caught:
+        load_site(str(path))
+    (problem,) = caught.value.problems
+    assert "literally" in problem.what and problem.where.startswith(f"{path}:14:")

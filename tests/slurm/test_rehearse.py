@@ -392,3 +392,40 @@ def processes_of(base: Path) -> list[str]:
             if str(base).encode() in words or where.startswith(str(base)):
                 found.append(entry)
     return found
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ({}, None),
+        ({"--nodes": "64"}, "QOSMinNode"),
+        ({"--qos": "boost_qos_lprod", "--nodes": "4"}, "QOSMaxNodePerJobLimit"),
+        ({"--time": "24:01:00"}, "QOSMaxWallDurationPerJobLimit"),
+    ],
+)
+def test_queues_that_share_a_partition_have_the_limits_of_their_own_qos(tmp_path, edit, words):
+    options = {
+        "--account": "EUHPC_A00_000",
+        "--partition": "boost_usr_prod",
+        "--qos": "boost_qos_bprod",
+        "--nodes": "256",
+        "--ntasks-per-node": "4",
+        "--gres": "gpu:4",
+        "--time": "02:00:00",
+    }
+    lines = [f"#SBATCH {name}={value}" for name, value in {**options, **edit}.items()]
+    (tmp_path / "old.sbatch").write_text("\n".join(["#!/bin/bash", *lines, "srun hostname", ""]))
+    run = {"name": "r", "site": "leonardo", "recipe": "command", "account": "EUHPC_A00_000"}
+    run |= {"nodes": 256, "time": "2h", "recipe_options": {"argv": ["hostname"]}}
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    words_given = ["rehearse", "--limits-only", "--job", "old.sbatch", "run.yaml"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hpctrain", *words_given],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == (1 if words else 0), done.stderr
+    assert (words or "Slurm takes the job") in done.stdout + done.stderr

@@ -196,7 +196,7 @@ def _directives(context: Context, mem_gib: float) -> list[dict[str, str]]:
         "job-name": (f"export-{spec.name}", ""),
         "account": (spec.account, ""),
         "partition": (
-            partition.name if partition else None,
+            partition.slurm_name if partition else None,
             "the converter needs no GPU" if not node.gpus else "",
         ),
         "qos": (partition.qos if partition else None, ""),

@@ -45,7 +45,7 @@ def judge_cluster(site: Site) -> Iterator[Finding]:
         )
     here = {partition.name: partition for partition in facts.partitions}
     for name, ours in site.partitions.items():
-        yield judge_partition(name, ours, here.get(name))
+        yield judge_partition(name, ours, here.get(ours.slurm_name))
 
 
 def judge_version(version: str, verified: str) -> Iterator[Finding]:
