@@ -3,6 +3,7 @@ checkout."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 
@@ -14,6 +15,14 @@ def shipped_dir(name: str) -> str:
     """The folder `name` (`templates` or `site_profiles`) that this hpctrain came with."""
     in_wheel = os.path.join(_PACKAGE, "_shipped", name)
     return in_wheel if os.path.isdir(in_wheel) else os.path.join(os.path.dirname(_PACKAGE), name)
+
+
+@functools.cache
+def shipped_text(recipe: str, name: str) -> str:
+    """The text of a file that a recipe's run directories get a copy of."""
+    path = os.path.join(shipped_dir("templates"), recipe, name)
+    with open(path, encoding="utf-8") as file:
+        return file.read()
 
 
 def no_user_config() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from hpctrain.base.paths import shipped_dir
+from hpctrain.base.paths import shipped_text
 from hpctrain.config.decision import Decision
 from hpctrain.config.run import absolute
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
@@ -288,7 +288,7 @@ def _export_decision(exporting: dict[str, Any]) -> Decision:
 def _files(starter: str, exporting: dict[str, Any]) -> dict[str, str]:
     names = ["neox_args.py"] if starter == launch.SRUN else []
     names += [] if exporting["refused"] else ["finish_export.py"]
-    return {name: _shipped(name) for name in names}
+    return {name: shipped_text("neox-sft", name) for name in names}
 
 
 def _activation(context: Context) -> tuple[tuple[str, str, str], ...]:
@@ -306,8 +306,3 @@ def _activation(context: Context) -> tuple[tuple[str, str, str], ...]:
 
 def _save_every(saves: saving.Saves) -> int | None:
     return int(saves.factor) if saves.factor and not saves.log else None
-
-
-def _shipped(name: str) -> str:
-    with open(os.path.join(shipped_dir("templates"), "neox-sft", name), encoding="utf-8") as file:
-        return file.read()

@@ -7,7 +7,6 @@ The rules are in `hpctrain/recipes/verl/`; here they are put in order. What runs
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.base.paths import shipped_dir
+from hpctrain.base.paths import shipped_text
 from hpctrain.base.text import text_problem
 from hpctrain.config.decision import Decision
 from hpctrain.config.run import RunSpec, absolute
@@ -124,7 +123,7 @@ def resolve(context: Context) -> Resolved:
         workdir=context.run_dir,
         configs={} if failed else configs,
         config_for={"scratch": OVERRIDES, "finetune": OVERRIDES, "resume": RESUME},
-        files={name: _shipped(name) for name in SCRIPTS},
+        files={name: shipped_text("verl-gad", name) for name in SCRIPTS},
         guard=Guard(
             layout=LAYOUT.name,
             target=target,
@@ -662,9 +661,3 @@ def _decisions(
         if key in values
     ]
     return tuple(out)
-
-
-@functools.cache
-def _shipped(name: str) -> str:
-    with open(os.path.join(shipped_dir("templates"), "verl-gad", name), encoding="utf-8") as file:
-        return file.read()

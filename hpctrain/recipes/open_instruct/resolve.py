@@ -11,6 +11,7 @@ import json
 import os
 import re
 
+from hpctrain.base.paths import shipped_text
 from hpctrain.recipes.contract import Cadence, Context, Guard, HubRepo, Resolved
 from hpctrain.recipes.open_instruct import data, launch, training
 from hpctrain.recipes.open_instruct.arguments import (
@@ -24,6 +25,7 @@ from hpctrain.recipes.open_instruct.draft import DPO, SFT, Draft
 from hpctrain.runtime import hubcache
 
 CACHES_FILE = "caches.json"
+PREPARE = "prepare_caches.py"
 _PROGRAMS = {"open-instruct-sft": SFT, "open-instruct-dpo": DPO}
 
 
@@ -84,7 +86,10 @@ def resolve(context: Context) -> Resolved:
             ("DeepSpeed configuration", config_file or "", draft.option_where("deepspeed_config"))
         )
     failed = any(problem.level == "error" for problem in draft.problems)
-    files = {CACHES_FILE: _caches(draft, model, mixer, cache_dir, values)}
+    files = {
+        CACHES_FILE: _caches(draft, model, mixer, cache_dir, values),
+        PREPARE: shipped_text("open-instruct", PREPARE),
+    }
     if deepspeed:
         files[launch.DEEPSPEED_FILE] = deepspeed
     return Resolved(
@@ -253,7 +258,7 @@ def _cache_dir(draft: Draft) -> str:
 def _caches(
     draft: Draft, model: data.Model, mixer: list[str], cache_dir: str, values: dict[str, object]
 ) -> str:
-    """What `runtime/caches.py` must know: what the tokenized data, and for DPO the reference, are
+    """What `prepare_caches.py` must know: what the tokenized data, and for DPO the reference, are
     made from."""
     names = draft.names
     made_from = (

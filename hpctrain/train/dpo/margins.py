@@ -1,9 +1,8 @@
 """What every pair did in every step: losses and rewards gathered once per log interval, and the
 margin files.
 
-logs/margins/margins_log.jsonl               one line a batch: epoch, step, margins' mean, spread
-and quantiles logs/margins/epoch_000/step_00010.npy        all margins since the file before, batch
-after batch
+logs/margins/margins_log.jsonl          one line a batch: epoch, step, mean, spread, quantiles
+logs/margins/epoch_000/step_00010.npy   all margins since the file before, batch after batch
 """
 
 from __future__ import annotations

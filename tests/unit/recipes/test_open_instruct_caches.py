@@ -3,21 +3,32 @@ nothing missing is trained without."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpctrain.runtime import caches, hubcache
+from hpctrain.base.paths import shipped_dir
+from hpctrain.runtime import hubcache
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.hubcache import Repo
 from hpctrain.runtime.layouts import LAYOUTS
 from hpctrain.runtime.settings import GuardError
 from hpctrain.sandbox.rehearse import standin
 
+for name in ("", ".hubcache", ".shards", ".files", ".lock", ".settings"):  # as in a run directory
+    sys.modules["runtime" + name] = importlib.import_module("hpctrain.runtime" + name)
+_SPEC = importlib.util.spec_from_file_location(
+    "prepare_caches", Path(shipped_dir("templates"), "open-instruct", "prepare_caches.py")
+)
+caches = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(caches)
 COMMIT = "c" * 40
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
