@@ -69,7 +69,7 @@ def up(
     """
     shape.check(wanted)
     state.claim(directory)
-    with state.locked(directory), _signals_interrupt():
+    with state.locked(directory), signals_interrupt():
         before = _look(name, directory)
         if before.phase == "elsewhere" and before.record is not None:
             raise Refused(
@@ -100,7 +100,7 @@ def up(
             return status(name, directory, environ), True
         except BaseException as error:
             is_full = state.is_full(directory, error)  # now: what is cleared away makes room
-            with _signals_ignored():
+            with signals_ignored():
                 _clear(directory, run, keep_logs=True)
             if is_full:
                 raise state.DiskFull(directory, error) from error
@@ -125,7 +125,7 @@ def down(
         had = found.record is not None or bool(processes.of_sandbox(str(directory), str(run)))
         if not had and not (directory / "etc").is_dir():
             return False
-        with _signals_ignored():
+        with signals_ignored():
             _clear(directory, run, keep_logs=keep_logs)
         return had
 
@@ -410,8 +410,8 @@ def _user_name() -> str:
 
 
 @contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP end like Ctrl-C while a sandbox is being started."""
+def signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP end like Ctrl-C while it is being worked on."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -421,7 +421,7 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
+def signals_ignored() -> Iterator[None]:
     """A second Ctrl-C must not stop the clearing away."""
     with _handlers(
         {number: signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

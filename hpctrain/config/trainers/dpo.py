@@ -16,8 +16,8 @@ from typing import Any
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.paths import hub_cache_dir
 from hpctrain.config.document import Document, load_yaml
-from hpctrain.config.fields import Field, check
-from hpctrain.config.trainers.sft import SftConfig, read_numbers, stop_signal_problems
+from hpctrain.config.fields import Field
+from hpctrain.config.trainers.sft import SftConfig, also, check_numbers, stop_signal_problems
 
 _DATASET = {
     "dataset_name": Field(
@@ -244,13 +244,7 @@ def parse_config(document: Document, base_dir: str) -> tuple[DpoConfig, list[Pro
     With problems it is a best guess, good for finding more of them. Relative paths are relative to
     `base_dir`.
     """
-    document = Document(
-        read_numbers(document.data or {}, FIELDS),
-        document.origins,
-        document.key_origins,
-        document.name,
-    )
-    values, problems = check(document, FIELDS)
+    values, problems = check_numbers(document, FIELDS)
     nested = {
         f"unknown key `{key}`": f"{table}.{key}"
         for table in ("dpo_training", "dataset")
@@ -276,11 +270,7 @@ def parse_config(document: Document, base_dir: str) -> tuple[DpoConfig, list[Pro
         _absolute(values["mount_dir"], base_dir) if values.get("mount_dir") else None,
         values.get("wandb_project"),
     )
-    bad = {problem.where for problem in problems}
-    problems += [
-        problem for problem in _contradictions(config, document) if problem.where not in bad
-    ]
-    return config, problems
+    return config, also(problems, _contradictions(config, document))
 
 
 def absolute_source(name: str, base_dir: str) -> str:

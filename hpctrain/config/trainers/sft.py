@@ -171,10 +171,7 @@ def load_config(path: str) -> SftConfig:
     """
     document = load_yaml(path)
     config, problems = parse_config(document, os.path.dirname(os.path.abspath(path)))
-    bad = {problem.where for problem in problems}
-    problems += [
-        problem for problem in _missing_files(config, document) if problem.where not in bad
-    ]
+    problems = also(problems, _missing_files(config, document))
     if problems:
         raise UsageError(problems)
     return config
@@ -200,12 +197,8 @@ def parse_config(document: Document, base_dir: str) -> tuple[SftConfig, list[Pro
     config = replace(
         SftConfig(), **{key: value for key, value in values.items() if value is not None}
     )
-    bad = {problem.where for problem in problems}
     given = set(data) if isinstance(data, dict) else set()
-    problems += [
-        problem for problem in _contradictions(config, document, given) if problem.where not in bad
-    ]
-    return config, problems
+    return config, also(problems, _contradictions(config, document, given))
 
 
 def _empty_keys(data: Any, document: Document) -> list[Problem]:
@@ -236,6 +229,20 @@ def _as_meant(data: Any) -> Any:
     if data.get("precision") == "bfloat16":
         data["precision"] = "bf16"
     return data
+
+
+def check_numbers(
+    document: Document, fields: Mapping[str, Field]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """`fields.check` of a trainer's config, in which `5e-7` is a number."""
+    return check(replace(document, data=read_numbers(document.data or {}, fields)), fields)
+
+
+def also(problems: list[Problem], more: list[Problem]) -> list[Problem]:
+    """The problems, and those of `more` that lie elsewhere: what is wrong already needs no second
+    word."""
+    bad = {problem.where for problem in problems}
+    return problems + [problem for problem in more if problem.where not in bad]
 
 
 def read_numbers(data: Any, fields: Mapping[str, Field]) -> Any:

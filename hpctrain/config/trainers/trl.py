@@ -16,9 +16,9 @@ from typing import Any
 
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.config.document import Document, load_yaml
-from hpctrain.config.fields import Field, check
+from hpctrain.config.fields import Field
 from hpctrain.config.trainers.dpo import absolute_source, find_source
-from hpctrain.config.trainers.sft import read_numbers, stop_signal_problems
+from hpctrain.config.trainers.sft import also, check_numbers, stop_signal_problems
 
 ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _LORA = {
@@ -275,13 +275,7 @@ def parse_config(document: Document, base_dir: str) -> tuple[HfSftConfig, list[P
     With problems it is a best guess, good for finding more of them. Relative paths are relative to
     `base_dir`.
     """
-    document = Document(
-        read_numbers(document.data or {}, FIELDS),
-        document.origins,
-        document.key_origins,
-        document.name,
-    )
-    values, problems = check(document, FIELDS)
+    values, problems = check_numbers(document, FIELDS)
     values = {key: values.get(key, field.default) for key, field in FIELDS.items()}
     for key in ("model_name", "dataset_path"):
         values[key] = absolute_source(values[key] or "", base_dir)
@@ -289,11 +283,7 @@ def parse_config(document: Document, base_dir: str) -> tuple[HfSftConfig, list[P
         values[key] = os.path.normpath(os.path.join(base_dir, values[key])) if values[key] else None
     values["trainer"] = values["trainer"] or {}
     config = HfSftConfig(values)
-    bad = {problem.where for problem in problems}
-    problems += [
-        problem for problem in _contradictions(config, document) if problem.where not in bad
-    ]
-    return config, problems
+    return config, also(problems, _contradictions(config, document))
 
 
 def _contradictions(config: HfSftConfig, document: Document) -> list[Problem]:

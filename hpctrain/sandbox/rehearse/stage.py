@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,12 +79,12 @@ def place_of(run_dir: str, given: str, environ: Mapping[str, str], keep: bool) -
         clear(place, environ)
         kept = False
         try:
-            with _interruptible():
+            with sandbox.signals_interrupt():
                 yield place
             kept = keep
         finally:
             if not kept:
-                with _calm():
+                with sandbox.signals_ignored():
                     clear(place, environ)
                     with contextlib.suppress(OSError):
                         os.unlink(base / "rehearsal.lock")
@@ -363,39 +362,6 @@ def start(
     status, _ = sandbox.up(shape, place.mark, place.state, environ, progress=progress)
     assert status.record is not None
     return status.record
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP end like Ctrl-C: everything is taken down."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    with _handled({signal.SIGTERM: interrupt, signal.SIGHUP: interrupt}):
-        yield
-
-
-@contextlib.contextmanager
-def _calm() -> Iterator[None]:
-    """A second Ctrl-C must not stop the clearing away."""
-    with _handled(
-        {number: signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _handled(wanted: Mapping[int, Any]) -> Iterator[None]:
-    before: dict[int, Any] = {}
-    try:
-        for number, handler in wanted.items():
-            with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
-                before[number] = signal.signal(number, handler)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def sweep(plan: Plan, job_ids: Sequence[str]) -> None:
