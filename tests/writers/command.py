@@ -41,6 +41,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="writers at the same time")
     parser.add_argument("--json", help="add each result to this file, one JSON object a line")
     parser.add_argument("--times", action="store_true", help="say how long each writer took")
+    parser.add_argument("--table", help="put the table into this file, between its markers")
     parser.add_argument("--list", action="store_true", help="only list the writers")
     return parser.parse_args(argv)
 
@@ -60,7 +61,10 @@ def main(argv: list[str] | None = None) -> None:
         results, failures = campaign(chosen, args, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(table(results))
+    text = table(results)
+    print(text)
+    if args.table:
+        put(args.table, text)
     print(f"\n{len(results)} damages, {len(chosen)} writers, {time.monotonic() - began:.0f} s")
     tell_wrong([one for one in results if one.wrong], failures)
     sys.exit(1 if failures or any(one.wrong for one in results) else 0)
@@ -197,15 +201,24 @@ def table(results: list[Result]) -> str:
     loader = ("whole", "torn", "beyond", "partial")
     states = ("complete", "torn", "unknown", "unreadable")
     choices = ("goes on", "refuses", "starts over")
-    head = ("writer", "damages", *loader, *(f"said {one}" for one in states), *choices, "wrong")
-    rows = [head]
+    head = (
+        "writer",
+        "files by",
+        "damages",
+        *loader,
+        *(f"said {one}" for one in states),
+        *choices,
+        "wrong",
+    )
+    rows, known = [head], writers()
     for name in [*dict.fromkeys(one.writer for one in results), "all"]:
         mine = [one for one in results if name in (one.writer, "all")]
         counts = Counter(value for one in mine for value in ("l " + one.truth, "s " + one.state))
         counts.update("c " + one.choice for one in mine)
         keys = [f"l {one}" for one in loader] + [f"s {one}" for one in states]
         keys += [f"c {one}" for one in choices]
-        numbers = [len(mine), *(counts[key] for key in keys), sum(one.wrong for one in mine)]
+        made = known[name].built or "its framework" if name in known else ""
+        numbers = [made, len(mine), *(counts[key] for key in keys), sum(one.wrong for one in mine)]
         rows.append((name, *map(str, numbers)))
     rows.insert(1, tuple("---" for _ in head))
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -213,6 +226,15 @@ def table(results: list[Result]) -> str:
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
         for row in rows
     )
+
+
+def put(path: str, text: str) -> None:
+    """Put the table into a document, between its markers."""
+    with open(path, encoding="utf-8") as stream:
+        before, rest = stream.read().split("<!-- table -->\n", 1)
+    after = rest.split("<!-- end -->\n", 1)[1]
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write(f"{before}<!-- table -->\n{text}\n<!-- end -->\n{after}")
 
 
 def told(one: Result) -> str:
