@@ -261,6 +261,13 @@ class TestDeepSpeed:
         write(path, {"mp_rank_01_model_states.pt": self.model(global_steps=3, mp_world_size=2)})
         assert "of step 3" in judge_path(str(path))[1].reason
 
+    def test_a_model_file_of_another_step_than_hpctrains_own_record_is_a_mixture(self, tmp_path):
+        path = self.folder(tmp_path / "global_step7", hpctrain={"iteration": 7})
+        write(path, {"hpctrain.json": b'{"iteration": 7}'})
+        assert state(path) == "complete"
+        write(path, {"mp_rank_00_model_states.pt": self.model(hpctrain={"iteration": 5})})
+        assert state(path) == "torn" and "of step 5" in judge_path(str(path))[1].reason
+
     def test_universal_checkpoints_hold_the_same_states_of_each_parameter(self, tmp_path):
         parts = {
             f"zero/{name}/{kind}.pt": TORCH for name in ("a", "b") for kind in ("fp32", "exp_avg")
