@@ -25,11 +25,21 @@ RESERVED_ENV = re.compile(
     r"|NODE_RANK|BASH_ENV|ENV|SHELLOPTS|BASHOPTS|IFS|PATH_SEPARATOR"
 )
 SECRET_ENV = re.compile(
-    r".*(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY).*", re.IGNORECASE
+    r".*(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY).*|.*_(PAT|PASS)",
+    re.IGNORECASE,
 )
 NOT_SECRET_ENV = re.compile(
     r"TOKENIZERS?_.*|.*_TOKENS?_PER_.*|.*MAX_TOKENS?.*|HF_TOKEN_PATH|.*_(FILE|PATH)", re.IGNORECASE
 )
+
+# What tokens look like, by those who give them out; of a URL the password.
+SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}"
+    r"|glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16})|://[^/\s:@]*:[^/\s@$][^/\s@]*@"
+)
+# Such as a key of wandb, which only what stands before it tells from a commit.
+_HEX = re.compile(r"(?:.*[=:\s])?[0-9a-fA-F]{32,}")
+_KEY_WORD = re.compile(r"key|token(?!i)|secret|passw|credential|auth(?!or)", re.IGNORECASE)
 
 FIELDS: dict[str, Field] = {
     "name": Field(
@@ -284,8 +294,9 @@ def spec_from_layers(
     layers: Sequence[Document], source: str, handed: Handed | None = None
 ) -> tuple[RunSpec, list[Problem]]:
     """The RunSpec of merged layers and every problem. With problems it is a best guess, good for
-    finding more of them."""
+    finding more of them. Raises UsageError for a token in it, before any value is shown."""
     document = merge(layers)
+    check_secrets(document)
     values, problems = check(document, FIELDS)
     problems += list(_env_problems(document, values["env"]))
     problems += check_options(values["sbatch"], lambda key: document.where_key("sbatch", key))
@@ -382,10 +393,47 @@ def _env_problems(document: Document, env: Mapping[str, Any]) -> Iterator[Proble
                 where=where,
                 hint="delete it",
             )
-        elif SECRET_ENV.fullmatch(name) and not NOT_SECRET_ENV.fullmatch(name):
+        elif (
+            SECRET_ENV.fullmatch(name)
+            and not NOT_SECRET_ENV.fullmatch(name)
+            and not str(env[name]).startswith(("/", "~"))
+        ):
             yield Problem(
                 f"`env.{name}` looks like a secret, and what is in run.yaml ends up in the job"
                 " script",
                 where=where,
                 hint=f"put the line {name}=… into a file of mode 0600 and name it under `secrets:`",
             )
+
+
+def check_secrets(document: Document) -> None:
+    """Raises UsageError for every value that is a token or holds a password; none is shown."""
+    problems = []
+    for path, before, value in _texts(document.data, (), ""):
+        word = f"{before} {value.partition('=')[0] if '=' in value else ''}"
+        if SECRET_VALUE.search(value) or (_HEX.fullmatch(value) and _KEY_WORD.search(word)):
+            problems.append(
+                Problem(
+                    f"`{'.'.join(map(str, path))}` holds what looks like a token or a password",
+                    where=document.where(*path),
+                    why="what stands here ends up in scripts, in lists of processes and in logs",
+                    hint=(
+                        "put it as a line NAME=… into a file of mode 0600, name that under"
+                        " `secrets:`, and let the program read $NAME"
+                    ),
+                )
+            )
+    if problems:
+        raise UsageError(problems)
+
+
+def _texts(node: Any, path: tuple[Any, ...], before: str) -> Iterator[tuple[Any, str, str]]:
+    """(path, its key or the word of a list before it, text) of every text below `node`."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _texts(value, (*path, key), str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _texts(value, (*path, index), str(node[index - 1]) if index else before)
+    elif isinstance(node, str):
+        yield path, before, node

@@ -15,6 +15,7 @@ from hpctrain.base.errors import Problem, Refused, UsageError
 from hpctrain.config.run import RunSpec
 from hpctrain.config.sbatch import overriding_inputs
 from hpctrain.config.site import Site
+from hpctrain.config.trust import find_doubt
 from hpctrain.plan.checkpoints import checkpoint_problems
 from hpctrain.plan.load import Loaded
 from hpctrain.plan.make import Plan
@@ -42,6 +43,7 @@ def find_problems(loaded: Loaded) -> list[Problem]:
         *_files(plan, here),
         *checkpoint_problems(plan),
         *secret_problems(plan),
+        *_neighbours(plan),
         *shell_problems(os.environ, {one.option: one.value for one in plan.directives}),
     ]
     if not plan.errors:
@@ -181,17 +183,32 @@ def secret_problems(plan: Plan) -> Iterator[Problem]:
         yield from _secret_lines(path, where)
 
 
+def _neighbours(plan: Plan) -> Iterator[Problem]:
+    """Who else could change what the jobs run."""
+    doubt = find_doubt(plan.run_dir)
+    if doubt:
+        yield Problem(
+            f"somebody else could change what the jobs run: {doubt.why}",
+            where=plan.run_dir,
+            why="with `secrets:` whoever can do that can read them" if plan.spec.secrets else "",
+            hint=doubt.remedy,
+            level="error" if plan.spec.secrets else "warning",
+        )
+
+
 def _secret_lines(path: str, where: str) -> Iterator[Problem]:
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             text = line.strip()
-            if (
-                text
-                and not text.startswith("#")
-                and not re.match(r"(export\s+)?[A-Za-z_][A-Za-z0-9_]*=", text)
-            ):
-                # Never show the line: it may hold half of a secret.
+            if not text or text.startswith("#"):
+                continue
+            # Never show the line: it may hold half of a secret.
+            if not re.match(r"(export[ \t])?[A-Za-z_][A-Za-z0-9_]*=", text):
                 yield Problem(f"line {number} of the secrets file is not KEY=VALUE", where)
+            elif re.search(r"""=(["']).*\1$""", text):
+                what = f"line {number} of the secrets file has quotes around its value"
+                why = "values are read as they stand, so the quotes are part of it"
+                yield Problem(what, where, why, hint="delete them", level="warning")
 
 
 def shell_problems(environment: Mapping[str, str], asked: Mapping[str, str]) -> Iterator[Problem]:

@@ -11,7 +11,14 @@ from hpctrain.base.errors import HpctrainError, Problem, UsageError
 from hpctrain.base.text import text_problem
 from hpctrain.config.document import Document, load_yaml, merge
 from hpctrain.config.recipe import Recipe, load_recipe
-from hpctrain.config.run import Handed, RunSpec, absolute, read_layers, spec_from_layers
+from hpctrain.config.run import (
+    Handed,
+    RunSpec,
+    absolute,
+    check_secrets,
+    read_layers,
+    spec_from_layers,
+)
 from hpctrain.config.site import Site, layer_name, load_site
 from hpctrain.plan.make import Plan, make_plan
 
@@ -129,7 +136,9 @@ def _read_options(
                 continue  # its type is reported with the other options
             try:
                 full = absolute(name, spec.base_dir)
-                found.append(load_yaml(full, name=name))
+                document = load_yaml(full, name=name)
+                check_secrets(document)
+                found.append(document)
                 inputs[f"{option}[{index}]"] = _read(full)
             except HpctrainError as error:
                 problems += [

@@ -15,7 +15,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hpctrain import __version__
+from hpctrain import __version__, runtime
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
 from hpctrain.base.paths import layer_dirs, shipped_dir
 from hpctrain.base.shell import ShellText, comment, node_path, quote, quote_all, sbatch_value
@@ -77,6 +77,8 @@ def _render_script(
             plan=plan,
             run_dir=plan.run_dir,
             version=__version__,
+            runtime=sorted(runtime_files()),
+            runtime_sha256=_sums(runtime_files()),
             source_name="run.yaml",
             source_sha256=_sha256(inputs.get("run.yaml", b""))[:12],
             templates=", ".join(used),
@@ -205,6 +207,23 @@ def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
         q=_shell_word, qjoin=quote_all, sbatch=sbatch_value, comment=comment, raw_shell=_raw_shell
     )
     return environment
+
+
+@functools.lru_cache(maxsize=1)
+def runtime_files() -> Mapping[str, bytes]:
+    """What a job runs of hpctrain, by name: the modules of `hpctrain/runtime`."""
+    folder, found = os.path.dirname(runtime.__file__ or ""), {}
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".py"):
+            with open(os.path.join(folder, name), "rb") as file:
+                found[name] = file.read()
+    return found
+
+
+def _sums(files: Mapping[str, bytes]) -> str:
+    """The hash of what `sha256sum` says of the files."""
+    lines = (f"{_sha256(files[name])}  {name}\n" for name in sorted(files))
+    return _sha256("".join(lines).encode())
 
 
 def template_name(environment: jinja2.Environment, recipe: str) -> str:

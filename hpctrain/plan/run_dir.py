@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 
@@ -17,7 +18,7 @@ from hpctrain.base.errors import EnvironmentFault, Problem, Refused
 from hpctrain.base.files import umask
 from hpctrain.config.trust import require_trust
 from hpctrain.plan.make import Plan
-from hpctrain.plan.render import render
+from hpctrain.plan.render import render, runtime_files
 from hpctrain.plan.template_cache import template_cache
 from hpctrain.runtime.files import sync_folder
 
@@ -33,11 +34,7 @@ def run_files(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
     }
     files["run.yaml"] = inputs["run.yaml"]
     files["site.yaml"] = inputs["site.yaml"]
-    runtime = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "runtime")
-    for name in sorted(os.listdir(runtime)):
-        if name.endswith(".py"):
-            with open(os.path.join(runtime, name), "rb") as file:
-                files[f"runtime/{name}"] = file.read()
+    files.update({f"runtime/{name}": content for name, content in runtime_files().items()})
     return files
 
 
@@ -46,8 +43,17 @@ def write_run_dir(run_dir: str, files: Mapping[str, bytes], force: bool = False)
     True when it changed.
 
     Raises Refused when it holds other content of the same names and `force` is not set, with the
-    differences.
+    differences. Whatever the umask, nobody else may write there: a job runs it later.
     """
+    before = umask()
+    os.umask(before | 0o022)
+    try:
+        return _write(run_dir, files, force)
+    finally:
+        os.umask(before)
+
+
+def _write(run_dir: str, files: Mapping[str, bytes], force: bool) -> bool:
     if os.path.isdir(os.path.join(run_dir, COMMIT)):
         _finish_commit(run_dir)
     if not os.path.lexists(run_dir):
@@ -86,7 +92,7 @@ def _create(run_dir: str, files: Mapping[str, bytes]) -> None:
     os.makedirs(parent, exist_ok=True)
     staged = tempfile.mkdtemp(prefix=f".{os.path.basename(run_dir)[:60]}.", dir=parent)
     try:
-        os.chmod(staged, 0o777 & ~umask())
+        os.chmod(staged, os.stat(staged).st_mode & stat.S_ISGID | 0o777 & ~umask())
         _write_all(staged, files)
         _make_logs(staged)
         try:
@@ -116,7 +122,7 @@ def _finish_commit(run_dir: str) -> None:
     """Move what is left of a committed render into place; the job script last, so that it never
     runs on half of it."""
     commit = os.path.join(run_dir, COMMIT)
-    require_trust(commit, "this half-written rendering")
+    require_trust(commit, "this half-written rendering", above=False)
     found = []
     for folder, _, names in os.walk(commit):
         found += [os.path.relpath(os.path.join(folder, name), commit) for name in names]

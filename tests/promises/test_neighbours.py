@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -261,3 +262,163 @@ def test_no_program_is_started_from_a_cache_that_others_write(run_dir, tmp_path)
 
     with pytest.raises(Refused, match="anybody may write"):
         packages.find({"XDG_CACHE_HOME": str(tmp_path / "cache")}, source="unpacked")
+
+
+@pytest.fixture
+def rendered(run_dir, cli, monkeypatch):
+    """Render run.yaml with more lines in it; the job script's path."""
+    monkeypatch.chdir(run_dir)
+
+    def render(more="", umask=0o022):
+        (run_dir / "run.yaml").write_text(
+            RUN.replace("time: 10m\n", f"time: 10m\nnodes: 1\n{more}")
+        )
+        old = os.umask(umask)
+        try:
+            code, out, err = cli("render", "--force")
+        finally:
+            os.umask(old)
+        assert code == 0, err
+        return out.strip()
+
+    return render
+
+
+def test_nobody_else_may_write_what_a_job_runs_whatever_the_umask(rendered, run_dir):
+    (run_dir / "runs").mkdir()
+    (run_dir / "runs").chmod(0o2777)
+    rendered(umask=0)
+    rendered("account: p\n", umask=0)  # again, over it
+
+    paths = [run_dir / "runs/r", *(run_dir / "runs/r").rglob("*")]
+    assert [path for path in paths if path.stat().st_mode & 0o022] == []
+    assert all(path.stat().st_mode & 0o2000 for path in paths if path.is_dir())
+    assert (run_dir / "runs/r/logs").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_umask_of_077_is_obeyed_by_every_file(rendered, run_dir):
+    rendered(umask=0o077)
+    assert [path for path in (run_dir / "runs/r").rglob("*") if path.stat().st_mode & 0o077] == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda runtime: (runtime / "link.py").write_text("open('ran', 'w')\n"),
+        lambda runtime: (runtime / "argparse.py").write_text("open('ran', 'w')\n"),
+        lambda runtime: (runtime / "link.py").unlink(),
+        lambda runtime: ((runtime / "link.py").unlink(), os.mkfifo(runtime / "link.py")),
+    ],
+    ids=["changed", "a module that shadows another", "gone", "a pipe"],
+)
+def test_a_job_runs_the_code_that_it_was_rendered_with_or_none(rendered, run_dir, run_job, change):
+    job = rendered()
+    runtime = run_dir / "runs/r/runtime"
+    change(runtime)
+
+    done, noted = run_job(job)
+
+    assert not list(run_dir.parent.rglob("ran"))
+    if (runtime / "argparse.py").exists():
+        assert done.returncode == 0, done.stderr
+    else:
+        assert (done.returncode, noted) == (93, [])
+        assert "is not what it was when this script was rendered" in done.stderr
+
+
+def test_check_refuses_secrets_where_somebody_else_could_change_the_job(rendered, run_dir, cli):
+    (run_dir / "s.env").write_text("TOKEN=1\n")
+    (run_dir / "s.env").chmod(0o600)
+    rendered("secrets: s.env\n")
+    assert "could change" not in "".join(cli("check")[1:])
+    run_dir.chmod(0o777)
+
+    code, out, err = cli("check")
+    assert (code, "error: " + str(run_dir / "runs/r") in out + err) == (1, True), out + err
+    rendered()
+    code, out, err = cli("check")
+    assert f"warning: {run_dir}/runs/r: somebody else could change" in out + err
+
+
+VALUES = {
+    "A": "half1;half2",
+    "B": "ab$NOTHING",
+    "C": "a&b",
+    "D": "two words  ",
+    "E": "`date` $(date)",
+    "F": '"it\'s"',
+    "G": "a=b#c",
+    "H": "\\n\\",
+    "I": "",
+    "J": "ünïcode\udcff",
+}
+
+
+def test_a_secret_is_read_as_it_stands_and_never_shown(rendered, run_dir, run_job, tmp_path):
+    text = "# comment\n\n" + "".join(f"{key}={value}\n" for key, value in VALUES.items())
+    (run_dir / "s.env").write_bytes(
+        (text + "export LAST=no newline").encode("utf8", "surrogateescape")
+    )
+    (run_dir / "s.env").chmod(0o600)
+    job = rendered("secrets: s.env\n")
+    script = Path(job)
+    script.write_text(
+        script.read_text().replace("  hostname\n", f"  bash -c 'env -0 >{tmp_path}/env'\n")
+    )
+
+    done, _ = run_job(job)
+
+    assert done.returncode == 0, done.stderr
+    raw = (tmp_path / "env").read_bytes().decode("utf8", "surrogateescape")
+    seen = dict(pair.split("=", 1) for pair in raw.split("\0") if pair)
+    assert {key: seen.get(key) for key in VALUES} == VALUES
+    assert seen["LAST"] == "no newline"
+    assert not any(
+        value in done.stdout + done.stderr for value in VALUES.values() if len(value) > 3
+    )
+
+
+def test_a_line_that_is_no_secret_stops_the_job_and_is_not_shown(rendered, run_dir, run_job):
+    (run_dir / "s.env").write_text("A=1\nPRIVATE half\n")
+    (run_dir / "s.env").chmod(0o600)
+    done, noted = run_job(rendered("secrets: s.env\n"))
+    assert (done.returncode, noted) == (1, [])
+    assert "is not KEY=VALUE" in done.stderr and "PRIVATE" not in done.stdout + done.stderr
+
+
+HEX = "0123456789abcdef0123456789abcdef01234567"
+TOKENS = {
+    "argv": f"recipe_options: {{argv: [python, t.py, --wandb_api_key, {HEX}]}}",
+    "one word": f"recipe_options: {{argv: [python, t.py, --wandb-key={HEX}]}}",
+    "hf": "recipe_options: {argv: [t, --hf_token=hf_abcdefghijklmnopqrstuvwxyzABCDEFGH]}",
+    "url": 'recipe_options: {argv: [curl, "https://user:pass@host/x"]}',
+    "env": "env: {FOO: hf_abcdefghijklmnopqrstuvwxyzABCDEFGH}\nrecipe_options: {argv: [t]}",
+    "wandb": f"env: {{WANDB_KEY: {HEX}}}\nrecipe_options: {{argv: [t]}}",
+    "pat": "env: {GITHUB_PAT: ghp_abcdefghijklmnopqrstuvwxyz0123456789}\nrecipe_options: {argv: [t]}",
+    "pass": "env: {DB_PASS: x}\nrecipe_options: {argv: [t]}",
+    "config": "config: {a: {b: [glpat-abcdefghijklmnopqrst]}}\nrecipe_options: {argv: [t]}",
+    "sbatch": "sbatch: {comment: sk-abcdefghijklmnopqrstuvwxyz}\nrecipe_options: {argv: [t]}",
+}
+NO_TOKENS = {
+    "commit": f"recipe_options: {{argv: [t, --tokenizer_revision, {HEX}]}}",
+    "path": "env: {GOOGLE_APPLICATION_CREDENTIALS: /home/me/key.json}\nrecipe_options: {argv: [t]}",
+    "url": 'recipe_options: {argv: [t, "https://host:8080/x@y", "https://u:$P@h", "a:b@c"]}',
+    "words": "config: {pad_token: '<pad>', tokens: 3, key: abcdef}\nrecipe_options: {argv: [t, sk-y]}",
+}
+
+
+@pytest.mark.parametrize("more", [*TOKENS, *NO_TOKENS.items()], ids=str)
+def test_a_token_anywhere_in_run_yaml_is_refused_and_never_shown(run_dir, cli, monkeypatch, more):
+    monkeypatch.chdir(run_dir)
+    text = TOKENS[more] if isinstance(more, str) else more[1]
+    (run_dir / "run.yaml").write_text(f"name: r\nsite: local\nrecipe: command\ntime: 10m\n{text}\n")
+
+    code, out, err = cli("plan")
+
+    if isinstance(more, str):
+        assert code == 2 and "secrets:" in err
+        assert "run.yaml:" in err and not any(
+            word in out + err for word in ("hf_abc", HEX, "ghp_", "glpat-a", "sk-abc", "user:pass")
+        )
+    else:
+        assert code == 0, err
