@@ -424,7 +424,6 @@ def stop(run_dir: str, dry_run: bool = False) -> list[Job]:
 
     Returns the running jobs. Never cancels anything.
     """
-    run = read_run(run_dir)
     if not dry_run:
         try:
             write_atomic(os.path.join(run_dir, "STOP"), "")
@@ -433,6 +432,7 @@ def stop(run_dir: str, dry_run: bool = False) -> list[Job]:
             what = f"cannot write `{run_dir}/STOP`: {error.strerror}"
             raise EnvironmentFault(what, hint=hint) from error
     try:
+        run = read_run(run_dir)
         running = [job for job in live_jobs(run) if job.state == "RUNNING"]
     except EnvironmentFault as error:
         first = replace(error.problems[0], why=f"`{run_dir}/STOP` is there for every link to see")

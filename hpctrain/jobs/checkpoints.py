@@ -3,9 +3,10 @@ back. Same code as the guard's."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from hpctrain.runtime.huggingface import Weights
 from hpctrain.runtime.layout import COMPLETE, TORN, UNREADABLE, Expected, Verdict
 from hpctrain.runtime.layouts import LAYOUTS, OwnRule, judge_as, resembling
 from hpctrain.runtime.link import now
-from hpctrain.runtime.lock import Lock, state_of, this_holder
+from hpctrain.runtime.lock import Lock, this_holder
 from hpctrain.runtime.settings import GuardError, Settings, parse_settings, read_settings
 from hpctrain.runtime.survey import Candidate, Survey, choose, start_number
 
@@ -375,28 +376,44 @@ def do_use(settings: Settings, use: Use) -> list[tuple[str, str]]:
     The decision is recorded first, then the tracker: whatever is cut off after that, the next link
     does the rest as it starts. Raises Refused while a link works in the folder.
     """
-    holder = Lock(use.place, this_holder(settings.run, os.environ), older=use.folder).holder()
-    if holder and state_of(holder) != "dead":
-        raise Refused(
-            f"job {holder.job_id or holder.pid} works in `{use.folder}` now, or may",
-            hint="stop the chain first: `hpctrain stop`, or `hpctrain cancel`",
-        )
     moved = []
     try:
         place = sidecar.make_place(use.folder, settings.run_dir, lambda text: None)
-        sidecar.note_act(place, {"event": "use", "to": use.name, "kind": use.kind, "time": now()})
-        if use.brought_from:
-            os.rename(use.brought_from, os.path.join(use.folder, use.name))
-        if use.tracker and use.tracker_text is not None:
-            write_tracker(use.folder, use.tracker, use.tracker_text)
-        for name, kind in use.asides:
-            moved.append((name, sidecar.set_aside(use.folder, place, name, kind)))
-        sync_folder(use.folder)
+        with _locked(place, settings, use.folder):
+            act = {"event": "use", "to": use.name, "kind": use.kind, "time": now()}
+            sidecar.note_act(place, act)
+            if use.brought_from:
+                os.rename(use.brought_from, os.path.join(use.folder, use.name))
+            if use.tracker and use.tracker_text is not None:
+                write_tracker(use.folder, use.tracker, use.tracker_text)
+            for name, kind in use.asides:
+                moved.append((name, sidecar.set_aside(use.folder, place, name, kind)))
+            sync_folder(use.folder)
     except OSError as error:
         raise EnvironmentFault(
             f"cannot change `{use.folder}`: {error.strerror}", hint="run the same command again"
         ) from error
     return moved
+
+
+@contextlib.contextmanager
+def _locked(place: str, settings: Settings, folder: str) -> Iterator[None]:
+    """No link begins meanwhile. Raises Refused, at once, where one works in the folder."""
+    at_once = {"HPCTRAIN_LOCK_WAIT_S": "0"}
+    lock = Lock(place, this_holder(settings.run, os.environ), environ=at_once, older=folder)
+    try:
+        lock.acquire()
+    except GuardError as error:
+        holder = lock.holder()
+        who = f"job {holder.job_id or holder.pid}" if holder else "another job"
+        raise Refused(
+            f"{who} works in `{folder}` now, or may",
+            hint="stop the chain first: `hpctrain stop`, or `hpctrain cancel`",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _survey(settings: Settings) -> Survey:

@@ -21,7 +21,7 @@ from hpctrain.base import terminal
 from hpctrain.base.errors import EnvironmentFault, Refused
 from hpctrain.runs.records import SUBMISSION, word_in_tags
 from hpctrain.runtime import history
-from hpctrain.runtime.files import append_record, read_records
+from hpctrain.runtime.files import append_record, open_state, read_records
 from hpctrain.runtime.link import now
 from hpctrain.slurm import commands as slurm
 from hpctrain.slurm.jobs import ended_by_comment, of_user
@@ -85,13 +85,14 @@ def read_ledger(run_dir: str) -> Ledger:
 
 @contextlib.contextmanager
 def only_one(run_dir: str) -> Iterator[None]:
-    """Hold the run's submission lock; the kernel lets it go when this process ends, however it
-    ends.
+    """Hold the run's submission lock; the kernel lets it go when this process and every sbatch that
+    it started have ended, however they end.
 
     Raises Refused when another hpctrain submits for this run now.
     """
     path = os.path.join(run_dir, ".submit.lock")
-    with open(path, "a", encoding="ascii") as file:
+    with os.fdopen(open_state(path, os.O_RDWR | os.O_CREAT), "a") as file:
+        os.set_inheritable(file.fileno(), True)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

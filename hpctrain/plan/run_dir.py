@@ -16,13 +16,11 @@ from collections.abc import Mapping
 
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused
 from hpctrain.base.files import umask
-from hpctrain.config.trust import require_trust
 from hpctrain.plan.make import Plan
 from hpctrain.plan.render import render, runtime_files
 from hpctrain.plan.template_cache import template_cache
-from hpctrain.runtime.files import sync_folder
+from hpctrain.runtime.files import COMMIT, finish_commit, sync_folder
 
-COMMIT = ".render-commit"
 STAGED = ".render-new"
 
 
@@ -54,8 +52,10 @@ def write_run_dir(run_dir: str, files: Mapping[str, bytes], force: bool = False)
 
 
 def _write(run_dir: str, files: Mapping[str, bytes], force: bool) -> bool:
-    if os.path.isdir(os.path.join(run_dir, COMMIT)):
-        _finish_commit(run_dir)
+    try:
+        finish_commit(run_dir)
+    except PermissionError as error:
+        raise Refused(f"is not used: {error.strerror}", where=str(error.filename)) from error
     if not os.path.lexists(run_dir):
         _create(run_dir, files)
         return True
@@ -115,24 +115,8 @@ def _replace(run_dir: str, files: Mapping[str, bytes]) -> None:
     _write_all(staged, files)
     os.rename(staged, os.path.join(run_dir, COMMIT))
     sync_folder(run_dir)
-    _finish_commit(run_dir)
-
-
-def _finish_commit(run_dir: str) -> None:
-    """Move what is left of a committed render into place; the job script last, so that it never
-    runs on half of it."""
-    commit = os.path.join(run_dir, COMMIT)
-    require_trust(commit, "this half-written rendering", above=False)
-    found = []
-    for folder, _, names in os.walk(commit):
-        found += [os.path.relpath(os.path.join(folder, name), commit) for name in names]
-    for name in sorted(found, key=lambda name: (name == "job.sbatch", name)):
-        target = os.path.join(run_dir, name)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.replace(os.path.join(commit, name), target)
+    finish_commit(run_dir)
     _make_logs(run_dir)
-    sync_folder(run_dir)
-    shutil.rmtree(commit)
 
 
 def _write_all(folder: str, files: Mapping[str, bytes]) -> None:

@@ -59,6 +59,7 @@ def run(
         return subprocess.run(
             list(argv),
             env=scrubbed(os.environ),
+            close_fds=False,  # only what was made inheritable goes on: the submission lock
             stdin=subprocess.DEVNULL if input_text is None else None,
             input=input_text,
             capture_output=True,

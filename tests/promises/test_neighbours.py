@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -422,3 +426,98 @@ def test_a_token_anywhere_in_run_yaml_is_refused_and_never_shown(run_dir, cli, m
         )
     else:
         assert code == 0, err
+
+
+def test_stop_needs_no_slurm(rendered, run_dir, hpctrain):
+    rendered()
+    env = {**os.environ, "PATH": "/nowhere"}
+
+    done = hpctrain("stop", "runs/r", cwd=run_dir, env=env)
+
+    assert (run_dir / "runs/r/STOP").exists()
+    assert (done.returncode, "STOP` is there" in done.stderr) == (3, True), done.stderr
+
+
+SUBMITS = """
+import sys
+from hpctrain.jobs.ledger import only_one
+from hpctrain.slurm import commands
+with only_one(sys.argv[1]):
+    commands.run([sys.argv[2]])
+"""
+
+
+def test_the_submission_lock_is_held_while_an_sbatch_goes_on_without_its_hpctrain(tmp_path):
+    """The kernel kills hpctrain alone; its sbatch queues the job all the same, a moment later."""
+    from hpctrain.base.errors import Refused
+    from hpctrain.jobs.ledger import only_one
+
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        f"#!/bin/sh\necho $$ >{tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid\nexec sleep 60\n"
+    )
+    sbatch.chmod(0o755)
+    submitter = subprocess.Popen([sys.executable, "-c", SUBMITS, str(tmp_path), str(sbatch)])
+    until(lambda: (tmp_path / "pid").exists())
+    submitter.kill()
+    submitter.wait()
+
+    with pytest.raises(Refused, match="another hpctrain is submitting"), only_one(str(tmp_path)):
+        pass
+
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    until(lambda: free(tmp_path))
+
+
+def free(run_dir):
+    from hpctrain.base.errors import Refused
+    from hpctrain.jobs.ledger import only_one
+
+    try:
+        with only_one(str(run_dir)):
+            return True
+    except Refused:
+        return False
+
+
+def until(happens, time_s=30):
+    end = time.monotonic() + time_s
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def half_render(run_dir):
+    """As a `render --force` that was killed between two renames leaves it."""
+    commit = run_dir / "runs/r/.render-commit"
+    commit.mkdir(mode=0o755)
+    plan = run_dir / "runs/r/plan.json"
+    (commit / "plan.json").write_text(
+        plan.read_text().replace('"run": "r"', '"run": "r", "new": 1')
+    )
+    return commit, plan
+
+
+def test_a_half_committed_rendering_is_completed_before_a_job_runs(rendered, run_dir, run_job):
+    job = rendered()
+    commit, plan = half_render(run_dir)
+
+    done, _ = run_job(job)
+
+    assert (done.returncode, '"new": 1' in plan.read_text()) == (0, True), done.stderr
+    assert not commit.exists()
+
+
+@needs_others
+def test_a_half_committed_rendering_that_may_be_anothers_stops_the_job(
+    rendered, run_dir, run_job, cli, plant
+):
+    job = rendered()
+    commit, plan = half_render(run_dir)
+    plant(commit)
+
+    done, noted = run_job(job)
+
+    assert (done.returncode, noted, '"new": 1' in plan.read_text()) == (1, [], False)
+    assert "somebody else may have made it" in done.stderr
+    assert cli("render", "--force")[0] == 4

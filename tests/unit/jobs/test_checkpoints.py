@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from pathlib import Path
 
 import checkpoints
 import pytest
@@ -174,6 +175,8 @@ def test_use_goes_back_and_keeps_the_newer_ones_aside(cli, tmp_path):
     assert (tmp_path / "latest").read_text() == "global_step20"
     assert sorted(os.listdir(tmp_path)) == ["global_step10", "global_step20", "latest"]
     kept = sorted(os.listdir(f"{tmp_path}.hpctrain"))
+    lock, *kept = kept  # held meanwhile, so that no link begins; and given back
+    assert '"released": true' in Path(f"{tmp_path}.hpctrain", lock).read_text()
     assert kept == ["acts.jsonl", "aside-global_step40", "interrupted-global_step30"]
     assert cli("use", tmp_path, "--to", 10)[0] == 0
     code, said = cli("use", tmp_path, "--back", 1)
