@@ -39,6 +39,8 @@ def as_golden(files: dict[str, str]) -> dict[str, str]:
 
 
 def rendered(case: str, monkeypatch) -> dict[str, str]:
+    # The hash of runtime/ changes with each of its lines; tests of the job script hold it right.
+    monkeypatch.setattr("hpctrain.plan.render._sums", lambda files: "0" * 64)
     monkeypatch.chdir(GOLDEN / case)
     loaded = load_plan("run.yaml", (), RUN_DIR + case)
     assert not loaded.plan.errors, loaded.plan.errors
