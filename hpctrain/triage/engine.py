@@ -148,6 +148,7 @@ class LogReader:
         self._scanner = LineScanner(anchors.matcher, exceptions.is_open)
         self._attempt: Attempt | None = None
         self._tail = b""
+        self._ends: exceptions.LastLines | None = None
         # by a line's offset: what it told, and whether its own words did
         self._told: dict[int, tuple[Event, bool]] = {}
 
@@ -278,7 +279,9 @@ class LogReader:
 
     def _traceback(self, hit: Hit) -> None:
         """The exception at the end of the traceback that begins here."""
-        found = exceptions.last_line(hit.context, hit.position)
+        if self._ends is None or self._ends.text is not hit.context:
+            self._ends = exceptions.LastLines(hit.context)
+        found = self._ends.of(hit.position)
         if found is None or exceptions.is_ignored(hit.context, hit.position):
             return
         start, end = found
@@ -442,7 +445,10 @@ def _ray_node(hit: Hit) -> str | None:
     if b"actor died unexpectedly" in hit.line:
         after = _RAY_ACTOR.search(hit.context, hit.position, hit.position + 800)
         return after[1].decode() if after else None
-    before = last_match(_RAY_CALL, hit.context, max(hit.position - 2000, 0), hit.position)
+    low = max(hit.position - 2000, 0)
+    if max(hit.context.rfind(word, low, hit.position) for word in (b"ray::", b" ip: ")) < 0:
+        return None  # quickly: a log may have a hundred thousand failures
+    before = last_match(_RAY_CALL, hit.context, low, hit.position)
     return (before[1] or before[2]).decode() if before else None
 
 

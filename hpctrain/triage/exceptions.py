@@ -26,7 +26,7 @@ RAISED = re.compile(
 # a colon.
 _LAST = re.compile(
     rb"((?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*"
-    rb"|[A-Z][a-z]*[A-Za-z_]*[a-z]\w*)(?:\([\w.]+\))?(?::(?:\s|$)|\s*$)"
+    rb"|[A-Z][A-Z_]*[a-z]\w*)(?:\([\w.]+\))?(?::(?:\s|$)|\s*$)"
 )
 _NO_CLASS = re.compile(
     rb"(?:Killed|Aborted|Terminated|Traceback|Epoch|Step|Loss|Warning|Error)\b(?!\w)"
@@ -233,43 +233,59 @@ def _last_start(pattern: re.Pattern[bytes], text: bytes) -> int:
 
 def is_open(text: bytes) -> int:
     """Where an unfinished traceback at the end of `text` (whole lines) begins, -1 when there is
-    none."""
-    low = max(len(text) - MOST, 0)
-    position = text.rfind(HEADER, low)
-    if position < 0 or last_line(text, position) is not None:
-        return -1
-    # With several ranks writing at once the first that is unfinished counts.
-    while True:
-        before = text.rfind(HEADER, low, position)
-        if before < 0 or last_line(text, before) is not None:
-            return text.rfind(b"\n", 0, position) + 1
-        position = before
+    none. With several ranks writing at once the first that is unfinished counts."""
+    ends = LastLines(text)
+    begin = -1
+    position = text.find(HEADER, max(len(text) - MOST, 0))
+    while position >= 0:
+        if ends.of(position) is not None:
+            begin = -1
+        elif begin < 0:
+            begin = text.rfind(b"\n", 0, position) + 1
+        position = text.find(HEADER, position + 1)
+    return begin
 
 
-def last_line(text: bytes, position: int) -> tuple[int, int] | None:
-    """(start, end) of the line that names the exception of the traceback whose header is at
-    `position`; None: not there yet.
+class LastLines:
+    """The ends of the tracebacks in one text, in time that its bytes bound, however many there
+    are."""
 
-    Lines of other ranks in between are passed over: those do not begin as the header's line does,
-    but for its digits.
-    """
-    start = text.rfind(b"\n", max(position - 400, 0), position) + 1
-    start = max(start, text.rfind(b"\r", start, position) + 1)
-    prefix = text[start:position]
-    like = prefix.translate(_DIGITS)
-    at = text.find(b"\n", position) + 1
-    limit = min(len(text), position + MOST)
-    while 0 < at < limit:
-        end = text.find(b"\n", at)
-        if end < 0:
+    def __init__(self, text: bytes):
+        self.text = text
+        self._flat = text.translate(_DIGITS)
+        # by how the lines of a traceback begin: (from where on was looked, what was found)
+        self._known: dict[bytes, tuple[int, tuple[int, int] | None]] = {}
+
+    def of(self, position: int) -> tuple[int, int] | None:
+        """(start, end) of the line that names the exception of the traceback whose header is at
+        `position`; None: not there yet. Ask in the order of the text.
+
+        Lines of other ranks in between are passed over: those do not begin as the header's line
+        does, but for its digits.
+        """
+        start = self.text.rfind(b"\n", max(position - 400, 0), position) + 1
+        start = max(start, self.text.rfind(b"\r", start, position) + 1)
+        like = b"\n" + self._flat[start:position]
+        limit = min(len(self.text), position + MOST) - 1
+        at = self.text.find(b"\n", position, limit)
+        if at < 0:
             return None
-        line = text[at:end]
-        if line[: len(prefix)].translate(_DIGITS) == like:
-            body = line[len(prefix) : len(prefix) + 400]
+        looked, found = self._known.get(like, (0, None))
+        if found is None or found[0] <= at:
+            looked, found = self._next(like, max(at, looked), limit)
+            self._known[like] = looked, found
+        return found if found and found[0] <= limit else None
+
+    def _next(self, like: bytes, at: int, limit: int) -> tuple[int, tuple[int, int] | None]:
+        while 0 <= (at := self._flat.find(like, at, limit + len(like))) < limit:
+            end = self.text.find(b"\n", at + 1)  # once for each line at most
+            if end < 0:
+                return at, None
+            body = self.text[at + len(like) : min(end, at + len(like) + 400)]
             if _LAST.match(body) and not _NO_CLASS.match(body):
-                return at, end
-        at = end + 1
-    return None
+                return at, (at + 1, end)
+            at = end
+        return max(limit, 0), None
 
 
 def is_ignored(text: bytes, position: int) -> bool:

@@ -22,6 +22,7 @@ UNIFORM = -1  # the anchor of a hit that stands for a whole stretch of step line
 _RETRY = 64 * 1024  # bytes that are searched after a block that was not such a stretch
 CHUNK = 256 * 1024  # bytes read at a time: the working arrays then stay in the second-level cache
 _SLOTS_BITS = 15
+_MOST_OF_LINE = 8 * MAX_LINE  # bytes that the hits of one line may show, each the whole of it
 _MANY = 1500  # gram hits in one piece beyond which numpy checks them faster than a loop
 
 
@@ -224,15 +225,22 @@ class LineScanner:
         self._bytes_before += len(text)
 
     def _lines(self, text: bytes, begin: int, stop: int) -> Iterator[Hit]:
-        counted, number = begin, self._lines_before
+        counted, number, looked_at = begin, self._lines_before, 0
+        self._line_end = begin
         part = text[begin:stop] if begin or stop < len(text) else text
         for place, anchor in self._matcher.find(part):
             position = begin + place
             if position < self._skip_to:
                 continue
+            if position >= self._line_end:
+                looked_at = 0
+            elif looked_at > _MOST_OF_LINE:
+                continue
             number += text.count(b"\n", counted, position)
             counted = position
-            yield self._hit(anchor, text, position, number + 1)
+            hit = self._hit(anchor, text, position, number + 1)
+            looked_at += len(hit.line)
+            yield hit
         self._lines_before = number + text.count(b"\n", counted, stop)
 
     def _hit(self, anchor: int, text: bytes, position: int, number: int) -> Hit:
