@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hpctrain.base import units
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
+from hpctrain.base.paths import shipped_dir
 from hpctrain.sandbox import leftovers, nodeview, packages, processes, shape, state
 from hpctrain.sandbox.daemons import Daemons
 from hpctrain.sandbox.packages import Toolbox
@@ -337,9 +338,8 @@ def _write_files(record: Record, box: Toolbox, no_views: str) -> None:
     scripts["module"] = scripts["ml"] = standins.module_script(f"{place.state}/log/modules.log")
     # Compiled once: every task that enters a container starts it.
     program = str(directory / "etc" / "singularity.pyc")
-    source = Path(__file__).parent / "standins" / "singularity.py"
     py_compile.compile(
-        str(source),
+        os.path.join(shipped_dir("templates"), "sandbox", "singularity.py"),
         program,
         doraise=True,
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,

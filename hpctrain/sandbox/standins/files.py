@@ -7,7 +7,24 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from hpctrain.sandbox.packages import CLIENTS, Toolbox
-from hpctrain.sandbox.standins.singularity import PASSED_ON
+
+# Signals a job step may be sent. bubblewrap stays as the parent of the program and must not die of
+# them: the script that starts the stand-in ignores them, and its `env` gives them back to the program.
+PASSED_ON = (
+    "HUP",
+    "INT",
+    "QUIT",
+    "USR1",
+    "USR2",
+    "TERM",
+    "CONT",
+    "TSTP",
+    "TTIN",
+    "TTOU",
+    "ALRM",
+    "URG",
+    "XCPU",
+)
 
 
 def client_script(argv: Sequence[str], slurm_conf: str) -> str:
@@ -35,7 +52,7 @@ def container_script(python: str, program: str, config: str, name: str) -> str:
     """`singularity` or `apptainer`: the stand-in run by hpctrain's interpreter, isolated from the
     job's environment.
 
-    The signals of `singularity.PASSED_ON` are ignored from here on, so that bubblewrap does not die
+    The signals of `PASSED_ON` are ignored from here on, so that bubblewrap does not die
     of them.
     """
     words = shlex.join([python, "-I", "-S", program, config, name])
@@ -52,6 +69,7 @@ def container_config(
     """The stand-in's configuration: lines `key<TAB>value`."""
     pairs = [("bwrap", word) for word in bwrap] + [("image_dirs", path) for path in image_dirs]
     pairs += [("image_path", image_path)] + [("node_files", path) for path in node_files]
+    pairs += [("signals", name) for name in PASSED_ON]
     pairs += [("unavailable", unavailable.replace("\n", " "))] if unavailable else []
     return "".join(f"{key}\t{value}\n" for key, value in pairs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -12,14 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpctrain.base import errors, units
+from hpctrain.base.paths import shipped_dir
 from hpctrain.config.site import load_site
 from hpctrain.sandbox import daemons, leftovers, packages, shape
 from hpctrain.sandbox.from_site import shape_from_site
-from hpctrain.sandbox.standins import singularity
 
 PLACE = shape.Place(
     "/s", "/r", "me", shape.Ports(11000, 11001, 11002), "/plugins", 1001, has_lua=True
 )
+
+_SPEC = importlib.util.spec_from_file_location(
+    "singularity", Path(shipped_dir("templates"), "sandbox", "singularity.py")
+)
+singularity = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(singularity)
 
 
 def settings(text: str) -> dict[str, str]:

@@ -74,23 +74,6 @@ IGNORED = {
     "--no-https",
 }
 GLOBAL_FLAGS = {"-d", "--debug", "-q", "--quiet", "-s", "--silent", "-v", "--verbose", "--nocolor"}
-# Signals a job step may be sent. bubblewrap stays as the parent of the program and must not die of
-# them: the script that starts this one ignores them, and `env` gives them back to the program.
-PASSED_ON = (
-    "HUP",
-    "INT",
-    "QUIT",
-    "USR1",
-    "USR2",
-    "TERM",
-    "CONT",
-    "TSTP",
-    "TTIN",
-    "TTOU",
-    "ALRM",
-    "URG",
-    "XCPU",
-)
 IMAGE_DIRS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc")
 IMAGE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # What --cleanenv leaves, besides what makes the simulated node a node.
@@ -149,6 +132,7 @@ def read_config(path: str) -> dict[str, list[str]]:
         "image_path": [],
         "node_files": [],
         "unavailable": [],
+        "signals": [],
     }
     with open(path) as stream:
         for line in stream:
@@ -329,7 +313,7 @@ def build(
         "run": request["program"] or [request["shell"], "--norc"],
         "shell": [request["shell"], "--norc"] + request["program"],
     }[request["verb"]]
-    reset = ["/usr/bin/env"] + ["--default-signal=" + name for name in PASSED_ON]
+    reset = ["/usr/bin/env"] + ["--default-signal=" + name for name in config["signals"]]
     return argv + ["--"] + reset + program_words(program), inside, notes
 
 
