@@ -4,7 +4,7 @@ import time
 
 import click
 
-from hpctrain.base import errors, terminal
+from hpctrain.base import terminal
 from hpctrain.cli import common
 
 
@@ -26,8 +26,8 @@ def command(target: str | None, watch: bool, every: float, no_slurm: bool, as_js
     """Show what a run is doing: every link, the progress, the time and links still needed.
 
     RUN is a run directory, a run.yaml, a pipeline (its name, folder or YAML), a run's name or a job
-    id; none means all runs here. Exits 0 when done, 1 when it failed or gave up, 8 while it runs or
-    waits.
+    id; none means all runs here. Exits 0 when done, 1 when one failed, gave up, or was never
+    submitted, 8 while one runs or waits.
 
     \b
     hpctrain status
@@ -52,6 +52,5 @@ def command(target: str | None, watch: bool, every: float, no_slurm: bool, as_js
         if not watch or not any(status.live for status in statuses):
             break
         time.sleep(every)
-    code = exit_code(statuses) if target else errors.DONE
-    if code:
+    if code := exit_code(statuses):
         raise click.exceptions.Exit(code)

@@ -16,6 +16,7 @@ from hpctrain.config import billing
 from hpctrain.runs.live import ask
 from hpctrain.runs.records import SUBMISSION, RunRecords, by_hand, read_run
 from hpctrain.runs.starts import NO_END, JobHistory, Start, jobs_of
+from hpctrain.runtime.history import RUN_MODES
 from hpctrain.slurm.jobs import Answer
 from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.records import Event, distinct, job_of_log, utc
@@ -345,7 +346,7 @@ def overall_state(run: RunRecords, links: Sequence[LinkStatus], progress: Progre
     if modes and modes[-1] == "gave_up":
         return GAVE_UP
     if modes and modes[-1] == "stopped":
-        return STOPPED
+        return FAILED if _died(links) else STOPPED
     if any(link.state == "submitted" for link in links):
         return UNKNOWN  # it may be queued: Slurm could not be asked, or has forgotten it
     started = [link for link in links if link.mode or link.exit_code is not None]
@@ -357,6 +358,14 @@ def overall_state(run: RunRecords, links: Sequence[LinkStatus], progress: Progre
     if last.exit_code not in (0, None) or last.state in _FAILED_STATES[:-1]:
         return FAILED
     return UNKNOWN
+
+
+def _died(links: Sequence[LinkStatus]) -> bool:
+    """Whether the newest link that trained ended by a failure of its own."""
+    trained = [link for link in links if link.mode in RUN_MODES]
+    ended = trained[-1] if trained else None
+    by_slurm = ended is not None and ended.state in ("TIMEOUT", "CANCELLED", "PREEMPTED")
+    return ended is not None and not by_slurm and ended.exit_code not in (0, None)
 
 
 def _progress(

@@ -21,6 +21,7 @@ from hpctrain.runs.status import (
     LinkStatus,
     RunStatus,
 )
+from hpctrain.runtime.history import RUN_MODES
 from hpctrain.runtime.settings import handed_over
 from hpctrain.triage.records import utc
 
@@ -132,6 +133,9 @@ def _one(status: RunStatus, now_s: float) -> None:
         f"{status.run.name}: {state}, iteration {_progress(status)}, still needs {_eta(status)}"
     )
     progress = status.progress
+    dead = [link for link in status.links if link.reason and link.mode in RUN_MODES]
+    if dead and status.state in (FAILED, GAVE_UP):
+        terminal.data(f"cause: link {dead[-1].link}, job {dead[-1].job_id}: {dead[-1].reason}")
     if progress.checkpoint:
         terminal.data(f"newest complete checkpoint: {progress.checkpoint}")
     if status.links:

@@ -111,23 +111,44 @@ def judge(
     verdicts.append(rules.ending(last, around, cause_event))
     verdicts += _start(last)
     incidents = [
-        Incident(
-            event,
-            attempt,
-            any(later.num_steps or later.exit_code == 0 for later in attempts[index + 1 :]),
-        )
+        Incident(event, attempt, any(map(_got_on, attempts[index + 1 :])))
         for index, attempt in enumerate(attempts)
         for event in [causes[id(attempt)]]
         if event is not None
     ]
-    cause = next((incident for incident in reversed(incidents) if incident.attempt is last), None)
+    cause, ended = _deciding(incidents, last)
     remarks += _found_by_guard(attempts)
     remarks += _came_after(incidents)
     remarks += _left_no_word(attempts)
     framework = recipe or subject.framework
     return _answer(
-        verdicts, cause, incidents, attempts, subject, trained, around, framework, remarks
+        verdicts, cause, ended, incidents, attempts, subject, trained, around, framework, remarks
     )
+
+
+def _got_on(attempt: Attempt) -> bool:
+    """Whether what failed before this start does not matter any more."""
+    return bool(attempt.num_steps) or attempt.exit_code == 0 and not _stopped(attempt)
+
+
+def _stopped(attempt: Attempt) -> bool:
+    """Whether the guard let it train nothing, as somebody asked for."""
+    return attempt.mode == "stopped" or "stops, as asked" in (attempt.finished or "")
+
+
+def _deciding(incidents: list[Incident], last: Attempt) -> tuple[Incident | None, str]:
+    """What ended the run, and what came of it: the last start's failure, or, where the guard let
+    that one train nothing, the newest that no later start got over."""
+    own = next((incident for incident in reversed(incidents) if incident.attempt is last), None)
+    gave_up = own is not None and own.event.failure == "gave_up"
+    if not gave_up and (own or last.num_steps or not _stopped(last)):
+        return own, ""
+    for incident in reversed(incidents):
+        failure = FAILURES[incident.event.failure]
+        told = incident is not own and not incident.recovered
+        if told and incident.event.failure != "gave_up" and (gave_up or not failure.external):
+            return incident, "the chain gave up after this: " if gave_up else "before it stopped: "
+    return own, ""
 
 
 def _last_words(engine: Engine) -> str:
@@ -230,6 +251,7 @@ def _start(attempt: Attempt) -> list[Verdict]:
 def _answer(
     verdicts: list[Verdict],
     cause: Incident | None,
+    ended: str,
     incidents: list[Incident],
     attempts: list[Attempt],
     subject: Attempt,
@@ -255,6 +277,7 @@ def _answer(
                 ),
             )
         summary = f"{failure.title}: {cause.event.text}" if cause.event.text else failure.title
+        summary = ended + summary
         verdict = RED
     elif red:
         verdict, summary = RED, f"{red[0].rule}: {red[0].detail}"
