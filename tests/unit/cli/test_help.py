@@ -41,11 +41,3 @@ def test_the_flow_of_a_run_is_the_order_of_its_verbs():
 def test_each_verb_is_one_line_of_a_narrow_terminal():
     for verb, (_, text) in VERBS.items():
         assert len(f"  {verb:10}  {text}") <= 78 and not text.endswith("."), verb
-
-
-def test_the_readme_has_the_same_sections(cli):
-    table = (ROOT / "README.md").read_text().split("## Verbs\n")[1].split("\n## ")[0]
-    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("|")][2:]
-    assert [name.strip() for name, _ in rows] == HEADINGS
-    for (name, text), verbs in zip(rows, SECTIONS.values()):
-        assert re.findall(r"`([a-z]+)`", text.split(":")[0]) == list(verbs), name
