@@ -201,7 +201,8 @@ class Zero(Accelerated):
             counter.value, accelerator.step = -1, -1
             set_random_states(99)
             accelerator.load_state(os.path.join(root, name))
-            kept = {"model": model_state(net), "optimizer": optimizer_state(net)}
+            kept: dict[str, Any] = {"model": model_state(net), "optimizer": optimizer_state(net)}
+            kept["engine's step"] = net.global_steps
             kept.update(scheduler=schedule.state_dict(), random=random_states())
             return leaves({**kept, "counter": counter.value, "step": accelerator.step})
 

@@ -276,7 +276,8 @@ class DeepSpeed(HfTrainer):
         return {"deepspeed": config}
 
     def optimizer_of(self, trainer: Any) -> Any:
-        return trainer.model_wrapped.optimizer.state_dict()
+        engine = trainer.model_wrapped
+        return {**engine.optimizer.state_dict(), "engine's step": engine.global_steps}
 
 
 class Zero1(DeepSpeed):
