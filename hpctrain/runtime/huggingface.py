@@ -7,7 +7,7 @@ from typing import List, Optional, Pattern, Set, Tuple
 from .dcp import judge_index, ranks_in
 from .deepspeed import DeepSpeed
 from .files import read_text
-from .layout import Expected, Folder, Form, Report, missing, opened, read_json
+from .layout import Expected, Folder, Form, Report, json_faults, missing, opened, read_json
 from .shards import top_values
 
 CUT_SHORT = "is cut short"
@@ -124,10 +124,9 @@ class HfTrainer(Form):
             report.torn.append("`checkpoint-is-incomplete.txt` marks it as interrupted")
         self._judge_state(folder, report)
         sharded = self._judge_sharded(folder, expected, report)
-        # DeepSpeed loads its own shards, and nobody loads what describes the training.
-        skipped = {"training_args.bin"} | (
-            {"model.safetensors"} if sharded == "deepspeed" else set()
-        )
+        # DeepSpeed loads its own shards, FSDP its own file, and nobody what describes the training.
+        elsewhere = sharded == "deepspeed" or "pytorch_model_fsdp.bin" in top
+        skipped = {"training_args.bin"} | ({"model.safetensors"} if elsewhere else set())
         report.torn += whole_files(folder, sorted(top - skipped))
         random_states = [name for name in top if name.startswith("rng_state")]
         has_scheduler = bool({"scheduler.pt", "scheduler.bin"} & top)
@@ -148,8 +147,8 @@ class HfTrainer(Form):
         if "scaler.pt" in folder.previous and "scaler.pt" not in top:
             lost.append("`scaler.pt` is missing")
         lost += self._weight_faults(folder, sharded)
-        if "config.json" in top and read_json(folder, "config.json") is None:
-            report.torn.append("`config.json` is damaged")
+        parsed = [] if sharded == "deepspeed" else ["config.json"]
+        report.torn += json_faults(folder, parsed)
         self.lacking(folder, report, lost)
 
     @staticmethod

@@ -211,6 +211,30 @@ class TestHuggingFace:
         os.unlink(path / "optimizer_0" / "__1_0.distcp")
         assert state(path, "hf-trainer") == "torn"
 
+    def test_where_fsdp_keeps_the_whole_model_in_a_file_of_its_own_the_other_is_read_by_nobody(
+        self, tmp_path
+    ):
+        whole = {"pytorch_model_fsdp.bin": TORCH, "optimizer.bin": TORCH}
+        path = hf(tmp_path / "checkpoint-5", **whole)
+        os.unlink(path / "optimizer.pt")
+        (path / "model.safetensors").write_bytes(safetensors()[:-3])
+        assert state(path) == "complete"
+        os.truncate(path / "pytorch_model_fsdp.bin", len(TORCH) - 3)
+        assert state(path) == "torn"
+
+    def test_the_models_description_is_read_by_all_but_deepspeed(self, tmp_path):
+        path = hf(tmp_path / "checkpoint-5", **{"config.json": b'{"vocab'})
+        assert state(path) == "torn"
+        os.unlink(path / "optimizer.pt")
+        engine = {"dp_world_size": 1, "ds_config": {"zero_optimization": {"stage": 1}}}
+        shards = {
+            "mp_rank_00_model_states.pt": checkpoints.torch_file({**engine, "global_steps": 5}),
+            "zero_pp_rank_0_mp_rank_00_optim_states.pt": TORCH,
+        }
+        write(path / "global_step5", shards)
+        write(path, {"latest": b"global_step5"})
+        assert state(path) == "complete"
+
     def test_a_save_that_was_cut_off_at_its_first_file_is_torn_in_its_own_layout(self, tmp_path):
         path = write(
             tmp_path / "checkpoint-5", {"config.json": b"{}", "model.safetensors": safetensors()}
