@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,9 +33,9 @@ class Record:
     where: str
 
 
-def find_files(path: str, split: str) -> list[str]:
-    """The data files that `path` stands for, in order. Raises UsageError when there are none, or no
-    such split."""
+def find_files(path: str, split: str, unnamed: str = "train") -> list[str]:
+    """The data files that `path` stands for, in order; `unnamed`: the split of files whose names
+    tell none. Raises UsageError when there are none, or no such split."""
     if os.path.isfile(path):
         return [path]
     splits = os.path.join(path, "dataset_dict.json")
@@ -62,11 +63,35 @@ def find_files(path: str, split: str) -> list[str]:
     for suffix in SUFFIXES:  # one format only: the same rows often lie there in several
         files = [file for file in found if file.endswith(suffix)]
         if files:
-            of_split = [
-                file for file in files if split in os.path.basename(file) or f"/{split}/" in file
-            ]
-            return of_split or files
+            return _of_split(files, path, split, unnamed)
     raise UsageError(f"no data files in `{path}`", hint=f"files may end in {', '.join(SUFFIXES)}")
+
+
+def _of_split(files: list[str], folder: str, split: str, unnamed: str) -> list[str]:
+    """The files of one split, as `datasets` tells them apart (datasets/data_files.py): by the name
+    before `-00000-of-00001`, else by the words of their paths below `folder`."""
+    of: dict[str, list[str]] = {}
+    for file in files:
+        words = set(re.split(r"[\W_\d]+", os.path.relpath(file, folder).lower()))
+        named = {name for name, known in _SPLITS.items() if known & words} | {split} & words
+        sharded = re.match(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\b", os.path.basename(file))
+        for name in {sharded[1]} if sharded else named or {unnamed}:
+            of.setdefault(name, []).append(file)
+    if split not in of:
+        raise UsageError(
+            f"there is no split `{split}`",
+            where=folder,
+            why="a file belongs to the split that its name tells",
+            hint=f"there is {', '.join(sorted(of))}",
+        )
+    return of[split]
+
+
+_SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
 
 
 def read_records(files: list[str], limit: int | None = None) -> list[Record]:

@@ -171,7 +171,7 @@ def _rows(
     encoded: list[tuple[list[int], list[int]]] = []
     prompts: list[list[int]] = []
     problems: list[Problem] = []
-    for file in find_files(test_set, "test"):
+    for file in find_files(test_set, "test", "test"):
         try:
             for where, row in data_rows(file):
                 if len(encoded) == limit or len(problems) == 20:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,51 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     write(tmp_path / "d", "saved splits")
     with pytest.raises(UsageError, match="no split `dev`"):
         find_files(str(tmp_path / "d"), "dev")
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "found"),
+    [
+        (["a.jsonl", "b.jsonl"], "train", ["a.jsonl", "b.jsonl"]),
+        (["latest_data.jsonl", "contest.jsonl"], "train", ["contest.jsonl", "latest_data.jsonl"]),
+        (["train.jsonl", "test.jsonl"], "train", ["train.jsonl"]),
+        (["x-train-00000-of-00002.jsonl", "x-test-00000-of-00001.jsonl"], "test", ["x-test-"]),
+        (["data/validation/a.jsonl", "data/train/a.jsonl"], "validation", ["data/validation/"]),
+        (["trainer_notes.jsonl", "dev.jsonl"], "train", ["trainer_notes.jsonl"]),
+        (["train_prefs.jsonl", "test_prefs.jsonl"], "train", ["train_prefs.jsonl"]),
+        (
+            ["train_gen-00000-of-00001.jsonl", "train_sft-00000-of-00001.jsonl"],
+            "train_sft",
+            ["train_s"],
+        ),
+        (["human.jsonl", "synthetic.jsonl"], "human", ["human.jsonl"]),
+    ],
+)
+def test_a_split_is_a_word_of_the_path_and_no_part_of_one(
+    tmp_path: Path, names: list[str], split: str, found: list[str]
+) -> None:
+    top = tmp_path / "test of mine"  # words of the folder itself say nothing
+    for name in names:
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_text("{}\n")
+    files = [os.path.relpath(file, top) for file in find_files(str(top), split)]
+    assert len(files) == len(found)
+    assert all(file.startswith(want) for file, want in zip(sorted(files), found)), files
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        (["test.jsonl"], "train"),
+        (["a.jsonl"], "test"),
+        (["train.jsonl", "dev.jsonl"], "test"),
+        (["train_gen-00000-of-00001.jsonl", "train_sft-00000-of-00001.jsonl"], "train"),
+    ],
+)
+def test_a_split_that_is_not_there_is_never_another_one(
+    tmp_path: Path, names: list[str], split: str
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}\n")
+    with pytest.raises(UsageError, match=f"no split `{split}`"):
+        find_files(str(tmp_path), split)
