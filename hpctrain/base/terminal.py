@@ -9,12 +9,13 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
-from hpctrain.base.errors import Problem
+from hpctrain.base.errors import Problem, printable
 
 JSON_SCHEMA_VERSION = 1
 _CODES = {
@@ -69,9 +70,22 @@ def paint(text: str, style: str, stream: IO[str] | None = None) -> str:
     return f"\033[{_CODES[style]}m{text}\033[0m" if wants_color(stream or sys.stdout) else text
 
 
+# What `paint` writes: the one thing that may speak to a terminal.
+_PAINT = re.compile(r"(\x1b\[(?:[0-2]|3[1-46])m)")
+
+
+def shown(text: str, keep: str = "\n\t") -> str:
+    """`text` as a terminal gets it: nothing in it, whoever wrote it, moves the cursor, sets a title
+    or turns the letters round; colours of ours stay."""
+    if text.isprintable():
+        return text
+    parts = _PAINT.split(text)
+    return "".join(part if _PAINT.match(part) else printable(part, keep) for part in parts)
+
+
 def data(text: str) -> None:
-    """One line (or block) of the answer, to stdout."""
-    sys.stdout.write(text + "\n")
+    """One line (or block) of the answer, to stdout; to a pipe byte for byte."""
+    sys.stdout.write((shown(text) if sys.stdout.isatty() else text) + "\n")
 
 
 def data_json(**fields: Any) -> None:
@@ -82,15 +96,19 @@ def data_json(**fields: Any) -> None:
     text = json.dumps(answer, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
+        plain = text.replace("\n", "").isprintable()
     except UnicodeEncodeError:
-        # half a surrogate pair, or letters that the locale lacks: JSON has escapes of its own
+        plain = False
+    if not plain:
+        # half a surrogate pair, letters that the locale lacks, or what a terminal obeys: JSON has
+        # escapes of its own
         text = json.dumps(answer, indent=2)
     sys.stdout.write(text + "\n")
 
 
 def info(text: str) -> None:
     """A line for the person, not the pipe: to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 def next_step(command: str) -> None:
@@ -107,7 +125,7 @@ def problems(found: Iterable[Problem]) -> None:
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> None:
     """Rows to stdout: aligned columns on a terminal, tab-separated when piped."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[shown(str(cell), keep="") for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for line in ([list(header)] if header else []) + cells:
             data("\t".join(line))

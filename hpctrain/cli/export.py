@@ -7,6 +7,7 @@ import click
 
 from hpctrain.base import terminal
 from hpctrain.base.errors import NO, Problem, UsageError
+from hpctrain.base.shell import quote
 from hpctrain.cli import common
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _of_sft(
     else:
         terminal.info(f"exported {found.path}: {', '.join(files)}")
         terminal.data(directory)
-        terminal.next_step(f"hpctrain generate {directory} --prompt '…'")
+        terminal.next_step(f"hpctrain generate {quote(directory)} --prompt '…'")
 
 
 def _of_trl(
@@ -185,7 +186,6 @@ def _of_trl(
 
 
 def _by_job(plan: NeoxExport, wait: bool, dry_run: bool, as_json: bool) -> None:
-    from hpctrain.base.shell import quote
     from hpctrain.base.units import format_mem_gib, format_size
     from hpctrain.jobs import neox_export
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 import time
 
 import click
@@ -65,4 +66,4 @@ def command(target: str | None, follow: bool, lines: int, link: int | None) -> N
 
         follow_run(run.run_dir, terminal.data, alive)
     elif diagnosis:
-        terminal.next_step(f"hpctrain triage {run.run_dir}")
+        terminal.next_step(f"hpctrain triage {shlex.quote(run.run_dir)}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 import click
 
@@ -104,4 +105,4 @@ def override(name: str, blocks: tuple[str, ...], for_user: bool, dry_run: bool) 
             if not for_user
             else f"note: {template.path} still wins"
         )
-    terminal.next_step(f"edit {path}, then `hpctrain render`")
+    terminal.next_step(f"edit {shlex.quote(path)}, then `hpctrain render`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -157,9 +158,9 @@ def _one(status: RunStatus, now_s: float) -> None:
     for note in status.notes:
         terminal.info(f"note: {note}")
     if status.state in (FAILED, GAVE_UP):
-        terminal.next_step(f"hpctrain triage {status.run.run_dir}")
+        terminal.next_step(f"hpctrain triage {shlex.quote(status.run.run_dir)}")
     elif status.state == RUNNING:
-        terminal.next_step(f"hpctrain logs -f {status.run.run_dir}")
+        terminal.next_step(f"hpctrain logs -f {shlex.quote(status.run.run_dir)}")
 
 
 def _row(link: LinkStatus, now_s: float) -> tuple[object, ...]:

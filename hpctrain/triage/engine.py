@@ -446,7 +446,7 @@ def _ray_node(hit: Hit) -> str | None:
         after = _RAY_ACTOR.search(hit.context, hit.position, hit.position + 800)
         return after[1].decode() if after else None
     low = max(hit.position - 2000, 0)
-    if max(hit.context.rfind(word, low, hit.position) for word in (b"ray::", b" ip: ")) < 0:
+    if max(hit.context.rfind(word, low, hit.position) for word in (b"ray::", b"ip: ")) < 0:
         return None  # quickly: a log may have a hundred thousand failures
     before = last_match(_RAY_CALL, hit.context, low, hit.position)
     return (before[1] or before[2]).decode() if before else None

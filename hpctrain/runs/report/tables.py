@@ -111,6 +111,15 @@ def _typed(frame: Any) -> Any:
     return frame.astype({name: types.get(name, "string") for name in frame.columns})
 
 
+def _harmless(frame: Any) -> Any:
+    """Texts that a spreadsheet would take for a formula begin with a quote (OWASP, CSV
+    injection)."""
+    texts = frame.select_dtypes("string")
+    return frame.assign(
+        **{name: texts[name].str.replace(r"^(?=[=+@\t\r]|-.)", "'", regex=True) for name in texts}
+    )
+
+
 def need_parquet() -> None:
     """Raises EnvironmentFault when no Parquet can be written here, before anything else is."""
     if importlib.util.find_spec("pyarrow") is None:
@@ -128,7 +137,7 @@ def export(report: Report, folder: str, kind: str) -> list[str]:
     try:
         for name, frame in frames(report).items():
             if kind == "csv":
-                content = frame.to_csv(index=False).encode()
+                content = _harmless(frame).to_csv(index=False).encode()
             else:
                 content = frame.to_parquet(index=False)
             paths.append(os.path.join(folder, f"{name}.{kind}"))
