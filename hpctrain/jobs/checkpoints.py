@@ -19,7 +19,7 @@ from hpctrain.runtime.bootstrap import (
     plan_bootstrap,
     write_tracker,
 )
-from hpctrain.runtime.files import Listing, is_folder, sync_folder
+from hpctrain.runtime.files import MAX_RECORD_BYTES, Listing, is_folder, read_limited, sync_folder
 from hpctrain.runtime.huggingface import Weights
 from hpctrain.runtime.layout import COMPLETE, TORN, UNREADABLE, Expected, Verdict
 from hpctrain.runtime.layouts import LAYOUTS, OwnRule, judge_as, resembling
@@ -495,10 +495,9 @@ def verdict_json(verdict: Verdict) -> dict[str, object]:
 def read_plan(run_dir: str) -> dict[str, Any]:
     """The whole plan.json of a run directory. Raises UsageError when it is none."""
     try:
-        with open(os.path.join(run_dir, "plan.json"), encoding="utf-8") as file:
-            found = json.load(file)
+        found = json.loads(read_limited(os.path.join(run_dir, "plan.json"), MAX_RECORD_BYTES))
         return {"guard": found["guard"], "job": found["job"], "cost": found["cost"], **found}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = f"its plan.json has no {error}" if isinstance(error, KeyError) else str(error)
         raise UsageError(
             f"`{run_dir}` is no run directory: {why}", hint="`hpctrain render` makes one"

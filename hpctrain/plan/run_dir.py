@@ -19,7 +19,7 @@ from hpctrain.base.files import umask
 from hpctrain.plan.make import Plan
 from hpctrain.plan.render import render, runtime_files
 from hpctrain.plan.template_cache import template_cache
-from hpctrain.runtime.files import COMMIT, finish_commit, sync_folder
+from hpctrain.runtime.files import COMMIT, finish_commit, open_state, sync_folder
 
 STAGED = ".render-new"
 
@@ -140,7 +140,7 @@ def _make_logs(run_dir: str) -> None:
 
 def _read_if_there(path: str) -> bytes | None:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_state) as file:
             return file.read()
     except FileNotFoundError:
         return None

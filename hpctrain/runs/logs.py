@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from hpctrain.runs.records import RunRecords, list_logs
 from hpctrain.runs.starts import links_of
+from hpctrain.runtime.files import open_state
 from hpctrain.triage.engine import clean
 from hpctrain.triage.judge import Incident
 from hpctrain.triage.records import Event, job_of_log
@@ -39,7 +40,7 @@ def failing_lines(
     event = incident.event
     kept: deque[tuple[int, str]] = deque(maxlen=before + 1)
     tail: list[tuple[int, str]] = []
-    with open(event.place.file, "rb") as file:
+    with open(event.place.file, "rb", opener=open_state) as file:
         for number, line in enumerate(_lines(file), _go_near(file, event)):
             if number > event.place.number + 20 * after or len(tail) >= after:
                 break
@@ -117,7 +118,7 @@ def _lines(file: object) -> Iterator[bytes]:
 def last_lines(path: str, count: int) -> list[str]:
     """The last `count` lines of a file, read from its end; carriage returns start their line anew,
     as on a terminal."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_state) as file:
         size = os.fstat(file.fileno()).st_size
         read, text = 0, b""
         while read < min(size, _MOST_BACK) and text.count(b"\n") <= count:
@@ -183,7 +184,7 @@ def follow_run(
 
 def _new_lines(path: str, offsets: dict[str, int], pending: dict[str, bytes]) -> Iterator[str]:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_state) as file:
             size = os.fstat(file.fileno()).st_size
             start = offsets.get(path, 0)
             if size < start:

@@ -18,7 +18,7 @@ from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.config.fields import nearest
-from hpctrain.runtime.files import read_lines
+from hpctrain.runtime.files import MAX_RECORD_BYTES, read_limited, read_lines
 from hpctrain.triage.records import job_of_log
 
 _JOB_ID = re.compile(r"\d+(?:_\d+)?\Z")
@@ -128,13 +128,12 @@ def read_run(run_dir: str) -> RunRecords:
     unseen = []
     plan: Mapping[str, Any] = {}
     try:
-        with open(os.path.join(run_dir, "plan.json"), encoding="utf-8", errors="replace") as file:
-            loaded = json.load(file)
+        loaded = json.loads(read_limited(os.path.join(run_dir, "plan.json"), MAX_RECORD_BYTES))
         if isinstance(loaded, dict):
             plan = loaded
         else:
             unseen.append("plan.json is not an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         unseen.append(f"plan.json: {getattr(error, 'strerror', None) or 'not JSON'}")
     version = plan.get("schema_version", 1)
     if version != 1:
@@ -154,7 +153,7 @@ def read_run(run_dir: str) -> RunRecords:
                 unseen.append(
                     f"{name}: {torn} torn or foreign {'line' if torn == 1 else 'lines'}, left out"
                 )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             records[name] = ()
             unseen.append(f"{name}: {error}")
         if not records[name] and not os.path.exists(os.path.join(run_dir, name)):
@@ -208,8 +207,8 @@ _RENDERED_FOR = re.compile(r"^export HPCTRAIN_RUN_DIR=(.+)$", re.MULTILINE)
 def _moved(run_dir: str) -> list[str]:
     """Where the run directory's own job script works, when that is another folder than this one."""
     try:
-        with open(os.path.join(run_dir, "job.sbatch"), encoding="utf-8", errors="replace") as file:
-            found = _RENDERED_FOR.search(file.read(1 << 16))
+        head = read_limited(os.path.join(run_dir, "job.sbatch"), 1 << 16)
+        found = _RENDERED_FOR.search(head.decode("utf-8", "replace"))
         words = shlex.split(found[1]) if found else []
     except (OSError, ValueError):
         return []
@@ -333,13 +332,12 @@ def read_pipeline_index(folder: str) -> dict[str, Any]:
     """pipeline.json of a pipeline's folder. Raises EnvironmentFault when it is damaged."""
     path = os.path.join(folder, PIPELINE)
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+        found = json.loads(read_limited(path, MAX_RECORD_BYTES))
         return {
             "pipeline": str(found["pipeline"]),
             "stages": [dict(stage) for stage in found["stages"]],
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EnvironmentFault(
             f"`{path}` cannot be read: {error}", hint="`hpctrain pipeline` writes it again"
         ) from error

@@ -16,6 +16,7 @@ from hpctrain.config import billing
 from hpctrain.runs.live import ask
 from hpctrain.runs.records import SUBMISSION, RunRecords, by_hand, read_run
 from hpctrain.runs.starts import NO_END, JobHistory, Start, jobs_of
+from hpctrain.runtime.files import open_state
 from hpctrain.runtime.history import RUN_MODES
 from hpctrain.slurm.jobs import Answer
 from hpctrain.triage.failures import FAILURES
@@ -500,7 +501,7 @@ def _in_words(cause: Event | None) -> str:
 def _read_tail(engine: Any, path: str, num_bytes: int) -> None:
     """Feed an engine the end of a log; nothing where it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_state) as file:
             file.seek(max(os.fstat(file.fileno()).st_size - num_bytes, 0))
             reader = engine.log(path)
             reader.feed(file.read(num_bytes))

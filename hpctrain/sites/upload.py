@@ -13,7 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hpctrain.base import units
@@ -160,6 +160,14 @@ def plan_upload(
             continue
         names[name] = path
         sources.append(source)
+        problems += [
+            Problem(
+                f"is a link out of `{_shown(path)}`, to `{_shown(os.path.realpath(link))}`",
+                where=_shown(link),
+                hint="name that file itself if it is to be sent, or take the link away",
+            )
+            for link in _links_out(path)
+        ]
         count, size = _measure(path)
         num_files, num_bytes = num_files + count, num_bytes + size
     if problems:
@@ -342,6 +350,19 @@ def _source(path: str) -> str:
     is in it."""
     path = path.rstrip("/") or "/"
     return path if path.startswith("/") else f"./{path}"
+
+
+def _links_out(path: str) -> Iterator[str]:
+    """The links below a folder that lead out of it: whoever may write there could send any file of
+    mine. Those of a snapshot in a hub's cache lead to its blobs."""
+    root = os.path.realpath(path)
+    kind, repo = os.path.basename(os.path.dirname(root)), os.path.dirname(os.path.dirname(root))
+    inside = (root + os.sep, os.path.join(repo if kind == "snapshots" else root, "blobs") + os.sep)
+    for top, folders, names in os.walk(path, followlinks=False):
+        for name in sorted([*folders, *names]):
+            link = os.path.join(top, name)
+            if os.path.islink(link) and not os.path.realpath(link).startswith(inside):
+                yield link
 
 
 def _measure(path: str) -> tuple[int, int]:

@@ -90,6 +90,29 @@ def test_files_and_folders_arrive_and_are_compared(there, hpctrain):
     assert "3 files there, compared by checksum" in done.stderr and done.stdout == ""
 
 
+def test_a_link_out_of_what_was_given_sends_nothing(there, hpctrain):
+    """Whoever shares a data folder could have put it there, to any file of mine."""
+    Path("key").write_text("PRIVATE")
+    Path("set/deep").mkdir(parents=True)
+    Path("set/deep/b").symlink_to("../../key")
+    Path("set/a").write_text("a")
+
+    done = upload(hpctrain, "--to", there / "data", "set")
+
+    assert (done.returncode, "is a link out of `set`" in done.stderr) == (2, True), done.stderr
+    assert not (there / "data").exists()
+
+
+def test_a_snapshot_of_a_hub_is_sent_with_its_blobs(there, hpctrain):
+    Path("m/blobs").mkdir(parents=True)
+    Path("m/blobs/1").write_text("weights")
+    Path("m/snapshots/c").mkdir(parents=True)
+    Path("m/snapshots/c/model").symlink_to("../../blobs/1")
+
+    assert upload(hpctrain, "--to", there / "data", "m/snapshots/c").returncode == 0
+    assert content(there / "data") == {"c/model": b"weights"}
+
+
 def test_hostile_names_and_folders_arrive_as_they_are(there, hpctrain):
     names = sorted(
         {

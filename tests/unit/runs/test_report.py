@@ -275,3 +275,22 @@ def test_only_what_the_logs_tell_is_drawn_and_starts_at_one_place_share_a_label(
     page = write_report(report, str(run_dir / "report.html"))[0]
     with open(page, encoding="utf-8") as file:
         assert "Not in the logs: learning rate, gradient norm." in file.read()
+
+
+def test_a_cell_of_a_table_is_no_formula_of_a_spreadsheet():
+    import pandas
+
+    from hpctrain.runs.report.tables import _harmless
+
+    words = ["=1+1", "+x", "@y", "-2+3", "-", "plain", None]
+    frame = pandas.DataFrame({"name": pandas.array(words, dtype="string"), "loss": [-1.0] * 7})
+    lines = _harmless(frame).to_csv(index=False).splitlines()
+    assert lines[1:] == [
+        "'=1+1,-1.0",
+        "'+x,-1.0",
+        "'@y,-1.0",
+        "'-2+3,-1.0",
+        "-,-1.0",
+        "plain,-1.0",
+        ",-1.0",
+    ]
