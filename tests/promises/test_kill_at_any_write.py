@@ -9,10 +9,13 @@ import shutil
 
 import checkpoints
 import pytest
+import saves
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
+from hpctrain.runtime.layouts import layout_named
 from hpctrain.runtime.link import Decision, decide, prepare
 from hpctrain.runtime.settings import Settings
 from hpctrain.runtime.survey import Survey, choose
@@ -200,3 +203,33 @@ def test_the_guard_killed_at_any_of_its_own_writes_does_the_rest_the_next_time(
         assert (state(folder), loaded(folder)) == (wanted, wanted_loaded), calls
         calls += 1
     assert calls >= 4
+
+
+@pytest.mark.parametrize("name", saves.ALL)
+def test_a_save_in_any_layout_is_complete_from_its_last_write_on_and_never_before(tmp_path, name):
+    """Two ranks, each killed after any number of its writes; rank 0 waits where its framework
+    does."""
+    kind = saves.ALL[name]
+    layout = layout_named("own" if kind.layout else name, kind.layout)
+    before = kind.save(str(tmp_path), 3, 2, "a")
+    for first, second in itertools.product(
+        *(range(kind.num_writes(rank, 2) + 1) for rank in (0, 1))
+    ):
+        done = [
+            advanced(kind, tmp_path, rank, writes) for rank, writes in ((1, second), (0, first))
+        ]
+        path = tmp_path / kind.folder_of(6)
+        if not path.exists() or "barrier" in done[1] and "barrier" not in done[0]:
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        verdict = layout.verdict(str(path), Listing(), Expected(), before)
+        whole = all("whole" in one for one in done)
+        assert (verdict.state == "complete") == whole, (done, verdict)
+        shutil.rmtree(path)
+
+
+def advanced(kind, folder, rank, writes):
+    made = kind.writes(str(folder), 6, rank, 2, "b", 6)
+    done = list(itertools.islice(made, writes))
+    made.close()
+    return done
