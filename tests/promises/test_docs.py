@@ -348,3 +348,33 @@ def test_every_file_of_a_run_directory_is_explained(example, tmp_path) -> None:
         name.split("/")[0] + "/" * ("/" in name) for name in run_files(loaded.plan, loaded.inputs)
     }
     assert not [name for name in files if not any(fnmatch.fnmatch(name, known) for known in names)]
+
+
+def test_the_site_has_every_page_with_its_links(tmp_path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "tools/site_pages.py"),
+            tmp_path / "pages",
+            tmp_path / "mkdocs.yml",
+        ],
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr
+    made = sorted((tmp_path / "pages").rglob("*.md"))
+    assert len(made) == len(PAGES) - 1  # not the repository's own README.md
+    nav = yaml.safe_load((tmp_path / "mkdocs.yml").read_text())["nav"]
+    named = [
+        page
+        for section in nav
+        for pages in section.values()
+        if isinstance(pages, list)
+        for page in pages
+    ]
+    assert len(named) == len(made) - 1
+    for page in made:
+        for target in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+            path = target.partition("#")[0]
+            assert not path or ":" in target or (page.parent / path).exists(), (page, target)
