@@ -45,6 +45,7 @@ CONFIG = {
         ],
     },
     "plugins": ["search", "offline"],
+    "extra": {"polyfills": ["assets/iframe-worker.js"]},  # else the plugin takes one from the net
     "markdown_extensions": [
         "tables",
         "admonition",
@@ -65,6 +66,8 @@ def main(folder: Path, config: Path) -> None:
         target = folder / place(page)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(moved(page, folder), encoding="utf-8")
+    (folder / "assets").mkdir()
+    shutil.copy(ROOT / "tools/iframe-worker.js", folder / "assets")
     nav = navigation((ROOT / "docs/README.md").read_text(encoding="utf-8"))
     content = {**CONFIG, "docs_dir": str(folder.resolve()), "nav": nav}
     config.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

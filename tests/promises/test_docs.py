@@ -322,6 +322,14 @@ def test_every_link_leads_somewhere(page) -> None:
     assert not lost
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_begins_at_the_margin(page) -> None:
+    # Within a list Python-Markdown and GitHub ask for other margins, and nobody would test it.
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+
+    assert not re.findall(r"^ *```.*|^ {1,3}[-*] .*", text, re.MULTILINE)
+
+
 def test_every_page_is_in_the_index() -> None:
     index = ROOT / "docs/README.md"
     linked = {
