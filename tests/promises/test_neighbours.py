@@ -521,3 +521,27 @@ def test_a_half_committed_rendering_that_may_be_anothers_stops_the_job(
     assert (done.returncode, noted, '"new": 1' in plan.read_text()) == (1, [], False)
     assert "somebody else may have made it" in done.stderr
     assert cli("render", "--force")[0] == 4
+
+
+def test_ten_thousand_torn_checkpoints_take_the_guard_ten_times_as_long_as_a_thousand(tmp_path):
+    """Names alone are counted here: each was compared with all others, 1e8 times."""
+    from hpctrain.jobs.checkpoints import _survey, settings_of
+    from hpctrain.runtime.survey import Survey
+
+    for step in range(300):
+        (tmp_path / f"global_step{step}").mkdir()
+        (tmp_path / f"global_step{step}/mp_rank_00_model_states.pt").write_bytes(b"")
+    survey = _survey(settings_of(str(tmp_path), "deepspeed"))
+    calls = []
+    order = type(survey.layout).order
+    kind = type(
+        "Counting",
+        (type(survey.layout),),
+        {"order": lambda self, name: calls.append(1) or order(self, name)},
+    )
+    survey.layout.__class__ = kind
+
+    assert Survey.newest_complete(survey) is None
+    assert len(calls) < 300 * 10
+    assert survey._one_before("global_step7").endswith("global_step6")
+    assert survey._one_before("global_step0") is None
