@@ -184,7 +184,7 @@ FIELDS: dict[str, Field] = {
         items=Field("scalar", "the value"),
     ),
     "secrets": Field(
-        "path", "file of KEY=VALUE lines, mode 0600, sourced inside the job, never copied"
+        "path", "file of KEY=VALUE lines, mode 0600, read as it stands inside the job, never copied"
     ),
 }
 
