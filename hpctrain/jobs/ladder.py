@@ -192,6 +192,19 @@ def changes_for(full: Plan, num_gpus: int, steps: int, time: str, again: int = 1
     step_s = _step_time_s(full, num_gpus)
     if step_s is not None:
         changes["estimate.step_time_s"] = round(step_s, 3)
+    changes.update(kept_batch(full, num_gpus))
+    changes.update(rules["one_gpu"] if num_gpus == 1 else rules["more_gpus"])
+    return changes
+
+
+def kept_batch(full: Plan, num_gpus: int) -> dict[str, Any]:
+    """What keeps the run's global batch on so many GPUs: more accumulation steps. Empty where the
+    recipe names none.
+
+    Raises UsageError when it cannot be kept with whole accumulation steps.
+    """
+    rules = full.recipe.values["ladder"]
+    changes: dict[str, Any] = {}
     key, batch_key = rules["accumulation"], rules["global_batch"]
     whole = full.spec.num_nodes * full.gpus_per_node
     if key and whole:
@@ -210,7 +223,6 @@ def changes_for(full: Plan, num_gpus: int, steps: int, time: str, again: int = 1
         batch = decided(full, batch_key) if batch_key else None
         if batch is not None:
             changes[batch_key] = batch
-    changes.update(rules["one_gpu"] if num_gpus == 1 else rules["more_gpus"])
     return changes
 
 

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hpctrain.base import terminal
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.base.units import format_time
 from hpctrain.config.pipeline import is_pipeline
+from hpctrain.jobs.ladder import decided, kept_batch
 from hpctrain.jobs.pipeline.stages import Pipeline, load_pipeline
 from hpctrain.plan.load import Loaded, load_plan
 from hpctrain.plan.make import Plan
@@ -63,12 +65,27 @@ def prepare(
         )
     if is_pipeline(run_yaml):
         return _prepare_pipeline(run_yaml, assignments, out_dir, wishes)
-    loaded = load_plan(
-        run_yaml, [*assignments, *([f"nodes={wishes.nodes}"] if wishes.nodes else [])], out_dir
-    )
+    loaded = load_plan(run_yaml, assignments, out_dir)
+    if wishes.nodes:
+        loaded = load_plan(run_yaml, [*assignments, *_on_nodes(loaded.plan, wishes)], out_dir)
     return Wanted(
         (loaded.plan,), {"": _request(loaded.plan, wishes, _faults(wishes.faults))}, loaded
     )
+
+
+def _on_nodes(plan: Plan, wishes: Wishes) -> list[str]:
+    """The assignments for so many nodes: with a global batch in run.yaml the accumulation too, as
+    the ladder has it, which is said."""
+    assert wishes.nodes is not None
+    words = [f"nodes={wishes.nodes}"]
+    rules = plan.recipe.values["ladder"]
+    batch = rules["global_batch"] and decided(plan, rules["global_batch"])
+    if batch and wishes.nodes != plan.spec.num_nodes:
+        kept = kept_batch(plan, wishes.nodes * plan.gpus_per_node)
+        words += [f"{key}={value}" for key, value in kept.items()]
+        told = ", ".join(f"{key}: {value}" for key, value in kept.items())
+        terminal.info(f"note: {wishes.nodes} nodes keep the run's global batch with {told}")
+    return words
 
 
 def _prepare_pipeline(

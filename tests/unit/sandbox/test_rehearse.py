@@ -582,3 +582,15 @@ def test_what_slurm_refuses_is_told_with_its_cause_and_what_to_do(words, told):
     )
     problem = watch.refusal_problem(refusal)
     assert problem.what == words and told in str(problem)
+
+
+def test_fewer_nodes_keep_the_global_batch_by_accumulation_and_say_so(tmp_path, capsys):
+    """A run that names `train_batch_size` is rehearsed on two nodes without a word of its own."""
+    given = ["nodes=8", "config.train_batch_size=24", "config.gradient_accumulation_steps=1"]
+    plan = load_plan(str(EXAMPLE), [*given, "nodes=2"], str(tmp_path / "b")).plan
+    assert any("batch" in problem.what for problem in plan.errors)
+
+    wanted = report.prepare(str(EXAMPLE), given, str(tmp_path / "c"), report.Wishes(nodes=2))
+
+    assert wanted.plans[0].errors == [] and wanted.plans[0].spec.num_nodes == 2
+    assert "2 nodes keep the run's global batch with" in capsys.readouterr().err
