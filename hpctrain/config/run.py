@@ -183,6 +183,11 @@ FIELDS: dict[str, Field] = {
         keys="[a-z][a-z0-9-]*",
         items=Field("scalar", "the value"),
     ),
+    "notify": Field(
+        "text",
+        "told from the batch host on start, end, failure, give-up and done: an http(s) URL that gets"
+        " JSON, $NAME of a variable of `secrets:` that holds one, or a command that gets it on stdin",
+    ),
     "secrets": Field(
         "path", "file of KEY=VALUE lines, mode 0600, read as it stands inside the job, never copied"
     ),
@@ -237,6 +242,7 @@ class RunSpec:
     env: Mapping[str, str]
     sbatch: Mapping[str, Any]
     secrets: str | None
+    notify: str | None
     document: Document
     base_dir: str
     source: str
@@ -351,6 +357,7 @@ def spec_from_layers(
         env={name: _env_text(value) for name, value in values["env"].items()},
         sbatch=values["sbatch"],
         secrets=values["secrets"],
+        notify=values["notify"],
         document=document,
         base_dir=base_dir,
         source=source,

@@ -173,8 +173,9 @@ def test_stop_ends_a_step_that_knows_nothing_of_it_after_its_next_checkpoint(mak
     assert ("is killed" in log) == bool(ignores)
 
 
-def test_a_failure_that_would_come_again_is_started_twice_and_named(make):
-    chain = make(argv=[sys.executable, "-c", "import no_such"], chain={"jobs": 5})
+def test_a_failure_that_would_come_again_is_started_twice_and_named(make, tmp_path):
+    argv = [sys.executable, "-c", "import no_such"]
+    chain = make(argv=argv, chain={"jobs": 5}, notify=f"tee -a '{tmp_path}/told'")
     chain.ok("chain")
     chain.wait()
     begins = chain.records(event="begin")
@@ -183,3 +184,6 @@ def test_a_failure_that_would_come_again_is_started_twice_and_named(make):
     assert why in begins[-1]["reason"]
     told = chain.hpctrain("status", "ft")
     assert told.returncode == 1 and why in told.stdout
+    sent = (tmp_path / "told").read_text()
+    counts = [sent.count(f'"event": "{event}"') for event in ("start", "failed", "gave_up")]
+    assert counts == [2, 2, 1] and why in sent
