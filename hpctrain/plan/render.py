@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hpctrain import __version__, runtime
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
-from hpctrain.base.paths import layer_dirs, shipped_dir
+from hpctrain.base.paths import layer_dirs, shipped_dir, shipped_text
 from hpctrain.base.shell import ShellText, comment, node_path, quote, quote_all, sbatch_value
 from hpctrain.config.sbatch import agreeing_inputs, inherited_inputs
 from hpctrain.config.site import layer_name
@@ -45,6 +45,8 @@ def render(
     plan.site.check_trust()
     files = dict(plan.resolved.configs)
     files.update(plan.resolved.files)
+    if plan.preflight:
+        files["measure_nodes.py"] = shipped_text("base", "measure_nodes.py")
     job = template_name(make_environment(plan.spec.base_dir), plan.recipe.name)
     asked = {directive.option: directive.value for directive in plan.directives}
     files[_JOB] = _render_script(plan, inputs, job, compiled, asked)

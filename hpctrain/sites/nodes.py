@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault
+from hpctrain.base.paths import shipped_dir
 from hpctrain.plan.make import Plan
-from hpctrain.runtime import preflight as program
+from hpctrain.runtime import preflight
 from hpctrain.slurm import commands as slurm
 
 # What every task exports, as the job script does (templates/base/job.sbatch.j2, block `task`).
@@ -44,7 +45,6 @@ def step_argv(plan: Plan, python: str, script: str, out: str, mib: int) -> list[
         python,
         "-B",
         script,
-        "measure",
         "--out",
         out,
         "--mib",
@@ -66,7 +66,7 @@ def run_here(plan: Plan, python: str, mib: int, limit_s: float) -> dict[str, Any
     out = tempfile.mkdtemp(
         prefix=f"preflight-{os.environ['SLURM_JOB_ID']}-", dir=os.path.join(plan.run_dir, "logs")
     )
-    script = os.path.abspath(program.__file__)
+    script = os.path.join(shipped_dir("templates"), "base", "measure_nodes.py")
     num_ranks = plan.spec.num_nodes * plan.tasks_per_node
     host = _first_host()
     environ = {
@@ -87,7 +87,7 @@ def run_here(plan: Plan, python: str, mib: int, limit_s: float) -> dict[str, Any
         ended = f"exit code {done.returncode}"
     except subprocess.TimeoutExpired:
         ended = f"not done after {limit_s:g} s"
-    answer = program.judge(out, num_ranks, _gpus_per_task(plan))
+    answer = preflight.judge(out, num_ranks, _gpus_per_task(plan))
     if ended != "exit code 0":
         answer["remarks"].append(f"the step ended with {ended}")
         answer["ok"] = False

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from needed import needed
 
+from hpctrain.base.paths import shipped_dir
 from hpctrain.plan.load import load_plan
 from hpctrain.runtime import history, nodecheck, preflight
 
-SCRIPT = Path(preflight.__file__)
+SCRIPT = Path(shipped_dir("templates"), "base", "measure_nodes.py")
 
 
 def write(folder, rank, node, **facts):
@@ -77,19 +78,13 @@ def test_it_is_stdlib_only_and_leaves_nothing_but_its_notes(tmp_path):
     out = tmp_path / "out"
     # -S: no site packages, so neither torch nor mpi4py
     subprocess.run(
-        [sys.executable, "-S", "-I", str(SCRIPT), "measure", "--out", str(out)],
+        [sys.executable, "-S", "-I", str(SCRIPT), "--out", str(out)],
         env=environ,
         check=True,
         timeout=60,
     )
-    judged = subprocess.run(
-        [sys.executable, "-S", "-I", str(SCRIPT), "judge", "--out", str(out), "--ranks", "1"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    answer = json.loads(judged.stdout)
-    assert judged.returncode == 0 and answer["map"][0]["stage"] == "done"
+    answer = preflight.judge(str(out), 1)
+    assert answer["ok"] and answer["map"][0]["stage"] == "done"
     assert "collectives were not measured" in answer["remarks"][0]
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "rank-000000.json"]
 
@@ -109,7 +104,7 @@ def test_two_ranks_measure_each_other_with_torch(tmp_path):
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), "measure", "--out", str(tmp_path), "--mib", "1"],
+            [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--mib", "1"],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in (0, 1)
