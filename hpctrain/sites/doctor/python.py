@@ -12,6 +12,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
+from hpctrain.base.paths import shipped_dir
 from hpctrain.sites.doctor import versions
 from hpctrain.sites.doctor.findings import OK, PROBLEM, WARNING, Finding
 from hpctrain.sites.doctor.versions import Pin
@@ -42,7 +43,7 @@ def probe(
     names = sorted(
         {canonicalize_name(pin.package) for pin in pins} | {"numpy", "torch", "flash-attn"}
     )
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "probe.py")
+    script = os.path.join(shipped_dir("templates"), "base", "probe_python.py")
     with open(script, encoding="utf-8") as file:
         source = file.read()
     wanted = json.dumps(
