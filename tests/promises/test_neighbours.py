@@ -545,3 +545,20 @@ def test_ten_thousand_torn_checkpoints_take_the_guard_ten_times_as_long_as_a_tho
     assert len(calls) < 300 * 10
     assert survey._one_before("global_step7").endswith("global_step6")
     assert survey._one_before("global_step0") is None
+
+
+@pytest.mark.parametrize("ends", ["hostname", "false"])
+def test_the_copy_of_the_code_serves_to_the_end_of_the_job_and_then_goes(
+    rendered, run_dir, run_job, tmp_path, ends
+):
+    """A variable of its name held the step's exit code once, and no end was recorded."""
+    script = Path(rendered())
+    script.write_text(script.read_text().replace("  hostname\n", f"  {ends}\n"))
+    (tmp_path / "tmp").mkdir()
+
+    done, _ = run_job(script, env={"TMPDIR": str(tmp_path / "tmp")})
+
+    assert done.returncode == int(ends == "false"), done.stderr
+    links = (run_dir / "runs/r/links.jsonl").read_text()
+    assert f'"exit_code": {done.returncode}' in links and "could not be recorded" not in done.stdout
+    assert os.listdir(tmp_path / "tmp") == []
