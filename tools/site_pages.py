@@ -17,6 +17,11 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(?<!!)\[([^\]\n]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^(```+).*?^\1$", re.MULTILINE | re.DOTALL)
+PAGES = [
+    *(ROOT / "docs").rglob("*.md"),
+    *ROOT.glob("examples/*/README.md"),
+    *ROOT.glob("site_profiles/*/README.md"),
+]
 CONFIG = {
     "site_name": "hpctrain",
     "site_description": "One run.yaml becomes the Slurm jobs, configs and checkpoint chain of an LLM training run",
@@ -61,8 +66,7 @@ CONFIG = {
 
 def main(folder: Path, config: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("examples/*/README.md")]
-    for page in pages:
+    for page in PAGES:
         target = folder / place(page)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(moved(page, folder), encoding="utf-8")
@@ -91,11 +95,7 @@ def moved(page: Path, folder: Path) -> str:
         target = (page.parent / path).resolve()
         if not target.exists():
             raise SystemExit(f"error: {page.relative_to(ROOT)}: {path} is not there")
-        if (
-            target.suffix == ".md"
-            and target.is_relative_to(ROOT / "docs")
-            or target.name == "README.md"
-        ):
+        if target in PAGES:
             there = place(target)
         else:
             # A file of the repository: GitHub shows it, and the site has a copy (as text, for browsers).
