@@ -14,11 +14,9 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-BLOCK = (
-    16 * 1024
-    # bytes: some 64 step lines, of which the last one is read; that tells a trend as well as every
-    # one
-)
+# Bytes: some 64 step lines, of which the last one is read; that tells a trend as well as every
+# one
+BLOCK = 16 * 1024
 _DROPPED = bytes(sorted({*b"0123456789.+-eE \r\n%|/<>,?[]its:", *range(128, 256)}))
 _EXPONENT, _PLAIN = rb"[1-9]\.\d+[eE][+-]0[01]", rb"[1-9]\d{0,2}(?:\.\d+)?|0\.0{0,4}[1-9]\d*"
 _GOOD = {shape: rb"(?:" + shape + rb")(?![\w.+-])" for shape in (_EXPONENT, _PLAIN)}

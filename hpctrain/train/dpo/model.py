@@ -21,11 +21,9 @@ from hpctrain.train.sft.model import has_weights, read_model_config
 
 # Their logits are `lm_head(last hidden state)` and nothing more, which the tests compare for each.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "olmo2", "phi3")
-MAX_LOGITS = (
-    2**26
-    # fp32 numbers that exist at once (256 MiB); more are computed in parts, and again in the
-    # backward pass
-)
+# Fp32 numbers that exist at once (256 MiB); more are computed in parts, and again in the backward
+# pass
+MAX_LOGITS = 2**26
 
 
 class DpoForward:
