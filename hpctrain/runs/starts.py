@@ -26,19 +26,13 @@ _CLOCKS_DIFFER_S = 60.0  # between a batch host and slurmctld, at most
 
 
 @dataclass(frozen=True)
-class Start:
-    """One start of a job: a link, or the same link again after a requeue.
-
-    Times are UTC seconds since 1970. `state` is Slurm's word in capitals where Slurm told it, else
-    what the run directory tells; `source` says which. `exit_code` is the step's own where it is on
-    record. `found` is what the guard found before it let the start train.
-    """
+class Fate:
+    """What became of a start of a job, or of the job. Times are UTC seconds since 1970. `state` is
+    Slurm's word in capitals where Slurm told it, else what the run directory tells."""
 
     link: int | None
     job_id: str
-    restart: int
     state: str
-    source: str
     mode: str | None = None
     start_s: float | None = None
     end_s: float | None = None
@@ -49,10 +43,22 @@ class Start:
     iteration_to: int | None = None
     checkpoint: str | None = None
     exit_code: int | None = None
-    signal: int | None = None
     reason: str = ""
-    found: tuple[str, ...] = ()
     active: bool = False
+
+
+@dataclass(frozen=True)
+class Start(Fate):
+    """One start of a job: a link, or the same link again after a requeue.
+
+    `source` says who told the state. `exit_code` is the step's own where it is on record. `found`
+    is what the guard found before it let the start train.
+    """
+
+    restart: int = 0
+    source: str = ""
+    signal: int | None = None
+    found: tuple[str, ...] = ()
     recorded: bool = False  # its end, by the guard: then the exit code is the step's
     ended: bool = False  # on record or by Slurm
 
@@ -128,7 +134,7 @@ def jobs_of(run: RunRecords, answer: Answer | None = None, now_s: float = 0.0) -
     for job_id in run.job_ids():
         newest = answer.jobs.get(job_id)
         told = [*answer.earlier.get(job_id, ()), *([newest] if newest else ())]
-        first = Start(links.get(job_id), job_id, 0, NO_END, "links.jsonl")
+        first = Start(links.get(job_id), job_id, NO_END, source="links.jsonl")
         starts = _starts(
             first, records.get(job_id, ()), list(filter(_began, told)), counts_on, now_s
         )

@@ -15,7 +15,7 @@ from typing import Any
 from hpctrain.config import billing
 from hpctrain.runs.live import ask
 from hpctrain.runs.records import SUBMISSION, RunRecords, by_hand, read_run
-from hpctrain.runs.starts import NO_END, JobHistory, Start, jobs_of
+from hpctrain.runs.starts import NO_END, Fate, JobHistory, Start, jobs_of
 from hpctrain.runtime.files import open_state
 from hpctrain.runtime.history import RUN_MODES
 from hpctrain.slurm.jobs import Answer
@@ -52,33 +52,13 @@ _FAILED_STATES = (
 
 
 @dataclass(frozen=True)
-class LinkStatus:
-    """One link. `state` is Slurm's word in capitals where Slurm was asked, else what the run
-    directory tells.
+class LinkStatus(Fate):
+    """One link. Iterations count completed checkpoints for ended links, log lines for a running
+    one. `start_s` is the first start, `elapsed_s` the time of all `starts` together."""
 
-    Iterations count completed checkpoints for ended links, log lines for a running one. `start_s`
-    is the first start, `elapsed_s` the time of all `starts` together. Times: UTC seconds since
-    1970.
-    """
-
-    link: int | None
-    job_id: str
-    state: str
-    mode: str | None = None
     starts: tuple[Start, ...] = ()
-    nodes: tuple[str, ...] = ()
-    num_nodes: int | None = None
-    iteration_from: int | None = None
-    iteration_to: int | None = None
-    checkpoint: str | None = None
-    exit_code: int | None = None
-    reason: str = ""
-    start_s: float | None = None
-    end_s: float | None = None
-    elapsed_s: float | None = None
     expected_start_s: float | None = None
     limit_s: float | None = None  # when a running one is ended by Slurm
-    active: bool = False
     pending: bool = False
     stuck: str = ""  # what keeps it waiting until a person acts
     release: str = ""  # the command that changes that

@@ -174,7 +174,7 @@ def test_what_slurm_and_the_nodes_went_through_is_told_of_the_starts_it_touched(
 
     def start(link, job_id, begin_s, end_s, *nodes):
         return Start(
-            link, job_id, 0, "RUNNING", "squeue", start_s=begin_s, end_s=end_s, nodes=nodes
+            link, job_id, "RUNNING", source="squeue", start_s=begin_s, end_s=end_s, nodes=nodes
         )
 
     starts = [start(1, "5", ten, ten + 115, "n1", "n3"), start(2, "6", ten + 160, None, "n2", "n3")]
