@@ -79,8 +79,8 @@ def _render_script(
             plan=plan,
             run_dir=plan.run_dir,
             version=__version__,
-            runtime=sorted(runtime_files()),
-            runtime_sha256=_sums(runtime_files()),
+            runtime=sorted(runtime_files(plan)),
+            runtime_sha256=_sums(runtime_files(plan)),
             source_name="run.yaml",
             source_sha256=_sha256(inputs.get("run.yaml", b""))[:12],
             templates=", ".join(used),
@@ -211,9 +211,14 @@ def _environment(folders: tuple[str, ...]) -> jinja2.Environment:
     return environment
 
 
+def runtime_files(plan: Plan) -> Mapping[str, bytes]:
+    """What a job runs of hpctrain, by name: the modules of `hpctrain/runtime` and the recipe's."""
+    own = {name: text.encode() for name, text in plan.resolved.runtime.items()}
+    return {**_guard_files(), **own}
+
+
 @functools.lru_cache(maxsize=1)
-def runtime_files() -> Mapping[str, bytes]:
-    """What a job runs of hpctrain, by name: the modules of `hpctrain/runtime`."""
+def _guard_files() -> Mapping[str, bytes]:
     folder, found = os.path.dirname(runtime.__file__ or ""), {}
     for name in sorted(os.listdir(folder)):
         if name.endswith(".py"):

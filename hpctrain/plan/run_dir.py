@@ -32,7 +32,7 @@ def run_files(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
     }
     files["run.yaml"] = inputs["run.yaml"]
     files["site.yaml"] = inputs["site.yaml"]
-    files.update({f"runtime/{name}": content for name, content in runtime_files().items()})
+    files.update({f"runtime/{name}": content for name, content in runtime_files(plan).items()})
     return files
 
 

@@ -126,12 +126,13 @@ class Resolved:
     """What a recipe decided.
 
     `argv`: the step, run by every task. `configs`: text by file name, `config_for` the file of each
-    mode. `files`: more files of the run directory. `template`: values for the recipe's own
-    template. `paths`: (what, path, where) that the job needs at the site; `hub`: what it needs of
-    the Hugging Face hub there. `binds`: (what, path) that the job makes itself and a container must
-    see. `placeholders`: path -> what a rehearsal writes there, where the job reads more than the
-    file's name. `model`: the folder in which the finished run leaves its model in Hugging Face
-    format, which a later stage of a pipeline may take; None where it leaves none.
+    mode. `files`: more files of the run directory, `runtime` more of its runtime/. `template`:
+    values for the recipe's own template. `paths`: (what, path, where) that the job needs at the
+    site; `hub`: what it needs of the Hugging Face hub there. `binds`: (what, path) that the job
+    makes itself and a container must see. `placeholders`: path -> what a rehearsal writes there,
+    where the job reads more than the file's name. `model`: the folder in which the finished run
+    leaves its model in Hugging Face format, which a later stage of a pipeline may take; None where
+    it leaves none.
     """
 
     argv: tuple[str, ...] = ()
@@ -139,6 +140,7 @@ class Resolved:
     configs: Mapping[str, str] = field(default_factory=dict)
     config_for: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    runtime: Mapping[str, str] = field(default_factory=dict)
     env: tuple[EnvVar, ...] = ()
     guard: Guard = field(default_factory=Guard)
     cadence: Cadence = field(default_factory=Cadence)

@@ -25,7 +25,7 @@ from hpctrain.recipes.open_instruct.draft import DPO, SFT, Draft
 from hpctrain.runtime import hubcache
 
 CACHES_FILE = "caches.json"
-PREPARE = "prepare_caches.py"
+PREPARE = "prepare_step.py"
 _PROGRAMS = {"open-instruct-sft": SFT, "open-instruct-dpo": DPO}
 
 
@@ -86,16 +86,14 @@ def resolve(context: Context) -> Resolved:
             ("DeepSpeed configuration", config_file or "", draft.option_where("deepspeed_config"))
         )
     failed = any(problem.level == "error" for problem in draft.problems)
-    files = {
-        CACHES_FILE: _caches(draft, model, mixer, cache_dir, values),
-        PREPARE: shipped_text("open-instruct", PREPARE),
-    }
+    files = {CACHES_FILE: _caches(draft, model, mixer, cache_dir, values)}
     if deepspeed:
         files[launch.DEEPSPEED_FILE] = deepspeed
     return Resolved(
         argv=(options["python"], "-u", "-m", "accelerate.commands.launch"),
         workdir=folder,
         files={} if failed else files,
+        runtime={PREPARE: shipped_text("open-instruct", PREPARE)},
         env=launch.environment(draft, hf_home),
         guard=Guard(
             layout="open-instruct",
@@ -258,7 +256,7 @@ def _cache_dir(draft: Draft) -> str:
 def _caches(
     draft: Draft, model: data.Model, mixer: list[str], cache_dir: str, values: dict[str, object]
 ) -> str:
-    """What `prepare_caches.py` must know: what the tokenized data, and for DPO the reference, are
+    """What `prepare_step.py` must know: what the tokenized data, and for DPO the reference, are
     made from."""
     names = draft.names
     made_from = (

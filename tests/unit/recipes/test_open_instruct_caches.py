@@ -3,11 +3,9 @@ nothing missing is trained without."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,9 @@ from hpctrain.runtime.layouts import LAYOUTS
 from hpctrain.runtime.settings import GuardError
 from hpctrain.sandbox.rehearse import standin
 
-for name in ("", ".hubcache", ".shards", ".files", ".lock", ".settings"):  # as in a run directory
-    sys.modules["runtime" + name] = importlib.import_module("hpctrain.runtime" + name)
 _SPEC = importlib.util.spec_from_file_location(
-    "prepare_caches", Path(shipped_dir("templates"), "open-instruct", "prepare_caches.py")
+    "hpctrain.runtime.prepare_step",  # where it is one of its modules in a run directory
+    Path(shipped_dir("templates"), "open-instruct", "prepare_step.py"),
 )
 caches = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(caches)
