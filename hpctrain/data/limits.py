@@ -21,13 +21,13 @@ class ArrayLimits:
     task is a job."""
 
     partition: str | None = None
-    qos: str | None = None
     max_submitted: int | None = None
     max_running: int | None = None
     max_array_size: int = 1001
     counts_as_jobs: bool = False
     max_time_s: int | None = None
     where: str = ""
+    qos: str | None = None
 
 
 @dataclass(frozen=True)

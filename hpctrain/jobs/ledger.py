@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,7 @@ from hpctrain.slurm import commands as slurm
 from hpctrain.slurm.jobs import ended_by_comment, of_user
 
 MAIN, SIDE = "link", "side"
+LOCK_WAIT_S = 5.0  # an sbatch of a submitter that was killed takes a moment to end
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,15 @@ def only_one(run_dir: str) -> Iterator[None]:
     """Hold the run's submission lock; the kernel lets it go when this process and every sbatch that
     it started have ended, however they end.
 
-    Raises Refused when another hpctrain submits for this run now.
+    Raises Refused when another hpctrain submits for this run for longer than LOCK_WAIT_S.
     """
     path = os.path.join(run_dir, ".submit.lock")
     with os.fdopen(open_state(path, os.O_RDWR | os.O_CREAT), "a") as file:
         os.set_inheritable(file.fileno(), True)
+        begun = time.monotonic()
         try:
+            while not _locked(file.fileno()) and time.monotonic() - begun < LOCK_WAIT_S:
+                time.sleep(0.1)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
@@ -106,6 +111,14 @@ def only_one(run_dir: str) -> Iterator[None]:
                 " at once"
             )
         yield
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def submit_all(

@@ -44,7 +44,7 @@ def test_verbs_and_options(complete):
 
 
 def test_sites_recipes_and_templates(complete):
-    assert complete("init", "--site", "l") == ["local", "lumi"]
+    assert complete("init", "--site", "l") == ["leonardo", "local", "lumi"]
     assert complete("site", "show", "ge") == ["generic-cuda"]
     assert complete("recipe", "show", "com") == ["command"]
     assert "command/job.sbatch.j2" in complete("template", "override", "comm")

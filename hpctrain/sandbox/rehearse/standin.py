@@ -221,7 +221,9 @@ def _nanotron(number: int, world: int) -> Files:
     names = ["model/model_config.bin", *(form.format(rank, world) for rank in range(world))]
     names.append("optimizer/optimizer_config.json")
     names += ["lr_scheduler/lr_scheduler.pt", "checkpoint_metadata.json"]
-    return str(number), [(name, CONTENT) for name in names], ("latest.txt", str(number))
+    json_files = {name: b"{}\n" for name in names if name.endswith(".json")}
+    files = [(name, json_files.get(name, CONTENT)) for name in names]
+    return str(number), files, ("latest.txt", str(number))
 
 
 def _nemo(number: int, world: int) -> Files:

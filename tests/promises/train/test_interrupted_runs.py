@@ -127,10 +127,10 @@ def test_every_mistake_is_said_once_with_its_place_and_nothing_is_written(bench:
     assert [code for code, *_ in answers] == [2, 2]
     assert answers[1][1:] == ("", "") and answers[0][1] == ""
     for what in (
-        "`lr: fast` is not a number",
+        "`lr: fast` must be a number",
         "unknown key `train_iter`",
         "did you mean `train_iters`",
-        "above 3",
+        "more than 3",
         "flat list",
         "gone.json` does not exist",
     ):

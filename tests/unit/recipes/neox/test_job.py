@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base.paths import shipped_dir
+from hpctrain.plan.render import _sums, runtime_files
 from hpctrain.plan.run_dir import run_files
 
 SCRIPT = Path(shipped_dir("templates")) / "neox-sft" / "neox_args.py"
@@ -118,10 +119,16 @@ def job(neox, neox_dir, tmp_path):
             "HPCTRAIN_DECISION=run HPCTRAIN_MODE=finetune HPCTRAIN_CHECKPOINT= HPCTRAIN_ITERATION=0"
             " HPCTRAIN_LINK=1"
         )
-        (folder / "runtime" / "__main__.py").write_text(
-            f"import sys\nif sys.argv[1] == 'begin': print('{decision}')\n"
-        )
-        return folder / "job.sbatch"
+        guard = f"import sys\nif sys.argv[1] == 'begin': print('{decision}')\n"
+        (folder / "runtime" / "__main__.py").write_text(guard)
+        # The script runs only the runtime it was rendered with.
+        files = dict(runtime_files(planned.plan))
+        script = folder / "job.sbatch"
+        text = script.read_text()
+        rendered = _sums(files)
+        assert rendered in text
+        script.write_text(text.replace(rendered, _sums({**files, "__main__.py": guard.encode()})))
+        return script
 
     return write
 
