@@ -409,7 +409,8 @@ def _expectations(
         if mode in ("done", "gave_up"):
             continue
         done = last is not None and settings.target is not None and last >= settings.target
-        mode = "done" if done else "resume" if settings.layout != "none" else mode
+        following = mode if settings.layout == "none" else "resume"
+        mode = "done" if done else following
         at = last
     return tuple(out)
 

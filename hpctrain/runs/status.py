@@ -269,7 +269,8 @@ def _link(job: JobHistory) -> LinkStatus:
         return link
     # Of a guard that let nothing train Slurm knows an exit code, and its record why.
     decided = bool(last.mode) and not last.trained and not pending
-    reason = last.reason if decided else link.reason or ("" if pending else last.reason)
+    told = link.reason or last.reason * (not pending)
+    reason = last.reason if decided else told
     return replace(
         link,
         mode=next((start.mode for start in reversed(job.starts) if start.mode), None),
@@ -379,7 +380,7 @@ def _progress(
     step_s = float(step_s) if isinstance(step_s, (int, float)) and step_s > 0 else None
     eta_s = needed = None
     running = any(link.active for link in links)
-    base = iteration if running else number if number is not None else iteration
+    base = iteration if running or number is None else number
     if target and base is not None and step_s:
         left = max(target - base, 0)
         eta_s = left * step_s
@@ -468,13 +469,8 @@ def _in_words(cause: Event | None) -> str:
     """What failed and where, for a table; empty where nothing is known."""
     if cause is None or cause.failure == "unknown":
         return ""
-    where = (
-        f" on {cause.node}"
-        if cause.node
-        else f" on rank {cause.rank}"
-        if cause.rank is not None
-        else ""
-    )
+    rank = "" if cause.rank is None else f" on rank {cause.rank}"
+    where = f" on {cause.node}" if cause.node else rank
     return FAILURES[cause.failure].title + where
 
 
