@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from needed import needed
 
 STRANGER = 61002
 RUN = (
@@ -222,8 +223,8 @@ def test_what_tasks_unpickle_lies_where_nobody_else_can_enter(run_dir, hpctrain,
 
 @needs_others
 def test_of_a_checkpoint_that_may_be_anothers_nothing_is_run(tmp_path, cli, plant):
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("deepspeed")
+    torch = needed("torch")
+    needed("deepspeed")
     folder = tmp_path / "ck/global_step5"
     folder.mkdir(parents=True)
     (folder / "hpctrain.json").write_text(
@@ -246,7 +247,7 @@ def test_of_a_checkpoint_that_may_be_anothers_nothing_is_run(tmp_path, cli, plan
 
 
 def test_an_index_of_shards_that_names_code_runs_nothing(tmp_path):
-    dpo = pytest.importorskip("hpctrain.train.dpo.checkpoint")
+    dpo = needed("hpctrain.train.dpo.checkpoint")
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil(str(tmp_path / "ran"))))
 
     with pytest.raises(pickle.UnpicklingError, match="which is not read"):

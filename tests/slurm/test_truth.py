@@ -37,9 +37,15 @@ def test_cancel_ends_every_job_of_the_run_however_it_was_submitted(make, tmp_pat
         renamed = chain.sandbox.ok("sbatch", "--parsable", *options, script, "7").strip()
         piped = chain.sandbox.ok("bash", "-c", f'sbatch --parsable --hold <"{script}"').strip()
         foreign = chain.sandbox.ok(
-            "sbatch", "--parsable", "--hold", "-t5", "-psmall-g", "-Aproject_465001281",
-            "--wrap=sleep 60", cwd=chain.dir
-        ).strip()  # fmt: skip
+            "sbatch",
+            "--parsable",
+            "--hold",
+            "-t5",
+            "-psmall-g",
+            "-Aproject_465001281",
+            "--wrap=sleep 60",
+            cwd=chain.dir,
+        ).strip()
         told = states(chain)
         target = {"folder": "runs/ft", "name": "ft", "id": piped}[named_by]
         dry = chain.ok("cancel", target, "--dry-run")
