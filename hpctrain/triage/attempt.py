@@ -3,7 +3,10 @@ the log."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 
 from hpctrain.triage.failures import FAILURES
@@ -13,6 +16,18 @@ from hpctrain.triage.thresholds import Thresholds
 _MOST_EVENTS = 24  # kept of each class; the first are the ones that matter
 _TREND_LINES = 400
 _SURVIVED_S, _SURVIVED_STEPS = 60.0, 500
+_MOST_SHAPES = 512  # messages that are told apart
+_LOOK_FOR_OBJECTIVE = 20  # step lines
+_PEER = re.compile(
+    r"\b(?:peer|remote peer|connect(?:ion)? to|recv from|closed by(?: remote peer)?) "
+    r"\[?(\d+\.\d+\.\d+\.\d+|[a-z][a-z-]*\d[\w.-]*)"
+)
+_PREFERENCE = re.compile(rb"margin|logps?[_/](?:chosen|rejected)|rewards/chosen|\bdpo\b", re.I)
+_POLICY = re.compile(
+    rb"reward|pg_loss|policy[_ /]?loss|\bactor\b|act_loss|rollout|advantage|completions?/|grpo|\bppo\b"
+    rb"|approx_kl|pg_clip|zero_std|clip_?(?:frac|ratio)",
+    re.I,
+)
 
 
 @dataclass
@@ -58,12 +73,16 @@ class Attempt:
     mode: str | None = None
     nodes: list[str] = field(default_factory=list)
     first_line: int = 1
+    first_told: bool = False  # whether the job script's own first line began it
     exit_code: int | None = None
     finished: str | None = None  # why the program says it is done
     framework: str | None = None
+    objective: str | None = None  # `policy` or `preference` where the figures tell it
+    resumed: str | None = None  # the words by which the program says that it goes on from one
 
     num_steps: int = 0
     first: Step | None = None
+    second: Step | None = None
     last: Step | None = None
     last_place: Place | None = None
     first_step_time_s: float | None = None
@@ -102,6 +121,9 @@ class Attempt:
 
     events: dict[str, list[Event]] = field(default_factory=dict)
     event_counts: dict[str, int] = field(default_factory=dict)
+    # by a message without what differs from time to time: its first event
+    shapes: dict[str, Event] = field(default_factory=dict)
+    peers: dict[str, set[str]] = field(default_factory=dict)  # by a blamed peer: who blames it
 
     def replace_event(self, old: Event, new: Event) -> None:
         """The same line told something more specific."""
@@ -113,6 +135,10 @@ class Attempt:
 
     def add_event(self, event: Event) -> None:
         self.event_counts[event.failure] = self.event_counts.get(event.failure, 0) + 1
+        if len(self.shapes) < _MOST_SHAPES:
+            self.shapes.setdefault(shape_of(event.text), event)
+        if event.failure == "communication" and (peer := _PEER.search(event.text)):
+            self._blame(peer[1], event)
         kept = self.events.setdefault(event.failure, [])
         # The first of a class, and the first after each step: an old one that training survived
         # must not hide a new one.
@@ -120,6 +146,38 @@ class Attempt:
             kept.pop(0)
         if len(kept) < _MOST_EVENTS:
             kept.append(event)
+
+    def with_files(self, others: list[Attempt]) -> Attempt:
+        """This attempt with what other files of the same start tell: what ended them may be its
+        cause, and what their own training survived is not."""
+        out = copy.copy(self)
+        out.events = {name: list(kept) for name, kept in self.events.items()}
+        out.event_counts, out.shapes = dict(self.event_counts), dict(self.shapes)
+        out.peers = {peer: set(who) for peer, who in self.peers.items()}
+        for other in others:
+            out.finished = out.finished or other.finished
+            out.resumed = out.resumed or other.resumed
+            out.last_time_s = max(
+                (time_s for time_s in (out.last_time_s, other.last_time_s) if time_s is not None),
+                default=None,
+            )
+            for event in (event for kept in other.events.values() for event in kept):
+                if not other.survived(event):
+                    out.add_event(dataclasses.replace(event, steps_before=self.num_steps))
+        return out
+
+    def _blame(self, peer: str, event: Event) -> None:
+        who = event.node or (f"rank {event.rank}" if event.rank is not None else "")
+        if who and who != peer and (peer in self.peers or len(self.peers) < _MOST_EVENTS):
+            self.peers.setdefault(peer, set()).add(who)
+
+    @property
+    def blamed_peer(self) -> str | None:
+        """The one peer that at least two others name, and more of them than name any other."""
+        ranked = sorted(((len(who), peer) for peer, who in self.peers.items()), reverse=True)
+        if not ranked or ranked[0][0] < 2 or (len(ranked) > 1 and ranked[1][0] == ranked[0][0]):
+            return None
+        return ranked[0][1]
 
     def add_step(self, step: Step, place: Place, position: tuple[int, int] | None) -> Step:
         """Take in one step line; `position` is a progress bar's (step, total) for lines that do not
@@ -132,8 +190,13 @@ class Attempt:
         if step.framework == "any" and self.framework not in (None, "any", "deepspeed"):
             return step
         self.framework = step.framework
+        if self._goes_on(step):
+            self._add_loss(step, place)
+            return step
         self.num_steps += 1
         self.quiet_phase = None
+        if self.num_steps == 2:
+            self.second = step
         self.first = self.first or step
         if self.last and (step.iteration or 0) < (self.last.iteration or 0):
             self._began_anew = self.num_steps
@@ -144,6 +207,40 @@ class Attempt:
         self._add_rate(step)
         self._count_skipped(step, place)
         return step
+
+    def _goes_on(self, step: Step) -> bool:
+        """Whether this is the loss of the step that the last line only named."""
+        last = self.last
+        if last is None or last.loss is not None or step.iteration is None or step.loss is None:
+            return False
+        if step.framework != "any" or last.iteration != step.iteration:
+            return False
+        self.last = step
+        if self.first is last:
+            self.first = step
+        return True
+
+    def see_objective(self, line: bytes) -> None:
+        """Learn from the figures of a step line, or from one that names them, what is optimised."""
+        if self.objective is None and self.num_steps <= _LOOK_FOR_OBJECTIVE:
+            if _PREFERENCE.search(line):
+                self.objective = "preference"
+            elif _POLICY.search(line):
+                self.objective = "policy"
+
+    @property
+    def goes_on_from(self) -> str | None:
+        """Why this start is none from the beginning; None where nothing says so."""
+        if self.mode == "resume":
+            return "the logs begin with a resume"
+        if self.mode:
+            return None
+        first, second = self.first, self.second
+        if first and first.iteration and second and second.iteration:
+            apart = max(second.iteration - first.iteration, 1)
+            if first.iteration > 2 * apart + 1:
+                return f"the first step line is of iteration {first.iteration}"
+        return f"it says: {self.resumed}" if self.resumed else None
 
     def _since_first(self, step: Step) -> int:
         if step.iteration is not None and self.first and self.first.iteration is not None:
@@ -215,8 +312,16 @@ class Attempt:
             self.nan_first = self.nan_first or place
 
     def survived(self, event: Event) -> bool:
-        """Whether training went on after the event: more step lines, and for longer than Slurm
-        takes to end a broken step.
+        """Whether training went on after the event, or after the same message before: what did not
+        end the run once does not explain its end.
+        """
+        before = self.shapes.get(shape_of(event.text))
+        if before is not None and before.order < event.order and self._went_on_after(before):
+            return not FAILURES[event.failure].external
+        return self._went_on_after(event)
+
+    def _went_on_after(self, event: Event) -> bool:
+        """Whether there were more step lines, and for longer than Slurm takes to end a broken step.
 
         Ranks without collectives write on until `srun --wait` ends them, so a few quick lines prove
         nothing.
@@ -249,3 +354,14 @@ class Attempt:
         return bool(
             last and last.iteration is not None and self.total and last.iteration >= self.total
         )
+
+
+_DIFFERS = re.compile(
+    r"0x[0-9a-fA-F]+|(?:/[\w.@+-]+){2,}/?|\d+(?:\.\d+)*|'[^']{0,80}'|\"[^\"]{0,80}\""
+)
+
+
+def shape_of(text: str) -> str:
+    """A message without its numbers, paths and quoted words: the same for each of its
+    occurrences."""
+    return _DIFFERS.sub("#", text)

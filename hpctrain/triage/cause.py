@@ -80,14 +80,12 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
         for event in events
         if not FAILURES[event.failure].symptom and not FAILURES[event.failure].external
     ]
-    broken = [event for event in symptoms if event.failure == "communication"]
-    # An abort after a communication failure is how NCCL's watchdog ends the process; its reason may
-    # stand below it.
-    roots = [
-        event
-        for event in roots
-        if not (_ABORT.search(event.text) and any(_before(other, event) for other in broken))
-    ]
+    # An abort is how a watchdog, a monitor or an uncaught error ends a process: it explains only
+    # what nothing else does. What a rank says that was left alone follows from the abort.
+    reasons = [event for event in symptoms if event.failure == "communication"]
+    reasons = [event for event in reasons if not _LEFT_ALONE.search(event.text)]
+    reasons += [event for event in roots if not _ABORT.search(event.text) and not event.weak]
+    roots = [event for event in roots if not (reasons and _ABORT.search(event.text))]
     asides = [event for event in roots if event.weak]
     roots = [event for event in roots if not event.weak]
     named = [event for event in roots if event.failure not in ("program", "crash")]
@@ -95,6 +93,7 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     if (
         named
         and general
+        and general[0].place.file == named[0].place.file
         and general[0].order < named[0].order
         and not _same_rank(general[0], named[0])
     ):
@@ -136,17 +135,9 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     asides = told if launcher_saw or not attempt.num_steps else []
     for chosen in (named, general, killed, others, ends, doubtful, asides, wrapped):
         if chosen:
-            return _attributed(_with_rank(chosen[0], everything), attempt)
+            best = _in_callers_words(chosen)
+            return _attributed(_with_rank(best, everything), attempt)
     return _silent_end(attempt, around)
-
-
-def _before(reason: Event, abort: Event) -> bool:
-    """Whether the abort follows the reason, or says it on one of its own next lines (`what():
-    …`)."""
-    told_below = (
-        reason.place.file == abort.place.file and 0 < reason.place.number - abort.place.number <= 2
-    )
-    return reason.order < abort.order or told_below
 
 
 def _ended_in_last_save(attempt: Attempt, around: Circumstances) -> Event | None:
@@ -185,7 +176,12 @@ def _tells(event: Event) -> bool:
 def _with_rank(event: Event, everything: list[Event]) -> Event:
     """With the rank (and node) that the next line about the same failure names, where this one
     names none."""
-    if event.rank is not None or FAILURES[event.failure].external:
+    if FAILURES[event.failure].external:
+        return event
+    if event.rank is not None and event.node is None:
+        named = [other.node for other in everything if other.rank == event.rank and other.node]
+        return dataclasses.replace(event, node=named[-1]) if named else event
+    if event.rank is not None:
         return event
     for other in everything:
         near = (
@@ -203,25 +199,47 @@ def _with_rank(event: Event, everything: list[Event]) -> Event:
 
 
 _NEAR = 20  # lines
+_CHAIN = 200  # lines of chained tracebacks
+
+
+def _in_callers_words(chosen: list[Event]) -> Event:
+    """The first of a chain of exceptions, or where that is a library's about a connection, the
+    caller's own of the same failure below it."""
+    first = chosen[0]
+    if not _LOW_LEVEL.search(first.text):
+        return first
+    for other in chosen[1:]:
+        below = other.place.file == first.place.file
+        below = below and other.place.number - first.place.number <= _CHAIN
+        same = other.failure == first.failure and other.rank == first.rank
+        if below and same and not _LOW_LEVEL.search(other.text):
+            return other
+    return first
 
 
 def _attributed(event: Event, attempt: Attempt) -> Event:
-    """With the rank and node that the job script saw fail first, where the line itself names
-    none."""
-    if (
-        event.rank is None
-        and event.node is None
-        and attempt.first_failed
-        and not FAILURES[event.failure].external
-    ):
+    """With the rank and node that the job script saw fail first, or else the only node of which a
+    launcher says that a task failed there, where the line itself names none."""
+    if event.rank is not None or event.node is not None or FAILURES[event.failure].external:
+        return event
+    if attempt.first_failed:
         return dataclasses.replace(
             event, rank=attempt.first_failed[0], node=attempt.first_failed[1]
         )
-    return event
+    failed = attempt.events.get("wrapper", ())
+    nodes = {other.node for other in failed if other.node}
+    return dataclasses.replace(event, node=nodes.pop()) if len(nodes) == 1 else event
 
 
 _LEFT_ALONE = re.compile(r"(?:closed|reset) by (?:peer|remote)|remote process exited")
-_ABORT = re.compile(r"terminate called|[Aa]borted|\b(?:exitcode|code|status)[ :=]+(?:-6|134)\b")
+_ABORT = re.compile(
+    r"terminate called|[Aa]borted|SIGABRT|[Ss]ignal:? 6\b"
+    r"|\b(?:exitcode|code|status)[ :=]+(?:-6|134)\b"
+)
+# How a library words it when a connection fails; the caller's own exception says of what.
+_LOW_LEVEL = re.compile(
+    r"urllib3\.|requests\.exc|http(?:x|core)\.|aiohttp\.|ConnectionRefusedError|socket\."
+)
 
 
 def _same_rank(one: Event, other: Event) -> bool:

@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterable
 from hpctrain.base.units import expand_nodes
 from hpctrain.triage import exceptions
 from hpctrain.triage.attempt import Attempt
-from hpctrain.triage.formats import STEP_ANCHORS, Parser, tqdm_before
+from hpctrain.triage.formats import (
+    FAR,
+    HEADER_ANCHORS,
+    STEP_ANCHORS,
+    Parser,
+    header,
+    loss_in,
+    tqdm_before,
+)
+from hpctrain.triage.normal import plain, without_prefix
 from hpctrain.triage.patterns import BENIGN, PATTERNS, PRECEDENCE, Pattern
 from hpctrain.triage.records import Event, Place, Step, job_of_log, last_match
 from hpctrain.triage.scan import UNIFORM, Hit, LineScanner, Matcher
@@ -44,6 +53,20 @@ _QUIET = (
     b"precompute_ref_log_probs",
     b"Precomputing reference",
 )
+# How programs say that they go on from a checkpoint, in the words before their first step.
+_RESUMED = re.compile(
+    rb"[Rr]esum(?:ing|ed) (?:training |run |the run )?(?:from|at)\b|[Cc]ontinuing training from"
+    rb"|loaded checkpoint[^\n]* (?:iteration|step) [1-9]|starts? at step (?!1\b)[1-9]"
+    rb"|Loading the checkpoint from"
+)
+_RESUMED_ANCHORS = (
+    b"esuming ",
+    b"esumed ",
+    b"ontinuing training",
+    b"oaded checkpoint",
+    b" at step ",
+    b"Loading the checkpoint",
+)
 _RANK = re.compile(
     rb"\[(?:rank|default)\s?(\d+)\]|\[Rank (\d+)\]|\brank[ =:](\d+)\b|\btask"
     rb" (\d+)(?::|\b)|^\s*(\d+): ",
@@ -68,7 +91,6 @@ _RAY_CALL = re.compile(
     re.MULTILINE,
 )
 _RAY_ACTOR = re.compile(rb"^\s+ip: \[?(\d+\.\d+\.\d+\.\d+)", re.MULTILINE)
-_ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 _SCALE = re.compile(rb"Attempted loss scale: ([\d.]+), reducing to ([\d.]+)")
 _TEXT = 400
 _NEAR_LINES = 10
@@ -89,7 +111,10 @@ class _Anchors:
         entries += [(pattern.anchor, "failure", pattern) for pattern in PATTERNS]
         entries += [(b"hpctrain: ", "ours", None), (b"'train_runtime':", "hf_done", None)]
         entries += [(phrase, "quiet", phrase) for phrase in _QUIET]
+        entries += [(anchor, "header", None) for anchor in HEADER_ANCHORS]
+        entries += [(anchor, "resumed", None) for anchor in _RESUMED_ANCHORS]
         entries += [
+            (b"eward", "objective", None),
             (b"Local host: ", "host", None),
             (b"OVERFLOW! ", "overflow", None),
             (exceptions.HEADER, "traceback", None),
@@ -149,6 +174,10 @@ class LogReader:
         self._attempt: Attempt | None = None
         self._tail = b""
         self._ends: exceptions.LastLines | None = None
+        self._no_step: tuple[int, Parser] | None = None  # the line, and by whose word it is none
+        self._header: tuple[int, int | None, int] | None = None  # a step, of how many, its line
+        self._ignored: set[int] = set()  # lines by which Python ends what it ignored
+        self.like_a_step = ""  # the last line that looked like one
         # by a line's offset: what it told, and whether its own words did
         self._told: dict[int, tuple[Event, bool]] = {}
 
@@ -219,8 +248,14 @@ class LogReader:
         return self._attempt
 
     def _step(self, hit: Hit, parse: Parser, now_s: float | None) -> bool:
+        if self._no_step == (hit.offset, parse):
+            return False
         step = parse(hit.line)
+        if step is None and self._header is not None:
+            step = self._below_header(hit)
         if step is None:
+            self._no_step = (hit.offset, parse)
+            self.like_a_step = self.like_a_step if len(hit.line) > 1000 else hit.line
             return False
         self._scanner.skip_line()  # its other anchors say nothing new
         attempt = self._current(hit)
@@ -229,6 +264,7 @@ class LogReader:
             position = tqdm_before(hit.context, hit.position)
         place = Place(self.name, hit.number)
         counted = attempt.num_steps
+        attempt.see_objective(hit.line)
         step = attempt.add_step(step, place, position)
         if attempt.num_steps == counted:
             return False  # a second kind of line about the same steps
@@ -240,6 +276,26 @@ class LogReader:
         if self.engine.on_step:
             self.engine.on_step(attempt, step, place, _time_in(hit.line) or now_s)
         return True
+
+    def _below_header(self, hit: Hit) -> Step | None:
+        """The step whose loss this line tells, where a line above told which step it is."""
+        assert self._header is not None
+        iteration, total, number = self._header
+        loss = loss_in(hit.line) if hit.number - number <= FAR else None
+        if loss is None:
+            return None
+        self._header = None
+        return Step("any", iteration, total, loss)
+
+    def _name_step(self, hit: Hit) -> None:
+        """A line that only heads a step's figures is progress; its loss may stand below."""
+        place = header(hit.line)
+        if place is None:
+            return
+        self._header = (*place, hit.number)
+        attempt = self._current(hit)
+        if attempt.framework in (None, "any"):
+            attempt.add_step(Step("any", *place), Place(self.name, hit.number), None)
 
     def _stretch(self, hit: Hit, now_s: float | None) -> None:
         """Count the lines that the hit stands for, and read the last of them."""
@@ -256,7 +312,9 @@ class LogReader:
 
     def _failure(self, hit: Hit, pattern: object) -> None:
         assert isinstance(pattern, Pattern)
-        line = hit.line if b"\x1b" not in hit.line else _ESCAPES.sub(b"", hit.line)
+        line = hit.line
+        if hit.offset in self._ignored:
+            return
         known, by_words = self._told.get(hit.offset, (None, False))
         if (
             known is not None
@@ -265,14 +323,20 @@ class LogReader:
         ):
             return
         if pattern.confirm and not pattern.confirm.search(line):
-            return
+            bare = without_prefix(line)
+            handled = b"WARN" in line[: len(line) - len(bare)]
+            if bare is line or handled or not pattern.confirm.search(bare):
+                return
         if BENIGN.search(line) or (pattern.unless and pattern.unless.search(line)):
             return
         failure, strong = pattern.failure, True
         if failure == "program":
             failure, strong = exceptions.classify(line)
-            if known is not None and (
-                not strong or PRECEDENCE[known.failure] <= PRECEDENCE[failure]
+            plainer = known is not None and known.weak and pattern.confirm is not exceptions.RAISED
+            if (
+                known is not None
+                and not (plainer and not pattern.weak)
+                and (not strong or PRECEDENCE[known.failure] <= PRECEDENCE[failure])
             ):
                 return
         self._tell(hit, hit.offset, hit.number, line, failure, strong, pattern.weak)
@@ -282,10 +346,13 @@ class LogReader:
         if self._ends is None or self._ends.text is not hit.context:
             self._ends = exceptions.LastLines(hit.context)
         found = self._ends.of(hit.position)
-        if found is None or exceptions.is_ignored(hit.context, hit.position):
+        if found is None:
             return
         start, end = found
-        line = _ESCAPES.sub(b"", hit.context[start:end].rstrip(b"\r"))
+        if exceptions.is_ignored(hit.context, hit.position):
+            self._ignored = {*list(self._ignored)[-_MOST_TOLD:], hit.offset + start - hit.start}
+            return
+        line = hit.context[start:end].rstrip(b"\r")
         failure, strong = exceptions.classify(line, hit.context[hit.position : start])
         offset = hit.offset + start - hit.start
         if offset not in self._told and not BENIGN.search(line):
@@ -318,6 +385,8 @@ class LogReader:
         if time_s is not None:
             attempt.last_time_s = time_s
         rank, node = _rank_and_node(line)
+        if b"DUE TO NODE FAILURE" in line:
+            node = None  # who could write this lives
         if b"exitcode  :" in line:
             # torch elastic's report of the first failure names rank and host on the lines above.
             above = hit.context[max(hit.position - 300, 0) : hit.position]
@@ -338,7 +407,7 @@ class LogReader:
             attempt.num_steps,
             self.engine.order,
             weak,
-            offset,
+            None if self._scanner.moved else offset,
         )
         known = self._told.get(offset)
         if known is not None:
@@ -352,6 +421,15 @@ class LogReader:
     def _note(self, hit: Hit, kind: str, what: object) -> None:
         if kind == "ours":
             self._our_line(hit)
+        elif kind == "header":
+            self._name_step(hit)
+        elif kind == "objective":
+            if self._attempt is not None:
+                self._attempt.see_objective(hit.line)
+        elif kind == "resumed":
+            attempt = self._current(hit)
+            if not attempt.num_steps and not attempt.resumed and _RESUMED.search(hit.line):
+                attempt.resumed = clean(hit.line)
         elif kind == "hf_done":
             self._current(hit).finished = "the trainer printed its summary"
         elif kind == "host":
@@ -399,6 +477,7 @@ class LogReader:
                 int(job[2]),
                 nodes=nodes,
                 first_line=hit.number,
+                first_told=True,
             )
             self.engine.attempts.append(self._attempt)
             self._scanner.template = None  # the first steps of every start are all read
@@ -435,7 +514,7 @@ class LogReader:
 
 def clean(line: bytes) -> str:
     """A line as it may be shown: printable, of bounded length, without escape sequences."""
-    text = _ESCAPES.sub(b"", line[: 4 * _TEXT]).decode("utf-8", "replace").strip()
+    text = plain(line[: 4 * _TEXT]).decode("utf-8", "replace").strip()
     text = "".join(char if char.isprintable() else " " for char in text)
     return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
 

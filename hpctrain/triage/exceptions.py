@@ -85,6 +85,16 @@ _INTERNET = re.compile(
     rb" |getaddrinfo|proxy",
     re.IGNORECASE,
 )
+# The job's own servers are not the internet: they are on its nodes.
+PRIVATE = re.compile(
+    rb"\blocalhost\b|\b0\.0\.0\.0\b|\b127\.\d+\.\d+\.\d+|\b10\.\d+\.\d+\.\d+|\b192\.168\.\d+\.\d+"
+    rb"|\b172\.(?:1[6-9]|2\d|3[01])\.\d+\.\d+|\[::1?\]"
+)
+# A path, or what is done to a file: where errno's text is a file system's, not a socket's.
+OF_FILE = re.compile(
+    rb"['\": ]/\S|cannot |\b(?:flock|open|stat|read|write|mmap|mount|fsync|rename|unlink|mkdir)"
+    rb"(?:\(\))?:"
+)
 _OFFLINE = re.compile(
     rb"^(?:MaxRetry|NewConnection|NameResolution|ConnectTimeout|ReadTimeout|Proxy|SSL"
     rb"|SSLCertVerification|URL|HTTP|HfHubHTTP|Offline\w*|LocalEntryNotFound"
@@ -188,14 +198,19 @@ def classify(line: bytes, frames: bytes = b"") -> tuple[str, bool]:
         last = _LAST.match(line)
         name = last[1] if last else b""
     short = name.partition(b"(")[0].rpartition(b".")[2]
-    if _OFFLINE.match(short) or (b"onnect" in line and _INTERNET.search(line)):
-        return "missing_file", True
+    internet = _OFFLINE.match(short) or (b"onnect" in line and _INTERNET.search(line))
+    if internet:
+        return "communication" if PRIVATE.search(line) else "missing_file", True
     if short == b"OutOfMemoryError" and b"ray." in name:
         return "host_oom", True
     errno = _ERRNO.search(line)
     if errno and (failure := _ERRNOS.get(int(next(filter(None, errno.groups()))))):
+        if b"107" in errno[0] and not OF_FILE.search(line):
+            failure = "communication"
         return (
-            "missing_file" if failure == "communication" and _INTERNET.search(line) else failure
+            "missing_file"
+            if failure == "communication" and _INTERNET.search(line) and not PRIVATE.search(line)
+            else failure
         ), True
     for failure, pattern in _CLASSES:
         if pattern.match(short):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 RETRY, EXCLUDE, STOP, CONTINUE, LOOK = "retry", "exclude node", "stop", "continue", "look"
@@ -50,8 +51,9 @@ FAILURES = {
         Failure(
             "gpu_fault",
             "GPU or driver fault",
-            EXCLUDE,
-            "resubmit without that node: `sbatch: {exclude: NODE}`; report the node to the site",
+            RETRY,
+            "retry once: a kernel that reads or writes where it must not does it again, mostly at"
+            " the same line; a GPU does so on one node only",
         ),
         Failure(
             "filesystem",
@@ -63,8 +65,8 @@ FAILURES = {
             "node",
             "node failure",
             EXCLUDE,
-            "Slurm requeues it, or the next link goes on; exclude a node that failed twice:"
-            " `sbatch: {exclude: NODE}`",
+            "Slurm requeues it, or the next link goes on; exclude a node that failed"
+            " twice{exclude}",
         ),
         Failure(
             "environment",
@@ -172,7 +174,8 @@ FAILURES = {
             "communication",
             "NCCL/RCCL or rendezvous failure",
             RETRY,
-            "retry, at most twice, without the node that is named: `sbatch: {exclude: NODE}`",
+            "retry, at most twice; a node that others name again and again is to be left"
+            " out{exclude}",
             symptom=True,
         ),
         Failure(
@@ -198,6 +201,171 @@ FAILURES = {
         ),
     )
 }
+
+
+# Whose fault it most likely is.
+PROGRAM, DATA, ENVIRONMENT, NODE_, NETWORK, STORAGE, SITE, SERVICE, NOBODY = (
+    "program",
+    "data",
+    "environment",
+    "node",
+    "network",
+    "file system",
+    "site",
+    "service of the job",
+    "nobody",
+)
+CERTAIN, LIKELY, UNLIKELY = "certain", "likely", "unlikely"
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a failure means for the next start: whose it is, whether it will come again there, and
+    so what to do. `kind` is finer than the class where its words tell more."""
+
+    kind: str
+    whose: str
+    recurs: str
+    action: str
+    advice: str
+
+
+_WHOSE = {
+    "gpu_oom": (PROGRAM, CERTAIN),
+    "host_oom": (PROGRAM, LIKELY),
+    "disk": (STORAGE, CERTAIN),
+    "gpu_fault": (PROGRAM, LIKELY),
+    "filesystem": (STORAGE, UNLIKELY),
+    "node": (NODE_, LIKELY),
+    "environment": (ENVIRONMENT, CERTAIN),
+    "config": (PROGRAM, CERTAIN),
+    "missing_file": (ENVIRONMENT, CERTAIN),
+    "checkpoint": (DATA, CERTAIN),
+    "nonfinite": (PROGRAM, LIKELY),
+    "program": (PROGRAM, CERTAIN),
+    "crash": (PROGRAM, LIKELY),
+    "gave_up": (PROGRAM, CERTAIN),
+    "refused": (SITE, LIKELY),
+    "cut_off": (SITE, UNLIKELY),
+    "hang": (NETWORK, LIKELY),
+    "communication": (NETWORK, UNLIKELY),
+    "killed": (NODE_, LIKELY),
+}
+# (class, kind, its words, whose, whether it recurs, action, advice)
+_KINDS = (
+    (
+        "gpu_fault",
+        "broken GPU",
+        r"ECC|NVLink|NVRM|Xid|off the bus|GPU is lost|row.?remap|busy or unavailable|unavailable"
+        r"|no (?:CUDA|ROCm)-capable|No (?:CUDA|HIP) GPUs|device handle|999|unknown error"
+        r"|initialized|NVIDIA driver|GPU Hang|GPU reset|RAS|poison|hardware|HSA_STATUS"
+        r"|Memory access fault|synStatus|EZ9999",
+        NODE_,
+        LIKELY,
+        EXCLUDE,
+        "resubmit without that node{exclude}; report it to the site",
+    ),
+    (
+        "nonfinite",
+        "suspected silent corruption",
+        r"rerun_state_machine|different GPU|transient error",
+        NODE_,
+        LIKELY,
+        RETRY,
+        "the framework asks for one more start from its checkpoint on another GPU, to tell a broken"
+        " one from the program{exclude}; if it happens there too, it is the program",
+    ),
+    (
+        "node",
+        "scheduler does not answer",
+        r"Socket timed out|slurm_receive_msg|Unable to contact slurm",
+        SITE,
+        UNLIKELY,
+        RETRY,
+        "Slurm was too busy to answer; resubmit",
+    ),
+    (
+        "communication",
+        "service is gone",
+        r"server|localhost|0\.0\.0\.0|127\.0\.0\.1|url: /|HTTPConnectionPool",
+        SERVICE,
+        CERTAIN,
+        LOOK,
+        "a server of the job's own does not answer: was it started, and what does its own log say?",
+    ),
+    (
+        "missing_file",
+        "hub refuses",
+        r"\b(?:429|5\d\d)\b (?:Client|Server|Too)|Too Many Requests|rate.?limit|[Tt]imed? ?out"
+        r"|Max retries|ConnectionError|resol|Couldn't reach|offline",
+        SITE,
+        LIKELY,
+        STOP,
+        "compute nodes seldom reach the internet: fill the cache beforehand (`HF_HOME`, then"
+        " `HF_HUB_OFFLINE=1`), or try later",
+    ),
+    (
+        "missing_file",
+        "hub refuses",
+        r"\b40[13]\b|gated|[Uu]nauthorized|[Ff]orbidden|token",
+        SITE,
+        CERTAIN,
+        STOP,
+        "a token with access is needed (`HF_TOKEN`), or the files in the cache beforehand",
+    ),
+    (
+        "program",
+        "collectives differ",
+        r"mismatch between collectives|desync",
+        PROGRAM,
+        CERTAIN,
+        STOP,
+        "ranks took different ways through the program: look for a branch on rank or data",
+    ),
+    (
+        "program",
+        "data exhausted",
+        r"StopIteration|ran out of data|data ?(?:set|loader)? (?:is )?exhausted",
+        DATA,
+        CERTAIN,
+        STOP,
+        "the data ended before the training: more of it, or more epochs",
+    ),
+    (
+        "program",
+        "limit of processes",
+        r"can't start new thread|Resource temporarily unavailable|Too many open files",
+        ENVIRONMENT,
+        LIKELY,
+        STOP,
+        "raise `ulimit -u` or `-n`, or start fewer workers",
+    ),
+    (
+        "killed",
+        "killed by a monitor",
+        r"monitor|heartbeat",
+        PROGRAM,
+        LIKELY,
+        LOOK,
+        "a monitor ended it, for it saw no progress: its own lines say which rank was silent",
+    ),
+)
+
+
+def outlook(failure: str, text: str, framework: str | None, node: str | None) -> Outlook:
+    """Of a cause by its class and line; `node` is the one to blame, where one is known. Nobody is
+    told to exclude a node that only reported."""
+    whose, recurs = _WHOSE.get(failure, (NOBODY, UNLIKELY))
+    known = FAILURES[failure]
+    found = Outlook(failure, whose, recurs, known.action, known.advice)
+    for name, kind, words, *rest in _KINDS:
+        if name == failure and re.search(words, text):
+            found = Outlook(kind, *rest)
+            break
+    advice = found.advice.replace("{exclude}", f": `sbatch: {{exclude: {node}}}`" if node else "")
+    for name, setting in knobs(framework).items():
+        advice = advice.replace("{" + name + "}", setting)
+    return Outlook(found.kind, found.whose, found.recurs, found.action, advice)
 
 
 KNOBS = {
@@ -233,15 +401,6 @@ KNOBS = {
         "lr": "the learning rate",
     },
 }
-
-
-def advise(failure: Failure, framework: str | None, node: str | None) -> str:
-    """The failure's advice with the names that `framework` uses, and the node to exclude where one
-    is known."""
-    text = failure.advice
-    for name, setting in knobs(framework).items():
-        text = text.replace("{" + name + "}", setting)
-    return text.replace("NODE", node) if node else text
 
 
 def knobs(framework: str | None) -> dict[str, str]:

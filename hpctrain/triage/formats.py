@@ -18,9 +18,10 @@ import math
 import re
 from collections.abc import Callable
 
+from hpctrain.triage.normal import without_prefix
 from hpctrain.triage.records import Step, last_match
 
-_N = rb"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|[nN][aA][nN]|[iI]nf(?:inity)?)"
+_N = rb"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|[nN][aA][nN]|[iI]nf(?:inity)?)"
 _ITERATION = re.compile(rb"\biteration:?\s+(\d+)(?:\s*\[\s*\d+\])?\s*(?:/\s*(\d+))?")
 # The line as GPT-NeoX and hpctrain print it today, in one go; any other order of fields takes the
 # slow way.
@@ -35,33 +36,67 @@ _OPEN_INSTRUCT = re.compile(
     rb"Step: (\d+), LR: (%s), Loss: (%s)(?:,? Aux Loss: %s)?(?:, TPS: (%s))?" % (_N, _N, _N, _N)
 )
 _HF_PAIR = re.compile(rb"['\"]([\w/.@()-]+)['\"]: ?['\"]?(%s)['\"]?(?=[,}\s])" % _N)
+_OF_STEPS = re.compile(rb"'global_step/max_steps': '(\d+)/(\d+)'")
 _TQDM = re.compile(rb"(\d+)/(\d+) \[[\d:?]+<")
 _VERL_STEP = re.compile(rb"\bstep:(\d+) - ")
 _VERL_PAIR = re.compile(rb"([\w@./()-]+):(?:np\.float\d+\()?(%s)\)?(?= - |\s*$)" % _N)
 _EM = re.compile(rb"train stats after (\d+) examples: ")
 _DEEPSPEED = re.compile(rb"\bstep=(\d+), skipped=(\d+), lr=\[?(%s)?" % _N)
-_ANY_LOSS = re.compile(rb"[lL]oss['\"]?\s*[:= ]\s*['\"]?(%s)(?![\w.])" % _N)
-_BEFORE_LOSS = re.compile(
-    rb"(?:^|[^\w/])(?:(?:train|losses)/)?(?:(?:train|training|lm|total|step|batch|avg"
-    rb"|average|mean)[_"
-    rb" ])?c?$",
-    re.IGNORECASE,
+# A figure with its name: `loss: 2.3`, `loss = 2.3`, `'loss': 2.3`, `loss/avg | 2.3`, `loss train: 2.3`.
+_BETWEEN = rb"['\"]?(?:\s*(?:[:=|]|\xe2\x94\x82)\s*|\s+)['\"]?"
+_ANY_LOSS = re.compile(
+    rb"[lL](?:oss|OSS)(?:es)?((?:[/_ ](?:train|total|avg|mean|policy_avg|step|all|overall)){0,2})"
+    + _BETWEEN
+    + rb"(%s)(?![\w.,]*[\w])" % _N
 )
+_WORDS = re.compile(rb"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
+# Losses beside the one that is trained, or of something else: not the figure to judge by.
+_BESIDE = frozenset(
+    (
+        b"aux auxiliary z zloss load balance balancing balanced router val valid validation eval"
+        b" evaluation test dev mtp vf value critic kl entropy ent reg regularization indexer moe lb"
+        b" seq weight scale best min prev previous last gate expert per no info target zero"
+        b" stop of"
+    ).split()
+)
+_NAMES_EVAL = re.compile(
+    rb"[eEvVtTdD](?<![\w/].)(?i:(?<=e)val(?:uat\w+)?|(?<=v)al(?:id(?:at\w+)?)?|(?<=t)est|(?<=d)ev)"
+    rb"[_ /:=|]"
+)
+_ESTIMATE = re.compile(
+    rb"train loss [\d.einfa+-]+, val loss", re.IGNORECASE
+)  # nanoGPT's evaluation
 # Each begins with the letters that it may begin with: a search then skips all others at the speed
 # of C.
 _ANY_STEP = re.compile(
-    rb"[sSiIuUnNgGtT](?<![\w/].)(?i:(?:(?<=n)um_|(?<=g)lobal_|(?<=t)rain_)(?:step|iter"
-    rb"|iteration|update)|(?<=s)tep|(?<=i)ter(?:ation)?|(?<=u)pdate)[sS]?"
-    rb"['\"]?\s*[:= #]\s*(\d+)(?![\d%]|\.\d)\s*(?:(?:/|of)\s*(\d+))?"
+    rb"[sSiIuUnNgGtT](?<![\w/].)(?i:(?:(?<=n)um_|(?<=g)lobal[_ ]|(?<=t)rain(?:ing)?[_ ])?"
+    rb"(?:step|iter|iteration|update)|(?<=s)tep|(?<=i)ter(?:ation)?|(?<=u)pdate)[sS]?"
+    rb"(?:\(train\))?"
+    rb"['\"]?\s*[:= #]\s*(?:\[\s*)?(\d+)(?![\d%]|\.\d*[1-9])(?:\.0*)?\s*(?:(?:/|of)\s*(\d+))?"
 )
-# `Epoch: [0][415/1736]`, as torchvision's and OpenMMLab's loops print it
-_ANY_PLACE = re.compile(rb"\[ *(\d+)/(\d+)\]")
+# `Epoch: [0][415/1736]`, `Train: 0 [  50/1251 (4%)]`, as loops for images print it; torchtune's bar
+_ANY_PLACE = re.compile(
+    rb"\[ *(\d+)/ *(\d+)(?=[\] (])|(?<![\d|])\d+\|(\d+)\|Loss|(?<![\d/])(\d+)/(\d+) \xe2\x94\x81"
+)
+_EPOCH = re.compile(rb"\b[Ee]poch[ :=\[#]+(\d+)(?:\s*(?:/|of)\s*(\d+))?")
 _ANY_NORM = re.compile(
-    rb"[gG](?<![\w/].)(?i:rad(?:ient)?[_ ]?norm)['\"]?\s*[:= ]\s*['\"]?(%s)" % _N
+    rb"[gG](?<![\w/].)(?i:rad(?:ient)?[._]?[_ ]?norm)['\"]?\s*[:= ]\s*['\"]?(%s)" % _N
 )
 _ANY_LR = re.compile(rb"[lL](?<![\w/].)(?i:r|earning[_ ]rate)['\"]?\s*[:= ]\s*\[?['\"]?(%s)" % _N)
-_NOT_TRAINING = re.compile(
-    rb"[eEvVtTdD](?<![\w/].)(?i:(?<=e)val|(?<=v)al(?:id(?:ation)?)?|(?<=t)est|(?<=d)ev)[_ /]"
+_SI = {b"k": 1e3, b"m": 1e6, b"g": 1e9, b"b": 1e9, b"t": 1e12}
+_FIGURE = rb"(\d(?:[\d.,]*\d)?(?:[eE][-+]?\d+)?[KMGBT]?)"
+_SECONDS = re.compile(
+    rb"(?i:(?:step|iter(?:ation)?)[_ ]time(?:[_ ]\(?s\)?)?|time[_/ ]per[_ ](?:step|iter(?:ation)?)"
+    rb"|elapsed time per iteration|sec(?:ond)?s?(?:/|[_ ]per[_ ])(?:step|it)|time/step|dt|seconds"
+    rb"|train_step_timing in s)((?:_ms| \(ms\))?)['\"]?\s*[:=]\s*" + _FIGURE + rb"\s*(ms\b)?"
+)
+_TOKENS = re.compile(
+    rb"(?i:\btps|\btgs|\bwps|tok(?:en)?s?(?:/|_per_)s(?:ec(?:ond)?)?(?:(?:/|_per_)(?:gpu|device))?)"
+    rb"['\"]?\s*[:=]?\s*"
+    + _FIGURE
+    + rb"|"
+    + _FIGURE
+    + rb" (?i:tok(?:en)?s?(?:/s|/sec| per second))\b"
 )
 
 # Anchors after which a line may be a step line, and the parser of each.
@@ -104,15 +139,16 @@ def megatron(line: bytes) -> Step | None:
     if loss is None and b"number of skipped iterations" not in fields:
         return None
     elapsed = fields.get(b"elapsed time per iteration (ms)")
+    seconds, tokens = (elapsed / 1000, None) if elapsed else rates_in(line)
     return Step(
         "megatron" if b"lm loss" in fields else "neox",
         int(found[1]),
         int(found[2]) if found[2] else None,
         loss,
-        fields.get(b"grad norm"),
-        fields.get(b"learning rate"),
-        elapsed / 1000 if elapsed else None,
-        None,
+        fields.get(b"grad norm", fields.get(b"grad_norm")),
+        fields.get(b"learning rate", fields.get(b"lr")),
+        seconds,
+        tokens,
         fields.get(b"samples per second", fields.get(b"samples/sec"))
         or _leading_rate(line[: found.start()]),
         _count(fields.get(b"number of skipped iterations")),
@@ -150,7 +186,9 @@ def hugging_face(line: bytes) -> Step | None:
         int(pairs[name]) if pairs.get(name, b"").isdigit() else None
         for name in (b"step", b"max_steps")
     )
-    # The last two, and the step, are said by hf-sft's own driver.
+    if step is None and (of := _OF_STEPS.search(line)):
+        step, total = int(of[1]), int(of[2])  # ms-swift
+    # `max_steps`, the last two, and the step, are said by hf-sft's own driver.
     return Step(
         "hf",
         step,
@@ -220,26 +258,98 @@ def deepspeed(line: bytes) -> Step | None:
 
 def anything(line: bytes) -> Step | None:
     """`step 10 loss 2.3` in the spellings people use; needs both a step and a loss."""
-    loss = next(
-        (
-            found
-            for found in _ANY_LOSS.finditer(line)
-            if _BEFORE_LOSS.search(line[max(found.start() - 24, 0) : found.start()])
-        ),
-        None,
-    )
-    step = _ANY_STEP.search(line) or _ANY_PLACE.search(line) or _TQDM.search(line)
-    if not loss or not step or _NOT_TRAINING.search(line):
+    loss = loss_in(line)
+    if loss is None or _ESTIMATE.search(line):
+        return None
+    place = place_in(line)
+    if place is None:
         return None
     norm, lr = _ANY_NORM.search(line), _ANY_LR.search(line)
+    step_time_s, tokens_per_s = rates_in(line)
     return Step(
         "any",
-        int(step[1]),
-        int(step[2]) if step[2] else None,
-        _float(loss[1]),
+        place[0],
+        place[1],
+        loss,
         _float(norm[1]) if norm else None,
         _float(lr[1]) if lr else None,
+        step_time_s,
+        tokens_per_s,
     )
+
+
+def loss_in(line: bytes) -> float | None:
+    """The loss that is trained, among those that a line tells; None where it tells none, or only
+    such of an evaluation."""
+    for found in _ANY_LOSS.finditer(line):
+        before = line[max(found.start() - 40, 0) : found.start()]
+        name, _, word = before.rpartition(b" ")
+        words = _WORDS.findall(word) if word else _WORDS.findall(name[-24:])[-2:]
+        lower = [part.lower() for part in words]
+        if lower[-2:] == [b"cross", b"entropy"]:
+            del lower[-2:]
+        if not _BESIDE.intersection(lower[-1:] if not word else lower):
+            cut = line[: found.start()]
+            return None if _NAMES_EVAL.search(cut) else _float(found[2])
+    return None
+
+
+def place_in(line: bytes) -> tuple[int, int | None] | None:
+    """(step, total) that a line tells, in the spellings people use."""
+    found = _ANY_STEP.search(line) or _ANY_PLACE.search(line) or _TQDM.search(line)
+    found = found or _EPOCH.search(line)
+    if not found:
+        return None
+    numbers = [number for number in found.groups() if number]
+    return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else None
+
+
+def rates_in(line: bytes) -> tuple[float | None, float | None]:
+    """(seconds of a step, tokens a second) that a line tells beside its loss."""
+    time, tokens = _SECONDS.search(line), _TOKENS.search(line)
+    seconds = _float(time[2]) if time else None
+    if seconds is not None and time and (time[1] or time[3]):
+        seconds /= 1000
+    return seconds, _float(tokens[1] or tokens[2]) if tokens else None
+
+
+# A line that tells a step whose figures stand below it, in lines or a table of their own.
+_HEADER = re.compile(
+    rb"\[(?:step|batch|iter(?:ation)?)=(\d+)(?:/(\d+))?[,\]]"
+    rb"|^[^\w\n]*(?:Global |Train(?:ing)? |Optimizer |Rollout )?(?:[Ss]tep|Iteration|Rollout):?\s+"
+    rb"(\d+)\s*(?:(?:/|of)\s*(\d+)\b|[^\w\n]*$)"
+    rb"|\bTrain step (\d+)/(\d+) done"
+    rb"|^[^\w\n]*(?:global_?step|training_?step|step|iterations?|total_timesteps)\s*"
+    rb"(?:\xe2\x94\x82|\|)\s*(\d+)\b"
+)
+HEADER_ANCHORS = (
+    b"[step=",
+    b"[batch=",
+    b"[iter=",
+    b"Step ",
+    b"Step:",
+    b"Rollout ",
+    b"Iteration ",
+    b"in step ",
+    b"ining_step",
+    b"lobal_step",
+    b"ations  ",
+    b"total_timesteps",
+    b" step ",
+    b" step:",
+)
+FAR = 300  # lines from a header to its loss
+
+
+def header(line: bytes) -> tuple[int, int | None] | None:
+    """(step, total) of a line that only heads the figures of a step."""
+    if b"oss" in line:
+        return None
+    found = _HEADER.search(without_prefix(line))
+    numbers = [number for number in found.groups() if number] if found else []
+    if not numbers:
+        return None
+    return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else None
 
 
 STEP_ANCHORS: tuple[tuple[bytes, Parser], ...] = (
@@ -253,13 +363,22 @@ STEP_ANCHORS: tuple[tuple[bytes, Parser], ...] = (
     (b"_loss:", verl),
     (b"/loss:", verl),
     (b", skipped=", deepspeed),
-    (b" loss ", anything),
-    (b"loss: ", anything),
-    (b"loss=", anything),
-    (b"loss : ", anything),
-    (b"Loss: ", anything),
-    (b"Loss=", anything),
-    (b"Loss ", anything),
+    *(
+        (word, anything)
+        for word in (
+            b"loss:",
+            b"loss=",
+            b"loss ",
+            b"loss'",
+            b'loss"',
+            b"loss/",
+            b"Loss:",
+            b"Loss=",
+            b"Loss ",
+            b"loss_avg",
+            b"LOSS:",
+        )
+    ),
 )
 
 
@@ -277,8 +396,14 @@ def _leading_rate(text: bytes) -> float | None:
 
 
 def _float(text: bytes) -> float | None:
+    """The number, with commas between thousands and a letter for them too: `26,380.94`, `98.5K`."""
     try:
         return float(text)
+    except ValueError:
+        pass
+    scale = _SI.get(text[-1:].lower())
+    try:
+        return float((text[:-1] if scale else text).replace(b",", b"")) * (scale or 1)
     except ValueError:
         return None
 

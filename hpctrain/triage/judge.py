@@ -13,8 +13,18 @@ from hpctrain.triage import rules
 from hpctrain.triage.attempt import Attempt
 from hpctrain.triage.cause import causes_of
 from hpctrain.triage.engine import Engine
-from hpctrain.triage.failures import CONTINUE, EXCLUDE, FAILURES, LOOK, RETRY, STOP, advise, knobs
-from hpctrain.triage.records import Event, distinct, median, utc
+from hpctrain.triage.failures import (
+    CONTINUE,
+    EXCLUDE,
+    FAILURES,
+    LOOK,
+    RETRY,
+    STOP,
+    Outlook,
+    knobs,
+    outlook,
+)
+from hpctrain.triage.records import Event, distinct, start_of_log, median, utc
 from hpctrain.triage.rules import GREEN, NOT_OBSERVED, RED, Circumstances, Verdict
 from hpctrain.triage.thresholds import Thresholds
 
@@ -29,9 +39,26 @@ class Incident:
     attempt: Attempt
     recovered: bool
 
+    @property
+    def role(self) -> str:
+        """`root`; `cascade` or `teardown` where only what followed it is told: other ranks' words,
+        or a launcher's."""
+        if self.event.failure == "wrapper":
+            return "teardown"
+        return "cascade" if FAILURES[self.event.failure].symptom else "root"
+
+    def outlook(self, framework: str | None = None, node: str | None = None) -> Outlook:
+        """Whose it is, whether it will recur, and so what to do."""
+        return outlook(self.event.failure, self.event.text, framework, node)
+
     def as_json(self) -> dict[str, Any]:
+        meaning = self.outlook()
         return {
             **self.event.as_json(),
+            "kind": meaning.kind,
+            "role": self.role,
+            "whose": meaning.whose,
+            "recurs": meaning.recurs,
             "job_id": self.attempt.job_id,
             "restart": self.attempt.restart,
             "link": self.attempt.link,
@@ -80,7 +107,7 @@ def judge(
     """Judge everything that `engine` has read so far. Pure; may be called again after more was
     read."""
     around = around or Circumstances()
-    attempts = in_order(engine.attempts)
+    attempts = joined(in_order(engine.attempts))
     remarks = _remarks(engine)
     if not attempts:
         empty = not any(reader.num_bytes for reader in engine.logs.values())
@@ -104,7 +131,7 @@ def judge(
     causes = causes_of(attempts, around, last)
     cause_event = causes[id(last)]
     verdicts = rules.health(subject, trained[0] if trained else subject)
-    verdicts.append(rules.hang(last, around))
+    verdicts.append(_hang(last, around, cause_event))
     verdicts += rules.failure_rules(
         last, cause_event, lambda event: last.survived(event) or (event.weak and last.num_steps > 0)
     )
@@ -124,6 +151,12 @@ def judge(
     return _answer(
         verdicts, cause, ended, incidents, attempts, subject, trained, around, framework, remarks
     )
+
+
+def _hang(last: Attempt, around: Circumstances, cause: Event | None) -> Verdict:
+    if cause is not None and cause.failure == "hang":
+        return Verdict("hang", RED, "it made no progress any more", cause.place, cause.text)
+    return rules.hang(last, around)
 
 
 def _got_on(attempt: Attempt) -> bool:
@@ -165,6 +198,25 @@ def in_order(attempts: list[Attempt]) -> list[Attempt]:
         return number, attempt.restart, index
 
     return [attempt for _, attempt in sorted(enumerate(attempts), key=key)]
+
+
+def joined(attempts: list[Attempt]) -> list[Attempt]:
+    """The attempts with the files of one start made one: its two streams, or a file for each rank.
+    A file in which the job script itself speaks keeps its own starts."""
+    groups: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        groups.setdefault(start_of_log(attempt.file), []).append(attempt)
+    out: list[Attempt] = []
+    for group in groups.values():
+        spoken = [attempt for attempt in group if attempt.first_told]
+        others = [attempt for attempt in group if not attempt.first_told]
+        if len({attempt.file for attempt in group}) == 1 or (spoken and not others):
+            out += group
+            continue
+        main = spoken[-1] if spoken else max(others, key=lambda attempt: attempt.num_steps)
+        rest = [attempt for attempt in others if attempt is not main]
+        out += [attempt for attempt in spoken if attempt is not main] + [main.with_files(rest)]
+    return in_order(out)
 
 
 def _found_by_guard(attempts: list[Attempt]) -> list[str]:
@@ -264,9 +316,10 @@ def _answer(
     progress = _progress(subject, trained)
     if cause is not None:
         failure = FAILURES[cause.event.failure]
-        action, advice = failure.action, advise(failure, framework, _suspect(incidents, cause))
+        found = cause.outlook(framework, _suspect(incidents, cause))
+        action, advice = found.action, found.advice
         if (
-            failure.action == RETRY
+            action == RETRY
             and sum(other.event.failure == cause.event.failure for other in incidents) > 2
         ):
             action, advice = (
@@ -340,12 +393,20 @@ def _health_action(rule: str, framework: str | None, running: bool) -> tuple[str
     return STOP, advice if not running else f"`hpctrain stop`, then: {advice}"
 
 
+_NODES_OWN = ("gpu_fault", "node", "nonfinite", "killed", "host_oom")
+
+
 def _suspect(incidents: list[Incident], cause: Incident) -> str | None:
-    """The node to exclude: the cause's, or the one that earlier failures name most often."""
-    if cause.event.node:
-        return cause.event.node
-    nodes = [incident.event.node for incident in incidents if incident.event.node]
-    return max(set(nodes), key=nodes.count) if nodes else None
+    """The node to blame: the one where a GPU or the node itself failed, or the peer that several
+    ranks name; None for a node that only reported."""
+    event = cause.event
+    if event.failure in ("communication", "hang"):
+        return cause.attempt.blamed_peer
+    if event.failure not in _NODES_OWN:
+        return None
+    nodes = [other.event.node for other in incidents if other.event.failure == event.failure]
+    named = [node for node in nodes if node]
+    return event.node or (max(set(named), key=named.count) if named else None)
 
 
 def _progress(subject: Attempt, trained: list[Attempt]) -> dict[str, Any]:

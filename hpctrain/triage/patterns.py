@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.triage.exceptions import RAISED
+from hpctrain.triage.exceptions import OF_FILE, PRIVATE, RAISED
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,15 @@ _CODE = (
     rb"^(?!hpctrain: )[^\n]*(?:return(?:ed)?[ -]?(?:code|status)|exit(?:ed)?(?: with)?["
     rb" -]?(?:code|status))\s*[:=]?\s*"
 )
-# CUDA's and HIP's own errors: hardware or driver, but for those that name something else.
+# CUDA's and HIP's own errors: a fault of the device or its driver only where the member says so;
+# the others are of the program (NVIDIA's guide to Xid: 13 and 31 are its own first, too).
 _DEVICE = rb"(?:(?:CUDA|HIP) error(?: \d+)?: |Cuda failure (?:\d+ )?')"
-_NOT_HARDWARE = (
-    rb"(?![^\n]*(?:ut of memory|kernel image|device function|device-side assert|invalid"
-    rb" argument|invalid configuration|PTX|toolchain|insufficient|driver version|ordinal))"
+_OF_DEVICE = (
+    rb"[^\n']{0,60}?(?:illegal (?:memory access|address|instruction)|misaligned address|launch fail"
+    rb"|launch timed|unspecified|uncorrectable|NVLink|ECC|hardware stack|unknown error|busy"
+    rb"|unavailable|yet initialized|initialization error|no (?:CUDA|ROCm)-capable|program counter"
+    rb"|\blost\b|\bhang\b|present state|driver shutting down|internal error)"
 )
-
 _SEVERE = (
     rb"^(?![^\n]*[Ii]gnoring)(?:[^\n]{0,120}?[\s\[(|:-])?(?:(?:ERROR|FATAL|CRITICAL)\b|(?:fatal"
     rb" )?error: |fatal: )"
@@ -67,7 +69,7 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
         "gpu_oom",
         b"ut of memory",
         (
-            rb"(?:CUDA|HIP|GPU|[Cc]uda|\bhip|[Dd]evice|VRAM)[^\n]{0,60}ut of memory|ut of"
+            rb"(?:CUDA|HIP|[GNHTX]PU|MPS|HBM|[Cc]uda|\bhip|[Dd]evice|VRAM)[^\n]{0,60}ut of memory|ut of"
             rb" memory[^\n]{0,40}(?:GPU|device|CUDA|HIP)"
         ),
     ),
@@ -79,6 +81,12 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
         b"KV cache",
         rb"larger than (?:the )?(?:available|maximum)|[Nn]ot enough|insufficient",
     ),
+    (
+        "gpu_oom",
+        b"RESOURCE_EXHAUSTED",
+        rb"(?i)out of memory|allocat|\bHBM\b|exceeds?(?:ed)? [^\n]*memory",
+    ),
+    ("gpu_oom", b"OUT_OF_DEVICE_MEMORY", None),
     ("gpu_oom", b"nough memory", rb"GPU|CUDA|HIP"),
     ("host_oom", b"oom_kill event", None),
     ("host_oom", b"oom-kill event", None),
@@ -127,9 +135,9 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("gpu_fault", b"Memory access fault by GPU", None),
     ("gpu_fault", b"an illegal memory access", None),
     ("gpu_fault", b"unspecified launch failure", None),
-    ("gpu_fault", b"CUDA error", _DEVICE + _NOT_HARDWARE),
-    ("gpu_fault", b"HIP error", _DEVICE + _NOT_HARDWARE),
-    ("gpu_fault", b"Cuda failure", _DEVICE + _NOT_HARDWARE),
+    ("gpu_fault", b"CUDA error", _DEVICE + _OF_DEVICE),
+    ("gpu_fault", b"HIP error", _DEVICE + _OF_DEVICE),
+    ("gpu_fault", b"Cuda failure", _DEVICE + _OF_DEVICE),
     (
         "gpu_fault",
         b"CUDA_ERROR_",
@@ -158,6 +166,9 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("gpu_fault", b"is/are busy or unavailable", None),
     ("gpu_fault", b"GPU Hang", rb"HW Exception|GPU Hang"),
     ("gpu_fault", b"system not yet initialized", rb"802|CUDA"),
+    ("gpu_fault", b"uncorrectable NVLink", None),
+    ("gpu_fault", b"synStatus", rb"synStatus=?\s*\d*\s*\[?(?:Device not|Failed)"),  # Habana
+    ("gpu_fault", b"EZ9999", rb"(?i)aicore|ecc|hbm|device"),  # CANN: the chip itself
     # libfabric says `Input/output error` of a message that was lost.
     ("filesystem", b"Input/output error", rb"^(?!.*(?:OFI poll|MPIDI_|PTLTE))"),
     (
@@ -177,7 +188,7 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("filesystem", b"[Errno 116]", None),
     ("filesystem", b"[Errno 108]", None),
     ("filesystem", b"Cannot send after transport endpoint shutdown", None),
-    ("filesystem", b"Transport endpoint is not connected", None),
+    ("filesystem", b"Transport endpoint is not connected", OF_FILE.pattern),
     ("node", b"hpctrain: preflight: ", rb"preflight: \S+ is bad: "),
     ("node", b"DUE TO NODE FAILURE", None),
     ("node", b"Node failure on ", None),
@@ -191,7 +202,11 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("node", b"marked dead", rb"[Nn]ode"),
     ("node", b"node has ", rb"node has (?:crashed|died|failed)"),
     ("node", b"was running on", rb"[Nn]ode [^\n]{0,80}died"),
-    ("node", b"Task launch for ", rb"failed on node"),
+    (
+        "node",
+        b"Task launch for ",
+        rb"failed on node (?![^\n]*(?:layout|Invalid|[Cc]onfiguration|not available|not permitted))",
+    ),
     ("node", b"Error configuring interconnect", None),
     ("node", b"not responding", rb"[Nn]ode|slurmd"),
     ("node", b"unexpectedly rebooted", None),
@@ -250,6 +265,9 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("environment", b"GLIBCXX_3", rb"not found"),
     ("environment", b"cannot execute binary file", None),
     ("environment", b"Invalid handle. Cannot load symbol", None),
+    ("environment", b"o operator found for", None),
+    ("environment", b"No kernel found", None),
+    ("environment", b"Could not run ", rb"with arguments from the '\w+' backend"),
     ("gave_up", b": gives up (", rb"hpctrain: link \d+: gives up"),
     ("config", b"train_batch_size is not equal to", None),
     ("config", b"has to be greater than 0", rb"AssertionError"),
@@ -280,6 +298,7 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
         b"Unable to create step for job",
         rb"Invalid|not available|[Mm]ore processors|Requested node configuration",
     ),
+    ("config", b"Task launch for ", rb"failed on node"),
     ("config", b"duplicate keys ", None),
     ("config", b"and the stage needs branch ", rb"hpctrain: error"),
     ("config", b"hpctrain: error: on ", rb": `import verl` "),
@@ -302,7 +321,11 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
         b"FATAL: ",
         rb"doesn't exist|does not exist|not found|no such file|could not open",
     ),
-    ("missing_file", b"Max retries exceeded with url", None),
+    (
+        "missing_file",
+        b"Max retries exceeded with url",
+        rb"^(?![^\n]*(?:" + PRIVATE.pattern + rb"))",
+    ),
     ("missing_file", b"Could not resolve host", None),
     ("missing_file", b"Couldn't reach ", rb"Error|Hub"),
     ("missing_file", b"FileNotFoundError", None),
@@ -379,6 +402,10 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("nonfinite", b"Current loss scale already at minimum", None),
     ("nonfinite", b"contains either `inf`, `nan`", None),
     ("nonfinite", b"returned nan values in its", None),
+    ("hang", b"Did not get subsequent heartbeat", None),  # nvidia-resiliency-ext's rank monitor
+    ("hang", b"Did not get initial heartbeat", None),
+    ("hang", b"hang detected", rb"(?i)(?<!no )hang detected"),
+    ("hang", b"hung rank", None),
     ("crash", b"egmentation fault", None),
     ("crash", b"core dumped", None),
     (
@@ -492,6 +519,27 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("communication", b"MPICH ERROR [", None),
     ("communication", b"Socket Timeout", rb"Error: Socket Timeout"),
     ("communication", b"PtlGetEventQueue", None),
+    ("communication", b"Transport endpoint is not connected", None),
+    ("communication", b"Max retries exceeded with url", None),
+    ("communication", b"server can't be reached", None),
+    (
+        "communication",
+        b"erver at ",
+        rb"(?i)(?:not reachable|unreachable|did not (?:start|respond))",
+    ),
+    (
+        "communication",
+        b"oordination service",
+        rb"(?i)heartbeat|has been set to ERROR|polled an error|unavailable|deadline",
+    ),
+    ("communication", b"JAX distributed service", rb"fatal errors|UNAVAILABLE|DEADLINE"),
+    ("communication", b"arrier timed out", None),
+    ("communication", b"HCCL ", rb"(?i)error|fail|time ?out"),
+    ("communication", b"HcclAllreduce", rb"(?i)error|fail|time ?out"),
+    ("communication", b"oneCCL", rb"(?i)error|fail|time ?out"),
+    ("communication", b"EI0006", None),  # CANN: a link could not be set up in time
+    ("communication", b"EI0002", None),  # CANN: a collective was not entered by all in time
+    ("communication", b"EJ0001", None),
     ("communication", b"MPIDI_", rb"[Ff]atal|[Ee]rror"),
     ("communication", b"gloo/transport", rb"rror|[Ff]ailed|[Tt]imed"),
     ("killed", b"Killed", rb"(?:^|[\s:])Killed(?:\s*$|\s+(?!by|process)[\w\"/(])"),
@@ -530,11 +578,16 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("wrapper", b"RayTaskError", None),
     # Behind all that know their failure by its own words.
     ("program", b"ssertion ", rb"Assertion [`'\"(][^\n]*failed|Assertion failed"),
-    ("program", b"CUDA error", rb"device-side assert|invalid (?:argument|configuration)"),
-    ("program", b"HIP error", rb"device-side assert|invalid (?:argument|configuration)"),
+    ("program", b"CUDA error", _DEVICE + rb"(?![^\n']{0,20}ut of memory)"),
+    ("program", b"HIP error", _DEVICE + rb"(?![^\n']{0,20}ut of memory)"),
     ("program", b"Error", None),
     ("program", b"Exception", None),
     ("program", b"KeyboardInterrupt", None),
+    (
+        "program",
+        b"ncaught ",
+        rb"(?i)uncaught (?:\w+ )?(?:exception|\w*(?:Error|Exception|Fault))\b",
+    ),
     # A severity is all that some say. Nothing but the silence of a run that never trained makes
     # that a cause.
     ("program", b"ERROR", _SEVERE, True),

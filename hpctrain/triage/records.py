@@ -119,14 +119,31 @@ def last_match(
     return next(iter(deque(pattern.finditer(text, start, end), maxlen=1)), None)
 
 
-_LOG_JOB = re.compile(r"-(\d+)(?:_\d+)?\.(?:out|err|log)\Z")
+_LOG_JOB = re.compile(
+    r"-(\d+)(?P<array>_\d+)?\.(?:out|err|log)\Z"
+    r"|[-_.](?!20\d{6}\b)(\d{5,})(?P<of>_\d+)?[-_.](?:\d{1,4}|(?:rank|task|node)[-_]?\w+)"
+    r"\.(?:out|err|log)\Z"
+)
+# What differs between the files of one start: the stream, and which rank, task or node wrote it.
+_STREAM = re.compile(r"(?:[._-]?(?:stdout|stderr))?\.(?:out|err|log|txt)\Z|/(?:stdout|stderr)\Z")
+_WRITER = re.compile(r"(?i)((?:rank|task|node|worker|proc)[-_.]?)\d+|(?<=/)\d+(?=/?\Z)")
 
 
 def job_of_log(path: str) -> str | None:
     """The id of the job whose log this is, by the file's name: `<run>-<job>.out`,
-    `slurm-<job>_<task>.out`."""
+    `slurm-<job>_<task>.out`, `<run>-<job>-<task>.err`."""
     found = _LOG_JOB.search(path)
-    return found[1] if found else None
+    return found[3] or found[1] if found else None
+
+
+def start_of_log(path: str) -> str:
+    """The same text for all files of one start: its two streams, and one file for each rank, task
+    or node (`srun -o %j-%t.out`, torchrun's `--log-dir`)."""
+    found = _LOG_JOB.search(path)
+    if found:
+        group = 3 if found[3] else 1
+        return path[: found.end(group)] + (found["array"] or found["of"] or "")
+    return _WRITER.sub(r"\1", _STREAM.sub("", path))
 
 
 def utc(time_s: float | None) -> str | None:

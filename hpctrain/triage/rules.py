@@ -114,7 +114,7 @@ def _loss_finite(attempt: Attempt) -> Verdict:
             f"{attempt.nan_iterations} iterations with NaN or Inf",
             attempt.nan_first,
         )
-    if zero.worst_row >= attempt.thresholds.in_a_row and zero.worst_row_start:
+    if zero.worst_row >= _no_accident(attempt) and zero.worst_row_start:
         return Verdict(
             "loss_finite",
             RED,
@@ -123,6 +123,12 @@ def _loss_finite(attempt: Attempt) -> Verdict:
             zero.worst_row_start[0],
         )
     return Verdict("loss_finite", GREEN, f"{loss.seen} losses, all finite", attempt.last_place)
+
+
+def _no_accident(attempt: Attempt) -> int:
+    """How many zeros in a row mean something: the groups of a policy's batch may all have one
+    reward, and then there is nothing to learn from it."""
+    return _NO_SIGNAL if attempt.objective == "policy" else attempt.thresholds.in_a_row
 
 
 def loss_drop(first: Attempt, thresholds: Thresholds) -> float | None:
@@ -138,79 +144,87 @@ def loss_drop(first: Attempt, thresholds: Thresholds) -> float | None:
 def _both_ends(first: Attempt, thresholds: Thresholds) -> tuple[list[float], list[float]]:
     """The losses of the first steps and those around step `loss_steps`."""
     steps = thresholds.loss_steps
-    if first.mode == "resume":
+    if first.goes_on_from:
         return [], []
     start = [loss for since, loss in first.early if since <= 0.05 * steps][:5]
     end = [loss for since, loss in first.early if 0.9 * steps <= since <= 1.1 * steps]
     return start, end or [loss for since, loss in first.early if since >= 0.9 * steps][:1]
 
 
-_FLAT = 0.005  # a fall by less is looked at twice
+_FLAT = 0.01  # a fall of less than this fraction is none
+_NO_SIGNAL = 20  # step lines of a policy without any gradient that are no accident
 
 
-def _falls(first: Attempt, t: Thresholds) -> bool:
-    """Whether the losses of the first steps fall by more than chance would have it: the t value of
-    their slope."""
+def _fall(first: Attempt, t: Thresholds) -> tuple[float, float] | None:
+    """(by which fraction a line through the losses of the first steps falls, the error of that);
+    None for too few."""
     points = [(float(since), loss) for since, loss in first.early if since <= 1.1 * t.loss_steps]
     count = len(points)
-    if count < 10:
-        return True  # too few to call anything noise
+    if count < 5:
+        return None
     x_mean, y_mean = sum(x for x, _ in points) / count, sum(y for _, y in points) / count
     spread = sum((x - x_mean) ** 2 for x, _ in points)
-    slope = sum((x - x_mean) * (y - y_mean) for x, y in points) / spread if spread else 0.0
+    if not spread or y_mean <= 0:
+        return None
+    slope = sum((x - x_mean) * (y - y_mean) for x, y in points) / spread
     rest = sum((y - y_mean - slope * (x - x_mean)) ** 2 for x, y in points) / (count - 2)
-    return slope < 0 and (rest == 0 or -slope > 3 * math.sqrt(rest / spread))
+    length = (points[-1][0] - points[0][0]) / y_mean
+    return -slope * length, math.sqrt(rest / spread) * length * (1 + 3 / count)
+
+
+def _no_trend(first: Attempt, t: Thresholds) -> str | None:
+    """Why the first losses cannot tell whether the model learns; None where they can."""
+    if not first.early:
+        return "no line with a finite loss"
+    if first.goes_on_from:
+        return f"{first.goes_on_from}; the first {t.loss_steps} steps were not seen"
+    if first.objective == "policy":
+        return "a policy's loss, which need not fall"
+    if loss_drop(first, t) is None:
+        return f"fewer than {t.loss_steps} steps: {first.early[-1][0] + 1} seen"
+    if first.early[0][1] <= 0:
+        return "the first loss is not above 0: a policy's loss, which need not fall"
+    return None
 
 
 def _loss_trend(first: Attempt, t: Thresholds) -> Verdict:
-    if not first.early:
-        return Verdict("loss_trend", NOT_OBSERVED, "no line with a finite loss")
-    if first.mode == "resume":
-        return Verdict(
-            "loss_trend",
-            NOT_OBSERVED,
-            f"the logs begin with a resume, not with the first {t.loss_steps} steps",
-        )
+    why = _no_trend(first, t)
     drop = loss_drop(first, t)
-    if drop is None:
-        return Verdict(
-            "loss_trend",
-            NOT_OBSERVED,
-            f"fewer than {t.loss_steps} steps: {first.early[-1][0] + 1} seen",
-        )
+    if why or drop is None:
+        return Verdict("loss_trend", NOT_OBSERVED, why or "")
     place = Place(first.file, first.last_place.number) if first.last_place else None
-    if first.early[0][1] <= 0:
-        return Verdict(
-            "loss_trend",
-            NOT_OBSERVED,
-            "the first loss is not above 0: a policy's loss, which need not fall",
-        )
-    if drop <= t.loss_drop:
-        way = "higher" if drop < 0 else "lower"
-        change = f"{_percent(abs(drop))} {way}" if drop else "the same"
-        return Verdict(
-            "loss_trend",
-            RED,
-            f"after {t.loss_steps} steps the loss is {change}: it does not fall",
-            place,
-        )
-    if drop < _FLAT and not _falls(first, t):
-        detail = (
-            f"after {t.loss_steps} steps the loss is the same but for noise ({_percent(drop)}"
-            " lower): it does not fall"
-        )
+    after = f"after {t.loss_steps} steps the loss is"
+    if t.loss_drop and drop <= t.loss_drop:
+        detail = f"{after} {_percent(abs(drop))} {'lower' if drop > 0 else 'higher'}: too little"
         return Verdict("loss_trend", RED, detail, place)
-    note = (
+    begun, now = first.early[0][1], min(loss for _, loss in first.early[-3:])
+    if now > 1.5 * begun and now - begun > 1:
+        return Verdict("loss_trend", RED, f"{after} {now:.4g}, the first was {begun:.4g}", place)
+    fitted = _fall(first, t)
+    fall, error = fitted or (drop, abs(drop))
+    if fall < 3 * error and not _fell_later(first):
+        if fall + 2 * error >= _FLAT:
+            detail = f"{after} not lower, but the losses are too noisy or too few to tell"
+            return Verdict("loss_trend", NOT_OBSERVED, detail, place)
+        way = "the same but for noise" if abs(fall) < _FLAT else f"{_percent(-fall)} higher"
+        return Verdict("loss_trend", RED, f"{after} {way}: it does not fall", place)
+    scale = (
         ""
         if drop >= t.loss_drop_to_scale
-        else f", less than the {_percent(t.loss_drop_to_scale)} that make scaling up safe"
+        else (f", less than the {_percent(t.loss_drop_to_scale)} that make scaling up safe")
     )
-    return Verdict(
-        "loss_trend",
-        GREEN,
-        f"the loss fell by {_percent(drop)} in {t.loss_steps} steps{note}",
-        place,
-    )
+    detail = f"the loss fell by {_percent(max(drop, fall))} in {t.loss_steps} steps{scale}"
+    return Verdict("loss_trend", GREEN, detail, place)
+
+
+def _fell_later(first: Attempt) -> bool:
+    """Whether the median of some later window is well below the losses at the start."""
+    start, best = [loss for _, loss in first.early[:20]], first.losses.best
+    if best is None or len(start) < 5:
+        return False
+    middle = median(start)
+    noise = median([abs(loss - middle) for loss in start])
+    return middle - best > max(_FLAT * abs(middle), noise)
 
 
 _FEW = 5  # losses in a row that are no accident
@@ -218,6 +232,8 @@ _FEW = 5  # losses in a row that are no accident
 
 def _loss_rise(attempt: Attempt, t: Thresholds) -> Verdict:
     losses, first = attempt.losses, attempt.first
+    if attempt.objective == "policy":
+        return Verdict("loss_rise", NOT_OBSERVED, "a policy's loss, which may rise")
     if first and first.loss is not None and first.loss > 0 and losses.seen >= 2 * _FEW:
         now = min(losses.values[-_FEW:])
         if now > 1.5 * t.loss_rise * first.loss and now - first.loss > 1:
@@ -264,8 +280,8 @@ def _gradients(attempt: Attempt, t: Thresholds) -> Verdict:
             f"gradient norm up to {big.highest:.3g}, above {t.grad_norm_max:g} {explosive}",
             big.worst_row_start[0] if big.worst_row_start else None,
         )
-    vanished = _row(zero, t.in_a_row)
-    if vanished:
+    vanished = _row(zero, _no_accident(attempt))
+    if vanished and (attempt.objective != "policy" or zero.worst_row >= _NO_SIGNAL):
         return Verdict(
             "gradients",
             RED,
@@ -323,6 +339,9 @@ def _skipped(attempt: Attempt) -> Verdict:
 
 def _throughput(attempt: Attempt, t: Thresholds) -> Verdict:
     rates = attempt.rates
+    if attempt.objective == "policy":
+        why = "a policy's rate follows the length of its answers"
+        return Verdict("throughput", NOT_OBSERVED, why)
     if rates.best is None or rates.seen < 2 * rates.size:
         what = (
             f"{rates.seen} step lines with a rate, {2 * rates.size} are needed"

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from hpctrain.triage.normal import plain
 from hpctrain.triage.uniform import Template, uniform_end
 
 MIN_ANCHOR = 5
@@ -164,7 +165,8 @@ class LineScanner:
     `until` tells where, at the end of a text of whole lines, something begins that needs its next
     lines to be judged (-1: nothing); those are kept back. With a `template`, of a stretch of
     healthy step lines only the last is given, as a hit with the anchor UNIFORM; then
-    `uniform_steps` tells how many it stands for.
+    `uniform_steps` tells how many it stands for. Lines come as `normal.plain` leaves them; from
+    the first that it changed on, `moved`, offsets are not those of the file.
     """
 
     def __init__(self, matcher: Matcher, until: Callable[[bytes], int] | None = None):
@@ -173,6 +175,7 @@ class LineScanner:
         self._lines_before = 0  # line feeds before `_carry`
         self._bytes_before = 0  # bytes before `_carry`
         self._skip_to = self._line_end = 0
+        self.moved = False
         self.template: Template | None = None
         self.uniform_steps = 0
         self.num_bytes = 0
@@ -189,12 +192,21 @@ class LineScanner:
         self.num_nul += piece.count(0)
         text = self._carry + piece if self._carry else piece
         end = max(text.rfind(b"\n"), text.rfind(b"\r")) + 1
-        if len(text) - end > MAX_LINE:
+        endless = len(text) - end > MAX_LINE
+        if endless:
             end = len(text)  # no line end in sight: judge what there is, rather than keep it
-        elif self._until is not None and (begin := self._until(text[:end])) >= 0:
-            end = begin  # what belongs together is judged together
+        whole = self._plain(text[:end] if end < len(text) else text)
+        begin = self._until(whole) if self._until is not None and not endless else -1
+        if begin >= 0:  # what belongs together is judged together
+            self._carry = whole[begin:] + text[end:]
+            return self._hits(whole[:begin])
         self._carry = text[end:]
-        return self._hits(text[:end] if end < len(text) else text)
+        return self._hits(whole)
+
+    def _plain(self, text: bytes) -> bytes:
+        out = plain(text)
+        self.moved = self.moved or len(out) != len(text)
+        return out
 
     def skip_line(self) -> None:
         """Give no further hits in the line of the last one."""
@@ -203,7 +215,7 @@ class LineScanner:
     def close(self) -> Iterator[Hit]:
         """The hits in the unfinished last line."""
         text, self._carry = self._carry, b""
-        return self._hits(text)
+        return self._hits(self._plain(text))
 
     def _hits(self, text: bytes) -> Iterator[Hit]:
         start, self._skip_to = 0, 0

@@ -1,7 +1,7 @@
 """Triage measured: precision and recall over the labelled logs, and MB/s beside `grep -E` of one
 pattern.
 
-    tools/bench triage [--mb 200] [--json]
+    tools/bench triage [--mb 200] [--json] [--accuracy-only] [--classes] [--folder DIR]
 
 Ratios within one run are what counts: both read the same file, warm, on one core.
 """
@@ -24,6 +24,8 @@ TOP = Path(__file__).resolve().parents[2]
 DATA = TOP / "tests" / "data" / "triage"
 # written after the rules, from other people's reports: docs/triage.md
 HELD_OUT = TOP / "tests" / "data" / "triage-held-out"
+OPEN, PROBES = (TOP / "tests" / "data" / name for name in ("triage-open", "triage-probes"))
+SETS = (DATA, HELD_OUT, OPEN, PROBES)
 sys.path.insert(0, str(TOP))
 
 from hpctrain.triage.engine import Engine  # noqa: E402
@@ -33,17 +35,21 @@ from hpctrain.triage.rules import RED  # noqa: E402
 
 
 def diagnose(path: Path, label: dict) -> Diagnosis:
+    """What triage says of a labelled log; a label's `files` are the files of one start, beside its
+    folder's labels."""
     engine = Engine(tasks_per_node=label.get("tasks_per_node"))
-    read_logs(engine, [str(path)])
+    top = path.parents[len(Path(label["files"][0]).parts) - 1] if "files" in label else None
+    read_logs(engine, [str(top / name) for name in label["files"]] if top else [str(path)])
     return judge(engine)
 
 
 def accuracy(verbose: bool, folder: Path = DATA) -> dict:
     """Cause and RED rules of every labelled log against what triage says."""
     labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+    labels = {name: label for name, label in labels.items() if label.get("scored", True)}
     hits, false, missed = Counter(), Counter(), Counter()
     rule_hits, rule_false, rule_missed = Counter(), Counter(), Counter()
-    right = Counter()
+    right, healthy, next_step = Counter(), Counter(), Counter()
     for name, label in sorted(labels.items()):
         diagnosis = diagnose(folder / name, label)
         event = diagnosis.cause.event if diagnosis.cause else None
@@ -57,6 +63,10 @@ def accuracy(verbose: bool, folder: Path = DATA) -> dict:
         rule_hits.update(red & set(label["red"]))
         rule_false.update(red - set(label["red"]))
         rule_missed.update(set(label["red"]) - red)
+        if label["verdict"] == "GREEN":
+            healthy[diagnosis.verdict] += 1
+        if label.get("actions"):
+            next_step[diagnosis.action in label["actions"]] += 1
         details = {
             "verdict": diagnosis.verdict == label["verdict"],
             "line": not label.get("line") or bool(event and label["line"] in event.text),
@@ -65,6 +75,8 @@ def accuracy(verbose: bool, folder: Path = DATA) -> dict:
         }
         right.update(key for key, good in details.items() if good)
         wrong = [key for key, good in details.items() if not good]
+        if label.get("actions") and diagnosis.action not in label["actions"]:
+            wrong.append(f"action {diagnosis.action}, not {label['actions']}")
         if verbose and (found != wanted or red != set(label["red"]) or wrong):
             print(
                 f"  {name}: cause {found} (label {wanted}), red {sorted(red)} (label"
@@ -78,6 +90,8 @@ def accuracy(verbose: bool, folder: Path = DATA) -> dict:
         "right": {
             key: f"{right[key]}/{len(labels)}" for key in ("verdict", "line", "rank", "node")
         },
+        "healthy": dict(healthy),
+        "next_step_right": f"{next_step[True]}/{sum(next_step.values())}",
         "per_class": {
             name: _scores(
                 Counter({name: hits[name]}),
@@ -226,8 +240,16 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=200)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--accuracy-only", action="store_true")
+    parser.add_argument("--classes", action="store_true", help="each failure class's figures too")
+    parser.add_argument(
+        "--folder", type=Path, action="append", help="a labelled set of one's own, instead"
+    )
     options = parser.parse_args()
-    result = {folder.name: accuracy(not options.json, folder) for folder in (DATA, HELD_OUT)}
+    folders = options.folder or SETS
+    result = {folder.name: accuracy(not options.json, folder) for folder in folders}
+    if not options.classes:
+        for scores in result.values():
+            del scores["per_class"]
     if not options.accuracy_only:
         result["speed"] = speed(options.mb)
     print(json.dumps(result, indent=2))

@@ -31,19 +31,29 @@ from triage_texts import STEP, diagnose, steps, verdicts  # noqa: E402
 DATA = Path(__file__).parents[2] / "data" / "triage"
 # Written after the rules, from other people's reports; docs/triage.md says how many were right at
 # first sight.
-HELD_OUT = DATA.with_name("triage-held-out")
+SETS = [
+    DATA.with_name(name) for name in ("triage", "triage-held-out", "triage-open", "triage-probes")
+]
 LABELS = {
     folder / name: label
-    for folder in (DATA, HELD_OUT)
+    for folder in SETS
     for name, label in json.loads((folder / "labels.json").read_text(encoding="utf-8")).items()
 }
+SCORED = sorted(path for path, label in LABELS.items() if label.get("scored", True))
 
 
-@pytest.mark.parametrize("path", sorted(LABELS), ids=lambda path: path.name)
+def files_of(path):
+    """The files of the start that a label is about: most are one."""
+    label = LABELS[path]
+    top = next(folder for folder in SETS if folder in path.parents)
+    return [top / name for name in label.get("files", [path.relative_to(top)])]
+
+
+@pytest.mark.parametrize("path", SCORED, ids=lambda path: path.name)
 def test_a_labelled_log_gets_its_verdict_cause_and_place(path):
     label = LABELS[path]
     engine = Engine(tasks_per_node=label.get("tasks_per_node"))
-    read_logs(engine, [str(path)])
+    read_logs(engine, [str(file) for file in files_of(path)])
     diagnosis = judge(engine)
     event = diagnosis.cause.event if diagnosis.cause else None
     assert (event.failure if event else None) == label["cause"], diagnosis.summary
@@ -52,12 +62,14 @@ def test_a_labelled_log_gets_its_verdict_cause_and_place(path):
         label["red"]
     )
     if label["line"]:
-        lines = path.read_bytes().split(b"\n")
+        lines = Path(event.place.file).read_bytes().split(b"\n")
         assert label["line"].encode() in lines[event.place.number - 1]
     if label["rank"] is not None:
         assert event.rank == label["rank"]
     if label["node"] is not None:
         assert event.node == label["node"]
+    if label.get("actions"):
+        assert diagnosis.action in label["actions"]
     if label.get("recovered"):
         assert [(i.event.failure, i.recovered) for i in diagnosis.incidents] == [
             (label["recovered"], True)
@@ -67,11 +79,11 @@ def test_a_labelled_log_gets_its_verdict_cause_and_place(path):
 def test_every_labelled_log_is_there_and_names_its_source():
     found = {
         path
-        for folder in (DATA, HELD_OUT)
-        for path in folder.iterdir()
-        if path.name != "labels.json"
+        for folder in SETS
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "labels.json"
     }
-    assert set(LABELS) == found
+    assert {file for path in LABELS for file in files_of(path)} == found
     assert all(label["source"] for label in LABELS.values())
 
 
