@@ -18,6 +18,7 @@ from hpctrain.triage.formats import (
     Parser,
     header,
     loss_in,
+    rewarded,
     tqdm_before,
 )
 from hpctrain.triage.normal import plain, without_prefix
@@ -177,7 +178,7 @@ class LogReader:
         self._no_step: tuple[int, Parser] | None = None  # the line, and by whose word it is none
         self._header: tuple[int, int | None, int] | None = None  # a step, of how many, its line
         self._ignored: set[int] = set()  # lines by which Python ends what it ignored
-        self.like_a_step = ""  # the last line that looked like one
+        self._like_a_step = b""  # the last line that looked like one
         # by a line's offset: what it told, and whether its own words did
         self._told: dict[int, tuple[Event, bool]] = {}
 
@@ -193,6 +194,11 @@ class LogReader:
     def binary(self) -> bool:
         """Whether more than one byte in a hundred is NUL: not a log, or one that a crash tore."""
         return self._scanner.num_nul * 100 > self._scanner.num_bytes
+
+    @property
+    def like_a_step(self) -> str:
+        """The last line that looked like a step's and told none that is known."""
+        return clean(self._like_a_step)
 
     @property
     def last_words(self) -> str:
@@ -255,7 +261,7 @@ class LogReader:
             step = self._below_header(hit)
         if step is None:
             self._no_step = (hit.offset, parse)
-            self.like_a_step = self.like_a_step if len(hit.line) > 1000 else hit.line
+            self._like_a_step = hit.line[: 4 * _TEXT]
             return False
         self._scanner.skip_line()  # its other anchors say nothing new
         attempt = self._current(hit)
@@ -296,6 +302,18 @@ class LogReader:
         attempt = self._current(hit)
         if attempt.framework in (None, "any"):
             attempt.add_step(Step("any", *place), Place(self.name, hit.number), None)
+
+    def _see_reward(self, hit: Hit) -> None:
+        """A line about rewards tells what is optimised; with a step in it, it is a step's of a
+        process that knows no loss, as those that only collect answers."""
+        step = rewarded(hit.line)
+        if step is None and self._attempt is None:
+            return
+        attempt = self._current(hit)
+        if step is not None and (attempt.last is None or attempt.last.loss is None):
+            attempt.add_step(step, Place(self.name, hit.number), None)
+            self._scanner.skip_line()
+        attempt.see_objective(hit.line)
 
     def _stretch(self, hit: Hit, now_s: float | None) -> None:
         """Count the lines that the hit stands for, and read the last of them."""
@@ -385,14 +403,14 @@ class LogReader:
         if time_s is not None:
             attempt.last_time_s = time_s
         rank, node = _rank_and_node(line)
-        if b"DUE TO NODE FAILURE" in line:
+        if b"DUE TO NODE FAILURE" in line and attempt.nodes != [node]:
             node = None  # who could write this lives
         if b"exitcode  :" in line:
             # torch elastic's report of the first failure names rank and host on the lines above.
             above = hit.context[max(hit.position - 300, 0) : hit.position]
             rank, node = _last_number(_ELASTIC_RANK, above), _last_name(_ELASTIC_HOST, above)
         if node is None and rank is None:
-            node = _ray_node(hit)
+            node = _ray_node(line, hit.context, hit.start + offset - hit.offset)
         if node is None and rank is not None and attempt.nodes and self.engine.tasks_per_node:
             index = rank // self.engine.tasks_per_node
             node = attempt.nodes[index] if index < len(attempt.nodes) else None
@@ -424,8 +442,7 @@ class LogReader:
         elif kind == "header":
             self._name_step(hit)
         elif kind == "objective":
-            if self._attempt is not None:
-                self._attempt.see_objective(hit.line)
+            self._see_reward(hit)
         elif kind == "resumed":
             attempt = self._current(hit)
             if not attempt.num_steps and not attempt.resumed and _RESUMED.search(hit.line):
@@ -519,15 +536,16 @@ def clean(line: bytes) -> str:
     return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
 
 
-def _ray_node(hit: Hit) -> str | None:
-    """The address of the node that Ray names beside a failure; None in a log that is not Ray's."""
-    if b"actor died unexpectedly" in hit.line:
-        after = _RAY_ACTOR.search(hit.context, hit.position, hit.position + 800)
+def _ray_node(line: bytes, context: bytes, at: int) -> str | None:
+    """The address of the node that Ray names beside the failure whose line is at `at`; None in a
+    log that is not Ray's."""
+    if b"actor died unexpectedly" in line:
+        after = _RAY_ACTOR.search(context, at, at + 800)
         return after[1].decode() if after else None
-    low = max(hit.position - 2000, 0)
-    if max(hit.context.rfind(word, low, hit.position) for word in (b"ray::", b"ip: ")) < 0:
+    low = max(at - 2000, 0)
+    if max(context.rfind(word, low, at) for word in (b"ray::", b"ip: ")) < 0:
         return None  # quickly: a log may have a hundred thousand failures
-    before = last_match(_RAY_CALL, hit.context, low, hit.position)
+    before = last_match(_RAY_CALL, context, low, at)
     return (before[1] or before[2]).decode() if before else None
 
 

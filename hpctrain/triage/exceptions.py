@@ -131,7 +131,8 @@ _CLASSES = tuple(
         ),
         (
             "communication",
-            rb"^(?:Dist\w*|Rendezvous\w*|Nccl|NCCL|Connection(?:Refused|Reset|Aborted"
+            rb"^(?:Client(?:Connect\w*|OS)|ServerDisconnected|RemoteProtocol|Connect|Dist\w*"
+            rb"|Rendezvous\w*|Nccl|NCCL|Connection(?:Refused|Reset|Aborted"
             rb"|Closed)?|BrokenPipe|Timeout|GetTimeout|Socket|Rpc|RPC|Ray(?:System"
             rb"|Channel\w*)|ObjectLost|OwnerDied|Gloo|IncompleteRead"
             rb"|RemoteDisconnected)(?:Error|Exception)?$|^(?:timeout|EOFError_\w*)$",

@@ -294,13 +294,26 @@ def loss_in(line: bytes) -> float | None:
     return None
 
 
+_REWARD = re.compile(
+    rb"[rR]eward['\"]?(?:[ /_](?:mean|avg|score))?" + _BETWEEN + rb"%s(?![\w.])" % _N
+)
+
+
+def rewarded(line: bytes) -> Step | None:
+    """`Step 7 | Reward 0.31`: a step of a policy, told without its loss."""
+    place = _ANY_STEP.search(line) if _REWARD.search(line) else None
+    if not place or _NAMES_EVAL.search(line):
+        return None
+    return Step("any", int(place[1]), int(place[2]) if place[2] else None)
+
+
 def place_in(line: bytes) -> tuple[int, int | None] | None:
     """(step, total) that a line tells, in the spellings people use."""
     found = _ANY_STEP.search(line) or _ANY_PLACE.search(line) or _TQDM.search(line)
     found = found or _EPOCH.search(line)
     if not found:
         return None
-    numbers = [number for number in found.groups() if number]
+    numbers = [_float(number) or 0.0 for number in found.groups() if number]
     return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else None
 
 

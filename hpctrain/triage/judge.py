@@ -114,13 +114,15 @@ def judge(
         what = (
             "there is no log, or it is empty"
             if empty
-            else f"nothing in the logs is about training{_last_words(engine)}"
+            else f"I read no step line that I know{_last_words(engine)}"
         )
         return Diagnosis(
             NOT_OBSERVED,
             what,
             "wait" if around.running else LOOK,
-            "see `hpctrain status`: is the job pending?",
+            "see `hpctrain status`: is the job pending?"
+            if empty
+            else "see the end of the log: `hpctrain logs`",
             verdicts=tuple(_nothing()),
             remarks=tuple(remarks),
         )
@@ -185,6 +187,9 @@ def _deciding(incidents: list[Incident], last: Attempt) -> tuple[Incident | None
 
 
 def _last_words(engine: Engine) -> str:
+    like = [reader.like_a_step for reader in engine.logs.values() if reader.like_a_step]
+    if like:
+        return f"; most like one is: {like[-1]}"
     words = [reader.last_words for reader in engine.logs.values() if reader.last_words]
     return f"; the last line: {words[-1]}" if words else ""
 
@@ -335,7 +340,10 @@ def _answer(
     elif red:
         verdict, summary = RED, f"{red[0].rule}: {red[0].detail}"
         action, advice = _health_action(red[0].rule, framework, bool(around.running))
-    elif trained and any(v.rule == "loss_finite" and v.verdict == GREEN for v in verdicts):
+    elif trained and (
+        subject.objective == "policy"
+        or any(v.rule == "loss_finite" and v.verdict == GREEN for v in verdicts)
+    ):
         verdict, summary = GREEN, "it trains, and no rule objects"
         action, advice = ("wait", "nothing to do") if around.running else ("none", "nothing to do")
         if not around.running and not subject.reached_end and attempts[-1].exit_code is None:
