@@ -76,7 +76,9 @@ _ANY_STEP = re.compile(
 )
 # `Epoch: [0][415/1736]`, `Train: 0 [  50/1251 (4%)]`, as loops for images print it; torchtune's bar
 _ANY_PLACE = re.compile(
-    rb"\[ *(\d+)/ *(\d+)(?=[\] (])|(?<![\d|])\d+\|(\d+)\|Loss|(?<![\d/])(\d+)/(\d+) \xe2\x94\x81"
+    rb"\[ *(\d+)/ *(\d+)(?=[\] (])|(?<![\d|])\d+\|(\d+)\|Loss"
+    rb"|(?<![\d/])(\d+)/(\d+) \xe2\x94\x81"
+    rb"|(\d+(?:\.\d+)?[kM]?)it/(\d+(?:\.\d+)?[kM]?)it\b"
 )
 _EPOCH = re.compile(rb"\b[Ee]poch[ :=\[#]+(\d+)(?:\s*(?:/|of)\s*(\d+))?")
 _ANY_NORM = re.compile(
