@@ -26,7 +26,7 @@ def command(
     """
     from hpctrain.config.pipeline import is_pipeline
     from hpctrain.jobs.pipeline.stages import load_pipeline
-    from hpctrain.plan.check import find_problems
+    from hpctrain.plan.check import find_problems, problems_between
     from hpctrain.plan.load import load_plan
 
     stages = is_pipeline(run_yaml)
@@ -35,7 +35,8 @@ def command(
             runs = [stage.loaded for stage in load_pipeline(run_yaml, assignments, out_dir).stages]
         else:
             runs = [load_plan(run_yaml, assignments, out_dir)]
-        found = list(dict.fromkeys(problem for loaded in runs for problem in find_problems(loaded)))
+        each = [problem for loaded in runs for problem in find_problems(loaded)]
+        found = list(dict.fromkeys([*problems_between(runs), *each]))
         invalid = any(loaded.plan.errors for loaded in runs)
     except errors.UsageError as error:
         found, invalid = list(error.problems), True

@@ -9,7 +9,7 @@ import shlex
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from hpctrain.base.errors import Problem, Refused, UsageError
 from hpctrain.config.run import RunSpec
@@ -18,10 +18,14 @@ from hpctrain.config.site import Site
 from hpctrain.config.trust import find_doubt
 from hpctrain.plan.checkpoints import checkpoint_problems
 from hpctrain.plan.load import Loaded
+from hpctrain.plan.look.looks import look
+from hpctrain.plan.look.program import shared_copies
+from hpctrain.plan.look.reading import Reader, waited
 from hpctrain.plan.make import Plan
 from hpctrain.plan.render import render
 from hpctrain.plan.template_cache import template_cache
 from hpctrain.recipes.contract import HubRepo
+from hpctrain.recipes.facts import Copy
 from hpctrain.runtime import hubcache
 from hpctrain.slurm import answers
 from hpctrain.slurm import commands as slurm
@@ -37,11 +41,11 @@ def find_problems(loaded: Loaded) -> list[Problem]:
     """
     plan = loaded.plan
     here = at_site(plan.site)
+    reader = Reader()
     found = [
         *plan.problems,
         *_placeholders(plan),
-        *_files(plan, here),
-        *checkpoint_problems(plan),
+        *waited(reader, lambda: _seen(plan, here, reader)),
         *secret_problems(plan),
         *_neighbours(plan),
         *shell_problems(os.environ, {one.option: one.value for one in plan.directives}),
@@ -55,6 +59,25 @@ def find_problems(loaded: Loaded) -> list[Problem]:
             found += _ask_slurm(plan, job, here)
     order = {"error": 0, "warning": 1, "note": 2}
     return sorted(dict.fromkeys(found), key=lambda problem: order[problem.level])
+
+
+def problems_between(loaded: Sequence[Loaded]) -> list[Problem]:
+    """What the stages of a pipeline cannot all have: one working copy at two versions."""
+    copies = [
+        (one.plan.spec.name, fact)
+        for one in loaded
+        for fact in one.plan.resolved.facts
+        if isinstance(fact, Copy)
+    ]
+    return list(shared_copies(copies))
+
+
+def _seen(plan: Plan, here: bool, reader: Reader) -> Iterator[Problem]:
+    """What the file system says: what is missing, what is damaged, what does not fit the run."""
+    yield from _files(plan, here, reader)
+    yield from look(plan, here, reader)
+    reader.turn_to(plan.spec.checkpoint_dir or plan.run_dir)
+    yield from checkpoint_problems(plan)
 
 
 def at_site(site: Site) -> bool:
@@ -72,13 +95,14 @@ def at_site(site: Site) -> bool:
     return not match["hostnames"] and slurm.have("sbatch")
 
 
-def _files(plan: Plan, here: bool) -> Iterator[Problem]:
+def _files(plan: Plan, here: bool, reader: Reader) -> Iterator[Problem]:
     spec = plan.spec
     level, suffix = (
         ("error", "") if here else ("note", f", which is no surprise away from {plan.site.name}")
     )
 
     def missing(what: str, path: str, where: str, hint: str = "") -> Problem:
+        reader.turn_to(path)
         return Problem(f"the {what} `{path}` is not there{suffix}", where, hint=hint, level=level)
 
     if spec.container and not os.path.exists(spec.container):
@@ -86,15 +110,7 @@ def _files(plan: Plan, here: bool) -> Iterator[Problem]:
     handed = spec.handed is not None and spec.handed.hand_over == "checkpoint"
     if spec.checkpoint_start and not handed and not os.path.isdir(spec.checkpoint_start):
         yield missing("start checkpoint", spec.checkpoint_start, spec.where("checkpoint", "start"))
-    if spec.checkpoint_dir and not os.path.isdir(spec.checkpoint_dir):
-        parent = _nearest_existing(spec.checkpoint_dir)
-        if not os.access(parent, os.W_OK):
-            yield missing(
-                "checkpoint folder",
-                spec.checkpoint_dir,
-                spec.where("checkpoint", "dir"),
-                "and it cannot be made here",
-            )
+    yield from _checkpoint_folder(plan, here, reader)
     if spec.after_each and not os.path.isfile(spec.after_each):
         yield missing(
             "script of `chain.after_each`", spec.after_each, spec.where("chain", "after_each")
@@ -126,6 +142,31 @@ def _files(plan: Plan, here: bool) -> Iterator[Problem]:
             repo.home, hubcache.Repo(repo.kind, repo.repo_id, repo.revision)
         ):
             yield missing(f"{repo.what} `{repo.repo_id}`:", path, repo.where, _download_hint(repo))
+
+
+def _checkpoint_folder(plan: Plan, here: bool, reader: Reader) -> Iterator[Problem]:
+    """A checkpoint folder that can never be made, or not by this user."""
+    spec = plan.spec
+    path, where = spec.checkpoint_dir, spec.where("checkpoint", "dir")
+    if not path:
+        return
+    reader.turn_to(path)
+    parent = _nearest_existing(path)
+    if not os.path.isdir(parent):
+        what = "is a file" if parent == path else f"would lie inside the file `{parent}`"
+        yield Problem(f"the checkpoint folder `{path}` {what}", where, hint="name a folder")
+    elif path.split(os.sep)[1:2][0] in ("proc", "sys", "dev"):
+        why = "the kernel makes what is there; nothing can be kept in it"
+        yield Problem(f"the checkpoint folder `{path}` is on no disk", where, why)
+    elif not os.access(parent, os.W_OK):
+        gone = "" if parent == path else " is not there and"
+        away = "" if here else f", which is no surprise away from {plan.site.name}"
+        yield Problem(
+            f"the checkpoint folder `{path}`{gone} cannot be written{away}",
+            where,
+            why=f"`{parent}` is not yours to write",
+            level="error" if here else "note",
+        )
 
 
 def _yet_to_be_made(spec: RunSpec, path: str) -> bool:

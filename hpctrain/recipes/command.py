@@ -11,6 +11,7 @@ from hpctrain.base.text import text_problem
 from hpctrain.config.decision import Decision
 from hpctrain.config.run import absolute
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
+from hpctrain.recipes.facts import Program
 from hpctrain.recipes.own_layout import read_layout
 
 
@@ -88,6 +89,17 @@ def resolve(context: Context) -> Resolved:
         template={"forward_signal": options["signal"]},
         model=absolute(options["model_dir"], spec.base_dir) if options["model_dir"] else None,
         paths=(("working directory", workdir, spec.where("recipe_options", "workdir")),),
+        facts=(
+            Program(
+                tuple(options["argv"]),
+                workdir,
+                where,
+                tuple(
+                    spec.where("recipe_options", "argv", index)
+                    for index in range(len(options["argv"]))
+                ),
+            ),
+        ),
         decisions=(
             Decision("step.argv", list(options["argv"]), "recipe_options.argv", where),
             Decision(

@@ -18,6 +18,7 @@ from hpctrain.config.document import Document
 from hpctrain.config.recipe import Recipe
 from hpctrain.config.run import RunSpec
 from hpctrain.config.site import NodeType, Site
+from hpctrain.recipes.facts import Fact
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Resolved:
     makes itself and a container must see. `placeholders`: path -> what a rehearsal writes there,
     where the job reads more than the file's name. `model`: the folder in which the finished run
     leaves its model in Hugging Face format, which a later stage of a pipeline may take; None where
-    it leaves none.
+    it leaves none. `facts`: what the job will open, for `check` to open before.
     """
 
     argv: tuple[str, ...] = ()
@@ -150,6 +151,7 @@ class Resolved:
     binds: tuple[tuple[str, str], ...] = ()
     placeholders: Mapping[str, str] = field(default_factory=dict)
     model: str | None = None
+    facts: tuple[Fact, ...] = ()
     decisions: tuple[Decision, ...] = ()
     problems: tuple[Problem, ...] = ()
 

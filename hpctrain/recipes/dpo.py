@@ -10,10 +10,12 @@ from hpctrain.base.errors import Problem
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document
 from hpctrain.config.run import absolute
-from hpctrain.config.trainers.dpo import FIELDS, DpoConfig, parse_config
+from hpctrain.config.trainers.dpo import FAMILIES, FIELDS, DpoConfig, parse_config
 from hpctrain.recipes import trainer_config
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
+from hpctrain.recipes.facts import Fact, Model, Rows
 from hpctrain.recipes.sft import signal_name
+from hpctrain.recipes.trainer_config import extra_packages
 
 CONFIG = "config_dpo.yaml"
 
@@ -95,6 +97,7 @@ def resolve(context: Context) -> Resolved:
         cadence=Cadence(training["max_steps"], training["save_steps"], saves_on_signal=True),
         paths=_paths(config, document),
         model=os.path.join(config.mount_dir or context.run_dir, "dpo_model"),
+        facts=_facts(config, document, context),
         decisions=_decisions(config, document, context),
         problems=tuple(problems),
     )
@@ -119,6 +122,47 @@ def _paths(config: DpoConfig, document: Document) -> tuple[tuple[str, str, str],
         ),
     ]
     return tuple((what, path, where) for what, path, where in named if path and os.path.isabs(path))
+
+
+# What a pair may look like (hpctrain/train/dpo/records.py `parse_record`), the commonest first.
+_SHAPES = (
+    {"prompt": "reply", "chosen": "reply", "rejected": "reply"},
+    {"question": "text", "chosen": "reply", "rejected": "reply"},
+    {"chosen": "messages", "rejected": "messages"},
+)
+
+
+def _facts(config: DpoConfig, document: Document, context: Context) -> tuple[Fact, ...]:
+    """What `check` opens: the pairs, both models, and what of the environment the config asks."""
+    where, name = document.where, config.dataset["dataset_name"]
+    where_name = where("dataset", "dataset_name")
+    handed = context.spec.handed.model if context.spec.handed else None
+    models = [
+        Model(
+            what,
+            path,
+            document.where(key),
+            FAMILIES,
+            "the recipes hf-sft and open-instruct-dpo train any family that transformers knows",
+            config.dataset["max_len"],
+            where("dataset", "max_len"),
+            full_precision=True,
+        )
+        for what, path, key in (
+            ("policy", config.policy_name, "policy_name"),
+            ("reference", config.ref_name, "ref_name"),
+        )
+        if path and os.path.isabs(path) and path != handed
+    ]
+    pairs = Rows(
+        ((name, where_name),) if name and os.path.isabs(name) else (),
+        _SHAPES,
+        split=config.dataset["split"],
+        where_split=where("dataset", "split"),
+    )
+    attention = config.training["attention"]
+    wanted = extra_packages(context, document, config.wandb_project, attention, "dpo_training")
+    return (pairs, *models, wanted)
 
 
 def _decisions(config: DpoConfig, document: Document, context: Context) -> tuple[Decision, ...]:

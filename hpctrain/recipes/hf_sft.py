@@ -21,7 +21,9 @@ from hpctrain.config.trainers.trl import (
 )
 from hpctrain.recipes import hf_estimate, trainer_config
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
+from hpctrain.recipes.facts import Fact, Model, Rows
 from hpctrain.recipes.sft import signal_name
+from hpctrain.recipes.trainer_config import extra_packages
 
 CONFIG = "config_sft.yaml"
 _STAGE = "{tmp}/{user}-{job}-data"
@@ -93,6 +95,7 @@ def resolve(context: Context) -> Resolved:
         paths=_paths(config, document),
         binds=_binds(config, str(options["stage"])),
         model=config.export_dir,
+        facts=_facts(config, document, context),
         decisions=(*_decisions(config, document, context), decided, *estimated),
         problems=tuple(problems),
     )
@@ -219,6 +222,45 @@ def _paths(config: HfSftConfig, document: Document) -> tuple[tuple[str, str, str
         ("training data", config.dataset_path, document.where("dataset_path")),
     ]
     return tuple((what, path, where) for what, path, where in named if path and os.path.isabs(path))
+
+
+# What a row may look like (hpctrain/train/trl/rows.py), in the order in which the trainer asks.
+_SHAPES = (
+    {"messages": "messages"},
+    {"conversations": "messages"},
+    {"prompt": "reply", "completion": "reply"},
+    {"text": "text"},
+    {"input_ids": "ids"},
+)
+
+
+def _facts(config: HfSftConfig, document: Document, context: Context) -> tuple[Fact, ...]:
+    """What `check` opens: the rows, the base, and what of the environment the config asks."""
+    where, base, path = document.where, config.model_name, config.dataset_path
+    handed = context.spec.handed.model if context.spec.handed else None
+    local = bool(base) and os.path.isabs(base) and base != handed
+    rows = Rows(
+        ((path, where("dataset_path")),) if path and os.path.isabs(path) else (),
+        _SHAPES,
+        count=config.dataset_rows,
+        where_count=where("dataset_rows"),
+        template_of=base if local else None,
+    )
+    model = Model(
+        "base",
+        base,
+        where("model_name"),
+        length=config.max_length,
+        where_length=where("max_length"),
+    )
+    others = {}
+    if config.values["engine"] == "unsloth":
+        others["unsloth"] = ("`engine: unsloth`", where("engine"))
+    if "8bit" in str(config.values["optim"]) or "paged" in str(config.values["optim"]):
+        others["bitsandbytes"] = (f"`optim: {config.values['optim']}`", where("optim"))
+    project, attention = config.values["wandb_project"], str(config.values["attention"])
+    wanted = extra_packages(context, document, project, attention, others=others)
+    return (rows, *([model] if local else []), wanted)
 
 
 def _decisions(config: HfSftConfig, document: Document, context: Context) -> tuple[Decision, ...]:

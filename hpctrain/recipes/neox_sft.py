@@ -128,6 +128,7 @@ def resolve(context: Context) -> Resolved:
             ),
             "export": exporting,
         },
+        facts=data.facts(draft, spec, folder, shape.data),
         paths=launch.needed_paths(draft, spec, folder, train_script, starter)
         + _activation(context),
         decisions=(

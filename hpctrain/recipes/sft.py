@@ -13,9 +13,11 @@ from hpctrain.config import text
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document
 from hpctrain.config.run import absolute
-from hpctrain.config.trainers.sft import SftConfig, parse_config, resolve_batch
+from hpctrain.config.trainers.sft import FAMILIES, SftConfig, parse_config, resolve_batch
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.datafiles import indexed_problems
+from hpctrain.recipes.facts import Fact, Indexed, Masks, Model
+from hpctrain.recipes.trainer_config import extra_packages
 
 CONFIG = "config.yml"
 # run.yaml says these elsewhere, so that `check` knows them as paths and as data.
@@ -113,9 +115,53 @@ def resolve(context: Context) -> Resolved:
             else ()
         ),
         model=config.export_dir,
+        facts=_facts(config, document, context),
         decisions=_decisions(config, context),
         problems=tuple(problems),
     )
+
+
+def _facts(config: SftConfig, document: Document, context: Context) -> tuple[Fact, ...]:
+    """What `check` opens: the data sets, the model, and what of the environment the config asks."""
+    where, where_model = document.where, context.spec.where("recipe_options", "model")
+    rows = config.train_iters and config.train_batch_size
+    prefixes = tuple(
+        (prefix, context.spec.where("data", "train", number))
+        for number, prefix in enumerate(config.train_data_paths)
+    )
+    one_file = config.model.endswith(".json")
+    data = Indexed(
+        prefixes,
+        config.seq_length,
+        where("seq_length"),
+        masks=Masks(
+            config.loss_mask_pairs,
+            config.loss_mask_alternating_individual,
+            config.loss_mask_individual,
+            where("loss_mask_pairs"),
+            where("loss_mask_alternating_individual"),
+            where("loss_mask_individual"),
+        ),
+        tokenizer=config.tokenizer,
+        where_tokenizer=context.spec.where("recipe_options", "tokenizer"),
+        rows=(config.train_iters or 0) * (config.train_batch_size or 0) if rows else None,
+        where_rows=where("train_iters"),
+        config=config.model if one_file else os.path.join(config.model, "config.json"),
+        where_config=where_model,
+    )
+    model = Model(
+        "model",
+        config.model,
+        where_model,
+        FAMILIES,
+        "the recipe hf-sft trains any family that transformers knows",
+        config.seq_length,
+        where("seq_length"),
+        weights=config.init == "pretrained",
+        tokenizer=False,
+        full_precision=True,
+    )
+    return data, model, extra_packages(context, document, config.wandb_project, config.attention)
 
 
 # `init` in the words of the guard, as `hpctrain.train.sft.loop` decides it.

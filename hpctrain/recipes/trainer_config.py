@@ -12,6 +12,7 @@ from hpctrain.config.document import Document, Path, merge
 from hpctrain.config.fields import Field
 from hpctrain.recipes.contract import Context
 from hpctrain.recipes.datafiles import row_problems
+from hpctrain.recipes.facts import Packages
 
 
 def layered(context: Context, what: str, *key: str) -> tuple[Document, list[Problem]]:
@@ -61,6 +62,26 @@ def layered(context: Context, what: str, *key: str) -> tuple[Document, list[Prob
         ),
         problems,
     )
+
+
+def extra_packages(
+    context: Context,
+    document: Document,
+    wandb_project: str | None,
+    attention: str,
+    *section: str,
+    others: Mapping[str, tuple[str, str]] | None = None,
+) -> Packages:
+    """What a config asks of the environment beside the recipe's own needs; the attention stands in
+    its `section`."""
+    wanted = dict(others or {})
+    if wandb_project:
+        wanted["wandb"] = (f"`wandb_project: {wandb_project}`", document.where("wandb_project"))
+    if attention == "flash_attention_2":
+        where = document.where(*section, "attention")
+        wanted["flash-attn"] = ("`attention: flash_attention_2`", where)
+    where_python = context.spec.where("recipe_options", "python")
+    return Packages(str(context.options["python"]), where_python, wanted)
 
 
 def config_text(

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import Problem
+from hpctrain.base.parquet import NoParquet, read_footer
 from hpctrain.base.paths import shipped_text
 from hpctrain.base.text import text_problem
 from hpctrain.config.decision import Decision
 from hpctrain.config.run import RunSpec, absolute
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
+from hpctrain.recipes.facts import Copy, Fact, Model, Packages, Rows
 from hpctrain.recipes.verl import checks, hydra, keys
 from hpctrain.recipes.verl.checks import Where
 from hpctrain.recipes.verl.presets import BRANCHES, SHAPE_KEYS, SIZES, ModelShape, overrides_of
@@ -95,8 +97,9 @@ def resolve(context: Context) -> Resolved:
     begin, found = _start(context)
     problems += found
     start = begin.step
-    target, steps = _target(values, options["records"])
-    problems += _length_problems(context, values, where, target, start, own)
+    records = options["records"] or _rows_there(spec.data.get("train", ()))
+    target, steps = _target(values, records)
+    problems += _length_problems(context, values, where, target, start, own, records)
     branch = options["branch"] or BRANCHES[stage]
     verl = absolute(options["verl"], spec.base_dir)
     configs, found = _configs(values, where, spec.name, validates="trainer.val_before_train" in own)
@@ -148,6 +151,7 @@ def resolve(context: Context) -> Resolved:
             "start_model": os.path.join(spec.checkpoint_dir or "", START_MODEL),
         },
         paths=_paths(context, verl),
+        facts=_facts(context, values, where, verl, branch),
         decisions=(
             *_decisions(context, values, where, target, steps, start, branch, per_node, own),
             *memory,
@@ -485,8 +489,9 @@ def _length_problems(
     target: int | None,
     start: int | None,
     own: Mapping[str, Any],
+    records: int | None,
 ) -> list[Problem]:
-    spec, records, batch = context.spec, context.options["records"], values.get(checks.TRAIN_BATCH)
+    spec, batch = context.spec, values.get(checks.TRAIN_BATCH)
     at = where(LENGTHS[0]) if LENGTHS[0] in own else where(LENGTHS[1])
     if not isinstance(values.get(LENGTHS[1]), int) or not isinstance(batch, int):
         return []  # said already, and nothing follows from it
@@ -505,7 +510,10 @@ def _length_problems(
                 f"a chain of {spec.num_links} jobs must know when the run is done, and"
                 " `total_epochs` does not tell",
                 where("trainer.total_epochs"),
-                hint="give `recipe_options: {records: …}`, the rows of the training data",
+                hint=(
+                    "give `recipe_options: {records: …}`, the rows of the training data, which are"
+                    " not here to be counted"
+                ),
             )
         ]
     if target is not None and target < 1:
@@ -563,6 +571,59 @@ def _paths(context: Context, verl: str) -> tuple[tuple[str, str, str], ...]:
             for index, path in enumerate(spec.data.get(kind, ()))
         ]
     return tuple(out)
+
+
+def _rows_there(files: Sequence[str]) -> int | None:
+    """Rows of the training data by the files' footers, None where one cannot be read from here."""
+    try:
+        footers = [read_footer(path) for path in files if os.path.isfile(path)]
+    except (OSError, NoParquet):
+        return None
+    seen = [footer.rows for footer in footers if footer]
+    return sum(seen) if seen and len(seen) == len(files) else None
+
+
+def _facts(
+    context: Context, values: Mapping[str, Any], where: Where, verl: str, branch: str
+) -> tuple[Fact, ...]:
+    """What `check` opens: rows, models, the working copy, and what of the environment is asked."""
+    spec, options = context.spec, context.options
+    stage_at = spec.where("recipe_options", "stage")
+    prompt = str(values.get("data.prompt_key"))
+    columns = {prompt: "messages", "teacher_response": "text"}
+    found: list[Fact] = [
+        Rows(
+            tuple((path, spec.where("data", kind, at)) for at, path in enumerate(spec.data[kind])),
+            (columns if kind == "train" else {prompt: "messages"},),
+            count=options["records"] if kind == "train" else None,
+            where_count=spec.where("recipe_options", "records"),
+        )
+        for kind in ("train", "valid")
+        if spec.data.get(kind)
+    ]
+    found += [
+        Model(
+            what,
+            absolute(options[name], spec.base_dir),
+            spec.where("recipe_options", name),
+            full_precision=True,
+        )
+        for name, what in (("model", "student"), ("reward_model", "critic's model"))
+        if options[name]
+    ]
+    where_branch = spec.where("recipe_options", "branch") if options["branch"] else stage_at
+    why = f"stage {options['stage']} trains with the branch `{branch}` of GAD's verl"
+    copy_at = spec.where("recipe_options", "verl")
+    found.append(Copy(verl, copy_at, branch, where_wanted=where_branch, why=why))
+    wanted = {}
+    if "wandb" in (values.get("trainer.logger") or ()):
+        wanted["wandb"] = ("`trainer.logger` has it", where("trainer.logger"))
+    if values.get("actor_rollout_ref.model.use_remove_padding"):
+        key = "actor_rollout_ref.model.use_remove_padding"
+        wanted["flash-attn"] = ("`use_remove_padding` needs it", where(key))
+    where_python = spec.where("recipe_options", "python")
+    found.append(Packages(str(options["python"]), where_python, wanted))
+    return tuple(found)
 
 
 def _decisions(

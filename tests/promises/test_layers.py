@@ -56,6 +56,7 @@ IMPURE = {
     "config.new_run",
     "config.trust",
     "plan.check",
+    "plan.look.reading",
     "plan.run_dir",
     "plan.template_cache",
 }

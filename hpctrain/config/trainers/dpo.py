@@ -19,6 +19,9 @@ from hpctrain.config.document import Document, load_yaml
 from hpctrain.config.fields import Field
 from hpctrain.config.trainers.sft import SftConfig, also, check_numbers, stop_signal_problems
 
+# Values of `model_type`: their logits are `lm_head(last hidden state)` and nothing more, which the
+# tests compare for each.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "olmo2", "phi3")
 _DATASET = {
     "dataset_name": Field(
         "text",

@@ -18,6 +18,8 @@ from hpctrain.base.errors import Problem, UsageError
 from hpctrain.config.document import Document, load_yaml, looks_like_float
 from hpctrain.config.fields import Field, check
 
+# The values of `model_type` whose layers the trainer knows.
+FAMILIES = ("llama", "gpt_neox")
 _TOKEN = Field("int", "a token id", minimum=0)
 
 

@@ -3,10 +3,13 @@ samples stay whole."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from hpctrain.config.run import RunSpec
+from hpctrain.recipes.facts import Fact, Indexed, Masks
 from hpctrain.recipes.neox.draft import RUN, Draft
 
 SPLITS = ("train", "valid", "test")
@@ -321,3 +324,70 @@ def check_tokenizer(draft: Draft) -> None:
         )
     if kind.lower() == "gpt2bpetokenizer" and draft.missing("merge_file"):
         draft.error(f"`merge_file` is missing, and {kind} needs it", "tokenizer_type")
+
+
+def facts(draft: Draft, spec: RunSpec, folder: str, data_parallel: int | None) -> tuple[Fact, ...]:
+    """What `check` opens: the data of each split, with all that must fit it. Paths that are
+    relative are relative to NeoX's `folder`."""
+    found = []
+    for split in SPLITS:
+        key = f"{split}_data_paths"
+        paths = draft.values.get(key)
+        if not isinstance(paths, list) or (split != "train" and not spec.data.get(split)):
+            continue  # the training data stands in
+        given = bool(spec.data.get(split))
+        prefixes = tuple(
+            (
+                os.path.join(folder, path),
+                spec.where("data", split, index) if given else draft.where(key, index),
+            )
+            for index, path in enumerate(paths)
+            if isinstance(path, str) and path
+        )
+        vocabulary = draft.values.get("vocab_file")
+        found.append(
+            Indexed(
+                prefixes,
+                draft.number("seq_length"),
+                draft.where("seq_length"),
+                packed=str(draft.get("pack_impl") or "").lower() != "unpacked",
+                skips=str(draft.get("pack_impl") or "").lower() == PACKING["tilde"],
+                masks=_mask_facts(draft),
+                needs_eod=_needs_eod(draft, spec),
+                tokenizer=os.path.join(folder, str(vocabulary)) if _sentencepiece(draft) else None,
+                where_tokenizer=draft.where("vocab_file"),
+                rows=_rows(draft, data_parallel) if split == "train" else None,
+                where_rows=draft.where("train_iters"),
+            )
+        )
+    return tuple(found)
+
+
+def _mask_facts(draft: Draft) -> Masks | None:
+    """The masks of the fork, the only ones that go by token ids; labels mask by themselves."""
+    if draft.flavor != "tilde" or draft.given("train_label_data_paths"):
+        return None
+    ids = [tuple(draft.values.get(key) or ()) for key in _MASK_KEYS]
+    pairs, individual, alternating = ids
+    return Masks(pairs, alternating, individual, *(draft.where(_MASK_KEYS[at]) for at in (0, 2, 1)))
+
+
+def _needs_eod(draft: Draft, spec: RunSpec) -> str:
+    """Why every document must end with its token. The fork cuts attention at it where
+    CURSE_ATTENTION is set, as the recipe does by itself."""
+    if draft.flavor == "tilde" and str(spec.env.get("CURSE_ATTENTION", "1")) not in ("", "0"):
+        return "CURSE_ATTENTION cuts a row at that token: without it documents see each other"
+    if draft.get("reset_attention_mask") or draft.get("eod_mask_loss"):
+        return "`reset_attention_mask` and `eod_mask_loss` go by that token"
+    return ""
+
+
+def _sentencepiece(draft: Draft) -> bool:
+    kind = str(draft.get("tokenizer_type") or "").lower()
+    return kind == "spmtokenizer" and isinstance(draft.values.get("vocab_file"), str)
+
+
+def _rows(draft: Draft, data_parallel: int | None) -> int | None:
+    """Rows that the run trains on in all."""
+    iterations, batch = draft.number("train_iters"), draft.number("train_batch_size")
+    return iterations * batch if iterations and batch and data_parallel else None

@@ -13,6 +13,7 @@ import re
 
 from hpctrain.base.paths import shipped_text
 from hpctrain.recipes.contract import Cadence, Context, Guard, HubRepo, Resolved
+from hpctrain.recipes.facts import Copy, Fact, Model, Packages, Rows
 from hpctrain.recipes.open_instruct import data, launch, training
 from hpctrain.recipes.open_instruct.arguments import (
     describe_unknown,
@@ -116,6 +117,7 @@ def resolve(context: Context) -> Resolved:
             "hf_home": hf_home,
         },
         paths=tuple(paths),
+        facts=_facts(draft, folder, model, mixer),
         hub=repos,
         model=spec.checkpoint_dir,
         binds=(("cache folder", cache_dir),),
@@ -123,6 +125,57 @@ def resolve(context: Context) -> Resolved:
         decisions=tuple(draft.decisions),
         problems=tuple(draft.problems),
     )
+
+
+# Arguments that need a package which is no part of open-instruct's own needs.
+_SWITCHES = {
+    "use_8bit_optimizer": "bitsandbytes",
+    "use_qlora": "bitsandbytes",
+    "dpo_use_paged_optimizer": "bitsandbytes",
+    "use_liger_kernel": "liger-kernel",
+    "with_tracking": "wandb",
+}
+
+
+def _facts(draft: Draft, folder: str, model: data.Model, mixer: list[str]) -> tuple[Fact, ...]:
+    """What `check` opens: rows, model, working copy, and what of the environment is asked."""
+    spec, names = draft.spec, draft.names
+    given = spec.data.get("train")
+    files = tuple(
+        (path, spec.where("data", "train", at) if given else draft.where(names.mixer, 2 * at))
+        for at, path in enumerate(mixer[::2])
+        if os.path.isabs(path)
+    )
+    shape = {"chosen": "messages", "rejected": "messages"}
+    if draft.program == SFT:
+        shape = {str(draft.get("sft_messages_key") or "messages"): "messages"}
+    found: list[Fact] = []
+    if draft.values.get(names.transform) is None:  # others read other columns
+        found.append(Rows(files, (shape,)))
+    commit = str(draft.options["commit"])
+    copy_at, commit_at = draft.option_where("dir"), draft.option_where("commit")
+    why = "the arguments are checked against that commit, and each job compares it"
+    found.append(Copy(folder, copy_at, commit=commit, where_wanted=commit_at, why=why))
+    handed = spec.handed is not None and model.folder == spec.handed.model
+    if model.folder and not handed:
+        length, where_length = draft.count("max_seq_length"), draft.where("max_seq_length")
+        found.append(
+            Model(
+                "model",
+                model.folder,
+                model.where,
+                length=length,
+                where_length=where_length,
+                full_precision=True,
+            )
+        )
+    wanted = {
+        package: (f"`{name}`", draft.where(name))
+        for name, package in _SWITCHES.items()
+        if draft.values.get(name) is True
+    }
+    where_python = draft.option_where("python")
+    return (*found, Packages(str(draft.options["python"]), where_python, wanted))
 
 
 def _check_program(draft: Draft) -> None:

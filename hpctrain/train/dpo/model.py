@@ -15,12 +15,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hpctrain.base.errors import UsageError
+from hpctrain.config.trainers.dpo import FAMILIES
 from hpctrain.train.dpo.batches import Rows
 from hpctrain.train.sft import model as whole
 from hpctrain.train.sft.model import has_weights, read_model_config
 
-# Their logits are `lm_head(last hidden state)` and nothing more, which the tests compare for each.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "olmo2", "phi3")
 # Fp32 numbers that exist at once (256 MiB); more are computed in parts, and again in the backward
 # pass
 MAX_LOGITS = 2**26

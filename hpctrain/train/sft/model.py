@@ -17,10 +17,8 @@ import transformers
 from torch import nn
 
 from hpctrain.base.errors import Problem, UsageError
-from hpctrain.config.trainers.sft import SftConfig
+from hpctrain.config.trainers.sft import FAMILIES, SftConfig
 from hpctrain.train.sft.data import MicroBatch
-
-FAMILIES = ("llama", "gpt_neox")
 
 
 class SftForward:
