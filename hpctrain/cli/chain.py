@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @common.out_dir
 @common.set_option
 @common.force
+@common.no_check
 @common.dry_run
 @common.yes
 @common.as_json
@@ -46,11 +47,12 @@ def command(
     out_dir: str | None,
     assignments: tuple[str, ...],
     force: bool,
+    no_check: bool,
     dry_run: bool,
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Render, bootstrap and queue a whole chain of jobs; each link decides as it starts what there
+    """Check, render, bootstrap and queue a whole chain of jobs; each link decides as it starts what there
     is to do.
 
     Running it again submits only what is missing: also after a give-up, a cancel, or a stop whose
@@ -62,6 +64,7 @@ def command(
     hpctrain chain --extend 3 --exclude-bad
     """
     from hpctrain.jobs import bad_nodes, chain
+    from hpctrain.plan import gate
     from hpctrain.plan.load import load_plan
 
     num_links = _number(jobs)
@@ -71,13 +74,16 @@ def command(
             hint="--extend adds links to those on record",
         )
     loaded = load_plan(run_yaml, assignments, out_dir)
-    common.require_valid(loaded.plan)
+    checked = common.require_sound([loaded], no_check)
     run_dir = loaded.plan.run_dir
     with chain.readable(run_dir):
         plan, said = chain.prepare(loaded, force, dry_run)
     for line in said:
         terminal.info(line)
-    found = chain.plan_chain(run_dir, plan, num_links, extend, jobs == "auto", force)
+    found = chain.plan_chain(run_dir, plan, num_links, extend, jobs == "auto", force, no_check)
+    if found.total > loaded.plan.spec.num_links:
+        as_queued = (*assignments, f"chain.jobs={found.total}")
+        gate.require_sound_as_queued(load_plan(run_yaml, as_queued, out_dir), loaded)
     hours, unit = found.hours
     if not as_json:
         shown = [
@@ -104,7 +110,7 @@ def command(
             common.ask(f"Submit {len(found.new)} links for up to {hours:.0f} {unit}?")
         exclude = bad_nodes.merged("", found.bad_nodes) if exclude_bad and found.bad_nodes else ""
         changed = chain.exclude_bad(run_dir, found.bad_nodes) if exclude else []
-        ids = chain.submit_chain(found, exclude)
+        ids = chain.submit_chain(found, exclude, waived=checked.waived)
         if changed:
             terminal.info(f"waiting links that will not get {exclude}: {' '.join(changed)}")
         new = [ids[link, "link"] for link in found.new]

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hpctrain.base import terminal
-from hpctrain.base.errors import Refused, UsageError
+from hpctrain.base.errors import Refused
 
-if TYPE_CHECKING:
-    from hpctrain.plan.make import Plan  # not at run time: `--help` of a verb needs none of it
+if TYPE_CHECKING:  # not at run time: `--help` of a verb needs none of it
+    from hpctrain.plan.gate import Checked
+    from hpctrain.plan.load import Loaded
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -36,6 +37,9 @@ out_dir = click.option(
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 dry_run = click.option("--dry-run", is_flag=True, help="Do everything but the one effect.")
 force = click.option("--force", is_flag=True, help="Replace what an earlier render wrote.")
+no_check = click.option(
+    "--no-check", is_flag=True, help="Go on although `check` finds errors; the ledger keeps them."
+)
 yes = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 
 
@@ -74,8 +78,11 @@ def ask(question: str) -> None:
         raise Refused("nothing was submitted")
 
 
-def require_valid(plan: Plan) -> None:
-    """Say the plan's warnings; raise UsageError with all its problems when it has errors."""
-    if plan.errors:
-        raise UsageError(plan.problems)
-    terminal.problems(plan.problems)
+def require_sound(runs: Sequence[Loaded], no_check: bool) -> Checked:
+    """Check the runs and say what there is to remark. Raises UsageError, or Refused, where `check`
+    finds errors."""
+    from hpctrain.plan import gate
+
+    checked = gate.require_sound(runs, no_check)
+    terminal.problems(checked.remarks)
+    return checked

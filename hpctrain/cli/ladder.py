@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     help="Judge by another limit, as triage does.",
 )
 @click.option("--force", is_flag=True, help="Replace what an earlier ladder rendered.")
+@common.no_check
 @common.dry_run
 @common.as_json
 def command(
@@ -45,6 +46,7 @@ def command(
     time: str | None,
     thresholds: tuple[str, ...],
     force: bool,
+    no_check: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -64,6 +66,7 @@ def command(
 
     limits = parse_thresholds(thresholds)
     rungs = plan_rungs(run_yaml, assignments, parse_rungs(rungs_text), steps, time)
+    checked = common.require_sound([rung.loaded for rung in rungs], no_check)
     if dry_run:
         fields = [
             {
@@ -85,7 +88,7 @@ def command(
             terminal.table(rows, ("GPUs", *AMOUNTS, "changes", "directory"))
             terminal.next_step(common.typed("ladder"))
         return
-    results = climb(rungs, terminal.info, force, limits)
+    results = climb(rungs, terminal.info, force, limits, checked.waived)
     _show(results, as_json)
     if not all(result.passed for result in results):
         raise click.exceptions.Exit(errors.NO)

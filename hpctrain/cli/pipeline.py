@@ -5,7 +5,7 @@ import shlex
 
 import click
 
-from hpctrain.base import errors, terminal
+from hpctrain.base import terminal
 from hpctrain.cli import common
 
 
@@ -35,6 +35,7 @@ from hpctrain.cli import common
     help="Override a value of a stage's run.",
 )
 @common.force
+@common.no_check
 @common.dry_run
 @common.yes
 @common.as_json
@@ -44,11 +45,12 @@ def command(
     out_dir: str | None,
     assignments: tuple[str, ...],
     force: bool,
+    no_check: bool,
     dry_run: bool,
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Queue every stage of a pipeline at once; each stage starts from what the one before it hands
+    """Check and queue every stage of a pipeline at once; each stage starts from what the one before it hands
     over.
 
     Running it again submits only what is missing, at any stage. See docs/pipelines.md.
@@ -63,9 +65,7 @@ def command(
 
     pipeline = planning.load_pipeline(pipeline_yaml, assignments, out_dir)
     queue.check_names(pipeline, stages)
-    if pipeline.errors:
-        raise errors.UsageError(list(dict.fromkeys(pipeline.problems)))
-    terminal.problems(list(dict.fromkeys(pipeline.problems)))
+    checked = common.require_sound([stage.loaded for stage in pipeline.stages], no_check)
     for line in queue.prepare(pipeline, force, dry_run):
         terminal.info(line)
     found = queue.plan_queue(pipeline, stages)
@@ -77,7 +77,7 @@ def command(
                 f"Submit {sum(len(stage.new) for stage in found)} links for up to {hours:.0f}"
                 f" {unit}?"
             )
-        ids = queue.submit_queue(pipeline, found)
+        ids = queue.submit_queue(pipeline, found, checked.waived)
     rows = queue.rows(found, ids)
     if as_json:
         terminal.data_json(

@@ -29,6 +29,7 @@ from hpctrain.cli import common
     help="Seconds after which a step that hangs is ended.",
 )
 @click.option("--submit", is_flag=True, help="As a short job of its own, and wait for it.")
+@common.no_check
 @common.as_json
 def command(
     run_yaml: str,
@@ -37,6 +38,7 @@ def command(
     mib: int,
     limit: float,
     submit: bool,
+    no_check: bool,
     as_json: bool,
 ) -> None:
     """Look at the allocated nodes before training: ranks, GPUs, cores, clocks, scratch, ring and
@@ -52,8 +54,12 @@ def command(
     from hpctrain.plan.load import load_plan
     from hpctrain.sites import nodes as allocation
 
-    plan = load_plan(run_yaml, assignments).plan
-    common.require_valid(plan)
+    loaded = load_plan(run_yaml, assignments)
+    plan = loaded.plan
+    if submit:
+        common.require_sound([loaded], no_check)
+    elif plan.errors:
+        raise errors.UsageError(plan.problems)
     name = python or str(plan.spec.recipe_options.get("python") or "python3")
     if submit:
         words = [

@@ -23,6 +23,7 @@ from hpctrain.jobs.ledger import (
     only_one,
     read_ledger,
     record_cancelled,
+    record_waived,
     submit_all,
 )
 from hpctrain.plan.load import Loaded
@@ -75,6 +76,11 @@ class ChainPlan:
     live: tuple[str, ...] = ()
     done: str = ""
     behind: str | None = None
+
+    @property
+    def total(self) -> int:
+        """The links of the run, those that ended included."""
+        return max((0, *self.new, *(expected.link for expected in self.links)))
 
     @property
     def hours(self) -> tuple[float, str]:
@@ -139,6 +145,7 @@ def plan_chain(
     extend: int | None = None,
     auto: bool = False,
     force: bool = False,
+    no_check: bool = False,
 ) -> ChainPlan:
     """Decide which links to submit. `plan` is plan.json's content; reads the run directory and the
     checkpoint folder, and asks Slurm what of the run is live.
@@ -146,14 +153,14 @@ def plan_chain(
     `num_links` is the whole number of links: those that wait or run and those that made a
     checkpoint count, others are made up for; where nothing is live, and the run not done, it gets
     some in any case. `extend` is a number of links more, `auto` as many as the remaining iterations
-    need. Raises UsageError, Refused while a STOP file would end every link at once or the guard
-    would refuse the checkpoints (but for `force`), EnvironmentFault when they cannot be read or
+    need; `force` gives links to a run that is done. Raises UsageError, Refused while a STOP file would
+    end every link at once or the guard would refuse the checkpoints (but for `no_check`), EnvironmentFault when they cannot be read or
     Slurm does not answer.
     """
     look = _look(run_dir, plan)
     done = look.decided.reason if look.decided.decision == "done" and not force else ""
     if not done:
-        _require_clear(look, force)
+        _require_clear(look, no_check)
     step_time_s = measured_step_time_s(starts_of(look.run)) or plan["job"]["step_time_s"]
     unsure = {link for link, kind in look.ledger.open() if kind == MAIN}
     live = look.live
@@ -213,7 +220,7 @@ def _unreadable(what: str) -> EnvironmentFault:
     return EnvironmentFault(what, hint=hint)
 
 
-def _require_clear(look: _Look, force: bool) -> None:
+def _require_clear(look: _Look, no_check: bool) -> None:
     """Refuse to queue links that the guard would not start."""
     if look.run.stop:
         raise Refused(
@@ -226,8 +233,8 @@ def _require_clear(look: _Look, force: bool) -> None:
     why = decided.reason if decided.decision == "gave_up" else ""
     if decided.decision == "run" and look.refusals:
         why = f"`{look.choice.name}` {look.refusals[0]}"
-    if why and not force:
-        hint = "`hpctrain checkpoint list` shows the folder; --force queues all the same"
+    if why and not no_check:
+        hint = "`hpctrain checkpoint list` shows the folder; --no-check queues all the same"
         raise Refused(Problem(why, why="every link would end as it starts", hint=hint))
 
 
@@ -280,17 +287,19 @@ def ask_needed(chain: ChainPlan) -> bool:
 
 
 def submit_chain(
-    chain: ChainPlan, exclude: str = "", after: str | None = None
+    chain: ChainPlan, exclude: str = "", after: str | None = None, waived: Sequence[Problem] = ()
 ) -> dict[tuple[int, str], str]:
     """Queue the new links, each after the one before it, with their side jobs; returns all job ids
     by (link, kind).
 
     Where no link of the run waits or runs, the first new one waits for the job `after`, another
-    run's, or for the run's own that was submitted by hand.
+    run's, or for the run's own that was submitted by hand. The ledger keeps the errors of `check` that
+    were `waived`.
     """
     script = os.path.join(chain.run_dir, "job.sbatch")
     options = (f"--exclude={exclude}",) if exclude else ()
     with only_one(chain.run_dir):
+        record_waived(chain.run_dir, waived)
         ledger = read_ledger(chain.run_dir)
         live = live_links(ledger)
         wanted: list[Submission] = []

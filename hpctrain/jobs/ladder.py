@@ -16,6 +16,7 @@ from typing import Any
 
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.base.units import format_time, parse_time_s
+from hpctrain.jobs.ledger import record_waived
 from hpctrain.plan.load import Loaded, load_plan
 from hpctrain.plan.make import Plan
 from hpctrain.plan.render import plan_json
@@ -291,14 +292,17 @@ def climb(
     say: Callable[[str], None],
     force: bool = False,
     thresholds: Thresholds | None = None,
+    waived: Sequence[Problem] = (),
 ) -> list[Result]:
-    """Submit rung by rung, wait, triage; stop at the first that is not good enough to climb on."""
+    """Submit rung by rung, wait, triage; stop at the first that is not good enough to climb on.
+    The ledger of each keeps the errors of `check` that were `waived`."""
     results: list[Result] = []
     for index, rung in enumerate(rungs):
         if results and not results[-1].passed:
             results.append(Result(rung, "", None, False, "not reached"))
             continue
         write_run_dir(rung.run_dir, run_files(rung.loaded.plan, rung.loaded.inputs), force)
+        record_waived(rung.run_dir, waived)
         say(f"rung of {rung.num_gpus} GPUs: submitting {rung.run_dir}")
         script = os.path.join(rung.run_dir, "job.sbatch")
         job_id, code = slurm.submitted(

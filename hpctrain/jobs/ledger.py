@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.base import terminal
-from hpctrain.base.errors import EnvironmentFault, Refused
+from hpctrain.base.errors import EnvironmentFault, Problem, Refused
 from hpctrain.runs.records import SUBMISSION, word_in_tags
 from hpctrain.runtime import history
 from hpctrain.runtime.files import append_record, open_state, read_records
@@ -240,6 +240,15 @@ def record_cancelled(run_dir: str, ids: Sequence[str]) -> None:
                 "reason": "`hpctrain cancel`",
             },
         )
+
+
+def record_waived(run_dir: str, errors: Sequence[Problem]) -> None:
+    """Note in the ledger that the run was rendered or queued in spite of these errors of
+    `check`."""
+    if errors:
+        what = [f"{problem.where}: {problem.what}".removeprefix(": ") for problem in errors]
+        path = os.path.join(run_dir, "ledger.jsonl")
+        _append(path, {"event": "unchecked", "problems": what, "time": now()})
 
 
 def _key(record: dict[str, Any]) -> tuple[int, str]:

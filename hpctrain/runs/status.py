@@ -186,7 +186,7 @@ def status_of(run: RunRecords, answer: Answer, now_s: float, read_logs: bool = T
     unseen = [*run.unseen, *answer.unseen, *answer.forgotten(run.job_ids(), run.ended_jobs())]
     checkpoint, number = _newest_checkpoint(run, unseen) if read_logs else (None, None)
     progress = _progress(run, links, tail, checkpoint, number)
-    if not run.ledger and not run.links and not run.logs:
+    if not run.job_ids():
         unseen = [what for what in unseen if "is not there" not in what]
     return RunStatus(
         run,

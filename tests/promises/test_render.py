@@ -40,7 +40,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_stdout_is_the_path_of_the_job_script_and_nothing_else(run_yaml, hpctrain, tmp_path):
     done = hpctrain("render", cwd=tmp_path)
 
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/runs/r/job.sbatch\n")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/runs/r/job.sbatch\n"), done.stderr
     assert (tmp_path / "runs/r/job.sbatch").is_file()
     assert (tmp_path / "runs/r/run.yaml").read_text() == RUN
 
@@ -88,7 +88,7 @@ def test_dry_run_writes_nothing(run_yaml, hpctrain, tmp_path):
     before = tree(tmp_path)
     done = hpctrain("render", "--dry-run", cwd=tmp_path)
 
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/runs/r/job.sbatch\n")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/runs/r/job.sbatch\n"), done.stderr
     assert tree(tmp_path) == before
 
 

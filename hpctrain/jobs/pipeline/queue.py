@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.base.errors import EnvironmentFault, UsageError
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.config.fields import nearest
 from hpctrain.jobs import chain
 from hpctrain.jobs.ledger import MAIN, only_one, read_ledger
@@ -137,8 +137,11 @@ def ask_needed(queue: Sequence[StagePlan]) -> bool:
     return hours(queue)[0] > chain.ASK_ABOVE_HOURS and not os.environ.get("HPCTRAIN_SANDBOX")
 
 
-def submit_queue(pipeline: Pipeline, queue: Sequence[StagePlan]) -> dict[str, dict[int, str]]:
-    """Submit what is new, stage after stage; returns the job ids of every stage by link.
+def submit_queue(
+    pipeline: Pipeline, queue: Sequence[StagePlan], waived: Sequence[Problem] = ()
+) -> dict[str, dict[int, str]]:
+    """Submit what is new, stage after stage; returns the job ids of every stage by link. Each
+    ledger keeps the errors of `check` that were `waived`.
 
     Raises EnvironmentFault when Slurm refuses; what was submitted until then is on record.
     """
@@ -161,7 +164,7 @@ def submit_queue(pipeline: Pipeline, queue: Sequence[StagePlan]) -> dict[str, di
                         "after": after,
                     },
                 )
-                submitted = chain.submit_chain(stage.chain, after=after)
+                submitted = chain.submit_chain(stage.chain, after=after, waived=waived)
                 ids[name] = {
                     link: job_id for (link, kind), job_id in submitted.items() if kind == MAIN
                 }
