@@ -282,6 +282,16 @@ def _ask_slurm(plan: Plan, job: str, here: bool) -> Iterator[Problem]:
                 f"{silent.what}; its own opinion is not known", hint=silent.hint, level=level
             )
             return
+    where = next((one.value for one in plan.directives if one.option == "partition"), None)
+    if not accepted and answers.says_not_now(words):
+        if slurm.may_be_down(where, plan.spec.num_nodes):
+            yield Problem(
+                f"Slurm cannot say when it could start: {words}",
+                level="warning",
+                why="nodes that it may need are down, drained or reserved now; a job would wait",
+                hint="`sinfo -R` shows why",
+            )
+            return
     if accepted:
         yield Problem(f"Slurm would take it: {words.split('; ')[-1]}", level="note")
     elif here or slurm.cluster_name() == plan.site.values["match"]["cluster_name"]:

@@ -53,6 +53,33 @@ def shown_by(words: str) -> str:
     return "`scontrol show partition` shows the limits"
 
 
+_NOT_NOW = re.compile(
+    r"node configuration is not available|nodes? (?:are busy|not available)|Nodes required for job"
+)
+_USABLE = {"idle", "allocated", "mixed", "completing", "planned", "powering_up", "powered_down"}
+
+
+def says_not_now(words: str) -> bool:
+    """Whether `sbatch --test-only` may only mean that the nodes are down, drained or reserved now:
+    it has one sentence for that and for what no node has, and sbatch would take the first
+    (src/slurmctld/job_scheduler.c, job_start_data)."""
+    return bool(_NOT_NOW.search(words))
+
+
+def may_be_down(nodes: str, num_nodes: int) -> bool:
+    """Whether a job of so many nodes may only lack nodes that are down, drained or reserved now.
+
+    `nodes` is what sinfo prints, a line a node: availability, state, and what the node has. Not so where each kind of node in it has
+    enough usable ones, or none that is not.
+    """
+    kinds: dict[str, list[bool]] = {}
+    for line in nodes.splitlines():
+        available, state, kind = (line.split("|", 2) + ["", ""])[:3]
+        usable = available == "up" and re.sub(r"[^a-z_]+$", "", state) in _USABLE
+        kinds.setdefault(kind, []).append(usable)
+    return any(sum(kind) < num_nodes and not all(kind) for kind in kinds.values())
+
+
 # Reasons of a waiting job (man squeue, JOB REASON CODES) that do not pass by themselves: what the
 # job is then, and what changes that. {job} is its id.
 _STUCK = (

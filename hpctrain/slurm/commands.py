@@ -79,8 +79,10 @@ def run(
 
 def ask(argv: Sequence[str], timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
     """`run`, for a command that asks or tells a daemon: NoAnswer too when it says that none
-    answered."""
+    answered, or was killed."""
     done = run(argv, timeout_s=timeout_s)
+    if done.returncode < 0:
+        raise NoAnswer(f"`{argv[0]}` was ended by signal {-done.returncode} before it answered")
     words = said(done)
     hint = answers.no_answer(words) if done.returncode else ""
     if hint:
@@ -99,6 +101,17 @@ def test_only(job_script: str) -> tuple[bool, str]:
     """Whether the cluster would take this script now, and Slurm's own words. Raises NoAnswer."""
     done = ask(["sbatch", "--test-only", job_script])
     return done.returncode == 0, said(done)
+
+
+def may_be_down(partition: str | None, num_nodes: int) -> bool:
+    """Whether a job may only lack nodes that are down or reserved now; so too where Slurm does not
+    say. See `answers.may_be_down`."""
+    where = [f"--partition={partition}"] if partition else []
+    try:
+        done = ask(["sinfo", "-h", "-N", "-o", "%a|%T|%c|%m|%G|%f", *where])
+    except EnvironmentFault:
+        return True
+    return answers.may_be_down(done.stdout, num_nodes)
 
 
 def become(argv: Sequence[str], unset: Sequence[str] = ()) -> NoReturn:

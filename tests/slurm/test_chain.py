@@ -82,7 +82,8 @@ def crashing_sbatch(tmp_path, when):
     }[when]
     script = folder / "sbatch"
     script.write_text(
-        f"#!/bin/bash\nn=$(($(cat {folder}/n 2>/dev/null || echo 0) + 1)); echo $n >{folder}/n\n"
+        f"#!/bin/bash\n[ $1 != --test-only ] || {{ {real}; exit; }}\n"
+        f"n=$(($(cat {folder}/n 2>/dev/null || echo 0) + 1)); echo $n >{folder}/n\n"
         f"if [ $n = {2} ]; then {body}; exit 1; fi\n{real}\n"
     )
     script.chmod(0o755)
@@ -282,7 +283,11 @@ def test_the_submitting_shells_slurm_variables_do_not_reach_the_job(make):
 
 def test_a_refused_submission_says_slurms_words_and_leaves_a_rerun_possible(make):
     chain = make(argv=["sleep", "600"], sbatch={"reservation": "none_such"})
-    done = chain.hpctrain("chain")
+    checked = chain.hpctrain("chain")
+    assert checked.returncode == 4 and "Slurm would refuse it" in checked.stderr
+    assert not chain.dir.exists()
+    done = chain.hpctrain("chain", "--no-check")
+    assert "Slurm would refuse it" in chain.records("ledger.jsonl")[0]["problems"][0]
     assert done.returncode == 3 and "reservation" in done.stderr.lower()
     assert chain.queue() == []
     spec = json.loads((chain.top / "run.yaml").read_text())
@@ -290,6 +295,27 @@ def test_a_refused_submission_says_slurms_words_and_leaves_a_rerun_possible(make
     (chain.top / "run.yaml").write_text(json.dumps(spec))
     chain.ok("chain", "--force")
     assert len(chain.queue()) == 1
+
+
+def test_nodes_that_are_down_now_are_no_refusal(make):
+    chain = make(argv=["sleep", "600"])
+    names = chain.sandbox.ok("sinfo", "-h", "-p", "small-g", "-o", "%N").strip()
+    state = ["scontrol", "update", f"nodename={names}"]
+    chain.sandbox.ok(*state, "state=down", "reason=test")
+    try:
+        checked = chain.hpctrain("check")
+        assert checked.returncode == 0, checked.stderr
+        assert "Slurm cannot say when it could start" in checked.stderr
+        chain.ok("chain")
+        assert [state for _, state, _ in chain.queue()] == ["PENDING"]
+    finally:
+        chain.sandbox.ok(*state, "state=resume")
+
+
+def test_what_no_node_has_is_a_refusal(make):
+    chain = make(argv=["sleep", "600"], sbatch={"constraint": "none_such"})
+    checked = chain.hpctrain("check")
+    assert checked.returncode == 1 and "Slurm would refuse it" in checked.stderr
 
 
 def test_waiting_links_are_kept_off_nodes_named_in_two_failures(make):

@@ -243,3 +243,24 @@ def test_what_waits_for_a_person_is_told_with_the_command_that_changes_it(
 )
 def test_what_passes_by_itself_is_not_called_stuck(reason):
     assert answers.stuck("7", "PENDING", reason) == ("", "")
+
+
+ONE, OTHER = "64|512000|gpu:8|x", "128|256000|(null)|y"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "may_be"),
+    [
+        ([f"up|idle|{ONE}", f"up|mixed-|{ONE}"], False),
+        ([f"up|idle~|{ONE}", f"up|allocated|{ONE}", f"up|down*|{ONE}"], False),
+        ([f"up|idle|{ONE}", f"up|down*|{ONE}"], True),
+        ([f"up|maint|{ONE}", f"up|reserved|{ONE}"], True),
+        ([f"inact|idle|{ONE}", f"inact|idle|{ONE}"], True),
+        ([f"up|idle|{OTHER}", f"up|idle|{OTHER}", f"up|drained$|{ONE}"], True),
+        ([f"up|idle|{OTHER}", f"up|idle|{OTHER}", f"up|idle|{ONE}"], False),
+        (["nonsense"], True),
+        ([], False),
+    ],
+)
+def test_what_no_node_has_is_told_from_nodes_that_are_down(nodes, may_be):
+    assert answers.may_be_down("\n".join(nodes), 2) is may_be
