@@ -24,7 +24,7 @@ from hpctrain.triage.failures import (
     knobs,
     outlook,
 )
-from hpctrain.triage.records import Event, distinct, start_of_log, median, utc
+from hpctrain.triage.records import Event, distinct, median, start_of_log, utc
 from hpctrain.triage.rules import GREEN, NOT_OBSERVED, RED, Circumstances, Verdict
 from hpctrain.triage.thresholds import Thresholds
 
