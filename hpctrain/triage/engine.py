@@ -21,7 +21,7 @@ from hpctrain.triage.formats import (
     rewarded,
     tqdm_before,
 )
-from hpctrain.triage.normal import plain, without_prefix
+from hpctrain.triage.normal import plain
 from hpctrain.triage.patterns import BENIGN, PATTERNS, PRECEDENCE, Pattern
 from hpctrain.triage.records import Event, Place, Step, job_of_log, last_match
 from hpctrain.triage.scan import UNIFORM, Hit, LineScanner, Matcher
@@ -181,6 +181,7 @@ class LogReader:
         self._like_a_step = b""  # the last line that looked like one
         # by a line's offset: what it told, and whether its own words did
         self._told: dict[int, tuple[Event, bool]] = {}
+        self._unlike = 0  # step lines in a row that are not of the template
 
     @property
     def num_bytes(self) -> int:
@@ -219,6 +220,9 @@ class LogReader:
     def _take(self, hits: Iterable[Hit], now_s: float | None) -> None:
         last_step: Hit | None = None
         for hit in hits:
+            if self._scanner.quiet_steps:
+                self._current(hit).num_steps += self._scanner.quiet_steps
+                self._scanner.quiet_steps = 0
             if hit.anchor == UNIFORM:
                 self._stretch(hit, now_s)
                 last_step = hit
@@ -325,8 +329,12 @@ class LogReader:
     def _learn(self, hit: Hit, parse: Parser) -> None:
         """From here on look at one line only of a stretch of healthy ones such as this."""
         known = self._scanner.template
-        if len(hit.line) < _LONGEST and (known is None or skeleton(hit.line) != known.skeleton):
-            self._scanner.template = template_of(hit.line, parse) or known
+        self._unlike += 1
+        if known is not None and skeleton(hit.line) == known.skeleton:
+            self._unlike = 0
+        elif len(hit.line) < _LONGEST and self._unlike & (self._unlike - 1) == 0:
+            # ever more seldom, where no two are alike
+            self._scanner.template = template_of(hit.line, parse, hit.anchor) or known
 
     def _failure(self, hit: Hit, pattern: object) -> None:
         assert isinstance(pattern, Pattern)
@@ -340,12 +348,7 @@ class LogReader:
             and PRECEDENCE[known.failure] <= PRECEDENCE[pattern.failure]
         ):
             return
-        if pattern.confirm and not pattern.confirm.search(line):
-            bare = without_prefix(line)
-            handled = b"WARN" in line[: len(line) - len(bare)]
-            if bare is line or handled or not pattern.confirm.search(bare):
-                return
-        if BENIGN.search(line) or (pattern.unless and pattern.unless.search(line)):
+        if not pattern.matches(line):
             return
         failure, strong = pattern.failure, True
         if failure == "program":

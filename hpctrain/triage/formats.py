@@ -88,18 +88,18 @@ _ANY_LR = re.compile(rb"[lL](?<![\w/].)(?i:r|earning[_ ]rate)['\"]?\s*[:= ]\s*\[
 _SI = {b"k": 1e3, b"m": 1e6, b"g": 1e9, b"b": 1e9, b"t": 1e12}
 _FIGURE = rb"(\d(?:[\d.,]*\d)?(?:[eE][-+]?\d+)?[KMGBT]?)"
 _SECONDS = re.compile(
-    rb"(?i:(?:step|iter(?:ation)?)[_ ]time(?:[_ ]\(?s\)?)?|time[_/ ]per[_ ](?:step|iter(?:ation)?)"
-    rb"|elapsed time per iteration|sec(?:ond)?s?(?:/|[_ ]per[_ ])(?:step|it)|time/step|dt|seconds"
-    rb"|train_step_timing in s)((?:_ms| \(ms\))?)['\"]?\s*[:=]\s*" + _FIGURE + rb"\s*(ms\b)?"
+    rb"[sSiItTeEdD](?<![\w/].)(?i:(?<=s)tep[_ ]time|(?<=i)ter(?:ation)?[_ ]time"
+    rb"|(?<=t)ime[_/ ]per[_ ](?:step|iter(?:ation)?)|(?<=e)lapsed time per iteration"
+    rb"|(?<=s)ec(?:ond)?s?(?:/|[_ ]per[_ ])(?:step|it)|(?<=t)ime/step|(?<=d)t|(?<=s)econds"
+    rb"|(?<=t)rain_step_timing in s)(?:_?s)?((?:_ms| \(ms\))?)['\"]?\s*[:=]\s*"
+    + _FIGURE
+    + rb"\s*(ms\b)?"
 )
 _TOKENS = re.compile(
-    rb"(?i:\btps|\btgs|\bwps|tok(?:en)?s?(?:/|_per_)s(?:ec(?:ond)?)?(?:(?:/|_per_)(?:gpu|device))?)"
-    rb"['\"]?\s*[:=]?\s*"
-    + _FIGURE
-    + rb"|"
-    + _FIGURE
-    + rb" (?i:tok(?:en)?s?(?:/s|/sec| per second))\b"
+    rb"[tTwW](?<![\w].)(?i:(?<=t)ps|(?<=t)gs|(?<=w)ps|(?<=t)ok(?:en)?s?(?:/|_per_)s(?:ec(?:ond)?)?"
+    rb"(?:(?:/|_per_)(?:gpu|device))?)['\"]?\s*[:=]?\s*" + _FIGURE
 )
+_TOKENS_AFTER = re.compile(_FIGURE + rb" (?i:tok(?:en)?s?(?:/s|/sec| per second))\b")
 
 # Anchors after which a line may be a step line, and the parser of each.
 Parser = Callable[[bytes], "Step | None"]
@@ -322,10 +322,12 @@ def place_in(line: bytes) -> tuple[int, int | None] | None:
 def rates_in(line: bytes) -> tuple[float | None, float | None]:
     """(seconds of a step, tokens a second) that a line tells beside its loss."""
     time, tokens = _SECONDS.search(line), _TOKENS.search(line)
+    if tokens is None and b" tok" in line:
+        tokens = _TOKENS_AFTER.search(line)
     seconds = _float(time[2]) if time else None
     if seconds is not None and time and (time[1] or time[3]):
         seconds /= 1000
-    return seconds, _float(tokens[1] or tokens[2]) if tokens else None
+    return seconds, _float(tokens[1]) if tokens else None
 
 
 # A line that tells a step whose figures stand below it, in lines or a table of their own.

@@ -12,7 +12,8 @@ _ESCAPES = re.compile(
 )
 # What is left of colours where somebody copied the text: `[36m(Worker pid=1)[0m`.
 _BARE = re.compile(rb"\[(?:\d{1,2};)*\d{1,2}m(?![\w ]*\])")
-_MARKS = (b"\x1b", b"^[[", b"#033[", b"\\u001b[", b"\\x1b[", b"\\033[")
+_LOOK = 16 * 1024  # bytes
+_MARKS = (b"[0m", b"[39m", b"^[[", b"#033[", b"\\u001b[", b"\\x1b[", b"\\033[")
 _JSON = re.compile(rb'^\{"(?:log|message|msg|line)": ?"[^\n]*\}[ \r]*$', re.MULTILINE)
 _JSON_MARKS = (b'{"log":', b'{"message":', b'{"msg":', b'{"line":')
 
@@ -35,11 +36,25 @@ _PREFIX = re.compile(
 def plain(text: bytes) -> bytes:
     """Whole lines without escape sequences, and out of the JSON in which container engines wrap
     them; as many lines as before."""
-    if any(mark in text for mark in _JSON_MARKS):
-        text = _JSON.sub(_unwrap, text)
-    if any(mark in text for mark in _MARKS):
-        text = _ESCAPES.sub(b"", text)
-    return _BARE.sub(b"", text) if b"[0m" in text or b"[39m" in text else text
+    return Undresser().plain(text)
+
+
+class Undresser:
+    """`plain` for a log that comes in pieces: what its lines wear is looked for at the beginning
+    of each piece only, for all of them wear it; true escape sequences everywhere."""
+
+    def __init__(self) -> None:
+        self._json = self._spelled = False
+
+    def plain(self, text: bytes) -> bytes:
+        look = text[:_LOOK]
+        self._json = self._json or any(mark in look for mark in _JSON_MARKS)
+        self._spelled = self._spelled or any(mark in look for mark in _MARKS)
+        if self._json:
+            text = _JSON.sub(_unwrap, text)
+        if b"\x1b" in text or self._spelled:
+            text = _ESCAPES.sub(b"", text)
+        return _BARE.sub(b"", text) if self._spelled else text
 
 
 def _unwrap(found: re.Match[bytes]) -> bytes:

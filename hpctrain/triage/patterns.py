@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.triage.exceptions import OF_FILE, PRIVATE, RAISED
+from hpctrain.triage.normal import without_prefix
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,26 @@ class Pattern:
     confirm: re.Pattern[bytes] | None = None
     unless: re.Pattern[bytes] | None = None
     weak: bool = False
+
+    @property
+    def from_start(self) -> bool:
+        """Whether it asks how the line begins, so that a launcher's prefix matters."""
+        return self.confirm is not None and b"^" in self.confirm.pattern
+
+    def matches(self, line: bytes) -> bool:
+        """Whether the line says it, with or without what launchers put before it."""
+        if self.confirm is None or self.confirm.search(line):
+            return not (BENIGN.search(line) or (self.unless and self.unless.search(line)))
+        if not self.from_start:
+            return False
+        bare = without_prefix(line)
+        handled = b"WARN" in line[: len(line) - len(bare)]
+        return (
+            bare is not line
+            and not handled
+            and self.confirm.search(bare) is not None
+            and (not BENIGN.search(line))
+        )
 
 
 def _rx(text: bytes) -> re.Pattern[bytes]:
@@ -52,6 +73,12 @@ _OF_DEVICE = (
 _SEVERE = (
     rb"^(?![^\n]*[Ii]gnoring)(?:[^\n]{0,120}?[\s\[(|:-])?(?:(?:ERROR|FATAL|CRITICAL)\b|(?:fatal"
     rb" )?error: |fatal: )"
+)
+
+_UNSUPPORTED = (
+    rb"(?i)error[^\n]*(?:only supports?|only supported on|not supported (?:on|by)"
+    rb" (?:this|your|the current)|requires?)"
+    rb" [^\n]*\b(?:GPUs?|device|hardware|architecture|compute capability|sm_?\d\d|gfx\d)"
 )
 
 # (failure, anchor, what the line must match, whether it is weak)
@@ -227,14 +254,9 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ),
     ("environment", b"_STATUS_", rb"_STATUS_(?:ARCH_MISMATCH|VERSION_MISMATCH)"),
     ("environment", b"symbol lookup error", None),
-    (
-        "environment",
-        b"support",
-        (
-            rb"(?i)error[^\n]*(?:only supports?|only supported on|not supported (?:on|by)"
-            rb" (?:this|your|the current)|requires?)"
-            rb" [^\n]*\b(?:GPUs?|device|hardware|architecture|compute capability|sm_?\d\d|gfx\d)"
-        ),
+    *(
+        ("environment", anchor, _UNSUPPORTED)
+        for anchor in (b"only support", b"supported on ", b"supported by th", b"supported by yo")
     ),
     ("environment", b"xec format error", None),
     ("environment", b"No module named ", None),

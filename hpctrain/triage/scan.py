@@ -13,18 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from hpctrain.triage.normal import plain
-from hpctrain.triage.uniform import Template, uniform_end
+from hpctrain.triage.normal import Undresser
+from hpctrain.triage.uniform import Template, all_alike, uniform_end
 
 MIN_ANCHOR = 5
 # bytes of a line that are looked at on either side of an anchor; junk has no line ends
 MAX_LINE = 16 * 1024
 UNIFORM = -1  # the anchor of a hit that stands for a whole stretch of step lines
-_RETRY = 64 * 1024  # bytes that are searched after a block that was not such a stretch
+_RETRY = 128 * 1024  # bytes that are searched after a block that was not such a stretch
 CHUNK = 256 * 1024  # bytes read at a time: the working arrays then stay in the second-level cache
 _SLOTS_BITS = 15
 _MOST_OF_LINE = 8 * MAX_LINE  # bytes that the hits of one line may show, each the whole of it
-_MANY = 1500  # gram hits in one piece beyond which numpy checks them faster than a loop
+_BLOCK_LINES = 64  # step lines of which one is read, where all are alike
+_MANY = 400  # gram hits in one piece beyond which numpy checks them faster than a loop
 
 
 class Hit(NamedTuple):
@@ -175,9 +176,10 @@ class LineScanner:
         self._lines_before = 0  # line feeds before `_carry`
         self._bytes_before = 0  # bytes before `_carry`
         self._skip_to = self._line_end = 0
-        self.moved = False
+        self._undresser, self.moved = Undresser(), False
         self.template: Template | None = None
         self.uniform_steps = 0
+        self.quiet_steps = 0  # healthy step lines passed over since the last hit
         self.num_bytes = 0
         self.num_nul = 0
 
@@ -204,7 +206,7 @@ class LineScanner:
         return self._hits(whole)
 
     def _plain(self, text: bytes) -> bytes:
-        out = plain(text)
+        out = self._undresser.plain(text)
         self.moved = self.moved or len(out) != len(text)
         return out
 
@@ -240,9 +242,15 @@ class LineScanner:
         counted, number, looked_at = begin, self._lines_before, 0
         self._line_end = begin
         part = text[begin:stop] if begin or stop < len(text) else text
-        for place, anchor in self._matcher.find(part):
+        found = self._matcher.find(part)
+        quiet = self._quiet(text, begin, found) if self.template else {}
+        for place, anchor in found:
             position = begin + place
             if position < self._skip_to:
+                continue
+            if quiet and (end := quiet.get(position)):
+                self.quiet_steps += 1
+                self._skip_to = end
                 continue
             if position >= self._line_end:
                 looked_at = 0
@@ -255,20 +263,37 @@ class LineScanner:
             yield hit
         self._lines_before = number + text.count(b"\n", counted, stop)
 
+    def _quiet(self, text: bytes, begin: int, found: list[tuple[int, int]]) -> dict[int, int]:
+        """The ends of healthy step lines between others, by the places of their anchors: all but
+        the last of each block, which is read."""
+        assert self.template
+        out: dict[int, int] = {}
+        places = [begin + place for place, anchor in found if anchor == self.template.anchor]
+        for at in range(0, len(places), _BLOCK_LINES):
+            some = places[at : at + _BLOCK_LINES]
+            bounds = [_line_at(text, position) for position in some]
+            if all_alike([text[start:end] for start, end in bounds], self.template):
+                out.update((place, end) for place, (_, end) in zip(some[:-1], bounds))
+        return out
+
     def _hit(self, anchor: int, text: bytes, position: int, number: int) -> Hit:
-        first = max(position - MAX_LINE, 0)
-        start = text.rfind(b"\n", first, position) + 1 or first
-        start = text.rfind(b"\r", start, position) + 1 or start
-        end = text.find(b"\n", position, position + MAX_LINE)
-        if end < 0:
-            end = min(position + MAX_LINE, len(text))
-        turn = text.find(b"\r", position, end)
-        if turn >= 0:
-            end = turn
+        start, end = _line_at(text, position)
         self._line_end = end
         return Hit(
             anchor, text[start:end], number, self._bytes_before + start, position, text, start
         )
+
+
+def _line_at(text: bytes, position: int) -> tuple[int, int]:
+    """(start, end) of the line around a place, between line ends and carriage returns."""
+    first = max(position - MAX_LINE, 0)
+    start = text.rfind(b"\n", first, position) + 1 or first
+    start = text.rfind(b"\r", start, position) + 1 or start
+    end = text.find(b"\n", position, position + MAX_LINE)
+    if end < 0:
+        end = min(position + MAX_LINE, len(text))
+    turn = text.find(b"\r", position, end)
+    return start, turn if turn >= 0 else end
 
 
 # How common a byte is in logs, roughly; only the order matters, and only for speed.

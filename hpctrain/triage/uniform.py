@@ -23,6 +23,7 @@ _GOOD = {shape: rb"(?:" + shape + rb")(?![\w.+-])" for shape in (_EXPONENT, _PLA
 _FIELD = re.compile(
     rb"([a-zA-Z_/'\" ,]*(?:[lL]oss|[nN]orm)['\"]?(?: ?[:=] ?| )['\"]?)([^\s|,}'\"]+)"
 )
+_NUMBER = re.compile(rb"[-+.]?\d|[-+]?(?i:nan|inf)")
 _COUNTER = re.compile(rb"(?:skipped|nan) iterations: *([^ |]+)[ |]")
 
 
@@ -35,6 +36,7 @@ class Template(NamedTuple):
     bad: tuple[re.Pattern[bytes], ...]
     zeros: tuple[bytes, ...]
     parse: Callable[[bytes], Any]
+    anchor: int  # by which such a line is found
 
 
 def skeleton(text: bytes) -> bytes:
@@ -42,10 +44,12 @@ def skeleton(text: bytes) -> bytes:
     return text.translate(None, _DROPPED)
 
 
-def template_of(line: bytes, parse: Callable[[bytes], Any]) -> Template | None:
+def template_of(line: bytes, parse: Callable[[bytes], Any], anchor: int) -> Template | None:
     """The template of a step line; None when a value of it is not good, or it tells no loss."""
     keys: dict[bytes, bytes] = {}
     for key, value in _FIELD.findall(line):
+        if not _NUMBER.match(value):
+            continue  # `loss scale: 1.0`
         good = _GOOD[_EXPONENT if b"e" in value.lower() else _PLAIN]
         if not re.match(good, value):
             return None
@@ -64,6 +68,7 @@ def template_of(line: bytes, parse: Callable[[bytes], Any]) -> Template | None:
         tuple(map(re.compile, keys.values())),
         tuple(dict.fromkeys(zeros)),
         parse,
+        anchor,
     )
 
 
@@ -77,10 +82,20 @@ def uniform_end(text: bytes, start: int, template: Template) -> tuple[int, int]:
     block = text[start:end]
     left = skeleton(block)
     count = len(left) // len(template.skeleton)
-    if left != template.skeleton * count:
-        return start, 0
-    if any(block.count(zero) != count for zero in template.zeros) or any(
-        bad.search(block) for bad in template.bad
-    ):
+    if left != template.skeleton * count or not _healthy(block, count, template):
         return start, 0
     return end, count
+
+
+def all_alike(lines: list[bytes], template: Template) -> bool:
+    """Whether step lines that other lines stand between are all of the template, and healthy."""
+    block = b"\n".join(lines) + b"\n"
+    if skeleton(block) != template.skeleton * len(lines):
+        return False
+    return _healthy(block, len(lines), template)
+
+
+def _healthy(block: bytes, count: int, template: Template) -> bool:
+    if any(block.count(zero) != count for zero in template.zeros):
+        return False
+    return not any(bad.search(block) for bad in template.bad)
