@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 
+from hpctrain.triage.normal import without_prefix
+
 MOST = 64 * 1024  # bytes of a traceback that are waited for
 HEADER = b"Traceback (most recent call last)"
 
@@ -193,6 +195,7 @@ def classify(line: bytes, frames: bytes = b"") -> tuple[str, bool]:
     `frames`: the traceback above it. A class that only the frames tell yields to any that the
     line's words tell.
     """
+    line = without_prefix(line)
     found = RAISED.match(line)
     name = found[1] if found else b""
     if not name:

@@ -286,7 +286,8 @@ def loss_in(line: bytes) -> float | None:
     for found in _ANY_LOSS.finditer(line):
         before = line[max(found.start() - 40, 0) : found.start()]
         name, _, word = before.rpartition(b" ")
-        words = _WORDS.findall(word) if word else _WORDS.findall(name[-24:])[-2:]
+        near = name[-24:] if name[-1:].isalnum() else b""
+        words = _WORDS.findall(word) if word else _WORDS.findall(near)[-2:]
         lower = [part.lower() for part in words]
         if lower[-2:] == [b"cross", b"entropy"]:
             del lower[-2:]

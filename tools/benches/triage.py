@@ -24,8 +24,10 @@ TOP = Path(__file__).resolve().parents[2]
 DATA = TOP / "tests" / "data" / "triage"
 # written after the rules, from other people's reports: docs/triage.md
 HELD_OUT = TOP / "tests" / "data" / "triage-held-out"
-OPEN, PROBES = (TOP / "tests" / "data" / name for name in ("triage-open", "triage-probes"))
-SETS = (DATA, HELD_OUT, OPEN, PROBES)
+OPEN, RECENT, PROBES = (
+    TOP / "tests" / "data" / name for name in ("triage-open", "triage-2026", "triage-probes")
+)
+SETS = (DATA, HELD_OUT, OPEN, RECENT, PROBES)
 sys.path.insert(0, str(TOP))
 
 from hpctrain.triage.engine import Engine  # noqa: E402

@@ -32,7 +32,8 @@ DATA = Path(__file__).parents[2] / "data" / "triage"
 # Written after the rules, from other people's reports; docs/triage.md says how many were right at
 # first sight.
 SETS = [
-    DATA.with_name(name) for name in ("triage", "triage-held-out", "triage-open", "triage-probes")
+    DATA.with_name(name)
+    for name in ("triage", "triage-held-out", "triage-open", "triage-2026", "triage-probes")
 ]
 LABELS = {
     folder / name: label
