@@ -192,7 +192,7 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("gpu_fault", b"No HIP GPUs are available", None),
     ("gpu_fault", b"all CUDA-capable devices are busy", None),
     ("gpu_fault", b"is/are busy or unavailable", None),
-    ("gpu_fault", b"GPU Hang", rb"HW Exception|GPU Hang"),
+    ("gpu_fault", b"GPU Hang", None),
     ("gpu_fault", b"system not yet initialized", rb"802|CUDA"),
     ("gpu_fault", b"uncorrectable NVLink", None),
     ("gpu_fault", b"synStatus", rb"synStatus=?\s*\d*\s*\[?(?:Device not|Failed)"),  # Habana
@@ -518,7 +518,7 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("communication", b"ncclInternalError", None),
     ("communication", b"ncclUnhandledCudaError", None),
     ("communication", b"ncclRemoteError", None),
-    ("communication", b"NCCL error", rb"NCCL error(?: in)?:? ?"),
+    ("communication", b"NCCL error", None),
     ("communication", b"DistBackendError", None),
     ("communication", b"DistNetworkError", None),
     ("communication", b"DistStoreError", None),
