@@ -51,6 +51,7 @@ class Document:
     key_origins: dict[Path, Origin] = field(default_factory=dict)
     name: str = ""
     raw: bytes = b""  # the very bytes, when it was one file
+    problems: tuple[Problem, ...] = ()  # what is wrong with it as YAML, where that was tolerated
 
     def where(self, *path: Any) -> str:
         """`file:line:column` of the value at `path`, or of its nearest parent."""
@@ -93,11 +94,11 @@ class Document:
         )
 
 
-def load_yaml(path: str | os.PathLike[str], name: str = "") -> Document:
+def load_yaml(path: str | os.PathLike[str], name: str = "", tolerate: bool = False) -> Document:
     """Read a YAML file; `name` is what messages call it (default: the path as given).
 
     Raises UsageError with every duplicate key, or the syntax error; EnvironmentFault when it cannot
-    be read.
+    be read. With `tolerate` what does not hinder reading the rest is in the document's `problems`.
     """
     name = name or str(path)
     try:
@@ -112,10 +113,10 @@ def load_yaml(path: str | os.PathLike[str], name: str = "") -> Document:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise EnvironmentFault(f"cannot read it: {error.strerror}", where=name) from error
-    return dataclasses.replace(parse_yaml(raw, name), raw=raw)
+    return dataclasses.replace(parse_yaml(raw, name, tolerate), raw=raw)
 
 
-def parse_yaml(raw: bytes | str, name: str) -> Document:
+def parse_yaml(raw: bytes | str, name: str, tolerate: bool = False) -> Document:
     """Like `load_yaml`, from text."""
     if len(raw) > MAX_BYTES:
         raise UsageError(
@@ -155,9 +156,10 @@ def parse_yaml(raw: bytes | str, name: str) -> Document:
         raise UsageError(f"not valid YAML: {error}", where=name) from error
     builder = _Builder(name)
     value = builder.build(root, (), 0, frozenset()) if root is not None else None
-    if builder.problems:
+    if builder.problems and not tolerate:
         raise UsageError(builder.problems)
-    return Document(value, builder.origins, builder.key_origins, name)
+    problems = tuple(builder.problems)
+    return Document(value, builder.origins, builder.key_origins, name, problems=problems)
 
 
 def looks_like_float(value: object) -> bool:
@@ -178,7 +180,9 @@ def merge(layers: Sequence[Document]) -> Document:
         if layer.data is None:
             continue
         data = _merge_value(data, layer.data, (), layer, origins, key_origins)
-    return Document(data, origins, key_origins, layers[-1].name if layers else "")
+    problems = tuple(problem for layer in layers for problem in layer.problems)
+    name = layers[-1].name if layers else ""
+    return Document(data, origins, key_origins, name, problems=problems)
 
 
 def parse_set(assignments: Sequence[str]) -> Document:

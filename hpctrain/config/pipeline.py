@@ -113,7 +113,7 @@ def is_pipeline(path: str) -> bool:
 def read_pipeline(path: str, base_dir: str, assignments: Sequence[str] = ()) -> PipelineSpec:
     """The pipeline of that file. `assignments` are `STAGE.key.path=value`. Raises UsageError with
     every problem."""
-    document = load_yaml(path)
+    document = load_yaml(path, tolerate=True)
     if not isinstance(document.data, dict):
         raise UsageError(
             "a pipeline.yaml is a mapping with `name` and `stages`",
@@ -121,6 +121,7 @@ def read_pipeline(path: str, base_dir: str, assignments: Sequence[str] = ()) -> 
             hint="see docs/pipelines.md",
         )
     values, problems = check(document, FIELDS)
+    problems = [*document.problems, *problems]
     stages: Mapping[str, Any] = values["stages"] if isinstance(values["stages"], dict) else {}
     if not stages and not problems:
         problems.append(Problem("the pipeline has no stages", where=document.where("stages")))

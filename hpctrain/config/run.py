@@ -267,9 +267,9 @@ def read_layers(
     path: str, assignments: Sequence[str] = (), overlay: Document | None = None
 ) -> list[Document]:
     """The layers above the recipe and the site, weakest first: user config, run.yaml, a pipeline's
-    overlay, `--set`."""
+    overlay, `--set`. Keys given twice and the like are in run.yaml's `problems`."""
     try:
-        run = load_yaml(path)
+        run = load_yaml(path, tolerate=True)
     except EnvironmentFault as error:
         if not os.path.exists(path):
             raise EnvironmentFault(
@@ -304,6 +304,7 @@ def spec_from_layers(
     document = merge(layers)
     check_secrets(document)
     values, problems = check(document, FIELDS)
+    problems = [*document.problems, *problems]
     problems += list(_env_problems(document, values["env"]))
     problems += check_options(values["sbatch"], lambda key: document.where_key("sbatch", key))
     base_dir = os.path.dirname(os.path.abspath(source))

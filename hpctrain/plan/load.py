@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
 from hpctrain.base.text import text_problem
 from hpctrain.config.document import Document, load_yaml, merge
-from hpctrain.config.recipe import Recipe, load_recipe
+from hpctrain.config.recipe import Recipe, check_recipe_options, load_recipe
 from hpctrain.config.run import (
     Handed,
     RunSpec,
@@ -72,6 +72,7 @@ def load_plan(
     spec, spec_problems = spec_from_layers(layers, path, handed)
     problems = [*spec_problems, *problems]
     if not site or not recipe:
+        problems += check_recipe_options(recipe, spec.document)[1] if recipe else []
         raise UsageError(problems)
     inputs: dict[str, bytes] = {"run.yaml": _read(path), "site.yaml": _site_bytes(site)}
     documents, option_problems = _read_options(spec, recipe, inputs)

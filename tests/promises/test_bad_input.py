@@ -317,3 +317,35 @@ def test_random_bytes_never_raise_anything_but_our_errors(tmp_path, raw):
     path.write_bytes(raw)
     with pytest.raises(HpctrainError):
         load_plan(str(path))
+
+
+MANY = """\
+name: r
+site: lummi
+site: lumi
+recipe: command
+nodes: 0
+nodess: 2
+time: 10 parsecs
+chain: {jbos: 3}
+recipe_options: {argv: [hostname], argvv: 1}
+env: {a b: 3}
+"""
+OF_MANY = {"3:1": "given twice", "6:1": "`nodess`", "5:8": "`nodes: 0`", "7:7": "`10 parsecs`"}
+OF_MANY |= {"8:9": "`chain.jbos`", "9:36": "argvv", "10:7": "`a b`", "2:7": "`lummi`"}
+
+
+def test_a_key_given_twice_hides_no_other_mistake(tmp_path, cli):
+    (tmp_path / "run.yaml").write_text(MANY)
+    (tmp_path / "pipeline.yaml").write_text("name: p\nname: q\nstages: {a: {run: run.yaml}}\n")
+
+    _, out, _ = cli("check", tmp_path / "run.yaml", "--json")
+    found = {
+        problem["where"].removeprefix(f"{tmp_path}/run.yaml:"): problem["what"]
+        for problem in json.loads(out)["problems"]
+    }
+
+    assert set(found) == set(OF_MANY), found
+    assert all(words in found[where] for where, words in OF_MANY.items()), found
+    said = json.loads(cli("check", tmp_path / "pipeline.yaml", "--json")[1])["problems"]
+    assert len(said) > len(OF_MANY), said

@@ -135,7 +135,7 @@ def _model_overlay(stage: Stage, model: str) -> Document:
     its recipe."""
     keys = list(stage.into)
     if not keys:
-        name = merge([load_yaml(stage.run), stage.overlay]).get("recipe")
+        name = merge([load_yaml(stage.run, tolerate=True), stage.overlay]).get("recipe")
         keys = list(load_recipe(str(name)).values["takes_model"]) if name else []
     if not keys:
         raise UsageError(
