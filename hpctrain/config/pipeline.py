@@ -99,20 +99,22 @@ class PipelineSpec:
     stages: tuple[Stage, ...]
     path: str
     raw: bytes
+    problems: tuple[Problem, ...] = ()
 
 
 def is_pipeline(path: str) -> bool:
     """Whether the file is a pipeline.yaml; False for one that cannot be read, which says so where
     it is needed."""
     try:
-        return isinstance(load_yaml(path).get("stages"), dict)
+        return isinstance(load_yaml(path, tolerate=True).get("stages"), dict)
     except HpctrainError:
         return False
 
 
 def read_pipeline(path: str, base_dir: str, assignments: Sequence[str] = ()) -> PipelineSpec:
-    """The pipeline of that file. `assignments` are `STAGE.key.path=value`. Raises UsageError with
-    every problem."""
+    """The pipeline of that file. `assignments` are `STAGE.key.path=value`. With `problems` it is
+    a best guess, good for finding more of them. Raises UsageError, with every problem, where its
+    stages cannot be told."""
     document = load_yaml(path, tolerate=True)
     if not isinstance(document.data, dict):
         raise UsageError(
@@ -155,9 +157,10 @@ def read_pipeline(path: str, base_dir: str, assignments: Sequence[str] = ()) -> 
             else f"stage {named} waits for itself"
         )
         problems.append(Problem(what, where=document.where("stages", circle[0], "from")))
-    if problems:
+    if circle or not ordered:
         raise UsageError(problems)
-    return PipelineSpec(values["name"], tuple(ordered), path, document.raw)
+    name = values["name"] or "unnamed"
+    return PipelineSpec(name, tuple(ordered), path, document.raw, tuple(problems))
 
 
 def _overlay(

@@ -63,8 +63,9 @@ def load_pipeline(
     spec = read_pipeline(path, base_dir, assignments)
     folder = os.path.abspath(out_dir) if out_dir else os.path.join(base_dir, "runs", spec.name)
     planned: dict[str, Planned] = {}
-    problems: list[Problem] = []
-    failed: set[str] = set()
+    problems: list[Problem] = list(spec.problems)
+    failed: set[str] = {stage.source for stage in spec.stages if stage.source}
+    failed -= {stage.name for stage in spec.stages}  # sources that are no stages
     for stage in spec.stages:
         if stage.source in failed:
             failed.add(stage.name)  # its problems would be those of the stage before
