@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import codecs
 import io
+import itertools
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from hpctrain.base.errors import Problem, printable
@@ -124,21 +125,61 @@ def problems(found: Iterable[Problem]) -> None:
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> None:
-    """Rows to stdout: aligned columns on a terminal, tab-separated when piped."""
+    """Rows to stdout: tab-separated when piped; on a terminal aligned columns, of which the widest
+    are folded where a row is wider than it."""
     cells = [[shown(str(cell), keep="") for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for line in ([list(header)] if header else []) + cells:
             data("\t".join(line))
         return
     everything = ([list(header)] if header else []) + cells
-    widths = (
-        [max(len(line[column]) for line in everything) for column in range(len(everything[0]))]
-        if everything
-        else []
-    )
+    wanted = [max(map(_seen, column)) for column in zip(*everything)]
+    widths = _fit(wanted, _columns())
     for number, line in enumerate(everything):
-        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
-        data(paint(text, "bold") if header and number == 0 else text)
+        for text in _folded(line, widths):
+            data(paint(text, "bold") if header and number == 0 else text)
+
+
+def _seen(cell: str) -> int:
+    """How many characters of it are seen: colours take no room."""
+    return len(re.sub(r"\x1b\[[0-9;]*m", "", cell))
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+_LEAST_WIDTH = 12  # a column is not folded to less: a few letters a line are harder to read
+
+
+def _fit(widths: Sequence[int], columns: int) -> list[int]:
+    """The widths with the widest columns narrowed until a row is no wider than `columns`, or they
+    are at their least."""
+    out = list(widths)
+    excess = sum(out) + 2 * (len(out) - 1) - columns
+    while excess > 0 and max(out) > _LEAST_WIDTH:
+        widest = out.index(max(out))
+        out[widest] -= 1
+        excess -= 1
+    return out
+
+
+def _folded(line: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    """The lines of a row whose cells are folded at blanks, or anywhere in a longer word."""
+    import textwrap  # only here: few verbs fold a table
+
+    cells = [
+        textwrap.wrap(cell, width, break_on_hyphens=False)
+        if len(cell) > width and "\x1b" not in cell
+        else [cell]
+        for cell, width in zip(line, widths)
+    ]
+    for parts in itertools.zip_longest(*cells, fillvalue=""):
+        padded = (part + " " * (width - _seen(part)) for part, width in zip(parts, widths))
+        yield "  ".join(padded).rstrip()
 
 
 class Progress:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import click
 
 from hpctrain.base import errors, terminal
@@ -10,9 +12,12 @@ from hpctrain.cli import common
 @common.run_yaml
 @common.out_dir
 @common.set_option
+@click.option(
+    "-v", "--verbose", is_flag=True, help="On a terminal too: values that only repeat a config."
+)
 @common.as_json
 def command(
-    run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], as_json: bool
+    run_yaml: str, out_dir: str | None, assignments: tuple[str, ...], verbose: bool, as_json: bool
 ) -> None:
     """Show every decided value with its reason and where it comes from, the arithmetic and the
     cost.
@@ -32,10 +37,14 @@ def command(
         fields.pop("schema_version")
         terminal.data_json(ok=not plan.errors, **fields)
     else:
+        shown = [d for d in plan.decisions if verbose or not (d.repeats and sys.stdout.isatty())]
         terminal.table(
-            [(d.name, _short(d.value), d.reason, d.origin) for d in plan.decisions],
+            [(d.name, _short(d.value), d.reason, d.origin) for d in shown],
             ("value of", "is", "because", "from"),
         )
+        if len(shown) < len(plan.decisions):
+            left = len(plan.decisions) - len(shown)
+            terminal.info(f"{left} values are as the base config says; -v shows them")
         jobs = plan.spec.num_links
         cost = plan.cost
         terminal.info(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+REPEATS = "as the base config says"  # the reason of a value that nobody decided
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -15,3 +17,8 @@ class Decision:
     value: Any
     reason: str
     origin: str = ""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it only repeats what a base config says."""
+        return self.reason == REPEATS

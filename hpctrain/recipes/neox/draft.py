@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.config.decision import Decision
+from hpctrain.config.decision import REPEATS, Decision
 from hpctrain.config.document import Document, Origin, merge
 from hpctrain.recipes.neox.keys import (
     Key,
@@ -21,11 +21,7 @@ from hpctrain.recipes.neox.keys import (
 )
 
 DEFAULT, BASE, RUN, RULE = "default", "base", "run", "rule"
-_LAYER_REASON = {
-    DEFAULT: "the recipe's default",
-    BASE: "as the base config says",
-    RUN: "as the run says",
-}
+_LAYER_REASON = {DEFAULT: "the recipe's default", BASE: REPEATS, RUN: "as the run says"}
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -62,3 +63,24 @@ def test_json_says_the_same_and_is_printable(capsys):
     out = capsys.readouterr().out
     assert json.loads(out)["name"] == EVIL
     assert out.replace("\n", "").isprintable()
+
+
+def test_no_row_is_wider_than_the_terminal_and_no_word_is_lost(tty, monkeypatch):
+    rows = [("name", "word " * 40, "x" * 70), ("other", terminal.paint("ok", "green"), "why " * 30)]
+    for columns in (40, 80, 100, 400):
+        monkeypatch.setattr(terminal, "_columns", lambda columns=columns: columns)
+        out, _ = tty()
+        terminal.table(rows, ("one", "two", "three"))
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
+
+        assert max(map(len, plain.splitlines())) <= columns
+        assert plain.count("word") == 40 and plain.count("why") == 30 and plain.count("x") == 70
+        assert len(plain.splitlines()) == 3 or columns < 400
+
+
+def test_a_colour_takes_no_room_in_a_column(tty):
+    out, _ = tty()
+    terminal.table([(terminal.paint("ok", "green"), "a"), ("failed", "b")])
+
+    first, second = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).splitlines()
+    assert first.index("a") == second.index("b")
