@@ -157,10 +157,15 @@ FIELDS: dict[str, Field] = {
     ),
     "estimate": Field(
         "table",
-        "measured times, for cadence and cost",
+        "what was measured, for cadence, cost and memory",
         fields={
             "step_time_s": Field("number", "seconds a training iteration takes", minimum=0.001),
             "save_time_s": Field("number", "seconds a checkpoint takes", minimum=0),
+            "memory_gib": Field(
+                "number",
+                "peak memory of the fullest GPU, in GiB; stands in for hpctrain's own estimate",
+                minimum=0.1,
+            ),
         },
     ),
     "config": Field(
@@ -237,6 +242,7 @@ class RunSpec:
     preflight: Mapping[str, Any] | None
     step_time_s: float | None
     save_time_s: float | None
+    memory_gib: float | None
     config: Mapping[str, Any]
     recipe_options: Mapping[str, Any]
     env: Mapping[str, str]
@@ -353,6 +359,7 @@ def spec_from_layers(
         preflight=values["preflight"],
         step_time_s=values["estimate"].get("step_time_s"),
         save_time_s=values["estimate"].get("save_time_s"),
+        memory_gib=values["estimate"].get("memory_gib"),
         config=values["config"],
         recipe_options=values["recipe_options"],
         env={name: _env_text(value) for name, value in values["env"].items()},

@@ -14,8 +14,9 @@ from hpctrain.config.trainers.dpo import FAMILIES, FIELDS, DpoConfig, parse_conf
 from hpctrain.recipes import trainer_config
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.facts import Fact, Model, Rows
+from hpctrain.recipes.memory import Change, Layout, judge
 from hpctrain.recipes.sft import signal_name
-from hpctrain.recipes.trainer_config import extra_packages
+from hpctrain.recipes.trainer_config import extra_packages, shape_at, usual_changes
 
 CONFIG = "config_dpo.yaml"
 
@@ -82,6 +83,8 @@ def resolve(context: Context) -> Resolved:
         config = dataclasses.replace(
             config, ref_name=absolute(spec.checkpoint_start, spec.base_dir)
         )
+    memory, wrong = _memory(config, document, context)
+    problems += wrong
     failed = any(problem.level == "error" for problem in problems)
     return Resolved(
         argv=(options["python"], "-u", "-m", "hpctrain.train.dpo"),
@@ -98,7 +101,7 @@ def resolve(context: Context) -> Resolved:
         paths=_paths(config, document),
         model=os.path.join(config.mount_dir or context.run_dir, "dpo_model"),
         facts=_facts(config, document, context),
-        decisions=_decisions(config, document, context),
+        decisions=(*_decisions(config, document, context), *memory),
         problems=tuple(problems),
     )
 
@@ -122,6 +125,35 @@ def _paths(config: DpoConfig, document: Document) -> tuple[tuple[str, str, str],
         ),
     ]
     return tuple((what, path, where) for what, path, where in named if path and os.path.isabs(path))
+
+
+_MAX_LOGITS = 2**26  # numbers that the trainer computes at once (hpctrain/train/dpo/model.py)
+
+
+def _memory(
+    config: DpoConfig, document: Document, context: Context
+) -> tuple[tuple[Decision, ...], list[Problem]]:
+    """Both replies of a pair pass through at once; the reference's log-probabilities are cached, so
+    that it takes nothing while training."""
+    shape = shape_at(config.policy_name or "")
+    if shape is None:
+        return (), []
+    training, ranks = config.training, context.world_size
+    length = config.dataset["max_len"]
+    layout = Layout(
+        "fsdp2" if training["fsdp"] and ranks > 1 else "ddp",
+        2 * training["batch_size"] * length,
+        2 * length,
+        shards=ranks if training["fsdp"] else 1,
+        gpus=ranks,
+        accumulates=training["gradient_accumulation_steps"] > 1,
+        checkpointing=training["activation_checkpointing"],
+        logits_limit=_MAX_LOGITS,
+    )
+    sharded = dataclasses.replace(layout, sharding="fsdp2", shards=ranks)
+    more = [Change("`fsdp: true`", sharded)] if ranks > 1 and not training["fsdp"] else []
+    changes = usual_changes(layout, "batch_size", "activation_checkpointing", *more)
+    return judge(context, shape, layout, document.where("policy_name"), changes)
 
 
 # What a pair may look like (hpctrain/train/dpo/records.py `parse_record`), the commonest first.

@@ -3,6 +3,7 @@ estimates, refusals."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from typing import Any
@@ -22,8 +23,9 @@ from hpctrain.config.trainers.trl import (
 from hpctrain.recipes import hf_estimate, trainer_config
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.facts import Fact, Model, Rows
+from hpctrain.recipes.memory import Change, Layout, judge
 from hpctrain.recipes.sft import signal_name
-from hpctrain.recipes.trainer_config import extra_packages
+from hpctrain.recipes.trainer_config import extra_packages, shape_at, usual_changes
 
 CONFIG = "config_sft.yaml"
 _STAGE = "{tmp}/{user}-{job}-data"
@@ -74,7 +76,8 @@ def resolve(context: Context) -> Resolved:
         config = HfSftConfig({**config.values, "stop_signal": signal})
     stage, decided, wrong = _stage(context)
     estimated, contradictions = hf_estimate.estimate(config, context, document)
-    problems += [*wrong, *contradictions]
+    memory, too_much = _memory(config, document, context)
+    problems += [*wrong, *contradictions, *too_much]
     failed = any(problem.level == "error" for problem in problems)
     return Resolved(
         argv=(options["python"], "-u", "-m", "hpctrain.train.trl"),
@@ -96,7 +99,7 @@ def resolve(context: Context) -> Resolved:
         binds=_binds(config, str(options["stage"])),
         model=config.export_dir,
         facts=_facts(config, document, context),
-        decisions=(*_decisions(config, document, context), decided, *estimated),
+        decisions=(*_decisions(config, document, context), decided, *estimated, *memory),
         problems=tuple(problems),
     )
 
@@ -222,6 +225,40 @@ def _paths(config: HfSftConfig, document: Document) -> tuple[tuple[str, str, str
         ("training data", config.dataset_path, document.where("dataset_path")),
     ]
     return tuple((what, path, where) for what, path, where in named if path and os.path.isabs(path))
+
+
+def _memory(
+    config: HfSftConfig, document: Document, context: Context
+) -> tuple[tuple[Decision, ...], list[Problem]]:
+    """A whole copy on each rank: all weights with fp32 masters, or a frozen base with an update.
+
+    The loss is reckoned as TRL computes it since 1.7, in chunks; older ones need more.
+    """
+    shape, lora = shape_at(config.model_name or ""), config.lora
+    if shape is None or config.values["precision"] != "bf16":
+        return (), []
+    attention = 2 * shape.hidden + shape.query + shape.key
+    update = int(lora["r"] * shape.layers * 2 * (attention + 2 * shape.mlp)) if lora else None
+    length = config.max_length
+    layout = Layout(
+        "ddp",
+        config.per_device_train_batch_size * length,
+        length,
+        gpus=context.world_size,
+        accumulates=config.gradient_accumulation_steps > 1,
+        adapters=update,
+        all_linears=True,
+        checkpointing=bool(config.values["gradient_checkpointing"]),
+        loss="chunked",
+        optimizer_bytes=2.1 if "8bit" in str(config.values["optim"]) else 0,
+    )
+    more = []
+    if not lora:
+        adapters = shape.layers * 32 * (attention + 2 * shape.mlp)
+        frozen = dataclasses.replace(layout, adapters=adapters, all_linears=True)
+        more = [Change("`lora: {r: 16}`", frozen)]
+    changes = usual_changes(layout, "per_device_train_batch_size", "gradient_checkpointing", *more)
+    return judge(context, shape, layout, document.where("model_name"), changes)
 
 
 # What a row may look like (hpctrain/train/trl/rows.py), in the order in which the trainer asks.

@@ -14,7 +14,7 @@ from hpctrain.config.decision import Decision
 from hpctrain.config.run import absolute
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.datafiles import indexed_problems
-from hpctrain.recipes.neox import batch, data, export, launch, model, ranges, saving
+from hpctrain.recipes.neox import batch, data, export, launch, memory, model, ranges, saving
 from hpctrain.recipes.neox.configs import MAX_TEXT_BYTES, config_text
 from hpctrain.recipes.neox.draft import Draft, make_draft
 from hpctrain.recipes.neox.keys import FLAVOR_NAMES
@@ -100,6 +100,7 @@ def resolve(context: Context) -> Resolved:
         if text:
             configs[export.CONFIG] = text
     target = None if train_iters is None else train_iters + offset
+    memory_decisions = memory.decide(draft, context, shape, zero_stage)
     return Resolved(
         argv=_argv(options["python"], starter, folder, train_script),
         workdir=folder,
@@ -134,6 +135,7 @@ def resolve(context: Context) -> Resolved:
         decisions=(
             *_own_decisions(context, folder, start, offset, target),
             *draft.all_decisions(),
+            *memory_decisions,
             *_mode_decisions(modes, override),
             _export_decision(exporting),
         ),

@@ -17,7 +17,8 @@ from hpctrain.config.trainers.sft import FAMILIES, SftConfig, parse_config, reso
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.datafiles import indexed_problems
 from hpctrain.recipes.facts import Fact, Indexed, Masks, Model
-from hpctrain.recipes.trainer_config import extra_packages
+from hpctrain.recipes.memory import Change, Layout, judge
+from hpctrain.recipes.trainer_config import extra_packages, shape_at, usual_changes
 
 CONFIG = "config.yml"
 # run.yaml says these elsewhere, so that `check` knows them as paths and as data.
@@ -82,6 +83,8 @@ def resolve(context: Context) -> Resolved:
         )
     except UsageError as error:
         problems += error.problems
+    memory, found = _memory(config, context)
+    problems += found
     failed = any(problem.level == "error" for problem in problems)
     paths = [("model", config.model, spec.where("recipe_options", "model"))]
     if config.tokenizer:
@@ -116,7 +119,7 @@ def resolve(context: Context) -> Resolved:
         ),
         model=config.export_dir,
         facts=_facts(config, document, context),
-        decisions=_decisions(config, context),
+        decisions=(*_decisions(config, context), *memory),
         problems=tuple(problems),
     )
 
@@ -162,6 +165,30 @@ def _facts(config: SftConfig, document: Document, context: Context) -> tuple[Fac
         full_precision=True,
     )
     return data, model, extra_packages(context, document, config.wandb_project, config.attention)
+
+
+def _memory(config: SftConfig, context: Context) -> tuple[tuple[Decision, ...], list[Problem]]:
+    """The trainer takes gradients in fp32 from stage 1 on, with which DeepSpeed uses its
+    BF16_Optimizer; logits are reckoned as if every token were trained."""
+    shape = shape_at(config.model)
+    if shape is None or config.precision != "bf16":
+        return (), []
+    ranks = context.world_size
+    layout = Layout(
+        "bf16opt" if config.zero_stage == 1 else f"zero{config.zero_stage}",
+        config.train_micro_batch_size_per_gpu * config.seq_length,
+        config.seq_length,
+        shards=ranks,
+        gpus=ranks,
+        accumulates=(config.gradient_accumulation_steps or 1) > 1,
+        checkpointing=config.activation_checkpointing,
+    )
+    sharded = dataclasses.replace(layout, sharding="zero3")
+    more = [Change("`zero_stage: 3`", sharded)] if ranks > 1 and config.zero_stage < 3 else []
+    changes = usual_changes(
+        layout, "train_micro_batch_size_per_gpu", "activation_checkpointing", *more
+    )
+    return judge(context, shape, layout, context.spec.where("recipe_options", "model"), changes)
 
 
 # `init` in the words of the guard, as `hpctrain.train.sft.loop` decides it.

@@ -3,7 +3,10 @@ text."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Callable
 
 from hpctrain.base.errors import Problem
@@ -13,6 +16,8 @@ from hpctrain.config.fields import Field
 from hpctrain.recipes.contract import Context
 from hpctrain.recipes.datafiles import row_problems
 from hpctrain.recipes.facts import Packages
+from hpctrain.recipes.known_models import shape_by_name
+from hpctrain.recipes.memory import Change, Layout, Shape, shape_of
 
 
 def layered(context: Context, what: str, *key: str) -> tuple[Document, list[Problem]]:
@@ -62,6 +67,32 @@ def layered(context: Context, what: str, *key: str) -> tuple[Document, list[Prob
         ),
         problems,
     )
+
+
+def shape_at(path: str) -> Shape | None:
+    """The shape of the model in a folder (or of a config.json); by its name where it is on the hub,
+    or does not lie here. None where neither tells."""
+    if not os.path.exists(path):
+        return shape_by_name(path)
+    try:
+        file = path if path.endswith(".json") else os.path.join(path, "config.json")
+        with open(file, encoding="utf-8") as stream:
+            found = json.load(stream)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return shape_of(found) if isinstance(found, dict) else None
+
+
+def usual_changes(
+    layout: Layout, batch_key: str, checkpointing: str, *more: Change
+) -> list[Change]:
+    """The smallest changes that every trainer knows, by its own keys; and others of its own."""
+    found = []
+    if not layout.checkpointing:
+        found.append(Change(f"`{checkpointing}: true`", replace(layout, checkpointing=True)))
+    if layout.tokens > layout.length:
+        found.append(Change(f"`{batch_key}: 1`", replace(layout, tokens=layout.length)))
+    return [*found, *more]
 
 
 def extra_packages(

@@ -15,6 +15,7 @@ from hpctrain.base.paths import shipped_text
 from hpctrain.recipes.contract import Cadence, Context, Guard, HubRepo, Resolved
 from hpctrain.recipes.facts import Copy, Fact, Model, Packages, Rows
 from hpctrain.recipes.open_instruct import data, launch, training
+from hpctrain.recipes.open_instruct import memory as gpu_memory
 from hpctrain.recipes.open_instruct.arguments import (
     describe_unknown,
     flags,
@@ -86,6 +87,7 @@ def resolve(context: Context) -> Resolved:
         paths.append(
             ("DeepSpeed configuration", config_file or "", draft.option_where("deepspeed_config"))
         )
+    gpu_memory.decide(draft, model, sharding, hf_home)
     failed = any(problem.level == "error" for problem in draft.problems)
     files = {CACHES_FILE: _caches(draft, model, mixer, cache_dir, values)}
     if deepspeed:

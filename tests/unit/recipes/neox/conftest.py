@@ -35,6 +35,8 @@ BASE = {
     "train_micro_batch_size_per_gpu": "3",
     "train_iters": "1337",
     "checkpoint_factor": "100",
+    "checkpoint_activations": "true",
+    "partition_activations": "true",
 }
 RUN = {
     "name": "ft",

@@ -152,7 +152,7 @@ def test_every_file_the_job_needs_is_listed(neox):
         "train labels",
         "valid data",
     }
-    assert paths["/base/v.idx"] == ("valid data", "base.yml:20:20")
+    assert paths["/base/v.idx"] == ("valid data", "base.yml:22:20")
     assert "/project/neox/rel/v.bin" in paths and "/l.bin" in paths
     # run.yaml's own data is looked for by the check of every recipe
     assert "/scratch/d/sft.bin" not in paths

@@ -108,7 +108,7 @@ def job(neox, neox_dir, tmp_path):
             site="generic-cuda", account=None, partition=None, nodes="1", gpus_per_node="4"
         )
         kwargs["run"].setdefault("container", None)
-        planned = neox("model_parallel_size: 1\n", **kwargs)
+        planned = neox("model_parallel_size: 1\nnum_layers: 2\nattention_config: null\n", **kwargs)
         assert planned.said() == []
         folder = Path(planned.plan.run_dir)
         for name, raw in run_files(planned.plan, planned.inputs).items():

@@ -37,7 +37,7 @@ def test_a_key_of_the_other_flavor_says_so(neox):
 
 
 def test_an_unknown_key_in_a_base_config_names_the_base_config(neox):
-    assert neox(base={"moe_type2": "1"}).problem("moe_type2").where == "base.yml:20:1"
+    assert neox(base={"moe_type2": "1"}).problem("moe_type2").where == "base.yml:22:1"
 
 
 def test_keys_of_ones_own_copy_are_passed_on(neox):

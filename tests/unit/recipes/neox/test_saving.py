@@ -51,7 +51,7 @@ def test_an_offset_that_contradicts_the_start_is_refused_in_the_run_and_replaced
     )
     planned = neox(base={"iteration_offset": "2000"})
     assert planned.config("finetune")["iteration_offset"] == 423858
-    assert "instead of 2000 at base.yml:20:" in planned.decision("config.iteration_offset").reason
+    assert "instead of 2000 at base.yml:22:" in planned.decision("config.iteration_offset").reason
 
 
 def test_upstream_has_no_offset(neox):
