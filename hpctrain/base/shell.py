@@ -41,6 +41,35 @@ def quote_all(values: Iterable[object]) -> ShellText:
     )
 
 
+# A shell word: plain letters, quotes, `$name`, `${…}` and `$(…)`, but nothing that ends a command.
+_WORD = re.compile(
+    r"""(?:[^\s\\'"`$;&|<>()#]|\\.|'[^']*'|"(?:[^"\\`]|\\.)*"|\$\{[^{}]*\}"""
+    r"""|\$\((?:[^()'"`]|'[^']*'|"[^"`]*"|\((?:[^()'"`]|'[^']*'|"[^"`]*")*\))*\)|\$(?!\()|(?<=\S)\#)+""",
+    re.DOTALL,
+)
+
+
+def expanding_words(text: str) -> list[ShellText]:
+    """The words of a line of shell, each still to expand where it runs. Raises ValueError for what
+    is more than one command's words: an operator, a comment, quotes that do not end."""
+    words, place = [], 0
+    while place < len(text):
+        found = _WORD.match(text, place)
+        if found:
+            words.append(ShellText(found[0]))
+            place = found.end()
+        elif text[place].isspace():
+            place += 1
+        else:
+            raise ValueError(f"`{text[place : place + 20]}` is not part of a word")
+    return words
+
+
+def script(text: str) -> ShellText:
+    """Lines of the user's own that the job runs as they are."""
+    return ShellText(text.rstrip("\n") + "\n")
+
+
 def sbatch_value(value: object) -> str:
     """A directive's value that sbatch reads back as exactly `value`. Raises ValueError for control
     characters.

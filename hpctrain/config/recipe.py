@@ -54,9 +54,10 @@ FIELDS: dict[str, Field] = {
     ),
     "tasks": Field(
         "text",
-        "one task per GPU, or one per node that starts the others",
+        "one task per GPU, or one per node that starts the others; by_launch: free where the option"
+        " `launch` says srun, else per_node",
         default="per_gpu",
-        choices=("per_gpu", "per_node", "free"),
+        choices=("per_gpu", "per_node", "free", "by_launch"),
     ),
     "layout": Field("text", "checkpoint layout", default="none"),
     "needs_gpus": Field("bool", "runs on GPU nodes where the site has them", default=True),

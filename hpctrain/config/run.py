@@ -12,7 +12,7 @@ from typing import Any
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.config.document import Document, load_yaml, merge, parse_set
 from hpctrain.config.fields import Field, check
-from hpctrain.config.sbatch import check_options
+from hpctrain.config.sbatch import check_options, check_srun_options
 from hpctrain.config.site import ENV_NAME, NAME
 from hpctrain.config.trust import user_config
 
@@ -62,8 +62,8 @@ FIELDS: dict[str, Field] = {
     ),
     "partition": Field(
         "text",
-        "the Slurm partition; omitted: hpctrain picks one",
-        pattern=_SLURM_WORD,
+        "the Slurm partition, or several with commas; omitted: hpctrain picks one",
+        pattern=f"{_SLURM_WORD}(,{_SLURM_WORD})*",
         shape="a partition",
     ),
     "nodes": Field("int", "number of nodes", default=1, minimum=1, maximum=100_000),
@@ -182,6 +182,25 @@ FIELDS: dict[str, Field] = {
         keys=ENV_NAME,
         items=Field("scalar", "the value", multiline=True),
     ),
+    "modules": Field(
+        "list", "environment modules of the job, after the site's", items=Field("text", "a module")
+    ),
+    "setup": Field(
+        "text",
+        "lines of bash that the job runs before its step, on its first node, outside strict mode",
+        multiline=True,
+    ),
+    "task_setup": Field(
+        "text",
+        "lines of bash that every task runs on its node before the program, outside strict mode",
+        multiline=True,
+    ),
+    "srun": Field(
+        "map",
+        "more options of the step's srun, by long name",
+        keys="[a-z][a-z0-9-]*",
+        items=Field("scalar", "the value"),
+    ),
     "sbatch": Field(
         "map",
         "more sbatch options, by long name",
@@ -247,6 +266,10 @@ class RunSpec:
     recipe_options: Mapping[str, Any]
     env: Mapping[str, str]
     sbatch: Mapping[str, Any]
+    srun: Mapping[str, Any]
+    modules: tuple[str, ...]
+    setup: str
+    task_setup: str
     secrets: str | None
     notify: str | None
     document: Document
@@ -313,6 +336,7 @@ def spec_from_layers(
     problems = [*document.problems, *problems]
     problems += list(_env_problems(document, values["env"]))
     problems += check_options(values["sbatch"], lambda key: document.where_key("sbatch", key))
+    problems += check_srun_options(values["srun"], lambda key: document.where_key("srun", key))
     base_dir = os.path.dirname(os.path.abspath(source))
 
     checkpoint, chain = values["checkpoint"], values["chain"]
@@ -364,6 +388,10 @@ def spec_from_layers(
         recipe_options=values["recipe_options"],
         env={name: _env_text(value) for name, value in values["env"].items()},
         sbatch=values["sbatch"],
+        srun=values["srun"],
+        modules=tuple(filter(None, values["modules"])),
+        setup=values["setup"] or "",
+        task_setup=values["task_setup"] or "",
         secrets=values["secrets"],
         notify=values["notify"],
         document=document,
@@ -418,6 +446,13 @@ def _env_problems(document: Document, env: Mapping[str, Any]) -> Iterator[Proble
                 " script",
                 where=where,
                 hint=f"put the line {name}=… into a file of mode 0600 and name it under `secrets:`",
+            )
+        elif re.search(r"\$\{?[A-Za-z_]", str(env[name])):
+            yield Problem(
+                f"`env.{name}` is exported as it stands, `$` and all",
+                where=document.where("env", name),
+                hint=f"a line of `setup:` fills it in: export {name}=…",
+                level="warning",
             )
 
 

@@ -62,6 +62,22 @@ OWNED = {
     "propagate": "limits of the login node do not belong into jobs",
     "oversubscribe": "training jobs do not share their GPUs",
 }
+# Options of srun that would contradict the plan: what to use instead.
+SRUN_OWNED = {
+    "nodes": "use the key `nodes:`",
+    "ntasks": "it is nodes x tasks a node; use `tasks_per_node:`",
+    "ntasks-per-node": "use the key `tasks_per_node:`",
+    "cpus-per-task": "use `sbatch: {cpus-per-task: N}`, which the step takes over",
+    "account": "use the key `account:`",
+    "partition": "use the key `partition:`",
+    "time": "use the key `time:`",
+    "output": "the run directory's logs/ holds the logs",
+    "error": "the run directory's logs/ holds the logs",
+    "chdir": "use `recipe_options: {workdir: …}`",
+    "export": "the step has the job's environment; use `env:`",
+    "jobid": "the step runs in its own job",
+    "pty": "a job has no terminal",
+}
 SWITCHES = frozenset("contiguous no-requeue overcommit reboot spread-job use-min-nodes".split())
 
 
@@ -69,19 +85,12 @@ def check_options(options: Mapping[str, Any], where: Callable[[str], str]) -> li
     """Every problem of an `sbatch:` mapping: unknown options, owned ones, wrong values."""
     problems = []
     for name, value in options.items():
-        if name in OWNED:
+        if name in OWNED and not (name == "dependency" and value == "singleton"):
             problems.append(
                 Problem(f"`sbatch.{name}` cannot be set here", where=where(name), hint=OWNED[name])
             )
         elif name not in REPLACES and name not in FREE and name not in SWITCHES:
-            known = sorted({*REPLACES, *FREE, *SWITCHES, *OWNED})
-            problems.append(
-                Problem(
-                    f"sbatch has no option `--{name}`, or it has no place in a run",
-                    where=where(name),
-                    hint=nearest(name, known),
-                )
-            )
+            problems.append(_unknown(name, where(name)))
         elif name in SWITCHES and not isinstance(value, bool):
             problems.append(
                 Problem(f"`sbatch.{name}` is a switch: true or false", where=where(name))
@@ -89,6 +98,26 @@ def check_options(options: Mapping[str, Any], where: Callable[[str], str]) -> li
         elif value == "":
             problems.append(Problem(f"`sbatch.{name}` is empty", where=where(name)))
     return problems
+
+
+def _unknown(name: str, where: str) -> Problem:
+    """A mistyped option, or one that a site's plugin may add."""
+    what = f"sbatch has no option `--{name}`, or it has no place in a run"
+    hint = nearest(name, sorted({*REPLACES, *FREE, *SWITCHES, *OWNED}))
+    if hint:
+        return Problem(what, where=where, hint=hint)
+    what = f"`sbatch.{name}` is passed on as it stands: hpctrain does not know it"
+    return Problem(what, where, why="a site's plugins may add options", level="warning")
+
+
+def check_srun_options(options: Mapping[str, Any], where: Callable[[str], str]) -> list[Problem]:
+    """Every problem of a `srun:` mapping. What hpctrain does not know srun may: plugins add
+    options."""
+    return [
+        Problem(f"`srun.{name}` cannot be set here", where=where(name), hint=SRUN_OWNED[name])
+        for name in options
+        if name in SRUN_OWNED
+    ]
 
 
 def option_text(name: str, value: Any) -> str | None:

@@ -184,6 +184,8 @@ def decide_directives(
             continue
         if option_text(option, value) is None:
             out.pop(option, None)
+        elif option == "gres" and "gres" in out and "gpu" not in str(value):
+            add(option, f"{out[option].value},{value}", "the GPUs, and what the run asks for")
         else:
             add(option, value)
         verb = "replaces the plan's" if option in REPLACES else "as the run says"
@@ -224,7 +226,20 @@ def decide_srun(
     for option in rules["extra"]:
         name, _, value = option[2:].partition("=")
         out.append(Directive(name, value, "the site's rule"))
-    return tuple(out)
+    return tuple(_with_own(notes, out))
+
+
+def _with_own(notes: Notes, options: Sequence[Directive]) -> list[Directive]:
+    """The step's options with those of `srun:`, which replace others of their name; false takes one
+    out."""
+    own = notes.spec.srun
+    out = [option for option in options if option.option not in own]
+    for name, value in own.items():
+        text = option_text(name, value)
+        notes.decide(f"srun.{name}", value, "as the run says", "srun", name)
+        if text is not None:
+            out.append(Directive(name, text, "as the run says"))
+    return out
 
 
 def decide_preflight(

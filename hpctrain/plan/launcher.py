@@ -16,7 +16,7 @@ _COMMAND = (  # where a shell expects a command
 )
 _LAUNCHER = re.compile(
     r"(?:^|[\s/;&|(])(torchrun|accelerate\s+launch|accelerate-launch|accelerate\.commands\.launch"
-    r"|torch\.distributed\.(?:run|launch))(?=\s|$)"
+    r"|torch\.distributed\.(?:run|launch)|deepspeed\.launcher\.launch|ray_node\.py)(?=\s|$)"
     rf"|{_COMMAND}(deepspeed)(?=\s|$)"
 )
 _SHELLS = frozenset({"bash", "sh", "dash", "zsh", "ksh"})

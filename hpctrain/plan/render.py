@@ -18,7 +18,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from hpctrain import __version__, runtime
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
 from hpctrain.base.paths import layer_dirs, shipped_dir, shipped_text
-from hpctrain.base.shell import ShellText, comment, node_path, quote, quote_all, sbatch_value
+from hpctrain.base.shell import (
+    ShellText,
+    comment,
+    node_path,
+    quote,
+    quote_all,
+    sbatch_value,
+    script,
+)
 from hpctrain.config.sbatch import agreeing_inputs, inherited_inputs
 from hpctrain.config.site import layer_name
 from hpctrain.config.trust import require_trust
@@ -84,7 +92,9 @@ def _render_script(
             source_name="run.yaml",
             source_sha256=_sha256(inputs.get("run.yaml", b""))[:12],
             templates=", ".join(used),
-            modules=values["modules"],
+            modules={**values["modules"], "own": spec.modules},
+            setup=script(spec.setup),
+            task_setup=spec.task_setup,
             inherited=inherited_inputs(asked),
             as_asked=sorted(agreeing_inputs(asked).items()),
             unset_env=[

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 from hpctrain.base.units import format_time, parse_mem_gib
@@ -13,15 +15,7 @@ from hpctrain.plan.notes import Notes
 def pick_partition(notes: Notes) -> tuple[Partition, NodeType]:
     spec, site = notes.spec, notes.site
     if spec.partition:
-        found = site.partition(spec.partition)
-        if not found:
-            notes.error(
-                f"site `{site.name}` has no partition `{spec.partition}`",
-                "partition",
-                why=f"partitions are set in {site.document.where('partitions')}",
-                hint=nearest(spec.partition, site.partitions),
-            )
-            found = Partition(spec.partition, _any_node(notes))
+        found = _named_partition(notes, spec.partition)
         notes.decide("partition", found.name, "as the run says", "partition")
         return found, found.node_type
     fitting = fitting_partitions(notes)
@@ -42,6 +36,35 @@ def pick_partition(notes: Notes) -> tuple[Partition, NodeType]:
     reason = f"the smallest that fits {spec.num_nodes} nodes for {format_time(spec.time_s)}{others}"
     notes.decide("partition", found.name, reason, "partitions", found.name, site=True)
     return found, found.node_type
+
+
+def _named_partition(notes: Notes, names: str) -> Partition:
+    """The partition that the run names; of several, Slurm takes the one that starts it first, and
+    the plan holds to the smallest of their limits."""
+    site, found = notes.site, []
+    for name in names.split(","):
+        one = site.partition(name)
+        if not one:
+            notes.error(
+                f"site `{site.name}` has no partition `{name}`",
+                "partition",
+                why=f"partitions are set in {site.document.where('partitions')}",
+                hint=nearest(name, site.partitions),
+            )
+        found.append(one or Partition(name, _any_node(notes)))
+    if len({one.node_type.name for one in found}) > 1:
+        kinds = ", ".join(f"{one.name}: {one.node_type.name}" for one in found)
+        notes.error(
+            f"the partitions of `partition: {names}` have unlike nodes ({kinds})",
+            "partition",
+            hint="name those of one kind: tasks and cores are counted for it",
+        )
+    nodes, times = notes.spec.num_nodes, notes.spec.time_s
+    tightest = min(
+        found, key=lambda one: (one.max_nodes or nodes, one.time_limit_s(nodes) or times)
+    )
+    together = ",".join(one.slurm_name for one in found)
+    return replace(tightest, partition=together) if len(found) > 1 else tightest
 
 
 def _none_fits(notes: Notes) -> None:
@@ -115,6 +138,9 @@ def limit_line(notes: Notes, partition: Partition) -> str:
 def decide_shape(notes: Notes, node: NodeType) -> tuple[int, int, int]:
     spec = notes.spec
     gpus = node.gpus if spec.gpus_per_node is None else spec.gpus_per_node
+    asked = _asked_gpus(notes)
+    if asked is not None:
+        gpus = asked
     if notes.site.values["slurm"]["gpu_request"] == "none" and spec.gpus_per_node is None:
         gpus = 0
     if gpus > node.gpus:
@@ -124,7 +150,9 @@ def decide_shape(notes: Notes, node: NodeType) -> tuple[int, int, int]:
             why=f"set in {notes.site.document.where('node_types', node.name, 'gpus')}",
         )
         gpus = node.gpus
-    if spec.gpus_per_node is None:
+    if asked is not None and spec.gpus_per_node is None:
+        notes.decide("gpus_per_node", gpus, "as `sbatch:` says", "sbatch")
+    elif spec.gpus_per_node is None:
         notes.decide(
             "gpus_per_node",
             gpus,
@@ -166,6 +194,28 @@ def decide_shape(notes: Notes, node: NodeType) -> tuple[int, int, int]:
     return gpus, tasks, cpus
 
 
+def _asked_gpus(notes: Notes) -> int | None:
+    """GPUs a node as an `sbatch:` option says, None where none does."""
+    for option, pattern in (
+        ("gres", r"(?:^|.*,)gpu(?::[A-Za-z][\w.-]*)?:(\d+)(?:,.*|$)"),
+        ("gpus-per-node", r"(?:[A-Za-z][\w.-]*:)?(\d+)$"),
+    ):
+        found = re.match(pattern, str(notes.spec.sbatch.get(option, "")))
+        if not found:
+            continue
+        count = int(found[1])
+        if notes.spec.gpus_per_node not in (None, count):
+            notes.error(
+                f"`sbatch.{option}` asks for {count} GPUs a node, and `gpus_per_node:` for"
+                f" {notes.spec.gpus_per_node}",
+                "sbatch",
+                option,
+                hint="delete one of them",
+            )
+        return count
+    return None
+
+
 def wants_whole_nodes(notes: Notes, partition: Partition, node: NodeType, gpus: int) -> bool:
     asked = notes.spec.sbatch.get(
         "exclusive", notes.site.values["slurm"]["always"].get("exclusive")
@@ -180,7 +230,7 @@ def decide_memory_gib(notes: Notes, node: NodeType, gpus: int, cores: int, whole
     if not whole:
         share = gpus / node.gpus if gpus and node.gpus else min(cores / node.usable_cores, 1.0)
     text = notes.spec.sbatch.get("mem")
-    if text is not None and str(text) != "0":
+    if text not in (None, False) and str(text) != "0":
         try:
             asked = parse_mem_gib(text)
         except ValueError as error:
@@ -210,6 +260,9 @@ def _any_node(notes: Notes) -> NodeType:
 
 def _tasks(notes: Notes, node: NodeType, gpus: int) -> int:
     spec, mode = notes.spec, notes.recipe.tasks
+    if mode == "by_launch":
+        launch = spec.recipe_options.get("launch") or notes.recipe.options["launch"].default
+        mode = "free" if launch == "srun" else "per_node"
     override = spec.sbatch.get("ntasks-per-node")
     if override is not None and not _positive(override):
         notes.error(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpctrain.base.errors import Problem
+from hpctrain.base.shell import ShellText
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document
 from hpctrain.config.recipe import Recipe
@@ -126,7 +127,9 @@ class Cadence:
 class Resolved:
     """What a recipe decided.
 
-    `argv`: the step, run by every task. `configs`: text by file name, `config_for` the file of each
+    `argv`: the step, run by every task; where it is a launcher that starts the node's processes,
+    `on_node` are its words that only a task on that node can fill in, and `arguments` what comes
+    after those. `configs`: text by file name, `config_for` the file of each
     mode. `files`: more files of the run directory, `runtime` more of its runtime/. `template`:
     values for the recipe's own template. `paths`: (what, path, where) that the job needs at the
     site; `hub`: what it needs of the Hugging Face hub there. `binds`: (what, path) that the job
@@ -137,6 +140,8 @@ class Resolved:
     """
 
     argv: tuple[str, ...] = ()
+    on_node: tuple[ShellText, ...] = ()
+    arguments: tuple[str, ...] = ()
     workdir: str | None = None
     configs: Mapping[str, str] = field(default_factory=dict)
     config_for: Mapping[str, str] = field(default_factory=dict)

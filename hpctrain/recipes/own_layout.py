@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hpctrain.base.errors import Problem
+from hpctrain.config.document import Document
 from hpctrain.config.fields import Field, check
 from hpctrain.recipes.contract import Context
 from hpctrain.runtime.layouts import LAYOUTS
@@ -45,7 +46,10 @@ def read_layout(context: Context) -> tuple[str, dict[str, Any] | None, list[Prob
         # such a name was refused with the options
         known = given in LAYOUTS or isinstance(given, str)
         return "none", None, [] if known else [Problem(what, context.spec.where(*path))]
-    rule, problems = check(context.spec.document, FIELDS, path)
+    document = context.spec.document
+    if document.get(*path) is None:  # a recipe's own default
+        document = Document({path[0]: {path[1]: given}}, name=f"recipe {context.recipe.name}")
+    rule, problems = check(document, FIELDS, path)
     if problems:
         return "none", None, list(problems)
     return "own", {key: value for key, value in rule.items() if value}, []

@@ -21,6 +21,7 @@ from hpctrain.config.decision import Decision
 from hpctrain.config.run import RunSpec, absolute
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.facts import Copy, Fact, Model, Packages, Rows
+from hpctrain.recipes.launchers import RAY_FILE
 from hpctrain.recipes.verl import checks, hydra, keys
 from hpctrain.recipes.verl.checks import Where
 from hpctrain.recipes.verl.presets import BRANCHES, SHAPE_KEYS, SIZES, ModelShape, overrides_of
@@ -30,7 +31,7 @@ from hpctrain.runtime.survey import start_number
 WARMUP, ADVERSARIAL = "warmup", "adversarial"
 LENGTHS = ("trainer.total_training_steps", "trainer.total_epochs")
 OVERRIDES, RESUME = "overrides.txt", "overrides.resume.txt"
-SCRIPTS = ("ray_node.py", "check_verl.py", "merge_start.py")
+SCRIPTS = ("check_verl.py", "merge_start.py")
 MODELS = ("actor_rollout_ref.model.path", "critic.model.path")
 LAYOUT = LAYOUTS["verl"]
 START_MODEL = (  # the folder in checkpoint.dir with the start's student and critic as whole models
@@ -110,7 +111,7 @@ def resolve(context: Context) -> Resolved:
         argv=(
             python,
             "-u",
-            os.path.join(context.run_dir, "ray_node.py"),
+            os.path.join(context.run_dir, RAY_FILE),
             "--gpus",
             str(context.gpus_per_node),
             "--timeout",
@@ -126,7 +127,8 @@ def resolve(context: Context) -> Resolved:
         workdir=context.run_dir,
         configs={} if failed else configs,
         config_for={"scratch": OVERRIDES, "finetune": OVERRIDES, "resume": RESUME},
-        files={name: shipped_text("verl-gad", name) for name in SCRIPTS},
+        files={RAY_FILE: shipped_text("base", RAY_FILE)}
+        | {name: shipped_text("verl-gad", name) for name in SCRIPTS},
         guard=Guard(
             layout=LAYOUT.name,
             target=target,

@@ -90,7 +90,7 @@ def test_what_init_writes_is_valid(recipe, site, cli, tmp_path):
         "env: {'A B': x}",
         "data: {train: x}",
         "recipe_options: {argw: [x]}",
-        "recipe_options: {}",
+        "recipe_options: {argv: [x], launch: mpi}",
         "recipe_options: {argv: [x], layout: nosuch}",
         "partition: '$(x)'",
     ],

@@ -39,7 +39,7 @@ def _open_air(plan: Plan) -> bool:
     """Whether the step runs in the environment of a login shell, so that this one tells something:
     no container, no modules, nothing that is sourced."""
     spec, modules = plan.spec, plan.site.values["modules"]
-    loads = modules["load"] or spec.document.get("modules") or spec.document.get("setup")
+    loads = modules["load"] or spec.modules or spec.setup or spec.task_setup
     sourced = plan.resolved.template.get("activate")
     own_path = {"PATH", "PYTHONPATH", "VIRTUAL_ENV"} & set(spec.env)
     return not (spec.container or loads or sourced or own_path)

@@ -12,6 +12,7 @@ import os
 import re
 
 from hpctrain.base.paths import shipped_text
+from hpctrain.recipes import launchers
 from hpctrain.recipes.contract import Cadence, Context, Guard, HubRepo, Resolved
 from hpctrain.recipes.facts import Copy, Fact, Model, Packages, Rows
 from hpctrain.recipes.open_instruct import data, launch, training
@@ -94,6 +95,7 @@ def resolve(context: Context) -> Resolved:
         files[launch.DEEPSPEED_FILE] = deepspeed
     return Resolved(
         argv=(options["python"], "-u", "-m", "accelerate.commands.launch"),
+        on_node=launchers.ACCELERATE_ON_NODE,
         workdir=folder,
         files={} if failed else files,
         runtime={PREPARE: shipped_text("open-instruct", PREPARE)},

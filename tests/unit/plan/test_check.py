@@ -96,7 +96,7 @@ def test_a_good_run_has_no_errors(check):
             "did you mean `workdir`?",
         ),
         ("recipe_options: {argv: a}", "must be a list", ""),
-        ("recipe_options: {}", "`recipe_options.argv` is missing", ""),
+        ("recipe_options: {}", "`recipe_options.program` is empty", ""),
         ("container_binds: [/x]", "without a `container`", ""),
         (
             "checkpoint: {dir: /project/project_465001281/c}",

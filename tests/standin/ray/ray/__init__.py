@@ -1,7 +1,7 @@
 """Stands in for Ray where the real one is too large for CI: a head that counts nodes, and processes
 that outlive their parent.
 
-Only what templates/verl-gad/ray_node.py uses. The real Ray is run by hand, see
+Only what templates/base/ray_node.py uses. The real Ray is run by hand, see
 docs/recipes/verl-gad.md.
 """
 

@@ -1,4 +1,4 @@
-"""templates/verl-gad/ray_node.py with a stand-in for Ray: all nodes or none, the program's exit
+"""templates/base/ray_node.py with a stand-in for Ray: all nodes or none, the program's exit
 code, and nothing left over."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 from hpctrain.base.paths import shipped_dir
 
-SCRIPT = os.path.join(shipped_dir("templates"), "verl-gad", "ray_node.py")
+SCRIPT = os.path.join(shipped_dir("templates"), "base", "ray_node.py")
 STANDIN = Path(__file__).parents[3] / "standin" / "ray"
 
 

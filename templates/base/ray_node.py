@@ -407,12 +407,10 @@ class Node:
                     size = os.path.getsize(path) if os.path.isfile(path) else 0
                     if size:
                         os.makedirs(self.kept_logs, exist_ok=True)
-                        with (
-                            open(path, "rb") as source,
-                            open(os.path.join(self.kept_logs, name), "wb") as target,
-                        ):
+                        with open(path, "rb") as source:
                             source.seek(max(size - LOG_BYTES, 0))
-                            shutil.copyfileobj(source, target)
+                            with open(os.path.join(self.kept_logs, name), "wb") as target:
+                                shutil.copyfileobj(source, target)
                         kept += 1
             except OSError:
                 pass  # what is left of the logs is not worth failing for
