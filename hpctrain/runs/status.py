@@ -362,24 +362,17 @@ def _progress(
     target = target - run.offset if target else None
     target = target or _whole(job.get("iterations")) or _whole(tail.get("total"))
     number = None if number is None else max(number - run.offset, 0)
-    known = [
-        value
-        for link in links
-        for value in (link.iteration_from, link.iteration_to)
-        if value is not None
-    ]
-    iteration = max(
-        [
-            *known,
-            *([number] if number is not None else []),
-            *([tail["iteration"]] if tail.get("iteration") is not None else []),
-        ],
-        default=None,
-    )
+    running = any(link.active for link in links)
+    if not running and _went_back(run, number):
+        iteration = number
+    else:
+        latest = _latest(links)
+        known = [value for link in latest for value in (link.iteration_from, link.iteration_to)]
+        known += [number, tail.get("iteration")]
+        iteration = max((value for value in known if value is not None), default=None)
     step_s = tail.get("step_time_s") or job.get("step_time_s")
     step_s = float(step_s) if isinstance(step_s, (int, float)) and step_s > 0 else None
     eta_s = needed = None
-    running = any(link.active for link in links)
     base = iteration if running or number is None else number
     if target and base is not None and step_s:
         left = max(target - base, 0)
@@ -397,9 +390,25 @@ def _progress(
     return Progress(iteration, target, step_s, eta_s, needed, checkpoint, number, run.offset)
 
 
+def _latest(links: Sequence[LinkStatus]) -> list[LinkStatus]:
+    """The link that began last: one before it may have come further, and somebody gone back since.
+    All of them where no time is known."""
+    begun = [link for link in links if link.start_s is not None]
+    return [max(begun, key=lambda link: link.start_s or 0.0)] if begun else list(links)
+
+
+def _went_back(run: RunRecords, number: int | None) -> bool:
+    """Whether a start ended with a newer checkpoint than the newest that is there now: somebody
+    went back, and what was trained since counts no more."""
+    ended = (_whole(end.get("iteration")) for end in run.links if end.get("event") == "end")
+    newest = max((at for at in ended if at), default=0) - run.offset
+    return number is not None and number < newest
+
+
 def _newest_checkpoint(run: RunRecords, unseen: list[str]) -> tuple[str | None, int | None]:
     """The newest complete checkpoint by the guard's own rules; nothing when the folder cannot be
     seen from here."""
+    from hpctrain.runtime import sidecar
     from hpctrain.runtime.settings import GuardError, read_settings
     from hpctrain.runtime.survey import Survey
 
@@ -410,7 +419,10 @@ def _newest_checkpoint(run: RunRecords, unseen: list[str]) -> tuple[str | None, 
         unseen.append(f"the checkpoint folder {folder} is not there (yet)")
         return None, None
     try:
-        found = Survey(read_settings(run.run_dir)).newest_complete()
+        survey = Survey(read_settings(run.run_dir))
+        found = survey.newest_complete()
+        if not found and survey.place and sidecar.last_act(survey.place):
+            return None, run.offset  # gone back to the start, or to nothing
     except (OSError, GuardError, ValueError, KeyError) as error:
         unseen.append(f"the checkpoint folder {folder}: {error}")
         return None, None

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import chains  # noqa: E402
+import saves  # noqa: E402
 from fault_cluster import Cluster  # noqa: E402
 
 LIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED"}
@@ -65,6 +68,7 @@ class Sequence:
     acts: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     good: list[str] = field(default_factory=list)  # the argv that trains
+    layout: str = "deepspeed"
 
     # ---- what is
 
@@ -173,6 +177,41 @@ class Sequence:
         if self.chain.dir.is_dir():
             self.chain.hpctrain("render", "--force")
 
+    def kill_a_rank(self) -> bool:
+        ranks = [
+            pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self.owns(pid)
+        ]
+        if ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.rng.choice(ranks), signal.SIGKILL)
+        return bool(ranks)
+
+    def owns(self, pid: int) -> bool:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            return False
+        return words[1:2] == [str(chains.TRAINER)] and str(self.chain.truth) in words
+
+    def go_back(self) -> bool:
+        """`checkpoint use` of an earlier checkpoint, while nothing of the run trains."""
+        if self.squeue() or not self.chain.dir.is_dir():
+            return False
+        _, told, _ = self.ask("checkpoint", "list", "runs/ft", "--json")
+        made = [row["name"] for row in told.get("checkpoints", []) if row["kind"] == "made"]
+        numbers = sorted(filter(None, map(saves.ALL[self.layout].number, made)))
+        if len(numbers) < 2:
+            return False
+        number = self.rng.choice(numbers[:-1])
+        name = saves.ALL[self.layout].folder_of(number)
+        code, _, said = self.ask("checkpoint", "use", "runs/ft", "--to", name)
+        if code:
+            self.fault(f"`checkpoint use --to {name}` ended with {code}: {said[-300:]}")
+        event = {"event": "used", "rank": 0, "step": number, "attempt": ""}
+        with (self.chain.truth / "truth.jsonl").open("a") as truth:
+            truth.write(json.dumps(event) + "\n")
+        return True
+
     def wait(self) -> bool:
         time.sleep(self.rng.uniform(0.5, 3))
         return True
@@ -193,6 +232,7 @@ class Sequence:
     def check(self) -> None:
         if not self.chain.dir.is_dir():
             return
+        asked_s = time.monotonic()
         for _ in range(6):  # a job may begin or end between two looks
             before = self.squeue()
             code, told, _ = self.ask("status", "ft", "--json")
@@ -207,9 +247,9 @@ class Sequence:
             self.fault(f"status tells {live}, squeue {before}")
         if (code == 8) != bool(before) or (run["state"] in ("running", "pending")) != bool(before):
             self.fault(f"status says {run['state']} with code {code}, squeue {before}")
-        self.agree(run, before)
+        self.agree(run, before, asked_s)
 
-    def agree(self, run: dict, live: dict[str, str]) -> None:
+    def agree(self, run: dict, live: dict[str, str], asked_s: float) -> None:
         """cost and cancel name the same jobs and the same time as status."""
         _, bill, _ = self.ask("cost", "runs/ft", "--json")
         dry = self.chain.hpctrain("cancel", "ft", "--dry-run").stderr
@@ -219,12 +259,28 @@ class Sequence:
         if told != set(live) or not live and "waits or runs" not in dry:
             self.fault(f"cancel would cancel {sorted(told)}, squeue {sorted(live)}")
         elapsed = sum(link["elapsed_s"] or 0 for link in run["links"])
+        since_s = (time.monotonic() - asked_s) * len(live)  # what runs goes on between two verbs
         used = bill.get("used", {}).get("time_s")
-        if used is not None and abs(used - elapsed) > 3 + 3 * len(run["links"]):
+        if used is not None and abs(used - elapsed) > 3 + 3 * len(run["links"]) + since_s:
             self.fault(f"status counts {elapsed:.0f} s, cost {used:.0f} s")
-        steps = [event["iteration"] for event in self.chain.happened("step")]
-        if (run["progress"].get("iteration") or 0) > max(steps, default=0):
-            self.fault(f"status is at {run['progress']['iteration']}, the trainer at {max(steps)}")
+        trained = self.trained()
+        if (run["progress"].get("iteration") or 0) > trained:
+            self.fault(f"status is at {run['progress']['iteration']}, the trainer at {trained}")
+
+    def trained(self) -> int:
+        """How far the trainer has come, by its own notes; going back counts from there."""
+        at = 0
+        for event in self.told():
+            if event["event"] == "used":
+                at = event["step"]
+            elif event["event"] == "step":
+                at = max(at, event["iteration"])
+        return at
+
+    def told(self) -> list[dict]:
+        path = self.chain.truth / "truth.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
 
     def end(self) -> None:
         """Mend, take STOP back, release; then `chain` must reach the target."""
@@ -246,17 +302,15 @@ class Sequence:
             self.fault(f"the target was not reached: {self.chain.records(event='begin')[-3:]}")
         if self.chain.happened("random_weights") or self.chain.happened("mixed"):
             self.fault("trained from random weights, or from a mixture")
-        order = [
-            event
-            for line in (self.chain.truth / "truth.jsonl").read_text().splitlines()
-            for event in [json.loads(line)]
-            if event["event"] in ("saved", "start") and event["rank"] == 0
-        ]
         saved = 0
-        for event in order:
-            if event["event"] == "saved":
+        for event in self.told():
+            if event["rank"]:
+                continue
+            if event["event"] == "used":
+                saved = event["step"]
+            elif event["event"] == "saved":
                 saved = max(saved, event["step"])
-            elif event["iteration"] < saved:
+            elif event["event"] == "start" and event["iteration"] < saved:
                 self.fault(f"started at {event['iteration']} though {saved} was complete")
         code, told, _ = self.ask("status", "ft", "--json")
         if code or told["runs"][0]["state"] != "done":
@@ -268,13 +322,15 @@ ACTS = {
     "chain": (Sequence.chain_, 5),
     "chain --extend 1": (Sequence.extend, 1),
     "stop": (Sequence.stop, 2),
-    "STOP removed": (Sequence.take_stop_back, 3),
+    "STOP removed": (Sequence.take_stop_back, 5),
     "cancel": (Sequence.cancel, 1),
-    "cancel JOBID": (Sequence.cancel_by_id, 1),
+    "cancel JOBID": (Sequence.cancel_by_id, 2),
     "scancel": (Sequence.scancel, 2),
-    "requeue": (Sequence.requeue, 2),
-    "hold": (Sequence.hold, 1),
-    "release": (Sequence.release, 1),
+    "requeue": (Sequence.requeue, 4),
+    "hold": (Sequence.hold, 3),
+    "release": (Sequence.release, 4),
+    "a rank is killed": (Sequence.kill_a_rank, 2),
+    "checkpoint use": (Sequence.go_back, 4),
     "the program breaks": (Sequence.break_it, 1),
     "the program is mended": (Sequence.mend, 1),
     "time passes": (Sequence.wait, 3),
@@ -284,12 +340,14 @@ ACTS = {
 def play(box: Box, top: Path, rng: random.Random, length: int) -> Sequence:
     """One sequence from its first act to its judgement."""
     top.mkdir(parents=True)
-    more = ["--step-s", "0.4", *["--signal"] * rng.randint(0, 1)]
+    layout = rng.choice(sorted(saves.ALL))
+    more = ["--step-s", "0.6", "--layout", layout, *["--signal"] * rng.randint(0, 1)]
     jobs = {"jobs": rng.randint(1, 3), "give_up_after": rng.randint(1, 3)}
     chain = chains.Chain(box, top, steps=STEPS, chain=jobs, more=more)
     chain.truth.mkdir()
     good = json.loads((top / "run.yaml").read_text())["recipe_options"]["argv"]
-    one = Sequence(chain, rng, good=good)
+    one = Sequence(chain, rng, good=good, layout=layout)
+    one.edit(layout=saves.ALL[layout].layout or layout)
     names, weights = list(ACTS), [weight for _, weight in ACTS.values()]
     while len(one.acts) < length and not one.wrong:
         name = rng.choices(names, weights)[0]
@@ -329,7 +387,9 @@ def table(played: list[Sequence], command: str) -> str:
     wrong = sum(bool(one.wrong) for one in played)
     rows = [f"| {name} | {counts[name]} |" for name in ACTS]
     head = f"`{command}`: {len(played)} sequences, {sum(counts.values())} acts, {wrong} with anything wrong."
-    return "\n".join([head, "", "| act | played |", "|---|---|", *rows, ""])
+    layouts = collections.Counter(one.layout for one in played)
+    laid = ", ".join(f"`{name}` {count}" for name, count in sorted(layouts.items()))
+    return "\n".join([head, f"Layouts: {laid}.", "", "| act | played |", "|---|---|", *rows, ""])
 
 
 def main() -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+
+import saves
 
 from hpctrain.runs.status import observe
 from hpctrain.runs.status_table import show
@@ -44,3 +47,40 @@ def test_percent_and_links_count_the_runs_own_iterations(tmp_path, capsys):
     assert (status.links[0].iteration_from, status.links[0].iteration_to) == (0, 20)
     show([status], 0)
     assert "iteration 22 of 60 (37%) [423880 of 423918]" in capsys.readouterr().out
+
+
+def test_what_was_trained_before_somebody_went_back_counts_no_more(tmp_path, cli):
+    """`checkpoint use` of step 6 after step 12: the run is at 6, and then at what is trained on."""
+    run, folder = tmp_path / "runs" / "ft", tmp_path / "ck"
+    options = {"argv": ["x"], "layout": "dcp", "target_iteration": 30, "save_every": 3}
+    spec = {"name": "ft", "site": "local", "recipe": "command", "time": "10m"}
+    spec |= {"checkpoint": {"dir": str(folder)}, "recipe_options": options}
+    (tmp_path / "run.yaml").write_text(json.dumps(spec))
+    assert cli("render", tmp_path / "run.yaml", "--no-check")[0] == 0
+    records = []
+
+    def start(link, first, last, hour):
+        begin = {"event": "begin", "link": link, "job_id": str(link), "restart": 0}
+        begin |= {"iteration": first, "time": f"2026-11-01T{hour:02d}:00:00Z", "mode": "resume"}
+        records.append(begin)
+        if last is not None:
+            end = {**begin, "event": "end", "iteration": last, "exit_code": 0}
+            records.append({**end, "time": f"2026-11-01T{hour:02d}:50:00Z"})
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (run / "links.jsonl").write_text(lines)
+
+    def at():
+        (status,) = observe([str(run)], ask_slurm=False)
+        return status.progress.iteration
+
+    saves.ALL["dcp"].save(str(folder), 12, 1, "a")
+    start(1, 0, 12, 1)
+    assert at() == 12
+    shutil.rmtree(folder / "step-12")
+    saves.ALL["dcp"].save(str(folder), 6, 1, "a")
+    assert at() == 6
+    start(2, 6, None, 2)
+    assert at() == 6
+    saves.ALL["dcp"].save(str(folder), 9, 1, "a")
+    start(2, 6, 9, 2)
+    assert at() == 9
