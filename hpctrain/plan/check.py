@@ -96,52 +96,56 @@ def at_site(site: Site) -> bool:
 
 
 def _files(plan: Plan, here: bool, reader: Reader) -> Iterator[Problem]:
-    spec = plan.spec
-    level, suffix = (
-        ("error", "") if here else ("note", f", which is no surprise away from {plan.site.name}")
-    )
-
-    def missing(what: str, path: str, where: str, hint: str = "") -> Problem:
-        reader.turn_to(path)
-        return Problem(f"the {what} `{path}` is not there{suffix}", where, hint=hint, level=level)
-
-    if spec.container and not os.path.exists(spec.container):
-        yield missing("container", spec.container, spec.where("container"))
-    handed = spec.handed is not None and spec.handed.hand_over == "checkpoint"
-    if spec.checkpoint_start and not handed and not os.path.isdir(spec.checkpoint_start):
-        yield missing("start checkpoint", spec.checkpoint_start, spec.where("checkpoint", "start"))
-    yield from _checkpoint_folder(plan, here, reader)
-    if spec.after_each and not os.path.isfile(spec.after_each):
-        yield missing(
-            "script of `chain.after_each`", spec.after_each, spec.where("chain", "after_each")
-        )
+    """What the job needs and is not there: an error at the site, a note away from it."""
+    suffix = "" if here else f", which is no surprise away from {plan.site.name}"
     told: set[str] = set()
+    for what, path, where, hint in _wanted(plan):
+        reader.turn_to(path)
+        if path in told or os.path.exists(path):
+            continue
+        told.add(path)
+        level = "error" if here else "note"
+        yield Problem(
+            f"the {what} `{path.rstrip('/')}` is not there{suffix}", where, "", hint, level
+        )
+    yield from _checkpoint_folder(plan, here, reader)
+
+
+def _wanted(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+    """(what, path, where, hint) of everything that must be there; a folder ends in a slash."""
+    spec = plan.spec
+    if spec.container:
+        yield "container", spec.container, spec.where("container"), ""
+    handed = spec.handed is not None and spec.handed.hand_over == "checkpoint"
+    if spec.checkpoint_start and not handed:
+        start = os.path.join(spec.checkpoint_start, "")
+        yield "start checkpoint", start, spec.where("checkpoint", "start"), ""
+    if spec.after_each:
+        where = spec.where("chain", "after_each")
+        yield "script of `chain.after_each`", spec.after_each, where, ""
+    yield from _wanted_data(plan)
+    for what, path, where in plan.resolved.paths:
+        if not _yet_to_be_made(spec, path):
+            yield what, path, where, ""
+    for repo in plan.resolved.hub:
+        known = hubcache.Repo(repo.kind, repo.repo_id, repo.revision)
+        for path in hubcache.missing(repo.home, known):
+            yield f"{repo.what} `{repo.repo_id}`:", path, repo.where, _download_hint(repo)
+
+
+def _wanted_data(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
     named = {path for _, path, _ in plan.resolved.paths}  # the recipe reads these as they are
-    for kind, paths in spec.data.items():
+    hint = "`hpctrain tokenize` makes such a pair; name it without .bin"
+    for kind, paths in plan.spec.data.items():
         for index, path in enumerate(paths):
-            where = spec.where("data", kind, index)
-            if os.path.exists(path) or path in named:
+            where = plan.spec.where("data", kind, index)
+            if path in named or os.path.exists(path):
                 continue
             if path.endswith(NOT_INDEXED):  # named by a recipe that could not be worked out
-                yield missing(f"{kind} data", path, where)
+                yield f"{kind} data", path, where, ""
                 continue
-            for suffix_ in (".bin", ".idx"):
-                if not os.path.isfile(path + suffix_):
-                    told.add(path + suffix_)
-                    yield missing(
-                        f"{kind} data file",
-                        path + suffix_,
-                        where,
-                        "`hpctrain tokenize` makes such a pair; name it without .bin",
-                    )
-    for what, path, where in plan.resolved.paths:
-        if not os.path.exists(path) and not _yet_to_be_made(spec, path) and path not in told:
-            yield missing(what, path, where)
-    for repo in plan.resolved.hub:
-        for path in hubcache.missing(
-            repo.home, hubcache.Repo(repo.kind, repo.repo_id, repo.revision)
-        ):
-            yield missing(f"{repo.what} `{repo.repo_id}`:", path, repo.where, _download_hint(repo))
+            for ending in (".bin", ".idx"):
+                yield f"{kind} data file", path + ending, where, hint
 
 
 def _checkpoint_folder(plan: Plan, here: bool, reader: Reader) -> Iterator[Problem]:

@@ -28,9 +28,10 @@ class Indexed:
     """Indexed datasets (PREFIX.bin and PREFIX.idx) of one split.
 
     `prefixes`: (prefix, where). `window`: tokens of a row; `packed`: a row holds several documents;
-    `skips`: a document that is longer is left out. `needs_eod`: why every document must end with an end-of-document token, empty where
-    not. `tokenizer`: the SentencePiece model that the trainer reads. `rows`: how many rows of the
-    window the run trains on.
+    `skips`: a document that is longer is left out. `needs_eod`: why every document must end with an
+    end-of-document token, empty where not. `tokenizer`: the SentencePiece model that the trainer
+    reads. `rows`: how many rows of the window the run trains on. `config`: a config.json whose
+    `vocab_size` must hold every id.
     """
 
     prefixes: tuple[tuple[str, str], ...]
@@ -44,7 +45,7 @@ class Indexed:
     where_tokenizer: str = ""
     rows: int | None = None
     where_rows: str = ""
-    config: str | None = None  # a config.json whose `vocab_size` must hold every id
+    config: str | None = None
     where_config: str = ""
 
 
@@ -96,6 +97,7 @@ class Program:
     where_words: tuple[str, ...] = ()
 
     def where_of(self, index: int) -> str:
+        """The place of one word."""
         return self.where_words[index] if index < len(self.where_words) else self.where
 
 

@@ -47,6 +47,7 @@ class Shape:
 
     @property
     def of_layer(self) -> int:
+        """Parameters of one layer."""
         attention = 2 * self.hidden * (self.query + self.key)
         one = (3 if self.gated else 2) * self.hidden
         mlp = one * (self.mlp * max(self.experts, 1) + self.shared) + self.hidden * self.experts
@@ -54,10 +55,12 @@ class Shape:
 
     @property
     def embedding(self) -> int:
+        """Parameters of the table of tokens, or of the head."""
         return self.vocab * self.hidden
 
     @property
     def parameters(self) -> int:
+        """Parameters of the whole model."""
         tables = self.embedding * (1 if self.tied else 2)
         return self.layers * self.of_layer + tables + self.hidden
 
@@ -103,12 +106,15 @@ class Layout:
     `sharding`: one (no sharding, pure bf16), ddp (fp32 masters on each), fsdp1, fsdp2, zero0 to
     zero3, bf16opt (DeepSpeed's BF16_Optimizer), distopt (Megatron's). `shards`: ranks that share
     what is sharded. `tokens`: of one micro batch, `length` of a sequence in it. `experts_over`:
-    ranks that the experts are divided over. `in_flight`: micro batches whose activations exist at once (pipelines). `masters`: weights are kept in fp32.
-    `adapters`: parameters of LoRA updates, None for all weights; `base_bits`: of a frozen base.
-    `style`: hf, compiled, megatron (flash attention), mds (Megatron-DeepSpeed without). `split`:
-    stored activations are divided over tensor parallelism. `residual`: bytes of one stored number;
-    `saved`: bytes of a token and layer that are kept beside the layer's input. `reserve`: what the
-    allocator holds over what is allocated.
+    ranks that the experts are divided over. `in_flight`: micro batches whose activations exist at
+    once (pipelines). `masters`: weights are kept in fp32. `optimizer_bytes`: of a parameter's
+    states, where that is not Adam in the usual width. `adapters`: parameters of LoRA updates, None
+    for all weights; `base_bits`: of a frozen base. `style`: hf, compiled, megatron (flash
+    attention), mds (Megatron-DeepSpeed without). `split`: stored activations are divided over
+    tensor parallelism. `residual`: bytes of one stored number; `saved`: bytes of a token and layer
+    that are kept beside the layer's input. `logits_limit`: numbers that exist at once, where the
+    loss goes in parts. `reserve`: what the allocator holds over what is allocated. `prefetch`:
+    bytes of buckets and gathered weights, where the run sets them.
     """
 
     sharding: str
@@ -122,7 +128,7 @@ class Layout:
     in_flight: int = 1
     accumulates: bool = False
     masters: bool = True
-    optimizer_bytes: float = 0  # of a parameter's states, where it is not Adam in the usual width
+    optimizer_bytes: float = 0
     foreach: bool = True
     adapters: int | None = None
     base_bits: int = 16
@@ -133,10 +139,10 @@ class Layout:
     residual: int = 2
     saved: float = 0.0
     loss: str = "hf"
-    logits_limit: float = float("inf")  # numbers that exist at once, where the loss goes in parts
+    logits_limit: float = float("inf")
     reference: bool = False
     reserve: float = RESERVED
-    prefetch: float = 0.0  # bytes of buckets and gathered weights, where the run sets them
+    prefetch: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,7 @@ class Need:
 
     @property
     def words(self) -> str:
+        """The parts, for a person."""
         shown = {name: gib for name, gib in self.parts.items() if gib >= 0.05}
         return " + ".join(f"{name} {gib:.1f}" for name, gib in shown.items()) + " GiB"
 
@@ -175,8 +182,8 @@ def _of_stage(shape: Shape, layout: Layout) -> Need:
     first = stored + max(logits, work)
     # Without buffers made before, gradients appear while the stored inputs go, logits long gone.
     late = not prealloc and gradients + work > first
-    backward = weights + states + gather
-    backward += gradients + work if late else first + (gradients if prealloc else 0.0)
+    made = gradients if prealloc else 0.0
+    backward = weights + states + gather + (gradients + work if late else first + made)
     step = weights + states + extra
     parts = {"weights": weights, "optimizer": states}
     if step >= backward:
@@ -191,7 +198,7 @@ def _of_stage(shape: Shape, layout: Layout) -> Need:
     allocated = max(backward, step)
     kept = logits / max(LOSS[layout.loss], 1) * 2 if layout.pipeline == 1 else 0.0
     sure = 0.95 if layout.checkpointing else 0.6  # of what is kept; inputs of layers are, each once
-    bound = weights + states + (gradients if prealloc else 0.0) + sure * stored + kept
+    bound = weights + states + made + sure * stored + kept
     outside = CONTEXT_GIB + (NCCL_GIB if layout.gpus > 1 else 0.0)
     return Need(
         {name: size / GIB for name, size in parts.items()},

@@ -38,6 +38,7 @@ class Facts:
 
     @property
     def control(self) -> Mapping[str, Any]:
+        """What the sidecar says of control tokens; empty without one."""
         found = self.sidecar.get("control")
         return found if isinstance(found, dict) else {}
 

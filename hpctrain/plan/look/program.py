@@ -71,7 +71,7 @@ def _script(program: Program, index: int, place: Place, reader: Reader) -> Itera
 
 
 def _module(program: Program, index: int, place: Place, reader: Reader) -> Iterator[Problem]:
-    """`python -m a.b`: a package of the working directory must have it; others must be installed."""
+    """`python -m a.b`: a package of the working directory must have it, others be installed."""
     name = program.words[index]
     if "$" in name or "{" in name:
         return
