@@ -29,6 +29,7 @@ def command(
     from hpctrain.plan.checkpoints import checkpoint_problems
     from hpctrain.plan.load import load_plan
     from hpctrain.plan.render import plan_json
+    from hpctrain.runs.outlook import outlook
 
     loaded = load_plan(run_yaml, assignments, out_dir)
     plan = loaded.plan
@@ -45,6 +46,9 @@ def command(
         if len(shown) < len(plan.decisions):
             left = len(plan.decisions) - len(shown)
             terminal.info(f"{left} values are as the base config says; -v shows them")
+        measured = outlook(plan.run_dir, plan.resolved.cadence.iterations)
+        if measured:
+            terminal.info(measured)
         jobs = plan.spec.num_links
         cost = plan.cost
         terminal.info(

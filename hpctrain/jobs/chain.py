@@ -30,7 +30,7 @@ from hpctrain.plan.load import Loaded
 from hpctrain.plan.run_dir import run_files, write_run_dir
 from hpctrain.runs.live import link_in_tag, live_jobs
 from hpctrain.runs.records import RunRecords, find_pipeline, find_runs, offset_of, read_run
-from hpctrain.runs.starts import Start, links_of, starts_of
+from hpctrain.runs.starts import links_of, measured_step_time_s, starts_of
 from hpctrain.runs.status import observe
 from hpctrain.runtime import history
 from hpctrain.runtime.files import write_atomic
@@ -323,22 +323,6 @@ def live_links(ledger: Ledger) -> dict[int, str]:
         return {}
     live = {job.job_id for job in of_user(submitted.values()) if job.live} - ledger.cancelled()
     return {link: job_id for link, job_id in submitted.items() if job_id in live}
-
-
-def measured_step_time_s(starts: Sequence[Start]) -> float | None:
-    """Seconds an iteration took in the starts whose end is on record, start-up included; None
-    without one.
-
-    A begin and its end come from one host, so the difference of their times is right whatever its
-    clock says.
-    """
-    seconds = iterations = 0.0
-    for start in starts:
-        if start.trained and start.elapsed_s and start.iteration_to is not None:
-            done = start.iteration_to - (start.iteration_from or 0)
-            if done > 0:
-                seconds, iterations = seconds + start.elapsed_s, iterations + done
-    return seconds / iterations if iterations else None
 
 
 def _remaining(look: _Look, plan: Mapping[str, Any]) -> int | None:

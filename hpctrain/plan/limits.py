@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpctrain.base.units import format_time
+from hpctrain.base.units import format_duration, format_time
 from hpctrain.config import billing
 from hpctrain.config.site import NodeType, Partition
 from hpctrain.plan.notes import Notes
@@ -190,12 +190,22 @@ def decide_cost(
     return result
 
 
-def check_cadence(notes: Notes, resolved: Resolved, signal: Mapping[str, Any]) -> None:
+def check_cadence(notes: Notes, resolved: Resolved, signal: Mapping[str, Any], gpus: int) -> None:
     spec, cadence = notes.spec, resolved.cadence
     if not spec.step_time_s or not cadence.iterations:
         return
     saves = cadence.saves_on_signal and signal["forward"]
     work_s = cadence.iterations * spec.step_time_s
+    if not any(one.name == "estimate.training_time" for one in resolved.decisions):
+        gpu_hours = work_s / 3600 * spec.num_nodes * gpus
+        notes.decide(
+            "estimate.training_time",
+            format_duration(work_s),
+            f"{cadence.iterations:,} iterations x {spec.step_time_s:g} s"
+            + (f"; {gpu_hours:,.0f} GPU-hours" if gpus else ""),
+            "estimate",
+            "step_time_s",
+        )
     if (
         cadence.save_every
         and not saves

@@ -177,7 +177,7 @@ def make_plan(
     preflight = decide_preflight(notes, directives, options, gpus, tasks)
     check_limits(notes, partition)
     cost = decide_cost(notes, partition, node, gpus, tasks * cpus, memory_gib, whole)
-    check_cadence(notes, resolved, signal)
+    check_cadence(notes, resolved, signal, gpus)
     return Plan(
         spec,
         site,

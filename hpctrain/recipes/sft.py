@@ -18,6 +18,7 @@ from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.datafiles import indexed_problems
 from hpctrain.recipes.facts import Fact, Indexed, Masks, Model
 from hpctrain.recipes.memory import Change, Layout, judge
+from hpctrain.recipes.pace import pace
 from hpctrain.recipes.trainer_config import extra_packages, shape_at, usual_changes
 
 CONFIG = "config.yml"
@@ -188,7 +189,10 @@ def _memory(config: SftConfig, context: Context) -> tuple[tuple[Decision, ...], 
     changes = usual_changes(
         layout, "train_micro_batch_size_per_gpu", "activation_checkpointing", *more
     )
-    return judge(context, shape, layout, context.spec.where("recipe_options", "model"), changes)
+    where = context.spec.where("recipe_options", "model")
+    decisions, problems = judge(context, shape, layout, where, changes)
+    paced = pace(context, shape, layout, config.train_batch_size or 1, config.train_iters)
+    return (*decisions, *paced), problems
 
 
 # `init` in the words of the guard, as `hpctrain.train.sft.loop` decides it.

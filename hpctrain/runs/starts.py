@@ -330,3 +330,19 @@ def _node_names(value: object) -> tuple[str, ...]:
 
 def _numbers(job_id: str) -> tuple[int, ...]:
     return tuple(map(int, job_id.split("_")))
+
+
+def measured_step_time_s(starts: Sequence[Start]) -> float | None:
+    """Seconds an iteration took in the starts whose end is on record, start-up included; None
+    without one.
+
+    A begin and its end come from one host, so the difference of their times is right whatever its
+    clock says.
+    """
+    seconds = iterations = 0.0
+    for start in starts:
+        if start.trained and start.elapsed_s and start.iteration_to is not None:
+            done = start.iteration_to - (start.iteration_from or 0)
+            if done > 0:
+                seconds, iterations = seconds + start.elapsed_s, iterations + done
+    return seconds / iterations if iterations else None

@@ -10,6 +10,7 @@ from hpctrain.recipes.contract import Context
 from hpctrain.recipes.memory import REAL_SIZE, RESERVED_MEGATRON, Change, Layout, Shape, judge, need
 from hpctrain.recipes.neox import batch
 from hpctrain.recipes.neox.draft import Draft
+from hpctrain.recipes.pace import pace
 
 _GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu", "mish_glu")
 _LEAST_VOCABULARY = 32_000  # the tokenizer's file tells the real one, and is not read here
@@ -27,7 +28,9 @@ def decide(
     changes = list(_changes(draft, context, ranks, shape, layout))
     decisions, problems = judge(context, shape, layout, context.spec.where("nodes"), changes)
     draft.problems += problems
-    return decisions
+    batch_size, iterations = draft.number("train_batch_size"), draft.number("train_iters")
+    paced = pace(context, shape, layout, batch_size, iterations) if batch_size else ()
+    return (*decisions, *paced)
 
 
 def _shape(draft: Draft) -> Shape | None:

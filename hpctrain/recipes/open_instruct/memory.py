@@ -6,6 +6,7 @@ from __future__ import annotations
 from hpctrain.recipes.memory import Change, Layout, judge
 from hpctrain.recipes.open_instruct.data import Model
 from hpctrain.recipes.open_instruct.draft import DPO, Draft
+from hpctrain.recipes.pace import pace
 from hpctrain.recipes.trainer_config import shape_at, usual_changes
 from hpctrain.runtime import hubcache
 
@@ -48,5 +49,7 @@ def decide(draft: Draft, model: Model, sharding: str, hf_home: str | None) -> No
     decisions, problems = judge(
         draft.context, shape, layout, model.where, usual_changes(layout, *keys, *more)
     )
-    draft.decisions += decisions
+    rows = micro * (draft.count("gradient_accumulation_steps") or 1) * draft.world_size
+    paced = pace(draft.context, shape, layout, rows, draft.count("max_train_steps"))
+    draft.decisions += [*decisions, *(paced if draft.program != DPO else ())]
     draft.problems += problems

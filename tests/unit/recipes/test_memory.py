@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from hpctrain.plan.load import load_plan
 from hpctrain.recipes.known_models import SHAPES, shape_by_name
-from hpctrain.recipes.memory import shape_of
+from hpctrain.recipes.memory import Layout, Shape, shape_of
+from hpctrain.recipes.pace import pace
 
 BENCH = runpy.run_path(str(Path(__file__).parents[3] / "tools/benches/memory.py"))
 with (Path(__file__).parents[2] / "data/memory/points.csv").open() as file:
@@ -157,3 +160,39 @@ def test_a_site_that_does_not_say_its_gpus_memory_is_not_compared(tmp_path):
     about, decision = told(tmp_path, {"fsdp": False}, site="./site.yaml")
 
     assert about == [] and "not compared" in decision.reason
+
+
+def paced(gpu, style="megatron", stated=None, experts=0, adapters=None):
+    """The step time said of seed 002's run: 30B on 192 nodes of eight, 576 rows of 8,192."""
+    shape = Shape(60, 6144, 6144, 1024, 21504, 131072, experts=experts)
+    layout = Layout("zero1", 8192 * 3, 8192, 192, 1536, 8, style=style, adapters=adapters)
+    context = SimpleNamespace(
+        node_type=SimpleNamespace(gpu_type=gpu),
+        spec=SimpleNamespace(step_time_s=stated),
+        gpus_per_node=8,
+    )
+    return {one.name: one for one in pace(context, shape, layout, 576, 1337)}
+
+
+def test_a_step_time_is_a_range_of_runs_like_it_with_its_source():
+    found = paced("mi250")
+    low, high = map(float, re.findall(r"[\d.]+", found["estimate.step_time"].value))
+
+    assert low < 17 < high  # what the run itself was measured to take
+    assert "five 175B runs" in found["estimate.step_time"].reason
+    assert "GPU-hours" in found["estimate.training_time"].reason
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        {"gpu": "h200"},
+        {"gpu": None},
+        {"gpu": "mi250", "style": "hf"},
+        {"gpu": "mi250", "stated": 17.0},
+        {"gpu": "mi250", "experts": 8},
+        {"gpu": "a100", "style": "hf", "adapters": 10},
+    ],
+)
+def test_of_what_nobody_measured_no_time_is_said(unknown):
+    assert paced(**unknown) == {}
