@@ -124,6 +124,15 @@ def problems(found: Iterable[Problem]) -> None:
         info(f"{paint(head + ':', _LEVEL_COLOUR[problem.level], sys.stderr)} {rest}")
 
 
+def tally(found: Sequence[Problem]) -> str:
+    """How many errors and other remarks, in words."""
+    errors = sum(problem.level == "error" for problem in found)
+    counts = ((errors, "error"), (len(found) - errors, "other remark"))
+    return (
+        ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts) if found else "no problems"
+    )
+
+
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> None:
     """Rows to stdout: tab-separated when piped; on a terminal aligned columns, of which the widest
     are folded where a row is wider than it."""

@@ -45,9 +45,7 @@ def command(
         terminal.data_json(ok=not bad, problems=[problem.as_json() for problem in found])
     else:
         terminal.problems(found)
-        terminal.info(
-            f"{len(bad)} errors, {len(found) - len(bad)} other remarks" if found else "no problems"
-        )
+        terminal.info(terminal.tally(found))
         if not bad and stages:
             terminal.next_step(common.typed("pipeline"))
         elif not bad:

@@ -100,12 +100,7 @@ def check(names: tuple[str, ...], as_json: bool) -> None:
     else:
         for name, problems in found.items():
             terminal.problems(problems)
-            num_errors = sum(problem.level == "error" for problem in problems)
-            terminal.info(
-                f"{name}: {num_errors} errors, {len(problems) - num_errors} other remarks"
-                if problems
-                else f"{name}: no problems"
-            )
+            terminal.info(f"{name}: {terminal.tally(problems)}")
     if bad:
         raise click.exceptions.Exit(errors.USAGE)
 
