@@ -65,6 +65,13 @@ def expanding_words(text: str) -> list[ShellText]:
     return words
 
 
+def one_expanding_word(text: str) -> ShellText:
+    """A text whose `$VARIABLES` expand where it runs, and which stays one word. Raises ValueError
+    for what cannot."""
+    (word,) = expanding_words('"' + text.replace('"', '\\"') + '"')
+    return word
+
+
 def script(text: str) -> ShellText:
     """Lines of the user's own that the job runs as they are."""
     return ShellText(text.rstrip("\n") + "\n")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Write a run": {
         "init": ("init", "write a commented, valid run.yaml"),
+        "import": ("import_", "sbatch scripts to run.yaml, and what is wrong with them"),
         "recipe": ("recipe", "what can train: list, show"),
         "check": ("check", "find every problem of a run at once, without any effect"),
         "plan": ("plan", "show every decided value with its reason, and the cost"),

@@ -256,5 +256,5 @@ def _field(declared: Mapping[str, Any]) -> Field:
         minimum=declared["minimum"],
         maximum=declared["maximum"],
         items=items,
-        multiline=kind == "text",
+        multiline=kind in ("text", "any"),
     )

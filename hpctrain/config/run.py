@@ -174,7 +174,7 @@ FIELDS: dict[str, Field] = {
     "recipe_options": Field(
         "map",
         "what the recipe declares: see `hpctrain recipe show`",
-        items=Field("any", "any value"),
+        items=Field("any", "any value", multiline=True),
     ),
     "env": Field(
         "map",
@@ -187,7 +187,8 @@ FIELDS: dict[str, Field] = {
     ),
     "setup": Field(
         "text",
-        "lines of bash that the job runs before its step, on its first node, outside strict mode",
+        "lines of bash that the job runs before its step, on its first node, in the working directory,"
+        " outside strict mode; where they `cd` to, the step starts",
         multiline=True,
     ),
     "task_setup": Field(

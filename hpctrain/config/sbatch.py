@@ -85,7 +85,9 @@ def check_options(options: Mapping[str, Any], where: Callable[[str], str]) -> li
     """Every problem of an `sbatch:` mapping: unknown options, owned ones, wrong values."""
     problems = []
     for name, value in options.items():
-        if name in OWNED and not (name == "dependency" and value == "singleton"):
+        if name == "dependency" and value == "singleton":
+            continue
+        if name in OWNED:
             problems.append(
                 Problem(f"`sbatch.{name}` cannot be set here", where=where(name), hint=OWNED[name])
             )

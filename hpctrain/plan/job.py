@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.base.shell import output_pattern
+from hpctrain.base.shell import one_expanding_word, output_pattern
 from hpctrain.base.units import format_mem_gib, format_time
 from hpctrain.config import container
 from hpctrain.config.decision import Decision
@@ -238,6 +238,8 @@ def _with_own(notes: Notes, options: Sequence[Directive]) -> list[Directive]:
         text = option_text(name, value)
         notes.decide(f"srun.{name}", value, "as the run says", "srun", name)
         if text is not None:
+            if notes.spec.recipe_options.get("expand") is True and "$" in text:
+                text = one_expanding_word(text)
             out.append(Directive(name, text, "as the run says"))
     return out
 

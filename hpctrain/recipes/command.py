@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.base.shell import ShellText, expanding_words
+from hpctrain.base.shell import ShellText, expanding_words, one_expanding_word
 from hpctrain.base.text import text_problem
 from hpctrain.config.decision import Decision
 from hpctrain.config.run import absolute
@@ -120,18 +120,10 @@ def _list_words(context: Context, key: str, given: Any) -> tuple[tuple[str, ...]
         words.append(str(plain))
     if context.options["expand"]:
         try:
-            return tuple(_expanding(word) for word in words), ""
+            return tuple(one_expanding_word(word) if "$" in word else word for word in words), ""
         except ValueError as error:
             return (), f"is no list of shell words: {error}"
     return tuple(words), ""
-
-
-def _expanding(word: str) -> str:
-    """One word of a list that may expand, and stays one word."""
-    if "$" not in word:
-        return word
-    (text,) = expanding_words('"' + word.replace('"', '\\"') + '"')
-    return text
 
 
 def _literal_variables(words: Sequence[str], where: str) -> list[Problem]:

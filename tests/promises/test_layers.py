@@ -1,4 +1,4 @@
-"""The house: fourteen packages on nine floors, no circle anywhere, and what plans and renders is
+"""The house: fifteen packages on nine floors, no circle anywhere, and what plans and renders is
 pure."""
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ FLOORS = {
     "config": 3,
     "slurm": 3,
     "triage": 3,
+    "imports": 4,
     "recipes": 4,
     "data": 4,
     "plan": 5,
