@@ -208,6 +208,15 @@ FIELDS: dict[str, Field] = {
         keys="[a-z][a-z0-9-]*",
         items=Field("scalar", "the value"),
     ),
+    "watch": Field(
+        "text",
+        "beside the step: end it when it is stuck (its output is silent for more than five of its"
+        " steps and a quarter of an hour), after the stacks of all ranks were kept; and when the"
+        " loss is NaN: tell, save_and_stop after the next checkpoint, or hold (end the step, start"
+        " no other); off: none of it",
+        choices=("off", "tell", "save_and_stop", "hold"),
+        default="tell",
+    ),
     "notify": Field(
         "text",
         "told from the batch host on start, end, failure, give-up and done: an http(s) URL that gets"
@@ -273,6 +282,7 @@ class RunSpec:
     task_setup: str
     secrets: str | None
     notify: str | None
+    watch: str
     document: Document
     base_dir: str
     source: str
@@ -395,6 +405,7 @@ def spec_from_layers(
         task_setup=values["task_setup"] or "",
         secrets=values["secrets"],
         notify=values["notify"],
+        watch=values["watch"],
         document=document,
         base_dir=base_dir,
         source=source,

@@ -87,6 +87,7 @@ class Plan:
             "quarantine": facts.quarantine,
             "counter": facts.counter,
             "retention": facts.retention,
+            "watch": self.spec.watch,
             **({"notify": self.spec.notify} if self.spec.notify else {}),
             **({"exported": True} if facts.exported else {}),
             **({"expert_parallel": facts.expert_parallel} if facts.expert_parallel else {}),
