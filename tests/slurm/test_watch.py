@@ -14,7 +14,7 @@ def stuck(chain):
 
 
 def test_a_step_that_is_stuck_is_ended_and_the_next_link_goes_on(make):
-    chain = make(steps=1000, chain={"jobs": 2})
+    chain = make(steps=1000, more=["--step-s", "0.5"], chain={"jobs": 2})
     chain.ok("chain", **FAST)
     chain.wait(lambda chain: len(chain.happened("step")) > 12)
     with chain.held("saved"):
@@ -35,7 +35,7 @@ def test_a_step_that_is_stuck_is_ended_and_the_next_link_goes_on(make):
 
 
 def test_off_leaves_a_step_that_is_stuck_alone(make):
-    chain = make(steps=1000, watch="off")
+    chain = make(steps=1000, more=["--step-s", "0.5"], watch="off")
     chain.ok("chain", **FAST)
     chain.wait(lambda chain: len(chain.happened("step")) > 12)
     with chain.held("step"):
