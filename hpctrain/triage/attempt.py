@@ -22,6 +22,7 @@ _PEER = re.compile(
     r"\b(?:peer|remote peer|connect(?:ion)? to|recv from|closed by(?: remote peer)?) "
     r"\[?(\d+\.\d+\.\d+\.\d+|[a-z][a-z-]*\d[\w.-]*)"
 )
+_EPOCH = re.compile(rb"(?i)epoch['\"]?\s*[:= \[]+\s*(\d{1,5}(?:\.\d+)?)\b")
 _PREFERENCE = re.compile(rb"margin|logps?[_/](?:chosen|rejected)|rewards/chosen|\bdpo\b", re.I)
 _POLICY = re.compile(
     rb"reward|pg_loss|policy[_ /]?loss|\bactor\b|act_loss|rollout|advantage|completions?/|grpo|\bppo\b"
@@ -222,6 +223,8 @@ class Attempt:
 
     def see_objective(self, line: bytes) -> None:
         """Learn from the figures of a step line, or from one that names them, what is optimised."""
+        if not self.num_steps and (epoch := _EPOCH.search(line)) and float(epoch[1]) >= 2:
+            self.resumed = self.resumed or f"epoch {epoch[1].decode()} at its first step"
         if self.objective is None and self.num_steps <= _LOOK_FOR_OBJECTIVE:
             if _PREFERENCE.search(line):
                 self.objective = "preference"

@@ -103,6 +103,16 @@ _OFFLINE = re.compile(
     rb"|RepositoryNotFound|RevisionNotFound|EntryNotFound|GatedRepo|DatasetNotFound"
     rb"|DataFilesNotFound)(?:Error)?$|^OfflineModeIsEnabled$|^gaierror$"
 )
+_CANNOT = re.compile(
+    rb"onnect|ommunicat|no such host|to resolve|unreachable|\b(?:429|50[0-4]) (?:Client|Server|Bad)"
+)
+# How a check of settings words what it refuses.
+_SETTINGS = re.compile(
+    rb"must be (?:divisible|a multiple|one of|set|specified|provided|positive|greater|less|at least"
+    rb"|smaller|equal)|mutually exclusive|cannot be (?:used|set|combined|specified)|(?:is|are) not"
+    rb" (?:a )?(?:supported|valid|allowed) (?:for|with|when|value|choice|option)|is less than total"
+    rb"|should be (?:set|divisible|greater|less)|[Uu]nknown (?:optimizer|scheduler|recipe)"
+)
 _TIMED_OUT = re.compile(rb"[Tt]imed[ -]?out|[Tt]ime-?out (?:of|after|expired|reached|exceeded)")
 _NOT_THERE = re.compile(
     rb"(?i)(?:can't|cannot|could not|unable to) (?:load|find|open)|not found|no file|have a"
@@ -202,7 +212,7 @@ def classify(line: bytes, frames: bytes = b"") -> tuple[str, bool]:
         last = _LAST.match(line)
         name = last[1] if last else b""
     short = name.partition(b"(")[0].rpartition(b".")[2]
-    internet = _OFFLINE.match(short) or (b"onnect" in line and _INTERNET.search(line))
+    internet = _OFFLINE.match(short) or (_CANNOT.search(line) and _INTERNET.search(line))
     if internet:
         return "communication" if PRIVATE.search(line) else "missing_file", True
     if short == b"OutOfMemoryError" and b"ray." in name:
@@ -229,7 +239,10 @@ def classify(line: bytes, frames: bytes = b"") -> tuple[str, bool]:
     last_place = max(
         ((_last_start(pattern, frames), failure) for failure, pattern in _PLACES), default=(-1, "")
     )
-    return (last_place[1], False) if last_place[0] >= 0 else ("program", False)
+    if last_place[0] >= 0:
+        return last_place[1], False
+    checked = short in (b"ValueError", b"AssertionError", b"NotImplementedError")
+    return "config" if checked and _SETTINGS.search(line) else "program", False
 
 
 def _importing(frames: bytes) -> bool:

@@ -43,6 +43,7 @@ _VERL_PAIR = re.compile(rb"([\w@./()-]+):(?:np\.float\d+\()?(%s)\)?(?= - |\s*$)"
 _EM = re.compile(rb"train stats after (\d+) examples: ")
 _DEEPSPEED = re.compile(rb"\bstep=(\d+), skipped=(\d+), lr=\[?(%s)?" % _N)
 # A figure with its name: `loss: 2.3`, `loss = 2.3`, `'loss': 2.3`, `loss/avg | 2.3`, `loss train: 2.3`.
+_RECORD = re.compile(rb"\{['\"]\w+['\"]: ")  # a step's figures as Python or JSON shows them
 _BETWEEN = rb"['\"]?(?:\s*(?:[:=|]|\xe2\x94\x82)\s*|\s+)['\"]?"
 _ANY_LOSS = re.compile(
     rb"[lL](?:oss|OSS)(?:es)?((?:[/_ ](?:train|total|avg|mean|policy_avg|step|all|overall)){0,2})"
@@ -263,7 +264,7 @@ def anything(line: bytes) -> Step | None:
     loss = loss_in(line)
     if loss is None or _ESTIMATE.search(line):
         return None
-    place = place_in(line)
+    place = place_in(line) or ((None, None) if _RECORD.search(line) else None)
     if place is None:
         return None
     norm, lr = _ANY_NORM.search(line), _ANY_LR.search(line)

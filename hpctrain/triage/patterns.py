@@ -195,6 +195,7 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("gpu_fault", b"GPU Hang", None),
     ("gpu_fault", b"system not yet initialized", rb"802|CUDA"),
     ("gpu_fault", b"uncorrectable NVLink", None),
+    ("gpu_fault", b"communicate with the NVIDIA driver", None),
     ("gpu_fault", b"synStatus", rb"synStatus=?\s*\d*\s*\[?(?:Device not|Failed)"),  # Habana
     ("gpu_fault", b"EZ9999", rb"(?i)aicore|ecc|hbm|device"),  # CANN: the chip itself
     # libfabric says `Input/output error` of a message that was lost.
@@ -288,6 +289,13 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ("environment", b"GLIBCXX_3", rb"not found"),
     ("environment", b"cannot execute binary file", None),
     ("environment", b"Invalid handle. Cannot load symbol", None),
+    ("environment", b"kernel image", rb"(?:kernel image|Triton Error[^\n]*) is (?:invalid|not )"),
+    ("environment", b"ptxas", rb"ptxas (?:fatal|error|info *: *error)|codegen error"),
+    ("environment", b"PTX codegen error", None),
+    ("environment", b"CompileError", rb"CompileError\b:"),
+    ("environment", b"fatal error: ", rb"\.h(?:pp)?: No such file"),
+    ("environment", b"does not recognize", rb"does not recognize this (?:architecture|model)"),
+    ("environment", b"pip install ", rb"(?:Error|Exception)\b[^\n]*pip install"),
     ("environment", b"o operator found for", None),
     ("environment", b"No kernel found", None),
     ("environment", b"Could not run ", rb"with arguments from the '\w+' backend"),
@@ -322,6 +330,7 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
         rb"Invalid|not available|[Mm]ore processors|Requested node configuration",
     ),
     ("config", b"Task launch for ", rb"failed on node"),
+    ("config", b"less than total desired", None),
     ("config", b"duplicate keys ", None),
     ("config", b"and the stage needs branch ", rb"hpctrain: error"),
     ("config", b"hpctrain: error: on ", rb": `import verl` "),
@@ -558,6 +567,7 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     ),
     ("communication", b"JAX distributed service", rb"fatal errors|UNAVAILABLE|DEADLINE"),
     ("communication", b"arrier timed out", None),
+    ("communication", b"NCCL operation ", rb"fail"),
     ("communication", b"HCCL ", rb"(?i)error|fail|time ?out"),
     ("communication", b"HcclAllreduce", rb"(?i)error|fail|time ?out"),
     ("communication", b"oneCCL", rb"(?i)error|fail|time ?out"),
