@@ -121,16 +121,20 @@ def _pace(state: State) -> str:
 
 
 def watch(
-    run_dir: str, every_s: float = 20.0, look: Callable[[], None] = lambda: None
+    run_dir: str, every_s: float = 20.0, look: Optional[Callable[[], None]] = None
 ) -> Optional[str]:
     """Wait for STOP, and then for a checkpoint that is newer than what was there and was complete
     at the look before too; its name.
 
-    None once the target is reached: such a step goes on to its own end. A program whose
-    checkpoints are not known goes on too. `look` is called each time; what it raises is raised.
+    None once the target is reached: such a step goes on to its own end. None at once for a program
+    whose checkpoints are not known, without a `look`; that is called each time, and what it raises
+    is raised.
     """
     settings = read_settings(run_dir)
     known = settings.layout != "none"
+    if look is None and not known:
+        return None
+    look = look or (lambda: None)
     while not (known and os.path.lexists(os.path.join(run_dir, "STOP"))):
         time.sleep(every_s)
         look()
