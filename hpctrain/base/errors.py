@@ -10,8 +10,10 @@ A user's mistake is always one of these. Any other exception is a bug in hpctrai
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 DONE = 0
 NO = 1
@@ -126,3 +128,12 @@ def missing_package(package: str, extra: str) -> EnvironmentFault:
         f"this needs the Python package `{package}`, which is not installed",
         hint=f"pip install 'hpctrain[{extra}]'",
     )
+
+
+def need(package: str, extra: str) -> Any:
+    """An optional package (or a module of one), imported. Raises EnvironmentFault as
+    `missing_package` has it where it, or what it needs itself, is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise missing_package(str(error.name or package), extra) from error

@@ -4,8 +4,11 @@ checkout."""
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
+import sys
 from collections.abc import Mapping
+from typing import Any
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROJECT_DIR = ".hpctrain"
@@ -23,6 +26,36 @@ def shipped_text(recipe: str, name: str) -> str:
     path = os.path.join(shipped_dir("templates"), recipe, name)
     with open(path, encoding="utf-8") as file:
         return file.read()
+
+
+@functools.cache
+def shipped_module(folder: str, name: str) -> Any:
+    """A program of templates/<folder> that runs elsewhere by itself, as a module of this
+    process."""
+    path = os.path.join(shipped_dir("templates"), folder, f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def filled(folder: str, file: str, **values: Any) -> str:
+    """The text of templates/<folder>/<file>.jinja with these values,
+    functions among them. A name that is used there and not given is a mistake of ours.
+
+    Statements of the template take whole lines; in a picture (.svg), values are escaped.
+    """
+    import jinja2  # of no use to most verbs
+
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        autoescape=file.endswith(".svg"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string(shipped_text(folder, f"{file}.jinja")).render(values)
 
 
 def no_user_config() -> bool:

@@ -4,11 +4,13 @@ this place, report."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpctrain.base.errors import Problem, UsageError
+from hpctrain.config.site import Site, load_site
 from hpctrain.data import run
 from hpctrain.data.limits import ArrayShape, limits_of, shape_array
 from hpctrain.data.merge import clean_up, remove_leftovers
@@ -16,9 +18,6 @@ from hpctrain.data.plan import Plan
 from hpctrain.data.prepare import Prepared, Request, prepare, scan, write_plan
 from hpctrain.slurm import commands as slurm
 from hpctrain.slurm.jobs import queued
-
-if TYPE_CHECKING:
-    from hpctrain.config.site import Site
 
 SMALL_BYTES = 1 << 30  # read in a minute by the workers themselves, so no scan before
 
@@ -156,8 +155,6 @@ def tokenize_mpi(
 
 
 def _cluster(plan: Plan, request: Request, how: How, prepared: Prepared) -> run.Cluster:
-    from hpctrain.config.site import load_site
-
     site = load_site(how.site) if how.site else None
     limits = limits_of(site, how.partition)
     _check_account(site, how.account)
@@ -178,8 +175,6 @@ def _cluster(plan: Plan, request: Request, how: How, prepared: Prepared) -> run.
 
 
 def _check_account(site: Site | None, account: str | None) -> None:
-    import re
-
     if site is None:
         return
     rule = site.values["account"]

@@ -8,6 +8,7 @@ SentencePiece never makes one from text.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -177,8 +178,6 @@ def _look_up(
 
 
 def _similar(model: SpmModel, piece: str) -> str:
-    import difflib
-
     control = [model.pieces[index] for index in model.ids_of_type(CONTROL, USER_DEFINED)]
     near = difflib.get_close_matches(piece, control[:2000], n=3, cutoff=0.5)
     return "its control symbols include " + ", ".join(f"`{name}`" for name in near) if near else ""

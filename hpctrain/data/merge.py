@@ -7,12 +7,16 @@ opens, and the next run finishes it.
 
 from __future__ import annotations
 
-import errno
+import filecmp
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hpctrain import __version__
 from hpctrain.base import files
@@ -26,14 +30,11 @@ from hpctrain.data.dataset.indexed_dataset import (
     write_index,
 )
 from hpctrain.data.plan import FORMAT, Plan
-from hpctrain.data.sources import same_stat
+from hpctrain.data.sources import Segment, same_stat
 from hpctrain.data.worker import finished, segment_sha256, shard_files
 from hpctrain.runtime.files import sync_folder
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-_COPY_BYTES = 64 << 20
+_COPY_BYTES = 8 << 20
 
 
 def merge_shards(plan: Plan, force: bool = False) -> dict[str, Any]:
@@ -163,8 +164,6 @@ def publish(
 ) -> None:
     """Write DATASET.bin/.idx/.json whole. Raises Refused when a pair is there and not `force`,
     EnvironmentFault on a full disk."""
-    import numpy as np
-
     bin_path, idx_path = paths(dataset)
     if not force and os.path.lexists(idx_path):
         raise _refused(idx_path)
@@ -174,9 +173,9 @@ def publish(
         json_temp,
     ):
         for path in bins:
-            append(path, bin_temp.file.fileno())
+            append(path, bin_temp.file)
         tokens = write_index(idx_temp.file, dtype, sizes, num_documents)
-        size = os.fstat(bin_temp.file.fileno()).st_size
+        size = bin_temp.file.tell()
         if size != tokens * np.dtype(dtype).itemsize or tokens != manifest["tokens"]:
             raise EnvironmentFault(
                 f"{size} bytes were written for {tokens} tokens of {dtype}", where=bin_path
@@ -262,31 +261,10 @@ def merge_datasets(prefixes: Sequence[str], output: str, force: bool = False) ->
     return {"output": target, **manifest}
 
 
-def append(path: str, target: int) -> None:
-    """Append the file at `path` to the open file `target`: copy_file_range, else sendfile, else
-    read and write.
-
-    Lustre and copies across file systems refuse the first two with different errors, so any error
-    but a full disk falls through.
-    """
+def append(path: str, target: IO[bytes]) -> None:
+    """Append the file at `path` to the open file `target`."""
     with open(path, "rb") as file:
-        left = os.fstat(file.fileno()).st_size
-        for copy in (_copy_file_range, _sendfile, _read_write):
-            while left:
-                try:
-                    num_bytes = copy(file.fileno(), target, min(left, _COPY_BYTES))
-                except OSError as error:
-                    if (
-                        error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-                        or copy is _read_write
-                    ):
-                        raise
-                    break
-                if not num_bytes:
-                    break  # some file systems answer 0 instead of an error
-                left -= num_bytes
-        if left:
-            raise EnvironmentFault("the file became shorter while it was copied", where=path)
+        shutil.copyfileobj(file, target, _COPY_BYTES)
 
 
 def remove_leftovers(plan: Plan) -> None:
@@ -305,33 +283,9 @@ def clean_up(plan: Plan) -> None:
         files.remove(path)
 
 
-def _copy_file_range(source: int, target: int, count: int) -> int:
-    return os.copy_file_range(source, target, count)
-
-
-def _sendfile(source: int, target: int, count: int) -> int:
-    offset = os.lseek(source, 0, os.SEEK_CUR)
-    done = os.sendfile(target, source, offset, count)
-    os.lseek(source, offset + done, os.SEEK_SET)
-    return done
-
-
-def _read_write(source: int, target: int, count: int) -> int:
-    data = memoryview(os.read(source, min(count, 8 << 20)))
-    done = 0
-    while done < len(data):
-        done += os.write(target, data[done:])
-    return done
-
-
 def _sizes(path: str) -> Iterator[NDArray[Any]]:
-    import numpy as np
-
     with open(path, "rb") as file:
-        while True:
-            data = file.read(4 << 20)
-            if not data:
-                return
+        while data := file.read(4 << 20):
             yield np.frombuffer(data, dtype="<i4")
 
 
@@ -384,7 +338,7 @@ def _publish_rejects(plan: Plan, manifest: dict[str, Any], force: bool) -> None:
     with files.temporaries(*names) as temps:
         for temp, field in zip(temps, ("rejects", "reasons")):
             for shard in plan.shards:
-                append(getattr(shard_files(plan, shard), field), temp.file.fileno())
+                append(getattr(shard_files(plan, shard), field), temp.file)
             temp.sync()
             if force:
                 temp.commit()
@@ -403,39 +357,22 @@ def _complete(dataset: str, manifest: dict[str, Any]) -> bool:
 
 def _same_content(plan: Plan, manifest: dict[str, Any]) -> bool:
     """Whether inputs that were written again since still have the bytes that were tokenized."""
-    from hpctrain.data.sources import Segment
-
-    for shard in manifest["shards"]:
-        for segment in shard["segments"]:
-            index = next(
-                (
-                    i
-                    for i, source in enumerate(manifest["inputs"])
-                    if source["path"] == segment["path"]
-                ),
-                None,
-            )
-            if index is None or not same_stat(plan.inputs[index]):
-                return False
-            if (
-                segment_sha256(plan, Segment(index, segment["begin"], segment["end"]))
-                != segment["sha256"]
-            ):
-                return False
+    places = {
+        source["path"]: index for index, source in reversed(list(enumerate(manifest["inputs"])))
+    }
+    for segment in (one for shard in manifest["shards"] for one in shard["segments"]):
+        index = places.get(segment["path"])
+        if index is None or not same_stat(plan.inputs[index]):
+            return False
+        now = segment_sha256(plan, Segment(index, segment["begin"], segment["end"]))
+        if now != segment["sha256"]:
+            return False
     return True
 
 
 def _same_bytes(one: str, other: str) -> bool:
     try:
-        with open(one, "rb") as left, open(other, "rb") as right:
-            if os.fstat(left.fileno()).st_size != os.fstat(right.fileno()).st_size:
-                return False
-            while True:
-                data = left.read(1 << 20)
-                if data != right.read(1 << 20):
-                    return False
-                if not data:
-                    return True
+        return filecmp.cmp(one, other, shallow=False)
     except OSError:
         return False
 

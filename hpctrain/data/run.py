@@ -4,9 +4,11 @@ ranks. The shards are the same."""
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.base import units
-from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, Refused, missing_package
+from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, Refused, need
 from hpctrain.base.paths import cache_home
+from hpctrain.config.container import bind_list, container_argv
 from hpctrain.config.trust import require_trust, trusted
 from hpctrain.data import tasks
 from hpctrain.data.limits import ArrayShape
@@ -203,8 +206,6 @@ def job_name(plan: Plan) -> str:
 def container_python(site: Site, image: str, needed: Sequence[str]) -> str:
     """The command that starts Python inside the site's container; raises EnvironmentFault when the
     site has no runtime."""
-    from hpctrain.config.container import bind_list, container_argv
-
     if site.values["container"]["runtime"] == "none":
         raise EnvironmentFault(f"site `{site.name}` runs no containers", where="--container")
     binds, _ = bind_list(site, (), [("data", path) for path in needed])
@@ -212,8 +213,7 @@ def container_python(site: Site, image: str, needed: Sequence[str]) -> str:
 
 
 def _local_processes(plan: Plan, todo: Sequence[int], count: int, watch: Watch) -> None:
-    import submitit
-
+    submitit = need("submitit", "all")
     path = os.path.join(plan.work_dir, f"{plan.key}.plan.json")
     executor = submitit.AutoExecutor(folder=own_folder(plan, "logs"), cluster="local")
     executor.update_parameters(timeout_min=60 * 24 * 14, name=job_name(plan))
@@ -244,10 +244,7 @@ def _local_processes(plan: Plan, todo: Sequence[int], count: int, watch: Watch) 
 
 
 def _executor(plan: Plan, cluster: Cluster) -> Any:
-    try:
-        import submitit
-    except ImportError:
-        raise missing_package("submitit", "all") from None
+    submitit = need("submitit", "all")
     options: dict[str, Any] = {"slurm_max_num_timeout": 100}
     if cluster.python:
         options["slurm_python"] = cluster.python
@@ -291,9 +288,6 @@ def _staged_code(plan: Plan) -> str:
     numpy and sentencepiece (and the extra `fast`, if it is to be used) must be in the image. Our
     own site-packages hold libraries built for this machine.
     """
-    import importlib.util
-    import shutil
-
     target = own_folder(plan, "python")
     for name in ("hpctrain", "submitit", "cloudpickle", "typing_extensions"):
         spec = importlib.util.find_spec(name)

@@ -7,13 +7,15 @@ A range owns the lines that start in it. Readers hold one block in memory, whate
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
-from hpctrain.base.errors import EnvironmentFault, Problem, UsageError, missing_package
+from hpctrain.base.errors import EnvironmentFault, Problem, UsageError, need
 
 BLOCK_BYTES = 2 << 20
 MAX_LINE_MIB = 64
@@ -275,16 +277,13 @@ class SegmentReader:
         )
 
     def _whole_file(self) -> Iterator[Block]:
-        import gzip
-        import zlib
-
         broken: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
         try:
             if self._source.kind == "gz":
                 with gzip.open(self._source.path, "rb") as file:
                     yield from self._lines(file, 0, None)
             else:
-                zstandard = _zstandard()
+                zstandard = need("zstandard", "fast")
                 broken = (*broken, zstandard.ZstdError)
                 with open(self._source.path, "rb") as raw:
                     yield from self._lines(_ZstdFile(raw, zstandard), 0, None)
@@ -376,20 +375,8 @@ class _ZstdFile:
         raise OSError("not seekable")
 
 
-def _zstandard() -> Any:
-    try:
-        import zstandard
-    except ImportError:
-        raise missing_package("zstandard", "fast") from None
-    return zstandard
-
-
 def _parquet(path: str) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise missing_package("pyarrow", "parquet") from None
+    pyarrow = need("pyarrow.parquet", "parquet") and need("pyarrow", "parquet")
     try:
         # Without a buffer, a whole column of a row group is read at once.
         return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)

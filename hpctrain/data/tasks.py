@@ -7,21 +7,30 @@ manifests, not in its result.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from hpctrain.base import files
-from hpctrain.base.errors import HpctrainError, Problem
+from hpctrain.base.errors import HpctrainError, Problem, need
 from hpctrain.data.merge import clean_up, merge_shards
 from hpctrain.data.plan import Plan, from_json
-from hpctrain.data.worker import Report, run_shard, shard_files
+from hpctrain.data.worker import run_shard, shard_files
 
 
-class ShardTask:
-    """A callable for submitit: do these shards, in order. Called again after a time limit or a
-    requeue, it goes on."""
+class _Task:
+    """A callable for submitit. Called again after a time limit or a requeue, it goes on."""
+
+    def checkpoint(self) -> Any:
+        """submitit's question when the time is up: the same task again (what is done is
+        skipped)."""
+        return need("submitit.helpers", "all").DelayedSubmission(self)
+
+
+class ShardTask(_Task):
+    """Do these shards, in order."""
 
     def __init__(self, plan_path: str, shards: Sequence[int]):
         self.plan_path, self.shards = plan_path, tuple(shards)
@@ -29,27 +38,15 @@ class ShardTask:
     def __call__(self) -> int:
         return run_shards(load_plan(self.plan_path), self.shards)
 
-    def checkpoint(self) -> Any:
-        """submitit's question when the time is up: the same task again (done shards are
-        skipped)."""
-        from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self)
-
-
-class MergeTask:
-    """A callable for submitit: merge all shards."""
+class MergeTask(_Task):
+    """Merge all shards."""
 
     def __init__(self, plan_path: str, force: bool, keep_shards: bool):
         self.plan_path, self.force, self.keep_shards = plan_path, force, keep_shards
 
     def __call__(self) -> int:
         return merge(load_plan(self.plan_path), self.force, self.keep_shards) is None
-
-    def checkpoint(self) -> Any:
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
 
 
 def load_plan(path: str) -> Plan:
@@ -121,21 +118,22 @@ def write_failure(plan: Plan, index: int, error: HpctrainError) -> None:
 def failures(plan: Plan) -> list[tuple[int, Problem]]:
     """(exit code, problem) of every failed task of this plan, by shard."""
     found = []
-    for name in sorted(os.listdir(plan.work_dir)):
-        if name.startswith(plan.key) and name.endswith(".failed.json"):
-            data = files.read_json(os.path.join(plan.work_dir, name)) or {}
-            found += [
-                (data.get("exit_code", 1), Problem(**problem))
-                for problem in data.get("problems", ())
-            ]
+    for path in _failure_files(plan):
+        data = files.read_json(path) or {}
+        found += [
+            (data.get("exit_code", 1), Problem(**problem)) for problem in data.get("problems", ())
+        ]
     return found
 
 
 def forget_failures(plan: Plan) -> None:
     """A new run starts without the failures of the last one."""
-    for name in os.listdir(plan.work_dir):
-        if name.startswith(plan.key) and name.endswith(".failed.json"):
-            files.remove(os.path.join(plan.work_dir, name))
+    for path in _failure_files(plan):
+        files.remove(path)
+
+
+def _failure_files(plan: Plan) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(plan.work_dir), f"{plan.key}*.failed.json")))
 
 
 def progress(plan: Plan) -> tuple[int, int, int]:
@@ -186,15 +184,3 @@ def _progress_path(plan: Plan, index: int) -> str:
 def _failure_path(plan: Plan, index: int) -> str:
     name = f"{index:05d}" if index >= 0 else "merge"
     return os.path.join(plan.work_dir, f"{plan.key}-{name}.failed.json")
-
-
-__all__ = [
-    "MergeTask",
-    "Report",
-    "ShardTask",
-    "failures",
-    "load_plan",
-    "merge",
-    "progress",
-    "run_shards",
-]

@@ -15,7 +15,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hpctrain import __version__
 from hpctrain.base import files
@@ -36,10 +39,6 @@ from hpctrain.data.plan import FORMAT, Plan, Shard
 from hpctrain.data.records import Extractor, json_reader, read_line
 from hpctrain.data.sources import Block, Input, Segment, SegmentReader, line_number, same_stat
 from hpctrain.data.spm import SpmModel, load_model
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 SHOWN_PROBLEMS = 20
 _BOM = b"\xef\xbb\xbf"
@@ -338,8 +337,6 @@ class _Work:
         return _encoders[key]
 
     def _write(self, layout: list[int], spans: list[str], counts: list[int]) -> None:
-        import numpy as np
-
         assert self.encoder is not None
         ids, lengths = self.encoder.encode(spans)
         if self.forbidden[ids].any():
@@ -370,8 +367,6 @@ def assemble(
     `counts[d]` entries of `layout` belong to document d; `lengths[s]` of `ids` to span s. Raises
     UsageError for a document of more than 2**31 - 1 tokens, the limit of the index.
     """
-    import numpy as np
-
     entries = np.array(layout, dtype=np.int64)
     is_control = entries != SPAN
     widths = np.ones(len(entries), dtype=np.int64)

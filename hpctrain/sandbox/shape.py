@@ -1,18 +1,19 @@
 """The shape of a simulated cluster, and the Slurm configuration files that give a real Slurm that
 shape.
 
-Pure: the same shape and place give the same text. Nothing here starts a process or reads a file.
+Pure: the same shape and place give the same text, by templates/sandbox/*.jinja.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hpctrain.base import units
 from hpctrain.base.errors import Problem, UsageError
+from hpctrain.base.paths import filled
 
 # The site's rules that slurm.conf cannot express. A job that says nothing about hardware threads
 # gets one per core; `--hint=multithread` is visible only in its environment (sbatch),
@@ -283,13 +284,15 @@ def config_files(shape: ClusterShape, place: Place) -> dict[str, str]:
     check(shape)
     files = {
         "slurm.conf": _slurm_conf(shape, place),
-        "gres.conf": _gres_conf(shape, place),
+        "gres.conf": filled(
+            "sandbox", "gres.conf", shape=shape, state=place.state, compressed=_compressed
+        ),
         "hosts": hosts(shape),
     }
     if place.has_lua and _rules(shape):
         files["job_submit.lua"] = _JOB_SUBMIT.replace("@RULES@", "\n".join(_rules(shape)))
     if shape.accounting:
-        files["slurmdbd.conf"] = _slurmdbd_conf(place)
+        files["slurmdbd.conf"] = filled("sandbox", "slurmdbd.conf", place=place)
     return files
 
 
@@ -355,198 +358,38 @@ def _rules(shape: ClusterShape) -> list[str]:
 
 
 def _slurm_conf(shape: ClusterShape, place: Place) -> str:
-    state, run = place.state, place.run
-    settings: list[tuple[str, object]] = [
-        ("ClusterName", shape.name),
-        ("SlurmctldHost", "localhost(127.0.0.1)"),
-        ("SlurmctldPort", place.ports.slurmctld),
-        ("SlurmUser", place.user),
-        ("SlurmdUser", place.user),
-        ("AuthType", "auth/munge"),
-        # A requeued job waits until its old credential has expired, two minutes by default
-        # (slurm.conf(5), AuthInfo); but the launch of a step must reach its last node before, and
-        # that takes a while where one machine plays hundreds. Rehearsals (lean) do not wait: they
-        # move the job's StartTime.
-        (
-            "AuthInfo",
-            (
-                f"socket={run}/munge.socket,cred_expire={300 if shape.lean or shape.num_nodes > 64 else 10}"
-            ),
-        ),
-        ("StateSaveLocation", f"{state}/ctld"),
-        ("SlurmdSpoolDir", f"{run}/spool/%n"),
-        ("SlurmctldPidFile", f"{run}/slurmctld.pid"),
-        ("SlurmdPidFile", f"{run}/slurmd-%n.pid"),
-        ("SlurmctldLogFile", f"{state}/log/slurmctld.log"),
-        ("SlurmdLogFile", f"{state}/log/slurmd-%n.log"),
-        ("SlurmctldDebug", "info"),
-        ("SlurmdDebug", "info"),
-        ("MailProg", "/bin/true"),
-        # One host plays all nodes: no cgroups, no pinning, and node shapes larger than the host.
-        # linuxproc and jobacct_gather/linux search all of /proc for every task: quadratic with all
-        # nodes on one machine.
-        ("ProctrackType", "proctrack/pgid" if shape.lean else "proctrack/linuxproc"),
-        ("TaskPlugin", "task/none"),
-        ("SlurmdParameters", "config_overrides"),
-        ("MpiDefault", "none"),
-        ("TaskProlog", f"{state}/etc/task_prolog"),
-        ("TreeWidth", 65533),
-        ("MessageTimeout", 99 if shape.lean else 60),
-        ("SlurmdTimeout", shape.slurmd_timeout_s),
-        ("SlurmctldTimeout", 120),
-        ("KillWait", shape.kill_wait_s),
-        ("ReturnToService", 1),
-        ("JobRequeue", int(shape.requeue)),
-        ("SelectType", "select/cons_tres"),
-        ("SelectTypeParameters", "CR_Core_Memory"),
-        ("SchedulerType", "sched/backfill"),
-        ("SchedulerParameters", "batch_sched_delay=0,sched_interval=2,bf_interval=2"),
-        # Jobs over a limit are refused at submission, as sites do; otherwise they would pend for
-        # ever.
-        ("EnforcePartLimits", "ALL"),
-        ("MaxArraySize", shape.max_array_size),
-        ("MinJobAge", 3600),
-        ("FirstJobId", place.first_job_id),
-        ("JobAcctGatherType", "jobacct_gather/none" if shape.lean else "jobacct_gather/linux"),
-        ("JobAcctGatherFrequency", 0 if shape.lean else 30),
-    ]
-    if place.has_lua and _rules(shape):
-        settings.append(("JobSubmitPlugins", "lua"))
-    if place.plugin_dir:
-        settings.append(("PluginDir", place.plugin_dir))
-    if any(group.node.gpus for group in shape.groups):
-        settings.append(("GresTypes", "gpu"))
-    if shape.accounting:
-        settings += [
-            ("AccountingStorageType", "accounting_storage/slurmdbd"),
-            ("AccountingStorageHost", "127.0.0.1"),
-            ("AccountingStoragePort", place.ports.slurmdbd),
-            # For slurmdbd Slurm reads munge's socket from here, not from AuthInfo (slurm.conf(5)).
-            ("AccountingStoragePass", f"{run}/munge.socket"),
-            ("AccountingStorageEnforce", "associations,limits,qos"),
-        ]
-        if any(group.node.gpus for group in shape.groups):
-            settings.append(("AccountingStorageTRES", "gres/gpu"))
-    lines = [
-        f"# The sandbox of hpctrain shaped like {shape.name}; made by `hpctrain sandbox up`,"
-        " replaced by the next one."
-    ]
-    lines += [f"{key}={value}" for key, value in settings]
-    lines += _node_lines(shape, place.ports.slurmd_first)
-    lines += [_partition_line(partition, shape) for partition in shape.partitions]
-    return "\n".join(lines) + "\n"
-
-
-def _node_lines(shape: ClusterShape, first_port: int) -> list[str]:
-    lines, port = [], first_port
+    ports, first = {}, place.ports.slurmd_first
     for group in shape.groups:
-        node = group.node
-        last = port + group.num_nodes - 1
-        parts = [
-            f"NodeName={units.compress_nodes(group.names)}",
-            "NodeHostname=localhost",
-            "NodeAddr=127.0.0.1",
-            f"Port={port}" if last == port else f"Port=[{port}-{last}]",
-            f"Sockets={node.sockets}",
-            f"CoresPerSocket={node.cores_per_socket}",
-            f"ThreadsPerCore={node.threads_per_core}",
-            f"RealMemory={int(node.mem_gib * 1024)}",
-        ]
-        if node.reserved_cores:
-            parts.append("CpuSpecList=" + ",".join(map(str, reserved_cpu_ids(node))))
-        if node.gpus:
-            parts.append(f"Gres=gpu:{node.gpu_type + ':' if node.gpu_type else ''}{node.gpus}")
-        parts += [f"Feature={group.type_name}", "State=UNKNOWN"]
-        lines.append(" ".join(parts))
-        port = last + 1
-    return lines
+        last = first + group.num_nodes - 1
+        ports[group] = f"{first}" if last == first else f"[{first}-{last}]"
+        first = last + 1
 
+    def groups_of(partition: PartitionShape) -> list[NodeGroup]:
+        return [group for group in shape.groups if group.type_name in partition.node_types]
 
-def _partition_line(partition: PartitionShape, shape: ClusterShape) -> str:
-    names = [
-        name
-        for group in shape.groups
-        if group.type_name in partition.node_types
-        for name in group.names
-    ]
-    parts = [f"PartitionName={partition.name}", f"Nodes={units.compress_nodes(names)}", "State=UP"]
-    parts.append(
-        f"MaxTime={units.format_time(partition.max_time_s) if partition.max_time_s else 'UNLIMITED'}"
+    def mem_per_cpu(partition: PartitionShape) -> int:
+        nodes = [group.node for group in groups_of(partition)]
+        cpus = [node.usable_cores * node.threads_per_core for node in nodes]
+        return max(1, *(int(node.mem_gib * 1024) // count for node, count in zip(nodes, cpus)))
+
+    return filled(
+        "sandbox",
+        "slurm.conf",
+        shape=shape,
+        place=place,
+        has_rules=place.has_lua and bool(_rules(shape)),
+        has_gpus=any(group.node.gpus for group in shape.groups),
+        ports=ports,
+        groups_of=groups_of,
+        mem_per_cpu=mem_per_cpu,
+        reserved_cpu_ids=reserved_cpu_ids,
+        compressed=_compressed,
+        time=units.format_time,
     )
-    if partition.default_time_s:
-        parts.append(f"DefaultTime={units.format_time(partition.default_time_s)}")
-    if partition.max_nodes is not None:
-        parts.append(f"MaxNodes={partition.max_nodes}")
-    if partition.min_nodes is not None:
-        parts.append(f"MinNodes={partition.min_nodes}")
-    if partition.whole_nodes:
-        parts.append("OverSubscribe=EXCLUSIVE")
-    else:
-        # Without a default a job of one core would get, and block, the memory of the whole node.
-        nodes = [group.node for group in shape.groups if group.type_name in partition.node_types]
-        share = min(
-            int(node.mem_gib * 1024) // (node.usable_cores * node.threads_per_core)
-            for node in nodes
-        )
-        parts.append(f"DefMemPerCPU={max(share, 1)}")
-    if partition.is_default:
-        parts.append("Default=YES")
-    if shape.accounting and partition.qos:
-        parts.append(f"QOS={partition.qos}")
-    return " ".join(parts)
 
 
-def _gres_conf(shape: ClusterShape, place: Place) -> str:
-    lines = [
-        (
-            "# GPUs are links to /dev/null: Slurm counts them and hands them out, nothing computes"
-            " on them. Plain files would"
-        ),
-        (
-            "# be counted too, but Slurm tells a job its GPUs (ROCR_/CUDA_VISIBLE_DEVICES) only"
-            " when they are devices."
-        ),
-    ]
-    for group in shape.groups:
-        node = group.node
-        if node.gpus:
-            files = (
-                f"{place.state}/dev/gpu[0-{node.gpus - 1}]"
-                if node.gpus > 1
-                else f"{place.state}/dev/gpu0"
-            )
-            kind = f"Type={node.gpu_type} " if node.gpu_type else ""
-            # An AMD GPU is announced to jobs as ROCR_VISIBLE_DEVICES, an NVIDIA one as
-            # CUDA_VISIBLE_DEVICES.
-            flag = "amd_gpu_env" if node.gpu_vendor == "amd" else "nvidia_gpu_env"
-            lines.append(
-                f"NodeName={units.compress_nodes(group.names)} Name=gpu {kind}File={files}"
-                f" Flags={flag}"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def _slurmdbd_conf(place: Place) -> str:
-    settings: Sequence[tuple[str, object]] = [
-        ("AuthType", "auth/munge"),
-        ("AuthInfo", f"socket={place.run}/munge.socket"),
-        ("DbdHost", "localhost"),
-        ("DbdAddr", "127.0.0.1"),
-        ("DbdPort", place.ports.slurmdbd),
-        ("SlurmUser", place.user),
-        ("LogFile", f"{place.state}/log/slurmdbd.log"),
-        ("PidFile", f"{place.run}/slurmdbd.pid"),
-        # Never written to, but slurmdbd ends at once when it cannot be, and by default it is /tmp
-        # (slurmdbd.conf(5)).
-        ("ArchiveDir", f"{place.run}/tmp"),
-        ("StorageType", "accounting_storage/mysql"),
-        # `localhost` is MariaDB's own socket (MYSQL_UNIX_PORT); it opens no port at all.
-        ("StorageHost", "localhost"),
-        ("StorageUser", place.user),
-        ("StorageLoc", "slurm"),
-        *((("PluginDir", place.plugin_dir),) if place.plugin_dir else ()),
-    ]
-    return "".join(f"{key}={value}\n" for key, value in settings)
+def _compressed(*groups: NodeGroup) -> str:
+    return units.compress_nodes([name for group in groups for name in group.names])
 
 
 def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -261,16 +261,16 @@ class Worker:
             0, 0, 1, "scratch", str(folder / "config_dpo.yaml"), str(folder), "", str(folder), 0
         )
         trainer = DpoTrainer(load_config(launch.config), launch)
-        step = trainer._step
+        step = trainer.step
 
-        def counted(number: int, gathered: Any) -> bool:
+        def counted(number: int) -> bool:
             self.turn()
             epoch, at = divmod(number - 1, trainer.per_epoch)
             pairs = [trainer.pairs[pair] for pair in trainer._epoch(epoch)[at]]
             self.tokens += sum(pair.num_tokens + len(pair.prompt) for pair in pairs)
-            return step(number, gathered)
+            return step(number)
 
-        trainer._step = counted  # type: ignore[method-assign]
+        trainer.step = counted  # type: ignore[method-assign]
         trainer.run(StopRequest())
 
     def trl(self, precomputed: bool) -> None:

@@ -18,9 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "standin"))
 import checkpoints  # noqa: E402
 
+from hpctrain.base.paths import shipped_module  # noqa: E402
 from hpctrain.runtime.settings import parse_settings  # noqa: E402
 from hpctrain.runtime.survey import Survey, choose  # noqa: E402
-from hpctrain.sandbox.rehearse.standin import Metadata  # noqa: E402
+
+Metadata = shipped_module("sandbox", "standin").Metadata
 
 
 def measured(what: Callable[[], object]) -> dict[str, float]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hpctrain.base import files
-from hpctrain.base.errors import UsageError, missing_package
+from hpctrain.base.errors import UsageError, need
 from hpctrain.data.dataset.indexed_dataset import Dataset
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 PERCENTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
@@ -17,10 +17,7 @@ PERCENTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 def summary(dataset: Dataset) -> dict[str, float]:
     """count, mean, std, min, percentiles and max of tokens per document, by pandas; empty for an
     empty dataset."""
-    try:
-        import pandas
-    except ImportError:
-        raise missing_package("pandas", "report") from None
+    pandas = need("pandas", "report")
     if not len(dataset):
         return {"count": 0, "tokens": 0}
     described = pandas.Series(dataset.sizes).describe(percentiles=list(PERCENTILES))
@@ -33,8 +30,6 @@ def summary(dataset: Dataset) -> dict[str, float]:
 
 def histogram(sizes: NDArray[Any], bins: int = 20) -> list[tuple[int, int, int]]:
     """(from, below, documents) on a scale of powers, so that short and long documents both show."""
-    import numpy as np
-
     if not len(sizes):
         return []
     low, high = int(sizes.min()), int(sizes.max()) + 1
@@ -81,13 +76,8 @@ def write_picture(dataset: Dataset, path: str) -> None:
         raise UsageError(
             f"`{path}` is no picture", where="--picture", hint="end it in .png, .svg or .pdf"
         )
-    try:
-        import matplotlib
-    except ImportError:
-        raise missing_package("matplotlib", "report") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    need("matplotlib", "report").use("Agg")
+    pyplot = need("matplotlib.pyplot", "report")
     rows = histogram(dataset.sizes, bins=60)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     edges = [begin for begin, _, _ in rows] + [below for _, below, _ in rows[-1:]]

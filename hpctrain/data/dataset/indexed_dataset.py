@@ -13,12 +13,12 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
@@ -75,8 +75,6 @@ class Dataset:
 def open_dataset(prefix: str) -> Dataset:
     """The dataset at `prefix`, mapped, its header and sizes checked. Raises EnvironmentFault or
     UsageError, naming the file."""
-    import numpy as np
-
     bin_path, idx_path = paths(prefix)
     try:
         with open(idx_path, "rb") as file:
@@ -154,8 +152,6 @@ def write_index(
     Memory stays small for any number of sequences: pointers go to their place while the sizes pass
     by.
     """
-    import numpy as np
-
     itemsize = np.dtype(dtype).itemsize
     file.write(MAGIC + struct.pack("<QBQQ", 1, _CODES[dtype], num_sequences, num_sequences + 1))
     sizes_at = HEADER_BYTES
@@ -187,8 +183,6 @@ def verify(
 ) -> list[Problem]:
     """Everything wrong inside a dataset that opened: gaps, lengths, document index, ids past the
     vocabulary, missing EOD."""
-    import numpy as np
-
     problems: list[Problem] = []
     bin_path, idx_path = paths(dataset.prefix)
     itemsize = dataset.tokens.dtype.itemsize

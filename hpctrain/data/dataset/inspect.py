@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.data.dataset.indexed_dataset import Dataset
 from hpctrain.data.dataset.loss_mask import MaskRules, find_unclosed, trained_tokens
 from hpctrain.data.encoders.reference import processor
 from hpctrain.data.spm import SpmModel
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,6 @@ def documents(
     Rules count from 0 in each document, which is what training does when every document closes what
     it opens; the others are named in `problems`.
     """
-    import numpy as np
-
     sp = processor(model)
     for index in range(first, min(first + count, len(dataset))):
         tokens = np.asarray(dataset[index]).astype(np.int64)

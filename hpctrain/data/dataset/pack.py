@@ -11,12 +11,12 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hpctrain.base.errors import UsageError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,6 @@ def pack(
 
     Raises UsageError when no document fits: training would look for one for ever.
     """
-    import numpy as np
-
     if seq_length < 1 or bins < 1 or epochs < 1:
         raise UsageError("sequence length, bins and epochs must be at least 1")
     capacity = seq_length + 1

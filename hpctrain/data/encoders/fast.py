@@ -21,7 +21,10 @@ import contextlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hpctrain.data.encoders import memory
 from hpctrain.data.encoders.reference import (
@@ -32,10 +35,6 @@ from hpctrain.data.encoders.reference import (
 )
 from hpctrain.data.encoders.ties import tied_pieces_meet, tied_runs
 from hpctrain.data.spm import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SpmModel
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 # gigatoken 0.10 never forgets a word (its issue #36), so the encoder is made anew when the process
 # has grown by this much since the first one was made: the cache of a large input is no larger than
@@ -106,8 +105,6 @@ class FastEncoder:
 
     @_failing_over()
     def __init__(self, model: SpmModel, samples: Sequence[str], *, seed: int = 1):
-        import numpy as np
-
         self._separator = _separator_id(model)
         self._forbidden = np.concatenate([never_from_text(model), np.zeros(257, dtype=bool)])
         self._json = tokenizer_json(model)
@@ -140,8 +137,6 @@ class FastEncoder:
     def _encode_all(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """All in one call, with separators between, as a call costs as much as 100 bytes of
         text."""
-        import numpy as np
-
         if not spans:
             return np.zeros(0, np.int32), np.zeros(0, np.int64)
         odd = {index for index, span in enumerate(spans) if "\0" in span}
@@ -187,8 +182,6 @@ class FastEncoder:
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The same, with what SentencePiece makes of the spans `odd` in the place of what is
         there."""
-        import numpy as np
-
         self.fallbacks += len(odd)
         ends = np.cumsum(lengths).tolist()
         parts: list[NDArray[np.int32]] = []
@@ -206,8 +199,6 @@ class FastEncoder:
         """Without byte fallback, bytes of unknown characters (ids past the vocabulary) become one
         unknown a run.
         """
-        import numpy as np
-
         strange = flat >= self._vocab_size
         if not strange.any():
             return flat, lengths
@@ -231,8 +222,6 @@ class FastEncoder:
         chosen: Sequence[int],
     ) -> None:
         """Raises EncoderDisagrees unless the ids of the `chosen` spans are SentencePiece's."""
-        import numpy as np
-
         if not chosen:
             return
         ends = np.cumsum(lengths)

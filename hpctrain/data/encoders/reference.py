@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from hpctrain.base.errors import missing_package
+import numpy as np
+from numpy.typing import NDArray
+
+from hpctrain.base.errors import need
 from hpctrain.data.spm import CONTROL, UNKNOWN, SpmModel
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 
 class Encoder(Protocol):
@@ -46,13 +45,11 @@ class SentencePieceEncoder:
         if as_arrays:
             self._batch = lambda spans: as_arrays(_utf8(spans), num_threads=1)
         else:
-            self._batch = lambda spans: map(
-                _as_array, sp.encode(spans, out_type=int, num_threads=1)
-            )
+            self._batch = lambda spans: [
+                np.array(ids, np.int32) for ids in sp.encode(spans, out_type=int, num_threads=1)
+            ]
 
     def encode(self, spans: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        import numpy as np
-
         arrays: list[NDArray[np.int32]] = []
         for begin in range(0, len(spans), self._BATCH):
             arrays += self._batch(list(spans[begin : begin + self._BATCH]))
@@ -66,10 +63,7 @@ def processor(model: SpmModel) -> Any:
     tenth of a second.
     """
     if model.sha256 not in _processors:
-        try:
-            import sentencepiece
-        except ImportError:
-            raise missing_package("sentencepiece", "all") from None
+        sentencepiece = need("sentencepiece", "all")
         _processors.clear()
         _processors[model.sha256] = sentencepiece.SentencePieceProcessor(model_proto=model.data)
     return _processors[model.sha256]
@@ -82,8 +76,6 @@ def never_from_text(model: SpmModel, forgeable: Sequence[int] = ()) -> NDArray[n
     """By id: whether encoded text must not hold it (control symbols, and `forgeable` user-defined
     ones).
     """
-    import numpy as np
-
     mask = np.zeros(model.vocab_size, dtype=bool)
     mask[model.ids_of_type(CONTROL)] = True
     mask[list(forgeable)] = True
@@ -103,13 +95,5 @@ def _utf8(spans: Sequence[str]) -> list[bytes]:
     return texts if len(texts) == len(spans) else [span.encode() for span in spans]
 
 
-def _as_array(ids: list[int]) -> NDArray[np.int32]:
-    import numpy as np
-
-    return np.array(ids, dtype=np.int32)
-
-
 def _version() -> str:
-    import sentencepiece
-
-    return str(sentencepiece.__version__)
+    return str(need("sentencepiece", "all").__version__)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault
+from hpctrain.base.paths import shipped_module
 from hpctrain.plan.make import Plan
 from hpctrain.runtime.survey import start_number
-from hpctrain.sandbox.rehearse import standin
 
 SIDE = "script of `chain.after_each`"
 CANARY = "HPCTRAIN_REHEARSAL_SECRET"
@@ -228,7 +228,8 @@ def _kind(path: str, others: Sequence[str]) -> str:
 
 
 def _content(item: Made) -> bytes:
-    return b"#!/bin/sh\n" + standin.CONTENT if item.what == SIDE else standin.CONTENT
+    content: bytes = shipped_module("sandbox", "standin").CONTENT
+    return b"#!/bin/sh\n" + content if item.what == SIDE else content
 
 
 def _checkpoint(path: str, plan: Plan, in_folder: bool) -> None:
@@ -239,6 +240,7 @@ def _checkpoint(path: str, plan: Plan, in_folder: bool) -> None:
     """
     facts = plan.resolved.guard
     number = start_step(plan) or _number(os.path.basename(path))
+    standin = shipped_module("sandbox", "standin")
     folder, files, tracker = standin.checkpoint_files(facts.layout, number, ranks_of(plan))
     inside = os.path.join(path, folder) if in_folder else path
     for name, content in files:

@@ -18,11 +18,12 @@ from typing import Any
 
 from hpctrain.base import units
 from hpctrain.base.errors import EnvironmentFault, Refused
+from hpctrain.base.paths import shipped_text
 from hpctrain.plan.make import Plan
 from hpctrain.sandbox import processes, sandbox
 from hpctrain.sandbox import state as sandbox_state
 from hpctrain.sandbox.from_site import shape_from_site
-from hpctrain.sandbox.rehearse import shims, standin
+from hpctrain.sandbox.rehearse import shims
 from hpctrain.sandbox.shape import ClusterShape
 from hpctrain.sandbox.state import Record
 
@@ -193,7 +194,7 @@ def install(
         for name in ("records", "slots"):
             (folder / name).symlink_to(Path("..", name))
         (folder / "scenario.json").write_text(json.dumps(scenario))
-        shutil.copyfile(standin.__file__, folder / "standin.py")
+        (folder / "standin.py").write_text(shipped_text("sandbox", "standin.py"))
         python = os.path.realpath(sys.executable)
         program = plan.resolved.argv[0]
         steps = [list(plan.resolved.argv[1:])]

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from html import escape
 from typing import Any
 
+from hpctrain.base.paths import filled
 from hpctrain.base.units import format_time
 from hpctrain.plan.make import Plan
 from hpctrain.sandbox.rehearse.records import Attempt
 
 WIDTH = 60
+_PICTURE_WIDTH = 960
 _COLOUR = {
     "finetune": "#3d7ab5",
     "scratch": "#3d7ab5",
@@ -185,46 +186,18 @@ def text(found: Sequence[Bar]) -> list[str]:
 def svg(found: Sequence[Bar], title: str) -> str:
     """The same as a picture that needs nothing but a browser."""
     total = max((bar.end_s for bar in found), default=0.0) or 1.0
-    width, left, row = 960, 120 + 8 * max((len(bar.stage) for bar in found), default=0), 30
-    height = 70 + row * len(found)
-    scale = (width - left - 20) / total
-    out = [
-        (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
-            ' font-family="sans-serif" font-size="12">'
-        ),
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        f'<text x="10" y="20" font-size="15">{escape(title)}</text>',
-    ]
-    for index, bar in enumerate(found):
-        top = 34 + row * index
-        before, kept, lost = (part * scale for part in _parts(bar))
-        name = bar.label + (f", restart {bar.restart}" if bar.restart else "")
-        told = f"{bar.mode}, {bar.first} to {bar.kept}, {bar.lost} lost, {bar.outcome}"
-        out.append(f'<text x="10" y="{top + 16}">{escape(name)}</text>')
-        out.append(
-            f'<rect x="{left + before:.1f}" y="{top}" width="{max(kept, 1):.1f}" height="22"'
-            f' fill="{_COLOUR.get(bar.mode, _COLOUR["other"])}">'
-            f"<title>{escape(told)}</title></rect>"
-        )
-        if lost:
-            out.append(
-                f'<rect x="{left + before + kept:.1f}" y="{top}" width="{lost:.1f}" height="22"'
-                f' fill="{_COLOUR["lost"]}"/>'
-            )
-        # Beside the bar where there is room, else before it.
-        end = left + before + kept + lost
-        beside = (
-            f'x="{end + 6:.1f}"'
-            if end < width - 330
-            else f'x="{left + before - 6:.1f}" text-anchor="end"'
-        )
-        if end >= width - 330 and before < 330:
-            beside = f'x="{left + before + 6:.1f}" fill="#ffffff"'
-        out.append(f'<text {beside} y="{top + 16}">{escape(told)}</text>')
-    foot = f"0 to {format_time(round(total))} of the site's time; red: iterations that were lost"
-    out += [f'<text x="{left}" y="{height - 12}" fill="#555555">{escape(foot)}</text>', "</svg>"]
-    return "\n".join(out) + "\n"
+    left = 120 + 8 * max((len(bar.stage) for bar in found), default=0)
+    scale = (_PICTURE_WIDTH - left - 20) / total
+    return filled(
+        "sandbox",
+        "timeline.svg",
+        bars=[(bar, *(part * scale for part in _parts(bar))) for bar in found],
+        colours=_COLOUR,
+        left=left,
+        time=format_time(round(total)),
+        title=title,
+        width=_PICTURE_WIDTH,
+    )
 
 
 def _parts(bar: Bar) -> tuple[float, float, float]:

@@ -1,7 +1,8 @@
 """DeepSpeed checkpoints that exist whole or not at all, and starting from them.
 
     DIR/partial_global_step20/   while ranks write; never named by `latest`
-    DIR/global_step20/           all files on disk: DeepSpeed's, hpctrain.json, config.json, tokenizer.model
+    DIR/global_step20/           all files on disk: DeepSpeed's, hpctrain.json, config.json and
+                                 tokenizer.model
     DIR/latest                   `global_step20`, replaced by rename after that
 
 DeepSpeed itself writes `latest` in place, and only its own rank 0 decides when
@@ -19,17 +20,17 @@ import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
-from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
-from hpctrain.base.files import sync
+from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError, need
+from hpctrain.base.files import read_json, sync
 from hpctrain.config.trust import require_trust, trusted
 from hpctrain.runtime.files import write_atomic
 
 META = "hpctrain.json"
-_TAG = re.compile(r"global_step(\d+)\Z", re.ASCII)
+TAG = re.compile(r"global_step(\d+)\Z", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,22 @@ class Progress:
 
 class CannotSave(EnvironmentFault):
     """A rank could not write its part; the others may not know why."""
+
+    of_one_rank = True
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that may not change when a run goes on: whether it did, in words, why it may not,
+    and what to do."""
+
+    happened: bool
+    what: str
+    why: str
+    hint: str
+
+
+AnyProgress = TypeVar("AnyProgress")
 
 
 def save(
@@ -176,7 +193,7 @@ def write_latest(directory: str, tag: str) -> None:
     write_atomic(os.path.join(directory, "latest"), tag)
 
 
-def prune(directory: str, run_id: str, keep: int, pattern: re.Pattern[str] = _TAG) -> list[str]:
+def prune(directory: str, run_id: str, keep: int, pattern: re.Pattern[str] = TAG) -> list[str]:
     """Delete this run's checkpoints but the `keep` newest; returns the paths deleted.
 
     Only real directories whose hpctrain.json carries `run_id` are looked at, never a link, and
@@ -201,97 +218,102 @@ def prune(directory: str, run_id: str, keep: int, pattern: re.Pattern[str] = _TA
     return old
 
 
-def read_progress(checkpoint: str) -> Progress | None:
-    """What hpctrain.json of a checkpoint says, or None when it was not made by this trainer."""
+def read_progress(checkpoint: str, kind: type[AnyProgress]) -> AnyProgress | None:
+    """What hpctrain.json of a checkpoint says, or None when a trainer with another kind of progress
+    made it."""
     values = read_meta(checkpoint)
+    names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
     try:
-        return Progress(
-            **{item.name: values[item.name] for item in fields(Progress) if item.name in values}
-        )
+        return kind(**{name: value for name, value in values.items() if name in names})
     except TypeError:
         return None
 
 
 def read_meta(checkpoint: str) -> dict[str, Any]:
     """The hpctrain.json of a checkpoint, empty when there is none that can be read."""
-    try:
-        with open(os.path.join(checkpoint, META), encoding="utf-8") as file:
-            values = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    return read_json(os.path.join(checkpoint, META)) or {}
 
 
-def check_resume(
-    checkpoint: str, now: Progress, model: Mapping[str, Any] | None = None
-) -> Progress:
-    """The progress of `checkpoint` if this run can go on from it exactly; else everything that
-    stands against it.
-
-    `model` is the config of the model that is to go on.
-    """
-    then = read_progress(checkpoint)
+def progress_to_resume(checkpoint: str, kind: type[AnyProgress]) -> AnyProgress:
+    """The progress of a checkpoint that a run is to go on from. Raises UsageError where it tells
+    none."""
+    then = read_progress(checkpoint, kind)
     if then is None:
         raise UsageError(
             f"`{checkpoint}` has no readable {META}, so where its run stood is not known",
             hint="start from it in mode finetune; that takes its weights only",
         )
-    problems = []
+    return then
 
-    def differs(what: str, old: object, new: object, why: str) -> None:
-        if old != new:
-            text = f"cannot resume: {what} was {old} and is {new}"
-            hint = (
-                f"go back to {old}, or start from it in mode finetune, which takes the weights only"
-            )
-            problems.append(Problem(text, where=checkpoint, why=why, hint=hint))
 
-    differs("`precision`", then.precision, now.precision, "the optimizer state has that form")
-    differs("`zero_stage`", then.zero_stage, now.zero_stage, "the optimizer state is cut that way")
-    if now.zero_stage:
-        # With stage 0 every rank holds the whole state, so any number of ranks can take it.
-        differs(
-            "the number of ranks",
-            then.num_ranks,
-            now.num_ranks,
-            f"ZeRO stage {now.zero_stage} cuts the optimizer state into one part a rank",
-        )
-    if then.data_fingerprint != now.data_fingerprint:
-        problems.append(
-            Problem(
-                "cannot resume: the data is not what the run was trained on",
-                where=checkpoint,
-                why=(
-                    "document lengths, `train_data_paths`, `seq_length`, `pack_impl` or `seed`"
-                    " changed, so its place in the data means nothing"
-                ),
-                hint="put the old data back, or start from it in mode finetune",
-            )
-        )
-    elif then.data_content and now.data_content not in ("", then.data_content):
-        problems.append(
-            Problem(
-                "cannot resume: the data has other tokens than the run was trained on",
-                where=checkpoint,
-                why=(
-                    "each document is as long as before, and what the .bin files hold is not the"
-                    " same"
-                ),
-                hint="put the old data back, or start from it in mode finetune",
-            )
-        )
-    other = changed_model(checkpoint, model or {})
-    if other:
-        problems.append(
-            Problem(
-                f"cannot resume: `model` is another one: {', '.join(other)}",
-                where=checkpoint,
-                why="its config.json says what was trained",
-                hint="put the old config back, or begin a new run in another checkpoint folder",
-            )
-        )
+def refuse_changes(checkpoint: str, changes: Iterable[Change]) -> None:
+    """Raises Refused with all of the changes that happened."""
+    problems = [
+        Problem(f"cannot resume: {change.what}", checkpoint, change.why, change.hint)
+        for change in changes
+        if change.happened
+    ]
     if problems:
         raise Refused(problems)
+
+
+def check_resume(
+    checkpoint: str, now: Progress, model: Mapping[str, Any] | None = None
+) -> Progress:
+    """The progress of `checkpoint` if this run can go on from it exactly; else Refused, with
+    everything that stands against it.
+
+    `model` is the config of the model that is to go on.
+    """
+    then = progress_to_resume(checkpoint, Progress)
+    other = changed_model(checkpoint, model or {})
+    other_data = then.data_fingerprint != now.data_fingerprint
+    other_tokens = then.data_content and now.data_content not in ("", then.data_content)
+    back = "go back to {}, or start from it in mode finetune, which takes the weights only"
+    data_back = "put the old data back, or start from it in mode finetune"
+    refuse_changes(
+        checkpoint,
+        [
+            Change(
+                then.precision != now.precision,
+                f"`precision` was {then.precision} and is {now.precision}",
+                "the optimizer state has that form",
+                back.format(then.precision),
+            ),
+            Change(
+                then.zero_stage != now.zero_stage,
+                f"`zero_stage` was {then.zero_stage} and is {now.zero_stage}",
+                "the optimizer state is cut that way",
+                back.format(then.zero_stage),
+            ),
+            Change(
+                # With stage 0 every rank holds the whole state: any number of ranks can take it.
+                bool(now.zero_stage) and then.num_ranks != now.num_ranks,
+                f"the number of ranks was {then.num_ranks} and is {now.num_ranks}",
+                f"ZeRO stage {now.zero_stage} cuts the optimizer state into one part a rank",
+                back.format(then.num_ranks),
+            ),
+            Change(
+                other_data,
+                "the data is not what the run was trained on",
+                "document lengths, `train_data_paths`, `seq_length`, `pack_impl` or `seed` changed,"
+                " so its place in the data means nothing",
+                data_back,
+            ),
+            Change(
+                bool(other_tokens) and not other_data,
+                "the data has other tokens than the run was trained on",
+                "each document is as long as before, and what the .bin files hold is not the same",
+                data_back,
+            ),
+            Change(
+                bool(other),
+                f"`model` is another one: {', '.join(other)}",
+                "its config.json says what was trained",
+                "put the old config back, or begin a new run in another checkpoint folder",
+            ),
+        ],
+    )
     return then
 
 
@@ -302,12 +324,8 @@ def changed_model(checkpoint: str, now: Mapping[str, Any]) -> list[str]:
     Keys that only one of them has are of another release of transformers; some tell nothing of what
     is computed.
     """
-    try:
-        with open(os.path.join(checkpoint, "config.json"), encoding="utf-8") as file:
-            then = json.load(file)
-    except (OSError, ValueError):
-        return []
-    return model_differences(then, now)
+    then = read_json(os.path.join(checkpoint, "config.json"))
+    return [] if then is None else model_differences(then, now)
 
 
 def model_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -324,7 +342,7 @@ def model_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     ]
 
 
-def changed_keys(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The config keys that changed since a checkpoint, as `key old -> new`."""
     return [
         f"{key} {then[key]} -> {now[key]}"
@@ -340,15 +358,18 @@ def load_weights(model: Any, checkpoint: str) -> None:
     To be called before DeepSpeed makes its fp32 copies. Raises UsageError when the weights do not
     fit.
     """
-    state = read_weights(checkpoint)
-    own = model.state_dict()
-    want, have = (
-        {name: tuple(value.shape) for name, value in tensors.items()} for tensors in (own, state)
+    model.load_state_dict(fitting(model.state_dict(), read_weights(checkpoint), checkpoint))
+
+
+def fitting(own: Mapping[str, Any], state: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Those tensors of `state` that a model with the tensors `own` has. Raises UsageError where
+    some are missing or have another shape."""
+    check_shapes(
+        where,
+        {name: tuple(value.shape) for name, value in own.items()},
+        {name: tuple(value.shape) for name, value in state.items()},
     )
-    problems = describe_mismatch(checkpoint, want, have)
-    if problems:
-        raise UsageError(problems)
-    model.load_state_dict({name: state[name] for name in own})
+    return {name: state[name] for name in own}
 
 
 def read_weights(checkpoint: str) -> dict[str, Any]:
@@ -384,8 +405,7 @@ def plain_types(checkpoint: str) -> Iterator[None]:
 
 
 def _read_weights(checkpoint: str) -> dict[str, Any]:
-    import torch
-
+    torch = need("torch", "train")
     whole = os.path.join(checkpoint, "mp_rank_00_model_states.pt")
     try:
         if os.path.isfile(whole):
@@ -403,8 +423,9 @@ def _read_weights(checkpoint: str) -> dict[str, Any]:
     )
 
 
-def describe_mismatch(where: str, want: dict[str, Any], have: dict[str, Any]) -> list[Problem]:
-    """Why weights do not fit a model: missing tensors and other shapes, the first few of each."""
+def check_shapes(where: str, want: Mapping[str, Any], have: Mapping[str, Any]) -> None:
+    """Raises UsageError when weights do not fit a model, naming the first few tensors that are
+    missing or have another shape. Both are {name: shape}."""
     missing = sorted(set(want) - set(have))
     shapes = [
         f"{name} {have[name]} instead of {want[name]}"
@@ -416,7 +437,10 @@ def describe_mismatch(where: str, want: dict[str, Any], have: dict[str, Any]) ->
         found.append(f"{len(missing)} tensors are missing, such as {', '.join(missing[:3])}")
     if shapes:
         found.append(f"{len(shapes)} tensors have another shape, such as {'; '.join(shapes[:3])}")
-    return [Problem(f"the weights do not fit the model: {what}", where=where) for what in found]
+    if found:
+        raise UsageError(
+            [Problem(f"the weights do not fit the model: {what}", where=where) for what in found]
+        )
 
 
 def remove_own(path: str) -> None:

@@ -8,10 +8,10 @@ training data, never do.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from hpctrain.base.errors import UsageError, missing_package
-from hpctrain.data import spm
+from hpctrain.base.errors import UsageError, need
 from hpctrain.data.spm import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, SpmModel
 from hpctrain.train.core.source import Chat
 
@@ -24,10 +24,7 @@ def convert(model: SpmModel) -> Any:
     Raises UsageError for what `tokenizers` cannot express (word and char models, whitespace as
     suffix), EnvironmentFault when the package is missing.
     """
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise missing_package("tokenizers", "train") from error
+    tokenizers = need("tokenizers", "train")
     if model.model_type not in ("bpe", "unigram") or model.suffix_whitespace:
         what = (
             "treats whitespace as a suffix"
@@ -73,9 +70,7 @@ def convert(model: SpmModel) -> Any:
 def save_tokenizer(model: SpmModel, chat: Chat, directory: str, max_length: int) -> None:
     """Write tokenizer.json, tokenizer_config.json with the chat template, and the model itself into
     `directory`."""
-    import os
-
-    import transformers
+    transformers = need("transformers", "train")
 
     def piece(index: int | None) -> str | None:
         return None if index is None else model.pieces[index]
@@ -157,9 +152,8 @@ def _merges(model: SpmModel) -> list[tuple[str, str]]:
 def _normalizers(model: SpmModel, tokenizers: Any) -> list[Any]:
     normalizers = tokenizers.normalizers
     out = []
-    charsmap = _charsmap(model)
-    if charsmap:
-        out.append(normalizers.Precompiled(charsmap))
+    if model.charsmap:
+        out.append(normalizers.Precompiled(model.charsmap))
     if model.remove_extra_whitespaces:
         out += [normalizers.Strip(True, True), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
     if model.add_dummy_prefix:
@@ -167,12 +161,3 @@ def _normalizers(model: SpmModel, tokenizers: Any) -> list[Any]:
     if model.escape_whitespaces:
         out.append(normalizers.Replace(" ", _SPACE))
     return out
-
-
-def _charsmap(model: SpmModel) -> bytes:
-    """The compiled normalization table: field 2 of the model's NormalizerSpec, which is field 3."""
-    for field, value in spm._fields(model.data):
-        if field == 3 and isinstance(value, bytes):
-            table = dict(spm._fields(value)).get(2, b"")
-            return table if isinstance(table, bytes) else b""
-    return b""

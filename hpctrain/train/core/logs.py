@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault
 
@@ -46,15 +47,40 @@ def log_line(metrics: Metrics) -> str:
     )
 
 
-class MetricsLog:
-    """Prints each interval, appends it to `metrics.jsonl`, and mirrors it to W&B; rank 0 only.
+class JsonLines:
+    """A file of one JSON object a line that only grows: after a resume, steps that were lost appear
+    again, and the later line counts."""
 
-    metrics.jsonl only grows: after a resume, iterations that were lost appear again, and the later
-    line counts.
-    """
+    def __init__(self, path: str):
+        file = open(path, "ab+")
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")  # a kill may have torn the last line
+        file.close()
+        self._file = open(path, "a", encoding="utf-8")
+
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Write whole lines at once, so that a kill tears at most the last one. JSON has no NaN:
+        what is not finite is null."""
+        lines = [json.dumps({name: _finite(value) for name, value in r.items()}) for r in records]
+        self._file.write("".join(line + "\n" for line in lines))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsLog:
+    """Prints each interval, appends it to `metrics.jsonl`, and mirrors it to W&B; rank 0 only."""
 
     def __init__(self, run_dir: str, link: int, wandb_project: str | None, config: dict[str, Any]):
-        self._file = append_whole_lines(os.path.join(run_dir, "metrics.jsonl"))
+        self._file = JsonLines(os.path.join(run_dir, "metrics.jsonl"))
         self._link = link
         self._wandb: Any = None
         if wandb_project:
@@ -77,30 +103,12 @@ class MetricsLog:
     def write(self, metrics: Metrics, more: str = "") -> None:
         """Say one interval everywhere; `more` ends the printed line."""
         print(log_line(metrics) + more, flush=True)
-        record = {"link": self._link, **asdict(metrics)}
-        # JSON has no NaN; and one write of a whole line, so that a kill leaves at most one torn
-        # line at the end.
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.append({"link": self._link, **asdict(metrics)})
         if self._wandb is not None:
             self._wandb.log(asdict(metrics), step=metrics.iteration)
 
     def close(self) -> None:
+        """Close the file, and end the run of W&B."""
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def append_whole_lines(path: str) -> TextIO:
-    """The file opened for appending, behind a line end: a kill may have torn the last line."""
-    file = open(path, "ab+")
-    if file.tell():
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-    file.close()
-    return open(path, "a", encoding="utf-8")

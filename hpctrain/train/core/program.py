@@ -17,7 +17,6 @@ from hpctrain.base import errors, terminal
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS
-from hpctrain.train.core.checkpoint import CannotSave
 from hpctrain.train.core.launch import Launch, StopRequest
 
 
@@ -50,7 +49,8 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
         path = given or os.environ.get("HPCTRAIN_CONFIG") or ""
         if not path:
             raise errors.UsageError(
-                "no config is given", hint=f"python -m {program.module} --config {program.example}"
+                "no config is given, and no HPCTRAIN_CONFIG is in the environment",
+                hint=f"python -m {program.module} --config {program.example}",
             )
         config = program.load(path)
         environment: Mapping[str, str] = os.environ
@@ -68,7 +68,7 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
             stop.listen(number)  # before the slow imports: the signal may come during them
         return program.train(config, launch, stop)
     except errors.HpctrainError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, CannotSave):
+        if _speaks(error):
             terminal.problems(error.problems)
         return error.exit_code
     except OSError as error:
@@ -76,6 +76,15 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
             [errors.Problem(error.strerror or str(error), where=str(error.filename or ""))]
         )
         return errors.ENVIRONMENT
+
+
+def _speaks(error: errors.HpctrainError) -> bool:
+    """Whether this rank should print an error: rank 0 what all ranks meet, one rank a node what may
+    be the node's own, each rank what only itself knows."""
+    if getattr(error, "of_one_rank", False):
+        return True
+    number = "LOCAL_RANK" if isinstance(error, errors.EnvironmentFault) else "RANK"
+    return os.environ.get(number, "0") == "0"
 
 
 def standalone(

@@ -4,7 +4,6 @@ an exported directory."""
 from __future__ import annotations
 
 import glob
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,8 @@ from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.layout import Expected
 from hpctrain.runtime.layouts import LAYOUTS
-from hpctrain.train.core.checkpoint import META, read_progress
+from hpctrain.runtime.settings import GuardError, Settings, read_settings
+from hpctrain.train.core.checkpoint import META, Progress, read_meta, read_progress
 from hpctrain.train.core.program import newest_complete
 
 
@@ -65,9 +65,12 @@ def find_source(path: str) -> Source:
     """
     if not os.path.isdir(path):
         raise EnvironmentFault("there is no such directory", where=path)
-    plan = os.path.join(path, "plan.json")
-    if os.path.isfile(plan):
-        return find_source(_checkpoint_dir(plan))
+    settings = _settings_of(path)
+    if settings is not None:
+        folder = settings.checkpoint_dir
+        if not folder or not os.path.isdir(folder):
+            raise UsageError(f"the run's checkpoint folder `{folder}` is not there yet", where=path)
+        return find_source(folder)
     latest = os.path.join(path, "latest")
     if os.path.isfile(latest):
         with open(latest, encoding="utf-8", errors="replace") as file:
@@ -81,7 +84,7 @@ def find_source(path: str) -> Source:
         return find_source(os.path.join(path, name))
     if glob.glob(os.path.join(glob.escape(path), "*.safetensors")):
         return _exported(path)
-    progress = read_progress(path)
+    progress = read_progress(path, Progress)
     if progress is None:
         raise UsageError(
             f"`{path}` is no run, checkpoint or exported model of the built-in trainer",
@@ -91,11 +94,10 @@ def find_source(path: str) -> Source:
                 " converter as a job"
             ),
         )
-    tokenizer = os.path.join(path, "tokenizer.model")
     return Source(
         path=os.path.abspath(path),
         exported=False,
-        tokenizer=tokenizer if os.path.isfile(tokenizer) else None,
+        tokenizer=_tokenizer_of(path),
         chat=Chat.from_config(progress.config),
         precision=progress.precision,
         iteration=progress.iteration,
@@ -103,32 +105,28 @@ def find_source(path: str) -> Source:
 
 
 def _exported(path: str) -> Source:
+    about = read_meta(path)
     try:
-        with open(os.path.join(path, META), encoding="utf-8") as file:
-            about = json.load(file)
         chat, precision = Chat(**about["chat"]), str(about["precision"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         chat, precision = Chat(), "fp32"
+    return Source(os.path.abspath(path), True, _tokenizer_of(path), chat, precision, None)
+
+
+def _tokenizer_of(path: str) -> str | None:
     tokenizer = os.path.join(path, "tokenizer.model")
-    return Source(
-        os.path.abspath(path),
-        True,
-        tokenizer if os.path.isfile(tokenizer) else None,
-        chat,
-        precision,
-        None,
-    )
+    return tokenizer if os.path.isfile(tokenizer) else None
 
 
-def _checkpoint_dir(plan: str) -> str:
+def _settings_of(path: str) -> Settings | None:
+    """What a run directory's plan says of its checkpoints, None for any other folder. Raises
+    UsageError for a damaged plan."""
+    if not os.path.isfile(os.path.join(path, "plan.json")):
+        return None
     try:
-        with open(plan, encoding="utf-8") as file:
-            directory = json.load(file)["guard"]["checkpoint_dir"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"cannot read the plan: {error}", where=plan) from error
-    if not directory or not os.path.isdir(directory):
-        raise UsageError(f"the run's checkpoint folder `{directory}` is not there yet", where=plan)
-    return str(directory)
+        return read_settings(path)
+    except GuardError as error:
+        raise UsageError(f"cannot read the plan: {error}", where=path) from error
 
 
 HF_TRAINER = LAYOUTS["hf-trainer"]
@@ -149,26 +147,18 @@ def find_checkpoint(path: str) -> Checkpoint | None:
     cannot be read.
     """
     path = os.path.abspath(path)
-    plan = os.path.join(path, "plan.json")
-    if os.path.isfile(plan):
-        try:
-            with open(plan, encoding="utf-8") as file:
-                guard = json.load(file)["guard"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if guard.get("layout") != HF_TRAINER.name:
-            return None
-        return _newest(str(guard.get("checkpoint_dir") or ""))
+    settings = _settings_of(path)
+    if settings is not None:
+        return (
+            _newest(settings.checkpoint_dir or "") if settings.layout == HF_TRAINER.name else None
+        )
     number = HF_TRAINER.number(os.path.basename(path))
     try:
         if number is not None and os.path.isfile(os.path.join(path, "trainer_state.json")):
-            faults = _faults(path)
+            faults = HF_TRAINER.verdict(path, Listing(), Expected()).faults
             if faults:
                 raise UsageError(
-                    [
-                        Problem(f"the checkpoint is not whole: {fault}", where=path)
-                        for fault in faults
-                    ]
+                    [Problem(f"the checkpoint is not whole: {one}", where=path) for one in faults]
                 )
             return Checkpoint(path, number)
         if os.path.isdir(path) and any(
@@ -188,7 +178,3 @@ def _newest(directory: str) -> Checkpoint:
             hint=f"`hpctrain checkpoint list {directory} --layout hf-trainer` shows what is there",
         )
     return Checkpoint(found, HF_TRAINER.number(os.path.basename(found)) or 0)
-
-
-def _faults(path: str) -> tuple[str, ...]:
-    return HF_TRAINER.verdict(path, Listing(), Expected()).faults

@@ -38,7 +38,7 @@ def train(config: DpoConfig, launch: Launch, stop: StopRequest) -> int:
 
         from hpctrain.train.dpo.loop import DpoTrainer
     except ModuleNotFoundError as error:
-        if error.name in ("torch", "transformers"):
+        if error.name in ("torch", "transformers", "accelerate"):
             raise errors.missing_package(str(error.name), "train") from error
         raise
     transformers.utils.logging.disable_progress_bar()  # a job log has no use for one

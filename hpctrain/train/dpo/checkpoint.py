@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ import torch.distributed.checkpoint.state_dict as state_dicts
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 
-from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
+from hpctrain.base.errors import EnvironmentFault
 from hpctrain.train.core import checkpoint as whole
 
 STEP = re.compile(r"step-(\d+)\Z", re.ASCII)
@@ -82,15 +82,14 @@ def load(model: Any, optimizer: Any | None, path: str) -> None:
         _check_shapes(model, path)
         if optimizer is None:
             state: dict[str, Any] = {"model": state_dicts.get_model_state_dict(model)}
-            _fill(state, path)
-            state_dicts.set_model_state_dict(model, state["model"])
-            return
-        weights, optimizer_state = state_dicts.get_state_dict(model, optimizer)
-        state = {"model": weights, "optimizer": optimizer_state}
-        _fill(state, path)
-        state_dicts.set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        else:
+            weights, optimizer_state = state_dicts.get_state_dict(model, optimizer)
+            state = {"model": weights, "optimizer": optimizer_state}
+        with whole.plain_types(path):
+            dcp.load(state, storage_reader=_Reader(path))
+        state_dicts.set_model_state_dict(model, state["model"])
+        if optimizer is not None:
+            state_dicts.set_optimizer_state_dict(model, optimizer, state["optimizer"])
     except (
         OSError,
         RuntimeError,
@@ -106,11 +105,6 @@ def load(model: Any, optimizer: Any | None, path: str) -> None:
             where=path,
             hint="`hpctrain checkpoint verify` looks at its files",
         ) from cause
-
-
-def _fill(state: dict[str, Any], path: str) -> None:
-    with whole.plain_types(path):
-        dcp.load(state, storage_reader=_Reader(path))
 
 
 class _Reader(dcp.FileSystemReader):  # type: ignore[misc]
@@ -148,12 +142,8 @@ def _check_shapes(model: Any, path: str) -> None:
         for name, about in stored.items()
         if name.startswith("model.") and hasattr(about, "size")
     }
-    want = {
-        name: tuple(value.shape) for name, value in state_dicts.get_model_state_dict(model).items()
-    }
-    problems = whole.describe_mismatch(path, want, have)
-    if problems:
-        raise UsageError(problems)
+    own = state_dicts.get_model_state_dict(model)
+    whole.check_shapes(path, {name: tuple(value.shape) for name, value in own.items()}, have)
 
 
 def _first_failure(error: BaseException) -> BaseException:
@@ -165,60 +155,49 @@ def _first_failure(error: BaseException) -> BaseException:
     )
 
 
-def read_progress(path: str) -> Progress:
-    """What hpctrain.json of a checkpoint says. Raises UsageError when it is none of this
-    trainer's."""
-    values = whole.read_meta(path)
-    try:
-        return Progress(**{item.name: values[item.name] for item in fields(Progress)})
-    except (KeyError, TypeError) as error:
-        raise UsageError(
-            f"`{path}` has no readable {whole.META}, so where its run stood is not known",
-            hint="start from it in mode finetune; that takes its weights only",
-        ) from error
-
-
 def check_resume(path: str, now: Progress) -> Progress:
     """The progress of a checkpoint if this run can go on from it exactly; else Refused, with all
     that stands against it."""
-    then = read_progress(path)
-    problems = []
-
-    def differs(what: str, name: str, why: str, hint: str) -> None:
-        old, new = getattr(then, name), getattr(now, name)
-        if old != new:
-            values = "" if name.endswith(("fingerprint", "key")) else f": it was {old} and is {new}"
-            problems.append(
-                Problem(f"cannot resume: {what} changed{values}", where=path, why=why, hint=hint)
-            )
-
+    then = whole.progress_to_resume(path, Progress)
+    same_data = then.data_fingerprint == now.data_fingerprint
     fresh = "or begin a new run in another checkpoint folder"
-    differs(
-        "`precision`",
-        "precision",
-        "the cached reference log-probabilities have that precision",
-        f"go back to {then.precision}, {fresh}",
+    batch = "the batch (batch_size x gradient_accumulation_steps x ranks)"
+    whole.refuse_changes(
+        path,
+        [
+            whole.Change(
+                then.precision != now.precision,
+                f"`precision` changed: it was {then.precision} and is {now.precision}",
+                "the cached reference log-probabilities have that precision",
+                f"go back to {then.precision}, {fresh}",
+            ),
+            whole.Change(
+                then.seed != now.seed,
+                f"`dpo_training.seed` changed: it was {then.seed} and is {now.seed}",
+                "it orders the data",
+                f"go back to {then.seed}, {fresh}",
+            ),
+            whole.Change(
+                then.train_batch_size != now.train_batch_size,
+                f"{batch} changed: it was {then.train_batch_size} and is {now.train_batch_size}",
+                "it orders the data",
+                f"choose them such that their product is {then.train_batch_size} again, {fresh}",
+            ),
+            whole.Change(
+                not same_data,
+                "the data changed",
+                "the tokens differ: the files, the tokenizer, `subset` or `max_len` changed",
+                f"put the old data back, {fresh}",
+            ),
+            whole.Change(
+                # The key hashes the data and the precision too.
+                same_data
+                and then.precision == now.precision
+                and then.reference_key != now.reference_key,
+                "the reference model changed",
+                "its weights differ, so every margin would jump",
+                f"put the old reference back, {fresh}",
+            ),
+        ],
     )
-    differs("`dpo_training.seed`", "seed", "it orders the data", f"go back to {then.seed}, {fresh}")
-    differs(
-        "the batch (batch_size x gradient_accumulation_steps x ranks)",
-        "train_batch_size",
-        "it orders the data",
-        f"choose them such that their product is {then.train_batch_size} again, {fresh}",
-    )
-    differs(
-        "the data",
-        "data_fingerprint",
-        "the tokens differ: the files, the tokenizer, `subset` or `max_len` changed",
-        f"put the old data back, {fresh}",
-    )
-    if then.data_fingerprint == now.data_fingerprint and then.precision == now.precision:
-        differs(
-            "the reference model",
-            "reference_key",
-            "its weights differ, so every margin would jump",
-            f"put the old reference back, {fresh}",
-        )
-    if problems:
-        raise Refused(problems)
     return then

@@ -3,16 +3,15 @@ nothing."""
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
+import accelerate
 import torch
 import transformers
 
-from hpctrain.train.core import checkpoint as whole
-from hpctrain.train.dpo.model import parameters_on_meta
-from hpctrain.train.sft.export import copy_tokenizer, publish_model
+from hpctrain.base.files import write_whole
+from hpctrain.train.core.export import copy_tokenizer, publish_model, write_about
 
 
 def write_model(
@@ -25,14 +24,13 @@ def write_model(
 ) -> None:
     """Write `target`; `about` (with the run's id) goes to its hpctrain.json.
 
-    What this run wrote there before is replaced; anything else of that name is set aside. Raises
-    OSError.
+    What this run wrote there before is replaced; anything else of that name is set aside.
     """
 
     def fill(staged: str) -> None:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         plain = transformers.AutoModelForCausalLM._model_mapping[type(model_config)]
-        with parameters_on_meta():
+        with accelerate.init_empty_weights(include_buffers=False):
             model = plain(model_config)
         model.tie_weights()
         model.config.use_cache = True
@@ -45,8 +43,7 @@ def write_model(
             staged, state_dict={name: weights[name].to(dtype).contiguous() for name in own}
         )
         copy_tokenizer(policy, staged)
-        with open(os.path.join(staged, whole.META), "w", encoding="utf-8") as file:
-            json.dump(about, file, indent=1)
+        write_about(staged, about)
 
     publish_model(target, fill, about["run_id"])
 
@@ -54,8 +51,6 @@ def write_model(
 def copy_logs(run_dir: str, mount_dir: str) -> None:
     """Bring `logs/` and metrics.jsonl of the run directory to `mount_dir/logs`, file by file, each
     whole."""
-    from hpctrain.base.files import write_whole
-
     logs = os.path.join(run_dir, "logs", "margins")
     copies = [(os.path.join(run_dir, "metrics.jsonl"), "metrics.jsonl")]
     for folder, _, names in os.walk(logs):

@@ -1,11 +1,11 @@
-"""The DPO training loop: set up, cache the reference, step, log, save, stop."""
+"""The DPO trainer: set up, the cached reference, and what a step, a report and a checkpoint are;
+when, is `core.loop`'s."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-import time
 import uuid
 from typing import Any
 
@@ -18,7 +18,8 @@ from hpctrain.config.trainers.sft import learning_rate
 from hpctrain.train.core import checkpoint as whole
 from hpctrain.train.core import ranks
 from hpctrain.train.core.launch import Launch, StopRequest
-from hpctrain.train.core.logs import Metrics, MetricsLog
+from hpctrain.train.core.logs import Metrics
+from hpctrain.train.core.loop import Cadence, StepLoop
 from hpctrain.train.dpo import checkpoint, export, parallel, reference
 from hpctrain.train.dpo.batches import Rows, Slots, lay_out, plan_epoch, rank_slots, steps_per_epoch
 from hpctrain.train.dpo.loss import dpo_loss
@@ -41,15 +42,25 @@ class DpoMetrics(Metrics):
     memory_gib: tuple[float, ...]
 
 
-class DpoTrainer:
+class DpoTrainer(StepLoop):
     """One rank of one link. Raises UsageError, Refused or EnvironmentFault while setting up; see
     `run` for the rest."""
 
+    tag = checkpoint.STEP
+
     def __init__(self, config: DpoConfig, launch: Launch):
-        self.config, self.values, self.launch = config, config.training, launch
+        self.config, self.values = config, config.training
+        cadence = Cadence(
+            self.values["log_steps"],
+            self.values["save_steps"],
+            self.values["keep_last_n_checkpoints"],
+            self.values["max_skipped_in_a_row"],
+            self.values["stop_signal"],
+        )
+        super().__init__(launch, cadence, config.wandb_project)
+        self.export_to = os.path.join(config.mount_dir or launch.run_dir, "dpo_model")
         self.device = ranks.join(launch, self.values["distributed_timeout_s"])
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self.log: MetricsLog | None = None
         self.margins: MarginLog | None = None
         self.skipped = self.num_nan = 0
 
@@ -104,11 +115,7 @@ class DpoTrainer:
         self._say_setup()
 
     def run(self, stop: StopRequest) -> int:
-        """Cache the reference, then step to the end, saving on the way; returns the exit code.
-
-        0 at the end or after a save on the stop signal, 1 when the gradient stays not finite
-        (nothing is saved then).
-        """
+        """Cache the reference, then train; see `StepLoop.run_steps`."""
         model = self._cached_reference(stop)
         if model is None:
             self.say(
@@ -117,70 +124,19 @@ class DpoTrainer:
             )
             return errors.DONE
         self._place_policy(model)
-        first = self.progress.iteration + 1
-        if first > self.num_steps:
-            self._export()
-            self.say(
-                f"nothing to train: iteration {self.progress.iteration} of {self.num_steps} is done"
-            )
-            return errors.DONE
-        ranks.on_first(self.launch.rank, lambda: whole.check_writable(self.launch.run_dir))
-        if self.launch.rank == 0:
-            self.log = MetricsLog(
-                self.launch.run_dir,
-                self.launch.link,
-                self.config.wandb_project,
-                self.config.as_dict(),
-            )
-            self.margins = MarginLog(self.launch.run_dir)
-        gathered = Gatherer(self.batch, self.device)
-        saved, in_a_row, stop_file = self.progress.iteration, 0, False
-        for step in range(first, self.num_steps + 1):
-            if self._anyone(stop.received or stop_file):
-                if saved != self.progress.iteration:
-                    self._report(gathered)
-                    self._save()
-                why = "the stop file" if stop_file else f"signal {self.values['stop_signal']}"
-                place = f"iteration {self.progress.iteration} of {self.num_steps}"
-                kept = (
-                    f"saved at {place}"
-                    if self.progress.iteration >= first
-                    else f"nothing new to save at {place}"
-                )
-                self.say(f"stopped by {why}: {kept}, exit 0")
-                return errors.DONE
-            skipped = self._step(step, gathered)
-            in_a_row = in_a_row + 1 if skipped else 0
-            last = step == self.num_steps
-            given_up = in_a_row >= self.values["max_skipped_in_a_row"] or (
-                last and in_a_row == step
-            )
-            saving = last or step % self.values["save_steps"] == 0
-            if step % self.values["log_steps"] == 0 or step == first or saving or given_up:
-                self._report(gathered)
-            if given_up:
-                self.say(
-                    f"error: no finite gradient for {in_a_row} steps in a row; nothing is saved,"
-                    " exit 1"
-                )
-                return errors.NO
-            if last:
-                # Before the checkpoint that says the run is done: once that exists, no later link
-                # would export.
-                self._export()
-            if saving:
-                gathered.exclude(self._save())
-                saved = step
-                stop_file = self.launch.rank == 0 and os.path.exists(
-                    os.path.join(self.launch.run_dir, "STOP")
-                )
-        self.say(f"done: iteration {self.num_steps} of {self.num_steps}, exit 0")
-        return errors.DONE
+        self.interval = Gatherer(self.batch, self.device)
+        return self.run_steps(stop)
 
-    def say(self, text: str) -> None:
-        """A line on rank 0's stdout."""
+    def open_logs(self) -> None:
+        """The margin files besides."""
+        super().open_logs()
         if self.launch.rank == 0:
-            print(f"hpctrain: {text}", flush=True)
+            self.margins = MarginLog(self.launch.run_dir)
+
+    def begin_step(self, stopping: bool) -> bool:
+        """Whether any rank wants to stop."""
+        vote = torch.tensor([int(stopping)], device=self.device)
+        return bool(ranks.sum_over_ranks(vote).item())
 
     def close(self) -> None:
         """Flush the logs, copy them to `mount_dir`, and leave the other ranks."""
@@ -191,31 +147,31 @@ class DpoTrainer:
                 export.copy_logs(self.launch.run_dir, self.config.mount_dir)
         ranks.finish()
 
-    def _step(self, step: int, gathered: Gatherer) -> bool:
+    def step(self, number: int) -> bool:
         """One optimizer step; whether it was skipped for want of a finite gradient.
 
         The gradient is that of the mean loss over the whole batch, however it is spread over ranks
         and passes.
         """
-        epoch, at = divmod(step - 1, self.per_epoch)
+        epoch, at = divmod(number - 1, self.per_epoch)
         numbers = self._epoch(epoch)[at]
-        torch.manual_seed(self.values["seed"] * 1_000_003 + step)
-        lr = learning_rate(self.config.schedule, step, self.num_steps)
+        torch.manual_seed(self.values["seed"] * 1_000_003 + number)
+        lr = learning_rate(self.config.schedule, number, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        table = gathered.new_table()
+        table = self.interval.new_table()
         passes = rank_slots(
             numbers, self.launch.rank, self.launch.num_ranks, self.values["batch_size"]
         )
         tokens = 0
-        for number, slots in enumerate(passes):
+        for turn, slots in enumerate(passes, 1):
             rows = lay_out(
                 [self.pairs[pair] for pair in slots.pairs],
                 self.shared,
                 8 if self.device.type == "cuda" else 1,
             )
             tokens += rows.num_tokens
-            parallel.hold_gradients(self.model, self.config, number == len(passes) - 1)
+            parallel.hold_gradients(self.model, self.config, turn == len(passes))
             # FSDP averages over ranks what is to be a sum.
             loss = self._loss(rows, slots, table) * (self.launch.num_ranks / len(numbers))
             loss.backward()
@@ -225,10 +181,10 @@ class DpoTrainer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped += not finite
-        gathered.add(table, epoch, step, len(numbers), tokens, norm, lr)
+        self.interval.add(table, epoch, number, len(numbers), tokens, norm, lr)
         consumed = self.progress.consumed_samples + len(numbers)
         self.progress = dataclasses.replace(
-            self.progress, iteration=step, consumed_samples=consumed
+            self.progress, iteration=number, consumed_samples=consumed
         )
         return not finite
 
@@ -309,17 +265,11 @@ class DpoTrainer:
         self.progress = dataclasses.replace(self.progress, run_id=self.run_id)
         if self.resumed is not None:
             checkpoint.load(self.model, self.optimizer, self.launch.checkpoint)
-            then = self.resumed
-            self.progress = dataclasses.replace(
-                self.progress,
-                run_id=then.run_id,
-                iteration=then.iteration,
-                consumed_samples=then.consumed_samples,
+            self.go_on_from(
+                self.resumed,
+                self.resumed.config["dpo_training"],
+                self.progress.config["dpo_training"],
             )
-            for change in whole.changed_keys(
-                then.config["dpo_training"], self.progress.config["dpo_training"]
-            ):
-                self.say(f"note: changed since the checkpoint: {change}")
 
     def _placed(self, source: str, model_config: Any) -> Any:
         """A model with the weights of a Hugging Face directory, a checkpoint of this trainer, or
@@ -395,9 +345,6 @@ class DpoTrainer:
                 hint="the directory's tokenizer belongs to another model",
             )
 
-    def _anyone(self, stopping: bool) -> bool:
-        return bool(ranks.sum_over_ranks(torch.tensor([int(stopping)], device=self.device)).item())
-
     def _say_setup(self) -> None:
         pairs, values = self.pairs, self.values
         origin = (
@@ -430,10 +377,9 @@ class DpoTrainer:
             f" {self.num_steps / self.per_epoch:.2f} epochs of {self.per_epoch}"
         )
 
-    def _save(self) -> float:
-        """Write the checkpoint of this iteration on all ranks; returns the seconds it took."""
-        start_s = time.monotonic()
-        path = checkpoint.save(
+    def write_checkpoint(self) -> str:
+        """DCP's shards, and the model's config."""
+        return checkpoint.save(
             self.model,
             self.optimizer,
             self.launch.checkpoint_dir,
@@ -442,49 +388,40 @@ class DpoTrainer:
             ranks.barrier,
             self.launch.rank,
         )
-        took_s = time.monotonic() - start_s
-        self.say(f"saved {path} in {took_s:.1f} s")
-        keep = self.values["keep_last_n_checkpoints"]
-        if keep and self.launch.rank == 0:
-            for old in whole.prune(
-                self.launch.checkpoint_dir, self.progress.run_id, keep, checkpoint.STEP
-            ):
-                self.say(f"deleted {old} (keep_last_n_checkpoints {keep})")
-        return took_s
 
-    def _export(self) -> None:
-        """The trained model in `mount_dir`, or the run directory; left alone when this very state
-        is there already."""
-        target = os.path.join(self.config.mount_dir or self.launch.run_dir, "dpo_model")
+    def all_weights(self) -> dict[str, Any]:
+        """All weights by name on the CPU of rank 0; empty on the others."""
+        return parallel.full_weights(self.model)
+
+    def write_model(self, target: str, weights: dict[str, Any]) -> None:
+        """The trained model with the policy's tokenizer."""
         about = {
             "run_id": self.progress.run_id,
             "iteration": self.progress.iteration,
             "trainer": "hpctrain.train.dpo",
         }
-        if ranks.on_first(self.launch.rank, lambda: whole.read_meta(target) == about):
-            return
-        weights = parallel.full_weights(self.model)
-        if self.launch.rank == 0:
-            export.write_model(
-                target,
-                weights,
-                self.model_config,
-                self.config.policy_name,
-                self.config.precision,
-                about,
-            )
-            self.say(f"wrote {target}")
-        ranks.barrier()
+        export.write_model(
+            target,
+            weights,
+            self.model_config,
+            self.config.policy_name,
+            self.config.precision,
+            about,
+        )
 
-    def _report(self, gathered: Gatherer) -> None:
-        if not len(gathered):
+    def before_save(self) -> None:
+        """The margins up to a checkpoint are on the disk before it is."""
+        self.report()
+
+    def report(self) -> None:
+        """One log line, and the margin files."""
+        if not len(self.interval):
             return
-        interval = gathered.close()
+        interval = self.interval.close()
         self.num_nan += interval.num_nan
-        if self.log is None or self.margins is None:
-            return
-        self.margins.write(interval)
-        self.log.write(*self._metrics(interval))
+        if self.log is not None and self.margins is not None:
+            self.margins.write(interval)
+            self.log.write(*self._metrics(interval))
 
     def _metrics(self, interval: Interval) -> tuple[DpoMetrics, str]:
         last, steps = interval.batches[-1], len(interval.batches)

@@ -8,7 +8,6 @@ logs/margins/epoch_000/step_00010.npy   all margins since the file before, batch
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import time
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from hpctrain.base.files import write_whole
-from hpctrain.train.core.logs import append_whole_lines
+from hpctrain.train.core.logs import JsonLines
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class MarginLog:
     def __init__(self, run_dir: str):
         self.folder = os.path.join(run_dir, "logs", "margins")
         os.makedirs(self.folder, exist_ok=True)
-        self._file = append_whole_lines(os.path.join(self.folder, "margins_log.jsonl"))
+        self._file = JsonLines(os.path.join(self.folder, "margins_log.jsonl"))
 
     def write(self, interval: Interval) -> None:
         """One array file per epoch of the interval, then one line per batch that names its file and
@@ -155,19 +154,17 @@ class MarginLog:
             at = 0
             for batch in batches:
                 rows = [at, at + len(batch.margins)]
-                lines.append(
-                    json.dumps({**describe(batch), "file": name, "rows": rows}, allow_nan=False)
-                )
+                lines.append({**describe(batch), "file": name, "rows": rows})
                 at = rows[1]
-        self._file.write("".join(line + "\n" for line in lines))
-        self._file.flush()
+        self._file.append(*lines)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 def describe(batch: Batch) -> dict[str, Any]:
-    """The line of one batch, without its file; numbers that are not finite are null."""
+    """The line of one batch, without its file."""
     margins = batch.margins
     with np.errstate(invalid="ignore"):
         low, middle, high = np.quantile(margins, [0.1, 0.5, 0.9])
@@ -184,10 +181,8 @@ def describe(batch: Batch) -> dict[str, Any]:
             "rewards_chosen": batch.chosen_rewards.mean(),
             "rewards_rejected": batch.rejected_rewards.mean(),
         }
-    finite = {
-        name: float(value) if math.isfinite(value) else None for name, value in numbers.items()
-    }
-    return {"epoch": batch.epoch, "step": batch.step, "pairs": len(margins), **finite}
+    plain = {name: float(value) for name, value in numbers.items()}
+    return {"epoch": batch.epoch, "step": batch.step, "pairs": len(margins), **plain}
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -3,10 +3,8 @@ only, no network."""
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -107,26 +105,6 @@ def read_pretrained(folder: str, model_config: Any) -> Any:
     model = whole.read_pretrained(folder, torch.float32, config=model_config)
     model.__class__ = model_class(model_config)
     return model.float().train()
-
-
-@contextlib.contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Parameters of modules made inside take no memory; buffers are real, since no checkpoint holds
-    them."""
-    register = nn.Module.register_parameter
-
-    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(self, name, parameter)
-        if parameter is not None:
-            self._parameters[name] = nn.Parameter(
-                parameter.detach().to("meta"), requires_grad=parameter.requires_grad
-            )
-
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 def weight_files(folder: str) -> list[str]:

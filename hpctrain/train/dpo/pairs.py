@@ -1,7 +1,7 @@
 """Records to token ids, done once by rank 0 and kept beside the checkpoints; every rank maps the
 same file.
 
-    CHECKPOINT_DIR/pairs-<key>.npy    int32: number of pairs, their three lengths each, then all tokens
+    CHECKPOINT_DIR/pairs-<key>.npy    int32: number of pairs, their three lengths, then all tokens
 
 The key hashes the data, the tokenizer and the settings that shape tokens, so nothing stale is ever
 read.
@@ -17,22 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.base.errors import EnvironmentFault, UsageError
-from hpctrain.base.files import write_whole
+from hpctrain.base.errors import EnvironmentFault, UsageError, need
+from hpctrain.base.files import sha256_of, write_whole
 from hpctrain.config.trainers.dpo import DpoConfig
+from hpctrain.train.core.data_files import find_files
+from hpctrain.train.core.export import tokenizer_files
 from hpctrain.train.dpo.batches import Pair
-from hpctrain.train.dpo.records import Record, as_text, find_files, read_records
+from hpctrain.train.dpo.records import Record, as_text, common_prefix, read_records
 
 _FORM = 1  # raise it when the same input gives other tokens
-_TOKENIZER_FILES = (
-    "token",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-    "spiece",
-)
 
 
 class Pairs:
@@ -133,10 +126,10 @@ def load_pairs(path: str, config: DpoConfig) -> Pairs:
 
 def load_tokenizer(folder: str) -> Any:
     """The tokenizer of a model directory, from files only."""
-    import transformers
-
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return need("transformers", "train").AutoTokenizer.from_pretrained(
+            folder, local_files_only=True
+        )
     except Exception as error:  # a tokenizer.json of a newer `tokenizers` is a plain Exception
         first = str(error).strip().splitlines()[:1]
         raise UsageError(f"the tokenizer does not load: {''.join(first)}", where=folder) from error
@@ -154,7 +147,7 @@ def tokenize(records: list[Record], tokenizer: Any) -> np.ndarray:
         records = [as_text(record) for record in records]
     for at in range(0, len(records), 1024):
         for prompt, chosen, rejected in _encode(records[at : at + 1024], tokenizer):
-            same = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+            same = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
             parts = prompt[:same], chosen[same:], rejected[same:]
             if not parts[1] or not parts[2]:
                 record = records[at + len(sizes) % 1024]
@@ -214,32 +207,12 @@ def _chat(tokenizer: Any, messages: Any, record: Record, **options: Any) -> list
     return list(found)
 
 
-def _common_prefix(one: list[int], two: list[int]) -> int:
-    if two[: len(one)] == one:
-        return len(one)
-    return next((n for n, (a, b) in enumerate(zip(one, two)) if a != b), min(len(one), len(two)))
-
-
 def _key(config: DpoConfig, files: list[str]) -> str:
     """A name for the tokens that this data, tokenizer and settings give."""
-    import tokenizers
-    import transformers
-
-    digest = hashlib.sha256(
-        repr(
-            (_FORM, config.dataset["subset"], tokenizers.__version__, transformers.__version__)
-        ).encode()
-    )
-    tokenizer_files = [
-        os.path.join(config.policy_name, name)
-        for name in sorted(os.listdir(config.policy_name))
-        if name.startswith(_TOKENIZER_FILES)
-    ]
-    for path in files + tokenizer_files:
-        digest.update(
-            f"{os.path.basename(path)} {os.path.getsize(path)}".encode("utf-8", "surrogateescape")
-        )
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+    versions = tuple(need(name, "train").__version__ for name in ("tokenizers", "transformers"))
+    digest = hashlib.sha256(repr((_FORM, config.dataset["subset"], *versions)).encode())
+    own = [os.path.join(config.policy_name, name) for name in tokenizer_files(config.policy_name)]
+    for path in files + own:
+        name = os.path.basename(path).encode("utf-8", "surrogateescape")
+        digest.update(name + f" {sha256_of(path)}".encode())
     return digest.hexdigest()[:16]

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as state_dicts
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from hpctrain.config.trainers.dpo import DpoConfig
 from hpctrain.train.core import ranks
-from hpctrain.train.dpo.model import model_class, parameters_on_meta
+from hpctrain.train.dpo.model import model_class
 from hpctrain.train.sft.model import parameter_groups
 
 Weights = Callable[[], dict[str, torch.Tensor]]
@@ -41,7 +42,8 @@ def place(
 
     Never more than one full copy in a job's memory, and that on the CPU of rank 0.
     """
-    with parameters_on_meta():
+    # Buffers are real: no checkpoint holds them.
+    with accelerate.init_empty_weights(include_buffers=False):
         model = model_class(model_config)(model_config)
     model.tie_weights()  # moving to meta made two of one
     model.train()

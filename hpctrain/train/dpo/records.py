@@ -1,5 +1,4 @@
-"""Preference records from files: jsonl, json, parquet, arrow and folders of them, in one shape,
-with their places.
+"""Preference records in one shape, with their places.
 
 Understood are the columns `prompt`, `chosen`, `rejected` as text or as lists of messages, replies
 that begin with the same messages instead of a prompt, and `system`, `question`, `chosen`,
@@ -8,17 +7,13 @@ that begin with the same messages instead of a prompt, and `system`, `question`,
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.base.errors import EnvironmentFault, Problem, UsageError, missing_package
+from hpctrain.base.errors import UsageError
+from hpctrain.train.core.data_files import parsed_rows
 
-SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".arrow")
-MAX_SHOWN = 20
 Messages = list[dict[str, str]]
 
 
@@ -33,95 +28,13 @@ class Record:
     where: str
 
 
-def find_files(path: str, split: str, unnamed: str = "train") -> list[str]:
-    """The data files that `path` stands for, in order; `unnamed`: the split of files whose names
-    tell none. Raises UsageError when there are none, or no such split."""
-    if os.path.isfile(path):
-        return [path]
-    splits = os.path.join(path, "dataset_dict.json")
-    if os.path.isfile(splits):
-        known = _json_file(splits).get("splits", [])
-        if split not in known:
-            raise UsageError(
-                f"there is no split `{split}`",
-                where=path,
-                hint=f"set dataset.split to one of {', '.join(known)}",
-            )
-        path = os.path.join(path, split)
-    state = os.path.join(path, "state.json")
-    if os.path.isfile(state):  # as `Dataset.save_to_disk` writes it
-        return [
-            os.path.join(path, entry["filename"])
-            for entry in _json_file(state).get("_data_files", [])
-        ]
-    found = [
-        os.path.join(folder, name)
-        for folder, below, names in sorted(os.walk(path))
-        for name in sorted(names)
-        if name.endswith(SUFFIXES) and not name.startswith((".", "dataset_info", "dataset_infos"))
-    ]
-    for suffix in SUFFIXES:  # one format only: the same rows often lie there in several
-        files = [file for file in found if file.endswith(suffix)]
-        if files:
-            return _of_split(files, path, split, unnamed)
-    raise UsageError(f"no data files in `{path}`", hint=f"files may end in {', '.join(SUFFIXES)}")
-
-
-def _of_split(files: list[str], folder: str, split: str, unnamed: str) -> list[str]:
-    """The files of one split, as `datasets` tells them apart (datasets/data_files.py): by the name
-    before `-00000-of-00001`, else by the words of their paths below `folder`."""
-    of: dict[str, list[str]] = {}
-    for file in files:
-        words = set(re.split(r"[\W_\d]+", os.path.relpath(file, folder).lower()))
-        named = {name for name, known in _SPLITS.items() if known & words} | {split} & words
-        sharded = re.match(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\b", os.path.basename(file))
-        for name in {sharded[1]} if sharded else named or {unnamed}:
-            of.setdefault(name, []).append(file)
-    if split not in of:
-        raise UsageError(
-            f"there is no split `{split}`",
-            where=folder,
-            why="a file belongs to the split that its name tells",
-            hint=f"there is {', '.join(sorted(of))}",
-        )
-    return of[split]
-
-
-_SPLITS = {
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "dev", "val"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
-
-
 def read_records(files: list[str], limit: int | None = None) -> list[Record]:
     """The records of the files, at most `limit`.
 
     Raises UsageError with the place of every bad record (the first 20 of them), EnvironmentFault
     for unreadable files.
     """
-    records: list[Record] = []
-    problems: list[Problem] = []
-    for file in files:
-        try:
-            for where, row in data_rows(file):
-                if limit is not None and len(records) + len(problems) >= limit:
-                    break
-                try:
-                    records.append(parse_record(row, where))
-                except ValueError as error:
-                    problems.append(Problem(str(error), where=where))
-        except OSError as error:
-            raise EnvironmentFault(
-                f"cannot read it: {error.strerror or error}", where=file
-            ) from error
-    if problems:
-        more = (
-            [Problem(f"{len(problems) - MAX_SHOWN} more bad records")]
-            if len(problems) > MAX_SHOWN
-            else []
-        )
-        raise UsageError(problems[:MAX_SHOWN] + more)
+    records = list(parsed_rows(files, parse_record, limit))
     if not records:
         raise UsageError("no preference pairs in it", where=files[0] if files else "")
     return records
@@ -134,27 +47,17 @@ def parse_record(row: Any, where: str = "") -> Record:
     lost = [name for name in ("chosen", "rejected") if row.get(name) in (None, "", [])]
     if lost:
         raise ValueError(f"`{'` and `'.join(lost)}` {'are' if lost[1:] else 'is'} missing or empty")
-    chosen, rejected = _reply(row, "chosen"), _reply(row, "rejected")
+    chosen, rejected = _part(row, "chosen"), _part(row, "rejected")
     if type(chosen) is not type(rejected):
         raise ValueError("`chosen` and `rejected` must both be text, or both messages")
-    if row.get("prompt") not in (None, ""):
-        prompt = row["prompt"]
-        prompt = prompt if isinstance(prompt, str) else _messages(prompt, "prompt")
-    elif row.get("question") not in (None, ""):
-        prompt = [{"role": "user", "content": _text(row, "question")}]
-        if row.get("system"):
-            prompt.insert(0, {"role": "system", "content": _text(row, "system")})
-    elif isinstance(chosen, list) and isinstance(rejected, list):
-        same = next(
-            (n for n, (a, b) in enumerate(zip(chosen, rejected)) if a != b),
-            min(len(chosen), len(rejected)),
-        )
-        same = min(same, len(chosen) - 1, len(rejected) - 1)
+    prompt = _prompt(row)
+    if prompt is None:
+        if not isinstance(chosen, list) or not isinstance(rejected, list):
+            raise ValueError("`prompt` (or `question`) is missing or empty")
+        same = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
         if not prompt:
             raise ValueError("there is no `prompt`, and the replies begin with different messages")
-    else:
-        raise ValueError("`prompt` (or `question`) is missing or empty")
     if isinstance(prompt, str) and isinstance(chosen, list):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list) and isinstance(chosen, str):
@@ -162,6 +65,25 @@ def parse_record(row: Any, where: str = "") -> Record:
             [{"role": "assistant", "content": str(text)}] for text in (chosen, rejected)
         )
     return Record(prompt, chosen, rejected, where)
+
+
+def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items two sequences begin with together."""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    return next(number for number, (a, b) in enumerate(zip(one, other)) if a != b)
+
+
+def _prompt(row: dict[str, Any]) -> str | Messages | None:
+    """The row's own prompt, None where it has none."""
+    if row.get("prompt") not in (None, ""):
+        return _part(row, "prompt")
+    if row.get("question") in (None, ""):
+        return None
+    asked = [("system", "system")] if row.get("system") else []
+    asked.append(("user", "question"))
+    return [{"role": role, "content": _text(row, name)} for role, name in asked]
 
 
 def as_text(record: Record) -> Record:
@@ -181,7 +103,7 @@ def as_text(record: Record) -> Record:
     return Record(prompt, joined(record.chosen), joined(record.rejected), record.where)
 
 
-def _reply(row: dict[str, Any], name: str) -> str | Messages:
+def _part(row: dict[str, Any], name: str) -> str | Messages:
     value = row[name]
     return value if isinstance(value, str) else _messages(value, name)
 
@@ -203,84 +125,3 @@ def _text(row: dict[str, Any], name: str) -> str:
     if not isinstance(row[name], str):
         raise ValueError(f"`{name}` is not text")
     return str(row[name])
-
-
-def data_rows(file: str) -> Iterator[tuple[str, Any]]:
-    """(place, row) of every row of a file, whatever its format; a line that is no JSON gives
-    None."""
-    if file.endswith(".parquet"):
-        yield from _parquet(file)
-    elif file.endswith(".arrow"):
-        yield from _arrow(file)
-    else:
-        yield from _json_lines(file)
-
-
-def _json_lines(file: str) -> Iterator[tuple[str, Any]]:
-    with open(file, "rb") as stream:
-        if stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            stream.seek(0)
-            try:
-                yield from (
-                    (f"{file}: record {n}", row)
-                    for n, row in enumerate(json.loads(stream.read()), 1)
-                )
-            except ValueError as error:
-                raise UsageError(f"not valid JSON: {error}", where=file) from error
-            return
-        stream.seek(0)
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None  # said with the others
-            yield f"{file}:{number}", row
-
-
-def _parquet(file: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise missing_package("pyarrow", "train") from error
-    try:
-        with parquet.ParquetFile(file) as table:
-            number = 0
-            for batch in table.iter_batches(1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}: row {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise UsageError(f"not a parquet file: {error}", where=file) from error
-
-
-def _arrow(file: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise missing_package("pyarrow", "train") from error
-    try:
-        with pyarrow.memory_map(file) as source:
-            try:
-                batches: Any = pyarrow.ipc.open_stream(source)
-            except pyarrow.ArrowInvalid:
-                reader = pyarrow.ipc.open_file(source)
-                batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
-            number = 0
-            for batch in batches:
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}: row {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise UsageError(f"not an arrow file: {error}", where=file) from error
-
-
-def _json_file(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read it: {error}", where=path) from error
-    return found if isinstance(found, dict) else {}

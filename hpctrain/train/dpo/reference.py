@@ -1,7 +1,8 @@
 """Reference log-probabilities, computed once and kept on disk: one forward pass a pair instead of
 one each step.
 
-    FOLDER/reference-<key>.npz    values (pairs, 2): chosen, rejected; NaN where not computed yet; and a hash of them
+    FOLDER/reference-<key>.npz    values (pairs, 2): chosen, rejected; NaN where not computed yet;
+                                  and a hash of them
 
 The key hashes the tokens, the reference's weights and the precision, so a cache can neither be
 stale nor, after a change of either, be used by mistake. It grows while it is computed: a job that
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hpctrain.base.files import write_whole
+from hpctrain.base.files import sha256_of, write_whole
 from hpctrain.train.core import ranks
 from hpctrain.train.dpo.batches import lay_out, rank_slots
 from hpctrain.train.dpo.model import to_tensors, weight_files
@@ -38,11 +39,7 @@ def weights_fingerprint(folder: str, rank: int, num_ranks: int) -> str:
     files = weight_files(folder)
     mine = {}
     for path in files[rank::num_ranks]:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-        mine[os.path.basename(path)] = digest.hexdigest()
+        mine[os.path.basename(path)] = sha256_of(path)
     everyone: list[Any] = [None] * num_ranks
     dist.all_gather_object(everyone, mine)
     merged = {name: value for part in everyone for name, value in part.items()}

@@ -1,11 +1,12 @@
-"""Supervised fine-tuning with DeepSpeed: `python -m hpctrain.train.sft`, once per rank, orders from
-the environment.
+"""Supervised fine-tuning with DeepSpeed: `python -m hpctrain.train.sft [--config config.yml]`, once
+per rank.
 
     config + launch -> model, rows, engine -> steps -> checkpoints
 
 Learning rate, data order and dropout are pure functions of the config and the iteration, so a
 checkpoint holds nothing but weights, optimizer state and two counters, and a resumed run is the run
-that was never interrupted.
+that was never interrupted. In a job the orders come from the environment (HPCTRAIN_*). With
+--config the run directory is the current one and the checkpoint folder `checkpoints` there.
 """
 
 from __future__ import annotations
@@ -14,31 +15,10 @@ import os
 import sys
 import warnings
 
-from hpctrain.base import errors, terminal
+from hpctrain.base import errors
 from hpctrain.config.trainers.sft import SftConfig, load_config, resolve_batch
-from hpctrain.train.core.checkpoint import CannotSave
 from hpctrain.train.core.launch import Launch, StopRequest
-from hpctrain.train.sft.data import DataError
-
-
-def main() -> int:
-    """Train as the environment says; returns an exit code of `hpctrain.base.errors`."""
-    try:
-        launch = Launch.from_environment(os.environ)
-        config = load_config(launch.config)
-        stop = StopRequest()
-        # before the slow imports: the signal may come during them
-        stop.listen(config.stop_signal_number)
-        return train(config, launch, stop)
-    except errors.HpctrainError as error:
-        if _speaks(error):
-            terminal.problems(error.problems)
-        return error.exit_code
-    except OSError as error:
-        terminal.problems(
-            [errors.Problem(error.strerror or str(error), where=str(error.filename or ""))]
-        )
-        return errors.ENVIRONMENT
+from hpctrain.train.core.program import Program, main
 
 
 def train(config: SftConfig, launch: Launch, stop: StopRequest) -> int:
@@ -69,15 +49,16 @@ def train(config: SftConfig, launch: Launch, stop: StopRequest) -> int:
         trainer.close()
 
 
-def _speaks(error: errors.HpctrainError) -> bool:
-    """Whether this rank should print an error: rank 0 what all ranks meet, one rank a node what may
-    be the node's own."""
-    if isinstance(error, (DataError, CannotSave)):
-        return True
-    if isinstance(error, errors.EnvironmentFault):
-        return os.environ.get("LOCAL_RANK", "0") == "0"
-    return os.environ.get("RANK", "0") == "0"
-
+PROGRAM = Program(
+    module="hpctrain.train.sft",
+    doc=__doc__,
+    example="config.yml",
+    layout="deepspeed",
+    load=load_config,
+    train=train,
+    signals=lambda config: (config.stop_signal_number,),
+    checkpoints=lambda config, folder: os.path.join(folder, "checkpoints"),
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(PROGRAM))

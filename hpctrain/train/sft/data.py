@@ -19,12 +19,7 @@ import numpy.typing as npt
 from hpctrain.base.errors import Problem, UsageError
 from hpctrain.config.trainers.sft import SftConfig
 from hpctrain.data.dataset.indexed_dataset import Dataset, open_dataset
-from hpctrain.data.dataset.loss_mask import (
-    MaskRules,
-    find_unclosed,
-    rules_from_config,
-    trained_tokens,
-)
+from hpctrain.data.dataset.loss_mask import find_unclosed, rules_from_config, trained_tokens
 from hpctrain.train.sft._packing import pack_best_fit
 
 Ints = npt.NDArray[np.int64]
@@ -33,6 +28,8 @@ _PIECE, _PIECES = 64 * 1024, 256  # bytes, and how many of a large file stand fo
 
 class DataError(UsageError):
     """A document is wrong; only the rank that read it knows."""
+
+    of_one_rank = True
 
 
 @dataclass(frozen=True)
@@ -267,6 +264,3 @@ def _nothing_fits(config: SftConfig, sizes: Ints) -> Problem:
         ),
         hint="raise `seq_length`",
     )
-
-
-__all__ = ["MaskRules", "MicroBatch", "PackedRows", "describe_too_long", "step_samples"]

@@ -4,47 +4,21 @@ loads."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
-from hpctrain.base.errors import (
-    EnvironmentFault,
-    HpctrainError,
-    Refused,
-    UsageError,
-    missing_package,
-)
-from hpctrain.base.files import open_to_readers, sync
+from hpctrain.base import terminal
+from hpctrain.base.errors import HpctrainError, Refused, UsageError, need
 from hpctrain.data.spm import load_model
-from hpctrain.train.core.checkpoint import (
-    META,
-    Progress,
-    describe_mismatch,
-    read_meta,
-    read_weights,
-    remove_own,
-    set_aside,
-)
+from hpctrain.train.core.checkpoint import Progress, fitting, read_weights
+from hpctrain.train.core.export import DTYPES, copy_tokenizer, publish_model, write_about
+from hpctrain.train.core.hf_tokenizer import end_of_document, save_tokenizer
 from hpctrain.train.core.source import Chat, Source
-
-_TOKENIZER_FILES = (
-    "token",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-    "spiece",
-    "generation_config",
-)
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def export(
@@ -57,79 +31,37 @@ def export(
     is one already or the weights do not fit its config, EnvironmentFault when it cannot be written.
     """
     check_target(source, directory)
+    about = {
+        "from": os.path.basename(source.path),
+        "iteration": source.iteration,
+        "precision": source.precision,
+    }
 
     def fill(staged: str) -> None:
-        about = {
-            "from": os.path.basename(source.path),
-            "iteration": source.iteration,
-            "precision": source.precision,
-        }
-        _write_model(
-            load_hf_model(source, precision),
-            source.chat,
-            tokenizer or source.tokenizer,
-            about,
-            staged,
-        )
+        model = load_hf_model(source, precision)
+        _write_model(model, source.chat, tokenizer or source.tokenizer, about, staged)
 
-    try:
-        return publish_model(directory, fill)
-    except OSError as error:
-        raise EnvironmentFault(f"cannot write `{directory}`: {error.strerror}") from error
-
-
-def publish_model(directory: str, fill: Callable[[str], None], run_id: str = "") -> list[str]:
-    """Let what `fill` writes into the folder it is given appear at `directory`, whole or not at
-    all; returns the file names.
-
-    What the run `run_id` wrote there before (its id is in hpctrain.json) is replaced, anything else
-    of that name set aside. Raises OSError.
-    """
-    target = os.path.abspath(directory)
-    parent = os.path.dirname(target)
-    os.makedirs(parent, exist_ok=True)
-    staged = tempfile.mkdtemp(prefix=f".{os.path.basename(target)[:60]}.", dir=parent)
-    try:
-        os.chmod(staged, 0o755)
-        fill(staged)
-        open_to_readers(staged)
-        names = sorted(os.listdir(staged))
-        for name in names:
-            sync(os.path.join(staged, name))
-        sync(staged)
-        ours = (
-            bool(run_id)
-            and read_meta(target).get("run_id") == run_id
-            and not os.path.islink(target)
-        )
-        aside = set_aside(target)
-        os.rename(staged, target)
-        sync(parent)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    if ours and aside:
-        remove_own(aside)
-    return names
-
-
-def is_export(directory: str, progress: Progress) -> bool:
-    """Whether the model in `directory` is that of this very state of the run."""
-    about = read_meta(directory)
-    return (about.get("run_id"), about.get("iteration")) == (progress.run_id, progress.iteration)
+    return publish_model(directory, fill)
 
 
 def export_trained(directory: str, weights: dict[str, Any], progress: Progress) -> None:
     """Write the model that is being trained as a Hugging Face directory, with the tokenizer of its
     run; see `publish_model`.
 
-    `weights` are all of them, by name, on the CPU. Raises EnvironmentFault when it cannot be
-    written.
+    `weights` are all of them, by name, on the CPU.
     """
     import torch
     import transformers
 
     from hpctrain.train.sft.model import read_model_config
+
+    config = progress.config
+    about = {
+        "from": f"global_step{progress.iteration}",
+        "iteration": progress.iteration,
+        "precision": progress.precision,
+        "run_id": progress.run_id,
+    }
 
     def fill(staged: str) -> None:
         model = transformers.AutoModelForCausalLM.from_config(read_model_config(config["model"]))
@@ -138,27 +70,9 @@ def export_trained(directory: str, weights: dict[str, Any], progress: Progress) 
         model.config.use_cache = True
         if not config["tokenizer"] and os.path.isdir(config["model"]):
             copy_tokenizer(config["model"], staged)
-        about = {
-            "from": f"global_step{progress.iteration}",
-            "iteration": progress.iteration,
-            "precision": progress.precision,
-            "run_id": progress.run_id,
-        }
         _write_model(model, Chat.from_config(config), config["tokenizer"], about, staged)
 
-    config = progress.config
-    try:
-        publish_model(directory, fill, progress.run_id)
-    except OSError as error:
-        raise EnvironmentFault(f"cannot write `{directory}`: {error.strerror}") from error
-
-
-def copy_tokenizer(model: str, directory: str) -> None:
-    """Copy the files of a model directory that belong to its tokenizer."""
-    for name in sorted(os.listdir(model)):
-        path = os.path.join(model, name)
-        if name.startswith(_TOKENIZER_FILES) and os.path.isfile(path):
-            shutil.copyfile(path, os.path.join(directory, name))
+    publish_model(directory, fill, progress.run_id)
 
 
 def check_target(source: Source, directory: str) -> None:
@@ -179,9 +93,6 @@ def export_tokenizer(
     `config` holds NeoX's keys. Where transformers is missing or cannot express the model, it is
     only copied, and said.
     """
-    from hpctrain.base import terminal
-    from hpctrain.train.core.hf_tokenizer import end_of_document, save_tokenizer
-
     spm, chat = load_model(model), Chat.from_config(dict(config))
     shutil.copyfile(model, os.path.join(directory, "tokenizer.model"))
     try:
@@ -191,12 +102,7 @@ def export_tokenizer(
             "note: only tokenizer.model is exported, no Hugging Face tokenizer:"
             f" {error.problems[0].what}"
         )
-    except ImportError as error:
-        terminal.info(
-            f"note: only tokenizer.model is exported: {error.name} is missing, `pip install"
-            " hpctrain[train]`"
-        )
-    chat = Chat(chat.user_open, chat.user_close, chat.assistant, end_of_document(spm, chat))
+    chat = replace(chat, eod=end_of_document(spm, chat))
     digits = re.search(r"\d+\Z", os.path.basename(checkpoint))
     about = {
         "from": os.path.basename(checkpoint),
@@ -204,8 +110,7 @@ def export_tokenizer(
         "precision": {"bfloat16": "bf16", "fp16": "fp16"}.get(str(config.get("precision")), "fp32"),
         "chat": asdict(chat),
     }
-    with open(os.path.join(directory, META), "w", encoding="utf-8") as file:
-        json.dump(about, file, indent=1)
+    write_about(directory, about)
 
 
 def load_hf_model(source: Source, precision: str = "auto") -> Any:
@@ -218,11 +123,7 @@ def load_hf_model(source: Source, precision: str = "auto") -> Any:
 
 
 def _load_hf_model(source: Source, precision: str) -> Any:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise missing_package(str(error.name), "train") from error
+    torch, transformers = need("torch", "train"), need("transformers", "train")
     from hpctrain.train.sft.model import read_model_config, read_pretrained
 
     # a checkpoint is read and written in files, few of them
@@ -234,13 +135,7 @@ def _load_hf_model(source: Source, precision: str) -> Any:
         return read_pretrained(source.path, dtype).eval()
     state = read_weights(source.path)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    want, have = (
-        {name: tuple(value.shape) for name, value in t.items()} for t in (model.state_dict(), state)
-    )
-    problems = describe_mismatch(source.path, want, have)
-    if problems:
-        raise UsageError(problems)
-    model.load_state_dict({name: state[name] for name in want})
+    model.load_state_dict(fitting(model.state_dict(), state, source.path))
     return model.to(dtype).eval()
 
 
@@ -262,14 +157,12 @@ def _write_model(
     config = model.config
     ends = [token for token in (chat.assistant, chat.eod) if token is not None]
     if tokenizer:
-        from hpctrain.train.core.hf_tokenizer import end_of_document, save_tokenizer
-
         spm = load_model(tokenizer)
         check_vocabulary(spm.vocab_size, config.vocab_size, tokenizer)
         save_tokenizer(spm, chat, directory, int(config.max_position_embeddings))
         eod = end_of_document(spm, chat)
         ends += [eod] if eod is not None and eod not in ends else []
-        chat = type(chat)(chat.user_open, chat.user_close, chat.assistant, eod)
+        chat = replace(chat, eod=eod)
     config.architectures = [type(model).__name__]
     generation = model.generation_config
     generation.eos_token_id = ends or None
@@ -281,5 +174,4 @@ def _write_model(
         None,
     )
     model.save_pretrained(directory, safe_serialization=True)
-    with open(os.path.join(directory, META), "w", encoding="utf-8") as file:
-        json.dump({**about, "chat": asdict(chat)}, file, indent=1)
+    write_about(directory, {**about, "chat": asdict(chat)})

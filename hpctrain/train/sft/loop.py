@@ -1,4 +1,4 @@
-"""The training loop: set up, step, log, save, stop."""
+"""The SFT trainer: what a step, a report and a checkpoint are; when, is `core.loop`'s."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from hpctrain.config.trainers.sft import Batch, SftConfig, learning_rate
 from hpctrain.data.spm import load_model
 from hpctrain.train.core import checkpoint, ranks
 from hpctrain.train.core.launch import Launch, StopRequest
-from hpctrain.train.core.logs import Metrics, MetricsLog
+from hpctrain.train.core.logs import Metrics
+from hpctrain.train.core.loop import Cadence, StepLoop
 from hpctrain.train.sft import engine, export
 from hpctrain.train.sft.data import DataError, PackedRows, describe_too_long, step_samples
 from hpctrain.train.sft.model import (
@@ -31,15 +32,23 @@ from hpctrain.train.sft.model import (
 )
 
 
-class Trainer:
+class Trainer(StepLoop):
     """One rank of one link. Raises UsageError, Refused or EnvironmentFault while setting up; see
     `run` for the rest."""
 
     def __init__(self, config: SftConfig, launch: Launch, batch: Batch):
-        self.config, self.launch, self.batch = config, launch, batch
+        cadence = Cadence(
+            config.log_interval,
+            config.checkpoint_factor,
+            config.keep_last_n_checkpoints,
+            config.max_skipped_in_a_row,
+            config.stop_signal,
+        )
+        super().__init__(launch, cadence, config.wandb_project)
+        self.config, self.batch, self.export_to = config, batch, config.export_dir
         self.device = engine.start(launch, config.distributed_timeout_s)
         self.rows = PackedRows(config)
-        self.train_iters = config.train_iters or math.ceil(
+        self.num_steps = config.train_iters or math.ceil(
             float(config.train_epochs or 1) * len(self.rows) / batch.train_batch_size
         )
         self.model_config = read_model_config(config.model)
@@ -70,97 +79,40 @@ class Trainer:
         self.stepper = engine.make_stepper(model, config, batch)
         if resumed is not None:
             self._resume(resumed)
-        self.log: MetricsLog | None = None
+        self.interval = _Interval(self.device)
         self._say_setup()
 
     def run(self, stop: StopRequest) -> int:
-        """Step to the last iteration, saving on the way; returns the exit code.
+        """Train until the last iteration or the stop signal; see `StepLoop.run_steps`."""
+        self.interval = _Interval(self.device)
+        return self.run_steps(stop)
 
-        0 at the end or after a save on the stop signal, 1 when the gradient stays not finite
-        (nothing is saved then, so the last good checkpoint stays the last).
-        """
-        first = self.progress.iteration + 1
-        if first > self.train_iters:
-            self._export()
-            self.say(
-                f"nothing to train: iteration {self.progress.iteration} of {self.train_iters} is"
-                " done"
-            )
-            return errors.DONE
-        export_to = [os.path.dirname(self.config.export_dir)] if self.config.export_dir else []
-        ranks.on_first(
-            self.launch.rank,
-            lambda: list(
-                map(
-                    checkpoint.check_writable,
-                    [self.launch.checkpoint_dir, self.launch.run_dir, *export_to],
-                )
-            ),
+    def begin_step(self, stopping: bool) -> bool:
+        """Read this rank's rows of the next step. Raises on all ranks when one meets bad data."""
+        self.passes, self.trained_tokens, stops = self._prepare(stopping)
+        return stops
+
+    def step(self, number: int) -> bool:
+        """One optimizer step; whether its gradient was not finite."""
+        # Dropout's seed: another one for each step and rank, the same when the step is run again.
+        torch.manual_seed((self.config.seed * 1_000_003 + number) * 65_537 + self.launch.rank)
+        self.lr = learning_rate(self.config, number, self.num_steps)
+        loss, self.norm, skipped = self.stepper.step(self.passes, self.lr, self.trained_tokens)
+        self.interval.add(loss, self.trained_tokens)
+        self.progress = dataclasses.replace(
+            self.progress,
+            iteration=number,
+            consumed_samples=self.progress.consumed_samples + self.batch.train_batch_size,
         )
-        if self.launch.rank == 0:
-            self.log = MetricsLog(
-                self.launch.run_dir,
-                self.launch.link,
-                self.config.wandb_project,
-                dataclasses.asdict(self.config),
-            )
-        interval = _Interval(self.device)
-        saved = self.progress.iteration
-        in_a_row = 0
-        stop_after_save = False
-        for iteration in range(first, self.train_iters + 1):
-            batches, trained_tokens, stopping = self._prepare(stop.received or stop_after_save)
-            if stopping:
-                if saved != self.progress.iteration:
-                    self._save()
-                why = "the stop file" if stop_after_save else f"signal {self.config.stop_signal}"
-                place = f"iteration {self.progress.iteration} of {self.train_iters}"
-                kept = (
-                    f"saved at {place}"
-                    if self.progress.iteration >= first
-                    else f"nothing new to save at {place}"
-                )
-                self.say(f"stopped by {why}: {kept}, exit 0")
-                return errors.DONE
-            torch.manual_seed(self._step_seed(iteration))
-            lr = learning_rate(self.config, iteration, self.train_iters)
-            loss, norm, skipped = self.stepper.step(batches, lr, trained_tokens)
-            interval.add(loss, trained_tokens)
-            self.progress = dataclasses.replace(
-                self.progress,
-                iteration=iteration,
-                consumed_samples=self.progress.consumed_samples + self.batch.train_batch_size,
-            )
-            in_a_row = in_a_row + 1 if skipped else 0
-            last = iteration == self.train_iters
-            given_up = in_a_row >= self.config.max_skipped_in_a_row or (
-                last and in_a_row == iteration
-            )
-            if iteration % self.config.log_interval == 0 or iteration == first or last or given_up:
-                self._report(interval, lr, norm)
-            if given_up:
-                self.say(
-                    f"error: no finite gradient for {in_a_row} steps in a row; nothing is saved,"
-                    " exit 1"
-                )
-                return errors.NO
-            if last:
-                # Before the checkpoint that says the run is done: once that exists, no later link
-                # would export.
-                interval.exclude(self._export())
-            if last or iteration % self.config.checkpoint_factor == 0:
-                interval.exclude(self._save())
-                saved = iteration
-                stop_after_save = self.launch.rank == 0 and os.path.exists(
-                    os.path.join(self.launch.run_dir, "STOP")
-                )
-        self.say(f"done: iteration {self.train_iters} of {self.train_iters}, exit 0")
-        return errors.DONE
+        return skipped
 
-    def say(self, text: str) -> None:
-        """A line on rank 0's stdout."""
-        if self.launch.rank == 0:
-            print(f"hpctrain: {text}", flush=True)
+    def all_weights(self) -> dict[str, Any]:
+        """All weights by name on the CPU of rank 0; empty on the others."""
+        return self.stepper.weights(self.launch.rank)
+
+    def write_model(self, target: str, weights: dict[str, Any]) -> None:
+        """The trained model with the run's tokenizer."""
+        export.export_trained(target, weights, self.progress)
 
     def close(self) -> None:
         """Flush the logs and leave the other ranks."""
@@ -236,15 +188,8 @@ class Trainer:
             raise errors.EnvironmentFault(
                 "DeepSpeed could not load the checkpoint", where=self.launch.checkpoint
             )
-        self.progress = dataclasses.replace(
-            self.progress,
-            run_id=then.run_id,
-            iteration=then.iteration,
-            consumed_samples=then.consumed_samples,
-        )
         self.origin = f"{self.launch.checkpoint}, whole, at iteration {then.iteration}"
-        for change in checkpoint.changed_keys(then.config, self.progress.config):
-            self.say(f"note: changed since the checkpoint: {change}")
+        self.go_on_from(then, then.config, self.progress.config)
         batch = self.batch.train_batch_size
         if (
             then.train_batch_size
@@ -271,8 +216,8 @@ class Trainer:
         )
         self.say(
             f"batch {batch.train_batch_size} = {batch.micro} x {batch.accumulation} accumulation x"
-            f" {batch.ranks} ranks; {self.train_iters} iterations ="
-            f" {self.train_iters * batch.train_batch_size / len(rows):.2f} epochs"
+            f" {batch.ranks} ranks; {self.num_steps} iterations ="
+            f" {self.num_steps * batch.train_batch_size / len(rows):.2f} epochs"
         )
         too_long = describe_too_long(rows)
         if too_long:
@@ -314,21 +259,14 @@ class Trainer:
             raise bad or DataError(())  # the rank that met it says what it is
         return arguments, total, stops > 0
 
-    def _step_seed(self, iteration: int) -> int:
-        """Dropout's seed: another one for each step and rank, and the same one when the step is run
-        again."""
-        return (self.config.seed * 1_000_003 + iteration) * 65_537 + self.launch.rank
-
-    def _save(self) -> float:
-        """Write the checkpoint of this iteration on all ranks; returns the seconds it took."""
-        start_s = time.monotonic()
-        extra = {
-            "config.json": json.dumps(self.model_config.to_dict(), indent=1, default=str).encode()
-        }
+    def write_checkpoint(self) -> str:
+        """DeepSpeed's files, the model's config, and the tokenizer where the run has one."""
+        values = json.dumps(self.model_config.to_dict(), indent=1, default=str)
+        extra = {"config.json": values.encode()}
         if self.config.tokenizer:
             with open(self.config.tokenizer, "rb") as file:
                 extra["tokenizer.model"] = file.read()
-        path = checkpoint.save(
+        return checkpoint.save(
             self.stepper.engine,
             self.launch.checkpoint_dir,
             self.progress,
@@ -336,35 +274,10 @@ class Trainer:
             engine.barrier,
             self.launch.rank,
         )
-        took_s = time.monotonic() - start_s
-        self.say(f"saved {path} in {took_s:.1f} s")
-        if self.config.keep_last_n_checkpoints and self.launch.rank == 0:
-            for old in checkpoint.prune(
-                self.launch.checkpoint_dir,
-                self.progress.run_id,
-                self.config.keep_last_n_checkpoints,
-            ):
-                self.say(
-                    f"deleted {old} (keep_last_n_checkpoints {self.config.keep_last_n_checkpoints})"
-                )
-        return took_s
 
-    def _export(self) -> float:
-        """The model in `export_dir`, if there is to be one and this very state is not there;
-        returns the seconds it took."""
-        target, start_s = self.config.export_dir, time.monotonic()
-        if target is None:
-            return 0.0
-        if not ranks.on_first(self.launch.rank, lambda: export.is_export(target, self.progress)):
-            weights = self.stepper.weights(self.launch.rank)
-            ranks.on_first(
-                self.launch.rank, lambda: export.export_trained(target, weights, self.progress)
-            )
-            self.say(f"wrote {target}")
-        return time.monotonic() - start_s
-
-    def _report(self, interval: _Interval, lr: float, norm: float) -> None:
-        steps, tokens, seconds, loss = interval.close()
+    def report(self) -> None:
+        """One log line, and one of metrics.jsonl."""
+        steps, tokens, seconds, loss = self.interval.close()
         if self.log is None:
             return
         step_s = seconds / steps
@@ -373,10 +286,10 @@ class Trainer:
         self.log.write(
             Metrics(
                 iteration=self.progress.iteration,
-                train_iters=self.train_iters,
+                train_iters=self.num_steps,
                 loss=loss,
-                lr=lr,
-                grad_norm=norm,
+                lr=self.lr,
+                grad_norm=self.norm,
                 step_time_s=step_s,
                 samples_per_s=samples_per_s,
                 tokens_per_s_per_gpu=per_gpu,
@@ -387,7 +300,7 @@ class Trainer:
                 consumed_samples=self.progress.consumed_samples,
                 epoch=self.progress.consumed_samples / len(self.rows),
                 skipped=self.stepper.skipped,
-                nan=interval.nan,
+                nan=self.interval.nan,
             )
         )
 
@@ -416,7 +329,7 @@ class _Interval:
 
     def close(self) -> tuple[int, int, float, float]:
         """Steps, trained tokens, seconds, and the loss per trained token over the steps whose loss
-        was finite."""
+        was finite; every rank must call it."""
         losses = engine.sum_over_ranks(torch.stack(self._losses)).tolist()
         seconds = time.monotonic() - self._since
         finite = [

@@ -248,7 +248,7 @@ def _same_model(one: str, other: str, other_named: str) -> bool:
 def load_base(folder: str, dtype: torch.dtype, attention: str | None = None) -> Any:
     """The plain transformers model of a directory, from files only. Raises UsageError when it does
     not load."""
-    from hpctrain.train.sft.model import read_pretrained  # imports torch
+    from hpctrain.train.sft.model import read_pretrained  # torch, for which the rest has no use
 
     return read_pretrained(
         folder, dtype, **({"attn_implementation": attention} if attention else {})

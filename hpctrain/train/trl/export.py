@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -20,20 +19,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hpctrain.base.errors import (
-    EnvironmentFault,
-    HpctrainError,
-    Refused,
-    UsageError,
-    missing_package,
-)
+from hpctrain.base.errors import EnvironmentFault, HpctrainError, Refused, UsageError, need
 from hpctrain.base.units import format_size
+from hpctrain.config.trainers.dpo import find_source
 from hpctrain.config.trainers.trl import quantised_name
-from hpctrain.train.core.checkpoint import META, read_meta
+from hpctrain.train.core.checkpoint import read_meta
+from hpctrain.train.core.export import DTYPES, publish_model, tokenizer_files, write_about
 from hpctrain.train.core.source import Checkpoint
-from hpctrain.train.sft.export import DTYPES, publish_model
 from hpctrain.train.trl import base as bases
-from hpctrain.train.trl.prepare import tokenizer_files
+from hpctrain.train.trl.prepare import load_rows
 
 _STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp32"}
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -121,14 +115,10 @@ def _publish(
             "run_id": run_id,
             "proof": asdict(proof),
         }
-        with open(os.path.join(staged, META), "w", encoding="utf-8") as file:
-            json.dump(about, file, indent=1)
+        write_about(staged, about)
         proofs.append(proof)
 
-    try:
-        return publish_model(target, fill, run_id), proofs[0]
-    except OSError as error:
-        raise EnvironmentFault(f"cannot write `{target}`: {error.strerror or error}") from error
+    return publish_model(target, fill, run_id), proofs[0]
 
 
 def export_finished(
@@ -204,8 +194,6 @@ def _base_folder(checkpoint: Checkpoint, adapter: dict[str, Any], given: str | N
     own base."""
     if not adapter:
         return checkpoint.path
-    from hpctrain.config.trainers.dpo import find_source
-
     name = given or str(adapter.get("base_model_name_or_path") or "")
     folder = find_source(name, os.getcwd(), "models") if name else None
     if folder is None:
@@ -237,20 +225,12 @@ def _write(
     place: str,
 ) -> Proof:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    try:
-        import torch
-        import transformers
-
-        if adapter:
-            import peft
-    except ImportError as error:
-        raise missing_package(str(error.name), "hf") from error
-    from hpctrain.train.trl.base import load_base
-
+    torch, transformers = need("torch", "hf"), need("transformers", "hf")
+    peft: Any = need("peft", "hf") if adapter else None
     transformers.utils.logging.disable_progress_bar()
     device = torch.device(place or ("cuda" if torch.cuda.is_available() else "cpu"))
     say(f"base {folder}")
-    model = load_base(folder, torch.float32).to(device).eval()
+    model = bases.load_base(folder, torch.float32).to(device).eval()
     tokens = _tokens(checkpoint, model.config.vocab_size)
     plain = None
     if adapter:
@@ -272,11 +252,10 @@ def _write(
     del model
     tokenizer_from = checkpoint.path if tokenizer_files(checkpoint.path) else folder
     for name in tokenizer_files(tokenizer_from):
-        if os.path.isfile(os.path.join(tokenizer_from, name)):
-            shutil.copyfile(os.path.join(tokenizer_from, name), os.path.join(staged, name))
+        shutil.copyfile(os.path.join(tokenizer_from, name), os.path.join(staged, name))
     # What is compared is what was written: read back from the disk, its rounded weights computed
     # with in fp32.
-    found = _logits(load_base(staged, torch.float32).to(device).eval(), tokens)
+    found = _logits(bases.load_base(staged, torch.float32).to(device).eval(), tokens)
     return prove(staged, parameters, precision, found, expected, plain)
 
 
@@ -332,9 +311,7 @@ def _rms(values: Any) -> float:
 
 
 def _logits(model: Any, tokens: Any) -> Any:
-    import torch
-
-    with torch.no_grad():
+    with need("torch", "hf").no_grad():
         return model(input_ids=tokens.to(next(model.parameters()).device)).logits.float().cpu()
 
 
@@ -346,10 +323,7 @@ def _count(model: Any) -> int:
 def _tokens(checkpoint: Checkpoint, vocabulary: int) -> Any:
     """What is compared over: the beginnings of the run's own rows where they lie beside the
     checkpoint, filled up with arbitrary tokens, always the same."""
-    import torch
-
-    from hpctrain.train.trl.prepare import load_rows
-
+    torch = need("torch", "hf")
     tokens = torch.randint(
         0, vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)
     )

@@ -2,7 +2,8 @@
 again.
 
     CHECKPOINT_DIR/prepared-<key>/data.arrow       input_ids, labels: one row each
-                                  manifest.json    its sha256, its size, rows, tokens, what they were made from
+                                  manifest.json    its sha256, its size, rows, tokens, and what
+                                                   they were made from
 
 The key hashes the data, the tokenizer and the settings that shape tokens, so nothing stale is ever
 read.
@@ -11,34 +12,37 @@ read.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hpctrain.base.errors import EnvironmentFault, Problem, UsageError, missing_package
-from hpctrain.base.files import sync
+from hpctrain.base.errors import EnvironmentFault, UsageError, need
+from hpctrain.base.files import sha256_of, sync
 from hpctrain.config.trainers.trl import HfSftConfig
+from hpctrain.train.core.data_files import find_files, parsed_rows
+from hpctrain.train.core.export import tokenizer_files
 from hpctrain.train.dpo.pairs import load_tokenizer
-from hpctrain.train.dpo.records import data_rows, find_files
 from hpctrain.train.trl.rows import Encoder, marking_template
 
 DATA, MANIFEST = "data.arrow", "manifest.json"
-MAX_SHOWN = 20
 _FORM = 1  # raise it when the same input gives other tokens
-_TOKENIZER_FILES = (
-    "token",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-    "spiece",
-)
 _ROWS_AT_ONCE = 1000
+_COUNTS = (
+    "rows",
+    "tokens",
+    "trained_tokens",
+    "truncated",
+    "source_rows",
+    "dropped",
+    "longest",
+    "largest_token",
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def prepare(config: HfSftConfig, folder: str, say: Callable[[str], None]) -> Pre
     EnvironmentFault for what cannot be read or written.
     """
     files = find_files(config.dataset_path, "train")
-    sums = [sha256_of(file) for file in files]
+    sums = [_sum_of(file) for file in files]
     if config.data_sha256 and [config.data_sha256] != sums:
         what = (
             f"its checksum is {sums[0]}"
@@ -114,74 +118,39 @@ def read(folder: str) -> Prepared | None:
         return None
 
 
-def sha256_of(path: str) -> str:
-    """The checksum of a file's content. Raises EnvironmentFault."""
-    digest = hashlib.sha256()
+def _sum_of(path: str) -> str:
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+        return sha256_of(path)
     except OSError as error:
         raise EnvironmentFault(f"cannot read it: {error.strerror}", where=path) from error
-    return digest.hexdigest()
 
 
 def _key(config: HfSftConfig, files: list[str], sums: list[str]) -> str:
     """What decides the tokens."""
-    digest = hashlib.sha256(
-        f"{_FORM} {config.max_length} {config.completion_only_loss} {config.assistant_only_loss}\n".encode()
-    )
+    settings = (config.max_length, config.completion_only_loss, config.assistant_only_loss)
+    digest = hashlib.sha256(" ".join(map(str, (_FORM, *settings))).encode() + b"\n")
     for path, content in zip(files, sums):
         digest.update(f"{os.path.splitext(path)[1]} {content}\n".encode())
-    for name in sorted(os.listdir(config.model_name)):
-        if name.startswith(_TOKENIZER_FILES):
-            digest.update(f"{name} {sha256_of(os.path.join(config.model_name, name))}\n".encode())
+    for name in tokenizer_files(config.model_name):
+        digest.update(f"{name} {_sum_of(os.path.join(config.model_name, name))}\n".encode())
     return digest.hexdigest()
 
 
 def _make(config: HfSftConfig, files: list[str], target: str) -> Prepared:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise missing_package("pyarrow", "hf") from error
-    encoder = _encoder(config)
-    parent = os.path.dirname(target)
+    encoder, parent = _encoder(config), os.path.dirname(target)
     staged = tempfile.mkdtemp(prefix=f".{os.path.basename(target)[:60]}.", dir=parent)
     try:
         os.chmod(staged, 0o755)
-        path = os.path.join(staged, DATA)
-        counts = {
-            "source_rows": 0,
-            "dropped": 0,
-            "tokens": 0,
-            "trained_tokens": 0,
-            "truncated": 0,
-            "longest": 0,
-            "largest_token": 0,
-        }
-        schema = pyarrow.schema(
-            [
-                ("input_ids", pyarrow.list_(pyarrow.int32())),
-                ("labels", pyarrow.list_(pyarrow.int32())),
-            ]
-        )
-        rows = 0
-        with pyarrow.OSFile(path, "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
-            for batch in _batches(encoder, files, counts):
-                rows += len(batch)
-                columns = [
-                    pyarrow.array([row[part] for row in batch], schema.types[part])
-                    for part in (0, 1)
-                ]
-                writer.write_batch(pyarrow.record_batch(columns, schema=schema))
-        if not rows:
+        counts = _write_rows(encoder, files, os.path.join(staged, DATA))
+        if not counts["rows"]:
             raise UsageError(
                 "no row is left to train on",
                 where=config.dataset_path,
                 hint="raise `max_length`; rows whose prompt alone fills it are dropped",
             )
+        path = os.path.join(staged, DATA)
         found = Prepared(
-            os.path.join(target, DATA), sha256_of(path), os.path.getsize(path), rows=rows, **counts
+            os.path.join(target, DATA), sha256_of(path), os.path.getsize(path), **counts
         )
         about = {"data": asdict(found), "files": files, "max_length": config.max_length}
         with open(os.path.join(staged, MANIFEST), "w", encoding="utf-8") as file:
@@ -200,6 +169,34 @@ def _make(config: HfSftConfig, files: list[str], target: str) -> Prepared:
             ) from error
         raise
     return found
+
+
+def _write_rows(encoder: Encoder, files: list[str], path: str) -> dict[str, int]:
+    """Write the encoded rows as an arrow stream; the numbers of `Prepared`."""
+    pyarrow = need("pyarrow", "hf")
+    ints = pyarrow.list_(pyarrow.int32())
+    schema = pyarrow.schema([("input_ids", ints), ("labels", ints)])
+    counts: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
+    rows = parsed_rows(files, lambda row, where: encoder.encode(row))
+    with pyarrow.OSFile(path, "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+        while batch := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+            kept = [row for row in batch if row is not None]
+            counts.update(source_rows=len(batch), dropped=len(batch) - len(kept), rows=len(kept))
+            for ids, labels in kept:
+                _count(counts, ids, labels, encoder.max_length)
+            columns = [pyarrow.array([row[part] for row in kept], ints) for part in (0, 1)]
+            writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+    return dict(counts)
+
+
+def _count(counts: Counter[str], ids: list[int], labels: list[int], max_length: int) -> None:
+    counts.update(
+        tokens=len(ids),
+        truncated=int(len(ids) == max_length),
+        trained_tokens=sum(label >= 0 for label in labels[1:]),
+    )
+    counts["longest"] = max(counts["longest"], len(ids))
+    counts["largest_token"] = max(counts["largest_token"], *ids)
 
 
 def _encoder(config: HfSftConfig) -> Encoder:
@@ -224,57 +221,7 @@ def _encoder(config: HfSftConfig) -> Encoder:
     )
 
 
-def _batches(
-    encoder: Encoder, files: list[str], counts: dict[str, int]
-) -> Iterator[list[tuple[list[int], list[int]]]]:
-    problems: list[Problem] = []
-    bad = 0
-    batch: list[tuple[list[int], list[int]]] = []
-    for file in files:
-        try:
-            for where, row in data_rows(file):
-                counts["source_rows"] += 1
-                try:
-                    found = encoder.encode(row)
-                except ValueError as error:
-                    bad += 1
-                    if bad <= MAX_SHOWN:
-                        problems.append(Problem(str(error), where=where))
-                    continue
-                if found is None:
-                    counts["dropped"] += 1
-                    continue
-                counts["tokens"] += len(found[0])
-                counts["longest"] = max(counts["longest"], len(found[0]))
-                counts["largest_token"] = max(counts["largest_token"], max(found[0], default=0))
-                counts["truncated"] += len(found[0]) == encoder.max_length
-                counts["trained_tokens"] += sum(label >= 0 for label in found[1][1:])
-                batch.append(found)
-                if len(batch) == _ROWS_AT_ONCE:
-                    yield batch
-                    batch = []
-        except OSError as error:
-            raise EnvironmentFault(
-                f"cannot read it: {error.strerror or error}", where=file
-            ) from error
-    if problems:
-        raise UsageError(
-            problems + ([Problem(f"{bad - MAX_SHOWN} more bad rows")] if bad > MAX_SHOWN else [])
-        )
-    if batch:
-        yield batch
-
-
-def tokenizer_files(folder: str) -> list[str]:
-    """The files of a model directory that its tokenizer is made of."""
-    return [name for name in sorted(os.listdir(folder)) if name.startswith(_TOKENIZER_FILES)]
-
-
 def load_rows(path: str) -> Any:
     """The prepared rows as a `datasets.Dataset`, mapped from the file and never copied into
     memory."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise missing_package("datasets", "hf") from error
-    return datasets.Dataset.from_file(path)
+    return need("datasets", "hf").Dataset.from_file(path)

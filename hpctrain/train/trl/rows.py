@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hpctrain.train.dpo.records import common_prefix
+
 IGNORED = -100
 _ROLES = {
     "human": "user",
@@ -117,7 +119,7 @@ class Encoder:
             raise ValueError(
                 "`prompt` and `completion` must both be text, or both messages, and not empty"
             )
-        begin = _common_prefix(prompt_ids, ids) if self.completion_only else 0
+        begin = common_prefix(prompt_ids, ids) if self.completion_only else 0
         return ids, [
             token if kept and at >= begin else IGNORED
             for at, (token, kept) in enumerate(zip(ids, mask))
@@ -208,12 +210,3 @@ def _messages(value: Any, name: str) -> list[dict[str, str]]:
             {"role": _ROLES.get(role, role) if "role" not in message else role, "content": content}
         )
     return out
-
-
-def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    count = 0
-    for a, b in zip(one, other):
-        if a != b:
-            break
-        count += 1
-    return count

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable
 
 from hpctrain.base.errors import EnvironmentFault
+from hpctrain.base.files import sha256_of
 from hpctrain.base.units import format_size
 
 _CHUNK = 1 << 22
@@ -40,7 +41,7 @@ def stage(source: str, sha256: str, folder: str, say: Callable[[str], None]) -> 
             os.path.isfile(target)
             and not os.path.islink(target)
             and os.path.getsize(target) == size
-            and _hash(target) == sha256
+            and sha256_of(target) == sha256
         ):
             return target
         free = shutil.disk_usage(folder).free
@@ -63,7 +64,7 @@ def stage(source: str, sha256: str, folder: str, say: Callable[[str], None]) -> 
                 why=f"sha256 {read[:16]}…, expected {sha256[:16]}…",
                 hint="delete its folder; the next start prepares it again",
             )
-        written = _hash(temporary)
+        written = sha256_of(temporary)
         if written != sha256:
             os.unlink(temporary)
             raise EnvironmentFault(
@@ -110,12 +111,4 @@ def _copy(source: str, target: str) -> str:
         if hasattr(os, "posix_fadvise"):
             # So that the check reads the disk, not the pages that were just written.
             os.posix_fadvise(writer.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return digest.hexdigest()
-
-
-def _hash(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
     return digest.hexdigest()

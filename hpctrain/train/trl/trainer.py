@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import importlib.util
 import inspect
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -21,13 +20,21 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from hpctrain.base.errors import HpctrainError, Problem, UsageError, missing_package
+from hpctrain.base.errors import (
+    EnvironmentFault,
+    HpctrainError,
+    Problem,
+    UsageError,
+    missing_package,
+    need,
+)
+from hpctrain.base.files import sync
 from hpctrain.config.fields import nearest
 from hpctrain.config.trainers.trl import HfSftConfig
 from hpctrain.train.core import ranks
 from hpctrain.train.core.checkpoint import check_writable
 from hpctrain.train.core.launch import Launch, StopRequest
-from hpctrain.train.core.logs import append_whole_lines
+from hpctrain.train.core.logs import JsonLines
 from hpctrain.train.dpo.pairs import load_tokenizer
 from hpctrain.train.sft.model import longest_document
 from hpctrain.train.trl import base, export, prepare, stage
@@ -174,8 +181,6 @@ def _together(launch: Launch, work: Callable[[], Answer]) -> Answer:
 def choose_engine(config: HfSftConfig, launch: Launch, device: torch.device) -> str:
     """`unsloth` or `trl`. Raises EnvironmentFault where Unsloth is asked for and missing,
     UsageError where it cannot run."""
-    import importlib.util
-
     there = importlib.util.find_spec("unsloth") is not None
     if config.engine == "unsloth":
         if not there:
@@ -230,8 +235,6 @@ def _staged(data: prepare.Prepared, launch: Launch, say: Callable[[str], None]) 
         dist.all_gather_object(found, problem)
         problem = tuple(one for problems in found if problems for one in problems) or None
     if problem:
-        from hpctrain.base.errors import EnvironmentFault
-
         raise EnvironmentFault(problem)
     return os.path.join(folder, prepare.DATA)
 
@@ -260,10 +263,7 @@ def _load(config: HfSftConfig, launch: Launch, engine: str, say: Callable[[str],
     model.config.use_cache = False
     if config.lora is None:
         return model
-    try:
-        import peft
-    except ImportError as error:
-        raise missing_package("peft", "hf") from error
+    peft = need("peft", "hf")
     if adapter:
         say(f"going on from the update in {start}")
         return peft.PeftModel.from_pretrained(model, start, is_trainable=True)
@@ -442,9 +442,7 @@ class Log:
         self.launch, self.stop, self.rows_per_step = launch, stop, rows_per_step
         self.stopped = False
         self._file = (
-            append_whole_lines(os.path.join(launch.run_dir, "metrics.jsonl"))
-            if launch.rank == 0
-            else None
+            JsonLines(os.path.join(launch.run_dir, "metrics.jsonl")) if launch.rank == 0 else None
         )
         self._since = (time.monotonic(), 0)
 
@@ -486,14 +484,7 @@ class Log:
             record["step_time"] = round(seconds / steps, 4)
             record["samples_per_second"] = round(steps * self.rows_per_step / seconds, 3)
         print(record, flush=True)
-        # JSON has no NaN; and one write of a whole line, so that a kill leaves at most one torn
-        # line at the end.
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
-        self._file.write(json.dumps({"link": self.launch.link, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.append({"link": self.launch.link, **record})
 
 
 def _callback(log: Log, leave_model: Callable[[], None] | None) -> Any:
@@ -533,8 +524,4 @@ def _sync_tree(folder: str) -> None:
     """Make every file of a checkpoint last a crash of the node."""
     for path, _, names in os.walk(folder):
         for name in [*names, "."]:
-            descriptor = os.open(os.path.join(path, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync(os.path.join(path, name))

@@ -1,7 +1,8 @@
 """Is a merged model any good? Its perplexity on held-out rows, beside its base's, and whether it
 answers in words.
 
-    python -m hpctrain.train.trl.validate --model_path merged --test_set held_out.jsonl [--base Llama-3.1-8B-Instruct]
+    python -m hpctrain.train.trl.validate --model_path merged --test_set held_out.jsonl
+        [--base Llama-3.1-8B-Instruct]
 
 What needs another model as a judge (wins and ties against it) is not measured here.
 """
@@ -20,8 +21,11 @@ from typing import Any
 import click
 
 from hpctrain.base import errors, terminal
-from hpctrain.base.errors import EnvironmentFault, Problem, UsageError, missing_package
+from hpctrain.base.errors import Problem, UsageError, need
+from hpctrain.train.core.data_files import find_files, parsed_rows
+from hpctrain.train.dpo.pairs import load_tokenizer
 from hpctrain.train.trl import base as bases
+from hpctrain.train.trl.rows import Encoder
 
 MAX_PERPLEXITY = 10.0  # the document's bound for held-out data
 ROWS, REPLIES, REPLY_TOKENS, MAX_LENGTH = 200, 8, 64, 2048
@@ -90,13 +94,7 @@ def validate(
     nothing is trained.
     """
     bases.check_base(model)
-    try:
-        import torch
-        import transformers
-
-        from hpctrain.train.trl.base import load_base
-    except ImportError as error:
-        raise missing_package(str(error.name), "hf") from error
+    torch, transformers = need("torch", "hf"), need("transformers", "hf")
     transformers.utils.logging.disable_progress_bar()
     encoded, prompts = _rows(model, test_set, rows, replies)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,7 +103,7 @@ def validate(
         # Computed with in fp32 on a CPU, and in bf16 on a GPU, where 8 billion fp32 weights may not
         # fit.
         return (
-            load_base(folder, torch.bfloat16 if device.type == "cuda" else torch.float32)
+            bases.load_base(folder, torch.bfloat16 if device.type == "cuda" else torch.float32)
             .to(device)
             .eval()
         )
@@ -163,33 +161,13 @@ def _rows(
     model: str, test_set: str, limit: int, replies: int
 ) -> tuple[list[tuple[list[int], list[int]]], list[list[int]]]:
     """The first rows as tokens and labels, and the prompts of the first of them that have one."""
-    from hpctrain.train.dpo.pairs import load_tokenizer
-    from hpctrain.train.dpo.records import data_rows, find_files
-    from hpctrain.train.trl.rows import Encoder
-
     encoder = Encoder(load_tokenizer(model), MAX_LENGTH, None, False, None)
-    encoded: list[tuple[list[int], list[int]]] = []
-    prompts: list[list[int]] = []
-    problems: list[Problem] = []
-    for file in find_files(test_set, "test", "test"):
-        try:
-            for where, row in data_rows(file):
-                if len(encoded) == limit or len(problems) == 20:
-                    break
-                try:
-                    found = encoder.encode(row)
-                    prompt = encoder.prompt(row) if len(prompts) < replies else None
-                except ValueError as error:
-                    problems.append(Problem(str(error), where=where))
-                    continue
-                encoded += [found] if found else []
-                prompts += [prompt[-MAX_LENGTH:]] if prompt else []
-        except OSError as error:
-            raise EnvironmentFault(
-                f"cannot read it: {error.strerror or error}", where=file
-            ) from error
-    if problems:
-        raise UsageError(problems)
+    files = find_files(test_set, "test", "test")
+    read = list(
+        parsed_rows(files, lambda row, where: (encoder.encode(row), encoder.prompt(row)), limit)
+    )
+    encoded = [tokens for tokens, _ in read if tokens]
+    prompts = [prompt[-MAX_LENGTH:] for _, prompt in read if prompt][:replies]
     if not encoded:
         raise UsageError("no row of it has a token that a training would train", where=test_set)
     return encoded, prompts
@@ -197,8 +175,7 @@ def _rows(
 
 def _loss(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[float, int]:
     """The summed loss and the number of the trained tokens, one row at a time."""
-    import torch
-
+    torch = need("torch", "hf")
     device, total, count = next(model.parameters()).device, 0.0, 0
     for ids, labels in rows:
         with torch.no_grad():
@@ -212,10 +189,7 @@ def _loss(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[float, i
 
 
 def _reply(model: Any, folder: str, prompt: list[int]) -> Reply:
-    import torch
-
-    from hpctrain.train.dpo.pairs import load_tokenizer
-
+    torch = need("torch", "hf")
     tokenizer = load_tokenizer(folder)
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     with torch.no_grad():

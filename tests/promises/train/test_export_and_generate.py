@@ -124,7 +124,15 @@ def trained(bench: Bench, models: dict[str, Path]) -> Bench:
     run = bench.path / "learned.run"
     (run / "plan.json").write_text(
         json.dumps(
-            {"guard": {"checkpoint_dir": str(bench.path / "learned")}, "job": {}, "cost": {}}
+            {
+                "guard": {
+                    "schema_version": 1,
+                    "layout": "deepspeed",
+                    "checkpoint_dir": str(bench.path / "learned"),
+                },
+                "job": {},
+                "cost": {},
+            }
         )
     )
     return bench

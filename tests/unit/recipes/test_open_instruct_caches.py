@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 
-from hpctrain.base.paths import shipped_dir
+from hpctrain.base.paths import shipped_dir, shipped_module
 from hpctrain.runtime import hubcache
 from hpctrain.runtime.files import Listing
 from hpctrain.runtime.hubcache import Repo
 from hpctrain.runtime.layouts import LAYOUTS
 from hpctrain.runtime.settings import GuardError
-from hpctrain.sandbox.rehearse import standin
 
 _SPEC = importlib.util.spec_from_file_location(
     "hpctrain.runtime.prepare_step",  # where it is one of its modules in a run directory
@@ -28,6 +27,8 @@ caches = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(caches)
 COMMIT = "c" * 40
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+standin = shipped_module("sandbox", "standin")
 
 
 class Case:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
+from hpctrain.base.paths import shipped_module
 from hpctrain.data import sources
 from hpctrain.plan.load import load_plan
 from hpctrain.runtime.files import Listing
@@ -27,7 +28,6 @@ from hpctrain.sandbox.rehearse import (
     report,
     scene,
     shims,
-    standin,
     timeline,
     tokens,
     watch,
@@ -39,6 +39,8 @@ from hostile import HOSTILE  # noqa: E402
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "lumi-neox-sft" / "run.yaml"
 MASKS = "fe000000000000,fe00000000000000,fe0000,fe000000,fe,fe00,fe00000000,fe0000000000"
+
+standin = shipped_module("sandbox", "standin")
 
 
 def example(*assignments: str, out: str | None = None):

@@ -11,7 +11,8 @@ import pytest
 from needed import needed
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
-from hpctrain.train.dpo.records import find_files, parse_record, read_records
+from hpctrain.train.core.data_files import find_files
+from hpctrain.train.dpo.records import parse_record, read_records
 
 USER, SYSTEM = {"role": "user", "content": "q"}, {"role": "system", "content": "s"}
 GOOD, BAD = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]
@@ -126,7 +127,7 @@ def test_bad_records_are_named_by_line_all_at_once(tmp_path: Path) -> None:
         "4",
         "5",
     ]
-    assert caught.value.problems[-1].what == "12 more bad records"
+    assert caught.value.problems[-1].what == "12 more bad rows"
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.jsonl", "x.json"])

@@ -11,7 +11,14 @@ import pytest
 
 @pytest.mark.parametrize(
     "name",
-    ["train.dpo", "train.trl", "train.hf_sft", "train.trl.validate", "train.hf_sft.validate"],
+    [
+        "train.sft",
+        "train.dpo",
+        "train.trl",
+        "train.hf_sft",
+        "train.trl.validate",
+        "train.hf_sft.validate",
+    ],
 )
 def test_a_trainer_answers_to_each_of_its_names(name):
     done = subprocess.run(

@@ -214,13 +214,13 @@ def test_only_this_runs_own_old_checkpoints_are_pruned(tmp_path: Path) -> None:
 
 def test_progress_survives_the_file_and_a_broken_file_is_no_progress(tmp_path: Path) -> None:
     path = Path(write(tmp_path, 7))
-    assert read_progress(str(path)) == progress(7)
+    assert read_progress(str(path), Progress) == progress(7)
 
     values = json.loads((path / checkpoint.META).read_text())
     del values["data_content"], values["train_batch_size"]  # as earlier versions wrote it
     (path / checkpoint.META).write_text(json.dumps(values))
-    assert read_progress(str(path)) == progress(7)
+    assert read_progress(str(path), Progress) == progress(7)
 
     (path / checkpoint.META).write_text('{"run_id": "a", ')
-    assert read_progress(str(path)) is None
-    assert read_progress(str(tmp_path / "nowhere")) is None
+    assert read_progress(str(path), Progress) is None
+    assert read_progress(str(tmp_path / "nowhere"), Progress) is None

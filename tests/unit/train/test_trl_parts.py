@@ -261,7 +261,9 @@ def test_only_whole_checkpoints_are_exported_or_gone_on_from(tmp_path: Path) -> 
         checkpoint(folder, number, whole)
     (folder / "checkpoint-nonsense").mkdir()
     (tmp_path / "plan.json").write_text(
-        json.dumps({"guard": {"layout": "hf-trainer", "checkpoint_dir": str(folder)}})
+        json.dumps(
+            {"guard": {"schema_version": 1, "layout": "hf-trainer", "checkpoint_dir": str(folder)}}
+        )
     )
 
     for path in (tmp_path, folder, folder / "checkpoint-10"):
@@ -270,7 +272,9 @@ def test_only_whole_checkpoints_are_exported_or_gone_on_from(tmp_path: Path) -> 
     with pytest.raises(UsageError, match="the weights are missing"):
         find_checkpoint(str(folder / "checkpoint-12"))
     (tmp_path / "plan.json").write_text(
-        json.dumps({"guard": {"layout": "deepspeed", "checkpoint_dir": str(folder)}})
+        json.dumps(
+            {"guard": {"schema_version": 1, "layout": "deepspeed", "checkpoint_dir": str(folder)}}
+        )
     )
     assert find_checkpoint(str(tmp_path)) is None
 
