@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpctrain.base.errors import EnvironmentFault, Refused
+from hpctrain.base.files import sha256_of
 from hpctrain.base.paths import cache_home
 from hpctrain.config.trust import require_trust
 
@@ -46,6 +46,15 @@ CLIENTS = (
 ).split()
 DAEMONS = ("slurmctld", "slurmd", "slurmstepd", "munged")
 ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd")
+_PROGRAMS = (
+    *CLIENTS,
+    *DAEMONS,
+    *ACCOUNTING_PROGRAMS,
+    "mariadb",
+    "bwrap",
+    "mungekey",
+    "mysql_install_db",
+)
 _NEEDED = (*DAEMONS, "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 _PREFIXES = ("usr/sbin", "usr/bin", "sbin", "bin")
 _NOT_HERE = "it can be unpacked only on Debian, Ubuntu and their kin, with apt-get and dpkg-deb"
@@ -280,7 +289,7 @@ class _Apt:
             hint="is there a network? try apt-get update",
         )
         debs: dict[str, Path] = {}
-        by_hash = {sha256_of(path): path for path in folder.glob("*.deb")}
+        by_hash = {sha256_of(str(path)): path for path in folder.glob("*.deb")}
         for name, fields in wanted.items():
             if fields["SHA256"] not in by_hash:
                 raise EnvironmentFault(
@@ -347,15 +356,6 @@ def libraries_of(fields: Mapping[str, str]) -> list[str]:
             if name.startswith("lib") and name not in BASE_PACKAGES:
                 names.append(name)
     return names
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def interpreter_of(path: Path) -> str:
@@ -457,25 +457,13 @@ def _unpacked(root: Path, needed: Sequence[str] = ()) -> Toolbox | None:
     if _loader_knows_argv0(loader_path):
         loader = (*loader, "--argv0")
     programs = {}
-    for name in (
-        *CLIENTS,
-        *DAEMONS,
-        *ACCOUNTING_PROGRAMS,
-        "mariadb",
-        "bwrap",
-        "mungekey",
-        "mysql_install_db",
-    ):
-        for candidate in (
-            root / prefix / (name + suffix) for prefix in _PREFIXES for suffix in ("-wlm", "")
-        ):
-            # Debian's alternatives make `sbatch` of `sbatch-wlm` at installation; in an unpacked
-            # tree only -wlm exists.
-            if candidate.is_file():
-                programs[name] = Program(
-                    str(candidate), loader if interpreter_of(candidate) else ()
-                )
-                break
+    for name in _PROGRAMS:
+        # Debian's alternatives make `sbatch` of `sbatch-wlm` at installation; in an unpacked tree
+        # only -wlm exists.
+        places = (root / prefix / (name + end) for prefix in _PREFIXES for end in ("-wlm", ""))
+        place = next(filter(Path.is_file, places), None)
+        if place:
+            programs[name] = Program(str(place), loader if interpreter_of(place) else ())
     if any(name not in programs for name in needed):
         return None
     wrapper = next((path for folder in folders for path in folder.glob("libnss_wrapper.so*")), None)
@@ -504,19 +492,8 @@ def _system() -> Toolbox:
     path = os.pathsep.join(
         [os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin", "/usr/local/sbin"]
     )
-    programs = {}
-    for name in (
-        *CLIENTS,
-        *DAEMONS,
-        *ACCOUNTING_PROGRAMS,
-        "mariadb",
-        "bwrap",
-        "mungekey",
-        "mysql_install_db",
-    ):
-        found = shutil.which(name, path=path)
-        if found:
-            programs[name] = Program(found)
+    found = {name: shutil.which(name, path=path) for name in _PROGRAMS}
+    programs = {name: Program(place) for name, place in found.items() if place}
     wrapper = next(iter(sorted(Path("/usr/lib").glob("*-linux-gnu*/libnss_wrapper.so*"))), None)
     version = ""
     if "slurmctld" in programs:

@@ -3,7 +3,6 @@ and reports what happened."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.base.errors import Problem
+from hpctrain.base.files import sha256_of
 from hpctrain.jobs.pipeline.stages import Pipeline
 from hpctrain.plan.load import Loaded
 from hpctrain.plan.make import Plan
@@ -272,7 +272,7 @@ def _outcome(
         problems = [
             replace(problem, what=f"stage `{part.stage}`: {problem.what}") for problem in problems
         ]
-    sha256 = _sha256(os.path.join(run_dir, "job.sbatch"))
+    sha256 = sha256_of(os.path.join(run_dir, "job.sbatch"))
     return Outcome(
         tuple(dict.fromkeys(problems)),
         shown,
@@ -362,11 +362,6 @@ def expectation(plan: Plan, file_systems: Sequence[str] = ()) -> checks.Expected
         reserved,
         tuple(file_systems),
     )
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.sha256(stream.read()).hexdigest()
 
 
 def _ready(attempt: Attempt) -> None:

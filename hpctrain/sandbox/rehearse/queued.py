@@ -3,16 +3,19 @@ site."""
 
 from __future__ import annotations
 
-import json
-import pickle
-import sys
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpctrain.base.errors import EnvironmentFault
+from hpctrain.base.errors import HpctrainError
+from hpctrain.jobs import ledger
+from hpctrain.jobs import side as sidejobs
+from hpctrain.jobs.ledger import MAIN, SIDE, Submission
+from hpctrain.jobs.pipeline import queue as pipeline_queue
 from hpctrain.jobs.pipeline.stages import Pipeline
 from hpctrain.plan.make import Plan
+from hpctrain.sandbox.rehearse import remote
 from hpctrain.sandbox.rehearse.stage import Login
 
 
@@ -27,35 +30,64 @@ class Queued:
 
 def queue(login: Login, plan: Plan, num_jobs: int) -> Queued:
     """Submit the links from the login node, as `hpctrain chain` does."""
-    after_each = [plan.spec.after_each] if plan.spec.after_each else []
-    (answer,) = _on_login(login, "run", plan.run_dir, str(num_jobs), *after_each)
-    return answer
+    answer = remote.call(
+        login, submit_links, plan.run_dir, plan.spec.name, num_jobs, plan.spec.after_each
+    )
+    return _queued(answer)
 
 
 def queue_pipeline(login: Login, pipeline: Pipeline) -> list[Queued]:
     """Submit all links of all stages from the login node, by the very code of `hpctrain
     pipeline`."""
-    order = login.place.files / "order"
-    order.write_bytes(pickle.dumps(pipeline))
+    return list(map(_queued, remote.call(login, submit_stages, pipeline)))
+
+
+def submit_links(run_dir: str, run: str, num_jobs: int, after_each: str | None) -> dict[str, Any]:
+    """On the login node: queue the links of a run, each after the one before it."""
+    script = os.path.join(run_dir, "job.sbatch")
+    refused = ""
     try:
-        return _on_login(login, "pipeline", str(order))
-    finally:
-        order.unlink()
+        wanted = []
+        for link in range(1, num_jobs + 1):
+            wanted.append(Submission(link, MAIN, script, (str(link),)))
+            if after_each:
+                side = sidejobs.submission(run_dir, run, link, after_each)
+                wanted.append(Submission(link, SIDE, side.script, (), side.options))
+        with ledger.only_one(run_dir):
+            ledger.submit_all(run_dir, wanted)
+    except HpctrainError as error:
+        refused = "\n".join(problem.what for problem in error.problems)
+    return _answer(run_dir, refused)
 
 
-def _on_login(login: Login, *words: str) -> list[Queued]:
-    done = login.seeing(sys.executable, "-m", "hpctrain.sandbox.rehearse.login", *words)
+def submit_stages(wanted: Pipeline) -> list[dict[str, Any]]:
+    """On the login node: queue every stage. What Slurm refused is told of the stage that it
+    belongs to."""
+    refused = ""
+    pipeline_queue.write_index(wanted)
+    planned = pipeline_queue.plan_queue(wanted)
     try:
-        answers = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError) as error:
-        raise EnvironmentFault(
-            "the jobs could not be submitted", why=(done.stderr or done.stdout).strip()[-2000:]
-        ) from error
-    return [
-        Queued(_by_link(answer["jobs"]), _by_link(answer["side"]), str(answer["refused"]))
-        for answer in answers
-    ]
+        pipeline_queue.submit_queue(wanted, planned)
+    except HpctrainError as error:
+        refused = "\n".join(problem.what for problem in error.problems)
+    answers = []
+    for stage in planned:
+        answer = _answer(stage.planned.run_dir, "")
+        if refused and len(answer["jobs"]) < len(stage.new):
+            answer["refused"], refused = refused, ""
+        answers.append(answer)
+    return answers
 
 
-def _by_link(jobs: Mapping[str, Any]) -> dict[int, str]:
-    return {int(link): str(job_id) for link, job_id in jobs.items()}
+def _answer(run_dir: str, refused: str) -> dict[str, Any]:
+    ids = ledger.read_ledger(run_dir).submitted()
+    jobs, side = (
+        {str(link): job_id for (link, kind), job_id in ids.items() if kind == wanted}
+        for wanted in (MAIN, SIDE)
+    )
+    return {"jobs": jobs, "side": side, "refused": refused}
+
+
+def _queued(answer: Mapping[str, Any]) -> Queued:
+    jobs, side = ({int(link): i for link, i in answer[kind].items()} for kind in ("jobs", "side"))
+    return Queued(jobs, side, answer["refused"])

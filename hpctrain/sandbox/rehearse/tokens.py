@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
 import sys
 import time
 from collections import Counter
@@ -21,7 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, UsageError
+from hpctrain.base.errors import HpctrainError, Problem, UsageError
+from hpctrain.base.files import sha256_of
 from hpctrain.config.site import Site, load_site
 from hpctrain.data.command import How, tokenize
 from hpctrain.data.limits import limits_of
@@ -29,7 +29,7 @@ from hpctrain.data.prepare import Request, prepare
 from hpctrain.data.present import outcome_json
 from hpctrain.data.sources import Input, Segment, SegmentReader
 from hpctrain.sandbox.from_site import shape_from_site
-from hpctrain.sandbox.rehearse import stage
+from hpctrain.sandbox.rehearse import remote, stage
 from hpctrain.sandbox.shape import ClusterShape
 
 SAMPLE_BYTES = 256 << 10  # of each input, and no less than
@@ -95,9 +95,10 @@ def rehearse_tokens(
             force=False,
         )
         progress("array", 0, 0)
-        answer = _submit(
-            login, place.files, sample, replace(how, engine="array", scan="none", wait=True)
-        )
+        for name in ("array", "alone"):
+            (place.files / name).mkdir()
+        array = replace(how, engine="array", scan="none", wait=True)
+        answer = remote.call(login, submit, sample, array)
         states = Counter(state for state, _ in login.tasks().values())
         seconds["jobs"] = time.monotonic() - clock - seconds["sandbox"]
         own = {path: source.path for path, source in zip(inputs, sources)}
@@ -241,21 +242,13 @@ def _mounts(site: Site, image: str | None, files: Path) -> list[tuple[str, str]]
     return mounts
 
 
-def _submit(login: stage.Login, folder: Path, request: Request, how: How) -> dict[str, Any]:
-    """Run the tokenization as from the site's login node, and wait for its end: its outcome, or its
+def submit(request: Request, how: How) -> dict[str, Any]:
+    """On the login node: run the tokenization and wait for its end; its outcome, or its
     `problems`."""
-    (folder / "array").mkdir()
-    (folder / "alone").mkdir()
-    order = folder / "order"
-    order.write_bytes(pickle.dumps((request, how)))
-    done = login.seeing(sys.executable, "-m", __name__, str(order), timeout_s=3600)
     try:
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError) as error:
-        raise EnvironmentFault(
-            "the array could not be submitted", why=(done.stderr or done.stdout)[-2000:]
-        ) from error
-    return answer
+        return outcome_json(tokenize(request, how, _quiet, _quiet, _quiet))
+    except HpctrainError as error:
+        return {"problems": [problem.as_json() for problem in error.problems]}
 
 
 def _of_the_data(problem: Problem, own: Mapping[str, str]) -> Problem:
@@ -267,28 +260,8 @@ def _of_the_data(problem: Problem, own: Mapping[str, str]) -> Problem:
 
 
 def _digests(dataset: str) -> list[str]:
-    found = []
-    for end in (".bin", ".idx"):
-        with open(dataset + end, "rb") as stream:
-            found.append(hashlib.sha256(stream.read()).hexdigest())
-    return found
+    return [sha256_of(dataset + end) for end in (".bin", ".idx")]
 
 
 def _quiet(*words: object) -> None:
     pass
-
-
-def main(order: str) -> int:
-    """On the sandbox's login node: do what the order says, and print one JSON object."""
-    with open(order, "rb") as stream:
-        request, how = pickle.loads(stream.read())  # our own file, in a folder of mode 0700
-    try:
-        answer = outcome_json(tokenize(request, how, _quiet, _quiet, _quiet))
-    except HpctrainError as error:
-        answer = {"problems": [problem.as_json() for problem in error.problems]}
-    print(json.dumps(answer))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
