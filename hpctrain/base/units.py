@@ -12,7 +12,7 @@ _MEM_GIB = {"k": 1 / 1024**2, "m": 1 / 1024, "g": 1.0, "t": 1024.0}
 _BRACKET = re.compile(r"([^\[\],]*)(?:\[([^\[\]]*)\])?([^\[\],]*)\Z")
 
 
-def parse_time_s(value: str | int) -> int:
+def parse_time_s(value: str | int | float) -> int:
     """A duration in whole seconds, from Slurm's forms (`20:00:00`, `1-00:00:00`, `90` = minutes) or
     `20h`, `1d12h`, `90s`.
 

@@ -170,7 +170,7 @@ def bootstrap(
 
     \b
     hpctrain checkpoint bootstrap my-run/run.yaml
-    hpctrain checkpoint bootstrap /scratch/me/ckpt --start /scratch/me/base/_global_step423858 --layout deepspeed
+    hpctrain checkpoint bootstrap /scratch/me/ckpt --layout deepspeed --start /scratch/me/_global_step423858
     """
     settings = checkpoints.settings_of(target, layout, start, Expected(**ranks))
     plan = checkpoints.bootstrap(settings, dry_run, Expected(**ranks))

@@ -85,9 +85,9 @@ def command(
     \b
     hpctrain export runs/ft_7 -o models/ft_7
     hpctrain export checkpoints/ft_7/global_step1200 -o models/ft_7_1200 --precision fp32
-    hpctrain export checkpoints/phase1a/checkpoint-2000 -o models/phase1a --base models/Llama-3.1-8B-Instruct
+    hpctrain export checkpoints/phase1a/checkpoint-2000 -o models/phase1a --base models/Llama-8B
     hpctrain export runs/phase1a -o models/phase1a --validate held_out.jsonl
-    hpctrain export runs/neox_7 -o /scratch/project_465000000/models/neox_7 --sbatch=--partition=largemem
+    hpctrain export runs/neox_7 -o /scratch/me/models/neox_7 --sbatch=--partition=largemem
     """
     from hpctrain.jobs import neox_export
 

@@ -156,8 +156,8 @@ def command(**options: Any) -> None:
     as a resumable array.
 
     \b
-    hpctrain tokenize data.jsonl --tokenizer model.model --output-prefix P --tasks 32 --site lumi --account project_465000000
-    hpctrain tokenize data.jsonl --tokenizer model.model --output-prefix P --local
+    hpctrain tokenize data.jsonl --tokenizer t.model --output-prefix P --tasks 32 --site lumi
+    hpctrain tokenize data.jsonl --tokenizer t.model --output-prefix P --local
     """
     from hpctrain.data import present
     from hpctrain.data.command import tokenize

@@ -63,7 +63,7 @@ def command(
     """Send files or folders to the site with rsync: resumable, and compared by checksum afterwards.
 
     \b
-    hpctrain upload corpus.jsonl --site lumi --account project_465000000 --user me --key ~/.ssh/id_lumi
+    hpctrain upload corpus.jsonl --site lumi --account project_465000000 --user me --key ~/.ssh/id
     hpctrain upload data/ --to /scratch/project_465000000/data
     """
     from hpctrain.sites import upload

@@ -261,7 +261,8 @@ def _typed(
                     f"`{_short(value)}` is not"
                     f" {'a duration' if kind == 'time' else 'an amount of memory'}"
                 )
-            return units.parse_time_s(value) if kind == "time" else units.parse_mem_gib(value)  # type: ignore[arg-type]
+            parse = units.parse_time_s if kind == "time" else units.parse_mem_gib
+            return parse(value)
         except ValueError as error:
             problems.append(Problem(f"`{_dotted(path)}`: {error}", where=document.where(*path)))
             return None

@@ -191,9 +191,9 @@ _SBATCH_INPUTS = {
     "switches": "SBATCH_REQ_SWITCH",
     **{
         option: "SBATCH_" + option.upper().replace("-", "_")
-        for option in "account constraint distribution exclusive gpus-per-node gres hint mem-per-cpu "
-        "mem-per-gpu network no-requeue open-mode output partition qos requeue "
-        "reservation signal".split()
+        for option in "account constraint distribution exclusive gpus-per-node gres hint"
+        " mem-per-cpu mem-per-gpu network no-requeue open-mode output partition qos requeue"
+        " reservation signal".split()
     },
 }
 # What says nothing about the job, or what Slurm itself sets in it (SBATCH_MEM_BIND…).

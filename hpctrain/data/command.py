@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.base.errors import Problem, UsageError
@@ -73,44 +73,41 @@ def tokenize(
     prepared = prepare(request)
     for note in prepared.notes:
         tell(note)
-    plan, notes = prepared.plan, prepared.notes
+    plan = prepared.plan
+    outcome = Outcome("planned", plan, engine, prepared.notes, prepared.done)
     if prepared.finished is not None:
         if not how.dry_run:
-            remove_leftovers(plan)
-            if not how.keep_shards and os.path.isdir(plan.work_dir):
-                clean_up(plan)
-        return Outcome("unchanged", plan, engine, notes, prepared.done, prepared.finished)
+            _remove_rest(plan, how.keep_shards)
+        return replace(outcome, status="unchanged", manifest=prepared.finished)
     cluster = None
     if engine == "array":
         cluster = _cluster(plan, request, how, prepared)
+        outcome = replace(outcome, shape=cluster.shape)
         for note in run.describe_shape(cluster.shape):
             tell(note)
     if how.scan == "full" or (how.scan == "sample" and _deserves_scan(prepared, engine)):
-        scan(plan, 0 if how.scan == "full" else 64 << 20)
+        _scan(plan, how)
     if how.dry_run:
-        return Outcome(
-            "planned", plan, engine, notes, prepared.done, shape=cluster.shape if cluster else None
-        )
+        return outcome
     path = write_plan(plan)
-    if cluster:
-        ids = run.submit(plan, path, cluster, request.force, how.keep_shards, say)
-        if not how.wait:
-            return Outcome(
-                "queued",
-                plan,
-                engine,
-                notes,
-                prepared.done,
-                job_ids=tuple(ids),
-                shape=cluster.shape,
-            )
-        manifest = run.wait(plan, watch)
-        return Outcome(
-            "done", plan, engine, notes, prepared.done, manifest, tuple(ids), cluster.shape
-        )
-    processes = how.processes or min(request.tasks, len(os.sched_getaffinity(0)))
-    manifest = run.run_here(plan, processes, request.force, how.keep_shards, watch)
-    return Outcome("done", plan, engine, notes, prepared.done, manifest)
+    if cluster is None:
+        processes = how.processes or min(request.tasks, len(os.sched_getaffinity(0)))
+        manifest = run.run_here(plan, processes, request.force, how.keep_shards, watch)
+        return replace(outcome, status="done", manifest=manifest)
+    ids = run.submit(plan, path, cluster, request.force, how.keep_shards, say)
+    outcome = replace(outcome, status="queued", job_ids=tuple(ids))
+    return replace(outcome, status="done", manifest=run.wait(plan, watch)) if how.wait else outcome
+
+
+def _remove_rest(plan: Plan, keep_shards: bool) -> None:
+    """What is left of the making of a dataset that is there already."""
+    remove_leftovers(plan)
+    if not keep_shards and os.path.isdir(plan.work_dir):
+        clean_up(plan)
+
+
+def _scan(plan: Plan, how: How) -> None:
+    scan(plan, 0 if how.scan == "full" else 64 << 20)
 
 
 def tokenize_mpi(
@@ -122,36 +119,39 @@ def tokenize_mpi(
 ) -> Outcome | None:
     """The same on the ranks of an MPI communicator, which all call it; rank 0 gets the outcome, the
     others None."""
-    prepared: Prepared | Exception | None = None
-    if communicator.Get_rank() == 0:
-        try:
-            prepared = prepare(request)
-            if prepared.finished is None and not how.dry_run:
-                if how.scan != "none":
-                    scan(prepared.plan, 0 if how.scan == "full" else 64 << 20)
-                write_plan(prepared.plan)
-        except Exception as error:  # every rank must leave, or the others wait for ever
-            prepared = error
+    is_first = communicator.Get_rank() == 0
+    prepared: Prepared | Exception | None = _prepared(request, how) if is_first else None
     prepared = communicator.bcast(prepared, root=0)
     if isinstance(prepared, Exception):
-        if communicator.Get_rank() == 0:
+        if is_first:
             raise prepared
         return None
     assert prepared is not None
-    if communicator.Get_rank() == 0:
+    if is_first:
         for note in prepared.notes:
             tell(note)
         say(f"{communicator.Get_size()} ranks")
-    if prepared.finished is not None or how.dry_run:
-        status = "unchanged" if prepared.finished is not None else "planned"
-        outcome = Outcome(
-            status, prepared.plan, "mpi", prepared.notes, prepared.done, prepared.finished
-        )
-        return outcome if communicator.Get_rank() == 0 else None
-    manifest = run.run_mpi(prepared.plan, communicator, request.force, how.keep_shards)
-    if manifest is None:
-        return None
-    return Outcome("done", prepared.plan, "mpi", prepared.notes, prepared.done, manifest)
+    outcome = Outcome("planned", prepared.plan, "mpi", prepared.notes, prepared.done)
+    if prepared.finished is not None:
+        outcome = replace(outcome, status="unchanged", manifest=prepared.finished)
+    elif not how.dry_run:
+        manifest = run.run_mpi(prepared.plan, communicator, request.force, how.keep_shards)
+        outcome = replace(outcome, status="done", manifest=manifest)
+    return outcome if is_first else None
+
+
+def _prepared(request: Request, how: How) -> Prepared | Exception:
+    """What rank 0 prepares, or why it cannot: every rank must leave, or the others wait for
+    ever."""
+    try:
+        prepared = prepare(request)
+        if prepared.finished is None and not how.dry_run:
+            if how.scan != "none":
+                _scan(prepared.plan, how)
+            write_plan(prepared.plan)
+    except Exception as error:
+        return error
+    return prepared
 
 
 def _cluster(plan: Plan, request: Request, how: How, prepared: Prepared) -> run.Cluster:

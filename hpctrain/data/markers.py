@@ -192,29 +192,28 @@ class Splitter:
         open_marker = ""
         opened_at = offset = 0
         for index, part in enumerate(parts):
-            if index % 2 == 0:
-                if not open_marker and part.strip():
-                    fault = self._judge(
-                        "outside-text", f"text outside turns: `{part.strip()[:40]}`", offset
-                    )
-                    if fault:
-                        return fault
-            elif not open_marker:
-                open_marker, opened_at = part, offset
-            elif open_marker == part:
-                open_marker = ""
-            else:
-                fault = self._judge(
-                    "unbalanced", f"`{part}` inside a turn opened by `{open_marker}`", offset
-                )
-                if fault:
-                    return fault
-                open_marker, opened_at = part, offset
+            fault = self._part_fault(part, index % 2 == 1, open_marker, offset)
+            if fault:
+                return fault
+            if index % 2 == 1:
+                # The same marker closes its turn; any other opens one.
+                closes = open_marker == part
+                open_marker, opened_at = ("", opened_at) if closes else (part, offset)
             offset += len(part)
         if open_marker:
             return self._judge(
                 "unbalanced", f"the turn opened by `{open_marker}` is never closed", opened_at
             )
+        return None
+
+    def _part_fault(self, part: str, is_marker: bool, inside: str, offset: int) -> Fault | None:
+        """Text outside of turns, or a marker within the turn that `inside` opened."""
+        if not is_marker and not inside and part.strip():
+            what = f"text outside turns: `{part.strip()[:40]}`"
+            return self._judge("outside-text", what, offset)
+        if is_marker and inside and inside != part:
+            what = f"`{part}` inside a turn opened by `{inside}`"
+            return self._judge("unbalanced", what, offset)
         return None
 
     def _judge(self, kind: str, what: str, offset: int) -> Fault | None:

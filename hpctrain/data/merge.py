@@ -22,6 +22,7 @@ from hpctrain import __version__
 from hpctrain.base import files
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, Refused, UsageError
 from hpctrain.data.dataset.indexed_dataset import (
+    Dataset,
     chunks,
     dtype_for,
     open_dataset,
@@ -84,34 +85,7 @@ def prove(plan: Plan, shards: Sequence[dict[str, Any]]) -> None:
     Raises HpctrainError naming what does not sum up, UsageError when the rejected are more than
     allowed.
     """
-    problems: list[Problem] = []
-    expected = [0] * len(plan.inputs)
-    for shard, manifest in zip(plan.shards, shards):
-        for segment, found in zip(shard.segments, manifest["segments"]):
-            if found["first"] != expected[segment.input]:
-                text = (
-                    f"shard {shard.index} began at {found['first']}, but the one before ended at"
-                    f" {expected[segment.input]}"
-                )
-                problems.append(Problem(text, where=plan.inputs[segment.input].path))
-            expected[segment.input] = found["last"]
-    for source, end in zip(plan.inputs, expected):
-        if end != source.units:
-            problems.append(Problem(f"read up to {end} of {source.units}", where=source.path))
-    for manifest in shards:
-        empty = manifest["blank_lines"] + manifest["special"].get("empty documents, dropped", 0)
-        if manifest["records"] != manifest["documents"] + manifest["rejected"] + empty:
-            text = (
-                f"{manifest['records']} records, but {manifest['documents']} documents,"
-                f" {manifest['rejected']} rejected and {empty} empty"
-            )
-            problems.append(Problem(text, where=f"shard {manifest['shard']}"))
-        if manifest["model_sha256"] != plan.model_sha256:
-            problems.append(Problem("made with another model", where=f"shard {manifest['shard']}"))
-        if manifest["sizes_bytes"] != 4 * manifest["documents"]:
-            problems.append(
-                Problem("its sizes do not match its documents", where=f"shard {manifest['shard']}")
-            )
+    problems = [*_unread(plan, shards), *_miscounted(plan, shards)]
     if problems:
         raise HpctrainError(problems)
     rejected = sum(manifest["rejected"] for manifest in shards)
@@ -121,6 +95,41 @@ def prove(plan: Plan, shards: Sequence[dict[str, Any]]) -> None:
             where=plan.work_dir,
             hint="raise --max-errors, or repair the data",
         )
+
+
+def _unread(plan: Plan, shards: Sequence[dict[str, Any]]) -> Iterator[Problem]:
+    """Where the shards' segments do not join, or end before their input does."""
+    expected = [0] * len(plan.inputs)
+    for shard, manifest in zip(plan.shards, shards):
+        for segment, found in zip(shard.segments, manifest["segments"]):
+            before = expected[segment.input]
+            if found["first"] != before:
+                text = (
+                    f"shard {shard.index} began at {found['first']}, but the one before ended at"
+                    f" {before}"
+                )
+                yield Problem(text, where=plan.inputs[segment.input].path)
+            expected[segment.input] = found["last"]
+    for source, end in zip(plan.inputs, expected):
+        if end != source.units:
+            yield Problem(f"read up to {end} of {source.units}", where=source.path)
+
+
+def _miscounted(plan: Plan, shards: Sequence[dict[str, Any]]) -> Iterator[Problem]:
+    """Shards whose own numbers do not sum up."""
+    for manifest in shards:
+        where = f"shard {manifest['shard']}"
+        empty = manifest["blank_lines"] + manifest["special"].get("empty documents, dropped", 0)
+        if manifest["records"] != manifest["documents"] + manifest["rejected"] + empty:
+            text = (
+                f"{manifest['records']} records, but {manifest['documents']} documents,"
+                f" {manifest['rejected']} rejected and {empty} empty"
+            )
+            yield Problem(text, where=where)
+        if manifest["model_sha256"] != plan.model_sha256:
+            yield Problem("made with another model", where=where)
+        if manifest["sizes_bytes"] != 4 * manifest["documents"]:
+            yield Problem("its sizes do not match its documents", where=where)
 
 
 def up_to_date(plan: Plan) -> dict[str, Any] | None:
@@ -200,37 +209,16 @@ def publish(
 def merge_datasets(prefixes: Sequence[str], output: str, force: bool = False) -> dict[str, Any]:
     """Concatenate datasets into one, in the order given. All must open, verify and share one dtype;
     problems come at once."""
-    problems: list[Problem] = []
-    opened = []
-    for prefix in prefixes:
-        try:
-            dataset = open_dataset(prefix)
-        except HpctrainError as error:
-            problems += error.problems
-            continue
-        problems += [problem for problem in verify(dataset) if problem.level == "error"]
-        opened.append(dataset)
+    opened, problems = _open_all(prefixes)
     kinds = sorted({dataset.dtype for dataset in opened})
     if len(kinds) > 1:
-        problems.append(
-            Problem(
-                "the datasets have different dtypes: "
-                + ", ".join(f"`{d.prefix}` is {d.dtype}" for d in opened),
-                hint="different dtypes come from different tokenizers",
-            )
-        )
-    models: dict[str, str] = {}
-    for dataset in opened:
-        facts = files.read_json(dataset.prefix + ".json")
-        if facts and facts.get("model_sha256"):
-            models.setdefault(facts["model_sha256"], dataset.prefix)
+        found = ", ".join(f"`{dataset.prefix}` is {dataset.dtype}" for dataset in opened)
+        hint = "different dtypes come from different tokenizers"
+        problems.append(Problem(f"the datasets have different dtypes: {found}", hint=hint))
+    models = _models_of(opened)
     if len(models) > 1:
-        problems.append(
-            Problem(
-                "made with different tokenizer models: "
-                + ", ".join(f"`{name}`" for name in models.values())
-            )
-        )
+        found = ", ".join(f"`{name}`" for name in models.values())
+        problems.append(Problem(f"made with different tokenizer models: {found}"))
     target = paths(output)[0][:-4]
     if any(os.path.realpath(dataset.prefix) == os.path.realpath(target) for dataset in opened):
         problems.append(Problem("the output is one of the inputs", where=output))
@@ -259,6 +247,30 @@ def merge_datasets(prefixes: Sequence[str], output: str, force: bool = False) ->
         force,
     )
     return {"output": target, **manifest}
+
+
+def _open_all(prefixes: Sequence[str]) -> tuple[list[Dataset], list[Problem]]:
+    problems: list[Problem] = []
+    opened = []
+    for prefix in prefixes:
+        try:
+            dataset = open_dataset(prefix)
+        except HpctrainError as error:
+            problems += error.problems
+            continue
+        problems += [problem for problem in verify(dataset) if problem.level == "error"]
+        opened.append(dataset)
+    return opened, problems
+
+
+def _models_of(datasets: Sequence[Dataset]) -> dict[str, str]:
+    """{checksum of a tokenizer's model: the first dataset made with it}, where that is known."""
+    models: dict[str, str] = {}
+    for dataset in datasets:
+        facts = files.read_json(dataset.prefix + ".json")
+        if facts and facts.get("model_sha256"):
+            models.setdefault(facts["model_sha256"], dataset.prefix)
+    return models
 
 
 def append(path: str, target: IO[bytes]) -> None:

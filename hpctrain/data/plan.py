@@ -109,11 +109,22 @@ def cut(inputs: Sequence[Input], num_shards: int) -> tuple[Shard, ...]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """In words, what differs between two plans written with `to_json`, other than where the pieces
     are cut."""
-    out = []
     new = json.loads(json.dumps(new, ensure_ascii=True))  # tuples are lists in what was written
-    before = {source["path"]: source for source in old.get("inputs", ())}
-    after = {source["path"]: source for source in new["inputs"]}
-    out += [f"input `{path}` is no longer given" for path in before if path not in after]
+    out = _other_inputs(old.get("inputs", ()), new["inputs"])
+    if old.get("model_sha256") != new["model_sha256"]:
+        out.append(f"the model changed (`{old.get('model_path')}`, now `{new['model_path']}`)")
+    for key in ("control", "options"):
+        for name, value in new[key].items():
+            was = old.get(key, {}).get(name)
+            if was != value and name not in ("encoder", "max_line_mib", "forgeable"):
+                out.append(f"{name.replace('_', ' ')} changed: {_short(was)}, now {_short(value)}")
+    return out
+
+
+def _other_inputs(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[str]:
+    before = {source["path"]: source for source in old}
+    after = {source["path"]: source for source in new}
+    out = [f"input `{path}` is no longer given" for path in before if path not in after]
     for path, source in after.items():
         was = before.get(path)
         if was is None:
@@ -126,13 +137,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             out.append(f"input `{path}` was written again since")
     if not out and list(before) != list(after):
         out.append("the inputs are in another order")
-    if old.get("model_sha256") != new["model_sha256"]:
-        out.append(f"the model changed (`{old.get('model_path')}`, now `{new['model_path']}`)")
-    for key in ("control", "options"):
-        for name, value in new[key].items():
-            was = old.get(key, {}).get(name)
-            if was != value and name not in ("encoder", "max_line_mib", "forgeable"):
-                out.append(f"{name.replace('_', ' ')} changed: {_short(was)}, now {_short(value)}")
     return out
 
 

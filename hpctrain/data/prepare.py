@@ -10,7 +10,7 @@ from hpctrain.base import files
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.config.trust import require_trust
 from hpctrain.data import sources
-from hpctrain.data.control import DEFAULT_EOD, resolve
+from hpctrain.data.control import DEFAULT_EOD, Control, resolve
 from hpctrain.data.dataset.indexed_dataset import paths
 from hpctrain.data.encoders.reference import processor
 from hpctrain.data.markers import ALLOWABLE
@@ -55,6 +55,49 @@ class Prepared:
 def prepare(request: Request) -> Prepared:
     """Check everything and plan, writing nothing. Raises UsageError, EnvironmentFault, or Refused
     when a dataset is in the way."""
+    found, model, control = _checked(request)
+    prefix = os.path.abspath(request.output_prefix)
+    inputs = tuple(sources.describe(path) for path in found)
+    total = sum(source.weight for source in inputs)
+    plan = Plan(
+        prefix=prefix,
+        work_dir=prefix + ".tokenize",
+        model_path=os.path.abspath(request.tokenizer),
+        model_sha256=model.sha256,
+        vocab_size=model.vocab_size,
+        control=control,
+        options=replace(request.options, allow=tuple(sorted(set(request.options.allow)))),
+        inputs=inputs,
+        shards=cut(inputs, max(request.tasks, -(-total // SHARD_BYTES))),
+    )
+    notes = list(_model_notes(model))
+    plan, more = _reuse(plan)
+    notes += more
+    whole = up_to_date(plan)
+    if whole is None and not request.force:
+        _refuse_another(plan)
+    made = [shard for shard in plan.shards if whole is not None or finished(plan, shard)]
+    return Prepared(plan, len(made), tuple(notes), whole)
+
+
+def _refuse_another(plan: Plan) -> None:
+    """Raises Refused where another dataset lies in the place of this one."""
+    reason = in_the_way(plan)
+    if not reason:
+        return
+    manifest = files.read_json(plan.dataset + ".json") or {}
+    differs = "; ".join(differences(manifest, to_json(plan))) if manifest.get("inputs") else ""
+    made_from = f"it was made from something else: {differs}"
+    raise Refused(
+        reason,
+        where=plan.dataset,
+        why=made_from if differs else "it was not made by this command",
+        hint="give another --output-prefix, or --force to replace it",
+    )
+
+
+def _checked(request: Request) -> tuple[list[str], SpmModel, Control]:
+    """The input files, the model and its control tokens. Raises UsageError with every problem."""
     problems: list[Problem] = []
     found: list[str] = []
     model = control = None
@@ -76,45 +119,7 @@ def prepare(request: Request) -> Prepared:
     problems += _option_problems(request)
     if problems or model is None or control is None:
         raise UsageError(problems)
-    prefix = os.path.abspath(request.output_prefix)
-    inputs = tuple(sources.describe(path) for path in found)
-    total = sum(source.weight for source in inputs)
-    plan = Plan(
-        prefix=prefix,
-        work_dir=prefix + ".tokenize",
-        model_path=os.path.abspath(request.tokenizer),
-        model_sha256=model.sha256,
-        vocab_size=model.vocab_size,
-        control=control,
-        options=replace(request.options, allow=tuple(sorted(set(request.options.allow)))),
-        inputs=inputs,
-        shards=cut(inputs, max(request.tasks, -(-total // SHARD_BYTES))),
-    )
-    notes = list(_model_notes(model))
-    plan, more = _reuse(plan)
-    notes += more
-    whole = up_to_date(plan)
-    if whole is None and not request.force:
-        reason = in_the_way(plan)
-        if reason:
-            manifest = files.read_json(plan.dataset + ".json") or {}
-            why = "; ".join(differences(manifest, to_json(plan))) if manifest.get("inputs") else ""
-            raise Refused(
-                reason,
-                where=plan.dataset,
-                why=(
-                    f"it was made from something else: {why}"
-                    if why
-                    else "it was not made by this command"
-                ),
-                hint="give another --output-prefix, or --force to replace it",
-            )
-    done = (
-        sum(1 for shard in plan.shards if finished(plan, shard))
-        if whole is None
-        else len(plan.shards)
-    )
-    return Prepared(plan, done, tuple(notes), whole)
+    return found, model, control
 
 
 def scan(plan: Plan, limit_bytes: int = SCAN_BYTES) -> None:

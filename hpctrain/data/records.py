@@ -15,6 +15,7 @@ from hpctrain.data.control import Control
 from hpctrain.data.markers import Fault, Splitter
 
 _ONE_A_LINE = "JSONL has one JSON object a line"
+_ONE_STRING = "parts of a message become one string before this, and only text has tokens"
 
 
 @dataclass(frozen=True)
@@ -107,67 +108,75 @@ class Extractor:
         )
 
     def _chat(self, record: dict[str, Any], layout: list[int], spans: list[str]) -> Fault | None:
-        key = self._form.messages_key
-        messages = record[key]
-        if not isinstance(messages, list):
-            return Fault("text", f"`{key}` is {_kind(messages)}, not a list of messages")
-        messages = list(messages)
-        if self._form.response_key:
-            reply = record.get(self._form.response_key)
-            if not isinstance(reply, str):
-                return Fault("text", f"`{self._form.response_key}` is {_kind(reply)}, not a string")
-            messages.append({"role": "assistant", "content": reply})
+        messages = self._messages(record)
+        if isinstance(messages, Fault):
+            return messages
         if not messages:
             self._special["empty documents, dropped"] += 1
             return None
         turns: list[tuple[int, str]] = []
         system = ""
         for number, message in enumerate(messages):
-            where = f"{key}[{number}]"
-            if not isinstance(message, dict):
-                return Fault("text", f"`{where}` is {_kind(message)}, not an object")
-            role, content = message.get("role"), message.get("content")
-            if not isinstance(role, str) or not isinstance(content, str):
-                wrong = "role" if not isinstance(role, str) else "content"
-                hint = ""
-                if isinstance(content, list):
-                    hint = (
-                        "parts of a message become one string before this, and only text has tokens"
-                    )
-                return Fault(
-                    "text",
-                    f"`{where}.{wrong}` is {_kind(message.get(wrong))}, not a string",
-                    0,
-                    hint,
-                )
-            if self.suspicious and _has_surrogate(content):
-                return _surrogate(content)
+            fault = self._message_fault(number, message)
+            if fault:
+                return fault
+            role, content = message["role"], message["content"]
             control_id = self._roles.get(role)
             if control_id is None and role == "system" and self._form.system == "prepend":
                 system += content + "\n\n"
                 self._special["system messages put before the user's"] += 1
                 continue
             if control_id is None:
-                known = ", ".join(self._roles)
-                hint = "give the role a token: --control-token " + shlex.quote(
-                    f"<<<|{role}|>>>=<|{role}|>"
-                )
-                if role == "system":
-                    hint += "; or --system prepend puts it before the user's message"
-                text = (
-                    f"`{where}` has the role `{role}`, which no control token stands for (known:"
-                    f" {known})"
-                )
-                return Fault("role", text, 0, hint)
+                return self._unknown_role(number, role)
             if system and role != "user":
-                return Fault(
-                    "role", f"`{where}`: a system message is not followed by one of the user"
-                )
+                what = f"`{self._at(number)}`: a system message is not followed by one of the user"
+                return Fault("role", what)
             turns.append((control_id, system + content))
             system = ""
         if system:
             return Fault("role", "a system message is not followed by one of the user")
         return self._splitter.chat(turns, layout, spans)
+
+    def _messages(self, record: dict[str, Any]) -> list[Any] | Fault:
+        """The record's messages, and its reply as the last of them."""
+        key, reply_key = self._form.messages_key, self._form.response_key
+        messages = record[key]
+        if not isinstance(messages, list):
+            return Fault("text", f"`{key}` is {_kind(messages)}, not a list of messages")
+        if not reply_key:
+            return messages
+        reply = record.get(reply_key)
+        if not isinstance(reply, str):
+            return Fault("text", f"`{reply_key}` is {_kind(reply)}, not a string")
+        return [*messages, {"role": "assistant", "content": reply}]
+
+    def _at(self, number: int) -> str:
+        return f"{self._form.messages_key}[{number}]"
+
+    def _message_fault(self, number: int, message: Any) -> Fault | None:
+        """What makes it none: a message has a role and a content, both of them strings."""
+        if not isinstance(message, dict):
+            return Fault("text", f"`{self._at(number)}` is {_kind(message)}, not an object")
+        for key in ("role", "content"):
+            value = message.get(key)
+            if not isinstance(value, str):
+                what = f"`{self._at(number)}.{key}` is {_kind(value)}, not a string"
+                parts = isinstance(message.get("content"), list)
+                return Fault("text", what, 0, _ONE_STRING if parts else "")
+        if self.suspicious and _has_surrogate(message["content"]):
+            return _surrogate(message["content"])
+        return None
+
+    def _unknown_role(self, number: int, role: str) -> Fault:
+        token = shlex.quote(f"<<<|{role}|>>>=<|{role}|>")
+        hint = f"give the role a token: --control-token {token}"
+        if role == "system":
+            hint += "; or --system prepend puts it before the user's message"
+        what = (
+            f"`{self._at(number)}` has the role `{role}`, which no control token stands for (known:"
+            f" {', '.join(self._roles)})"
+        )
+        return Fault("role", what, 0, hint)
 
 
 def _has_surrogate(text: str) -> bool:

@@ -113,25 +113,8 @@ def submit(
     tasks.forget_failures(plan)
     todo = pending(plan)
     executor = _executor(plan, cluster)
-    code = _staged_code(plan) if cluster.python else code_dir()
+    parameters = _parameters(plan, cluster)
     ids: list[str] = []
-    parameters: dict[str, Any] = {
-        "slurm_job_name": job_name(plan),
-        "slurm_time": max(1, cluster.shape.time_s // 60),
-        "slurm_partition": cluster.partition,
-        "slurm_account": cluster.account,
-        "slurm_qos": cluster.qos,
-        "slurm_nodes": 1,
-        "slurm_ntasks_per_node": 1,
-        "slurm_cpus_per_task": 1,
-        "slurm_mem": f"{mem_gib(plan)}G",
-        "slurm_array_parallelism": cluster.shape.parallel,
-        "slurm_setup": [f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}"],
-        "slurm_stderr_to_stdout": True,
-        "slurm_additional_parameters": dict(cluster.extra),
-    }
-    parameters = {name: value for name, value in parameters.items() if value is not None}
-    parameters["slurm_wckey"] = None  # submitit's default names one that no site has
     with _scrubbed_environment():
         try:
             if todo:
@@ -153,24 +136,48 @@ def submit(
             executor.update_parameters(**parameters)
             job = executor.submit(tasks.MergeTask(plan_path, force, keep_shards))
         except Exception as error:
-            if type(error).__name__ not in (
-                "FailedJobError",
-                "FailedSubmissionError",
-                "CalledProcessError",
-            ):
+            if type(error).__name__ not in _SUBMITIT_ERRORS:
                 raise
-            text = str(error).strip().splitlines()
-            raise EnvironmentFault(
-                f"Slurm did not take the job: {text[-1] if text else error}",
-                why=f"what is queued already goes on: {', '.join(ids)}" if ids else "",
-                hint=(
-                    "see --partition, --account and --time; `AssocMaxSubmitJobLimit` means too many"
-                    " jobs or a wrong account"
-                ),
-            ) from None
+            raise _not_taken(str(error), ids) from None
     ids.append(str(job.job_id))
     say(f"queued the merge after it: job {ids[-1]}")
     return ids
+
+
+_SUBMITIT_ERRORS = ("FailedJobError", "FailedSubmissionError", "CalledProcessError")
+
+
+def _parameters(plan: Plan, cluster: Cluster) -> dict[str, Any]:
+    """submitit's parameters of a task's job."""
+    code = _staged_code(plan) if cluster.python else code_dir()
+    parameters: dict[str, Any] = {
+        "slurm_job_name": job_name(plan),
+        "slurm_time": max(1, cluster.shape.time_s // 60),
+        "slurm_partition": cluster.partition,
+        "slurm_account": cluster.account,
+        "slurm_qos": cluster.qos,
+        "slurm_nodes": 1,
+        "slurm_ntasks_per_node": 1,
+        "slurm_cpus_per_task": 1,
+        "slurm_mem": f"{mem_gib(plan)}G",
+        "slurm_array_parallelism": cluster.shape.parallel,
+        "slurm_setup": [f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}"],
+        "slurm_stderr_to_stdout": True,
+        "slurm_additional_parameters": dict(cluster.extra),
+    }
+    given = {name: value for name, value in parameters.items() if value is not None}
+    return {**given, "slurm_wckey": None}  # submitit's default names one that no site has
+
+
+def _not_taken(words: str, ids: list[str]) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"Slurm did not take the job: {(words.strip().splitlines() or [words])[-1]}",
+        why=f"what is queued already goes on: {', '.join(ids)}" if ids else "",
+        hint=(
+            "see --partition, --account and --time; `AssocMaxSubmitJobLimit` means too many jobs or"
+            " a wrong account"
+        ),
+    )
 
 
 def wait(

@@ -31,6 +31,7 @@ _FINGERPRINT_BYTES = 1 << 16
 _NO_FILE = (
     "not a regular file: an input is read in parts, by several tasks, and again when it is checked"
 )
+_KNOWN = f"known: {' '.join(SUFFIXES)}"
 _MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"PAR1": "parquet"}
 
 
@@ -95,53 +96,56 @@ def expand(paths: Sequence[str]) -> list[str]:
     problems: list[Problem] = []
     for path in paths:
         if os.path.isdir(path):
-            inside = [
-                name for name in sorted(os.listdir(path)) if os.path.splitext(name)[1] in SUFFIXES
-            ]
-            if not inside:
-                problems.append(
-                    Problem(
-                        "no input files in this folder",
-                        where=path,
-                        hint=f"known: {' '.join(SUFFIXES)}",
-                    )
-                )
-            for file in (os.path.join(path, name) for name in inside):
-                if os.path.exists(file) and not os.path.isfile(file):
-                    problems.append(Problem(_NO_FILE, where=file))
-                files.append(file)
-        elif os.path.exists(path) and not os.path.isfile(path):
-            problems.append(Problem(_NO_FILE, where=path, hint="write it to a file first"))
-        elif not os.path.isfile(path):
-            hint = (
-                f"did you mean {glob.escape(path)}.jsonl?"
-                if os.path.isfile(path + ".jsonl")
-                else ""
-            )
-            problems.append(Problem("there is no such file", where=path, hint=hint))
-        elif os.path.splitext(path)[1] not in SUFFIXES:
-            problems.append(
-                Problem(
-                    "the name does not tell what kind of file this is",
-                    where=path,
-                    hint=f"known: {' '.join(SUFFIXES)}",
-                )
-            )
+            inside, faults = _in_folder(path)
+            files += inside
         else:
-            files.append(path)
-    seen: dict[str, str] = {}
-    for file in files:
-        real = os.path.realpath(file)
-        if real in seen:
-            problems.append(
-                Problem(f"the same file twice: also given as `{seen[real]}`", where=file)
-            )
-        seen[real] = file
+            faults = _input_faults(path)
+            files += [] if faults else [path]
+        problems += faults
+    problems += _twice(files)
     if not paths:
         problems.append(Problem("no input given"))
     if problems:
         raise UsageError(problems)
     return files
+
+
+def _in_folder(path: str) -> tuple[list[str], list[Problem]]:
+    names = [name for name in sorted(os.listdir(path)) if os.path.splitext(name)[1] in SUFFIXES]
+    files = [os.path.join(path, name) for name in names]
+    if not files:
+        return [], [Problem("no input files in this folder", where=path, hint=_KNOWN)]
+    return files, [Problem(_NO_FILE, where=file) for file in files if _is_no_file(file)]
+
+
+def _input_faults(path: str) -> list[Problem]:
+    """Why the path of an input, which is no folder, cannot be read as one."""
+    if _is_no_file(path):
+        return [Problem(_NO_FILE, where=path, hint="write it to a file first")]
+    if not os.path.isfile(path):
+        longer = path + ".jsonl"
+        hint = f"did you mean {glob.escape(longer)}?" if os.path.isfile(longer) else ""
+        return [Problem("there is no such file", where=path, hint=hint)]
+    if os.path.splitext(path)[1] not in SUFFIXES:
+        what = "the name does not tell what kind of file this is"
+        return [Problem(what, where=path, hint=_KNOWN)]
+    return []
+
+
+def _is_no_file(path: str) -> bool:
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+def _twice(files: Sequence[str]) -> list[Problem]:
+    seen: dict[str, str] = {}
+    problems = []
+    for file in files:
+        real = os.path.realpath(file)
+        if real in seen:
+            what = f"the same file twice: also given as `{seen[real]}`"
+            problems.append(Problem(what, where=file))
+        seen[real] = file
+    return problems
 
 
 def describe(path: str) -> Input:

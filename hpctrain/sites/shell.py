@@ -298,6 +298,7 @@ def _setup(site: Site, spec: RunSpec, node: NodeType) -> str:
         lines += [
             f"export {name}={node_path(fields['path'], node.tmp_path)}",
             f'mkdir -p "${{{name}%/*}}"; mkdir -m 0700 "${name}" 2>/dev/null ||'
-            f' {{ [ -O "${name}" ] && [ ! -L "${name}" ]; }} || {name}=$(mktemp -d "${name}.XXXXXX")',
+            f' {{ [ -O "${name}" ] && [ ! -L "${name}" ]; }} ||'
+            f' {name}=$(mktemp -d "${name}.XXXXXX")',
         ]
     return "\n".join([*lines, 'exec "$@"'])

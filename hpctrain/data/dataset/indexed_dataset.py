@@ -183,7 +183,16 @@ def verify(
 ) -> list[Problem]:
     """Everything wrong inside a dataset that opened: gaps, lengths, document index, ids past the
     vocabulary, missing EOD."""
-    problems: list[Problem] = []
+    problems = [*_wrong_sequences(dataset), *_wrong_documents(dataset)]
+    if vocab_size is not None:
+        problems += _foreign_ids(dataset, vocab_size)
+    if eod_id is not None and not problems and len(dataset):
+        problems += _without_end(dataset, eod_id)
+    return problems
+
+
+def _wrong_sequences(dataset: Dataset) -> Iterator[Problem]:
+    """Empty sequences, pointers that leave gaps, tokens that the index does not count."""
     bin_path, idx_path = paths(dataset.prefix)
     itemsize = dataset.tokens.dtype.itemsize
     total = 0
@@ -191,61 +200,45 @@ def verify(
         sizes = dataset.sizes[begin : begin + _CHUNK].astype(np.int64)
         if (sizes <= 0).any():
             first = begin + int(np.argmax(sizes <= 0))
-            problems.append(
-                Problem(f"sequence {first} has {int(dataset.sizes[first])} tokens", where=idx_path)
-            )
+            what = f"sequence {first} has {int(dataset.sizes[first])} tokens"
+            yield Problem(what, where=idx_path)
         want = (np.cumsum(sizes) - sizes + total) * itemsize
         wrong = dataset.pointers[begin : begin + _CHUNK] != want
         if wrong.any():
-            problems.append(
-                Problem(
-                    f"the pointer of sequence {begin + int(np.argmax(wrong))} is wrong",
-                    where=idx_path,
-                )
-            )
+            first = begin + int(np.argmax(wrong))
+            yield Problem(f"the pointer of sequence {first} is wrong", where=idx_path)
             break
         total += int(sizes.sum())
     if total != dataset.num_tokens:
-        problems.append(
-            Problem(
-                f"the index counts {total} tokens, the file has {dataset.num_tokens}",
-                where=bin_path,
-            )
-        )
+        what = f"the index counts {total} tokens, the file has {dataset.num_tokens}"
+        yield Problem(what, where=bin_path)
+
+
+def _wrong_documents(dataset: Dataset) -> Iterator[Problem]:
+    begins = range(0, len(dataset.doc_idx), _CHUNK)
+    pieces = ((begin, dataset.doc_idx[begin : begin + _CHUNK]) for begin in begins)
     if len(dataset.doc_idx) != len(dataset) + 1 or not all(
-        (chunk == np.arange(begin, begin + len(chunk))).all()
-        for begin, chunk in (
-            (at, dataset.doc_idx[at : at + _CHUNK]) for at in range(0, len(dataset.doc_idx), _CHUNK)
-        )
+        (piece == np.arange(begin, begin + len(piece))).all() for begin, piece in pieces
     ):
-        problems.append(
-            Problem(
-                "the document index is not 0..n",
-                where=idx_path,
-                why="one document is one sequence",
-                level="warning",
-            )
+        what, why = "the document index is not 0..n", "one document is one sequence"
+        yield Problem(what, where=paths(dataset.prefix)[1], why=why, level="warning")
+
+
+def _foreign_ids(dataset: Dataset, vocab_size: int) -> Iterator[Problem]:
+    for begin in range(0, dataset.num_tokens, 16 * _CHUNK):
+        part = dataset.tokens[begin : begin + 16 * _CHUNK]
+        if int(part.max()) >= vocab_size or int(part.min()) < 0:
+            where = f"{paths(dataset.prefix)[0]}: token {begin}+"
+            yield Problem(f"an id outside the vocabulary of {vocab_size}", where=where)
+            return
+
+
+def _without_end(dataset: Dataset, eod_id: int) -> Iterator[Problem]:
+    ends = dataset.pointers // dataset.tokens.dtype.itemsize + dataset.sizes - 1
+    without = dataset.tokens[ends] != eod_id
+    if without.any():
+        yield Problem(
+            f"{int(without.sum())} of {len(dataset)} sequences do not end with id {eod_id}",
+            where=paths(dataset.prefix)[0],
+            hint=f"the first is sequence {int(np.argmax(without))}",
         )
-    if vocab_size is not None:
-        for begin in range(0, dataset.num_tokens, 16 * _CHUNK):
-            part = dataset.tokens[begin : begin + 16 * _CHUNK]
-            if int(part.max()) >= vocab_size or int(part.min()) < 0:
-                problems.append(
-                    Problem(
-                        f"an id outside the vocabulary of {vocab_size}",
-                        where=f"{bin_path}: token {begin}+",
-                    )
-                )
-                break
-    if eod_id is not None and not problems and len(dataset):
-        ends = dataset.pointers // itemsize + dataset.sizes - 1
-        without = dataset.tokens[ends] != eod_id
-        if without.any():
-            problems.append(
-                Problem(
-                    f"{int(without.sum())} of {len(dataset)} sequences do not end with id {eod_id}",
-                    where=bin_path,
-                    hint=f"the first is sequence {int(np.argmax(without))}",
-                )
-            )
-    return problems

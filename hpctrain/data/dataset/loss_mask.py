@@ -70,9 +70,10 @@ def trained_tokens(
     """True for every token of `row` that is trained when it is the one generated; same length as
     `row`.
 
-    - pair (a, b): everything from a to b is untrained, both included. Equal ids alternate by parity, different ids
-      compare how many were opened and closed so far; nesting is not defined.
-    - alternating: the 1st, 3rd, … occurrence is untrained (the opening one), the 2nd, 4th, … is trained.
+    - pair (a, b): everything from a to b is untrained, both included. Equal ids alternate by
+      parity, different ids compare how many were opened and closed so far; nesting is not defined.
+    - alternating: the 1st, 3rd, … occurrence is untrained (the opening one), the 2nd, 4th, … is
+      trained.
     - individual: untrained wherever it occurs. after_eod: the token after each EOD is untrained.
 
     Counting runs over the whole row, as in the fork, or from 0 in each document when `starts` gives

@@ -33,15 +33,20 @@ def tied_runs(scores: Mapping[str, float]) -> dict[str, int]:
     }
 
 
-def tied_pieces_meet(scores: Mapping[str, float]) -> bool:
-    """Whether two pieces of one score may compete for a symbol; `scores` are those of all pieces
-    that text can become.
-    """
+def _tied(scores: Mapping[str, float]) -> set[str]:
+    """The pieces of two and more characters that share their score."""
     groups: dict[float, list[str]] = defaultdict(list)
     for piece, score in scores.items():
         if len(piece) > 1:
             groups[score].append(piece)
-    tied = {piece for group in groups.values() if len(group) > 1 for piece in group}
+    return {piece for group in groups.values() if len(group) > 1 for piece in group}
+
+
+def tied_pieces_meet(scores: Mapping[str, float]) -> bool:
+    """Whether two pieces of one score may compete for a symbol; `scores` are those of all pieces
+    that text can become.
+    """
+    tied = _tied(scores)
     if not tied:
         return False
     runs = tied_runs(scores)

@@ -1,10 +1,11 @@
 """What NeoX's own converter to Hugging Face needs to be right: the model class, its config file,
 and a job for it. Pure.
 
-tools/ckpts/convert_neox_to_hf.py (EleutherAI/gpt-neox ea7aefd, tilde-nlp/llm-gpt-neox 374a5c6) reads one YAML file with
-defaults of its own: pipe-parallel-size 1 where NeoX has 0, rms-norm-epsilon 1e-6 for 1e-8, in the fork rotary-emb-base
-1000 for 10000, none for model-parallel-size; and it takes intermediate-size for the size of a gated layer, which NeoX
-makes a third of it (megatron/model/transformer.py, ParallelMLP). So it gets a file of its own that says all of these.
+tools/ckpts/convert_neox_to_hf.py (EleutherAI/gpt-neox ea7aefd, tilde-nlp/llm-gpt-neox 374a5c6)
+reads one YAML file with defaults of its own: pipe-parallel-size 1 where NeoX has 0, rms-norm-epsilon
+1e-6 for 1e-8, in the fork rotary-emb-base 1000 for 10000, none for model-parallel-size; and it takes
+intermediate-size for the size of a gated layer, which NeoX makes a third of it
+(megatron/model/transformer.py, ParallelMLP). So it gets a file of its own that says all of these.
 """
 
 from __future__ import annotations

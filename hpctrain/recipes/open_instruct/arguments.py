@@ -119,10 +119,8 @@ def describe_unknown(name: str, program: str, commit: str | None) -> tuple[str, 
                 name, table(program, commit)
             )
     hint = nearest(name, table(program, commit))
-    return (
-        f"{program} stops at arguments that it does not know",
-        f"{hint} (arguments that only your own copy has go into `recipe_options.extra_arguments`)".lstrip(),
-    )
+    own = "(arguments that only your own copy has go into `recipe_options.extra_arguments`)"
+    return f"{program} stops at arguments that it does not know", f"{hint} {own}".lstrip()
 
 
 def flags(values: Mapping[str, Any], arguments: Mapping[str, Argument]) -> list[list[str]]:

@@ -3,15 +3,18 @@
 Per GPU, for W ranks with full sharding (FSDP, ZeRO-3) and the rollout in the same processes (verl's
 hybrid engine):
 
-  trained model   16 bytes x parameters / W       fp32 weights 4, gradients 4, Adam's two moments 8 (ZeRO,
-                                                  arXiv:1910.02054, section 3.1; verl keeps fp32 masters of what it
-                                                  trains and bf16 of what it reads: verl/workers/fsdp_workers.py)
-  resting model   12 bytes x parameters / W       the other of actor and critic, without its gradients; `param_offload`
-                                                  takes 4 of them away, `optimizer_offload` 8 (both come back to train)
-  reference        2 bytes x parameters / W       bf16
-  rollout          2 bytes x parameters / tensor parallel     vLLM's bf16 copy
-  activations      2 bytes x tokens x (layers x hidden + 2 x vocab)   one input kept per checkpointed layer, bf16 logits
-                                                  and their gradient of the longest micro-batch
+  trained model   16 bytes x parameters / W
+                  fp32 weights 4, gradients 4, Adam's two moments 8 (ZeRO, arXiv:1910.02054, section
+                  3.1; verl keeps fp32 masters of what it trains and bf16 of what it reads:
+                  verl/workers/fsdp_workers.py)
+  resting model   12 bytes x parameters / W
+                  the other of actor and critic, without its gradients; `param_offload` takes 4 of
+                  them away, `optimizer_offload` 8 (both come back to train)
+  reference        2 bytes x parameters / W, bf16
+  rollout          2 bytes x parameters / tensor parallel, vLLM's bf16 copy
+  activations      2 bytes x tokens x (layers x hidden + 2 x vocab)
+                  one input kept per checkpointed layer, bf16 logits and their gradient of the longest
+                  micro-batch
 
 Training holds the trained and the resting model, reference and activations, and with
 `free_cache_engine: false` the rollout; generating holds two resting models, reference and rollout.

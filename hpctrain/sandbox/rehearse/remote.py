@@ -29,7 +29,7 @@ def call(login: Login, function: Callable[..., Any], *arguments: Any) -> Any:
         words = (done.stderr or done.stdout).strip()[-2000:]
         raise EnvironmentFault("the jobs could not be submitted", why=words) from error
     finally:
-        order.unlink()
+        order.unlink(missing_ok=True)
 
 
 def main(order: str) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -334,23 +335,31 @@ class Login:
     def _run(
         self, argv: Sequence[str], environ: Mapping[str, str], timeout_s: float
     ) -> subprocess.CompletedProcess[str]:
+        words, pipe = list(argv), subprocess.PIPE
         try:
-            return subprocess.run(
-                list(argv),
+            child = subprocess.Popen(
+                words,
                 env=dict(environ),
                 stdin=subprocess.DEVNULL,
-                capture_output=True,
+                stdout=pipe,
+                stderr=pipe,
                 text=True,
                 errors="replace",
-                timeout=timeout_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return subprocess.CompletedProcess(
-                list(argv), 124, "", f"no answer in {timeout_s:.0f} s"
+                start_new_session=True,
             )
         except OSError as error:
-            raise EnvironmentFault(f"cannot run `{argv[0]}`: {error.strerror}") from error
+            raise EnvironmentFault(f"cannot run `{words[0]}`: {error.strerror}") from error
+        with child:
+            try:
+                out, err = child.communicate(timeout=timeout_s)
+            except BaseException as error:  # an interrupt too: what bubblewrap started goes with it
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                told = f"no answer in {timeout_s:.0f} s"
+                return subprocess.CompletedProcess(words, 124, "", told)
+        return subprocess.CompletedProcess(words, child.returncode, out, err)
 
 
 def start(
