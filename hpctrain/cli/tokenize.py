@@ -156,7 +156,7 @@ def command(**options: Any) -> None:
     as a resumable array.
 
     \b
-    hpctrain tokenize data.jsonl --tokenizer t.model --output-prefix P --tasks 32 --site lumi
+    hpctrain tokenize a.jsonl --tokenizer t.model --output-prefix P --site lumi --account PROJECT
     hpctrain tokenize data.jsonl --tokenizer t.model --output-prefix P --local
     """
     from hpctrain.data import present

@@ -21,15 +21,8 @@ from numpy.typing import NDArray
 from hpctrain import __version__
 from hpctrain.base import files
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, Refused, UsageError
-from hpctrain.data.dataset.indexed_dataset import (
-    Dataset,
-    chunks,
-    dtype_for,
-    open_dataset,
-    paths,
-    verify,
-    write_index,
-)
+from hpctrain.data.dataset.header import dtype_for, paths
+from hpctrain.data.dataset.indexed_dataset import Dataset, chunks, open_dataset, verify, write_index
 from hpctrain.data.plan import FORMAT, Plan
 from hpctrain.data.sources import Segment, same_stat
 from hpctrain.data.worker import finished, segment_sha256, shard_files

@@ -11,7 +11,7 @@ from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
 from hpctrain.config.trust import require_trust
 from hpctrain.data import sources
 from hpctrain.data.control import DEFAULT_EOD, Control, resolve
-from hpctrain.data.dataset.indexed_dataset import paths
+from hpctrain.data.dataset.header import paths
 from hpctrain.data.encoders.reference import processor
 from hpctrain.data.markers import ALLOWABLE
 from hpctrain.data.merge import in_the_way, up_to_date

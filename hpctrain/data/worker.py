@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from hpctrain import __version__
 from hpctrain.base import files
 from hpctrain.base.errors import EnvironmentFault, HpctrainError, Problem, UsageError
-from hpctrain.data.dataset.indexed_dataset import dtype_for
+from hpctrain.data.dataset.header import dtype_for
 from hpctrain.data.encoders import memory
 from hpctrain.data.encoders.encode import choose_encoder
 from hpctrain.data.encoders.reference import (

@@ -91,7 +91,8 @@ def write_text(dialogues: str, tokenizer: str, prefix: Path) -> int:
     returns the vocabulary."""
     import sentencepiece
 
-    from hpctrain.data.dataset.indexed_dataset import dtype_for, write_index
+    from hpctrain.data.dataset.header import dtype_for
+    from hpctrain.data.dataset.indexed_dataset import write_index
 
     model = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
     eod = model.piece_to_id("<|endoftext|>")

@@ -7,7 +7,8 @@ import hashlib
 from hpctrain.base import files
 from hpctrain.base.errors import Problem
 from hpctrain.data.dataset import indexed_dataset
-from hpctrain.data.dataset.indexed_dataset import Dataset, open_dataset, paths
+from hpctrain.data.dataset.header import paths
+from hpctrain.data.dataset.indexed_dataset import Dataset, open_dataset
 from hpctrain.data.spm import SpmModel
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.data.dataset.indexed_dataset import DTYPES, HEADER_BYTES, MAGIC, paths
+from hpctrain.data.dataset.header import DTYPES, HEADER_BYTES, MAGIC, paths
 from hpctrain.plan.look.reading import Reader
 from hpctrain.recipes.facts import Indexed, Masks
 
