@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -317,6 +318,11 @@ def read_layers(
                 hint="name the file, or write one with `hpctrain init --recipe R --site S`",
             ) from error
         raise
+    except UsageError:
+        _refuse_script(path)
+        raise
+    if not isinstance(run.data, dict):
+        _refuse_script(path)
     if run.data is None:
         raise UsageError(
             "the file is empty", where=path, hint="`hpctrain init` writes one to start from"
@@ -334,6 +340,20 @@ def read_layers(
     above = [*([overlay] if overlay else []), parse_set(assignments)]
     user = user_layers(merge([run, *above]).get("site"))
     return [*user, run, *above]
+
+
+def looks_like_script(text: str) -> bool:
+    """Whether a text is a job script rather than a run.yaml."""
+    return text.startswith("#!") or re.search(r"^#SBATCH\s", text, re.M) is not None
+
+
+def _refuse_script(path: str) -> None:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        if looks_like_script(file.read(1 << 16)):
+            raise UsageError(
+                f"`{path}` is a job script, and this needs a run.yaml",
+                hint=f"`hpctrain import {shlex.quote(path)}` makes one of it",
+            )
 
 
 def spec_from_layers(

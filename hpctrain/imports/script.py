@@ -12,7 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpctrain.base.errors import UsageError
-from hpctrain.config.run import NOT_SECRET_ENV, RESERVED_ENV, SECRET_ENV, SECRET_VALUE
+from hpctrain.config.run import (
+    NOT_SECRET_ENV,
+    RESERVED_ENV,
+    SECRET_ENV,
+    SECRET_VALUE,
+    looks_like_script,
+)
 from hpctrain.imports.bash import Statement, constants, statements, texts
 from hpctrain.imports.directives import Directives, directives, keys
 from hpctrain.imports.launch import Step, main_statement, step_of
@@ -32,11 +38,6 @@ class Imported:
     left: list[tuple[int, str]] = field(default_factory=list)
     faults: list[tuple[int, str]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-
-
-def looks_like_script(text: str) -> bool:
-    """Whether a file is a job script rather than a run.yaml."""
-    return text.startswith("#!") or re.search(r"^#SBATCH\s", text, re.M) is not None
 
 
 def import_script(text: str, name: str, site: str) -> Imported:

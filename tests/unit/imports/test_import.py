@@ -191,3 +191,13 @@ def test_the_verb_writes_beside_the_script_and_never_replaces(tmp_path, cli):
 
     code, _, said = cli("import", str(script))
     assert code != 0 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("verb", ["check", "plan", "render", "chain"])
+@pytest.mark.parametrize("body", ["srun python t.py\n", "a: b: c\n", ""])
+def test_other_verbs_point_a_script_to_import(tmp_path, cli, verb, body):
+    script = tmp_path / "my job.sbatch"
+    script.write_text(HEAD + body)
+    code, out, said = cli(verb, str(script))
+
+    assert code == 2 and f"hpctrain import '{script}'" in out + said
