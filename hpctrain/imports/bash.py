@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault
+from hpctrain.base.shell import expanding_words
 
 _WRAPPERS = frozenset({"redirected_statement", "pipeline", "list", "negated_command"})
 
@@ -91,11 +92,16 @@ def texts(found: list[Statement]) -> dict[str, list[str]]:
     values: dict[str, list[list[str]]] = {}
     for statement in found:
         one = re.fullmatch(
-            r"(?:export\s+)?([A-Za-z_]\w*)=(\"(.*)\"|'(.*)'|\((.*)\))", statement.text, re.S
+            r"(?:export\s+|(?:declare|local|readonly)\s+(?:-\w+\s+)?)?([A-Za-z_]\w*)=(\"(.*)\"|'(.*)'|\((.*)\))",
+            statement.text,
+            re.S,
         )
         if one:
             text = (one[3] or one[4] or one[5] or "").replace("\\\n", " ")
-            values.setdefault(one[1], []).append(text.split())
+            try:
+                values.setdefault(one[1], []).append(list(expanding_words(text)))
+            except ValueError:
+                values.setdefault(one[1], []).append([])
         else:
             for name in re.findall(r"([A-Za-z_]\w*)\+?=", statement.text):
                 values.setdefault(name, []).append([])

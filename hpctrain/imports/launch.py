@@ -120,7 +120,9 @@ def _srun(
     while True:
         words = _unpacked(words, lists)
         if not words or not words[0].startswith("-"):
-            break
+            # What an unknown variable holds may be options, too.
+            unknown = words and re.match(r"\"?\$\{?\w*(ARG|OPT|SRUN|FLAG)", words[0], re.I)
+            return None if unknown else words
         word = words.pop(0)
         name, value = _option(word, words)
         if not name:
@@ -161,7 +163,6 @@ def _srun(
         if plain is None and not re.fullmatch(r"[^\s'`()]*|\"[^'`()\"]*\"", value):
             return None
         step.options[name.replace("_", "-")] = value.strip('"') if plain is None else plain or True
-    return words
 
 
 def _option(word: str, words: list[str]) -> tuple[str, str]:

@@ -94,6 +94,13 @@ def test_the_job_ends_with_the_exit_code_of_the_first_task_to_fail_and_names_it(
     assert end["exit_code"] == 7
 
 
+def test_a_program_that_is_not_there_is_no_success(run):
+    """`wait` also says 127 of a step that it knows nothing of."""
+    _, state, log = run(["no-such-program"])
+
+    assert state == "FAILED 127:0", log
+
+
 def test_the_step_gets_its_signal_and_its_own_exit_code_survives_the_trap(run, idle, tmp_path):
     program = (
         "import os, signal, time; signal.signal(signal.SIGUSR1, lambda *a: os._exit(5));"
