@@ -100,6 +100,7 @@ _NEAR_LINES = 10
 _MOST_TOLD = (
     256  # lines of which it is remembered what they told; the ends of open tracebacks among them
 )
+_OFTEN = 24  # times that a message is kept, while steps follow it
 _LONGEST = 4096  # bytes of a step line that may become a template
 _DENSE = 1000  # step lines of an attempt that are all read before healthy ones are sampled
 
@@ -183,6 +184,8 @@ class LogReader:
         self._like_a_step = b""  # the last line that looked like one
         # by a line's offset: what it told, and whether its own words did
         self._told: dict[int, tuple[Event, bool]] = {}
+        self._often: dict[bytes, tuple[int, int]] = {}  # how often a message, since which step
+        self._classified = -1  # the line that ends the last traceback
         self._unlike = 0  # step lines in a row that are not of the template
 
     @property
@@ -354,6 +357,8 @@ class LogReader:
             return
         failure, strong = pattern.failure, True
         if failure == "program":
+            if hit.offset == self._classified and (known is None or not known.weak):
+                return  # as the end of its traceback it was classified already
             failure, strong = exceptions.classify(line)
             plainer = known is not None and known.weak and pattern.confirm is not exceptions.RAISED
             if (
@@ -376,8 +381,11 @@ class LogReader:
             self._ignored = {*list(self._ignored)[-_MOST_TOLD:], hit.offset + start - hit.start}
             return
         line = hit.context[start:end].rstrip(b"\r")
+        if self._passed_over(line, self._current(hit)):
+            self._classified = hit.offset + start - hit.start
+            return
         failure, strong = exceptions.classify(line, hit.context[hit.position : start])
-        offset = hit.offset + start - hit.start
+        offset = self._classified = hit.offset + start - hit.start
         if offset not in self._told and not BENIGN.search(line):
             self._tell(
                 hit,
@@ -387,6 +395,15 @@ class LogReader:
                 failure,
                 strong,
             )
+
+    def _passed_over(self, line: bytes, attempt: Attempt) -> bool:
+        """Whether the end of a traceback has stood there so often, while training went on, that one
+        more tells nothing."""
+        same = line.translate(None, b"0123456789")
+        times, steps = self._often.get(same, (0, attempt.num_steps))
+        if times or len(self._often) < _MOST_TOLD:
+            self._often[same] = times + 1, steps
+        return times >= _OFTEN and attempt.num_steps - steps >= _DENSE
 
     def _tell(
         self,
@@ -504,6 +521,7 @@ class LogReader:
             self.engine.attempts.append(self._attempt)
             self._scanner.template = None  # the first steps of every start are all read
             self._told.clear()
+            self._often.clear()
             return
         attempt = self._current(hit)
         time_s = _time_in(line)
@@ -536,8 +554,10 @@ class LogReader:
 
 def clean(line: bytes) -> str:
     """A line as it may be shown: printable, of bounded length, without escape sequences."""
-    text = plain(line[: 4 * _TEXT]).decode("utf-8", "replace").strip()
-    text = "".join(char if char.isprintable() else " " for char in text)
+    line = line[: 4 * _TEXT]
+    text = (plain(line) if b"\x1b" in line else line).decode("utf-8", "replace").strip()
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else " " for char in text)
     return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
 
 

@@ -25,6 +25,7 @@ CHUNK = 256 * 1024  # bytes read at a time: the working arrays then stay in the 
 _SLOTS_BITS = 15
 _MOST_OF_LINE = 8 * MAX_LINE  # bytes that the hits of one line may show, each the whole of it
 _BLOCK_LINES = 64  # step lines of which one is read, where all are alike
+_FEW = 60  # places of one gram below which a loop is faster after all
 _MANY = 400  # gram hits in one piece beyond which numpy checks them faster than a loop
 
 
@@ -150,6 +151,14 @@ class Matcher:
             for index, offset in self._grams[int(grams[low])]:
                 anchor = self._letters[index]
                 starts = places[low:high] - offset
+                if high - low < _FEW:
+                    literal = self.anchors[index]
+                    found += [
+                        (start, index)
+                        for start in starts.tolist()
+                        if start >= 0 and text.startswith(literal, start)
+                    ]
+                    continue
                 starts = starts[(starts >= 0) & (starts + len(anchor) <= len(text))]
                 for column in range(len(anchor)):
                     starts = starts[letters[starts + column] == anchor[column]]

@@ -119,7 +119,8 @@ def _scores(hits: Counter, false: Counter, missed: Counter) -> dict:
 def big_log(path: str, megabytes: int, kind: str) -> None:
     """A log of that size. `job`: 64 ranks talking and a step line in 40; `steps`: nothing but
     GPT-NeoX's step lines, `hf`: the Trainer's behind progress bars, `trl`: TRL's long ones, `any`:
-    short ones of one's own; `bars`: nothing but tqdm.
+    short ones of one's own; `bars`: nothing but tqdm; `mixed`: Megatron's step lines between
+    warnings, NCCL's INFO, bars and tracebacks that are caught.
     """
     rnd = random.Random(5)
     words = (
@@ -164,6 +165,8 @@ def big_log(path: str, megabytes: int, kind: str) -> None:
                 f"step {index} | loss {2.4 - index * 1e-5:.4f} | lr {1e-4:.2e} |"
                 f" {rnd.uniform(500, 2000):.2f} ms | {rnd.randint(10000, 99999)} tok/s"
             )
+        elif kind == "mixed":
+            lines.append(_mixed(index, rnd))
         elif kind == "bars":
             lines.append(
                 "".join(
@@ -183,9 +186,41 @@ def big_log(path: str, megabytes: int, kind: str) -> None:
             file.write(block)
 
 
+def _mixed(index: int, rnd: random.Random) -> str:
+    chance = rnd.random()
+    if chance < 0.25:
+        return (
+            f" [2026-05-09 06:23:{index % 60:02d}.000000] iteration {index:8d}/ 900000 | consumed"
+            f" samples: {index * 256:12d} | elapsed time per iteration (ms):"
+            f" {6012.3 + rnd.random():.1f} | learning rate: 3.000000E-04 | global batch size:   256"
+            f" | lm loss: {2.4 + rnd.random() * 0.01:.6E} | loss scale: 1.0 | grad norm:"
+            f" {0.5 + rnd.random() * 0.1:.3f} | number of skipped iterations:   0 | number of nan"
+            " iterations:   0 |"
+        )
+    if chance < 0.5:
+        return (
+            f"[rank{index % 8}]:[W509 06:23:{index % 60:02d}.123 socket.cpp:759] [c10d] The client"
+            f" socket cannot be initialized to connect to [gpu-{index % 9}]:29500 (errno: 97 -"
+            " Address family not supported by protocol)."
+        )
+    if chance < 0.8:
+        return (
+            f"gpu-{index % 9}:811:{900 + index % 9} [{index % 8}] NCCL INFO Channel"
+            f" {index % 24:02d}/1 : 0[0] -> {index % 8}[{index % 8}] [send] via NET/IB/GDRDMA"
+        )
+    if chance < 0.97:
+        return "\r".join(
+            f" {k}%|█▍  | {index + k}/200000 [10:02<12:01, 2.02s/it]" for k in range(3)
+        )
+    return (
+        'Traceback (most recent call last):\n  File "/w/reward.py", line 41, in compute\n    ans ='
+        f" parse(solution)\nValueError: could not convert string to float: '{index}'"
+    )
+
+
 def speed(megabytes: int) -> dict:
     out = {}
-    for kind in ("job", "bars", "steps", "hf", "trl", "any"):
+    for kind in ("job", "bars", "steps", "hf", "trl", "any", "mixed"):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "big.log")
             big_log(path, megabytes, kind)
