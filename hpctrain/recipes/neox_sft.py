@@ -18,6 +18,7 @@ from hpctrain.recipes.neox import batch, data, export, launch, memory, model, ra
 from hpctrain.recipes.neox.configs import MAX_TEXT_BYTES, config_text
 from hpctrain.recipes.neox.draft import Draft, make_draft
 from hpctrain.recipes.neox.keys import FLAVOR_NAMES
+from hpctrain.recipes.rules import Rule
 
 
 def resolve(context: Context) -> Resolved:
@@ -84,14 +85,16 @@ def resolve(context: Context) -> Resolved:
         for mode, values in by_mode.items()
     }
     longest = max(len(text.encode("utf-8", "replace")) for text in configs.values())
-    if longest > MAX_TEXT_BYTES:
-        draft.error(
+    draft.check(
+        Rule(
+            longest > MAX_TEXT_BYTES,
             f"the NeoX config would have {longest} bytes, and at most {MAX_TEXT_BYTES} can be"
             " handed to the ranks",
             where=spec.where("config"),
             why="NeoX carries it to every rank as one argument, which Linux limits to 128 KiB",
             hint="merge the data sets with `hpctrain data merge`, so that fewer paths are needed",
         )
+    )
     exporting: dict[str, Any] = {"refused": "the run has errors", "architecture": None}
     if any(problem.level == "error" for problem in draft.problems):
         configs = {}
@@ -186,16 +189,16 @@ def _argv(python: str, starter: str, folder: str, train_script: str) -> tuple[st
 def _check_launch(draft: Draft, context: Context) -> None:
     spec, options = context.spec, context.options
     if options["launch"] == launch.DEEPY:
-        if spec.container:
-            draft.error(
+        draft.check(
+            Rule(
+                spec.container,
                 "`launch: deepy` does not work with `container`",
                 where=spec.where("container"),
-                why=(
-                    "NeoX's launcher issues srun itself, which is not inside containers, and starts"
-                    " the ranks outside of it"
-                ),
+                why="NeoX's launcher issues srun itself, which is not inside containers, and starts"
+                " the ranks outside of it",
                 hint="recipe_options: {launch: srun}, or leave `container` out and give `activate`",
             )
+        )
     elif options["activate"]:
         draft.error(
             "`activate` is for `launch: deepy`",

@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hpctrain.base.errors import Problem
 from hpctrain.base.parquet import NoParquet, read_footer
 from hpctrain.base.paths import shipped_text
 from hpctrain.base.text import text_problem
@@ -22,6 +21,7 @@ from hpctrain.config.run import RunSpec, absolute
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.facts import Copy, Fact, Model, Packages, Rows
 from hpctrain.recipes.launchers import RAY_FILE
+from hpctrain.recipes.rules import Judge, Rule
 from hpctrain.recipes.verl import checks, hydra, keys
 from hpctrain.recipes.verl.checks import Where
 from hpctrain.recipes.verl.presets import BRANCHES, SHAPE_KEYS, SIZES, ModelShape, overrides_of
@@ -67,23 +67,23 @@ def resolve(context: Context) -> Resolved:
     templates/verl-gad needs."""
     spec, options = context.spec, context.options
     stage, size = options["stage"], SIZES[options["size"]]
-    problems = [*_model_problems(context), *_place_problems(spec, stage)]
-    values, own, found = _values(context)
-    problems += found
+    judge = Judge()
+    _check_models(context, judge)
+    _check_places(spec, stage, judge)
+    values, own = _values(context, judge)
     where = _locator(spec, own)
-    shape, found = _shape(context, size.shape)
-    problems += found
+    shape = _shape(context, size.shape, judge)
     per_node = context.gpus_per_node or _RANKS_WITHOUT_GPUS
     ranks = context.num_nodes * per_node
-    if not context.gpus_per_node:
-        problems.append(
-            Problem(
-                f"site `{context.site.name}` has no GPUs here, and verl trains on nothing else",
-                spec.where("site"),
-                hint=f"`hpctrain rehearse` runs it as with {per_node} a node",
-                level="warning",
-            )
+    judge.check(
+        Rule(
+            not context.gpus_per_node,
+            f"site `{context.site.name}` has no GPUs here, and verl trains on nothing else",
+            spec.where("site"),
+            hint=f"`hpctrain rehearse` runs it as with {per_node} a node",
+            level="warning",
         )
+    )
     checker = checks.Checker(values, where, ranks, per_node, shape)
     memory: tuple[Decision, ...] = ()
     if checker.counts_are_numbers():
@@ -94,19 +94,18 @@ def resolve(context: Context) -> Resolved:
         checker.context_length(*_positions(context, shape, values))
         checker.saving()
         memory = checks.check_memory(checker, context)
-    problems += checker.problems
-    begin, found = _start(context)
-    problems += found
+    judge.problems += checker.problems
+    begin = _start(context, judge)
     start = begin.step
     records = options["records"] or _rows_there(spec.data.get("train", ()))
     target, steps = _target(values, records)
-    problems += _length_problems(context, values, where, target, start, own, records)
+    _check_length(judge, context, values, where, target, start, own, records)
     branch = options["branch"] or BRANCHES[stage]
     verl = absolute(options["verl"], spec.base_dir)
-    configs, found = _configs(values, where, spec.name, validates="trainer.val_before_train" in own)
-    problems += found
+    validates = "trainer.val_before_train" in own
+    configs = _configs(judge, values, where, spec.name, validates)
     python = options["python"]
-    failed = any(problem.level == "error" for problem in problems)
+    failed = any(problem.level == "error" for problem in judge.problems)
     return Resolved(
         argv=(
             python,
@@ -158,15 +157,15 @@ def resolve(context: Context) -> Resolved:
             *_decisions(context, values, where, target, steps, start, branch, per_node, own),
             *memory,
         ),
-        problems=tuple(problems),
+        problems=tuple(judge.problems),
     )
 
 
-def _values(context: Context) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]], list[Problem]]:
-    """(overrides by key, the path in run.yaml of those that it sets, problems): preset, then the
-    job's, then the run's."""
+def _values(context: Context, judge: Judge) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
+    """(overrides by key, the path in run.yaml of those that it sets): preset, then the job's, then
+    the run's."""
     spec, options = context.spec, context.options
-    stage, problems = options["stage"], []
+    stage = options["stage"]
     values = overrides_of(stage, SIZES[options["size"]])
     folder = spec.checkpoint_dir or ""
     if stage == ADVERSARIAL:
@@ -193,56 +192,44 @@ def _values(context: Context) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]
         }
     )
     own: dict[str, tuple[Any, ...]] = {}
-    given = (
-        {**spec.document.get("config", default={})}
-        if isinstance(spec.document.get("config", default={}), dict)
-        else {}
-    )
+    given = spec.document.get("config", default={})
+    if not isinstance(given, dict):
+        given = {}
     for key, path, value in hydra.flatten(given):
         where = spec.where("config", *path)
         bare = key.lstrip("+~")
         bad = hydra.key_problem(key)
         if bad:
-            problems.append(
-                Problem(
-                    f"`config.{key}` {bad}", where, hint="for example `trainer: {save_freq: 50}`"
-                )
-            )
+            hint = "for example `trainer: {save_freq: 50}`"
+            judge.error(f"`config.{key}` {bad}", where, hint=hint)
         elif bare in _ELSEWHERE:
-            problems.append(
-                Problem(
-                    f"`config.{bare}` is not the run's to set",
-                    where,
-                    why=_ELSEWHERE[bare],
-                    hint="delete it",
-                )
-            )
+            what = f"`config.{bare}` is not the run's to set"
+            judge.error(what, where, why=_ELSEWHERE[bare], hint="delete it")
         else:
-            problems += keys.key_problems(key, where)
+            judge.problems += keys.key_problems(key, where)
             own[bare] = path
             for old in [known for known in values if known.lstrip("+~") == bare]:
                 del values[old]
             values[key] = value
-    return values, own, problems
+    return values, own
 
 
 def _configs(
-    values: Mapping[str, Any], where: Where, name: str, validates: bool
-) -> tuple[dict[str, str], list[Problem]]:
-    """The overrides as text, one a line, for the first link and for those that resume; and values
+    judge: Judge, values: Mapping[str, Any], where: Where, name: str, validates: bool
+) -> dict[str, str]:
+    """The overrides as text, one a line, for the first link and for those that resume. Notes values
     that cannot be said."""
-    lines, problems = [], []
+    lines = []
     for key, value in values.items():
         try:
             word = hydra.override(key, value)
         except ValueError as error:
-            problems.append(Problem(f"`config.{key}`: {error}", where(key)))
+            judge.error(f"`config.{key}`: {error}", where(key))
             continue
         bad = text_problem(word) or (
             "holds `${`, which verl takes for a reference" if "${" in word else ""
         )
-        if bad:
-            problems.append(Problem(f"`config.{key}` {bad}", where(key)))
+        judge.check(Rule(bad, f"`config.{key}` {bad}", where(key)))
         lines.append(word)
     head = [
         (
@@ -260,7 +247,7 @@ def _configs(
             " has.\ntrainer.val_before_train=false\n"
         )
     )
-    return {OVERRIDES: first, RESUME: first + again}, problems
+    return {OVERRIDES: first, RESUME: first + again}
 
 
 def _locator(spec: RunSpec, own: Mapping[str, tuple[Any, ...]]) -> Where:
@@ -278,117 +265,100 @@ def _locator(spec: RunSpec, own: Mapping[str, tuple[Any, ...]]) -> Where:
     return where
 
 
-def _model_problems(context: Context) -> list[Problem]:
-    spec, options, problems = context.spec, context.options, []
+def _check_models(context: Context, judge: Judge) -> None:
+    spec, options = context.spec, context.options
+    stage = options["stage"]
     for name in ("model", "reward_model"):
         given, where = options[name], spec.where("recipe_options", name)
-        if options["stage"] == ADVERSARIAL and given:
-            problems.append(
-                Problem(
+        judge.check(
+            (
+                Rule(
+                    stage == ADVERSARIAL and given,
                     f"`{name}` with `stage: adversarial`: it takes the warmup's own",
                     where,
                     why="student and critic come out of `checkpoint.start`",
                     hint="delete it",
-                )
-            )
-        elif given:
-            problems += checks.check_model_name(given, where)
-    if options["stage"] == WARMUP and not options["model"]:
-        problems.append(
-            Problem(
-                "`recipe_options.model` is missing",
-                spec.where("recipe_options"),
-                why="the warmup needs a student to begin with",
-                hint="name its folder",
-            )
-        )
-    if options["stage"] == WARMUP and options["merge_script"]:
-        problems.append(
-            Problem(
-                "`merge_script` with `stage: warmup` does nothing",
-                spec.where("recipe_options", "merge_script"),
-                level="warning",
-                hint="delete it",
-            )
-        )
-    return problems
-
-
-def _place_problems(spec: RunSpec, stage: str) -> list[Problem]:
-    problems = []
-    if not spec.checkpoint_dir:
-        problems.append(
-            Problem(
-                "verl needs a folder for its checkpoints",
-                spec.where("checkpoint"),
-                hint="set `checkpoint: {dir: …}`, on a file system that every node sees",
-            )
-        )
-    if stage == ADVERSARIAL and not spec.has_start:
-        problems.append(
-            Problem(
-                "`stage: adversarial` needs the warmup's checkpoint",
-                spec.where("checkpoint"),
-                hint=(
-                    "`checkpoint: {start: <the warmup's checkpoint.dir>}`; its newest step is taken"
                 ),
+                checks.misnamed(given or "", where),
             )
         )
-    if spec.checkpoint_start and spec.checkpoint_start == spec.checkpoint_dir:
-        problems.append(
-            Problem(
-                "`checkpoint.start` and `checkpoint.dir` are the same folder",
-                spec.where("checkpoint", "start"),
-                why="the stages would write over each other's steps",
-                hint="give this stage a folder of its own",
+    judge.check(
+        Rule(
+            stage == WARMUP and not options["model"],
+            "`recipe_options.model` is missing",
+            spec.where("recipe_options"),
+            why="the warmup needs a student to begin with",
+            hint="name its folder",
+        ),
+        Rule(
+            stage == WARMUP and options["merge_script"],
+            "`merge_script` with `stage: warmup` does nothing",
+            spec.where("recipe_options", "merge_script"),
+            level="warning",
+            hint="delete it",
+        ),
+    )
+
+
+def _check_places(spec: RunSpec, stage: str, judge: Judge) -> None:
+    judge.check(
+        Rule(
+            not spec.checkpoint_dir,
+            "verl needs a folder for its checkpoints",
+            spec.where("checkpoint"),
+            hint="set `checkpoint: {dir: …}`, on a file system that every node sees",
+        ),
+        Rule(
+            stage == ADVERSARIAL and not spec.has_start,
+            "`stage: adversarial` needs the warmup's checkpoint",
+            spec.where("checkpoint"),
+            hint="`checkpoint: {start: <the warmup's checkpoint.dir>}`; its newest step is taken",
+        ),
+        Rule(
+            spec.checkpoint_start and spec.checkpoint_start == spec.checkpoint_dir,
+            "`checkpoint.start` and `checkpoint.dir` are the same folder",
+            spec.where("checkpoint", "start"),
+            why="the stages would write over each other's steps",
+            hint="give this stage a folder of its own",
+        ),
+    )
+    for kind, what in (("train", "training"), ("valid", "validation")):
+        judge.check(
+            Rule(
+                not spec.data.get(kind),
+                f"no {what} data",
+                spec.where("data"),
+                why="verl reads both before it starts",
+                hint=f"data: {{{kind}: [/path/to/{kind}.parquet]}}",
             )
         )
-    for kind in ("train", "valid"):
-        if not spec.data.get(kind):
-            problems.append(
-                Problem(
-                    f"no {'training' if kind == 'train' else 'validation'} data",
-                    spec.where("data"),
-                    why="verl reads both before it starts",
-                    hint=f"data: {{{kind}: [/path/to/{kind}.parquet]}}",
-                )
-            )
         for index, path in enumerate(spec.data.get(kind, ())):
-            if not path.endswith(".parquet"):
-                problems.append(
-                    Problem(
-                        f"`{path}` does not look like a parquet file",
-                        spec.where("data", kind, index),
-                        why="verl reads parquet only",
-                        hint=(
-                            "name a .parquet whose columns are `content`, the messages, and"
-                            " `teacher_response`"
-                        ),
-                        level="warning",
-                    )
+            judge.check(
+                Rule(
+                    not path.endswith(".parquet"),
+                    f"`{path}` does not look like a parquet file",
+                    spec.where("data", kind, index),
+                    why="verl reads parquet only",
+                    hint="name a .parquet whose columns are `content`, the messages, and"
+                    " `teacher_response`",
+                    level="warning",
                 )
-    return problems
+            )
 
 
-def _shape(context: Context, preset: ModelShape) -> tuple[ModelShape, list[Problem]]:
-    given, spec, problems = context.options["model_shape"] or {}, context.spec, []
-    shape = {key: getattr(preset, key) for key in SHAPE_KEYS}
+def _shape(context: Context, preset: ModelShape, judge: Judge) -> ModelShape:
+    given, spec = context.options["model_shape"] or {}, context.spec
     for key, value in given.items():
         where = spec.where("recipe_options", "model_shape", key)
         whole = isinstance(value, int) or (key == "parameters" and isinstance(value, float))
-        if key not in shape:
-            problems.append(
-                Problem(
-                    f"unknown key `model_shape.{key}`",
-                    where,
-                    hint=f"known: {', '.join(SHAPE_KEYS)}",
-                )
-            )
+        if key not in SHAPE_KEYS:
+            hint = f"known: {', '.join(SHAPE_KEYS)}"
+            judge.error(f"unknown key `model_shape.{key}`", where, hint=hint)
         elif isinstance(value, bool) or not whole or not 0 < value < 1e15:
-            problems.append(Problem(f"`model_shape.{key}: {value}` is not a number above 0", where))
+            judge.error(f"`model_shape.{key}: {value}` is not a number above 0", where)
         else:
-            shape[key] = value
-    return ModelShape(**shape), problems
+            preset = replace(preset, **{key: value})
+    return preset
 
 
 def _positions(context: Context, shape: ModelShape, values: Mapping[str, Any]) -> tuple[int, str]:
@@ -430,44 +400,40 @@ class Start:
         return start_number(self.checkpoint) if self.checkpoint else None
 
 
-def _start(context: Context) -> tuple[Start, list[Problem]]:
+def _start(context: Context, judge: Judge) -> Start:
     """`checkpoint.start` names one checkpoint, or the folder whose tracker will; `resume_step`
     chooses one of the folder's."""
     spec, step = context.spec, context.options["resume_step"]
     where = spec.where("recipe_options", "resume_step")
-    if spec.handed or not spec.checkpoint_start:
-        if step:
-            why = (
-                f"stage `{spec.handed.stage}` hands over its newest"
-                if spec.handed
-                else "there is no `checkpoint.start`"
-            )
-            return Start(), [
-                Problem(f"`resume_step: {step}` chooses nothing", where, why=why, hint="delete it")
-            ]
-        return Start(checkpoint=spec.checkpoint_start), []
     path = spec.checkpoint_start
-    if LAYOUT.number(os.path.basename(path)) is None and not re.search(
-        r"global_?step", os.path.basename(path)
-    ):
-        return Start(path, os.path.join(path, LAYOUT.folder_name(step)) if step else None), []
+    if spec.handed or not path:
+        why = "there is no `checkpoint.start`"
+        if spec.handed:
+            why = f"stage `{spec.handed.stage}` hands over its newest"
+        what = f"`resume_step: {step}` chooses nothing"
+        judge.check(Rule(step, what, where, why=why, hint="delete it"))
+        return Start() if step else Start(checkpoint=path)
+    name = os.path.basename(path)
+    if LAYOUT.number(name) is None and not re.search(r"global_?step", name):
+        return Start(path, os.path.join(path, LAYOUT.folder_name(step)) if step else None)
     named = start_number(path)
-    if named is None:
-        return Start(os.path.dirname(path), path), [
-            Problem(
-                f"the start checkpoint's name `{os.path.basename(path)}` has no step",
+    judge.check(
+        (
+            Rule(
+                named is None,
+                f"the start checkpoint's name `{name}` has no step",
                 spec.where("checkpoint", "start"),
                 hint="global_step_N",
-            )
-        ]
-    wrong = [
-        Problem(
-            f"`resume_step: {step}` is not the step of `{os.path.basename(path)}`",
-            where,
-            hint="delete it",
+            ),
+            Rule(
+                step and step != named,
+                f"`resume_step: {step}` is not the step of `{name}`",
+                where,
+                hint="delete it",
+            ),
         )
-    ]
-    return Start(os.path.dirname(path), path), wrong if step and step != named else []
+    )
+    return Start(os.path.dirname(path), path)
 
 
 def _target(values: Mapping[str, Any], records: int | None) -> tuple[int | None, int | None]:
@@ -484,7 +450,8 @@ def _target(values: Mapping[str, Any], records: int | None) -> tuple[int | None,
     return (steps * epochs if steps and isinstance(epochs, int) else None), steps
 
 
-def _length_problems(
+def _check_length(
+    judge: Judge,
     context: Context,
     values: Mapping[str, Any],
     where: Where,
@@ -492,48 +459,40 @@ def _length_problems(
     start: int | None,
     own: Mapping[str, Any],
     records: int | None,
-) -> list[Problem]:
+) -> None:
     spec, batch = context.spec, values.get(checks.TRAIN_BATCH)
     at = where(LENGTHS[0]) if LENGTHS[0] in own else where(LENGTHS[1])
     if not isinstance(values.get(LENGTHS[1]), int) or not isinstance(batch, int):
-        return []  # said already, and nothing follows from it
-    if records and records < batch:
-        return [
-            Problem(
+        return  # said already, and nothing follows from it
+    judge.check(
+        (
+            Rule(
+                records and records < batch,
                 f"{records} rows of training data are less than one batch of {batch}",
                 spec.where("recipe_options", "records"),
                 why="verl leaves out the last short batch, so there is no step to make",
                 hint=f"more data, or a smaller `config.{checks.TRAIN_BATCH}`",
-            )
-        ]
-    if target is None and spec.num_links > 1:
-        return [
-            Problem(
+            ),
+            Rule(
+                target is None and spec.num_links > 1,
                 f"a chain of {spec.num_links} jobs must know when the run is done, and"
                 " `total_epochs` does not tell",
                 where("trainer.total_epochs"),
-                hint=(
-                    "give `recipe_options: {records: …}`, the rows of the training data, which are"
-                    " not here to be counted"
-                ),
-            )
-        ]
-    if target is not None and target < 1:
-        return [Problem(f"the run would end at step {target}", at)]
-    if target is not None and start is not None and start >= target:
-        return [
-            Problem(
+                hint="give `recipe_options: {records: …}`, the rows of the training data, which are"
+                " not here to be counted",
+            ),
+            Rule(target is not None and target < 1, f"the run would end at step {target}", at),
+            Rule(
+                target is not None and start is not None and start >= target,
                 f"nothing to train: the start is at step {start}, and the run ends at step"
                 f" {target}",
                 at,
-                why=(
-                    "verl counts steps on from the start: epochs and steps are totals of both"
-                    " stages"
-                ),
+                why="verl counts steps on from the start: epochs and steps are totals of both"
+                " stages",
                 hint="more `trainer.total_epochs`, or more `trainer.total_training_steps`",
-            )
-        ]
-    return []
+            ),
+        )
+    )
 
 
 def _merge(options: Mapping[str, Any], python: str, spec: RunSpec) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hpctrain.config.decision import Decision
 from hpctrain.recipes.neox.draft import RUN, Draft
+from hpctrain.recipes.rules import Rule
 
 _TRAIN, _MICRO, _STEPS = (
     "train_batch_size",
@@ -71,16 +72,17 @@ def decide_shape(draft: Draft, nodes: int, ranks_per_node: int, where_nodes: str
             ),
             hint=f"a multiple of {at_least} nodes",
         )
-    if tensor > ranks_per_node or ranks_per_node % tensor:
-        draft.warn(
+    draft.check(
+        Rule(
+            tensor > ranks_per_node or ranks_per_node % tensor,
             f"`model_parallel_size: {tensor}` does not stay within a node of {ranks_per_node} GPUs",
             "model_parallel_size",
-            why=(
-                "tensor parallelism exchanges activations in every layer, and between nodes that is"
-                " many times slower"
-            ),
+            why="tensor parallelism exchanges activations in every layer, and between nodes that is"
+            " many times slower",
             hint=f"a divisor of {ranks_per_node}; for more, use `pipe_parallel_size`",
+            level="warning",
         )
+    )
     if shape.data:
         draft.decisions["data_parallel_size"] = Decision(
             "data_parallel_size", shape.data, shape.formula, where_nodes

@@ -11,6 +11,7 @@ from dataclasses import replace
 from hpctrain.config.run import RunSpec
 from hpctrain.recipes.facts import Fact, Indexed, Masks
 from hpctrain.recipes.neox.draft import RUN, Draft
+from hpctrain.recipes.rules import Rule
 
 SPLITS = ("train", "valid", "test")
 PACKING = {"tilde": "k_bin_packed", "upstream": "pack_until_overflow"}
@@ -28,12 +29,14 @@ def decide_data(draft: Draft, data: Mapping[str, Sequence[str]], where: Where) -
     """train/valid/test_data_paths, all or none (arguments.py:1339-1353); weights and labels of
     equal length."""
     if data.get("train") and draft.given("data_path"):
-        if draft.layer("data_path") == RUN:
-            draft.error(
+        draft.check(
+            Rule(
+                draft.layer("data_path") == RUN,
                 "`data_path` and `data.train` exclude each other",
                 "data_path",
                 hint="delete `data_path`",
             )
+        )
         draft.drop("data_path", f"the run gives `data.train` at {where('data', 'train')}")
     for split in SPLITS:
         key = f"{split}_data_paths"
@@ -58,29 +61,36 @@ def decide_data(draft: Draft, data: Mapping[str, Sequence[str]], where: Where) -
         if labels is not None and draft.layer(f"{split}_label_data_paths") != RUN:
             draft.drop(f"{split}_label_data_paths", "they belong to the base config's data sets")
     if not draft.given("train_data_paths"):
-        if draft.missing("train_data_paths") and not draft.given("data_path"):
-            draft.error(
+        draft.check(
+            Rule(
+                draft.missing("train_data_paths") and not draft.given("data_path"),
                 "no training data",
                 where=where("data"),
                 hint="data: {train: [/path/to/sft_text_document]}, a prefix without .bin",
             )
+        )
         return
-    if draft.given("data_path"):
-        draft.error(
+    draft.check(
+        Rule(
+            draft.given("data_path"),
             "`data_path` and `train_data_paths` exclude each other",
             "data_path",
             hint="delete `data_path`",
         )
+    )
     filled = _fill_in(draft, where)
     for split in SPLITS:
         if split not in filled:
             _check_split(draft, split, data, where)
-    if draft.given("split") and draft.layer("split") == RUN:
-        draft.warn(
+    draft.check(
+        Rule(
+            draft.given("split") and draft.layer("split") == RUN,
             "`split` has no effect when training, validation and test data are given apart",
             "split",
             hint="delete it",
+            level="warning",
         )
+    )
 
 
 def _fill_in(draft: Draft, where: Where) -> list[str]:
@@ -103,14 +113,17 @@ def _fill_in(draft: Draft, where: Where) -> list[str]:
                 draft.put(target, list(draft.values[source]), "the same as for training")
             else:
                 draft.drop(target, "the training data stands in")
-    if filled:
-        draft.warn(
+    draft.check(
+        Rule(
+            filled,
             f"no {' and '.join(filled)} data, so the training data stands in: the validation loss"
             " says nothing about unseen text",
             where=where("data"),
             why="NeoX needs training, validation and test data, or none of them",
             hint="data: {valid: [/path/to/held_out_text_document]}",
+            level="warning",
         )
+    )
     return filled
 
 
@@ -130,8 +143,7 @@ def _check_split(draft: Draft, split: str, data: Mapping[str, Sequence[str]], wh
                 why="it appends both suffixes itself",
                 hint=f"write {_SUFFIX.sub('', path)}",
             )
-    if not paths:
-        draft.error(f"`{split}_data_paths` is empty", f"{split}_data_paths")
+    draft.check(Rule(not paths, f"`{split}_data_paths` is empty", f"{split}_data_paths"))
     for other in (f"{split}_data_weights", f"{split}_label_data_paths"):
         values = draft.values.get(other)
         if values is not None and len(values) != len(paths):
@@ -146,33 +158,41 @@ def decide_reading(draft: Draft) -> None:
     """How data is read: data_impl, and the keys of other kinds of training."""
     impl = draft.get("data_impl")
     if impl == "infer":
-        if draft.layer("data_impl") == RUN:
-            draft.warn(
+        draft.check(
+            Rule(
+                draft.layer("data_impl") == RUN,
                 "`data_impl: infer` does not work in NeoX, so `mmap` is written",
                 "data_impl",
                 hint="delete it",
+                level="warning",
             )
+        )
         draft.put(
             "data_impl",
             "mmap",
             "NeoX's own default `infer` finds no reader and stops (data/indexed_dataset.py:62-76)",
         )
     interval = draft.number("eval_interval")
-    if "eval_interval" not in draft.broken and (interval is None or interval < 1):
-        draft.error(
+    draft.check(
+        Rule(
+            "eval_interval" not in draft.broken and (interval is None or interval < 1),
             "`eval_interval` must be at least 1",
             "eval_interval",
             why="NeoX divides by it when it counts its validation samples (data/data_utils.py)",
             hint="to validate less, set `eval_iters: 1`, or an `eval_interval` above `train_iters`",
         )
+    )
     for key, good in (("train_impl", "normal"), ("dataset_impl", "gpt2")):
         value = draft.get(key)
-        if value != good:
-            draft.warn(
+        draft.check(
+            Rule(
+                value != good,
                 f"`{key}: {value}` is not plain supervised training, and this recipe does not"
                 " check it",
                 key,
+                level="warning",
             )
+        )
 
 
 def decide_packing(draft: Draft) -> None:
@@ -210,67 +230,80 @@ def decide_packing(draft: Draft) -> None:
                 "a conversation longer than a row would lose its closing marker",
             )
     elif value == "unpacked":
-        if flavor == "upstream" and not draft.given("train_label_data_paths"):
-            draft.error(
-                "`pack_impl: unpacked` needs `train_label_data_paths`",
-                "pack_impl",
-                why=(
-                    "NeoX reads the labels without asking whether there are any"
-                    " (data/gpt2_dataset.py:361)"
+        draft.check(
+            (
+                Rule(
+                    flavor == "upstream" and not draft.given("train_label_data_paths"),
+                    "`pack_impl: unpacked` needs `train_label_data_paths`",
+                    "pack_impl",
+                    why="NeoX reads the labels without asking whether there are any"
+                    " (data/gpt2_dataset.py:361)",
+                    hint=f"pack_impl: {best}",
                 ),
-                hint=f"pack_impl: {best}",
+                Rule(
+                    True,
+                    "`pack_impl: unpacked` gives every conversation a row of its own, mostly"
+                    " padding",
+                    "pack_impl",
+                    hint=f"pack_impl: {best}",
+                    level="warning",
+                ),
             )
-        else:
-            draft.warn(
-                "`pack_impl: unpacked` gives every conversation a row of its own, mostly padding",
-                "pack_impl",
-                hint=f"pack_impl: {best}",
-            )
-    if draft.given("train_epochs") and value != "packed" and "pack_impl" not in draft.broken:
-        draft.error(
+        )
+    draft.check(
+        Rule(
+            draft.given("train_epochs") and value != "packed" and "pack_impl" not in draft.broken,
             f"`train_epochs` does not work with `pack_impl: {value}`",
             "train_epochs",
-            why=(
-                "NeoX allows epochs with `packed` only (data/data_utils.py:483-524), which cuts"
-                " conversations"
-            ),
+            why="NeoX allows epochs with `packed` only (data/data_utils.py:483-524), which cuts"
+            " conversations",
             hint="count the rows with `hpctrain data count` and set `train_iters`",
         )
+    )
 
 
 def decide_loss_mask(draft: Draft) -> None:
     """Prompts must not be trained on: loss_mask_* in the fork, label data upstream."""
     labels = draft.given("train_label_data_paths")
     if draft.flavor == "upstream":
-        if not labels:
-            draft.warn(
+        draft.check(
+            Rule(
+                not labels,
                 "prompts are trained on like replies, since there are no labels",
                 "train_label_data_paths",
-                why=(
-                    "upstream NeoX masks with a second data set of labels, -100 where nothing is"
-                    " learnt"
-                ),
-                hint=(
-                    "write one with NeoX's preprocess_data_with_chat_template.py and name it:"
-                    " config: {train_label_data_paths: […]}"
-                ),
+                why="upstream NeoX masks with a second data set of labels, -100 where nothing is"
+                " learnt",
+                hint="write one with NeoX's preprocess_data_with_chat_template.py and name it:"
+                " config: {train_label_data_paths: […]}",
+                level="warning",
             )
+        )
         return
     given = [key for key in _MASK_KEYS if key in draft.values or key in draft.broken]
     for key in given:
         value = draft.values.get(key) or []
-        if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in value):
-            draft.error(
-                f"`{key}: {value}` must be token ids", key, hint="a flat list of numbers: [7, 7]"
+        draft.check(
+            (
+                Rule(
+                    any(
+                        isinstance(item, bool) or not isinstance(item, int) or item < 0
+                        for item in value
+                    ),
+                    f"`{key}: {value}` must be token ids",
+                    key,
+                    hint="a flat list of numbers: [7, 7]",
+                ),
+                Rule(
+                    key == "loss_mask_pairs" and len(value) % 2,
+                    f"`loss_mask_pairs` has {len(value)} ids, and it is a flat list [open, close,"
+                    " open,"
+                    " close]",
+                    key,
+                    why="the fork stops with a ValueError in the first step",
+                    hint="[7, 7] when one token opens and closes",
+                ),
             )
-        elif key == "loss_mask_pairs" and len(value) % 2:
-            draft.error(
-                f"`loss_mask_pairs` has {len(value)} ids, and it is a flat list [open, close, open,"
-                " close]",
-                key,
-                why="the fork stops with a ValueError in the first step",
-                hint="[7, 7] when one token opens and closes",
-            )
+        )
     if labels:
         if any(draft.values.get(key) for key in given):
             draft.warn(
@@ -322,8 +355,13 @@ def check_tokenizer(draft: Draft) -> None:
             "tokenizer_type",
             hint="tokenizer_type: SPMTokenizer with vocab_file: /path/to/model.model",
         )
-    if kind.lower() == "gpt2bpetokenizer" and draft.missing("merge_file"):
-        draft.error(f"`merge_file` is missing, and {kind} needs it", "tokenizer_type")
+    draft.check(
+        Rule(
+            kind.lower() == "gpt2bpetokenizer" and draft.missing("merge_file"),
+            f"`merge_file` is missing, and {kind} needs it",
+            "tokenizer_type",
+        )
+    )
 
 
 def facts(draft: Draft, spec: RunSpec, folder: str, data_parallel: int | None) -> tuple[Fact, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 from hpctrain.base.errors import Problem
 from hpctrain.config.decision import REPEATS, Decision
 from hpctrain.config.document import Document, Origin, merge
+from hpctrain.recipes import rules
 from hpctrain.recipes.neox.keys import (
     Key,
     content_problems,
@@ -25,7 +26,7 @@ _LAYER_REASON = {DEFAULT: "the recipe's default", BASE: REPEATS, RUN: "as the ru
 
 
 @dataclass
-class Draft:
+class Draft(rules.Judge):
     """The configuration while the rules work on it.
 
     `values` by key; `layers` tells which layer set a key last (default, base, run, or rule for one
@@ -122,19 +123,9 @@ class Draft:
         else:
             self.put(name, value, reason)
 
-    def error(
-        self,
-        what: str,
-        name: str | Sequence[Any] = (),
-        *,
-        why: str = "",
-        hint: str = "",
-        where: str = "",
-        level: str = "error",
-    ) -> None:
-        """Note a problem at a key (or a path below one), or at `where`."""
-        path = (name,) if isinstance(name, str) else tuple(name)
-        self.problems.append(Problem(what, where or self.where(*path), why, hint, level))
+    def place(self, key: rules.Key) -> str:
+        """`file:line:column` of a key's value, or of a path below one."""
+        return self.where(key) if isinstance(key, str) else self.where(*key)
 
     def warn(
         self,

@@ -8,6 +8,7 @@ import os
 from hpctrain.config.run import RunSpec
 from hpctrain.recipes.contract import EnvVar
 from hpctrain.recipes.neox.draft import Draft
+from hpctrain.recipes.rules import Rule
 
 SRUN, DEEPY = "srun", "deepy"
 # Places and ranks: decided by the job, and stale in any base config.
@@ -68,18 +69,20 @@ def decide_launcher(draft: Draft, launch: str) -> None:
         draft.own("no_ssh_check", True, "nodes are reached by srun, not by ssh", hint="delete it")
     for key in _JOBS_OWN:
         draft.own(key, None, "the job decides it when it starts", hint="delete it")
-    if not draft.get("deepspeed"):
-        draft.error(
+    draft.check(
+        Rule(
+            not draft.get("deepspeed"),
             "`deepspeed: false` does not train: NeoX works with DeepSpeed only",
             "deepspeed",
             hint="delete it",
-        )
-    if draft.given("autotuning"):
-        draft.error(
+        ),
+        Rule(
+            draft.given("autotuning"),
             "`autotuning` rewrites the configuration while it runs, and a run's is fixed",
             "autotuning",
             hint="delete it",
-        )
+        ),
+    )
 
 
 def decide_tracking(draft: Draft, launch: str, spec: RunSpec) -> None:
@@ -98,25 +101,28 @@ def decide_tracking(draft: Draft, launch: str, spec: RunSpec) -> None:
                 ),
             )
     if draft.get("use_wandb"):
-        if launch == DEEPY:
-            draft.error(
-                "`use_wandb: true` with `launch: deepy` shows the key to everyone on the nodes",
-                "use_wandb",
-                why=(
-                    "deepy.py puts WANDB_API_KEY on srun's command line (DS"
-                    " launcher/multinode_runner.py)"
+        draft.check(
+            (
+                Rule(
+                    launch == DEEPY,
+                    "`use_wandb: true` with `launch: deepy` shows the key to everyone on the nodes",
+                    "use_wandb",
+                    why="deepy.py puts WANDB_API_KEY on srun's command line (DS"
+                    " launcher/multinode_runner.py)",
+                    hint="recipe_options: {launch: srun} with the key in the `secrets:` file",
                 ),
-                hint="recipe_options: {launch: srun} with the key in the `secrets:` file",
-            )
-        elif not spec.secrets:
-            draft.warn(
-                "`use_wandb: true` and no `secrets:` file",
-                "use_wandb",
-                why=(
-                    "without WANDB_API_KEY or a ~/.netrc visible in the job NeoX goes on without it"
+                Rule(
+                    not spec.secrets,
+                    "`use_wandb: true` and no `secrets:` file",
+                    "use_wandb",
+                    why="without WANDB_API_KEY or a ~/.netrc visible in the job NeoX goes on"
+                    " without it",
+                    hint="put WANDB_API_KEY=… into a file of mode 0600 and name it under"
+                    " `secrets:`",
+                    level="warning",
                 ),
-                hint="put WANDB_API_KEY=… into a file of mode 0600 and name it under `secrets:`",
             )
+        )
 
 
 def check_devices(draft: Draft, spec: RunSpec) -> None:
@@ -124,57 +130,72 @@ def check_devices(draft: Draft, spec: RunSpec) -> None:
     (initialize.py:141-149)."""
     why = "NeoX asserts that the local rank is the rank modulo the number of GPUs a task sees"
     for option in _GPU_SPLITTING:
-        if option in spec.sbatch:
-            draft.error(
+        draft.check(
+            Rule(
+                option in spec.sbatch,
                 f"`{option}` gives each task GPUs of its own, and NeoX needs all of the node in"
                 " every task",
                 where=spec.where("sbatch", option),
                 why=why,
                 hint="delete it",
             )
+        )
     for name in _VISIBLE:
-        if name in spec.env:
-            draft.error(
+        draft.check(
+            Rule(
+                name in spec.env,
                 f"`env.{name}` hides GPUs from the tasks",
                 where=spec.where("env", name),
                 why=why,
                 hint="delete it, or set `gpus_per_node`",
             )
+        )
 
 
 def environment(draft: Draft, spec: RunSpec) -> tuple[EnvVar, ...]:
     """The fork's switches, and warnings about those that do nothing."""
-    if "SFT_ENABLED" in spec.env:
-        draft.warn(
+    draft.check(
+        Rule(
+            "SFT_ENABLED" in spec.env,
             "`env.SFT_ENABLED` has no effect",
             where=spec.where("env", "SFT_ENABLED"),
             why="the fork only prints it since its commit ab1c506; upstream never knew it",
             hint="delete it; the `loss_mask_*` keys mask the prompts",
+            level="warning",
         )
+    )
     if draft.flavor == "upstream":
         for name in ("CURSE_ATTENTION", "SAMPLE_ENDS"):
-            if name in spec.env:
-                draft.warn(
+            draft.check(
+                Rule(
+                    name in spec.env,
                     f"`env.{name}` has no effect upstream",
                     where=spec.where("env", name),
                     why="only the Tilde fork reads it",
                     hint="delete it, or set `recipe_options: {flavor: tilde}`",
+                    level="warning",
                 )
+            )
         return ()
-    if spec.env.get("CURSE_ATTENTION", "1") != "1":
-        draft.warn(
-            f"`env.CURSE_ATTENTION: {spec.env['CURSE_ATTENTION']}` lets packed conversations see"
+    draft.check(
+        Rule(
+            spec.env.get("CURSE_ATTENTION", "1") != "1",
+            f"`env.CURSE_ATTENTION: {spec.env.get('CURSE_ATTENTION')}` lets packed conversations"
+            " see"
             " each other",
             where=spec.where("env", "CURSE_ATTENTION"),
             why="only 1 turns the fork's attention mask per document on",
             hint="delete it",
-        )
-    if spec.env.get("SAMPLE_ENDS") == "1":
-        draft.warn(
+            level="warning",
+        ),
+        Rule(
+            spec.env.get("SAMPLE_ENDS") == "1",
             "`env.SAMPLE_ENDS: 1` is an experimental variant of the attention mask",
             where=spec.where("env", "SAMPLE_ENDS"),
             hint="delete it",
-        )
+            level="warning",
+        ),
+    )
     why = (
         "packed conversations do not attend to each other; cut at end-of-document tokens, so"
         " tokenize with them appended"

@@ -9,6 +9,7 @@ from typing import Any
 from hpctrain.config.fields import nearest
 from hpctrain.recipes.neox.batch import Shape
 from hpctrain.recipes.neox.draft import RUN, Draft
+from hpctrain.recipes.rules import Rule
 
 REQUIRED = (
     "num_layers",
@@ -76,65 +77,79 @@ def check_model(draft: Draft, shape: Shape) -> None:
     )
     kv_heads, tensor = draft.number("num_kv_heads"), shape.tensor
     types = _attention_types(draft, layers)
-    if hidden and heads and hidden % heads and "mamba" not in types:
-        draft.error(
+    draft.check(
+        Rule(
+            hidden and heads and hidden % heads and "mamba" not in types,
             f"`hidden_size: {hidden}` is no multiple of `num_attention_heads: {heads}`",
             "hidden_size",
         )
+    )
     for name, number in (("num_attention_heads", heads), ("hidden_size", hidden)):
-        if number and number % tensor:
-            draft.error(
+        draft.check(
+            Rule(
+                number and number % tensor,
                 f"`{name}: {number}` is no multiple of `model_parallel_size: {tensor}`",
                 name,
                 why="tensor parallelism splits it evenly",
-                hint=_divisor_hint(number, tensor),
+                hint=_divisor_hint(number or 0, tensor),
             )
+        )
     if kv_heads is not None and heads:
-        if kv_heads < 1 or heads % kv_heads:
-            draft.error(
-                f"`num_kv_heads: {kv_heads}` does not divide `num_attention_heads: {heads}`",
-                "num_kv_heads",
-            )
-        elif kv_heads < heads and kv_heads % tensor:
-            draft.error(
-                f"`num_kv_heads: {kv_heads}` is no multiple of `model_parallel_size: {tensor}`",
-                "num_kv_heads",
-                why="NeoX needs at least one key-value head on each rank",
-                hint=_divisor_hint(kv_heads, tensor),
-            )
-        if kv_heads < heads and types - {"flash", "global"}:
-            draft.error(
+        draft.check(
+            (
+                Rule(
+                    kv_heads < 1 or heads % kv_heads,
+                    f"`num_kv_heads: {kv_heads}` does not divide `num_attention_heads: {heads}`",
+                    "num_kv_heads",
+                ),
+                Rule(
+                    kv_heads < heads and kv_heads % tensor,
+                    f"`num_kv_heads: {kv_heads}` is no multiple of `model_parallel_size: {tensor}`",
+                    "num_kv_heads",
+                    why="NeoX needs at least one key-value head on each rank",
+                    hint=_divisor_hint(kv_heads, tensor),
+                ),
+            ),
+            Rule(
+                kv_heads < heads and types - {"flash", "global"},
                 "grouped-query attention works with flash and global attention only",
                 "attention_config",
-            )
-        if kv_heads < heads and draft.values.get("sparsity_config"):
-            draft.error(
-                "`sparsity_config` does not work with grouped-query attention", "sparsity_config"
-            )
-    if layers and shape.pipeline > layers:
-        draft.error(
-            f"`pipe_parallel_size: {shape.pipeline}` is more than `num_layers: {layers}`",
-            "pipe_parallel_size",
-        )
-    elif layers and layers % shape.stages:
-        draft.warn(
-            f"`num_layers: {layers}` is no multiple of `pipe_parallel_size: {shape.pipeline}`",
-            "pipe_parallel_size",
-            why="the stages get different numbers of layers, and all wait for the slowest",
+            ),
+            Rule(
+                kv_heads < heads and draft.values.get("sparsity_config"),
+                "`sparsity_config` does not work with grouped-query attention",
+                "sparsity_config",
+            ),
         )
     length, longest = draft.number("seq_length"), draft.number("max_position_embeddings")
-    if length and longest and length > longest:
-        draft.error(
+    unique = draft.number("num_unique_layers")
+    draft.check(
+        (
+            Rule(
+                layers and shape.pipeline > layers,
+                f"`pipe_parallel_size: {shape.pipeline}` is more than `num_layers: {layers}`",
+                "pipe_parallel_size",
+            ),
+            Rule(
+                layers and layers % shape.stages,
+                f"`num_layers: {layers}` is no multiple of `pipe_parallel_size: {shape.pipeline}`",
+                "pipe_parallel_size",
+                why="the stages get different numbers of layers, and all wait for the slowest",
+                level="warning",
+            ),
+        ),
+        Rule(
+            length and longest and length > longest,
             f"`seq_length: {length}` is more than `max_position_embeddings: {longest}`",
             "seq_length",
             hint="the checkpoint fixes `max_position_embeddings`; shorten the sequences",
-        )
-    unique = draft.number("num_unique_layers")
-    if unique is not None and layers and (unique < 1 or unique > layers or layers % unique):
-        draft.error(
+        ),
+        Rule(
+            unique is not None and layers and (unique < 1 or unique > layers or layers % unique),
             f"`num_unique_layers: {unique}` does not divide `num_layers: {layers}`",
             "num_unique_layers",
-        )
+        ),
+    )
     if (draft.number("moe_num_experts") or 1) > 1:
         _check_experts(draft, shape)
 
@@ -162,49 +177,58 @@ def check_precision(draft: Draft, shape: Shape) -> int:
         )
     for name in ("fp16", "amp", "flops_profiler"):
         switch = draft.values.get(name)
-        if (
-            isinstance(switch, dict)
-            and "enabled" not in switch
-            and not (name == precision == "fp16")
-        ):
-            draft.error(
+        draft.check(
+            Rule(
+                isinstance(switch, dict)
+                and "enabled" not in switch
+                and not (name == precision == "fp16"),
                 f"`{name}` needs `enabled`",
                 name,
                 why="NeoX stops without it",
                 hint="enabled: true, or false",
             )
+        )
     for name, own in (("fp16", "fp16"), ("bf16", "bfloat16")):
         table = draft.values.get(name)
-        if isinstance(table, dict) and table.get("enabled") and precision not in ("", own):
-            draft.error(f"`{name}: {{enabled: true}}` contradicts `precision: {precision}`", name)
+        draft.check(
+            Rule(
+                isinstance(table, dict) and table.get("enabled") and precision not in ("", own),
+                f"`{name}: {{enabled: true}}` contradicts `precision: {precision}`",
+                name,
+            )
+        )
     tables = [draft.values.get(name) for name in ("fp16", "bf16")]
-    if all(isinstance(table, dict) and table.get("enabled") for table in tables):
-        draft.error(
+    data_types = draft.values.get("data_types")
+    fp32_grads = isinstance(data_types, dict) and data_types.get("grad_accum_dtype") == "fp32"
+    draft.check(
+        Rule(
+            all(isinstance(table, dict) and table.get("enabled") for table in tables),
             "`fp16` and `bf16` are both enabled",
             "bf16",
             why="DeepSpeed stops: it trains in one of them",
             hint="bf16: {enabled: true} and no fp16 on GPUs that have it",
-        )
-    if draft.get("fp16_lm_cross_entropy") and precision != "fp16":
-        draft.error(
-            "`fp16_lm_cross_entropy` works with `precision: fp16` only", "fp16_lm_cross_entropy"
-        )
-    if shape.pipeline >= 1 and stage >= 2:
-        draft.error(
+        ),
+        Rule(
+            draft.get("fp16_lm_cross_entropy") and precision != "fp16",
+            "`fp16_lm_cross_entropy` works with `precision: fp16` only",
+            "fp16_lm_cross_entropy",
+        ),
+        Rule(
+            shape.pipeline >= 1 and stage >= 2,
             f"ZeRO stage {stage} does not work with `pipe_parallel_size: {shape.pipeline}`",
             ("zero_optimization", "stage"),
             why="DeepSpeed's pipeline engine refuses stages 2 and 3",
             hint="stage 1, or `pipe_parallel_size: 0`",
-        )
-    data_types = draft.values.get("data_types")
-    fp32_grads = isinstance(data_types, dict) and data_types.get("grad_accum_dtype") == "fp32"
-    if precision == "bfloat16" and stage and shape.pipeline >= 1 and not fp32_grads:
-        draft.warn(
+        ),
+        Rule(
+            precision == "bfloat16" and stage and shape.pipeline >= 1 and not fp32_grads,
             "bfloat16 with ZeRO and pipeline parallelism needs gradients in fp32",
             "precision",
             why="NeoX warns that it breaks otherwise (DeepSpeed issue 1835)",
             hint="data_types: {grad_accum_dtype: fp32}",
-        )
+            level="warning",
+        ),
+    )
     return int(stage)
 
 
@@ -214,25 +238,29 @@ def check_optimizer(draft: Draft) -> None:
     for name, wins in _RECOMPUTED.items():
         if not draft.given(name):
             continue
-        if draft.layer(name) == RUN:
-            draft.error(
+        draft.check(
+            Rule(
+                draft.layer(name) == RUN,
                 f"`{name}` has no effect: NeoX overwrites it from `{wins}`",
                 name,
                 hint=f"set `{wins}`",
             )
+        )
         draft.drop(name, f"NeoX overwrites it from `{wins}`")
     optimizer = draft.values.get("optimizer")
     rate: Any = _OPTIMIZER_LR
     if optimizer is None:
-        if draft.missing("optimizer"):
-            draft.warn(
+        draft.check(
+            Rule(
+                draft.missing("optimizer"),
                 "`optimizer` is missing, so NeoX trains with Adam at a learning rate of"
                 f" {_OPTIMIZER_LR}",
                 "optimizer",
-                hint=(
-                    "optimizer: {type: Adam, params: {lr: 8.0e-6, betas: [0.9, 0.95], eps: 1.0e-8}}"
-                ),
+                hint="optimizer:"
+                " {type: Adam, params: {lr: 8.0e-6, betas: [0.9, 0.95], eps: 1.0e-8}}",
+                level="warning",
             )
+        )
     elif not isinstance(optimizer.get("params"), dict):
         draft.error(
             "`optimizer` needs `params`",
@@ -249,21 +277,26 @@ def check_optimizer(draft: Draft) -> None:
                 "NeoX stops at an optimizer without `type`, and Adam is its default",
             )
         kind = optimizer["type"]
-        if not isinstance(kind, str) or kind.lower() not in _OPTIMIZERS:
-            draft.error(
+        draft.check(
+            Rule(
+                not isinstance(kind, str) or kind.lower() not in _OPTIMIZERS,
                 f"`optimizer.type: {kind}` is not one of NeoX's",
                 ("optimizer", "type"),
                 hint=nearest(str(kind), _OPTIMIZERS),
             )
+        )
         for name, value in optimizer["params"].items():
-            if not all(
-                _is_number(item) for item in (value if isinstance(value, list) else [value])
-            ) and name in ("lr", "eps", "betas", "weight_decay", "momentum"):
-                draft.error(
+            draft.check(
+                Rule(
+                    not all(
+                        _is_number(item) for item in (value if isinstance(value, list) else [value])
+                    )
+                    and name in ("lr", "eps", "betas", "weight_decay", "momentum"),
                     f"`optimizer.params.{name}: {value}` must be a number",
                     ("optimizer", "params", name),
                     hint="write it without quotes, with a dot",
                 )
+            )
         rate = optimizer["params"].get("lr")
         if rate is None:
             draft.warn(
@@ -273,15 +306,18 @@ def check_optimizer(draft: Draft) -> None:
             )
             rate = _OPTIMIZER_LR
     scheduler = draft.values.get("scheduler")
-    if scheduler is not None and not (
-        isinstance(scheduler.get("type"), str) and isinstance(scheduler.get("params"), dict)
-    ):
-        draft.error(
+    draft.check(
+        Rule(
+            scheduler is not None
+            and not (
+                isinstance(scheduler.get("type"), str) and isinstance(scheduler.get("params"), dict)
+            ),
             "`scheduler` needs a `type` and `params`",
             "scheduler",
             why="NeoX stops without",
             hint="delete it: NeoX has a schedule of its own (lr_decay_style, warmup)",
         )
+    )
     lowest = draft.get("min_lr")
     if _is_number(rate) and _is_number(lowest) and lowest > rate:
         draft.error(
@@ -293,12 +329,15 @@ def check_optimizer(draft: Draft) -> None:
             ),
             hint=f"`min_lr: {rate / 10:.1e}` or 0.0",
         )
-    if draft.given("lr_decay_iters") and draft.given("lr_decay_fraction"):
-        draft.warn(
+    draft.check(
+        Rule(
+            draft.given("lr_decay_iters") and draft.given("lr_decay_fraction"),
             "`lr_decay_fraction` has no effect beside `lr_decay_iters`",
             "lr_decay_fraction",
             hint="delete one",
+            level="warning",
         )
+    )
 
 
 def decide_clipping(draft: Draft) -> None:
@@ -377,12 +416,14 @@ def _attention_types(draft: Draft, layers: int | None) -> set[str]:
             "attention_config",
             hint=nearest(name, _ATTENTION),
         )
-    if layers and len(names) != layers:
-        draft.error(
+    draft.check(
+        Rule(
+            layers and len(names) != layers,
             f"`attention_config` describes {len(names)} layers, and `num_layers` is {layers}",
             "attention_config",
             hint='[[["flash"], "all"]] fits any number',
         )
+    )
     return set(names)
 
 
@@ -404,27 +445,34 @@ def _expand(config: list[Any], layers: int) -> Iterator[str]:
 def _check_experts(draft: Draft, shape: Shape) -> None:
     zero = draft.values.get("zero_optimization") or {}
     stage = zero.get("stage")
-    if draft.flavor == "upstream" and stage in (2, 3):
-        draft.error(
+    draft.check(
+        Rule(
+            draft.flavor == "upstream" and stage in (2, 3),
             f"experts do not work with ZeRO stage {stage}",
             ("zero_optimization", "stage"),
             hint="stage 1",
         )
+    )
     if draft.flavor == "tilde":
-        if stage == 3:
-            draft.error(
+        draft.check(
+            Rule(
+                stage == 3,
                 "experts do not work with ZeRO stage 3",
                 ("zero_optimization", "stage"),
                 hint="stage 1",
-            )
-        if shape.pipeline >= 1:
-            draft.error(
+            ),
+            Rule(
+                shape.pipeline >= 1,
                 "experts do not work with pipeline parallelism",
                 "pipe_parallel_size",
                 hint="pipe_parallel_size: 0",
-            )
-        if draft.get("sequence_parallel"):
-            draft.error("experts do not work with sequence parallelism", "sequence_parallel")
+            ),
+            Rule(
+                draft.get("sequence_parallel"),
+                "experts do not work with sequence parallelism",
+                "sequence_parallel",
+            ),
+        )
 
 
 def _divisor_hint(number: int, tensor: int) -> str:

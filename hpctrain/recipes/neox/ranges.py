@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.recipes.neox.draft import Draft
+from hpctrain.recipes.rules import Rule
 
 if TYPE_CHECKING:
     from typing_extensions import TypeGuard
@@ -67,11 +68,14 @@ def _check_params(draft: Draft, params: dict[str, Any]) -> None:
             hint="is the sign of the exponent lost?",
         )
     betas = params.get("betas")
-    if isinstance(betas, list) and any(_is_number(beta) and not 0 <= beta < 1 for beta in betas):
-        draft.error(
+    draft.check(
+        Rule(
+            isinstance(betas, list)
+            and any(_is_number(beta) and not 0 <= beta < 1 for beta in betas),
             f"`optimizer.params.betas: {betas}` must be at least 0 and less than 1",
             ("optimizer", "params", "betas"),
         )
+    )
     decay = params.get("weight_decay")
     if _is_number(decay) and decay < 0:
         draft.error(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from hpctrain.config.run import RunSpec
 from hpctrain.recipes.neox.draft import RUN, Draft, slashed
+from hpctrain.recipes.rules import Rule
 
 # A start checkpoint's folder: global_step423858, _global_step423858, _global_step_423858_backup.
 _STEP = re.compile(r"_*global_step_?(\d{1,18})(?:_.*)?\Z", re.ASCII)
@@ -132,24 +133,27 @@ def decide_folder(draft: Draft, spec: RunSpec) -> None:
                 hint="set `checkpoint: {dir: …}` only",
                 same=same,
             )
-        if re.match(r"_*global_step_?\d+", os.path.basename(folder)):
-            draft.error(
-                f"`checkpoint.dir: {folder}` is named like one checkpoint",
-                where=where,
-                why="it is the folder that holds the checkpoints",
-                hint=os.path.dirname(folder),
-            )
-        elif "global_step" in folder and draft.given("keep_last_n_checkpoints"):
-            draft.error(
-                "`checkpoint.dir` has `global_step` in its path, and NeoX would delete everything"
-                " in it",
-                where=where,
-                why=(
-                    "its retention takes every folder whose whole path matches for a checkpoint"
-                    " (checkpointing.py:160-181)"
+        draft.check(
+            (
+                Rule(
+                    re.match(r"_*global_step_?\d+", os.path.basename(folder)),
+                    f"`checkpoint.dir: {folder}` is named like one checkpoint",
+                    where=where,
+                    why="it is the folder that holds the checkpoints",
+                    hint=os.path.dirname(folder),
                 ),
-                hint="choose another folder, or delete `keep_last_n_checkpoints`",
+                Rule(
+                    "global_step" in folder and draft.given("keep_last_n_checkpoints"),
+                    "`checkpoint.dir` has `global_step` in its path, and NeoX would delete"
+                    " everything"
+                    " in it",
+                    where=where,
+                    why="its retention takes every folder whose whole path matches for a checkpoint"
+                    " (checkpointing.py:160-181)",
+                    hint="choose another folder, or delete `keep_last_n_checkpoints`",
+                ),
             )
+        )
     if draft.given("iteration") or "iteration" in draft.broken:
         draft.error(
             f"`iteration: {draft.values.get('iteration')}` makes every link load that checkpoint"
@@ -163,24 +167,29 @@ def decide_folder(draft: Draft, spec: RunSpec) -> None:
         )
         draft.values.pop("iteration", None)
     for key in ("no_load_optim", "no_save_optim"):
-        if draft.get(key):
-            draft.error(
+        draft.check(
+            Rule(
+                draft.get(key),
                 f"`{key}: true` throws the optimizer's state away at every link",
                 key,
                 hint="delete it: the first link of a finetune leaves it out by itself",
             )
-    if draft.given("s3_path"):
-        draft.error(
+        )
+    draft.check(
+        Rule(
+            draft.given("s3_path"),
             "`s3_path` saves where the links cannot see checkpoints",
             "s3_path",
             hint="delete it, and copy them after the run",
-        )
-    if draft.get("adlr_autoresume"):
-        draft.warn(
+        ),
+        Rule(
+            draft.get("adlr_autoresume"),
             "`adlr_autoresume` has no effect: NeoX never starts it",
             "adlr_autoresume",
             hint="delete it; `chain:` resumes",
-        )
+            level="warning",
+        ),
+    )
 
 
 def decide_finetune(draft: Draft, spec: RunSpec) -> None:
@@ -194,38 +203,44 @@ def decide_finetune(draft: Draft, spec: RunSpec) -> None:
             "hpctrain writes `finetune: true` for the first link of a run with `checkpoint.start`,"
             " false for all others"
         )
-        if value and not spec.has_start:
-            draft.error(
-                "`finetune: true` without a `checkpoint.start` to start from",
-                "finetune",
-                why=rule,
-                hint="set `checkpoint: {start: …}`",
-            )
-        elif value and spec.num_links > 1:
-            draft.error(
-                f"`finetune: true` with a chain of {spec.num_links} jobs",
-                "finetune",
-                why=(
-                    "kept in every link it would throw the optimizer's state away each time;"
-                    f" {rule}"
+        draft.check(
+            (
+                Rule(
+                    value and not spec.has_start,
+                    "`finetune: true` without a `checkpoint.start` to start from",
+                    "finetune",
+                    why=rule,
+                    hint="set `checkpoint: {start: …}`",
                 ),
-                hint="delete it",
-            )
-        elif not value and spec.has_start:
-            draft.error(
-                "`finetune: false` with a `checkpoint.start`",
-                "finetune",
-                why=(
-                    f"{rule}; a resume with fewer `train_iters` than the start's iteration would"
-                    " write into the start itself"
+                Rule(
+                    value and spec.num_links > 1,
+                    f"`finetune: true` with a chain of {spec.num_links} jobs",
+                    "finetune",
+                    why="kept in every link it would throw the optimizer's state away each time;"
+                    f" {rule}",
+                    hint="delete it",
                 ),
-                hint=(
-                    "delete it; to go on with a run and its optimizer, set `checkpoint.dir` to its"
-                    " folder and leave `start` out"
+                Rule(
+                    not value and spec.has_start,
+                    "`finetune: false` with a `checkpoint.start`",
+                    "finetune",
+                    why=f"{rule}; a resume with fewer `train_iters` than the start's iteration"
+                    " would"
+                    " write into the start itself",
+                    hint="delete it; to go on with a run and its optimizer, set `checkpoint.dir`"
+                    " to its"
+                    " folder and leave `start` out",
+                ),
+                Rule(
+                    True,
+                    f"`finetune: {shown}` has no effect",
+                    "finetune",
+                    why=rule,
+                    hint="delete it",
+                    level="warning",
                 ),
             )
-        else:
-            draft.warn(f"`finetune: {shown}` has no effect", "finetune", why=rule, hint="delete it")
+        )
     draft.drop(
         "finetune",
         "written for each mode: true for the first link from a start checkpoint, else false",
@@ -244,21 +259,19 @@ def decide_offset(draft: Draft, start: Start | None, spec: RunSpec) -> int:
     given = draft.number("iteration_offset")
     if start:
         origin = spec.where("checkpoint", "start")
-        if (
-            draft.layer("iteration_offset") == RUN
-            and draft.given("iteration_offset")
-            and given != start.iteration
-        ):
-            draft.error(
+        draft.check(
+            Rule(
+                draft.layer("iteration_offset") == RUN
+                and draft.given("iteration_offset")
+                and given != start.iteration,
                 f"`iteration_offset: {given}` contradicts the start checkpoint's iteration"
                 f" {start.iteration}",
                 "iteration_offset",
-                why=(
-                    f"`checkpoint.start` at {origin} is `{os.path.basename(start.path)}`; the fork"
-                    " resumes from the greatest folder name minus this number"
-                ),
+                why=f"`checkpoint.start` at {origin} is `{os.path.basename(start.path)}`; the fork"
+                " resumes from the greatest folder name minus this number",
                 hint="delete it",
             )
+        )
         draft.put(
             "iteration_offset",
             start.iteration,
@@ -267,8 +280,13 @@ def decide_offset(draft: Draft, start: Start | None, spec: RunSpec) -> int:
             origin,
         )
         return start.iteration
-    if given is not None and given < 0:
-        draft.error(f"`iteration_offset: {given}` is negative", "iteration_offset")
+    draft.check(
+        Rule(
+            given is not None and given < 0,
+            f"`iteration_offset: {given}` is negative",
+            "iteration_offset",
+        )
+    )
     return max(given or 0, 0)
 
 
@@ -276,18 +294,19 @@ def decide_length(draft: Draft) -> int | None:
     """train_iters xor train_epochs. Returns the iterations, None where unknown."""
     iters, epochs = draft.number("train_iters"), draft.number("train_epochs")
     for key, number in (("train_iters", iters), ("train_epochs", epochs)):
-        if number is not None and number < 1:
-            draft.error(f"`{key}: {number}` must be at least 1", key)
-    if draft.missing("train_iters") and draft.missing("train_epochs"):
-        draft.error(
+        draft.check(
+            Rule(number is not None and number < 1, f"`{key}: {number}` must be at least 1", key)
+        )
+    draft.check(
+        Rule(
+            draft.missing("train_iters") and draft.missing("train_epochs"),
             "`train_iters` is missing",
             "train_iters",
             why="NeoX needs it or `train_epochs`",
-            hint=(
-                "`hpctrain data count` says how many rows there are: train_iters = rows /"
-                " train_batch_size"
-            ),
+            hint="`hpctrain data count` says how many rows there are: train_iters = rows /"
+            " train_batch_size",
         )
+    )
     if iters and epochs:
         if draft.layer("train_iters") == RUN and draft.layer("train_epochs") != RUN:
             draft.drop(
@@ -383,13 +402,16 @@ def check_exit(draft: Draft, saves: Saves, spec: RunSpec) -> None:
         )
     elif saves.train_iters:
         links = -(-saves.train_iters // interval)
-        if links > spec.num_links:
-            draft.warn(
+        draft.check(
+            Rule(
+                links > spec.num_links,
                 f"`exit_interval: {interval}` ends every link after {interval} iterations, and"
                 f" {saves.train_iters} need {links} links",
                 "exit_interval",
                 hint=f"chain: {{jobs: {links}}}, or delete it",
+                level="warning",
             )
+        )
 
 
 def retention(draft: Draft, saves: Saves, start: Start | None) -> int | None:
@@ -510,12 +532,14 @@ def check_fork_schedule(draft: Draft, offset: int, start: Start | None) -> None:
         ]
         if not offset:
             lacking.append("iteration_offset")
-        if lacking:
-            draft.error(
+        draft.check(
+            Rule(
+                lacking,
                 f"`lr_decay_style: sqrt` needs {', '.join(f'`{key}`' for key in lacking)}",
                 "lr_decay_style",
                 why="the fork stops in the first step without",
             )
+        )
     if offset and start and "warmup" not in draft.broken:
         why = (
             "after a finetune the fork's schedule counts from 0 and subtracts `iteration_offset`"

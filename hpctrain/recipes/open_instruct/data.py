@@ -11,6 +11,7 @@ from typing import Any
 from hpctrain.recipes.contract import HubRepo
 from hpctrain.recipes.open_instruct.arguments import as_number
 from hpctrain.recipes.open_instruct.draft import SFT, Draft
+from hpctrain.recipes.rules import Rule
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 # Calls snapshot_download(model_name_or_path), which takes a path for a badly formed name:
@@ -45,13 +46,15 @@ def decide_model(draft: Draft) -> Model:
     if folder:
         where = spec.where("checkpoint", "start")
         reason = "`checkpoint.start`" + (", instead of `recipe_options.model`" if name else "")
-        if re.fullmatch(r"(step|epoch)_\d+", os.path.basename(folder)):
-            draft.error(
+        draft.check(
+            Rule(
+                re.fullmatch(r"(step|epoch)_\d+", os.path.basename(folder)),
                 f"`{os.path.basename(folder)}` holds the state of a training, not a model",
                 where,
                 why="open-instruct exports the model beside its step_N and epoch_N folders",
                 hint=f"checkpoint: {{start: {os.path.dirname(folder)}}}",
             )
+        )
     else:
         folder, reason = draft.local(name), "`recipe_options.model`"
     if not folder and not name:
@@ -65,12 +68,14 @@ def decide_model(draft: Draft) -> Model:
         )
         return Model("", None, False, where)
     if not folder:
-        if not _HUB_ID.fullmatch(name) or "--" in name or ".." in name:
-            draft.error(
+        draft.check(
+            Rule(
+                not _HUB_ID.fullmatch(name) or "--" in name or ".." in name,
                 f"`model: {name}` is no name on the Hugging Face hub",
                 where,
                 hint="a path begins with /, ./, ../ or ~",
             )
+        )
         draft.decide("model", name, reason, where)
         return Model(name, None, False, where)
     draft.decide("model", folder, reason, where)
@@ -88,13 +93,15 @@ def decide_model(draft: Draft) -> Model:
         "the job shows the folder as a repository of that name",
         where,
     )
-    if not options["offline"]:
-        draft.error(
+    draft.check(
+        Rule(
+            not options["offline"],
             "a model in a folder needs `offline: true` with finetune.py",
             where,
             why="online, its library would look for it on the Hugging Face hub",
             hint="recipe_options: {offline: true}",
         )
+    )
     return Model(alias, folder, True, where)
 
 
@@ -116,13 +123,15 @@ def decide_mixer(draft: Draft) -> list[str]:
             draft.values.pop(wrong)
     given = draft.values.get(names.mixer)
     files = list(spec.data.get("train") or ())
-    if files and given:
-        draft.error(
+    draft.check(
+        Rule(
+            files and given,
             "the data are named twice",
             spec.where("data", "train"),
             why=f"`{names.mixer}` at {draft.where(names.mixer)}",
             hint="delete one of them",
         )
+    )
     if not files and not given:
         draft.error(
             "no training data",
@@ -188,14 +197,16 @@ def _check_mixer(draft: Draft, given: Any) -> list[str]:
             if isinstance(part, str) and re.fullmatch(r"\d+|\d*\.\d+|\d+\.", part)
             else _plain(number, part)
         )
-        if "." not in text and number <= 10:
-            draft.error(
+        draft.check(
+            Rule(
+                "." not in text and number <= 10,
                 f"`{text}` means {text} samples of `{name}`, not all of it",
                 where,
                 level="warning",
                 why="open-instruct reads a number without a point as a number of samples",
                 hint=f"write {text}.0 for all",
             )
+        )
         mixer += [path or name, text]
     return mixer
 
@@ -209,18 +220,20 @@ def _plain(number: float, part: Any) -> str:
 
 
 def _check_file(draft: Draft, path: str, where: str) -> None:
-    if not path.endswith((".jsonl", ".parquet")):
-        draft.error(
+    split = draft.values.get(draft.names.splits)
+    draft.check(
+        Rule(
+            not path.endswith((".jsonl", ".parquet")),
             f"`{path}` is neither .jsonl nor .parquet",
             where,
             why="open-instruct takes any other name for a data set on the hub",
-        )
-    split = draft.values.get(draft.names.splits)
-    if isinstance(split, list) and any(name != "train" for name in split):
-        draft.error(
+        ),
+        Rule(
+            isinstance(split, list) and any(name != "train" for name in split),
             f"a local file has only the split `train`, and `{draft.names.splits}` names another",
             where,
-        )
+        ),
+    )
 
 
 def hub_repos(draft: Draft, model: Model, mixer: list[str], hf_home: str) -> tuple[HubRepo, ...]:

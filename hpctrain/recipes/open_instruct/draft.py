@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.base.errors import Problem
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document
 from hpctrain.config.run import absolute
 from hpctrain.recipes.contract import Context
 from hpctrain.recipes.open_instruct.arguments import Argument, match_commit, table
+from hpctrain.recipes.rules import Judge
 
 SFT, DPO = "open_instruct/finetune.py", "open_instruct/dpo_tune_cache.py"
 
@@ -59,11 +59,12 @@ NAMES = {
 }
 
 
-class Draft:
+class Draft(Judge):
     """`values` are the program's arguments as they stand; each rule may add to them, and to
     decisions and problems."""
 
     def __init__(self, context: Context, program: str) -> None:
+        super().__init__()
         self.context, self.spec, self.options = context, context.spec, context.options
         self.program = program
         self.names = NAMES[program]
@@ -72,7 +73,6 @@ class Draft:
         self.document: Document = context.config
         self.values: dict[str, Any] = dict(self.document.data or {})
         self.decisions: list[Decision] = []
-        self.problems: list[Problem] = []
 
     @property
     def processes_per_node(self) -> int:
@@ -114,11 +114,6 @@ class Draft:
 
     def decide(self, name: str, value: Any, reason: str, where: str = "") -> None:
         self.decisions.append(Decision(name, value, reason, where))
-
-    def error(
-        self, what: str, where: str, why: str = "", hint: str = "", level: str = "error"
-    ) -> None:
-        self.problems.append(Problem(what, where, why, hint, level))
 
     def local(self, text: str) -> str | None:
         """`text` as an absolute path where it is one (`/…`, `./…`, `~/…`), None for a name on the

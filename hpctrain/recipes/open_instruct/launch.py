@@ -10,6 +10,7 @@ from typing import Any
 from hpctrain.recipes.contract import EnvVar
 from hpctrain.recipes.open_instruct.arguments import as_number
 from hpctrain.recipes.open_instruct.draft import DPO, Draft
+from hpctrain.recipes.rules import Rule
 
 DEEPSPEED_FILE = "deepspeed.json"
 _ZERO = {"zero2": 2, "zero3": 3}
@@ -26,14 +27,16 @@ def decide_sharding(draft: Draft) -> str:
     elif asked == "auto":
         chosen, reason = "none", "one process has nothing to shard with"
     draft.decide("launch.deepspeed", chosen, reason, where)
-    if chosen == "none" and draft.world_size > 1:
-        draft.error(
+    draft.check(
+        Rule(
+            chosen == "none" and draft.world_size > 1,
             f"{draft.world_size} processes without DeepSpeed each hold the whole model and"
             " optimizer",
             where,
             level="warning",
             hint="recipe_options: {deepspeed: zero3}",
         )
+    )
     for name in ("zero_stage", "offload_optimizer", "offload_param"):
         if draft.values.get(name) not in (None, False):
             draft.error(
@@ -43,13 +46,15 @@ def decide_sharding(draft: Draft) -> str:
                 hint="use `recipe_options.deepspeed` and `deepspeed_config`",
             )
             draft.values.pop(name)
-    if (draft.count("sequence_parallel_size") or 1) > 1 and chosen != "zero3":
-        draft.error(
+    draft.check(
+        Rule(
+            (draft.count("sequence_parallel_size") or 1) > 1 and chosen != "zero3",
             "`sequence_parallel_size` needs ZeRO-3",
             draft.where("sequence_parallel_size"),
             why="open-instruct's sequence parallelism is DeepSpeed's",
             hint="recipe_options: {deepspeed: zero3}",
         )
+    )
     return chosen
 
 
@@ -58,50 +63,53 @@ def check_optimizer(draft: Draft, sharding: str) -> None:
     another switch."""
     where = draft.where("use_8bit_optimizer")
     if draft.values.get("use_8bit_optimizer") is True:
-        if sharding != "none":
-            draft.error(
-                "`use_8bit_optimizer: true` does not work with DeepSpeed",
-                where,
-                why="open-instruct: not compatible with deepspeed; its state cannot be sharded",
-                hint="delete it for several GPUs, or `recipe_options: {deepspeed: none}` on one",
-            )
-        elif draft.world_size > 1:
-            draft.error(
-                f"`use_8bit_optimizer: true` on {draft.world_size} processes",
-                where,
-                why="it is for one GPU: without DeepSpeed each process holds the whole model",
-                hint="delete it, and let ZeRO-3 shard the optimizer",
-            )
         switch = "dpo_use_paged_optimizer" if draft.program == DPO else "use_qlora"
-        if not draft.values.get(switch) and not draft.values.get("use_qlora"):
-            draft.error(
+        draft.check(
+            (
+                Rule(
+                    sharding != "none",
+                    "`use_8bit_optimizer: true` does not work with DeepSpeed",
+                    where,
+                    why="open-instruct: not compatible with deepspeed; its state cannot be sharded",
+                    hint="delete it for several GPUs, or `recipe_options: {deepspeed: none}` on"
+                    " one",
+                ),
+                Rule(
+                    draft.world_size > 1,
+                    f"`use_8bit_optimizer: true` on {draft.world_size} processes",
+                    where,
+                    why="it is for one GPU: without DeepSpeed each process holds the whole model",
+                    hint="delete it, and let ZeRO-3 shard the optimizer",
+                ),
+            ),
+            Rule(
+                not draft.values.get(switch) and not draft.values.get("use_qlora"),
                 "`use_8bit_optimizer` alone has no effect",
                 where,
                 level="warning",
-                why=(
-                    f"upstream {draft.program} looks at it only with `{switch}`: the optimizer's"
-                    " state stays in 32 bits"
-                ),
-                hint=(
-                    f"add `{switch}: true`"
-                    if draft.program == DPO
-                    else "fine where your copy of open-instruct changed that"
-                ),
-            )
-    if draft.values.get("use_qlora") is True and sharding != "none":
-        draft.error(
+                why=f"upstream {draft.program} looks at it only with `{switch}`: the optimizer's"
+                " state stays in 32 bits",
+                hint=f"add `{switch}: true`"
+                if draft.program == DPO
+                else "fine where your copy of open-instruct changed that",
+            ),
+        )
+    draft.check(
+        Rule(
+            draft.values.get("use_qlora") is True and sharding != "none",
             "`use_qlora: true` does not work with DeepSpeed",
             draft.where("use_qlora"),
             why="open-instruct's own words",
             hint="recipe_options: {deepspeed: none}",
-        )
-    if draft.values.get("dpo_use_paged_optimizer") is True and sharding != "none":
-        draft.error(
+        ),
+        Rule(
+            draft.values.get("dpo_use_paged_optimizer") is True and sharding != "none",
             "`dpo_use_paged_optimizer: true` does not work with DeepSpeed",
             draft.where("dpo_use_paged_optimizer"),
             why="it replaces the optimizer that DeepSpeed shards",
             hint="delete it for several GPUs",
-        )
+        ),
+    )
 
 
 def deepspeed_text(draft: Draft, sharding: str) -> str | None:
@@ -170,21 +178,25 @@ def check_deepspeed_file(draft: Draft, sharding: str) -> None:
         return
     zero = found.get("zero_optimization") if isinstance(found, dict) else None
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-    if stage != _ZERO[sharding]:
-        draft.error(
+    draft.check(
+        Rule(
+            stage != _ZERO[sharding],
             f"`deepspeed_config` has ZeRO stage {stage}, and the run is planned with {sharding}",
             where,
             why=f"zero_optimization.stage in {path}; the checkpoints of the two have other files",
             hint=f"stage {_ZERO[sharding]} there, or another `recipe_options.deepspeed`",
         )
+    )
     for name in ("optimizer", "scheduler"):
-        if isinstance(found, dict) and name in found:
-            draft.error(
+        draft.check(
+            Rule(
+                isinstance(found, dict) and name in found,
                 f"`deepspeed_config` has an `{name}`, and open-instruct makes its own",
                 where,
                 why=f"accelerate refuses two ({path})",
                 hint="delete it there",
             )
+        )
     micro, gas = (
         draft.count("per_device_train_batch_size"),
         draft.count("gradient_accumulation_steps"),
@@ -194,13 +206,15 @@ def check_deepspeed_file(draft: Draft, sharding: str) -> None:
         ("gradient_accumulation_steps", gas),
     ):
         given = found.get(name, "auto") if isinstance(found, dict) else "auto"
-        if given != "auto" and wanted and given != wanted:
-            draft.error(
+        draft.check(
+            Rule(
+                given != "auto" and wanted and given != wanted,
                 f"`deepspeed_config` has `{name}: {given}`, and the run {wanted}",
                 where,
                 why=f"in {path}",
                 hint='"auto" takes the run\'s',
             )
+        )
 
 
 def _clipping(draft: Draft) -> float:

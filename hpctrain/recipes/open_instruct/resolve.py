@@ -25,6 +25,7 @@ from hpctrain.recipes.open_instruct.arguments import (
     value_problems,
 )
 from hpctrain.recipes.open_instruct.draft import DPO, SFT, Draft
+from hpctrain.recipes.rules import Rule
 from hpctrain.runtime import hubcache
 
 CACHES_FILE = "caches.json"
@@ -41,12 +42,14 @@ def resolve(context: Context) -> Resolved:
     _check_arguments(draft)
     _check_extra(draft)
     training.check_settings(draft)
-    if not spec.checkpoint_dir:
-        draft.error(
+    draft.check(
+        Rule(
+            not spec.checkpoint_dir,
             "open-instruct needs a folder for its checkpoints",
             spec.where("checkpoint"),
             hint="set `checkpoint: {dir: …}`",
         )
+    )
     model = data.decide_model(draft)
     mixer = data.decide_mixer(draft)
     sharding = launch.decide_sharding(draft)
@@ -56,12 +59,14 @@ def resolve(context: Context) -> Resolved:
     deepspeed = launch.deepspeed_text(draft, sharding)
     launch.check_deepspeed_file(draft, sharding)
     hf_home, cache_dir = draft.path_option("hf_home"), _cache_dir(draft)
-    if options["offline"] and not hf_home:
-        draft.error(
+    draft.check(
+        Rule(
+            options["offline"] and not hf_home,
             "`offline: true` needs to know where models and data sets are",
             draft.option_where("hf_home"),
             hint="recipe_options: {hf_home: /scratch/…/hf}, or {offline: false}",
         )
+    )
     repos = data.hub_repos(draft, model, mixer, hf_home) if options["offline"] and hf_home else ()
     config_file = draft.path_option("deepspeed_config") or (
         os.path.join(context.run_dir, launch.DEEPSPEED_FILE) if deepspeed else None
@@ -255,17 +260,16 @@ def _check_extra(draft: Draft) -> None:
     check has seen it."""
     for word in draft.options["extra_arguments"] or ():
         name = str(word).partition("=")[0].removeprefix("--").replace("-", "_")
-        if str(word).startswith("--") and name in {
-            *draft.arguments,
-            "dataset_local_cache_dir",
-            "local_cache_dir",
-        }:
-            draft.error(
+        draft.check(
+            Rule(
+                str(word).startswith("--")
+                and name in {*draft.arguments, "dataset_local_cache_dir", "local_cache_dir"},
                 f"`extra_arguments` has `--{name}`, which the program knows",
                 draft.option_where("extra_arguments"),
                 why="the last of two wins, and the checks would not see it",
                 hint=f"config: {{{name}: …}}",
             )
+        )
 
 
 def _decide_program(draft: Draft, folder: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 
 from hpctrain.recipes.open_instruct.draft import DPO, SFT, Draft
+from hpctrain.recipes.rules import Rule
 
 # Arguments that run.yaml says elsewhere, or that the job sets.
 _ELSEWHERE = {
@@ -50,19 +51,29 @@ def check_settings(draft: Draft) -> None:
         if draft.has(name) and draft.values.get(name) is None:
             draft.values[name] = value
     for name, why in _WHY_NOT.items():
-        if draft.values.get(name) is True:
-            draft.error(f"`{name}: true` {why}", draft.where(name), hint="delete it")
-    if draft.values.get("do_not_randomize_output_dir") is False:
-        draft.error(
+        draft.check(
+            Rule(
+                draft.values.get(name) is True,
+                f"`{name}: true` {why}",
+                draft.where(name),
+                hint="delete it",
+            )
+        )
+    draft.check(
+        Rule(
+            draft.values.get("do_not_randomize_output_dir") is False,
             "`do_not_randomize_output_dir: false` saves below a folder named after `exp_name`",
             draft.where("do_not_randomize_output_dir"),
             why="the next link looks for checkpoints in `checkpoint.dir`",
             hint="delete it",
-        )
-    if draft.values.get("save_to_hub") is not None:
-        draft.error(
-            "`save_to_hub` publishes the model", draft.where("save_to_hub"), hint="delete it"
-        )
+        ),
+        Rule(
+            draft.values.get("save_to_hub") is not None,
+            "`save_to_hub` publishes the model",
+            draft.where("save_to_hub"),
+            hint="delete it",
+        ),
+    )
     if draft.values.get("resume_from_checkpoint") is not None:
         draft.error(
             "`resume_from_checkpoint` has no effect",
@@ -75,16 +86,16 @@ def check_settings(draft: Draft) -> None:
         )
         draft.values.pop("resume_from_checkpoint")
     keep = draft.get("keep_last_n_checkpoints")
-    if isinstance(keep, int) and 0 <= keep < 2:
-        draft.error(
+    draft.check(
+        Rule(
+            isinstance(keep, int) and 0 <= keep < 2,
             f"`keep_last_n_checkpoints: {keep}` can leave no complete checkpoint",
             draft.where("keep_last_n_checkpoints"),
-            why=(
-                "the older ones are deleted when the first process has saved, while others may"
-                " still write"
-            ),
+            why="the older ones are deleted when the first process has saved, while others may"
+            " still write",
             hint="at least 2, or -1 to delete none",
         )
+    )
     if draft.values.get("dataset_cache_mode", draft.values.get("cache_mode")) == "hf":
         name = draft.names.cache_mode
         draft.error(
@@ -99,20 +110,22 @@ def check_settings(draft: Draft) -> None:
             "W&B writes beside the run; `wandb sync` sends it later",
             draft.where("with_tracking"),
         )
-    if draft.program == SFT and not draft.values.get("chat_template_name"):
-        draft.error(
+    draft.check(
+        Rule(
+            draft.program == SFT and not draft.values.get("chat_template_name"),
             "`chat_template_name` is not set",
             draft.spec.where("config"),
             level="note",
             why="then the tokenizer must bring a chat template, and those of base models do not",
             hint="config: {chat_template_name: tulu}",
-        )
-    if draft.program == DPO and draft.values.get("cache_logprobs_only") is True:
-        draft.error(
+        ),
+        Rule(
+            draft.program == DPO and draft.values.get("cache_logprobs_only") is True,
             "`cache_logprobs_only` ends before training",
             draft.where("cache_logprobs_only"),
             level="warning",
-        )
+        ),
+    )
 
 
 def decide_batch(draft: Draft) -> None:
@@ -125,8 +138,11 @@ def decide_batch(draft: Draft) -> None:
         ("per_device_train_batch_size", micro),
         ("gradient_accumulation_steps", gas),
     ):
-        if value is None and draft.has(name):
-            draft.error(f"`{name}` must be at least 1", draft.where(name))
+        draft.check(
+            Rule(
+                value is None and draft.has(name), f"`{name}` must be at least 1", draft.where(name)
+            )
+        )
     if not micro or not gas:
         return
     parallel = draft.count("sequence_parallel_size") or 1
@@ -164,8 +180,13 @@ def decide_cadence(draft: Draft) -> tuple[int | None, int | None, int | None]:
     )
     where = draft.where("checkpointing_steps")
     chained = spec.num_links > 1
-    if draft.values.get("max_train_steps") is not None and not steps:
-        draft.error("`max_train_steps` must be at least 1", draft.where("max_train_steps"))
+    draft.check(
+        Rule(
+            draft.values.get("max_train_steps") is not None and not steps,
+            "`max_train_steps` must be at least 1",
+            draft.where("max_train_steps"),
+        )
+    )
     if every is None:
         draft.error(
             "no checkpoint would ever be saved",
@@ -175,22 +196,26 @@ def decide_cadence(draft: Draft) -> tuple[int | None, int | None, int | None]:
         )
         return None, steps, None
     if str(every).lower() == "epoch":
-        if every != "epoch":
-            draft.error(
+        draft.check(
+            Rule(
+                every != "epoch",
                 f"`checkpointing_steps: {every}` saves nothing",
                 where,
                 why="open-instruct compares with `epoch`",
                 hint="checkpointing_steps: epoch",
             )
+        )
         draft.decide("checkpoint.every", "epoch", "`checkpointing_steps`", where)
-        if steps and chained:
-            draft.error(
+        draft.check(
+            Rule(
+                steps and chained,
                 "`checkpointing_steps: epoch` with `max_train_steps` does not tell a chain when it"
                 " is done",
                 draft.where("max_train_steps"),
                 why="how many epochs that makes depends on the data",
                 hint=f"give `{names.epochs}` instead, or save by steps",
             )
+        )
         return (None if steps else (epochs or 1) - 1), steps, None
     if not re.fullmatch(r"[1-9]\d{0,8}", str(every)):
         draft.error(
@@ -200,34 +225,32 @@ def decide_cadence(draft: Draft) -> tuple[int | None, int | None, int | None]:
     interval = int(every)
     draft.decide("checkpoint.every", interval, "`checkpointing_steps`", where)
     if not steps:
-        if chained:
-            draft.error(
+        draft.check(
+            Rule(
+                chained,
                 f"a chain of {spec.num_links} jobs must know when the run is done, and"
                 f" `{names.epochs}` does not tell",
-                (
-                    draft.where(names.epochs)
-                    if names.epochs in draft.values
-                    else spec.where("chain", "jobs")
-                ),
+                draft.where(names.epochs)
+                if names.epochs in draft.values
+                else spec.where("chain", "jobs"),
                 why="how many steps an epoch has depends on the data",
                 hint="give `max_train_steps`, or `checkpointing_steps: epoch`",
             )
+        )
         return None, None, interval
-    if steps % interval:
-        draft.error(
+    draft.check(
+        Rule(
+            steps % interval,
             f"the last checkpoint would be step_{steps // interval * interval}, and the run ends at"
             f" {steps}",
             draft.where("max_train_steps"),
             level="error" if chained else "warning",
-            why=(
-                "open-instruct saves no checkpoint at its end, only the model: later links would"
-                " train the rest again"
-            ),
-            hint=(
-                f"max_train_steps: {-(-steps // interval) * interval}, a multiple of"
-                " `checkpointing_steps`"
-            ),
+            why="open-instruct saves no checkpoint at its end, only the model: later links would"
+            " train the rest again",
+            hint=f"max_train_steps: {-(-steps // interval) * interval}, a multiple of"
+            " `checkpointing_steps`",
         )
+    )
     _check_resume_in_epochs(draft, epochs, chained)
     draft.decide(
         "checkpoint.last",
@@ -241,14 +264,14 @@ def decide_cadence(draft: Draft) -> tuple[int | None, int | None, int | None]:
 def _check_resume_in_epochs(draft: Draft, epochs: int | None, chained: bool) -> None:
     """dpo_tune_cache.py never forgets how many batches a resume skipped (lines 556-558 at e6c3044):
     each later epoch skips as many again, and the run ends before its last step."""
-    if draft.program == DPO and chained and (epochs or 1) > 1:
-        draft.error(
+    draft.check(
+        Rule(
+            draft.program == DPO and chained and (epochs or 1) > 1,
             "a resume inside an epoch skips data of every later epoch",
             draft.where(draft.names.epochs),
             level="warning",
-            why=(
-                "dpo_tune_cache.py leaves out as many batches of each epoch as it had trained of"
-                " the first"
-            ),
+            why="dpo_tune_cache.py leaves out as many batches of each epoch as it had trained of"
+            " the first",
             hint=f"{draft.names.epochs}: 1, or one job that needs no resume",
         )
+    )

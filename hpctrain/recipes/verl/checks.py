@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hpctrain.base.errors import Problem
 from hpctrain.config.decision import Decision
 from hpctrain.recipes.contract import Context
+from hpctrain.recipes.rules import Judge, Key, Rule
 from hpctrain.recipes.verl.memory import least_ranks, need
 from hpctrain.recipes.verl.presets import ModelShape
 
@@ -55,7 +55,7 @@ _MICRO = (
 )
 
 
-class Checker:
+class Checker(Judge):
     """Collects problems about the overrides `values`; `where` tells the line of a key, or of what
     stands for it."""
 
@@ -67,14 +67,13 @@ class Checker:
         ranks_per_node: int,
         shape: ModelShape,
     ) -> None:
+        super().__init__()
         self.values, self.where = values, where
         self.ranks, self.ranks_per_node, self.shape = ranks, ranks_per_node, shape
-        self.problems: list[Problem] = []
 
-    def error(
-        self, what: str, key: str, why: str = "", hint: str = "", level: str = "error"
-    ) -> None:
-        self.problems.append(Problem(what, self.where(key), why, hint, level))
+    def place(self, key: Key) -> str:
+        """Where an override was said."""
+        return self.where(str(key))
 
     def counts_are_numbers(self) -> bool:
         """Whether everything that the arithmetic needs is a whole number above 0; else the rest
@@ -82,15 +81,30 @@ class Checker:
         count = len(self.problems)
         for key in _COUNTS:
             value = self.values.get(key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                self.error(f"`{key}: {value}` is not a whole number above 0", key)
+            self.check(
+                Rule(
+                    isinstance(value, bool) or not isinstance(value, int) or value < 1,
+                    f"`{key}: {value}` is not a whole number above 0",
+                    key,
+                )
+            )
         for key in ("trainer.save_freq", "trainer.test_freq", "trainer.total_epochs"):
             value = self.values.get(key)
-            if isinstance(value, bool) or not isinstance(value, int):
-                self.error(f"`{key}: {value}` is not a whole number", key)
+            self.check(
+                Rule(
+                    isinstance(value, bool) or not isinstance(value, int),
+                    f"`{key}: {value}` is not a whole number",
+                    key,
+                )
+            )
         share = self.values.get(KEEP_GPU)
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-            self.error(f"`{KEEP_GPU}: {share}` is not a fraction between 0 and 1", KEEP_GPU)
+        self.check(
+            Rule(
+                isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1,
+                f"`{KEEP_GPU}: {share}` is not a fraction between 0 and 1",
+                KEEP_GPU,
+            )
+        )
         return len(self.problems) == count
 
     def batches(self) -> None:
@@ -98,47 +112,49 @@ class Checker:
         `_validate_config`, workers)."""
         train, mini, samples = (self.values[key] for key in (TRAIN_BATCH, MINI_BATCH, SAMPLES))
         data_parallel = max(self.ranks // self.values[SEQUENCE], 1)
-        if train * samples % self.ranks:
-            self.error(
+        self.check(
+            Rule(
+                train * samples % self.ranks,
                 f"{train} prompts x {samples} answers = {train * samples} are no multiple of"
                 f" {self.ranks} GPUs",
                 TRAIN_BATCH,
                 why="verl deals them out evenly and stops otherwise",
                 hint=_next_multiple(train, samples, self.ranks, TRAIN_BATCH),
-            )
-        if mini > train:
-            self.error(
-                f"`ppo_mini_batch_size: {mini}` is more than `train_batch_size: {train}`",
-                MINI_BATCH,
-                why=self._preset(MINI_BATCH),
-                hint=f"set `config.{MINI_BATCH}` to {train} or a divisor of that",
-            )
-        elif train % mini:
-            self.error(
-                f"`ppo_mini_batch_size: {mini}` does not divide `train_batch_size: {train}`",
-                MINI_BATCH,
-                why=(
-                    "the last mini-batch of every step would be smaller, and its gradients too"
-                    " large"
+            ),
+            (
+                Rule(
+                    mini > train,
+                    f"`ppo_mini_batch_size: {mini}` is more than `train_batch_size: {train}`",
+                    MINI_BATCH,
+                    why=self._preset(MINI_BATCH),
+                    hint=f"set `config.{MINI_BATCH}` to {train} or a divisor of that",
                 ),
-                hint=f"use a divisor of {train}",
-            )
-        if mini * samples % data_parallel:
-            self.error(
+                Rule(
+                    train % mini,
+                    f"`ppo_mini_batch_size: {mini}` does not divide `train_batch_size: {train}`",
+                    MINI_BATCH,
+                    why="the last mini-batch of every step would be smaller, and its gradients too"
+                    " large",
+                    hint=f"use a divisor of {train}",
+                ),
+            ),
+            Rule(
+                mini * samples % data_parallel,
                 f"a mini-batch of {mini} prompts x {samples} answers is no multiple of"
                 f" {data_parallel} ranks",
                 MINI_BATCH,
                 why="verl divides it by the ranks and drops the rest (workers/fsdp_workers.py)",
                 hint=_next_multiple(mini, samples, data_parallel, MINI_BATCH),
-            )
-        if samples < 2 and self.values.get("algorithm.adv_estimator") == "grpo":
-            self.error(
+            ),
+            Rule(
+                samples < 2 and self.values.get("algorithm.adv_estimator") == "grpo",
                 f"`rollout.n: {samples}` with `adv_estimator: grpo` gives every answer an advantage"
                 " of 0",
                 SAMPLES,
                 why="GRPO compares the answers to one prompt with each other",
                 hint="use 8, as GAD's scripts do",
-            )
+            ),
+        )
 
     def micro_batches(self) -> None:
         """Without `use_dynamic_bsz` verl needs four more sizes, and says so when Ray holds the GPUs
@@ -198,28 +214,34 @@ class Checker:
                 why=limit,
                 hint="use a power of 2 up to the GPUs of a node",
             )
-        if shape.heads % tensor:
-            self.error(
-                f"`tensor_model_parallel_size: {tensor}` does not divide the model's {shape.heads}"
-                " heads",
-                TENSOR,
-                why="vLLM gives every GPU the same number of heads",
-                hint=_divisors(shape.heads, self.ranks_per_node),
-            )
-        elif tensor % shape.kv_heads and shape.kv_heads % tensor:
-            self.error(
-                f"`tensor_model_parallel_size: {tensor}` does not fit the model's {shape.kv_heads}"
-                " key-value heads",
-                TENSOR,
-                hint=_divisors(shape.kv_heads, self.ranks_per_node),
-            )
-        if shape.heads % sequence or self.ranks % sequence:
-            self.error(
+        self.check(
+            (
+                Rule(
+                    shape.heads % tensor,
+                    f"`tensor_model_parallel_size: {tensor}` does not divide the model's"
+                    f" {shape.heads}"
+                    " heads",
+                    TENSOR,
+                    why="vLLM gives every GPU the same number of heads",
+                    hint=_divisors(shape.heads, self.ranks_per_node),
+                ),
+                Rule(
+                    tensor % shape.kv_heads and shape.kv_heads % tensor,
+                    f"`tensor_model_parallel_size: {tensor}` does not fit the model's"
+                    f" {shape.kv_heads}"
+                    " key-value heads",
+                    TENSOR,
+                    hint=_divisors(shape.kv_heads, self.ranks_per_node),
+                ),
+            ),
+            Rule(
+                shape.heads % sequence or self.ranks % sequence,
                 f"`ulysses_sequence_parallel_size: {sequence}` does not divide {shape.heads} heads"
                 f" and {self.ranks} GPUs",
                 SEQUENCE,
                 hint="use 1, 2 or 4",
-            )
+            ),
+        )
 
     def token_budgets(self) -> None:
         """The longest sequence must fit into one forward pass of the actor and of the critic."""
@@ -254,37 +276,43 @@ class Checker:
             f" {self.values['data.max_response_length']}"
         )
         at = next(filter(lambda key: not self._preset(key), (_RESPONSE, _PROMPT)), _RESPONSE)
-        if longest > positions:
-            self.error(
+        self.check(
+            Rule(
+                longest > positions,
                 f"{said} = {longest}, and the model knows {positions} positions",
                 at,
                 why=limit,
                 hint=f"at most {positions} together; verl stops when it loads the model",
             )
+        )
         told = self.values.get(_MAX_LEN)
         if isinstance(told, int) and not isinstance(told, bool):
-            if told < longest:
-                self.error(
-                    f"`rollout.max_model_len: {told}` is less than {said} = {longest}",
-                    _MAX_LEN,
-                    why="vLLM would refuse the longest prompts",
-                    hint="delete it: verl then takes the sum",
+            self.check(
+                (
+                    Rule(
+                        told < longest,
+                        f"`rollout.max_model_len: {told}` is less than {said} = {longest}",
+                        _MAX_LEN,
+                        why="vLLM would refuse the longest prompts",
+                        hint="delete it: verl then takes the sum",
+                    ),
+                    Rule(
+                        told > positions,
+                        f"`rollout.max_model_len: {told}` is more than the {positions} positions"
+                        " that"
+                        " the model knows",
+                        _MAX_LEN,
+                        why=limit,
+                        hint=f"at most {positions}, or delete it",
+                    ),
                 )
-            elif told > positions:
-                self.error(
-                    f"`rollout.max_model_len: {told}` is more than the {positions} positions that"
-                    " the model knows",
-                    _MAX_LEN,
-                    why=limit,
-                    hint=f"at most {positions}, or delete it",
-                )
+            )
         batched = self.values.get(_BATCHED, 8192)
-        if (
-            self.values.get(_CHUNKED) is not False
-            and isinstance(batched, int)
-            and batched < longest
-        ):
-            self.error(
+        self.check(
+            Rule(
+                self.values.get(_CHUNKED) is not False
+                and isinstance(batched, int)
+                and batched < longest,
                 f"`rollout.max_num_batched_tokens: {batched}` is less than {said} = {longest}",
                 _BATCHED if _BATCHED in self.values else at,
                 level="warning",
@@ -292,6 +320,7 @@ class Checker:
                 + "verl up to 0.5 refuses that with chunked prefill",
                 hint=f"config.{_BATCHED}: {longest}",
             )
+        )
 
     def saving(self) -> None:
         """Checkpoints that come, stay, and are whole."""
@@ -299,68 +328,80 @@ class Checker:
             (key, self.values.get(f"trainer.{key}"))
             for key in ("max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep")
         ]
-        if keep[0][1] != keep[1][1]:
-            self.error(
-                f"`{keep[0][0]}: {keep[0][1]}` and `{keep[1][0]}: {keep[1][1]}` leave halves of"
-                " checkpoints",
-                f"trainer.{keep[0][0]}",
-                hint="give both the same number, or delete both",
-            )
-        elif isinstance(keep[0][1], int) and keep[0][1] < 2:
-            self.error(
-                f"`{keep[0][0]}: {keep[0][1]}` deletes the only complete checkpoint before the next"
-                " is written",
-                f"trainer.{keep[0][0]}",
-                why="verl removes the old ones first (fsdp_checkpoint_manager.py)",
-                hint="keep at least 2, or delete both keys",
-            )
-        if self.values["trainer.save_freq"] < 1:
-            self.error(
+        self.check(
+            (
+                Rule(
+                    keep[0][1] != keep[1][1],
+                    f"`{keep[0][0]}: {keep[0][1]}` and `{keep[1][0]}: {keep[1][1]}` leave halves of"
+                    " checkpoints",
+                    f"trainer.{keep[0][0]}",
+                    hint="give both the same number, or delete both",
+                ),
+                Rule(
+                    isinstance(keep[0][1], int) and keep[0][1] < 2,
+                    f"`{keep[0][0]}: {keep[0][1]}` deletes the only complete checkpoint before"
+                    " the next"
+                    " is written",
+                    f"trainer.{keep[0][0]}",
+                    why="verl removes the old ones first (fsdp_checkpoint_manager.py)",
+                    hint="keep at least 2, or delete both keys",
+                ),
+            ),
+            Rule(
+                self.values["trainer.save_freq"] < 1,
                 f"`trainer.save_freq: {self.values['trainer.save_freq']}` saves nothing before"
                 " the end",
                 "trainer.save_freq",
                 hint="save every 100 steps or so",
-            )
-        if self.values.get("trainer.del_local_ckpt_after_load") is True:
-            self.error(
+            ),
+            Rule(
+                self.values.get("trainer.del_local_ckpt_after_load") is True,
                 "`trainer.del_local_ckpt_after_load: true` may delete the checkpoint that the run"
                 " goes on from",
                 "trainer.del_local_ckpt_after_load",
                 hint="delete it",
-            )
+            ),
+        )
         for key, value in self.values.items():
             if key.endswith(("checkpoint.contents", "checkpoint.save_contents")) and isinstance(
                 value, list
             ):
                 lacking = [part for part in ("model", "optimizer", "extra") if part not in value]
-                if lacking:
-                    self.error(
+                self.check(
+                    Rule(
+                        lacking,
                         f"`{key}` without {', '.join(lacking)}: no run can go on from such"
                         " checkpoints",
                         key,
                         hint="[model, optimizer, extra], with hf_model if you like",
                     )
+                )
         for key in LOADS.values():
             lacking = [
                 part
                 for part in ("model", "optimizer", "extra")
                 if part not in _loads(self.values, key)
             ]
-            if "model" in lacking:
-                self.error(
-                    f"`{key}` without model: every link begins with the weights of the first",
-                    key,
-                    hint="[model, optimizer, extra]",
+            self.check(
+                (
+                    Rule(
+                        "model" in lacking,
+                        f"`{key}` without model: every link begins with the weights of the first",
+                        key,
+                        hint="[model, optimizer, extra]",
+                    ),
+                    Rule(
+                        lacking,
+                        f"`{key}` without {', '.join(lacking)}: not only the start, every link"
+                        " begins"
+                        " without",
+                        key,
+                        why="verl reads the key whenever it loads a checkpoint",
+                        hint="delete the key",
+                        level="warning",
+                    ),
                 )
-            elif lacking:
-                self.error(
-                    f"`{key}` without {', '.join(lacking)}: not only the start, every link begins"
-                    " without",
-                    key,
-                    why="verl reads the key whenever it loads a checkpoint",
-                    hint="delete the key",
-                    level="warning",
-                )
+            )
 
 
 def start_takes(values: Mapping[str, Any]) -> str:
@@ -410,14 +451,12 @@ def check_memory(checker: Checker, context: Context) -> tuple[Decision, ...]:
         )
         offload = "`param_offload` and `optimizer_offload` of the actor and the critic take less"
         site = context.site.document.where("node_types", context.node_type.name, "gpu_memory_gib")
-        checker.problems.append(
-            Problem(
-                f"the models need at least {least.total:.0f} GiB of each GPU, and those of"
-                f" `{context.node_type.name}` nodes have {gpu_gib:g}",
-                where,
-                why=f"{least.words}; formula and sources in {FORMULA_AT}; GPU memory set in {site}",
-                hint=f"{hint}; {offload}",
-            )
+        checker.error(
+            f"the models need at least {least.total:.0f} GiB of each GPU, and those of"
+            f" `{context.node_type.name}` nodes have {gpu_gib:g}",
+            "recipe_options.size",
+            why=f"{least.words}; formula and sources in {FORMULA_AT}; GPU memory set in {site}",
+            hint=f"{hint}; {offload}",
         )
     elif least.rollout > share * gpu_gib:
         checker.error(
@@ -439,13 +478,15 @@ def check_memory(checker: Checker, context: Context) -> tuple[Decision, ...]:
             ),
         )
     memory_gib = context.node_type.memory_gib
-    if least.host > memory_gib:
-        checker.error(
+    checker.check(
+        Rule(
+            least.host > memory_gib,
             f"what is offloaded needs {least.host:.0f} GiB of each node's memory, and it has"
             f" {memory_gib:g}",
             f"{_ACTOR}.fsdp_config.param_offload",
             hint="take more nodes, or offload less",
         )
+    )
     return (decision,)
 
 
@@ -461,18 +502,15 @@ def known_positions(model: str) -> int | None:
         return None
 
 
-def check_model_name(path: str, where: str) -> list[Problem]:
-    """A model that does not exist, by its name."""
-    if re.search(r"qwen2\.5-235b", path, re.IGNORECASE):
-        return [
-            Problem(
-                "there is no Qwen2.5-235B",
-                where,
-                why="Qwen's model of 235 billion parameters is Qwen3-235B-A22B",
-                hint="name the folder of Qwen3-235B-A22B",
-            )
-        ]
-    return []
+def misnamed(model: str, where: str) -> Rule:
+    """Against a model that does not exist, by its name."""
+    return Rule(
+        re.search(r"qwen2\.5-235b", model, re.IGNORECASE),
+        "there is no Qwen2.5-235B",
+        where,
+        why="Qwen's model of 235 billion parameters is Qwen3-235B-A22B",
+        hint="name the folder of Qwen3-235B-A22B",
+    )
 
 
 def _next_multiple(prompts: int, samples: int, ranks: int, key: str) -> str:
