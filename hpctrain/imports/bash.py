@@ -50,7 +50,7 @@ def statements(text: str) -> list[Statement]:
     for node in root.children:
         if node.type == "&" and found:
             found[-1] = _in_background(found[-1])
-        if node.is_named and node.type != "comment":
+        if node.is_named and node.type != "comment" and node.text.strip():
             found.append(
                 Statement(
                     node.text.decode(),

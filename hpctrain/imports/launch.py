@@ -113,6 +113,15 @@ def _unpacked(words: list[str], lists: dict[str, list[str]]) -> list[str]:
     return _unpacked([*held, *words[1:]], lists) if held and held[0].startswith("-") else words
 
 
+def _may_be_options(words: list[str]) -> bool:
+    """Whether the head of what srun runs is a variable that may hold options of srun's."""
+    if not words or not re.match(r"\"?\$\{?\w", words[0]):
+        return False
+    program = re.search(r"PY|LAUNCH|CMD|COMMAND|TORCH|EXEC|PROG|RUN(?!NER_ARG)", words[0], re.I)
+    dashed = len(words) > 1 and words[1].startswith("-")
+    return bool(re.search(r"ARG|OPT|SRUN|FLAG", words[0], re.I)) or (dashed and not program)
+
+
 def _srun(
     words: list[str], values: dict[str, str], lists: dict[str, list[str]], step: Step
 ) -> list[str] | None:
@@ -120,9 +129,7 @@ def _srun(
     while True:
         words = _unpacked(words, lists)
         if not words or not words[0].startswith("-"):
-            # What an unknown variable holds may be options, too.
-            unknown = words and re.match(r"\"?\$\{?\w*(ARG|OPT|SRUN|FLAG)", words[0], re.I)
-            return None if unknown else words
+            return None if _may_be_options(words) else words
         word = words.pop(0)
         name, value = _option(word, words)
         if not name:

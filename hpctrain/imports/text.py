@@ -9,18 +9,6 @@ import yaml
 from hpctrain.imports.script import Imported
 
 
-class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as blocks."""
-
-
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    style = "|" if "\n" in value else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-
-_Dumper.add_representer(str, _text)
-
-
 def run_text(found: Imported, source: str) -> str:
     """The run.yaml, remarks first as comments."""
     told = [f"# Imported from {source}. `hpctrain check` says what is left to do."]
@@ -32,4 +20,14 @@ def run_text(found: Imported, source: str) -> str:
 
 
 def _dump(run: dict[str, Any]) -> str:
-    return yaml.dump(run, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    """YAML in the order of the keys; `setup` as a block, whatever blanks its lines hold."""
+    out = []
+    for key, value in run.items():
+        if key == "setup":
+            lines = "".join(
+                f"  {line}" if line.strip() else "\n" for line in value.splitlines(True)
+            )
+            out.append(f"setup: |{'2' if value[:1] in ' ' else ''}\n{lines}")
+        else:
+            out.append(yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=100))
+    return "".join(out)

@@ -143,7 +143,7 @@ def test_setup_runs_outside_strict_mode_and_leaves_the_link_its_number(tmp_path)
     lines = 'setup: |\n  set -- x\n  source "$UNSET"\n  A=(1 2)\nmodules: [gcc/12]\n'
     text = job(planned(tmp_path, "{program: hostname}", lines))
 
-    before, after = text.index("asked_link=${1-}\nset +euo"), text.index("set -- ${asked_link")
+    before, after = text.index("asked_link=${1-}\ncd -- "), text.index("set -- ${asked_link")
     assert before < text.index('source "$UNSET"\nA=(1 2)\n') < after < text.index("guard begin")
     assert "module load gcc/12" in text
 
