@@ -150,7 +150,7 @@ def _memory(
         checkpointing=training["activation_checkpointing"],
         logits_limit=_MAX_LOGITS,
     )
-    sharded = dataclasses.replace(layout, sharding="fsdp2", shards=ranks)
+    sharded = layout._replace(sharding="fsdp2", shards=ranks)
     more = [Change("`fsdp: true`", sharded)] if ranks > 1 and not training["fsdp"] else []
     changes = usual_changes(layout, "batch_size", "activation_checkpointing", *more)
     return judge(context, shape, layout, document.where("policy_name"), changes)

@@ -7,12 +7,10 @@ compares. Pure declarations; `hpctrain/plan/look` reads.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Union
+from typing import NamedTuple, Union
 
 
-@dataclass(frozen=True)
-class Masks:
+class Masks(NamedTuple):
     """NeoX's loss masks: token ids, and where each rule is set. `pairs` is flat: open, close, …"""
 
     pairs: tuple[int, ...] = ()
@@ -23,8 +21,7 @@ class Masks:
     where_individual: str = ""
 
 
-@dataclass(frozen=True)
-class Indexed:
+class Indexed(NamedTuple):
     """Indexed datasets (PREFIX.bin and PREFIX.idx) of one split.
 
     `prefixes`: (prefix, where). `window`: tokens of a row; `packed`: a row holds several documents;
@@ -49,26 +46,24 @@ class Indexed:
     where_config: str = ""
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Files of rows, or a folder of them. A row has all columns of one of `shapes`: name -> kind
     (text, messages, reply: either of the two, ids, any).
 
-    `count`: rows that the run says there are; `split`: the part that is read.
+    `stated`: rows that the run says there are; `split`: the part that is read.
     """
 
     files: tuple[tuple[str, str], ...]
     shapes: tuple[Mapping[str, str], ...]
-    count: int | None = None
-    where_count: str = ""
+    stated: int | None = None
+    where_stated: str = ""
     split: str | None = None
     where_split: str = ""
     template_of: str | None = None  # a folder whose tokenizer must have a chat template
     endings: tuple[str, ...] = (".parquet", ".jsonl", ".ndjson", ".json", ".arrow")
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """A folder in Hugging Face form that the job loads.
 
     `families`: the values of `model_type` that the program takes, None for any; `instead`: what to
@@ -87,8 +82,7 @@ class Model:
     full_precision: bool = False
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """The step's argv as people wrote it, run in `workdir`."""
 
     words: tuple[str, ...]
@@ -101,8 +95,7 @@ class Program:
         return self.where_words[index] if index < len(self.where_words) else self.where
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """A git working copy, and the branch or commit that the job asks for; `why` names who does."""
 
     folder: str
@@ -113,8 +106,7 @@ class Copy:
     why: str = ""
 
 
-@dataclass(frozen=True)
-class Packages:
+class Packages(NamedTuple):
     """Packages that the run will import: name as pip knows it -> (why, where)."""
 
     python: str

@@ -3,8 +3,6 @@ estimates, refusals."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from typing import Any
 
@@ -25,7 +23,7 @@ from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.facts import Fact, Model, Rows
 from hpctrain.recipes.memory import Change, Layout, judge
 from hpctrain.recipes.sft import signal_name
-from hpctrain.recipes.trainer_config import extra_packages, shape_at, usual_changes
+from hpctrain.recipes.trainer_config import extra_packages, read_model, shape_at, usual_changes
 
 CONFIG = "config_sft.yaml"
 _STAGE = "{tmp}/{user}-{job}-data"
@@ -128,8 +126,8 @@ def _base_problems(config: HfSftConfig, document: Document, context: Context) ->
     for what, path, where in named:
         if not os.path.isabs(path):
             continue
-        why = quantised_problem(_json(os.path.join(path, "config.json")))
-        adapter = _json(os.path.join(path, "adapter_config.json"))
+        why = quantised_problem(read_model(path))
+        adapter = read_model(os.path.join(path, "adapter_config.json"))
         base = str(adapter.get("base_model_name_or_path") or "")
         if not why and quantised_name(base):
             why = f"its adapter_config.json is of the base `{base}`"
@@ -150,16 +148,6 @@ def _base_problems(config: HfSftConfig, document: Document, context: Context) ->
                 )
             )
     return found
-
-
-def _json(path: str) -> dict[str, Any]:
-    """A JSON object of a file, {} where there is none that can be read."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _with_steps(config: HfSftConfig, context: Context) -> HfSftConfig:
@@ -255,7 +243,7 @@ def _memory(
     more = []
     if not lora:
         adapters = shape.layers * 32 * (attention + 2 * shape.mlp)
-        frozen = dataclasses.replace(layout, adapters=adapters, all_linears=True)
+        frozen = layout._replace(adapters=adapters, all_linears=True)
         more = [Change("`lora: {r: 16}`", frozen)]
     changes = usual_changes(layout, "per_device_train_batch_size", "gradient_checkpointing", *more)
     return judge(context, shape, layout, document.where("model_name"), changes)
@@ -279,8 +267,8 @@ def _facts(config: HfSftConfig, document: Document, context: Context) -> tuple[F
     rows = Rows(
         ((path, where("dataset_path")),) if path and os.path.isabs(path) else (),
         _SHAPES,
-        count=config.dataset_rows,
-        where_count=where("dataset_rows"),
+        stated=config.dataset_rows,
+        where_stated=where("dataset_rows"),
         template_of=base if local else None,
     )
     model = Model(

@@ -8,8 +8,7 @@ them with their sources and with the errors of the sums against other people's r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from hpctrain.base.errors import Problem
 from hpctrain.config.decision import Decision
@@ -26,8 +25,7 @@ COMPILED = 1.4  # a compiled layer's working set over the sum of what it saves
 LOSS = {"hf": 16, "in place": 8, "neox": 8, "mds": 10, "chunked": 2, "verl": 10, "fused": 0}
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """A decoder. Widths in numbers: `query` and `key` of all heads together, `mlp` of one gate;
     `experts` with `active` of them a token, `shared` the width of those that every token takes."""
 
@@ -99,8 +97,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
     )
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How a training is laid out on its GPUs.
 
     `sharding`: one (no sharding, pure bf16), ddp (fp32 masters on each), fsdp1, fsdp2, zero0 to
@@ -145,8 +142,7 @@ class Layout:
     prefetch: float = 0.0
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """GiB of the fullest GPU. `parts` add up to `allocated`; `least` is a lower bound; `total`:
     with what the allocator keeps and what lies outside it. `phase`: backward or optimizer step."""
 
@@ -166,7 +162,7 @@ class Need:
 def need(shape: Shape, layout: Layout) -> Need:
     """What the fullest GPU needs: the first stage of a pipeline, which holds the most micro batches
     at once, or the last, which has the logits."""
-    ends = [replace(layout, loss="fused", in_flight=layout.in_flight), replace(layout, in_flight=1)]
+    ends = [layout._replace(loss="fused"), layout._replace(in_flight=1)]
     stages = [layout] if layout.pipeline == 1 else ends
     found = [_of_stage(shape, stage) for stage in stages]
     return max(found, key=lambda one: one.allocated)
@@ -315,8 +311,7 @@ def _gathered(shape: Shape, layout: Layout, owned: float) -> float:
     return gathered
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """What a user could set, in the recipe's own keys, and the layout that it gives."""
 
     words: str

@@ -8,7 +8,7 @@ experts nothing is said: such estimates are wrong by factors (docs/memory.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hpctrain.base.units import format_duration
 from hpctrain.config.decision import Decision
@@ -16,8 +16,7 @@ from hpctrain.recipes.contract import Context
 from hpctrain.recipes.memory import Layout, Shape
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """The share of a GPU's peak (bf16, dense) that runs of one kind reached: 10th to 90th percentile
     of `source`."""
 

@@ -184,7 +184,7 @@ def _memory(config: SftConfig, context: Context) -> tuple[tuple[Decision, ...], 
         accumulates=(config.gradient_accumulation_steps or 1) > 1,
         checkpointing=config.activation_checkpointing,
     )
-    sharded = dataclasses.replace(layout, sharding="zero3")
+    sharded = layout._replace(sharding="zero3")
     more = [Change("`zero_stage: 3`", sharded)] if ranks > 1 and config.zero_stage < 3 else []
     changes = usual_changes(
         layout, "train_micro_batch_size_per_gpu", "activation_checkpointing", *more

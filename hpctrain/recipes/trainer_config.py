@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Callable
 
 from hpctrain.base.errors import Problem
@@ -69,18 +68,39 @@ def layered(context: Context, what: str, *key: str) -> tuple[Document, list[Prob
     )
 
 
-def shape_at(path: str) -> Shape | None:
-    """The shape of the model in a folder (or of a config.json); by its name where it is on the hub,
-    or does not lie here. None where neither tells."""
-    if not os.path.exists(path):
-        return shape_by_name(path)
+def read_model(path: str) -> dict[str, Any]:
+    """The config.json of a model's folder (or a config.json itself), {} where it cannot be read."""
     try:
         file = path if path.endswith(".json") else os.path.join(path, "config.json")
         with open(file, encoding="utf-8") as stream:
             found = json.load(stream)
     except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def shape_at(path: str) -> Shape | None:
+    """The shape of the model in a folder; by its name where it is on the hub, or does not lie here.
+    None where neither tells."""
+    return shape_of(read_model(path)) if os.path.exists(path) else shape_by_name(path)
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """The longest sequence that a model knows, its rope scaling included (transformers 5 calls
+    that `rope_parameters`); None where its config does not say.
+
+    Some count the stretch in `max_position_embeddings` and some do not, so the greater one holds.
+    """
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
+    known = config.get("max_position_embeddings")
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    rope = rope if isinstance(rope, dict) else {}
+    factor = rope.get("factor") or 1.0
+    if not isinstance(known, int) or not isinstance(factor, (int, float)):
         return None
-    return shape_of(found) if isinstance(found, dict) else None
+    original = rope.get("original_max_position_embeddings")
+    return max(known, int((original if isinstance(original, int) else known) * factor))
 
 
 def usual_changes(
@@ -89,9 +109,9 @@ def usual_changes(
     """The smallest changes that every trainer knows, by its own keys; and others of its own."""
     found = []
     if not layout.checkpointing:
-        found.append(Change(f"`{checkpointing}: true`", replace(layout, checkpointing=True)))
+        found.append(Change(f"`{checkpointing}: true`", layout._replace(checkpointing=True)))
     if layout.tokens > layout.length:
-        found.append(Change(f"`{batch_key}: 1`", replace(layout, tokens=layout.length)))
+        found.append(Change(f"`{batch_key}: 1`", layout._replace(tokens=layout.length)))
     return [*found, *more]
 
 

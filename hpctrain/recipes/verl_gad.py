@@ -22,6 +22,7 @@ from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.facts import Copy, Fact, Model, Packages, Rows
 from hpctrain.recipes.launchers import RAY_FILE
 from hpctrain.recipes.rules import Judge, Rule
+from hpctrain.recipes.trainer_config import positions_of, read_model
 from hpctrain.recipes.verl import checks, hydra, keys
 from hpctrain.recipes.verl.checks import Where
 from hpctrain.recipes.verl.presets import BRANCHES, SHAPE_KEYS, SIZES, ModelShape, overrides_of
@@ -374,7 +375,7 @@ def _positions(context: Context, shape: ModelShape, values: Mapping[str, Any]) -
             ),
         )
     student = str(values[MODELS[0]])
-    own = checks.known_positions(student) if os.path.isabs(student) else None
+    own = positions_of(read_model(student)) if os.path.isabs(student) else None
     if own is not None:
         return own, f"`max_position_embeddings` of {student}/config.json"
     size = context.options["size"]
@@ -556,8 +557,8 @@ def _facts(
         Rows(
             tuple((path, spec.where("data", kind, at)) for at, path in enumerate(spec.data[kind])),
             (columns if kind == "train" else {prompt: "messages"},),
-            count=options["records"] if kind == "train" else None,
-            where_count=spec.where("recipe_options", "records"),
+            stated=options["records"] if kind == "train" else None,
+            where_stated=spec.where("recipe_options", "records"),
         )
         for kind in ("train", "valid")
         if spec.data.get(kind)

@@ -11,7 +11,6 @@ import shlex
 import signal
 import subprocess
 import time
-import urllib.request
 from typing import Any, Dict, Mapping
 
 from .history import RUN_MODES
@@ -66,6 +65,8 @@ def _event(record: Mapping[str, Any]) -> str:
 def _send(to: str, content: bytes) -> None:
     if to.startswith(("http://", "https://")):
         kind = {"Content-Type": "application/json"}
+        import urllib.request  # a hundred files to open, for those few who are told by a URL
+
         urllib.request.urlopen(urllib.request.Request(to, content, kind), timeout=_LIMIT_S).close()
         return
     with subprocess.Popen(shlex.split(to), stdin=subprocess.PIPE) as program:

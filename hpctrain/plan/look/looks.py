@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hpctrain.base.errors import Problem
-from hpctrain.plan.look import indexed, model, program, rows
+from hpctrain.plan.look import program
 from hpctrain.plan.look.reading import Reader
 from hpctrain.plan.make import Plan
 from hpctrain.recipes.facts import Copy, Fact, Indexed, Model, Packages, Program, Rows
@@ -16,23 +16,34 @@ def look(plan: Plan, here: bool, reader: Reader) -> Iterator[Problem]:
     are told elsewhere. `here`: this machine is the site."""
     place = program.Place(here, _open_air(plan))
     for fact in plan.resolved.facts:
-        yield from _look_at(fact, place, reader)
+        if isinstance(fact, (Indexed, Rows, Model)):
+            yield from _look_into(fact, reader)
+        elif isinstance(fact, Program):
+            yield from program.problems(fact, place, reader)
+        elif isinstance(fact, Copy):
+            yield from program.copy_problems(fact, reader)
+        elif isinstance(fact, Packages):
+            yield from program.package_problems(fact, place, reader)
     yield from program.package_problems(_needed(plan), place, reader)
 
 
-def _look_at(fact: Fact, place: program.Place, reader: Reader) -> Iterator[Problem]:
+def _look_into(fact: Fact, reader: Reader) -> Iterator[Problem]:
+    """Data and models; what reads them is imported only where there is something to read, since
+    `render` looks too."""
     if isinstance(fact, Indexed):
-        yield from indexed.problems(fact, reader)
+        if any(reader.size(f"{prefix}.idx") is not None for prefix, _ in fact.prefixes):
+            from hpctrain.plan.look import indexed
+
+            yield from indexed.problems(fact, reader)
     elif isinstance(fact, Rows):
-        yield from rows.problems(fact, reader)
-    elif isinstance(fact, Model):
+        if any(reader.exists(path) for path, _ in fact.files):
+            from hpctrain.plan.look import rows
+
+            yield from rows.problems(fact, reader)
+    elif isinstance(fact, Model) and reader.exists(fact.path):
+        from hpctrain.plan.look import model
+
         yield from model.problems(fact, reader)
-    elif isinstance(fact, Program):
-        yield from program.problems(fact, place, reader)
-    elif isinstance(fact, Copy):
-        yield from program.copy_problems(fact, reader)
-    elif isinstance(fact, Packages):
-        yield from program.package_problems(fact, place, reader)
 
 
 def _open_air(plan: Plan) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from hpctrain.base.errors import Problem
 from hpctrain.plan.look.reading import Reader
 from hpctrain.recipes.facts import Model
+from hpctrain.recipes.trainer_config import positions_of
 from hpctrain.runtime import hubcache
 from hpctrain.runtime.shards import damage
 
@@ -74,25 +75,8 @@ def _family(model: Model, config: Mapping[str, Any]) -> Iterator[Problem]:
         )
 
 
-def positions(config: Mapping[str, Any]) -> int | None:
-    """The longest sequence that a model knows, its rope scaling included (transformers 5 calls
-    that `rope_parameters`); None where its config does not say."""
-    inner = config.get("text_config")
-    config = inner if isinstance(inner, dict) else config
-    known = config.get("max_position_embeddings")
-    rope = config.get("rope_scaling") or config.get("rope_parameters")
-    rope = rope if isinstance(rope, dict) else {}
-    # What these kinds stretch is in max_position_embeddings already (transformers,
-    # modeling_rope_utils.py).
-    stretched = rope.get("rope_type", rope.get("type")) in ("llama3", "longrope", "yarn")
-    factor = 1.0 if stretched else rope.get("factor") or 1.0
-    if not isinstance(known, int) or not isinstance(factor, (int, float)):
-        return None
-    return int(known * factor)
-
-
 def _positions(model: Model, config: Mapping[str, Any]) -> Iterator[Problem]:
-    known = positions(config)
+    known = positions_of(config)
     if model.length and known and model.length > known:
         yield Problem(
             f"sequences of {model.length:,} tokens are longer than the {known:,} positions that the"

@@ -25,6 +25,11 @@ class Reader:
         """Say what is asked of the file system next."""
         self.at, self.steps = path, self.steps + 1
 
+    def exists(self, path: str) -> bool:
+        """Whether there is anything of this name."""
+        self.turn_to(path)
+        return os.path.exists(path)
+
     def size(self, path: str) -> int | None:
         """Bytes of a file, None where there is none."""
         self.turn_to(path)

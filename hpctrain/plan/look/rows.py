@@ -45,16 +45,16 @@ def problems(data: Rows, reader: Reader) -> Iterator[Problem]:
             total = None if rows is None or total is None else total + rows
             if wrong:
                 break  # the other files of a folder were made by the same hand
-    if data.count is not None and total:
+    if data.stated is not None and total:
         yield from _count(data, total, where_files)
     yield from _template(data, reader)
 
 
 def _count(data: Rows, total: int, where: str) -> Iterator[Problem]:
-    if data.count != total:
+    if data.stated != total:
         yield Problem(
-            f"the data has {total:,} rows, and the run says {data.count:,}",
-            data.where_count or where,
+            f"the data has {total:,} rows, and the run says {data.stated:,}",
+            data.where_stated or where,
             why="the number of steps follows from it, and with that when the run is done",
             hint=f"{total}",
         )

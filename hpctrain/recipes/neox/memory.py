@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from hpctrain.config.decision import Decision
 from hpctrain.recipes.contract import Context
@@ -99,19 +98,19 @@ def _changes(
 ) -> Iterator[Change]:
     """The smallest changes of each kind, in NeoX's keys."""
     if not layout.checkpointing:
-        yield Change("`checkpoint_activations: true`", replace(layout, checkpointing=True))
+        yield Change("`checkpoint_activations: true`", layout._replace(checkpointing=True))
     if ranks.tensor > 1 and not layout.split:
-        yield Change("`partition_activations: true`", replace(layout, split=True))
+        yield Change("`partition_activations: true`", layout._replace(split=True))
     micro = layout.tokens // layout.length
     if micro > 1:
-        less = replace(layout, tokens=layout.length)
+        less = layout._replace(tokens=layout.length)
         yield Change("`train_micro_batch_size_per_gpu: 1`", less)
     gpu = (context.node_type.gpu_memory_gib or 0) * REAL_SIZE
     together, nodes = ranks.tensor * ranks.stages, ranks.nodes
     while gpu and nodes < _MOST_NODES and together:
         nodes *= 2
         world = nodes * ranks.ranks_per_node
-        wider = replace(layout, shards=max(world // together, 1), gpus=world)
+        wider = layout._replace(shards=max(world // together, 1), gpus=world)
         if need(shape, wider).allocated <= gpu:
             yield Change(f"`nodes: {nodes}`", wider)
             return

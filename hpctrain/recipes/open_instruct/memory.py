@@ -43,7 +43,7 @@ def decide(draft: Draft, model: Model, sharding: str, hf_home: str | None) -> No
     )
     more = []
     if not frozen and draft.has("use_lora"):
-        other = Layout(**{**vars(layout), "adapters": update})
+        other = layout._replace(adapters=update)
         more.append(Change("`use_lora: true`", other))
     keys = ("per_device_train_batch_size", "gradient_checkpointing")
     decisions, problems = judge(

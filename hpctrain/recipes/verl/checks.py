@@ -3,14 +3,13 @@ retention, memory."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from hpctrain.config.decision import Decision
 from hpctrain.recipes.contract import Context
+from hpctrain.recipes.memory import REAL_SIZE
 from hpctrain.recipes.rules import Judge, Key, Rule
 from hpctrain.recipes.verl.memory import least_ranks, need
 from hpctrain.recipes.verl.presets import ModelShape
@@ -425,24 +424,24 @@ def _loads(values: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def check_memory(checker: Checker, context: Context) -> tuple[Decision, ...]:
-    """Refuses what cannot fit, by a lower bound; says how many GPUs it would take."""
-    gpu_gib = context.node_type.gpu_memory_gib
+    """Refuses what cannot fit, by a lower bound; says how many GPUs it would take. A peak that was
+    measured, `estimate.memory_gib`, says otherwise."""
+    nominal, measured = context.node_type.gpu_memory_gib, context.spec.memory_gib
     values, where = checker.values, checker.where("recipe_options.size")
-    tokens = max(
+    budget = max(
         values[f"{_ACTOR}.ppo_max_token_len_per_gpu"], values["critic.ppo_max_token_len_per_gpu"]
     )
+    tokens = min(budget, values[_PROMPT] + values[_RESPONSE])
     per_node, tensor = checker.ranks_per_node, values[TENSOR]
     least = need(checker.shape, values, checker.ranks, per_node, tensor, tokens)
-    decision = Decision(
-        "memory.gpu_gib_least",
-        round(least.total, 1),
-        f"{least.words}; a lower bound ({FORMULA_AT})",
-        where,
-    )
-    if not context.gpus_per_node or not gpu_gib:
+    reason = f"{least.words}; a lower bound ({FORMULA_AT})"
+    if not nominal:
+        reason += "; not compared: the site's profile has no `gpu_memory_gib`"
+    decision = Decision("memory.gpu_gib_least", round(least.total, 1), reason, where)
+    if not context.gpus_per_node or not nominal:
         return (decision,)
-    share = float(values[KEEP_GPU])
-    if least.total > gpu_gib:
+    gpu_gib, share = nominal * REAL_SIZE, float(values[KEEP_GPU])
+    if max(least.total, measured or 0) > gpu_gib and (measured is None or measured > gpu_gib):
         ranks = least_ranks(checker.shape, values, gpu_gib, per_node, tensor, tokens)
         hint = (
             f"it could fit on {ranks} such GPUs ({ranks // per_node} nodes)"
@@ -452,8 +451,8 @@ def check_memory(checker: Checker, context: Context) -> tuple[Decision, ...]:
         offload = "`param_offload` and `optimizer_offload` of the actor and the critic take less"
         site = context.site.document.where("node_types", context.node_type.name, "gpu_memory_gib")
         checker.error(
-            f"the models need at least {least.total:.0f} GiB of each GPU, and those of"
-            f" `{context.node_type.name}` nodes have {gpu_gib:g}",
+            f"the models need at least {max(least.total, measured or 0):.0f} GiB of each GPU, and"
+            f" those of `{context.node_type.name}` nodes give {gpu_gib:.1f}",
             "recipe_options.size",
             why=f"{least.words}; formula and sources in {FORMULA_AT}; GPU memory set in {site}",
             hint=f"{hint}; {offload}",
@@ -467,7 +466,7 @@ def check_memory(checker: Checker, context: Context) -> tuple[Decision, ...]:
         )
     elif values.get(FREE_CACHE) is False and least.later > (1 - share) * gpu_gib:
         checker.error(
-            f"`free_cache_engine: false` leaves vLLM {share:.0%} of each GPU's {gpu_gib:g} GiB, and"
+            f"`free_cache_engine: false` leaves vLLM {share:.0%} of each GPU's {gpu_gib:.0f} GiB, and"
             f" training needs {least.later:.0f} GiB more",
             FREE_CACHE,
             why=f"{least.words}; vLLM then keeps its cache while the models train",
@@ -488,18 +487,6 @@ def check_memory(checker: Checker, context: Context) -> tuple[Decision, ...]:
         )
     )
     return (decision,)
-
-
-def known_positions(model: str) -> int | None:
-    """`max_position_embeddings` of a model that lies here, stretched by its rope scaling as verl
-    stretches it; else None."""
-    try:
-        with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
-            found = json.load(file)
-        scaling = found.get("rope_scaling") or {}
-        return int(found["max_position_embeddings"] * float(scaling.get("factor") or 1.0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def misnamed(model: str, where: str) -> Rule:

@@ -6,32 +6,36 @@ hybrid engine):
   trained model   16 bytes x parameters / W
                   fp32 weights 4, gradients 4, Adam's two moments 8 (ZeRO, arXiv:1910.02054, section
                   3.1; verl keeps fp32 masters of what it trains and bf16 of what it reads:
-                  verl/workers/fsdp_workers.py)
+                  verl/workers/fsdp_workers.py); half of all with `fsdp_config.model_dtype: bf16`
   resting model   12 bytes x parameters / W
                   the other of actor and critic, without its gradients; `param_offload` takes 4 of
                   them away, `optimizer_offload` 8 (both come back to train)
   reference        2 bytes x parameters / W, bf16
   rollout          2 bytes x parameters / tensor parallel, vLLM's bf16 copy
-  activations      2 bytes x tokens x (layers x hidden + 2 x vocab)
-                  one input kept per checkpointed layer, bf16 logits and their gradient of the longest
-                  micro-batch
+  activations      2 bytes x tokens x (layers x hidden + vocab)
+                  one input kept per checkpointed layer, bf16 logits of one sequence of full length;
+                  no logits with `use_fused_kernels`
 
 Training holds the trained and the resting model, reference and activations, and with
 `free_cache_engine: false` the rollout; generating holds two resting models, reference and rollout.
 The need is the greater of the two. Left out, so that it is a lower bound: vLLM's KV cache, what
-FSDP gathers, NCCL's buffers, fragmentation.
+FSDP gathers, NCCL's buffers, fragmentation, and what a micro-batch packs beside its longest
+sequence (`ppo_max_token_len_per_gpu` is a ceiling, which no batch must reach).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.recipes.verl.presets import ModelShape
 
 GIB = 1024**3
-_ACTOR, _CRITIC = "actor_rollout_ref.actor.fsdp_config", "critic.model.fsdp_config"
+# Where each model's sharding is set: verl up to 0.8, and since.
+_ACTOR = ("actor_rollout_ref.actor.fsdp_config",)
+_CRITIC = ("critic.model.fsdp_config", "critic.fsdp")
+_FUSED = "actor_rollout_ref.model.use_fused_kernels"
 MOST_RANKS = 8192  # beyond that "more GPUs" is no advice
 
 
@@ -88,25 +92,27 @@ def need(
     """The least that one GPU (and, with offloading, one node's memory) must have; all models have
     the same shape."""
     share = shape.parameters / ranks / GIB
-    resting = [_resting_bytes(values, model) * share for model in (_ACTOR, _CRITIC)]
+    models = (_ACTOR, _CRITIC)
+    width = [0.5 if _set(values, model, "model_dtype") in _HALF else 1.0 for model in models]
+    resting = [_resting_bytes(values, model) * half * share for model, half in zip(models, width)]
+    trained = 16 * max(width) * share
     reference = (
         0.0 if values.get("actor_rollout_ref.ref.fsdp_config.param_offload") is True else 2 * share
     )
     rollout = 2 * shape.parameters / tensor_parallel / GIB
-    activations = 2 * tokens * (shape.layers * shape.hidden + 2 * shape.vocab) / GIB
+    logits = 0 if values.get(_FUSED) is True else shape.vocab
+    activations = 2 * tokens * (shape.layers * shape.hidden + logits) / GIB
     stays = rollout if values.get("actor_rollout_ref.rollout.free_cache_engine") is False else 0.0
     return Need(
-        trained=16 * share,
+        trained=trained,
         resting=max(resting),
         reference=reference,
         rollout=rollout,
         activations=activations,
-        training=16 * share + max(resting) + reference + activations + stays,
+        training=trained + max(resting) + reference + activations + stays,
         generating=sum(resting) + reference + rollout,
-        later=(12 + min(max(_resting_bytes(values, model) for model in (_ACTOR, _CRITIC)), 8))
-        * share
-        + activations,
-        host=(24 * share - sum(resting) + (2 * share - reference)) * ranks_per_node,
+        later=0.75 * trained + min(max(resting), 8 * share) + activations,
+        host=(12 * sum(width) * share - sum(resting) + (2 * share - reference)) * ranks_per_node,
     )
 
 
@@ -126,7 +132,16 @@ def least_ranks(
     return None
 
 
-def _resting_bytes(values: Mapping[str, Any], model: str) -> int:
-    weights = 0 if values.get(f"{model}.param_offload") is True else 4
-    moments = 0 if values.get(f"{model}.optimizer_offload") is True else 8
+_HALF = ("bf16", "bfloat16", "fp16", "float16")
+
+
+def _resting_bytes(values: Mapping[str, Any], model: Sequence[str]) -> int:
+    weights = 0 if _set(values, model, "param_offload") is True else 4
+    moments = 0 if _set(values, model, "optimizer_offload") is True else 8
     return weights + moments
+
+
+def _set(values: Mapping[str, Any], places: Sequence[str], name: str) -> Any:
+    """The value of a key in any of its places, with hydra's `+` before it or without."""
+    keys = [prefix + f"{place}.{name}" for place in places for prefix in ("", "+", "++")]
+    return next((values[key] for key in keys if key in values), None)

@@ -502,7 +502,7 @@ def test_the_memory_estimate_is_its_formula(tmp_path: Path) -> None:
     shape = SIZES["7B"].shape
     values = {"actor_rollout_ref.rollout.free_cache_engine": False}
     least = need(shape, values, 8, 8, 2, 12288)
-    by_hand = 7.62e9 / 8 * (16 + 12 + 2) + 7.62e9 * 2 / 2 + 2 * 12288 * (28 * 3584 + 2 * 152064)
+    by_hand = 7.62e9 / 8 * (16 + 12 + 2) + 7.62e9 * 2 / 2 + 2 * 12288 * (28 * 3584 + 152064)
 
     assert least.total == pytest.approx(by_hand / GIB)
     freed = need(
@@ -525,6 +525,33 @@ def test_the_memory_estimate_is_its_formula(tmp_path: Path) -> None:
     assert offloaded.host == pytest.approx(
         12 * 7.62e9 / GIB
     ) and offloaded.training == pytest.approx(least.training)
+
+
+def test_the_bound_knows_masters_in_bf16_fused_logits_and_both_spellings_of_the_critic() -> None:
+    shape, critic = SIZES["7B"].shape, "critic.fsdp"
+    actor = "+actor_rollout_ref.actor.fsdp_config.model_dtype"
+    plain = need(shape, {}, 8, 8, 2, 3584)
+    half = need(shape, {actor: "bf16", f"{critic}.model_dtype": "bf16"}, 8, 8, 2, 3584)
+    one = need(shape, {actor: "bf16"}, 8, 8, 2, 3584)
+    fused = need(shape, {"actor_rollout_ref.model.use_fused_kernels": True}, 8, 8, 2, 3584)
+    away = need(shape, {f"{critic}.optimizer_offload": True}, 8, 8, 2, 3584)
+
+    assert half.trained == pytest.approx(plain.trained / 2) and half.total < plain.total
+    assert one.trained == plain.trained  # the critic's masters are fp32 still
+    assert plain.activations - fused.activations == pytest.approx(2 * 3584 * 152064 / GIB)
+    assert away.generating < plain.generating
+
+
+def test_a_ceiling_of_packing_is_no_need_and_a_measured_peak_stands_for_the_bound(
+    tmp_path: Path,
+) -> None:
+    budget = {"actor_rollout_ref": {"actor": {"ppo_max_token_len_per_gpu": 10**6}}}
+    assert not any("GiB" in one.what for one in plan_of(tmp_path, config=budget).errors)
+
+    huge = {"recipe_options/size": "235B", "recipe_options/model": "/hf/Qwen3-235B-A22B"}
+    assert plan_of(tmp_path, estimate={"memory_gib": 70}, **huge).errors == []
+    (problem,) = plan_of(tmp_path, estimate={"memory_gib": 90}, **huge).errors
+    assert "GiB of each GPU" in problem.what
 
 
 def test_what_cannot_fit_is_refused_with_the_number_of_gpus_that_could(tmp_path: Path) -> None:
