@@ -220,11 +220,18 @@ def _memory(
 ) -> tuple[tuple[Decision, ...], list[Problem]]:
     """A whole copy on each rank: all weights with fp32 masters, or a frozen base with an update.
 
-    The loss is reckoned as TRL computes it since 1.7, in chunks; older ones need more.
+    The loss is reckoned as TRL computes it since 1.7, in chunks; older ones need more. Unsloth, which
+    `auto` takes on one GPU, keeps the inputs of layers in the host's memory. Nothing is said where
+    `trainer:` shards or offloads by itself, or of an optimizer that is no AdamW.
     """
     shape, lora = shape_at(config.model_name or ""), config.lora
-    if shape is None or config.values["precision"] != "bf16":
+    optim, more_keys = str(config.values["optim"]), config.values["trainer"] or {}
+    if shape is None or config.values["precision"] != "bf16" or not optim.startswith("adamw"):
         return (), []
+    if any(key.startswith(("fsdp", "deepspeed")) for key in more_keys):
+        return (), []
+    engine = config.values["engine"]
+    unsloth = engine == "unsloth" or (engine == "auto" and context.world_size == 1)
     attention = 2 * shape.hidden + shape.query + shape.key
     update = int(lora["r"] * shape.layers * 2 * (attention + 2 * shape.mlp)) if lora else None
     length = config.max_length
@@ -237,8 +244,9 @@ def _memory(
         adapters=update,
         all_linears=True,
         checkpointing=bool(config.values["gradient_checkpointing"]),
+        residual=0 if unsloth else 2,
         loss="chunked",
-        optimizer_bytes=2.1 if "8bit" in str(config.values["optim"]) else 0,
+        optimizer_bytes=2.1 if "8bit" in optim else 0,
     )
     more = []
     if not lora:

@@ -61,9 +61,16 @@ def _layout(draft: Draft, ranks: batch.Shape, zero_stage: int) -> Layout | None:
     precision = str(draft.get("precision") or "fp16").lower()
     if not micro or not length or precision not in ("bfloat16", "fp16"):
         return None
-    if (draft.number("moe_num_experts") or 1) > 1:
-        return None  # uneven tokens fill one rank more than the others, by how much nobody knows
     zero = draft.values.get("zero_optimization") or {}
+    optimizer = draft.values.get("optimizer") or {}
+    # Experts' uneven tokens, what lies in the host's memory and other optimizers are not reckoned.
+    if (
+        (draft.number("moe_num_experts") or 1) > 1
+        or any("offload" in name and value for name, value in zero.items())
+        or draft.get("checkpoint_in_cpu") is True
+        or str(optimizer.get("type") or "adam").lower() != "adam"
+    ):
+        return None
     kinds = draft.values.get("data_types")
     wide = isinstance(kinds, dict) and kinds.get("grad_accum_dtype") == "fp32"
     own = precision == "bfloat16" and (

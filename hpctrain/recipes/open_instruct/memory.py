@@ -12,14 +12,17 @@ from hpctrain.runtime import hubcache
 
 
 def decide(draft: Draft, model: Model, sharding: str, hf_home: str | None) -> None:
-    """Adds what does not fit to the draft's problems; nothing where the model is not here."""
+    """Adds what does not fit to the draft's problems; nothing where the model's shape is not known,
+    or a DeepSpeed configuration of the user's own may offload."""
     folder = model.folder
     if not folder and hf_home and model.name:
         revision = str(draft.get("model_revision") or "main")
         folder = hubcache.snapshot(hf_home, hubcache.Repo("model", model.name, revision))
     shape, length = shape_at(folder or model.name), draft.count("max_seq_length")
     micro = draft.count("per_device_train_batch_size") or 1
-    if shape is None or length is None or draft.options["mixed_precision"] == "no":
+    own = draft.options["deepspeed_config"] or draft.options["mixed_precision"] == "no"
+    paged = draft.get("dpo_use_paged_optimizer") is True
+    if shape is None or length is None or own or paged:
         return
     rank = draft.count("lora_rank") or 64
     quantised = draft.get("use_qlora") is True

@@ -196,3 +196,32 @@ def test_a_step_time_is_a_range_of_runs_like_it_with_its_source():
 )
 def test_of_what_nobody_measured_no_time_is_said(unknown):
     assert paced(**unknown) == {}
+
+
+LORA = {
+    "recipe": "hf-sft",
+    "gpus_per_node": 1,
+    "config": {
+        "model_name": "meta-llama/Llama-3.1-70B",
+        "max_steps": 10,
+        "per_device_train_batch_size": 1,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        {"trainer": {"fsdp": "full_shard"}},
+        {"trainer": {"deepspeed": "zero3.json"}},
+        {"optim": "adafactor"},
+        {"precision": "fp32"},
+        {},
+    ],
+)
+def test_what_is_not_reckoned_is_not_refused(elsewhere, tmp_path):
+    run = {**RUN, **LORA, "config": {**LORA["config"], **elsewhere}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
+    plan = load_plan(str(tmp_path / "run.yaml")).plan
+
+    assert bool(elsewhere) != any("it cannot fit" in one.what for one in plan.problems)
