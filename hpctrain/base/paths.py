@@ -40,7 +40,7 @@ def shipped_module(folder: str, name: str) -> Any:
     return module
 
 
-def filled(folder: str, file: str, **values: Any) -> str:
+def filled(folder: str, file: str, /, **values: Any) -> str:
     """The text of templates/<folder>/<file>.jinja with these values,
     functions among them. A name that is used there and not given is a mistake of ours.
 

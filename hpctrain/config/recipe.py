@@ -173,7 +173,14 @@ FIELDS: dict[str, Field] = {
                 "list",
                 "scripts of the run directory that need the framework, and so are not run",
                 items=Field("text", "a file name"),
-            )
+            ),
+            "instead": Field(
+                "map",
+                "scripts that a file of the recipe's folder stands in for: Python runs it with the"
+                " rehearsal's folder and the words",
+                items=Field("text", "a file of the folder, by the script's name"),
+            ),
+            "all_gpus": Field("bool", "every task must see all GPUs of its node", default=False),
         },
     ),
     "proven": Field("text", "how the recipe is proven", default=""),

@@ -106,6 +106,11 @@ def resolve(context: Context) -> Resolved:
     memory_decisions = memory.decide(draft, context, shape, zero_stage)
     return Resolved(
         argv=_argv(options["python"], starter, folder, train_script),
+        tasks_argv=(
+            _argv(options["python"], launch.SRUN, folder, train_script)
+            if starter == launch.DEEPY
+            else ()
+        ),
         workdir=folder,
         configs=configs,
         config_for={mode: f"config.{mode}.yml" for mode in modes},

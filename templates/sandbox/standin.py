@@ -1,8 +1,7 @@
-"""Stands in for the training program of rank 0, and for NeoX's own launcher, in a rehearsal.
-Standard library only.
+"""Stands in for the training program of rank 0 in a rehearsal: walks through the iterations in
+compressed time and saves in the recipe's layout. Standard library only.
 
-    standin.py train DIR          walks through the iterations in compressed time and saves in the recipe's layout
-    standin.py deepy DIR ARGS…    does what deepy.py does: reads the hostfile and issues one srun
+    standin.py DIR
 
 It runs where the real program would, inside the container, as a script. DIR holds `scenario.json`
 (what to do), the pipes `records` (what happened, read by hpctrain) and `hold` (open as long as rank
@@ -11,7 +10,6 @@ It runs where the real program would, inside the container, as a script. DIR hol
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import pickle
@@ -20,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 # A comment for shell, Python and YAML alike: such files are sourced and read.
 CONTENT = b"# a placeholder written by hpctrain rehearse: there is nothing in it\n"
@@ -390,52 +388,8 @@ class Walk:
         self.asked_to_leave = bool(self.scenario["saves_on_signal"])
 
 
-def deepy(folder: str, words: list[str]) -> NoReturn:
-    """NeoX's launcher with `launcher: slurm` (DeeperSpeed launcher/multinode_runner.py,
-    SlurmRunner): the hostfile's slots are summed up, one srun starts that many tasks, and a
-    hostfile that names a node twice is an error (runner.py).
-    """
-    with open(os.path.join(folder, "scenario.json")) as stream:
-        scenario = json.load(stream)
-    script, config = [word for word in words if not word.startswith("-")][1:3]
-    path = os.environ.get("DLTS_HOSTFILE", "")
-    try:
-        with open(path) as stream:
-            lines = [line.split() for line in stream if line.strip() and not line.startswith("#")]
-    except OSError as error:
-        sys.exit(f"deepy.py: cannot read the hostfile `{path}`: {error.strerror}")
-    hosts: dict[str, int] = {}
-    for line in lines:
-        if len(line) != 2 or not line[1].startswith("slots=") or not line[1][6:].isdigit():
-            sys.exit(
-                "deepy.py: Hostfile contains a bad entry: {}, unable to proceed with "
-                "launching".format(" ".join(line))
-            )
-        if line[0] in hosts:
-            sys.exit(
-                f"deepy.py: Hostfile contains multiple entries for {line[0]}, unable to proceed"
-                " with launching"
-            )
-        hosts[line[0]] = int(line[1][6:])
-    with open(config, "rb") as stream:
-        encoded = base64.b64encode(stream.read()).decode()
-    argv = ["srun", "-n", str(sum(hosts.values())), "--nodelist", ",".join(hosts), "--export=ALL"]
-    argv += [
-        scenario["python"],
-        "-u",
-        script,
-        "--deepspeed_config",
-        encoded,
-        "--megatron_config",
-        encoded,
-    ]
-    os.execvp(argv[0], argv)
-
-
 def main(argv: list[str]) -> int:
-    if argv[1] == "deepy":
-        deepy(argv[2], argv[3:])
-    return Walk(argv[2], os.environ).run()
+    return Walk(argv[1], os.environ).run()
 
 
 if __name__ == "__main__":

@@ -357,7 +357,7 @@ def expectation(plan: Plan, file_systems: Sequence[str] = ()) -> checks.Expected
         plan.cpus_per_task,
         plan.node_type.gpu_vendor,
         checks.bind_masks(kind, values),
-        plan.recipe.values["module"] == "neox_sft",
+        bool(plan.recipe.values["rehearse"].get("all_gpus")),
         plan.resolved.workdir or plan.run_dir,
         reserved,
         tuple(file_systems),
@@ -381,8 +381,8 @@ def _steps(
 ) -> list[Problem]:
     """What the tasks of every start saw; the same problem of several starts is one."""
     # its own srun takes the place of the exports
-    launches_itself = plan.resolved.template.get("launch") == "deepy"
-    expected = replace(expectation(plan, file_systems), exports=() if launches_itself else exports)
+    own_srun = bool(plan.resolved.tasks_argv)
+    expected = replace(expectation(plan, file_systems), exports=() if own_srun else exports)
     found: list[Problem] = []
     for attempt in attempts:
         if attempt.tasks:

@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from hpctrain.base.paths import filled
 
 FIELD, END = "\x1f", "\x1e"
 # What a task tells about itself. A variable that is not set is left out of the record, an empty one
@@ -49,103 +53,40 @@ TOLD = (
     "HPCTRAIN_CHECKPOINT_DIR",
     "SINGULARITY_CONTAINER",
 )
-# A pipe takes up to 4,096 bytes in one piece (pipe(7), PIPE_BUF); longer paths are told by nobody.
-MOST_BYTES = 3900
 
 
 def script(
     folder: str,
-    steps: Sequence[Sequence[str]],
+    step: Sequence[str] | None,
     needed: Sequence[str],
     real: Mapping[str, str],
     python: str,
     saves_on: str = "",
-    skipped: Sequence[str] = (),
+    rules: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """The stand-in's text. `steps`: how the words of the step begin, without the program's name;
-    any of them.
+    """The stand-in's text. `step`: how the words of the step begin, without the program's name;
+    None where this name is none of the step.
 
     `needed`: paths that every task must see. `real`: {name: the program to become when called with
-    other words}. `skipped`: names of scripts that are not run. `python`: the interpreter of rank 0.
-    `saves_on`: the signal that every task gets before the time limit, and outlives.
+    other words}. `python`: the interpreter of rank 0. `saves_on`: the signal that every task gets
+    before the time limit, and outlives. `rules`: `rehearse` of recipe.yaml.
     """
-    lines = [
-        "#!/bin/sh",
-        "# hpctrain rehearse: stands in for the program of the step.",
-        f"dir={shlex.quote(folder)}",
-        'for word in "$@"; do',
-        "  case $word in",
-        "    */neox_args.py) mode=neox ;;",
-        '    */deepy.py) [ "${mode:-}" ] || { [ "$word" = "$1" ] && mode=deepy; } ;;',
-        *(
-            f'    */{name}) [ "$word" = "$1" ] || [ "$word" = "$2" ] && mode=skip ;;'
-            for name in map(shlex.quote, skipped)
-        ),
-        "  esac",
-        "done",
-    ]
-    for words in steps:
-        tests = [
-            f'[ "$#" -ge {len(words)} ]',
-            *(f'[ "${{{n}}}" = {shlex.quote(word)} ]' for n, word in enumerate(words, 1)),
-        ]
-        lines.append(f"if {' && '.join(tests)}; then mode=step; fi")
-    lines += [
-        'case "${mode:-}" in',
-        (
-            "  neox) # as templates/neox-sft/neox_args.py prints them: its last three words are the"
-            " config, NeoX's folder, its script"
-        ),
-        '    while [ "$#" -gt 3 ]; do shift; done',
-        '    cd "$2" || exit 1',
-        '    [ -r "$3" ] || { echo "neox_args.py: there is no $3" >&2; exit 1; }',
-        '    code=$(base64 -w0 <"$1") || exit 1',
-        '    printf \'%s\\n\' --deepspeed_config "$code" --megatron_config "$code"',
-        "    exit 0 ;;",
-        f'  deepy) exec {shlex.quote(python)} -I -S "$dir/standin.py" deepy "$dir" "$@" ;;',
-        "  step) ;;",
-        '  skip) echo "rehearse: not run: $*"; exit 0 ;;',
-        "  *)",
-        '    case "${0##*/}" in',
-        *(
-            f'      {shlex.quote(name)}) exec {shlex.quote(path)} "$@" ;;'
-            for name, path in real.items()
-        ),
-        "    esac",
-        '    echo "${0##*/}: the rehearsal does not know this program: $*" >&2; exit 127 ;;',
-        "esac",
-        "event=task",
-        *(
-            f'[ -e {shlex.quote(path)} ] || unseen="${{unseen:-}}:"{shlex.quote(path)}'
-            for path in needed
-        ),
-        (
-            '[ -z "${HPCTRAIN_CONFIG:-}" ] || [ -r "$HPCTRAIN_CONFIG" ] ||'
-            ' unseen="${unseen:-}:$HPCTRAIN_CONFIG"'
-        ),
-        (
-            '[ -z "${HPCTRAIN_CHECKPOINT_DIR:-}" ] || [ -w "$HPCTRAIN_CHECKPOINT_DIR" ] ||'
-            ' unseen="${unseen:-}:$HPCTRAIN_CHECKPOINT_DIR"'
-        ),
-        f'record="event=task{FIELD}folder=$dir"',
-        *(f'record="$record${{{name}+{FIELD}{name}=${name}}}"' for name in TOLD),
-        'record="$record${unseen:+' + FIELD + 'unseen=${unseen#:}}"',
-        f'[ "${{#record}}" -le {MOST_BYTES} ] || record="${{record%%{FIELD}PWD=*}}"',
-        f'printf \'%s{END}\' "$record" >"$dir/records" || exit 97',
-        '{ echo >"$dir/slots"; } 2>/dev/null || :',
-        (
-            '[ -z "${unseen:-}" ] || { echo "rehearse: this task does not see ${unseen#:}" >&2;'
-            " exit 2; }"
-        ),
-        'if [ "${RANK-${SLURM_PROCID-0}}" = 0 ]; then',
-        f'  exec {shlex.quote(python)} -I -S "$dir/standin.py" train "$dir"',
-        "fi",
-        *([f"trap again=1 {saves_on}"] if saves_on else []),
-        # A trapped signal ends `read` as rank 0's end does; only the trap tells them apart.
-        'while :; do again=; read -r _ <"$dir/hold"; [ "$again" ] || break; done',
-        "exit 0",
-    ]
-    return "\n".join(lines) + "\n"
+    return filled(
+        "sandbox",
+        "program.sh",
+        q=shlex.quote,
+        folder=folder,
+        step=step,
+        needed=needed,
+        real=real,
+        python=python,
+        saves_on=saves_on,
+        skip=rules.get("skip", ()),
+        instead=rules.get("instead", {}),
+        TOLD=TOLD,
+        FIELD=FIELD,
+        END=END,
+    )
 
 
 def wait_for_slot(folder: str) -> str:

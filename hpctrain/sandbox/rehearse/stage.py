@@ -198,23 +198,16 @@ def install(
         (folder / "standin.py").write_text(shipped_text("sandbox", "standin.py"))
         python = os.path.realpath(sys.executable)
         program = plan.resolved.argv[0]
-        steps = [list(plan.resolved.argv[1:])]
-        if plan.resolved.template.get("launch") == "deepy":
-            steps = [["-u", str(plan.resolved.template["train_script"])]]
+        step = (plan.resolved.tasks_argv or plan.resolved.argv)[1:]
+        rules = plan.recipe.values["rehearse"]
+        for file in rules.get("instead", {}).values():
+            shutil.copyfile(os.path.join(plan.recipe.folder, file), folder / file)
         saves_on = str(scenario["signal"]) if scenario["saves_on_signal"] else ""
         for name in {"python", "python3", os.path.basename(program)}:
             # A container shows hpctrain's interpreter, and not what else is on the PATH here.
             real = python if plan.container else shutil.which(name) or python
-            own = steps if name == os.path.basename(program) else []
-            text = shims.script(
-                str(folder),
-                own,
-                needed,
-                {name: real},
-                python,
-                saves_on,
-                plan.recipe.values["rehearse"].get("skip", ()),
-            )
+            own = step if name == os.path.basename(program) else None
+            text = shims.script(str(folder), own, needed, {name: real}, python, saves_on, rules)
             _executable(folder / "bin" / name, text)
     except OSError as error:
         raise EnvironmentFault(

@@ -6,10 +6,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 
+from hpctrain.base.paths import filled
 from hpctrain.sandbox.packages import CLIENTS, Toolbox
 
 # Signals a job step may be sent. bubblewrap stays as the parent of the program and must not die of
-# them: the script that starts the stand-in ignores them, and its `env` gives them back to the program.
+# them: the script that starts the stand-in ignores them, and its `env` gives them back to the
+# program.
 PASSED_ON = (
     "HUP",
     "INT",
@@ -77,16 +79,7 @@ def container_config(
 def module_script(log: str) -> str:
     """`module` and `ml`: accepts what the real command does, writes it to `log`, changes
     nothing."""
-    return f"""#!/bin/sh
-# A stand-in for Lmod and Environment Modules: every request is noted in the log, none changes anything.
-case "${{1:-}}" in
-  purge|load|add|try-load|try-add|unload|rm|del|swap|sw|switch|use|unuse|list|avail|av|spider|show|display|whatis|help|\\
-  keyword|reset|restore|save|refresh|update|is-loaded|is-avail|savelist|overview|-*|"") ;;
-  *) if [ "${{0##*/}}" = module ]; then echo "module: \\`$1\\` is not a request that modules know" >&2; exit 1; fi ;;
-esac
-printf '%s %s %s\\n' "${{SLURMD_NODENAME:-login}}" "${{SLURM_JOB_ID:--}}" "$*" >>{shlex.quote(log)} 2>/dev/null
-exit 0
-"""
+    return filled("sandbox", "module.sh", q=shlex.quote, log=log)
 
 
 def task_prolog(
@@ -100,48 +93,13 @@ def task_prolog(
     simulated nodes: all of them from `hosts`, or, where `hosts` is "", the node itself and the
     first one of the job. Only shell builtins: it runs once per task.
     """
-    lines = [
-        "#!/bin/sh",
-        f"bin={shlex.quote(bin_dir)}",
-        'case ":${PATH:=/usr/local/bin:/usr/bin:/bin}" in',
-        '  ":$bin:"*) ;;',
-        "  *) printf 'export PATH=%s\\n' \"$bin:$PATH\" ;;",
-        "esac",
-    ]
-    for key, value in variables.items():
-        lines.append(f"printf '%s\\n' {shlex.quote(f'export {key}={value}')}")
-    if nss_wrapper:
-        lines += [
-            f"nss={shlex.quote(nss_wrapper)}",
-            f"hosts={shlex.quote(hosts)}",
-            f"folder={shlex.quote(hosts_dir)}",
-            _NSS,
-        ]
-    return "\n".join(lines) + "\n"
-
-
-# libnss_wrapper's table holds some 100 names and addresses. The address of nid000007 is 127.77.0.7
-# (shape.hosts).
-_NSS = """\
-if [ -z "$hosts" ]; then
-  hosts="$folder/$SLURM_JOB_ID.$SLURMD_NODENAME"
-  if ! [ -f "$hosts" ]; then
-    list=${SLURM_JOB_NODELIST:-$SLURMD_NODENAME}
-    case "${list%%,*}" in
-      *"["*) prefix=${list%%"["*}; digits=${list#*"["}; first=$prefix${digits%%[],-]*} ;;
-      *) first=${list%%,*} ;;
-    esac
-    for name in "$SLURMD_NODENAME" "$first"; do
-      number=${name##*[!0-9]}
-      number=${number#"${number%%[!0]*}"}
-      printf '127.77.%d.%d %s\\n' $((number / 256)) $((number % 256)) "$name"
-    done >"$hosts.$$" && mv "$hosts.$$" "$hosts"
-  fi
-fi
-case "${LD_PRELOAD:-}" in
-  *"$nss"*) ;;
-  '') printf 'export LD_PRELOAD=%s\\n' "$nss" ;;
-  *) printf 'export LD_PRELOAD=%s\\n' "$nss:$LD_PRELOAD" ;;
-esac
-printf 'export NSS_WRAPPER_HOSTS=%s\\n' "$hosts"
-printf 'export NSS_WRAPPER_HOSTNAME=%s\\n' "$SLURMD_NODENAME\""""
+    return filled(
+        "sandbox",
+        "task_prolog.sh",
+        q=shlex.quote,
+        bin_dir=bin_dir,
+        variables=variables,
+        nss_wrapper=nss_wrapper,
+        hosts_dir=hosts_dir,
+        hosts=hosts,
+    )

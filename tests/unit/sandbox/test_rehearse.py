@@ -4,6 +4,7 @@ made up for the job."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base.errors import EnvironmentFault, Problem, UsageError
-from hpctrain.base.paths import shipped_module
+from hpctrain.base.paths import shipped_dir, shipped_module
 from hpctrain.data import sources
 from hpctrain.plan.load import load_plan
 from hpctrain.runtime.files import Listing
@@ -161,10 +162,14 @@ def stage(tmp_path):
     os.close(pipe)
 
 
-def play_task(folder: Path, pipe: int, hold: int, words: list[str], steps, needed=(), **environ):
+def play_task(
+    folder: Path, pipe: int, hold: int, words: list[str], step, needed=(), rules=(), **environ
+):
     script = folder / "python"
     script.write_text(
-        shims.script(str(folder), steps, needed, {"python": sys.executable}, "/bin/true")
+        shims.script(
+            str(folder), step, needed, {"python": sys.executable}, sys.executable, "", dict(rules)
+        )
     )
     script.chmod(0o755)
     os.close(hold)  # rank 0 has ended before this task came to wait for it
@@ -205,7 +210,7 @@ def test_a_task_tells_exactly_what_it_saw(stage, nasty):
     done, told = play_task(
         *stage,
         ["-u", nasty, "--more"],
-        [["-u", nasty]],
+        ["-u", nasty],
         RANK="3",
         MASTER_ADDR=nasty,
         ROCR_VISIBLE_DEVICES="",
@@ -221,18 +226,13 @@ def test_a_task_tells_exactly_what_it_saw(stage, nasty):
 
 
 def test_other_words_are_for_the_real_program(stage):
-    done, told = play_task(*stage, ["-c", "print(6 * 7)"], [["-u", "train.py"]])
+    done, told = play_task(*stage, ["-c", "print(6 * 7)"], ["-u", "train.py"])
     assert (done.returncode, done.stdout, told) == (0, "42\n", [])
 
 
 def test_a_task_that_misses_a_path_says_which_and_fails(stage):
     done, (record,) = play_task(
-        *stage,
-        ["train.py"],
-        [["train.py"]],
-        ["/nowhere/a b"],
-        RANK="1",
-        HPCTRAIN_CONFIG="/nowhere/c",
+        *stage, ["train.py"], ["train.py"], ["/nowhere/a b"], RANK="1", HPCTRAIN_CONFIG="/nowhere/c"
     )
     assert done.returncode == 2
     assert record["unseen"] == "/nowhere/a b:/nowhere/c" and "/nowhere/a b" in done.stderr
@@ -241,7 +241,7 @@ def test_a_task_that_misses_a_path_says_which_and_fails(stage):
 def test_a_record_never_exceeds_what_a_pipe_takes_in_one_piece(stage):
     long = "/x" * 2000
     done, (record,) = play_task(
-        *stage, ["t"], [["t"]], RANK="1", HPCTRAIN_CONFIG="", PWD=long, SINGULARITY_CONTAINER=long
+        *stage, ["t"], ["t"], RANK="1", HPCTRAIN_CONFIG="", PWD=long, SINGULARITY_CONTAINER=long
     )
     assert done.returncode == 0 and record["RANK"] == "1" and "PWD" not in record
 
@@ -250,7 +250,7 @@ def test_a_task_outlives_the_signal_on_which_the_program_saves(stage):
     folder, pipe, hold = stage
     script = folder / "python"
     script.write_text(
-        shims.script(str(folder), [["t"]], [], {"python": "/bin/false"}, "/bin/true", "USR1")
+        shims.script(str(folder), ["t"], [], {"python": "/bin/false"}, "/bin/true", "USR1")
     )
     script.chmod(0o755)
     child = subprocess.Popen([str(script), "t"], env={"RANK": "1"})
@@ -268,7 +268,7 @@ def test_a_recipes_script_that_needs_the_framework_is_not_run(stage):
     folder = stage[0]
     (folder / "python").write_text(
         shims.script(
-            str(folder), [["t"]], [], {"python": "/bin/false"}, "/bin/true", "", ["look.py"]
+            str(folder), ["t"], [], {"python": "/bin/false"}, "/bin/true", "", {"skip": ["look.py"]}
         )
     )
     for words, code in (
@@ -353,8 +353,10 @@ def test_the_four_arguments_of_neox_are_printed(stage, tmp_path):
         f"{tmp_path}/neox",
         f"{tmp_path}/neox/train.py",
     ]
+    shutil.copy(Path(shipped_dir("templates"), "neox-sft", "rehearse_neox_args.py"), stage[0])
+    rules = {"instead": {"neox_args.py": "rehearse_neox_args.py"}}
     environ = {"PATH": os.environ["PATH"]}
-    done, _ = play_task(*stage, words, [["-u", "train.py"]], **environ)
+    done, _ = play_task(*stage, words, ["-u", "train.py"], rules=rules, **environ)
     assert (
         done.stdout.split()[::2] == ["--deepspeed_config", "--megatron_config"]
         and len(done.stdout.splitlines()) == 4
