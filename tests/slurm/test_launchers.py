@@ -75,3 +75,31 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one_and_tells_the_ran
         assert f"the first launcher to fail was that of {node}, with exit code 7" in said
     else:
         assert f"the first task to fail was rank 3 on {node}, with exit code 7" in said
+
+
+def test_ray_spans_the_nodes_and_the_program_runs_once(idle, tmp_path):
+    """The stand-in for Ray starts and joins as Ray does; the real one is run by tools/prove-verl."""
+    (tmp_path / "drive.py").write_text(
+        "import os, sys\n"
+        "open('ran', 'a').write(os.environ['SLURM_NODEID'] + ' ' + os.environ['RAY_ADDRESS'] + '\\n')\n"
+        "sys.exit(5)\n"
+    )
+    (tmp_path / "run.yaml").write_text(f"""\
+name: job
+site: lumi
+recipe: command
+account: project_465000000
+partition: standard-g
+nodes: 2
+time: "5:00"
+recipe_options: {{launch: ray, program: drive.py, python: {json.dumps(sys.executable)}, ray_timeout_s: 60}}
+env: {{PYTHONPATH: {PROGRAM.parent / "ray"}, RAY_STANDIN_LOG: {tmp_path / "ray.jsonl"}}}
+""")
+    idle.ok(*HPCTRAIN, "chain", "--yes", cwd=tmp_path)
+    idle.wait_for(lambda: not idle.ok("squeue", "-h").strip(), 150)
+    said = logs(tmp_path / "ck")
+    assert (tmp_path / "ran").exists(), said
+    (ran,) = (tmp_path / "ran").read_text().splitlines()
+
+    assert ran.startswith("0 ") and ran.split(":")[-1].isdigit(), said
+    assert "with exit code 5" in said and "finished rc=5" in said

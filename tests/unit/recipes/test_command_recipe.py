@@ -98,6 +98,8 @@ def test_a_variable_is_passed_as_it_stands_with_a_warning_or_filled_in_where_sai
     words = """train.py --tag $SLURM_JOB_ID "${A[@]}" $(date +%F) 'a b' \\"x#y"""
     filled = planned(tmp_path, "{expand: true, program: " + json.dumps(words) + "}")
     assert words in job(filled) and not said(filled)
+    text = job(filled)
+    assert text.index(f"cd -- {tmp_path}\nset +u") < text.index(words) < text.rindex("cd -- ")
 
 
 @pytest.mark.parametrize(
