@@ -93,7 +93,7 @@ partition: standard-g
 nodes: 2
 time: "5:00"
 recipe_options: {{launch: ray, program: drive.py, python: {json.dumps(sys.executable)}, ray_timeout_s: 60}}
-env: {{PYTHONPATH: {PROGRAM.parent / "ray"}, RAY_STANDIN_LOG: {tmp_path / "ray.jsonl"}}}
+env: {{PYTHONPATH: {PROGRAM.parent / "ray"}, RAY_STANDIN_LOG: {tmp_path / "ray.jsonl"}, STRAY_MARK: launch}}
 """)
     idle.ok(*HPCTRAIN, "chain", "--yes", cwd=tmp_path)
     idle.wait_for(lambda: not idle.ok("squeue", "-h").strip(), 150)
