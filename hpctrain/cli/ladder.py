@@ -66,6 +66,7 @@ def command(
 
     limits = parse_thresholds(thresholds)
     rungs = plan_rungs(run_yaml, assignments, parse_rungs(rungs_text), steps, time)
+    terminal.problems([problem for rung in rungs for problem in rung.left_out])
     checked = common.require_sound([rung.loaded for rung in rungs], no_check)
     if dry_run:
         fields = [

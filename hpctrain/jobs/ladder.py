@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.base.errors import Problem, UsageError
@@ -21,6 +21,7 @@ from hpctrain.plan.load import Loaded, load_plan
 from hpctrain.plan.make import Plan
 from hpctrain.plan.render import plan_json
 from hpctrain.plan.run_dir import run_files, write_run_dir
+from hpctrain.recipes.memory import runs_out
 from hpctrain.runs import cost
 from hpctrain.runs.records import list_logs
 from hpctrain.slurm import commands as slurm
@@ -34,7 +35,7 @@ class Rung:
     """One rung: the run as loaded with `changes` (dotted key -> value), and its job's bill at most.
 
     `step_time_s` is what a step of the whole run is said to take, scaled to the rung; None if
-    unsaid.
+    unsaid. `left_out`: why rungs below this one are not climbed.
     """
 
     num_gpus: int
@@ -42,6 +43,7 @@ class Rung:
     loaded: Loaded
     bill: cost.Bill
     step_time_s: float | None = None
+    left_out: tuple[Problem, ...] = ()
 
     @property
     def run_dir(self) -> str:
@@ -105,6 +107,7 @@ def _plan_once(
 ) -> list[Rung]:
     rungs: list[Rung] = []
     problems: list[Problem] = []
+    left_out: list[Problem] = []
     for number in numbers:
         try:
             step_s = _step_time_s(full, number)
@@ -119,13 +122,19 @@ def _plan_once(
         except UsageError as error:
             problems += error.problems
             continue
-        problems += loaded.plan.errors
+        wrong = loaded.plan.errors
+        if wrong and all(map(runs_out, wrong)):  # a rung that only shows what is known
+            name = f"the rung of {number} GPU{'s' if number > 1 else ''} is left out: "
+            left_out += [replace(one, what=name + one.what, level="warning") for one in wrong]
+            continue
+        problems += wrong
         job = cost.full_job(plan_json(loaded.plan, loaded.inputs))
         assert job is not None  # a plan that was just made tells its cost
         bill = job.times(1, f"rung of {number} GPU{'s' if number > 1 else ''}", job.note)
-        rungs.append(Rung(number, changes, loaded, bill, step_s))
-    if problems:
-        raise UsageError(list(dict.fromkeys(problems)))
+        rungs.append(Rung(number, changes, loaded, bill, step_s, tuple(left_out)))
+        left_out = []
+    if problems or not rungs:
+        raise UsageError(list(dict.fromkeys(problems or left_out)))
     return rungs
 
 

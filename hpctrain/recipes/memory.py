@@ -311,6 +311,14 @@ def _gathered(shape: Shape, layout: Layout, owned: float) -> float:
     return gathered
 
 
+CANNOT, LIKELY = "it cannot fit", "it will very likely run out"
+
+
+def runs_out(problem: Problem) -> bool:
+    """Whether a problem says that a run needs more memory than its GPUs have."""
+    return problem.what.startswith((CANNOT, LIKELY))
+
+
 class Change(NamedTuple):
     """What a user could set, in the recipe's own keys, and the layout that it gives."""
 
@@ -345,9 +353,9 @@ def judge(
     )
     level = "error"
     if found.least > gpu and (measured is None or measured > gpu):
-        what = f"it cannot fit: at least {found.least:.0f} GiB are needed of each GPU's {gpu:.1f}"
+        what = f"{CANNOT}: at least {found.least:.0f} GiB are needed of each GPU's {gpu:.1f}"
     elif expected > gpu:
-        what = f"it will very likely run out: {expected:.0f} GiB expected of each GPU's {gpu:.1f}"
+        what = f"{LIKELY}: {expected:.0f} GiB expected of each GPU's {gpu:.1f}"
         why += "; `estimate: {memory_gib: …}`, a peak that you measured, says otherwise"
     elif measured is None and found.total > TIGHT * gpu:
         what = (

@@ -9,7 +9,7 @@ from typing import Any
 
 from hpctrain.config.decision import Decision
 from hpctrain.recipes.contract import Context
-from hpctrain.recipes.memory import REAL_SIZE
+from hpctrain.recipes.memory import CANNOT, REAL_SIZE
 from hpctrain.recipes.rules import Judge, Key, Rule
 from hpctrain.recipes.verl.memory import least_ranks, need
 from hpctrain.recipes.verl.presets import ModelShape
@@ -451,7 +451,7 @@ def check_memory(checker: Checker, context: Context) -> tuple[Decision, ...]:
         offload = "`param_offload` and `optimizer_offload` of the actor and the critic take less"
         site = context.site.document.where("node_types", context.node_type.name, "gpu_memory_gib")
         checker.error(
-            f"the models need at least {max(least.total, measured or 0):.0f} GiB of each GPU, and"
+            f"{CANNOT}: the models need at least {max(least.total, measured or 0):.0f} GiB of each GPU, and"
             f" those of `{context.node_type.name}` nodes give {gpu_gib:.1f}",
             "recipe_options.size",
             why=f"{least.words}; formula and sources in {FORMULA_AT}; GPU memory set in {site}",

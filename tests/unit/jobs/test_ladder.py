@@ -19,10 +19,31 @@ from hpctrain.triage.thresholds import Thresholds
 EXAMPLE = Path(__file__).parents[3] / "examples" / "lumi-neox-sft"
 
 
+MEASURED = "estimate.memory_gib=40"  # so that the rungs of large models are not left out
+
+
 @pytest.fixture
-def example(tmp_path):
+def as_it_is(tmp_path):
     shutil.copytree(EXAMPLE, tmp_path / "run", ignore=shutil.ignore_patterns("runs"))
     return str(tmp_path / "run" / "run.yaml")
+
+
+@pytest.fixture
+def example(as_it_is):
+    with open(as_it_is, "a", encoding="utf-8") as file:
+        file.write("estimate: {memory_gib: 40}\n")
+    return as_it_is
+
+
+def test_a_rung_that_cannot_fit_is_left_out_and_told(as_it_is, cli):
+    rungs = plan_rungs(as_it_is, [], [8, 16, 64], 150, "00:30:00")
+
+    assert [rung.num_gpus for rung in rungs] == [16, 64]
+    (told,) = rungs[0].left_out
+    assert "the rung of 8 GPUs is left out: it cannot fit: at least 69 GiB" in told.what
+    assert "left out" in cli("ladder", as_it_is, "--rungs", "8,16", "--dry-run")[2]
+    with pytest.raises(UsageError, match="it cannot fit"):
+        plan_rungs(as_it_is, [], [8], 150, "00:30:00")
 
 
 def test_the_global_batch_stays_the_same_and_every_rung_has_its_own_output(example):
@@ -84,7 +105,8 @@ def test_each_recipe_has_its_toggles_and_keeps_its_batch(name, one, more, batch)
         if name in ("hello", "sft")
         else []
     )
-    rungs = plan_rungs(str(EXAMPLE.parent / name / "run.yaml"), site, [1, 2, 8], 150, "00:30:00")
+    path = str(EXAMPLE.parent / name / "run.yaml")
+    rungs = plan_rungs(path, [*site, MEASURED], [1, 2, 8], 150, "00:30:00")
     for rung in rungs:
         wanted = one if rung.num_gpus == 1 else more
         assert {key: rung.changes[key] for key in wanted} == wanted
@@ -105,6 +127,7 @@ def test_each_recipe_has_its_toggles_and_keeps_its_batch(name, one, more, batch)
 @pytest.mark.parametrize("options", [[], ["--set", "time=02:00:00"]])
 def test_a_ladder_has_one_price_whoever_is_asked(name, options, cli):
     run_yaml = EXAMPLE.parent / name / "run.yaml"
+    options = [*options, "--set", MEASURED]
     numbers = {"lumi-neox-sft": "8,16", "hf-sft": "1,2"}.get(name, "1,2,8")
     code, out, err = cli("ladder", run_yaml, "--rungs", numbers, *options, "--dry-run", "--json")
     assert code == 0, err
