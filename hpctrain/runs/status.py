@@ -593,6 +593,12 @@ def _notes(run: RunRecords, links: Sequence[LinkStatus], progress: Progress) -> 
         for record in run.links
         if record.get("event") == "preflight" and record.get("bad")
     ]
+    watched = [record for record in run.links if record.get("event") == "watch"][-1:]
+    out += [
+        f"the watcher of link {record.get('link')} at {record.get('time')}: {record.get('mode')},"
+        f" {record.get('reason')}"
+        for record in watched
+    ]
     out += [f"job {link.job_id} waits for you: {link.release}" for link in links if link.release]
     return out
 

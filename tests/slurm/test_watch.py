@@ -29,6 +29,7 @@ def test_a_step_that_is_stuck_is_ended_and_the_next_link_goes_on(make):
     assert second["mode"] == "resume"
     log = (chain.dir / "logs" / f"ft-{first['job_id']}.out").read_text()
     assert "the step ends now: no word for" in log
+    assert "the watcher of link 1 at " in chain.hpctrain("status", "ft").stderr
     stacks = (chain.dir / "stacks" / f"{first['job_id']}.txt").read_text()
     assert "==" in stacks
     chain.ok("cancel", "ft")
