@@ -10,7 +10,8 @@ import re
 from typing import List, NamedTuple, Optional
 
 _STEP = re.compile(
-    rb"(?i)(?<![a-z/])(?:(?:global|train|training)[ _])?(?:step|iteration|iter|update|after|epoch)s?"
+    rb"(?i)(?<![a-z/])(?:(?:global|train|training)[ _])?"
+    rb"(?:step|iteration|iter|update|after|epoch)s?"
     rb"['\"]?\s*[:= #]\s*(\d+(?:\.\d+)?)|(\d+/\d+) \["
 )
 _LOSS = re.compile(rb"(?i)(?:loss|grad[_ ]norm)['\"]?\s*[:= ]\s*['\"]?(?:(nan|[-+]?inf)\b|[-+]?\d)")

@@ -25,7 +25,8 @@ _PEER = re.compile(
 _EPOCH = re.compile(rb"(?i)epoch['\"]?\s*[:= \[]+\s*(\d{1,5}(?:\.\d+)?)\b")
 _PREFERENCE = re.compile(rb"margin|logps?[_/](?:chosen|rejected)|rewards/chosen|\bdpo\b", re.I)
 _POLICY = re.compile(
-    rb"reward|pg_loss|policy[_ /]?loss|\bactor\b|act_loss|rollout|advantage|completions?/|grpo|\bppo\b"
+    rb"reward|pg_loss|policy[_ /]?loss|\bactor\b|act_loss|rollout|advantage|completions?/"
+    rb"|grpo|\bppo\b"
     rb"|approx_kl|pg_clip|zero_std|clip_?(?:frac|ratio)",
     re.I,
 )
@@ -239,10 +240,11 @@ class Attempt:
         if self.mode:
             return None
         first, second = self.first, self.second
-        if first and first.iteration and second and second.iteration:
-            apart = max(second.iteration - first.iteration, 1)
-            if first.iteration > 2 * apart + 1:
-                return f"the first step line is of iteration {first.iteration}"
+        for what in ("iteration", "epoch"):
+            begun, then = getattr(first, what, None), getattr(second, what, None)
+            known = begun is not None and then is not None and then > begun
+            if known and begun > 2 * (then - begun) + (what == "iteration"):
+                return f"the first step line is of {what} {begun}"
         return f"it says: {self.resumed}" if self.resumed else None
 
     def _since_first(self, step: Step) -> int:

@@ -56,7 +56,8 @@ _QUIET = (
 )
 # How programs say that they go on from a checkpoint, in the words before their first step.
 _RESUMED = re.compile(
-    rb"(?i)\b(?:resum|restor|continu)\w* [^\n]{0,80}\b(?:checkpoint|ckpt|step|epoch|iteration|run)\b"
+    rb"(?i)\b(?:resum|restor|continu)\w* [^\n]{0,80}\b"
+    rb"(?:checkpoint|ckpt|step|epoch|iteration|run)\b"
     rb"|resum(?:ing|ed) from|loaded checkpoint[^\n]* (?:iteration|step) [1-9]"
     rb"|starts? at step (?!1\b)[1-9]|loading the checkpoint from"
 )
@@ -82,7 +83,8 @@ _NODE = re.compile(
     rb"|\b([A-Za-z][\w-]*\d[\w.-]*):\d+:\d+ \[\d+\] (?:\S+"
     rb" )?NCCL|\bhost\s*[:=]\s*([A-Za-z][\w.-]*)|[Nn]ode ([A-Za-z][\w.-]*\d) is DOWN|(?:\(IP|IP"
     rb" address|and address): \[?(\d+\.\d+\.\d+\.\d+)"
-    rb"|\bip=(\d+\.\d+\.\d+\.\d+)|on node ([A-Za-z][\w.-]*) exited|^(?:slurmstepd-)?(?!rank|task|epoch|step|worker|default"
+    rb"|\bip=(\d+\.\d+\.\d+\.\d+)|on node ([A-Za-z][\w.-]*) exited"
+    rb"|^(?:slurmstepd-)?(?!rank|task|epoch|step|worker|default"
     rb"|slurmstepd|srun)([a-z][a-z-]*\d[a-z\d.-]*): "
 )
 _ELASTIC_RANK = re.compile(rb"rank +: (\d+)")

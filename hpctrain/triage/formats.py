@@ -21,7 +21,10 @@ from collections.abc import Callable
 from hpctrain.triage.normal import without_prefix
 from hpctrain.triage.records import Step, last_match
 
-_N = rb"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|[nN][aA][nN]|[iI]nf(?:inity)?)"
+_N = (
+    rb"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?"
+    rb"|[nN][aA][nN]|[iI]nf(?:inity)?)"
+)
 _ITERATION = re.compile(rb"\biteration:?\s+(\d+)(?:\s*\[\s*\d+\])?\s*(?:/\s*(\d+))?")
 # The line as GPT-NeoX and hpctrain print it today, in one go; any other order of fields takes the
 # slow way.
@@ -42,7 +45,7 @@ _VERL_STEP = re.compile(rb"\bstep:(\d+) - ")
 _VERL_PAIR = re.compile(rb"([\w@./()-]+):(?:np\.float\d+\()?(%s)\)?(?= - |\s*$)" % _N)
 _EM = re.compile(rb"train stats after (\d+) examples: ")
 _DEEPSPEED = re.compile(rb"\bstep=(\d+), skipped=(\d+), lr=\[?(%s)?" % _N)
-# A figure with its name: `loss: 2.3`, `loss = 2.3`, `'loss': 2.3`, `loss/avg | 2.3`, `loss train: 2.3`.
+# A figure with its name: `loss: 2.3`, `loss = 2.3`, `'loss': 2.3`, `loss/avg | 2.3`.
 _RECORD = re.compile(rb"\{['\"]\w+['\"]: ")  # a step's figures as Python or JSON shows them
 _BETWEEN = rb"['\"]?(?:\s*(?:[:=|]|\xe2\x94\x82)\s*|\s+)['\"]?"
 _ANY_LOSS = re.compile(

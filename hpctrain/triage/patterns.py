@@ -96,7 +96,8 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
         "gpu_oom",
         b"ut of memory",
         (
-            rb"(?:CUDA|HIP|[GNHTX]PU|MPS|HBM|[Cc]uda|\bhip|[Dd]evice|VRAM)[^\n]{0,60}ut of memory|ut of"
+            rb"(?:CUDA|HIP|[GNHTX]PU|MPS|HBM|[Cc]uda|\bhip|[Dd]evice|VRAM)[^\n]{0,60}"
+            rb"ut of memory|ut of"
             rb" memory[^\n]{0,40}(?:GPU|device|CUDA|HIP)"
         ),
     ),
@@ -234,7 +235,8 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
     (
         "node",
         b"Task launch for ",
-        rb"failed on node (?![^\n]*(?:layout|Invalid|[Cc]onfiguration|not available|not permitted))",
+        rb"failed on node"
+        rb" (?![^\n]*(?:layout|Invalid|[Cc]onfiguration|not available|not permitted))",
     ),
     ("node", b"Error configuring interconnect", None),
     ("node", b"not responding", rb"[Nn]ode|slurmd"),
