@@ -241,9 +241,8 @@ class Attempt:
             return None
         first, second = self.first, self.second
         for what in ("iteration", "epoch"):
-            begun, then = getattr(first, what, None), getattr(second, what, None)
-            known = begun is not None and then is not None and then > begun
-            if known and begun > 2 * (then - begun) + (what == "iteration"):
+            begun, then = (getattr(step, what, None) or 0.0 for step in (first, second))
+            if then > begun > 2 * (then - begun) + (what == "iteration"):
                 return f"the first step line is of {what} {begun}"
         return f"it says: {self.resumed}" if self.resumed else None
 

@@ -62,11 +62,10 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
     to any other reason, since output of different ranks is not in the order of time.
     """
     if attempt.reached_end and attempt.exit_code in (0, None):
-        return (
-            None
-            if attempt.exit_code == 0 or attempt.finished
-            else _ended_in_last_save(attempt, around)
-        )
+        if attempt.exit_code == 0:
+            return None
+        if not _fell_at_the_end(attempt):
+            return None if attempt.finished else _ended_in_last_save(attempt, around)
     everything = sorted(
         (event for kept in attempt.events.values() for event in kept), key=lambda event: event.order
     )
@@ -80,33 +79,16 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
         for event in events
         if not FAILURES[event.failure].symptom and not FAILURES[event.failure].external
     ]
-    # An abort is how a watchdog, a monitor or an uncaught error ends a process: it explains only
-    # what nothing else does. What a rank says that was left alone follows from the abort.
-    reasons = [event for event in symptoms if event.failure == "communication"]
-    reasons = [event for event in reasons if not _LEFT_ALONE.search(event.text)]
-    reasons += [event for event in roots if not _ABORT.search(event.text) and not event.weak]
-    roots = [event for event in roots if not (reasons and _ABORT.search(event.text))]
+    roots = _without_aborts(roots, symptoms)
     asides = [event for event in roots if event.weak]
     roots = [event for event in roots if not event.weak]
     named = [event for event in roots if event.failure not in ("program", "crash")]
     general = [event for event in roots if event.failure in ("program", "crash")]
-    if (
-        named
-        and general
-        and general[0].place.file == named[0].place.file
-        and general[0].order < named[0].order
-        and not _same_rank(general[0], named[0])
-    ):
-        return general[0]  # another rank failed before, by an exception of its own
+    if _other_rank_was_first(general, named):
+        return general[0]
     killed = [event for event in symptoms if event.failure == "killed" and "exitcode" in event.text]
     killed.sort(key=lambda event: event.rank is None)
-    wrapped = sorted(
-        (event for event in symptoms if event.failure == "wrapper"),
-        key=lambda event: event.rank is None,
-    )
-    wrapped = [event for event in wrapped if not event.weak] or (
-        wrapped if not attempt.num_steps else []
-    )
+    wrapped = _of_launchers(symptoms, attempt)
     others = [event for event in symptoms if event.failure != "wrapper"]
     if ends and ends[0].failure == "script_killed":
         others = []  # its tasks were killed after it
@@ -138,6 +120,50 @@ def find_cause(attempt: Attempt, around: Circumstances) -> Event | None:
             best = _in_callers_words(chosen)
             return _attributed(_with_rank(best, everything), attempt)
     return _silent_end(attempt, around)
+
+
+def _without_aborts(roots: list[Event], symptoms: list[Event]) -> list[Event]:
+    """An abort is how a watchdog, a monitor or an uncaught error ends a process: it explains only
+    what nothing else does. What a rank says that was left alone follows from the abort."""
+    reasons = [event for event in symptoms if event.failure == "communication"]
+    reasons = [event for event in reasons if not _LEFT_ALONE.search(event.text)]
+    reasons += [event for event in roots if not _ABORT.search(event.text) and not event.weak]
+    return [event for event in roots if not (reasons and _ABORT.search(event.text))]
+
+
+def _other_rank_was_first(general: list[Event], named: list[Event]) -> bool:
+    """Whether another rank failed before, by an exception of its own; only one file has an
+    order."""
+    if not general or not named or general[0].place.file != named[0].place.file:
+        return False
+    return general[0].order < named[0].order and not _same_rank(general[0], named[0])
+
+
+def _of_launchers(symptoms: list[Event], attempt: Attempt) -> list[Event]:
+    """What launchers say of failed tasks, first what names a rank; what they say in passing only
+    where nothing trained."""
+    wrapped = [event for event in symptoms if event.failure == "wrapper"]
+    wrapped.sort(key=lambda event: event.rank is None)
+    strong = [event for event in wrapped if not event.weak]
+    return strong or (wrapped if not attempt.num_steps else [])
+
+
+_OF_SAVING = ("disk", "host_oom", "gpu_oom")
+
+
+def _fell_at_the_end(attempt: Attempt) -> bool:
+    """Whether a program that did all its steps failed while it saved: its storage or memory failed
+    after the last, or a launcher saw it fail by an error of its own."""
+    late = [
+        event
+        for kept in attempt.events.values()
+        for event in kept
+        if event.steps_before >= attempt.num_steps and not event.weak
+    ]
+    if any(event.failure in _OF_SAVING for event in late):
+        return True
+    told = any(_tells(event) and event.failure != "crash" for event in late)
+    return told and any(event.failure == "wrapper" for event in late)
 
 
 def _ended_in_last_save(attempt: Attempt, around: Circumstances) -> Event | None:

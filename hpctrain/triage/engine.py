@@ -177,6 +177,18 @@ class LogReader:
         self.modified_s: float | None = None
         self._meanings = anchors.meanings
         self._scanner = LineScanner(anchors.matcher, exceptions.is_open)
+        self._handlers: dict[str, Callable[[Hit, object], None]] = {
+            "failure": self._failure,
+            "traceback": self._traceback,
+            "ours": self._our_line,
+            "header": self._name_step,
+            "objective": self._see_reward,
+            "resumed": self._resumed,
+            "hf_done": self._trainer_is_done,
+            "host": self._name_host,
+            "quiet": self._quiet_phase,
+            "overflow": self._overflow,
+        }
         self._attempt: Attempt | None = None
         self._tail = b""
         self._ends: exceptions.LastLines | None = None
@@ -235,16 +247,11 @@ class LogReader:
                 last_step = hit
                 continue
             for kind, what in self._meanings[hit.anchor]:
-                if kind == "step":
-                    if self._step(hit, what, now_s):  # type: ignore[arg-type]
-                        last_step = hit
-                        break
-                elif kind == "failure":
-                    self._failure(hit, what)
-                elif kind == "traceback":
-                    self._traceback(hit)
-                else:
-                    self._note(hit, kind, what)
+                if kind != "step":
+                    self._handlers[kind](hit, what)
+                elif self._step(hit, what, now_s):  # type: ignore[arg-type]
+                    last_step = hit
+                    break
         if last_step is not None and self._attempt is not None and now_s is None:
             # Steps of one piece are close together, so one look around the last one tells the time
             # of all.
@@ -304,7 +311,7 @@ class LogReader:
         self._header = None
         return Step("any", iteration, total, loss)
 
-    def _name_step(self, hit: Hit) -> None:
+    def _name_step(self, hit: Hit, what: object) -> None:
         """A line that only heads a step's figures is progress; its loss may stand below."""
         place = header(hit.line)
         if place is None:
@@ -314,7 +321,7 @@ class LogReader:
         if attempt.framework in (None, "any"):
             attempt.add_step(Step("any", *place), Place(self.name, hit.number), None)
 
-    def _see_reward(self, hit: Hit) -> None:
+    def _see_reward(self, hit: Hit, what: object) -> None:
         """A line about rewards tells what is optimised; with a step in it, it is a step's of a
         process that knows no loss, as those that only collect answers."""
         step = rewarded(hit.line)
@@ -371,7 +378,7 @@ class LogReader:
                 return
         self._tell(hit, hit.offset, hit.number, line, failure, strong, pattern.weak)
 
-    def _traceback(self, hit: Hit) -> None:
+    def _traceback(self, hit: Hit, what: object) -> None:
         """The exception at the end of the traceback that begins here."""
         if self._ends is None or self._ends.text is not hit.context:
             self._ends = exceptions.LastLines(hit.context)
@@ -460,39 +467,32 @@ class LogReader:
             del self._told[next(iter(self._told))]
         self._told[offset] = event, by_words
 
-    def _note(self, hit: Hit, kind: str, what: object) -> None:
-        if kind == "ours":
-            self._our_line(hit)
-        elif kind == "header":
-            self._name_step(hit)
-        elif kind == "objective":
-            self._see_reward(hit)
-        elif kind == "resumed":
-            attempt = self._current(hit)
-            if not attempt.num_steps and not attempt.resumed and _RESUMED.search(hit.line):
-                attempt.resumed = clean(hit.line)
-        elif kind == "hf_done":
-            self._current(hit).finished = "the trainer printed its summary"
-        elif kind == "host":
-            self._name_host(hit)
-        elif kind == "quiet":
-            assert isinstance(what, bytes)
-            self._current(hit).quiet_phase = what.decode().strip()
-        elif kind == "overflow":
-            attempt = self._current(hit)
-            attempt.counts_skipped = True
-            scale = _SCALE.search(hit.line)
-            if scale and scale[1] == scale[2]:
-                attempt.skipped_at_minimum += 1
-                attempt.skipped_first = attempt.skipped_first or Place(self.name, hit.number)
-            elif (
-                attempt.num_steps >= self.engine.thresholds.skipped_grace
-                and b"Skipping step" in hit.line
-            ):
-                attempt.skipped += 1
-                attempt.skipped_first = attempt.skipped_first or Place(self.name, hit.number)
+    def _resumed(self, hit: Hit, what: object) -> None:
+        attempt = self._current(hit)
+        if not attempt.num_steps and not attempt.resumed and _RESUMED.search(hit.line):
+            attempt.resumed = clean(hit.line)
 
-    def _name_host(self, hit: Hit) -> None:
+    def _trainer_is_done(self, hit: Hit, what: object) -> None:
+        self._current(hit).finished = "the trainer printed its summary"
+
+    def _quiet_phase(self, hit: Hit, what: object) -> None:
+        assert isinstance(what, bytes)
+        self._current(hit).quiet_phase = what.decode().strip()
+
+    def _overflow(self, hit: Hit, what: object) -> None:
+        attempt = self._current(hit)
+        attempt.counts_skipped = True
+        scale = _SCALE.search(hit.line)
+        late = attempt.num_steps >= self.engine.thresholds.skipped_grace
+        if scale and scale[1] == scale[2]:
+            attempt.skipped_at_minimum += 1
+        elif late and b"Skipping step" in hit.line:
+            attempt.skipped += 1
+        else:
+            return
+        attempt.skipped_first = attempt.skipped_first or Place(self.name, hit.number)
+
+    def _name_host(self, hit: Hit, what: object) -> None:
         """Open MPI tells where it was a few lines below what failed."""
         host = re.search(rb"Local host: +([A-Za-z][\w.-]*)", hit.line)
         if not host or not self._told:
@@ -503,7 +503,7 @@ class LogReader:
             self._current(hit).replace_event(event, named)
             self._told[offset] = named, by_words
 
-    def _our_line(self, hit: Hit) -> None:
+    def _our_line(self, hit: Hit, what: object) -> None:
         line = hit.line
         job = _JOB.search(line)
         if job:

@@ -212,23 +212,14 @@ def classify(line: bytes, frames: bytes = b"") -> tuple[str, bool]:
         last = _LAST.match(line)
         name = last[1] if last else b""
     short = name.partition(b"(")[0].rpartition(b".")[2]
-    internet = _OFFLINE.match(short) or (_CANNOT.search(line) and _INTERNET.search(line))
-    if internet:
-        return "communication" if PRIVATE.search(line) else "missing_file", True
-    if short == b"OutOfMemoryError" and b"ray." in name:
-        return "host_oom", True
-    errno = _ERRNO.search(line)
-    if errno and (failure := _ERRNOS.get(int(next(filter(None, errno.groups()))))):
-        if b"107" in errno[0] and not OF_FILE.search(line):
-            failure = "communication"
-        return (
-            "missing_file"
-            if failure == "communication" and _INTERNET.search(line) and not PRIVATE.search(line)
-            else failure
-        ), True
-    for failure, pattern in _CLASSES:
-        if pattern.match(short):
-            return failure, True
+    told = _by_errno(line)
+    if _OFFLINE.match(short) or (_CANNOT.search(line) and _INTERNET.search(line)):
+        told = "communication" if PRIVATE.search(line) else "missing_file"
+    elif short == b"OutOfMemoryError" and b"ray." in name:
+        told = "host_oom"
+    told = told or next((failure for failure, known in _CLASSES if known.match(short)), None)
+    if told:
+        return told, True
     if _TIMED_OUT.search(line):
         return "communication", False
     if short in (b"OSError", b"EnvironmentError") and _NOT_THERE.search(line):
@@ -243,6 +234,18 @@ def classify(line: bytes, frames: bytes = b"") -> tuple[str, bool]:
         return last_place[1], False
     checked = short in (b"ValueError", b"AssertionError", b"NotImplementedError")
     return "config" if checked and _SETTINGS.search(line) else "program", False
+
+
+def _by_errno(line: bytes) -> str | None:
+    """What the number of a system call's error tells, by what it was about: a path, a socket, or a
+    server on the internet."""
+    errno = _ERRNO.search(line)
+    failure = _ERRNOS.get(int(next(filter(None, errno.groups())))) if errno else None
+    if errno and b"107" in errno[0] and not OF_FILE.search(line):
+        failure = "communication"
+    if failure == "communication" and _INTERNET.search(line) and not PRIVATE.search(line):
+        return "missing_file"
+    return failure
 
 
 def _importing(frames: bytes) -> bool:

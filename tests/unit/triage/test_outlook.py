@@ -139,3 +139,18 @@ def test_a_log_without_a_known_step_line_shows_what_looks_most_like_one():
     diagnosis = diagnose(b"tick 7: the loss went to 2.3 today\nbye\n")
     assert diagnosis.verdict == NOT_OBSERVED
     assert "tick 7" in diagnosis.summary
+
+
+SAVE = b"OSError: [Errno 28] No space left on device: '/ckpt/model.safetensors'\n"
+BUG = b"ValueError: the adapter has no name\n"
+SRUN = b"srun: error: n1: task 0: Exited with exit code 1\n"
+
+
+@pytest.mark.parametrize(
+    ("after", "failure"),
+    [(SAVE, "disk"), (BUG + SRUN, "program"), (BUG, None), (b"Aborted (core dumped)\n", None)],
+)
+def test_what_fails_after_the_last_step_failed_while_it_saved(after, failure):
+    done = steps(120, total=120)
+    cause = diagnose(done + b"Traceback (most recent call last):\n" + after).cause
+    assert (cause.event.failure if cause else None) == failure
