@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -94,7 +93,7 @@ class Temp:
 
     def __init__(self, path: str):
         self.path = path
-        host = socket.gethostname().split(".")[0]
+        host = os.uname().nodename.split(".")[0]
         # The name tells who writes it, so that leftovers of the dead can be told from files being
         # written.
         prefix = f"{os.path.basename(path)}{_TEMP}{host}-{os.getpid()}.{_start_ticks(os.getpid())}-"
@@ -258,7 +257,7 @@ def leftovers(folder: str, start: str, max_age_s: float = 86400.0) -> list[str]:
     """Temporary files in `folder` beginning with `start` whose writer is dead (on this host) or
     that are old."""
     found = []
-    host = socket.gethostname().split(".")[0]
+    host = os.uname().nodename.split(".")[0]
     for name in os.listdir(folder):
         base, mark, writer = name.partition(_TEMP)
         if not mark or not base.startswith(start):

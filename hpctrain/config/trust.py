@@ -6,6 +6,7 @@ other's. What is only read is read from anywhere; what becomes code must be nobo
 
 from __future__ import annotations
 
+import functools
 import grp
 import os
 import pwd
@@ -147,6 +148,7 @@ def _named() -> list[str]:
     return [str(name) for name in names or []]
 
 
+@functools.cache
 def _root() -> int:
     """The id that root's files have here: in a rootless container, where root has none, the
     kernel's stand-in for whoever has none (user_namespaces(7))."""

@@ -248,7 +248,7 @@ def prepare(
     another rendering.
     """
     plan, said = loaded.plan, []
-    files = run_files(plan, loaded.inputs)
+    files = run_files(loaded)
     if not dry_run and write_run_dir(plan.run_dir, files, force):
         said.append(f"wrote {plan.run_dir}")
     settings = parse_settings(plan.guard())._replace(run_dir=plan.run_dir)

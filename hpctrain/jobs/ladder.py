@@ -310,7 +310,7 @@ def climb(
         if results and not results[-1].passed:
             results.append(Result(rung, "", None, False, "not reached"))
             continue
-        write_run_dir(rung.run_dir, run_files(rung.loaded.plan, rung.loaded.inputs), force)
+        write_run_dir(rung.run_dir, run_files(rung.loaded), force)
         record_waived(rung.run_dir, waived)
         say(f"rung of {rung.num_gpus} GPUs: submitting {rung.run_dir}")
         script = os.path.join(rung.run_dir, "job.sbatch")

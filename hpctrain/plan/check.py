@@ -6,9 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import socket
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
 from hpctrain.base.errors import Problem, Refused, UsageError
@@ -16,17 +14,14 @@ from hpctrain.config.run import RunSpec
 from hpctrain.config.sbatch import overriding_inputs
 from hpctrain.config.site import Site
 from hpctrain.config.trust import find_doubt
-from hpctrain.plan.checkpoints import checkpoint_problems
 from hpctrain.plan.load import Loaded
 from hpctrain.plan.look.looks import look
 from hpctrain.plan.look.program import shared_copies
 from hpctrain.plan.look.reading import Reader, waited
 from hpctrain.plan.make import Plan
-from hpctrain.plan.render import render
-from hpctrain.plan.template_cache import template_cache
+from hpctrain.plan.run_dir import rendered
 from hpctrain.recipes.contract import HubRepo
 from hpctrain.recipes.facts import Copy
-from hpctrain.runtime import hubcache
 from hpctrain.slurm import answers
 from hpctrain.slurm import commands as slurm
 
@@ -52,7 +47,7 @@ def find_problems(loaded: Loaded) -> list[Problem]:
     ]
     if not plan.errors:
         try:
-            job = render(plan, loaded.inputs, template_cache(os.environ))["job.sbatch"]
+            job = rendered(loaded)["job.sbatch"]
         except (UsageError, Refused) as error:  # a template of the user's own, or of another's
             found += error.problems
         else:
@@ -77,14 +72,15 @@ def _seen(plan: Plan, here: bool, reader: Reader) -> Iterator[Problem]:
     yield from _files(plan, here, reader)
     yield from look(plan, here, reader)
     reader.turn_to(plan.spec.checkpoint_dir or plan.run_dir)
-    yield from checkpoint_problems(plan)
+    yield from _checkpoints(plan)
 
 
 def at_site(site: Site) -> bool:
     """Whether this machine is the site: by its Slurm's name, a login host's name, or, for a profile
     that names neither, any Slurm."""
     match = site.values["match"]
-    names = {socket.gethostname(), socket.gethostname().split(".")[0]}
+    host = os.uname().nodename  # as socket.gethostname, without loading sockets
+    names = {host, host.split(".")[0]}
     if any(re.fullmatch(pattern, name) for pattern in match["hostnames"] for name in names):
         return True
     if match["cluster_name"]:
@@ -93,6 +89,17 @@ def at_site(site: Site) -> bool:
             slurm.cluster_name() == match["cluster_name"]
         )
     return not match["hostnames"] and slurm.have("sbatch")
+
+
+def _checkpoints(plan: Plan) -> Iterator[Problem]:
+    """What the guard would say; it is loaded where something lies there for it to judge."""
+    spec, facts = plan.spec, plan.resolved.guard
+    places = (spec.checkpoint_dir, spec.checkpoint_start, os.path.join(plan.run_dir, "links.jsonl"))
+    there = any(place and os.path.lexists(place) for place in places)
+    if there or spec.handed or facts.start_folder:
+        from hpctrain.plan.checkpoints import checkpoint_problems
+
+        yield from checkpoint_problems(plan)
 
 
 def _files(plan: Plan, here: bool, reader: Reader) -> Iterator[Problem]:
@@ -128,6 +135,8 @@ def _wanted(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
         if not _yet_to_be_made(spec, path):
             yield what, path, where, ""
     for repo in plan.resolved.hub:
+        from hpctrain.runtime import hubcache
+
         known = hubcache.Repo(repo.kind, repo.repo_id, repo.revision)
         for path in hubcache.missing(repo.home, known):
             yield f"{repo.what} `{repo.repo_id}`:", path, repo.where, _download_hint(repo)
@@ -274,6 +283,8 @@ def _ask_slurm(plan: Plan, job: str, here: bool) -> Iterator[Problem]:
     if not slurm.have("sbatch"):
         yield Problem("there is no Slurm here, so its own opinion was not asked", level="note")
         return
+    import tempfile  # only here: where there is no Slurm, nothing is asked
+
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch", encoding="utf-8") as script:
         script.write(job)
         script.flush()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hpctrain.base.errors import Problem, Refused, UsageError
-from hpctrain.plan.check import find_problems
+from hpctrain.plan.check import find_problems, problems_between
 from hpctrain.plan.load import Loaded
 
 
@@ -25,7 +25,8 @@ def require_sound(runs: Sequence[Loaded], no_check: bool = False) -> Checked:
 
     Of the notes only the plan's own are told: the rest says what is as it should be.
     """
-    found = list(dict.fromkeys(problem for run in runs for problem in find_problems(run)))
+    each = (problem for run in runs for problem in find_problems(run))
+    found = list(dict.fromkeys([*problems_between(runs), *each]))
     errors = [problem for problem in found if problem.level == "error"]
     planned = {problem for run in runs for problem in run.plan.problems}
     if any(run.plan.errors for run in runs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hpctrain.base.errors import HpctrainError, Problem, UsageError
 from hpctrain.base.text import text_problem
@@ -30,6 +30,8 @@ class Loaded:
 
     plan: Plan
     inputs: Mapping[str, bytes]
+    # its rendered files, kept by `run_dir.rendered`
+    rendered: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def load_plan(

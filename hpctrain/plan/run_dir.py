@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused
 from hpctrain.base.files import umask
-from hpctrain.plan.make import Plan
+from hpctrain.plan.load import Loaded
 from hpctrain.plan.render import render, runtime_files
 from hpctrain.plan.template_cache import template_cache
 from hpctrain.runtime.files import COMMIT, finish_commit, open_state, sync_folder
@@ -24,15 +24,22 @@ from hpctrain.runtime.files import COMMIT, finish_commit, open_state, sync_folde
 STAGED = ".render-new"
 
 
-def run_files(plan: Plan, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
+def rendered(loaded: Loaded) -> Mapping[str, str]:
+    """The files of the run directory without `runtime/`, made once: `check` looks at them before
+    they are written. Raises as `render.render`."""
+    if not loaded.rendered:
+        files = render(loaded.plan, loaded.inputs, template_cache(os.environ))
+        loaded.rendered.update(files)
+    return loaded.rendered
+
+
+def run_files(loaded: Loaded) -> dict[str, bytes]:
     """Every file of the plan's run directory by relative path, `runtime/` included."""
-    files = {
-        name: text.encode("utf-8")
-        for name, text in render(plan, inputs, template_cache(os.environ)).items()
-    }
-    files["run.yaml"] = inputs["run.yaml"]
-    files["site.yaml"] = inputs["site.yaml"]
-    files.update({f"runtime/{name}": content for name, content in runtime_files(plan).items()})
+    files = {name: text.encode("utf-8") for name, text in rendered(loaded).items()}
+    files["run.yaml"] = loaded.inputs["run.yaml"]
+    files["site.yaml"] = loaded.inputs["site.yaml"]
+    runtime = runtime_files(loaded.plan)
+    files.update({f"runtime/{name}": content for name, content in runtime.items()})
     return files
 
 

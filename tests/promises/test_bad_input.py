@@ -108,7 +108,7 @@ def test_a_hostile_value_is_refused_with_its_place_or_survives_bash(path, tmp_pa
             assert all(problem.what.isprintable() for problem in error.problems), error
             continue
         carried += 1
-        script = run_files(loaded.plan, loaded.inputs)["job.sbatch"]
+        script = run_files(loaded)["job.sbatch"]
         done = subprocess.run(["bash", "-n"], input=script, capture_output=True, check=False)
         assert (done.returncode, done.stderr) == (0, b""), (value, done.stderr)
         directives = [line for line in script.decode().splitlines() if line.startswith("#SBATCH")]
@@ -158,7 +158,7 @@ def test_hostile_text_reaches_the_program_verbatim_and_runs_nothing(tmp_path, ru
         run_dir = tmp_path / f"run {number}"
         loaded = load_plan(str(tmp_path / "run.yaml"), (), str(run_dir))
         assert not loaded.plan.errors
-        write_run_dir(str(run_dir), run_files(loaded.plan, loaded.inputs))
+        write_run_dir(str(run_dir), run_files(loaded))
         done, notes = run_job(run_dir / "job.sbatch")
 
         assert done.returncode == 0, (image, done.stdout, done.stderr)
@@ -204,7 +204,7 @@ def test_random_specs_never_raise_anything_but_our_errors(tmp_path, changes):
     except (yaml.YAMLError, UnicodeEncodeError):
         return  # the test could not write the file
     if not loaded.plan.errors:
-        run_files(loaded.plan, loaded.inputs)
+        run_files(loaded)
 
 
 EXAMPLES = sorted(
@@ -274,7 +274,7 @@ def test_random_changes_of_any_example_never_raise_anything_but_our_errors(tmp_p
         loaded = load_plan(str(folder / "run.yaml"))
         find_problems(loaded)
         if not loaded.plan.errors:
-            run_files(loaded.plan, loaded.inputs)
+            run_files(loaded)
     except HpctrainError:
         pass
 

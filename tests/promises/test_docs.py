@@ -354,9 +354,7 @@ def test_every_file_of_a_run_directory_is_explained(example, tmp_path) -> None:
     names = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
     loaded = load_plan(str(ROOT / "examples" / example / "run.yaml"), out_dir=str(tmp_path / "run"))
 
-    files = {
-        name.split("/")[0] + "/" * ("/" in name) for name in run_files(loaded.plan, loaded.inputs)
-    }
+    files = {name.split("/")[0] + "/" * ("/" in name) for name in run_files(loaded)}
     assert not [name for name in files if not any(fnmatch.fnmatch(name, known) for known in names)]
 
 

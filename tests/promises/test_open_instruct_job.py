@@ -112,7 +112,7 @@ class Bench:
         write(root / "run.yaml", yaml.safe_dump(run))
         loaded = load_plan(str(root / "run.yaml"), (), str(self.folder))
         assert loaded.plan.errors == []
-        for name, content in run_files(loaded.plan, loaded.inputs).items():
+        for name, content in run_files(loaded).items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).write_bytes(content)
         (self.folder / "logs").mkdir(exist_ok=True)

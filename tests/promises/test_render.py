@@ -73,7 +73,7 @@ def test_the_same_bytes_from_wherever_it_is_rendered(tmp_path, monkeypatch):
         monkeypatch.chdir(cwd)
         loaded = load_plan(os.path.relpath(below / "run.yaml"))
         assert not loaded.plan.errors
-        seen.append(run_files(loaded.plan, loaded.inputs))
+        seen.append(run_files(loaded))
     script = seen[0]["job.sbatch"].decode()
 
     assert f"WHOSE={project.name}" in script and f": templates of {project.name}" in script

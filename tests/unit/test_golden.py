@@ -44,7 +44,7 @@ def rendered(case: str, monkeypatch) -> dict[str, str]:
     monkeypatch.chdir(GOLDEN / case)
     loaded = load_plan("run.yaml", (), RUN_DIR + case)
     assert not loaded.plan.errors, loaded.plan.errors
-    files = run_files(loaded.plan, loaded.inputs)
+    files = run_files(loaded)
     return {
         name: raw.decode()
         for name, raw in files.items()
@@ -73,11 +73,7 @@ def test_rendering_twice_from_different_folders_gives_the_same_bytes(case, monke
     shutil.copytree(GOLDEN / case, copy)
     monkeypatch.chdir(tmp_path)
     loaded = load_plan(str(copy / "run.yaml"), (), RUN_DIR + case)
-    second = {
-        name: raw.decode()
-        for name, raw in run_files(loaded.plan, loaded.inputs).items()
-        if name in first
-    }
+    second = {name: raw.decode() for name, raw in run_files(loaded).items() if name in first}
 
     assert second == first
 

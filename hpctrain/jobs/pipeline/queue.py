@@ -111,7 +111,7 @@ def plan_queue(pipeline: Pipeline, wanted: Collection[str] = ()) -> list[StagePl
     out = []
     for planned in pipeline.stages:
         run_dir = planned.run_dir
-        content = json.loads(run_files(planned.plan, planned.loaded.inputs)["plan.json"])
+        content = json.loads(run_files(planned.loaded)["plan.json"])
         with chain.readable(run_dir):
             found = chain.plan_chain(run_dir, content)
             if found.done:

@@ -142,7 +142,7 @@ def _parts(
     scenes = scene.plan_scenes([loaded.plan for _, loaded, _ in wanted], folder, user)
     parts = []
     for (stage_name, loaded, request), shown in zip(wanted, scenes):
-        files = dict(run_files(loaded.plan, loaded.inputs))
+        files = dict(run_files(loaded))
         exports = checks.exported(files["job.sbatch"].decode("utf-8", "replace"))
         if request.job_script is not None:
             files["job.sbatch"] = request.job_script

@@ -59,7 +59,7 @@ def test_three_links_of_a_chain(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     loaded = load_plan(str(tmp_path / "run.yaml"), (), str(folder))
     assert loaded.plan.errors == []
-    for name, content in run_files(loaded.plan, loaded.inputs).items():
+    for name, content in run_files(loaded).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / "logs").mkdir(exist_ok=True)

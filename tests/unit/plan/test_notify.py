@@ -14,5 +14,5 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "hello" / "run.yaml"
 def test_the_guard_knows_whom_to_tell_and_nothing_of_it_without(tmp_path):
     for given, wanted in ([], None), (["notify=$HOOK"], "$HOOK"):
         loaded = load_plan(str(EXAMPLE), given, str(tmp_path))
-        plan = json.loads(run_files(loaded.plan, loaded.inputs)["plan.json"])
+        plan = json.loads(run_files(loaded)["plan.json"])
         assert loaded.plan.errors == [] and plan["guard"].get("notify") == wanted

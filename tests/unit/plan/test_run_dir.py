@@ -154,7 +154,7 @@ def test_the_files_of_a_plan_are_what_it_was_made_from_and_what_runs_it(tmp_path
         "name: r\nsite: local\nrecipe: command\ntime: 10m\nrecipe_options: {argv: [hostname]}\n"
     )
     loaded = load_plan(str(tmp_path / "run.yaml"))
-    files = run_files(loaded.plan, loaded.inputs)
+    files = run_files(loaded)
     assert files["run.yaml"] == (tmp_path / "run.yaml").read_bytes()
     assert files["job.sbatch"].startswith(b"#!/bin/bash\n") and b"name: local" in files["site.yaml"]
     assert {"runtime/__main__.py", "runtime/link.py", "plan.json"} <= set(files)

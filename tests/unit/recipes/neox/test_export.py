@@ -20,6 +20,7 @@ from needed import needed
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
 from hpctrain.base.shell import quote
 from hpctrain.jobs.neox_export import plan_export
+from hpctrain.plan.load import Loaded
 from hpctrain.plan.run_dir import run_files
 
 CONVERTER = """
@@ -134,7 +135,7 @@ def run(neox, tmp_path):
         options={"dir": json.dumps(str(code)), "python": "python3", "flavor": "tilde"},
     )
     assert planned.said() == []
-    for name, raw in run_files(planned.plan, planned.inputs).items():
+    for name, raw in run_files(Loaded(planned.plan, planned.inputs)).items():
         path = Path(planned.plan.run_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(raw)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.base.paths import shipped_dir
+from hpctrain.plan.load import Loaded
 from hpctrain.plan.render import _sums, runtime_files
 from hpctrain.plan.run_dir import run_files
 
@@ -111,7 +112,7 @@ def job(neox, neox_dir, tmp_path):
         planned = neox("model_parallel_size: 1\nnum_layers: 2\nattention_config: null\n", **kwargs)
         assert planned.said() == []
         folder = Path(planned.plan.run_dir)
-        for name, raw in run_files(planned.plan, planned.inputs).items():
+        for name, raw in run_files(Loaded(planned.plan, planned.inputs)).items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(raw)
