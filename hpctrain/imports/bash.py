@@ -10,7 +10,11 @@ from typing import Any
 from hpctrain.base.errors import EnvironmentFault
 from hpctrain.base.shell import expanding_words
 
-_WRAPPERS = frozenset({"redirected_statement", "pipeline", "list", "negated_command"})
+_ASSIGNED = re.compile(
+    r"(?:export\s+|(?:declare|local|readonly)\s+(?:-\w+\s+)?)?([A-Za-z_]\w*)="
+    r"(?:\"(.*)\"|'(.*)'|\((.*)\)|([^\s\"'(;]+))",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,9 @@ def texts(found: list[Statement]) -> dict[str, list[str]]:
     """The words of variables that are assigned once, at the top level, as one text or a list."""
     values: dict[str, list[list[str]]] = {}
     for statement in found:
-        one = re.fullmatch(
-            r"(?:export\s+|(?:declare|local|readonly)\s+(?:-\w+\s+)?)?([A-Za-z_]\w*)=(\"(.*)\"|'(.*)'|\((.*)\))",
-            statement.text,
-            re.S,
-        )
+        one = _ASSIGNED.fullmatch(statement.text)
         if one:
-            text = (one[3] or one[4] or one[5] or "").replace("\\\n", " ")
+            text = next(filter(None, one.groups()[1:]), "").replace("\\\n", " ")
             try:
                 values.setdefault(one[1], []).append(list(expanding_words(text)))
             except ValueError:
@@ -109,8 +109,8 @@ def texts(found: list[Statement]) -> dict[str, list[str]]:
 
 
 def expanded(word: str, values: dict[str, str]) -> str | None:
-    """A word with the known variables filled in and its quotes taken off; None where something of it
-    is not known."""
+    """A word with the known variables filled in and its quotes taken off; None where something of
+    it is not known."""
     if len(word) > 1 and word[0] == word[-1] == "'":
         return word[1:-1]
     text = re.sub(

@@ -29,7 +29,8 @@ _SHORT = {
 _SWITCHES = frozenset(
     "label unbuffered kill-on-bad-exit verbose preserve-env disable-status exclusive overlap exact"
     " pty quiet container-remap-root no-container-remap-root container-mount-home"
-    " no-container-mount-home container-writable no-kill overcommit".split()
+    " no-container-mount-home container-writable no-kill overcommit standalone use_env use-env"
+    " no_python no-python".split()
 )
 # The plan decides these: nodes and tasks by the job, cores by `--cpus-per-task`.
 _PLANNED = frozenset(SRUN_OWNED) | frozenset(
@@ -40,7 +41,9 @@ _TORCHRUN = frozenset(
     "nnodes nproc_per_node node_rank master_addr master_port rdzv_id rdzv_backend rdzv_endpoint"
     " rdzv_conf max_restarts".split()
 )
-_TORCHRUN_FLAGS = frozenset({"standalone", "no_python", "use_env", "use-env", "redirects_all"})
+_TORCHRUN_FLAGS = frozenset({"standalone", "use_env"})
+# Not worth a remark: what they say is what the plan says.
+_SAID_ANYWAY = frozenset("export kill-on-bad-exit cpus-per-task jobid nodes".split())
 _STARTS = re.compile(
     r"(?:^|/)(srun|mpirun|mpiexec|torchrun|accelerate|deepspeed|ray|python[\d.]*|singularity|apptainer"
     r"|llamafactory-cli|axolotl|swift|composer|bash|sh|uv|poetry|pixi|conda|podman|docker|time|nsys|numactl)$"
@@ -57,6 +60,8 @@ class Step:
 
     program: str
     tasks: int | None = None
+    only_batch_host: bool = False
+    nnodes: str = ""
     launch: str = "srun"
     options: dict[str, Any] = field(default_factory=dict)
     recipe_options: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +86,11 @@ def is_step(command: Command) -> bool:
 def step_of(command: Command, values: dict[str, str], lists: dict[str, list[str]]) -> Step | None:
     """The step that a command is, None where it cannot be said in run.yaml."""
     words = list(command.words)
+    variable = re.fullmatch(r"\"?\$\{?([A-Za-z_]\w*)(?:\[[@*]\])?\}?\"?", words[0])
+    if variable:  # which may hold an srun, or anything else
+        words = [*lists.get(variable[1], ["$"]), *words[1:]]
+    if words[0].startswith("$"):
+        return None
     first = os.path.basename(words[0])
     step = Step("")
     step.setup = [f"export {word}" for word in command.assigned]
@@ -94,7 +104,7 @@ def step_of(command: Command, values: dict[str, str], lists: dict[str, list[str]
             return None
         words = rest
     else:
-        step.tasks = 1  # the batch host alone, whatever was asked for
+        step.tasks, step.only_batch_host = 1, True
     if not words:
         return None
     try:
@@ -117,7 +127,7 @@ def _may_be_options(words: list[str]) -> bool:
     """Whether the head of what srun runs is a variable that may hold options of srun's."""
     if not words or not re.match(r"\"?\$\{?\w", words[0]):
         return False
-    program = re.search(r"PY|LAUNCH|CMD|COMMAND|TORCH|EXEC|PROG|RUN(?!NER_ARG)", words[0], re.I)
+    program = re.search(r"PY|LAUNCH|CMD|COMMAND|TORCH|EXEC|PROG", words[0], re.I)
     dashed = len(words) > 1 and words[1].startswith("-")
     return bool(re.search(r"ARG|OPT|SRUN|FLAG", words[0], re.I)) or (dashed and not program)
 
@@ -132,44 +142,43 @@ def _srun(
             return None if _may_be_options(words) else words
         word = words.pop(0)
         name, value = _option(word, words)
-        if not name:
+        if not name or "$" in name or not _taken(name, value, values, step):
             return None
-        if "$" in name:
-            return None
-        if name in ("ntasks-per-node", "ntasks") and value:
-            plain = expanded(value, values)
-            if (
-                plain is None
-                and "SLURM_NTASKS" not in value
-                and "SLURM_" not in value
-                and "NODES" not in value.upper()
-            ):
-                return None
-            if name == "ntasks-per-node" and plain and plain.isdigit():
-                step.tasks = int(plain)
-            elif plain and plain.isdigit():
-                step.options[":ntasks"] = int(plain)
-            elif re.search(r"N?NODES|NUM_NODES", value, re.I):
-                step.tasks = 1
-            continue
-        if name == "nodes" and expanded(value, values) is not None:
-            step.options[":nodes"] = expanded(value, values)
-            continue
-        if name == "export" and value not in ("ALL", ""):
-            if not value.startswith("ALL,"):
-                return None
-            step.setup += [f"export {part}" for part in value[4:].split(",")]
-            continue
-        if name == "chdir":
-            return None
-        if name in _PLANNED:
-            if name not in ("export", "kill-on-bad-exit", "cpus-per-task", "jobid", "nodes"):
-                step.left.append(f"srun --{name}: {SRUN_OWNED.get(name, 'the plan decides it')}")
-            continue
-        plain = expanded(value, values) if value else ""
-        if plain is None and not re.fullmatch(r"[^\s'`()]*|\"[^'`()\"]*\"", value):
-            return None
-        step.options[name.replace("_", "-")] = value.strip('"') if plain is None else plain or True
+
+
+def _taken(name: str, value: str, values: dict[str, str], step: Step) -> bool:
+    """Tell the step an option of srun's; False for one that run.yaml cannot say."""
+    plain = expanded(value, values) if value else ""
+    if name in ("ntasks-per-node", "ntasks"):
+        return _tasks_taken(name, value, plain, step)
+    if name == "nodes" and plain:
+        step.options[":nodes"] = plain
+    elif name == "export" and value not in ("ALL", ""):
+        step.setup += [f"export {part}" for part in value[4:].split(",")]
+        return value.startswith("ALL,")
+    elif name in _PLANNED:
+        if name not in _SAID_ANYWAY:
+            step.left.append(f"srun --{name}: {SRUN_OWNED.get(name, 'the plan decides it')}")
+        return name != "chdir"
+    elif plain is not None:
+        step.options[name.replace("_", "-")] = plain or True
+    else:
+        step.options[name.replace("_", "-")] = value.strip('"')
+        return bool(re.fullmatch(r"[^\s'`()]*|\"[^'`()\"]*\"", value))
+    return True
+
+
+def _tasks_taken(name: str, value: str, plain: str | None, step: Step) -> bool:
+    """Tasks of the step: a number, or a variable of Slurm's that says the same as the job."""
+    if plain and plain.isdigit() and name == "ntasks-per-node":
+        step.tasks = int(plain)
+    elif plain and plain.isdigit():
+        step.options[":ntasks"] = int(plain)
+    elif re.search(r"NODES", value, re.I):
+        step.tasks = 1
+    else:
+        return "SLURM_" in value
+    return True
 
 
 def _option(word: str, words: list[str]) -> tuple[str, str]:
@@ -190,57 +199,43 @@ def _option(word: str, words: list[str]) -> tuple[str, str]:
 
 def _torchrun(words: Sequence[str], values: dict[str, str], step: Step) -> None:
     """Let hpctrain start torchrun where all that the line says of it is what hpctrain says too."""
-    rest = list(words)
-    first = os.path.basename(rest[0])
-    if first == "torchrun":
-        rest = rest[1:]
-    elif re.match(r"python[\d.]*$", first) and "torch.distributed.run" in rest[1:4]:
-        rest = rest[rest.index("torch.distributed.run") + 1 :]
-    else:
-        return
-    more: list[str] = []
+    rest = _after_torchrun(list(words))
     said: dict[str, str] = {}
+    more: list[str] = []
     while rest and rest[0].startswith("--"):
-        word = rest.pop(0)
-        name, equals, value = word[2:].partition("=")
+        name, value = _option(rest.pop(0), rest)
         name = name.replace("-", "_")
-        if name in _TORCHRUN_FLAGS:
-            if name == "no_python":
-                return
-            continue
-        if not equals:
-            value = rest.pop(0) if rest else ""
+        plain = expanded(value, values)
+        if name == "no_python" or (plain is None and name not in _TORCHRUN):
+            return
         if name in _TORCHRUN:
-            said[name] = value
-        else:
-            plain = expanded(value, values)
-            if plain is None:
-                return
+            said[name] = value if plain is None else plain
+        elif name not in _TORCHRUN_FLAGS:
             more.append(f"--{name.replace('_', '-')}={plain}")
-    if (
-        not rest
-        or rest[0].startswith("-")
-        and rest[0] != "-m"
-        or (rest[0].startswith("$") and rest[0] != "$@")
-    ):
+    processes = said.get("nproc_per_node", "1")
+    known = processes.isdigit() or processes in ("gpu", "auto") or "GPU" in processes.upper()
+    if not rest or not known or not (rest[0] == "-m" or rest[0].strip('"').endswith(".py")):
         return
-    if not (rest[0] == "-m" or rest[0].strip('"').endswith(".py")):
-        return
-    processes = expanded(said.get("nproc_per_node", "1"), values)
-    if (
-        processes is None
-        and "SLURM" not in said["nproc_per_node"]
-        and "GPU" not in said["nproc_per_node"].upper()
-    ):
-        return
-    if processes is not None and not processes.isdigit():
-        processes = None  # gpu, auto
-    step.launch, step.tasks = "torchrun", None
+    step.launch, step.tasks, step.nnodes = "torchrun", None, said.get("nnodes", "1")
     step.program = " ".join(rest)
-    if processes:
+    if processes.isdigit():
         step.recipe_options["processes_per_node"] = int(processes)
     if more:
         step.recipe_options["launch_args"] = more
+    _torchrun_faults(said, step)
+
+
+def _after_torchrun(words: list[str]) -> list[str]:
+    """What follows torchrun, empty where the words start something else."""
+    first = os.path.basename(words[0])
+    if first == "torchrun":
+        return words[1:]
+    if re.match(r"python[\d.]*$", first) and "torch.distributed.run" in words[1:4]:
+        return words[words.index("torch.distributed.run") + 1 :]
+    return []
+
+
+def _torchrun_faults(said: dict[str, str], step: Step) -> None:
     node_rank = said.get("node_rank", "")
     if "SLURM_PROCID" in node_rank or "SLURM_NODEID" in node_rank:
         step.faults.append(

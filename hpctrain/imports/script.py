@@ -78,7 +78,7 @@ def import_script(text: str, name: str, site: str) -> Imported:
 
 
 def _fits(step: Step, known: dict[str, Any]) -> bool:
-    """Whether the step has the job's nodes, and as many tasks on each of them."""
+    """Whether the step has all of the job's nodes, and as many tasks on each of them."""
     nodes, ntasks = step.options.pop(":nodes", None), step.options.pop(":ntasks", None)
     if nodes is not None and str(nodes) != str(known["nodes"]):
         return False
@@ -86,8 +86,8 @@ def _fits(step: Step, known: dict[str, Any]) -> bool:
         if ntasks % known["nodes"]:
             return False
         step.tasks = ntasks // known["nodes"]
-    launches = step.launch != "srun"
-    return not (launches and known["tasks_per_node"] != 1 and step.tasks != 1 and False)
+    alone = step.only_batch_host and known["nodes"] > 1
+    return not alone and (not step.nnodes.isdigit() or int(step.nnodes) == known["nodes"])
 
 
 def _before(body: list[Statement], out: Imported) -> dict[str, Any]:

@@ -112,8 +112,10 @@ def _list_words(context: Context, key: str, given: Any) -> tuple[tuple[str, ...]
     for index, word in enumerate(given):
         if not isinstance(word, (str, int, float)):
             return (), f"holds `{word}`, which is no word"
+        plain = word
         origin = context.spec.document.origins.get(("recipe_options", key, index))
-        plain = word if isinstance(word, str) else (origin.written if origin else "") or word
+        if not isinstance(word, str) and origin and origin.written:
+            plain = origin.written
         bad = text_problem(str(plain), multiline=True)
         if bad:
             return (), f"holds a word that {bad}"

@@ -46,8 +46,8 @@ _DEEPSPEED_ON_NODE = (
 
 @dataclass(frozen=True)
 class Nodes:
-    """What a launcher must know of the job: nodes, processes and GPUs a node, where nodes may write,
-    and the run directory."""
+    """What a launcher must know of the job: nodes, processes and GPUs a node, where nodes may
+    write, and the run directory."""
 
     count: int
     processes: int

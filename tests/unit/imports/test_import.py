@@ -134,6 +134,10 @@ def test_options_of_srun_that_the_job_fills_in_expand(tmp_path):
         "if [ -d x ]; then srun python t.py; else srun python u.py; fi\n",
         'run() { srun python "$1"; }\nrun t.py\n',
         "pdsh -w $SLURM_JOB_NODELIST python t.py\n",
+        'RUN="srun -l"\nRUN="$RUN --mpi=pmix"\n$RUN python t.py\n',
+        "torchrun --nproc_per_node 4 t.py\n",
+        "srun torchrun --nnodes=1 --nproc_per_node 4 t.py\n",
+        'srun $AUTO -l "${ARGS[@]}" python t.py\n',
     ],
 )
 def test_what_is_not_one_step_stays_whole_in_setup_and_its_failure_is_the_jobs(tmp_path, body):
@@ -142,6 +146,13 @@ def test_what_is_not_one_step_stays_whole_in_setup_and_its_failure_is_the_jobs(t
     assert "t.py" in found.run["setup"] or "worker.sh" in found.run["setup"]
     assert found.run["recipe_options"] == {"program": "true"}
     assert 'exit "$code"' in rendered(tmp_path, found) and "not one step" in found.remarks[0]
+
+
+def test_an_srun_that_a_variable_holds_is_one_step():
+    found = imported('RUN="srun -l"\nPY=python3\n$RUN $PY t.py\n')
+
+    assert found.run["srun"] == {"label": True}
+    assert found.run["recipe_options"] == {"program": "$PY t.py", "expand": True}
 
 
 def test_secrets_and_resubmission_are_left_out_and_never_shown():
