@@ -46,7 +46,10 @@ def command(
     """
     from hpctrain.base.files import write_new
     from hpctrain.config.new_run import new_run
+    from hpctrain.config.run import refuse_script
 
+    if os.path.isfile(folder):
+        refuse_script(folder)
     text = new_run(folder, recipe_name, site_name, name, account)
     path = os.path.join(folder, "run.yaml")
     if dry_run:

@@ -319,10 +319,10 @@ def read_layers(
             ) from error
         raise
     except UsageError:
-        _refuse_script(path)
+        refuse_script(path)
         raise
     if not isinstance(run.data, dict):
-        _refuse_script(path)
+        refuse_script(path)
     if run.data is None:
         raise UsageError(
             "the file is empty", where=path, hint="`hpctrain init` writes one to start from"
@@ -347,7 +347,8 @@ def looks_like_script(text: str) -> bool:
     return text.startswith("#!") or re.search(r"^#SBATCH\s", text, re.M) is not None
 
 
-def _refuse_script(path: str) -> None:
+def refuse_script(path: str) -> None:
+    """Raises UsageError where the file is a job script."""
     with open(path, encoding="utf-8", errors="replace") as file:
         if looks_like_script(file.read(1 << 16)):
             raise UsageError(

@@ -126,28 +126,35 @@ def keys(found: Directives) -> tuple[dict[str, Any], list[tuple[int, str]]]:
     if gpus is not None:
         out["gpus_per_node"] = gpus
     out["tasks_per_node"] = _tasks(options, out["nodes"])
-    sbatch: dict[str, Any] = {}
+    out["sbatch"] = _sbatch(found, gpus or 0, out["tasks_per_node"], left)
+    return out, left
+
+
+def _sbatch(
+    found: Directives, gpus: int, tasks: int, left: list[tuple[int, str]]
+) -> dict[str, Any]:
+    """What stays an option of sbatch; what cannot is told in `left`."""
+    options, sbatch = found.options, {}
     for name, value in options.items():
         if name in _KEYS or name in _COUNTED:
             continue
         if name in OWNED and not (name == "dependency" and value == "singleton"):
-            left.append(
-                (found.lines[name], f"--{name}{'=' + value if value else ''}: {OWNED[name]}")
-            )
+            said = f"--{name}{'=' + value if value else ''}: {OWNED[name]}"
+            left.append((found.lines[name], said))
         else:
-            sbatch[name] = value if value else True
-    gres = [
-        part for part in options.get("gres", "").split(",") if part and not part.startswith("gpu")
-    ]
+            sbatch[name] = _scalar(value)
+    gres = [part for part in options.get("gres", "").split(",") if part[:3] not in ("", "gpu")]
     if gres:
         sbatch["gres"] = ",".join(gres)
-    if "cpus-per-gpu" in options and gpus and options["cpus-per-gpu"].isdigit():
-        sbatch["cpus-per-task"] = gpus * int(options["cpus-per-gpu"]) // out["tasks_per_node"]
-    out["sbatch"] = {
-        name: int(v) if isinstance(v, str) and re.fullmatch(r"[1-9]\d{0,8}|0", v) else v
-        for name, v in sbatch.items()
-    }
-    return out, left
+    if gpus and options.get("cpus-per-gpu", "").isdigit():
+        sbatch["cpus-per-task"] = gpus * int(options["cpus-per-gpu"]) // tasks
+    return sbatch
+
+
+def _scalar(value: str) -> Any:
+    if not value:
+        return True
+    return int(value) if re.fullmatch(r"[1-9]\d{0,8}|0", value) else value
 
 
 def _gpus(options: dict[str, str], nodes: int) -> int | None:

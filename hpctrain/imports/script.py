@@ -74,6 +74,8 @@ def import_script(text: str, name: str, site: str) -> Imported:
         out.left += [(found[place].line if place is not None else 0, why) for why in step.left]
         out.faults += [(found[place].line if place is not None else 0, why) for why in step.faults]
     _remarks(text, out)
+    if "time" not in asked.options:
+        out.remarks.append("the script asks for no time; `time: 1:00:00` is a guess")
     return out
 
 
@@ -252,14 +254,18 @@ def _run(
         run["srun"] = dict(step.options)
     if known["sbatch"]:
         run["sbatch"] = known["sbatch"]
-    options: dict[str, Any] = {"program": "true"}
-    if step:
-        options = {"program": step.program, **step.recipe_options}
-        if step.launch != "srun":
-            options["launch"] = step.launch
-        if re.search(r"[$`*?~]", " ".join([step.program, *map(str, step.options.values())])):
-            options["expand"] = True
+    run["recipe_options"] = _options(step)
     if "chdir" in asked.options:
-        options["workdir"] = asked.options["chdir"]
-    run["recipe_options"] = options
+        run["recipe_options"]["workdir"] = asked.options["chdir"]
     return run
+
+
+def _options(step: Step | None) -> dict[str, Any]:
+    if step is None:
+        return {"program": "true"}
+    options = {"program": step.program, **step.recipe_options}
+    if step.launch != "srun":
+        options["launch"] = step.launch
+    if re.search(r"[$`*?~]", " ".join([step.program, *map(str, step.options.values())])):
+        options["expand"] = True
+    return options

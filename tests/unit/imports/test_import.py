@@ -210,5 +210,7 @@ def test_other_verbs_point_a_script_to_import(tmp_path, cli, verb, body):
     script = tmp_path / "my job.sbatch"
     script.write_text(HEAD + body)
     code, out, said = cli(verb, str(script))
+    new = cli("init", str(script), "--recipe", "command", "--site", "local")
 
+    assert new[0] == 2 and "hpctrain import" in new[2]
     assert code == 2 and f"hpctrain import '{script}'" in out + said
