@@ -278,7 +278,9 @@ _PATTERNS: tuple[tuple[Any, ...], ...] = (
             rb" open)).*(?:container|image|singularity|apptainer)"
         ),
     ),
-    ("environment", b"pyxis: ", rb"(?i)fail|error"),
+    ("environment", b"pyxis: ", rb"(?i)fail|error", True),
+    ("environment", b"Lmod has detected", rb"error"),
+    ("environment", b"Unable to locate a modulefile", None),
     ("environment", b"Error response from daemon", None),
     ("environment", b"is not compiled with ", None),
     ("environment", b"not compiled with CUDA", None),
