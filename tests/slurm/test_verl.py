@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from promises.look.worlds import TALK, World
 
 pytestmark = pytest.mark.slurm
 HPCTRAIN = (sys.executable, "-m", "hpctrain")
@@ -34,10 +35,11 @@ def project(tmp_path: Path) -> Path:
     """run.yaml files of both stages below a folder with a hostile name, and a working copy of verl
     for each."""
     top = tmp_path / "it's $(touch canary)"
-    (top / "hf").mkdir(parents=True)
-    (top / "hf" / "config.json").write_text("{}")
+    top.mkdir()
+    files = World(top)
+    files.model("hf", template=True, positions=32768)
     for name in ("t.parquet", "v.parquet"):
-        (top / name).touch()
+        files.parquet(name, [{"content": TALK[:1], "teacher_response": "that"}] * 1000)
     (top / "merge.py").write_text(MERGE)
     for branch in ("warmup", "gad"):
         copy = top / branch
@@ -196,7 +198,7 @@ def test_the_wrong_branch_ends_the_job_before_ray_starts(idle: Any, project: Pat
     subprocess.run(
         ["git", "-C", str(project / "warmup"), "symbolic-ref", "HEAD", "refs/heads/gad"], check=True
     )
-    script = idle.ok(*HPCTRAIN, "render", str(run), cwd=project).strip()
+    script = idle.ok(*HPCTRAIN, "render", "--no-check", str(run), cwd=project).strip()
     job = idle.ok("sbatch", "--parsable", script, cwd=project).strip()
     until(lambda: idle.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"))
     said = (Path(script).parent / "logs" / f"warmup-{job}.out").read_text()

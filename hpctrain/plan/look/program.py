@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -205,7 +206,7 @@ def copy_problems(copy: Copy, reader: Reader) -> Iterator[Problem]:
         f"`{copy.folder}` is at {at}, and the run needs {need}",
         copy.where_wanted or copy.where,
         why=copy.why,
-        hint=f"git -C {copy.folder} checkout {copy.commit or copy.branch}",
+        hint=shlex.join(["git", "-C", copy.folder, "checkout", copy.commit or copy.branch or ""]),
     )
 
 
@@ -254,5 +255,6 @@ def shared_copies(copies: Sequence[tuple[str, Copy]]) -> Iterator[Problem]:
                 f" {before.branch or before.commit} and {wanted} of it",
                 copy.where,
                 why="it can be at one of them only, so one of the stages could never start",
-                hint=f"git -C {copy.folder} worktree add ../NAME {wanted}, and name that folder",
+                hint=shlex.join(["git", "-C", copy.folder, "worktree", "add", "../NAME", wanted])
+                + ", and name that folder",
             )

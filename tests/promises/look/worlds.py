@@ -59,10 +59,13 @@ TALK = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "t
 
 
 class World:
-    """The files of a run below `folder`, and its run.yaml as a mapping to change."""
+    """The files of a run below `folder`, and its run.yaml as a mapping to change; without a recipe
+    only what makes files."""
 
-    def __init__(self, folder: Path, recipe: str) -> None:
+    def __init__(self, folder: Path, recipe: str = "") -> None:
         self.folder = folder
+        if not recipe:
+            return
         self.run: dict[str, Any] = {
             "name": "r",
             "site": "./site.yaml",
