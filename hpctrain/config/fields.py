@@ -183,7 +183,6 @@ def _value(
     out = _typed(document, value, field, path, problems)
     if len(problems) > count or out is None:
         return out
-    what, why, hint = "", "", ""
     if isinstance(out, str):
         bad = text_problem(out, field.multiline)
         if not bad and field.kind == "path" and len(out.encode()) > MAX_PATH_BYTES:
@@ -192,33 +191,42 @@ def _value(
             problems.append(Problem(f"`{_dotted(path)}` {bad}", where=document.where(*path)))
             # what is found with it further on is worth telling; the text itself is not
             return printable(out)[:100]
-        if not out and field.required:
-            what = "is empty"
-        elif field.choices and out not in field.choices:
-            what, hint = "is not one of them", nearest(out, field.choices)
-        elif field.pattern and not re.fullmatch(field.pattern, out, re.ASCII):
-            what, why = f"is not {field.shape}", f"allowed: {field.pattern}"
+        what, why, hint = _text_fault(out, field)
+        instead: Any = out
     elif isinstance(out, (int, float)) and not isinstance(out, bool):
-        if field.kind in ("int", "number") and not countable(out):
-            what = "is too large a number" if isinstance(out, int) else "is no finite number"
-            out = field.default if field.default is not None else field.minimum or 0
-        elif field.minimum is not None and out < field.minimum:
-            what = f"is less than {field.minimum:g}"
-        elif field.maximum is not None and out > field.maximum:
-            what = f"is more than {field.maximum:g}"
-    if what:
-        problems.append(
-            Problem(
-                f"`{_dotted(path)}: {_written(document, value, path)}` {what}",
-                document.where(*path),
-                why,
-                hint,
-            )
-        )
-        if isinstance(out, (int, float)) and field.default is not None:
-            # what follows from a number that cannot be is not worth a second error
-            return field.default
-    return out
+        what, why, hint = _number_fault(out, field), "", ""
+        # what follows from a number that cannot be is not worth a second error
+        instead = field.default if field.default is not None else out
+        if not countable(out) and field.default is None:
+            instead = field.minimum or 0
+    else:
+        return out
+    if not what:
+        return out
+    said = f"`{_dotted(path)}: {_written(document, value, path)}` {what}"
+    problems.append(Problem(said, document.where(*path), why, hint))
+    return instead
+
+
+def _text_fault(text: str, field: Field) -> tuple[str, str, str]:
+    """(what is wrong with a text, why, a hint); empty where it may stand."""
+    if not text and field.required:
+        return "is empty", "", ""
+    if field.choices and text not in field.choices:
+        return "is not one of them", "", nearest(text, field.choices)
+    if field.pattern and not re.fullmatch(field.pattern, text, re.ASCII):
+        return f"is not {field.shape}", f"allowed: {field.pattern}", ""
+    return "", "", ""
+
+
+def _number_fault(number: int | float, field: Field) -> str:
+    if field.kind in ("int", "number") and not countable(number):
+        return "is too large a number" if isinstance(number, int) else "is no finite number"
+    if field.minimum is not None and number < field.minimum:
+        return f"is less than {field.minimum:g}"
+    if field.maximum is not None and number > field.maximum:
+        return f"is more than {field.maximum:g}"
+    return ""
 
 
 def _typed(
@@ -230,42 +238,16 @@ def _typed(
     if kind == "table" and field.switch and not isinstance(value, dict):
         if not isinstance(value, bool):
             problems.append(_wrong_type(document, value, path, "true, false or a mapping"))
-        return (
-            {key: _default(sub) for key, sub in (field.fields or {}).items()}
-            if value is True
-            else None
-        )
+        values = {key: _default(sub) for key, sub in (field.fields or {}).items()}
+        return values if value is True else None
     if kind == "table":
         return _table(document, value, field.fields or {}, path, problems)
     if kind == "list":
-        if not isinstance(value, list):
-            problems.append(
-                _wrong_type(
-                    document, value, path, "a list", hint="write [a, b], or one `- item` a line"
-                )
-            )
-            return []
-        assert field.items
-        return [
-            _value(document, item, field.items, (*path, index), problems)
-            for index, item in enumerate(value)
-        ]
+        return _list(document, value, field, path, problems)
     if kind == "map":
         return _map(document, value, field, path, problems)
     if kind in ("time", "memory"):
-        try:
-            if value is None:
-                raise ValueError("it is empty")
-            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-                raise ValueError(
-                    f"`{_short(value)}` is not"
-                    f" {'a duration' if kind == 'time' else 'an amount of memory'}"
-                )
-            parse = units.parse_time_s if kind == "time" else units.parse_mem_gib
-            return parse(value)
-        except ValueError as error:
-            problems.append(Problem(f"`{_dotted(path)}`: {error}", where=document.where(*path)))
-            return None
+        return _amount(document, value, kind, path, problems)
     good = {
         "text": isinstance(value, str),
         "path": isinstance(value, str) and value != "",
@@ -276,15 +258,51 @@ def _typed(
     }[kind]
     if good:
         return value
-    hint = ""
-    if kind in ("text", "path") and isinstance(value, (int, float, bool)):
-        hint = f'quote it: "{_written(document, value, path)}"'
-    if kind in ("int", "number") and looks_like_float(value):
-        hint = f"YAML reads `{value}` as text; write {_with_dot(value)}"
-    elif kind in ("int", "number") and isinstance(value, str) and re.fullmatch(r"[-+]?\d+", value):
-        hint = "write it without quotes"
+    hint = _type_hint(document, value, kind, path)
     problems.append(_wrong_type(document, value, path, _TYPE_NAMES[kind], hint))
     return field.default
+
+
+def _type_hint(document: Document, value: Any, kind: str, path: Path) -> str:
+    """How to write what is there so that YAML reads it as a value of `kind`."""
+    if kind in ("text", "path") and isinstance(value, (int, float, bool)):
+        return f'quote it: "{_written(document, value, path)}"'
+    if kind in ("int", "number") and looks_like_float(value):
+        return f"YAML reads `{value}` as text; write {_with_dot(value)}"
+    if kind in ("int", "number") and isinstance(value, str) and re.fullmatch(r"[-+]?\d+", value):
+        return "write it without quotes"
+    return ""
+
+
+def _amount(
+    document: Document, value: Any, kind: str, path: Path, problems: list[Problem]
+) -> int | float | None:
+    """A duration in seconds, or memory in GiB."""
+    try:
+        if value is None:
+            raise ValueError("it is empty")
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            wanted = "a duration" if kind == "time" else "an amount of memory"
+            raise ValueError(f"`{_short(value)}` is not {wanted}")
+        parse = units.parse_time_s if kind == "time" else units.parse_mem_gib
+        return parse(value)
+    except ValueError as error:
+        problems.append(Problem(f"`{_dotted(path)}`: {error}", where=document.where(*path)))
+        return None
+
+
+def _list(
+    document: Document, value: Any, field: Field, path: Path, problems: list[Problem]
+) -> list[Any]:
+    if not isinstance(value, list):
+        hint = "write [a, b], or one `- item` a line"
+        problems.append(_wrong_type(document, value, path, "a list", hint=hint))
+        return []
+    assert field.items
+    return [
+        _value(document, item, field.items, (*path, index), problems)
+        for index, item in enumerate(value)
+    ]
 
 
 def _map(
@@ -370,6 +388,12 @@ def _field_schema(field: Field) -> dict[str, Any]:
             schema["propertyNames"] = {"pattern": f"^(?:{field.keys})$"}
     elif field.kind != "any":
         schema["type"] = _JSON_TYPES[field.kind]
+    _add_limits(schema, field)
+    return schema
+
+
+def _add_limits(schema: dict[str, Any], field: Field) -> None:
+    """Which of the values of its type the field takes, and whether null."""
     if field.choices and field.kind == "any":
         # One of these words, or a mapping that whoever reads the field checks.
         schema["anyOf"] = [{"enum": [*field.choices, None]}, {"type": "object"}]
@@ -386,4 +410,3 @@ def _field_schema(field: Field) -> dict[str, Any]:
         schema["type"] = [*kinds, "null"]
         if field.choices:
             schema["enum"] = [*field.choices, None]
-    return schema

@@ -102,7 +102,7 @@ def read_request(run_yaml: str | None, wanted: Wanted) -> tuple[Site, RunSpec]:
         )
     )
     spec, found = spec_from_layers(layers, run_yaml or os.path.join(os.getcwd(), "run.yaml"))
-    if found:
+    if any(problem.level == "error" for problem in found):
         raise UsageError(found)
     return site, spec
 

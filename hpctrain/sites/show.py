@@ -15,7 +15,7 @@ from hpctrain.config import run
 from hpctrain.config.document import walk
 from hpctrain.config.fields import Field, check
 from hpctrain.config.sbatch import check_options
-from hpctrain.config.site import FIELDS, Site, list_sites, load_site
+from hpctrain.config.site import FIELDS, NodeType, Partition, Site, list_sites, load_site
 from hpctrain.config.text import flow
 
 # Limits and modules of a site change about once a year; older facts deserve a second look.
@@ -188,66 +188,78 @@ def _account(site: Site) -> Iterator[Problem]:
 
 
 def _shapes(site: Site) -> Iterator[Problem]:
-    document, request = site.document, site.values["slurm"]["gpu_request"]
-    for name, node in site.node_types.items():
-        if node.cores % node.sockets:
-            yield Problem(
-                f"{node.cores} cores cannot be spread evenly over {node.sockets} sockets",
-                document.where("node_types", name, "sockets"),
-                level="warning",
-            )
-        if node.threads_per_core > 1 and not site.values["slurm"]["hint"]:
-            yield Problem(
-                f"`{name}` has {node.threads_per_core} threads a core, and jobs ask for one CPU a"
-                " core",
-                document.where("node_types", name, "threads_per_core"),
-                level="warning",
-                why="Slurm counts threads as CPUs, so that a task gets only a part of its cores",
-                hint="`slurm: {hint: nomultithread}`, unless this Slurm counts cores",
-            )
-        for cores, mask in node.cpu_bind.items():
-            kind, _, listing = mask.partition(":")
-            count = len(listing.split(",")) if listing else 0
-            if kind in ("mask_cpu", "map_cpu") and node.gpus and count != node.gpus:
-                yield Problem(
-                    f"`cpu_bind` for {cores} cores names {count} places, and a node has {node.gpus}"
-                    " GPUs",
-                    document.where("node_types", name, "cpu_bind", cores),
-                )
-        if node.gpus and request == "none":
-            yield Problem(
-                f"`{name}` has GPUs and `slurm.gpu_request` is none, so that no job gets one",
-                document.where("slurm", "gpu_request"),
-                level="warning",
-            )
-        if node.tmp_kind == "ram" and (node.tmp_size_gib or 0) > node.memory_gib:
-            yield Problem(
-                f"`{name}` has more {node.tmp_path} in memory than memory",
-                document.where("node_types", name, "tmp"),
-            )
+    for node in site.node_types.values():
+        yield from _node_shape(site, node)
     used = {partition.node_type.name for partition in site.partitions.values()}
     for name in site.node_types if used else ():
         if name not in used and name != site.values["default_node_type"]:
             yield Problem(
                 f"no partition has nodes of type `{name}`",
-                document.where_key("node_types", name),
+                site.document.where_key("node_types", name),
                 level="note",
             )
-    for name, partition in site.partitions.items():
-        if (partition.min_nodes or 0) > (partition.max_nodes or 10**9):
+    for partition in site.partitions.values():
+        yield from _partition_limits(site, partition)
+    yield from _ports(site)
+
+
+def _node_shape(site: Site, node: NodeType) -> Iterator[Problem]:
+    document, name = site.document, node.name
+    if node.cores % node.sockets:
+        yield Problem(
+            f"{node.cores} cores cannot be spread evenly over {node.sockets} sockets",
+            document.where("node_types", name, "sockets"),
+            level="warning",
+        )
+    if node.threads_per_core > 1 and not site.values["slurm"]["hint"]:
+        yield Problem(
+            f"`{name}` has {node.threads_per_core} threads a core, and jobs ask for one CPU a core",
+            document.where("node_types", name, "threads_per_core"),
+            level="warning",
+            why="Slurm counts threads as CPUs, so that a task gets only a part of its cores",
+            hint="`slurm: {hint: nomultithread}`, unless this Slurm counts cores",
+        )
+    for cores, mask in node.cpu_bind.items():
+        kind, _, listing = mask.partition(":")
+        count = len(listing.split(",")) if listing else 0
+        if kind in ("mask_cpu", "map_cpu") and node.gpus and count != node.gpus:
             yield Problem(
-                f"partition `{name}` wants at least {partition.min_nodes} and at most"
-                f" {partition.max_nodes} nodes",
-                document.where("partitions", name, "min_nodes"),
+                f"`cpu_bind` for {cores} cores names {count} places, and a node has {node.gpus}"
+                " GPUs",
+                document.where("node_types", name, "cpu_bind", cores),
             )
-        if (partition.max_running or 0) > (partition.max_submitted or 10**9):
-            yield Problem(
-                f"partition `{name}` lets more jobs run ({partition.max_running}) than be submitted"
-                f" ({partition.max_submitted})",
-                document.where("partitions", name, "max_running"),
-                level="warning",
-            )
-    network = site.values["network"]
+    if node.gpus and site.values["slurm"]["gpu_request"] == "none":
+        yield Problem(
+            f"`{name}` has GPUs and `slurm.gpu_request` is none, so that no job gets one",
+            document.where("slurm", "gpu_request"),
+            level="warning",
+        )
+    if node.tmp_kind == "ram" and (node.tmp_size_gib or 0) > node.memory_gib:
+        yield Problem(
+            f"`{name}` has more {node.tmp_path} in memory than memory",
+            document.where("node_types", name, "tmp"),
+        )
+
+
+def _partition_limits(site: Site, partition: Partition) -> Iterator[Problem]:
+    document, name = site.document, partition.name
+    if (partition.min_nodes or 0) > (partition.max_nodes or 10**9):
+        yield Problem(
+            f"partition `{name}` wants at least {partition.min_nodes} and at most"
+            f" {partition.max_nodes} nodes",
+            document.where("partitions", name, "min_nodes"),
+        )
+    if (partition.max_running or 0) > (partition.max_submitted or 10**9):
+        yield Problem(
+            f"partition `{name}` lets more jobs run ({partition.max_running}) than be submitted"
+            f" ({partition.max_submitted})",
+            document.where("partitions", name, "max_running"),
+            level="warning",
+        )
+
+
+def _ports(site: Site) -> Iterator[Problem]:
+    document, network = site.document, site.values["network"]
     last = network["port_base"] + network["port_range"] - 1
     if _EPHEMERAL <= last <= 65535:
         yield Problem(

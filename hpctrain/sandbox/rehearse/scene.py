@@ -85,70 +85,93 @@ def _look(
 ) -> tuple[tuple[Made, ...], str, tuple[tuple[str, str], ...]]:
     """What is made up for one run, its home, and what is missing; `targets` gets the paths to be
     imitated."""
-    spec, values = plan.spec, plan.site.values
+    look = _Look(plan, exists, targets)
+    home = look.show_storage(user)
+    look.show_places(writable)
+    look.make_wanted(home)
+    return tuple(dict.fromkeys(look.made)), home, tuple(look.missing)
 
-    def covered(path: str) -> bool:
-        return any(_inside(path, target) for target in targets)
 
-    def show(path: str) -> None:
-        if path != "/" and not covered(path):
-            targets.append(path)
+class _Look:
+    """What one run's jobs must be shown, put together step by step."""
 
-    home = f"/home/{user}-rehearsal"
-    for name, area in values["storage"].items():
-        path = area["path"].format(user=user, account=spec.account or "account")
-        above = os.path.normpath(area["path"].split("{")[0])
-        show(above if above != "/" and not exists(above) else path)
-        if name == "home":
-            home = path
-    show(home)
-    if not writable(plan.node_type.tmp_path):
-        show(plan.node_type.tmp_path)
-    if plan.container:
-        for bind in [*values["container"]["binds"], *spec.container_binds]:
-            source = bind.split(":")[0]
-            if not exists(source):
-                show(source)
-    if spec.checkpoint_dir:
-        show(spec.checkpoint_dir)
-    if plan.resolved.model and not covered(plan.resolved.model):
-        show(os.path.dirname(plan.resolved.model))
-    made: list[Made] = []
-    missing: list[tuple[str, str]] = []
+    def __init__(self, plan: Plan, exists: Any, targets: list[str]) -> None:
+        self.plan, self.exists, self.targets = plan, exists, targets
+        self.handed = plan.spec.handed.model if plan.spec.handed else None
+        self.made: list[Made] = []
+        self.missing: list[tuple[str, str]] = []
 
-    handed = spec.handed.model if spec.handed else None
+    def covered(self, path: str) -> bool:
+        return any(_inside(path, target) for target in self.targets)
 
-    def make(what: str, path: str, kind: str) -> None:
-        if handed and _inside(path, handed):
-            return  # the stage before makes it
-        if not covered(path):
-            if exists(path):
+    def show(self, path: str) -> None:
+        if path != "/" and not self.covered(path):
+            self.targets.append(path)
+
+    def is_handed(self, path: str) -> bool:
+        """Whether the stage before makes it."""
+        return self.handed is not None and _inside(path, self.handed)
+
+    def make(self, what: str, path: str, kind: str) -> None:
+        """Make it up where it is imitated, or has to be; else it is really here, or missing."""
+        if self.is_handed(path):
+            return
+        if not self.covered(path):
+            if self.exists(path):
                 return
             parent = path if kind in ("folder", "checkpoint") else os.path.dirname(path)
-            if exists(parent):
-                missing.append((what, path))
+            if self.exists(parent):
+                self.missing.append((what, path))
                 return
-            show(parent)
-        made.append(Made(what, path, kind))
+            self.show(parent)
+        self.made.append(Made(what, path, kind))
 
-    for what, path in _wanted(plan):
-        make(what, path, _kind(path, [other for _, other in _wanted(plan)]))
-    for path in plan.resolved.placeholders:
-        if covered(path) and not (handed and _inside(path, handed)):
-            # else what is below it is really here
-            made.append(Made("placeholder", path, "file"))
-    if spec.checkpoint_start and not spec.handed:
-        kind = "checkpoint" if plan.resolved.guard.layout != "none" else "folder"
-        make("start checkpoint", spec.checkpoint_start, kind)
-    if spec.secrets:
-        path = spec.secrets
-        path = (
-            f"{home}/{path[2:]}"
-            if path.startswith("~/")
-            else os.path.normpath(os.path.join(spec.base_dir, path))
-        )
-        make("secrets file", path, "secrets")
-    return tuple(dict.fromkeys(made)), home, tuple(missing)
+    def show_storage(self, user: str) -> str:
+        """The site's file systems; the home folder, also where the site names none."""
+        home = f"/home/{user}-rehearsal"
+        for name, area in self.plan.site.values["storage"].items():
+            path = area["path"].format(user=user, account=self.plan.spec.account or "account")
+            above = os.path.normpath(area["path"].split("{")[0])
+            self.show(above if above != "/" and not self.exists(above) else path)
+            if name == "home":
+                home = path
+        self.show(home)
+        return home
+
+    def show_places(self, writable: Any) -> None:
+        """What jobs write to, and what a container binds."""
+        plan, spec = self.plan, self.plan.spec
+        if not writable(plan.node_type.tmp_path):
+            self.show(plan.node_type.tmp_path)
+        binds = [*plan.site.values["container"]["binds"], *spec.container_binds]
+        for bind in binds if plan.container else ():
+            source = bind.split(":")[0]
+            if not self.exists(source):
+                self.show(source)
+        if spec.checkpoint_dir:
+            self.show(spec.checkpoint_dir)
+        if plan.resolved.model and not self.covered(plan.resolved.model):
+            self.show(os.path.dirname(plan.resolved.model))
+
+    def make_wanted(self, home: str) -> None:
+        """What the job reads."""
+        plan, spec = self.plan, self.plan.spec
+        wanted = list(_wanted(plan))
+        for what, path in wanted:
+            self.make(what, path, _kind(path, [other for _, other in wanted]))
+        for path in plan.resolved.placeholders:
+            # one that is not covered lies in a folder that is really here
+            if self.covered(path) and not self.is_handed(path):
+                self.made.append(Made("placeholder", path, "file"))
+        if spec.checkpoint_start and not spec.handed:
+            kind = "checkpoint" if plan.resolved.guard.layout != "none" else "folder"
+            self.make("start checkpoint", spec.checkpoint_start, kind)
+        if spec.secrets:
+            in_home = spec.secrets.startswith("~/")
+            path = os.path.join(home, spec.secrets[2:]) if in_home else spec.secrets
+            self.make(
+                "secrets file", os.path.normpath(os.path.join(spec.base_dir, path)), "secrets"
+            )
 
 
 def build(scene: Scene, root: str, plan: Plan, files: Mapping[str, bytes], secret: str = "") -> str:
