@@ -106,11 +106,13 @@ class Sequence:
         return True
 
     def typed(self, *words) -> None:
+        before = self.squeue()
         code, _, said = self.ask(*words, "--force")
         queued = "queued" in said or "nothing to submit" in said
         if not (code == 0 and queued or code and "error:" in said and "hint:" in said):
             self.fault(f"`{' '.join(words)}` neither queued nor said why not: {said[-600:]}")
-        if "nothing to submit" in said and "is done" not in said and not self.squeue():
+        idle = not before and not self.squeue()  # a job may end while `chain` looks
+        if "nothing to submit" in said and "is done" not in said and idle:
             self.fault(f"nothing waits or runs, nothing is done, and nothing to submit: {said}")
 
     def stop(self) -> bool:
