@@ -212,7 +212,7 @@ FIELDS: dict[str, Field] = {
     "watch": Field(
         "text",
         "beside the step: end it when it is stuck (its output is silent for more than five of its"
-        " steps and a quarter of an hour), after the stacks of all ranks were kept; and when the"
+        " steps and half an hour), after the stacks of all ranks were kept; and when the"
         " loss is NaN: tell, save_and_stop after the next checkpoint, or hold (end the step, start"
         " no other); off: none of it",
         choices=("off", "tell", "save_and_stop", "hold"),

@@ -20,7 +20,9 @@ from .survey import Survey
 Say = Callable[[str], None]
 # Between TERM and KILL, when a step has nothing to save any more.
 GRACE_S = 30.0
-FLOOR_S = 900.0  # a shorter silence is none
+# A shorter silence is none: until then collectives time out by themselves (torch: 10 minutes, Gloo
+# 30).
+FLOOR_S = 1800.0
 _FIRST_BEAT_S, _BEAT_S = 60.0, 3600.0
 _STACKS_LIMIT_S = 150
 
