@@ -112,6 +112,22 @@ def info(text: str) -> None:
     print(shown(text), file=sys.stderr, flush=True)
 
 
+def lines(found: Iterable[str], head: str = "") -> None:
+    """Lines for the person, each once and with the same `head`."""
+    for text in dict.fromkeys(found):
+        info(head + text)
+
+
+def unseen(found: Iterable[str]) -> None:
+    """What could not be asked or read, so that an answer without it is not taken for the whole."""
+    lines(found, "could not see: ")
+
+
+def notes(found: Iterable[str]) -> None:
+    """Remarks beside the answer."""
+    lines(found, "note: ")
+
+
 def next_step(command: str) -> None:
     """The command to type next; the last line of a verb that did something."""
     info(f"{paint('next:', 'bold', sys.stderr)} {command}")

@@ -78,8 +78,7 @@ def command(
     run_dir = loaded.plan.run_dir
     with chain.readable(run_dir):
         plan, said = chain.prepare(loaded, force, dry_run)
-    for line in said:
-        terminal.info(line)
+    terminal.lines(said)
     found = chain.plan_chain(run_dir, plan, num_links, extend, jobs == "auto", force, no_check)
     if found.total > loaded.plan.spec.num_links:
         as_queued = (*assignments, f"chain.jobs={found.total}")

@@ -50,5 +50,4 @@ def command(
             terminal.next_step(common.typed("pipeline"))
         elif not bad:
             terminal.next_step(common.typed("render"))
-    if bad:
-        raise click.exceptions.Exit(errors.USAGE if invalid else errors.NO)
+    common.exit_if(bad, errors.USAGE if invalid else errors.NO)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hpctrain.base import terminal
-from hpctrain.base.errors import Refused
+from hpctrain.base.errors import NO, Refused
 
 if TYPE_CHECKING:  # not at run time: `--help` of a verb needs none of it
     from hpctrain.plan.gate import Checked
@@ -76,6 +76,12 @@ def ask(question: str) -> None:
         )
     if not click.confirm(question, err=True):
         raise Refused("nothing was submitted")
+
+
+def exit_if(no: object, code: int = NO) -> None:
+    """End the verb with `code` where the answer is no."""
+    if no:
+        raise click.exceptions.Exit(code)
 
 
 def require_sound(runs: Sequence[Loaded], no_check: bool) -> Checked:

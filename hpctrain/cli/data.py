@@ -192,8 +192,7 @@ def verify(prefix: str, tokenizer: str | None, eod: str, as_json: bool) -> None:
             f"{'ok' if not bad else 'damaged'}: {len(dataset):,} documents, {dataset.num_tokens:,}"
             f" tokens, {dataset.dtype}"
         )
-    if bad:
-        raise click.exceptions.Exit(errors.NO)
+    common.exit_if(bad)
 
 
 @command.command()

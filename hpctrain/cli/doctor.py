@@ -82,5 +82,4 @@ def command(
         terminal.info(
             f"score: {found.score} %" if found.score is not None else "score: nothing could be seen"
         )
-    if not found.healthy:
-        raise click.exceptions.Exit(errors.NO)
+    common.exit_if(not found.healthy)

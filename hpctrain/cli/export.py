@@ -189,8 +189,7 @@ def _by_job(plan: NeoxExport, wait: bool, dry_run: bool, as_json: bool) -> None:
     from hpctrain.base.units import format_mem_gib, format_size
     from hpctrain.jobs import neox_export
 
-    for note in plan.notes:
-        terminal.info(f"note: {note}")
+    terminal.notes(plan.notes)
     terminal.info(
         f"{plan.checkpoint}: {format_size(plan.weights_bytes)} of weights; the job takes"
         f" {format_mem_gib(plan.mem_gib)} of memory and up to {format_size(plan.disk_bytes)} of"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hpctrain.base import errors, terminal
+from hpctrain.base import terminal
 from hpctrain.cli import common
 
 if TYPE_CHECKING:
@@ -91,8 +91,7 @@ def command(
         return
     results = climb(rungs, terminal.info, force, limits, checked.waived)
     _show(results, as_json)
-    if not all(result.passed for result in results):
-        raise click.exceptions.Exit(errors.NO)
+    common.exit_if(not all(result.passed for result in results))
 
 
 def _show(results: Sequence[Result], as_json: bool) -> None:

@@ -52,8 +52,7 @@ def command(target: str | None, follow: bool, lines: int, link: int | None) -> N
         terminal.info(terminal.paint(f"==> {section.heading}", "bold"))
         for line in section.lines:
             terminal.data(line)
-    for what in subject.unseen:
-        terminal.info(f"could not see: {what}")
+    terminal.unseen(subject.unseen)
     if not run.logs:
         terminal.info(f"{run.name} has no log yet")
     if follow:

@@ -66,8 +66,7 @@ def command(
     pipeline = planning.load_pipeline(pipeline_yaml, assignments, out_dir)
     queue.check_names(pipeline, stages)
     checked = common.require_sound([stage.loaded for stage in pipeline.stages], no_check)
-    for line in queue.prepare(pipeline, force, dry_run):
-        terminal.info(line)
+    terminal.lines(queue.prepare(pipeline, force, dry_run))
     found = queue.plan_queue(pipeline, stages)
     hours, unit = queue.hours(found)
     ids: dict[str, dict[int, str]] = {}

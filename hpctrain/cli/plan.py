@@ -63,8 +63,7 @@ def command(
         else:
             terminal.info(f"billed: unknown; {cost.formula}")
         terminal.problems([*plan.problems, *checkpoint_problems(plan)])
-    if plan.errors:
-        raise click.exceptions.Exit(errors.USAGE)
+    common.exit_if(plan.errors, errors.USAGE)
     if not as_json:
         run = ("run_yaml", "assignments", "out_dir")
         terminal.next_step(f"{common.typed('check', *run)} && {common.typed('render', *run)}")

@@ -124,8 +124,7 @@ def command(
                     f"{terminal.paint(level, 'red' if level == 'bad' else 'yellow', sys.stderr)}:"
                     f" {node}: {'; '.join(reasons)}"
                 )
-        for remark in answer["remarks"]:
-            terminal.info(f"note: {remark}")
+        terminal.notes(answer["remarks"])
         terminal.info(
             f"{answer['seen']} of {answer['ranks']} ranks answered, by"
             f" {answer['comm'] or 'no collectives'}"
@@ -133,8 +132,7 @@ def command(
         exclude = [*answer["bad"], *answer["slow"]]
         if exclude:
             terminal.next_step(f"sbatch --exclude={','.join(exclude)} …")
-    if not answer["ok"]:
-        raise click.exceptions.Exit(errors.NO)
+    common.exit_if(not answer["ok"])
 
 
 def _figure(value: float | None, factor: float = 1) -> str:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import shlex
 from typing import Any
 
 import click
 
-from hpctrain.base import errors, terminal
+from hpctrain.base import terminal
 from hpctrain.cli import common
 
 
@@ -113,19 +114,16 @@ def command(
     if as_json:
         terminal.data_json(**report.as_json(wanted, outcomes, found))
     else:
-        for line in report.lines(wanted, outcomes, found):
-            terminal.data(line)
+        terminal.data("\n".join(report.lines(wanted, outcomes, found)))
     for outcome in outcomes:
         terminal.problems(outcome.problems)
     for plan, outcome in zip(wanted.plans, outcomes):
-        for line in report.notes(plan, outcome):
-            terminal.info(line)
+        terminal.lines(report.notes(plan, outcome))
     ok = all(outcome.ok for outcome in outcomes)
     name = "" if run_yaml == "run.yaml" else " " + shlex.quote(run_yaml)
     verb = "pipeline" if wanted.pipeline else "chain"
     terminal.next_step(f"hpctrain {verb if ok else 'rehearse'}{name}")
-    if not ok:
-        raise click.exceptions.Exit(errors.NO)
+    common.exit_if(not ok)
 
 
 def _play(wanted: Any) -> Any:
@@ -133,10 +131,7 @@ def _play(wanted: Any) -> Any:
 
     from hpctrain.sandbox.rehearse.play import rehearse, rehearse_pipeline
 
-    meter = terminal.Stages()
-    try:
+    with contextlib.closing(terminal.Stages()) as meter:
         if wanted.pipeline:
             return rehearse_pipeline(wanted.pipeline, wanted.requests, os.environ, meter.update)
         return [rehearse(wanted.loaded, wanted.requests[""], os.environ, meter.update)]
-    finally:
-        meter.close()

@@ -64,8 +64,7 @@ def command(
     paths = write_report(report, out or os.path.join(run_dir, "report.html"), png_path, force)
     paths += export(report, csv_dir, "csv") if csv_dir else []
     paths += export(report, parquet_dir, "parquet") if parquet_dir else []
-    for what in report.unseen:
-        terminal.info(f"could not see: {what}")
+    terminal.unseen(report.unseen)
     for path in paths:
         terminal.data(path)
 
@@ -94,7 +93,6 @@ def _pipeline(folder: str, out: str, no_slurm: bool, force: bool) -> None:
                 "target": progress.target if progress else None,
             }
         )
-    for what in dict.fromkeys(what for report in reports.values() for what in report.unseen):
-        terminal.info(f"could not see: {what}")
+    terminal.unseen(what for report in reports.values() for what in report.unseen)
     for path in (write_index(pipeline["name"], rows, out, force), *paths.values()):
         terminal.data(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -119,8 +120,7 @@ def up(
         partitions=partitions,
         mounts=_mounts(mounts),
     )
-    meter = terminal.Stages()
-    try:
+    with contextlib.closing(terminal.Stages()) as meter:
         found, started = sandbox.up(
             wanted,
             name,
@@ -130,8 +130,6 @@ def up(
             report=terminal.info,
             progress=meter.update,
         )
-    finally:
-        meter.close()
     terminal.info(f"{'started' if started else 'already running'}: {sandbox.describe(wanted)}")
     _tell_dead(found, _which(name, directory))
     if as_json:

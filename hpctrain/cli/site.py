@@ -101,8 +101,7 @@ def check(names: tuple[str, ...], as_json: bool) -> None:
         for name, problems in found.items():
             terminal.problems(problems)
             terminal.info(f"{name}: {terminal.tally(problems)}")
-    if bad:
-        raise click.exceptions.Exit(errors.USAGE)
+    common.exit_if(bad, errors.USAGE)
 
 
 @command.command()

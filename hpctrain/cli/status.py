@@ -52,5 +52,4 @@ def command(target: str | None, watch: bool, every: float, no_slurm: bool, as_js
         if not watch or not any(status.live for status in statuses):
             break
         time.sleep(every)
-    if code := exit_code(statuses):
-        raise click.exceptions.Exit(code)
+    raise click.exceptions.Exit(exit_code(statuses))

@@ -26,8 +26,7 @@ def command(run: str, dry_run: bool) -> None:
     for run_dir in run_dirs:
         chain.stop(run_dir, dry_run)
     for status in observe(run_dirs):
-        for words in stop_words(status.run, status.links, status.progress):
-            terminal.info(f"note: {words}")
+        terminal.notes(stop_words(status.run, status.links, status.progress))
     if not dry_run:
         stops = " ".join(shlex.quote(f"{run_dir}/STOP") for run_dir in run_dirs)
         terminal.next_step(f"hpctrain status {shlex.quote(run)}    (remove {stops} to go on)")

@@ -42,8 +42,7 @@ def list_(as_json: bool) -> None:
         terminal.table(rows, ("template", "layer", "shadows", "blocks"))
     bad = [errors.Problem(item.problem) for item in found if item.problem]
     terminal.problems(bad)
-    if bad:
-        raise click.exceptions.Exit(errors.NO)
+    common.exit_if(bad)
 
 
 @command.command()

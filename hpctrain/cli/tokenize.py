@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -179,8 +180,7 @@ def command(**options: Any) -> None:
         terminal.data_json(**present.outcome_json(outcome))
     else:
         present.outcome(outcome)
-    if outcome.status == "queued":
-        raise click.exceptions.Exit(errors.PENDING)
+    common.exit_if(outcome.status == "queued", errors.PENDING)
 
 
 def _parse(options: dict[str, Any]) -> tuple[Any, Any]:
@@ -206,24 +206,19 @@ def _rehearse(request: Any, how: Any, as_json: bool) -> None:
 
     from hpctrain.sandbox.rehearse import tokens
 
-    meter = terminal.Stages()
-    try:
+    with contextlib.closing(terminal.Stages()) as meter:
         outcome = tokens.rehearse_tokens(request, how, os.environ, meter.update)
-    finally:
-        meter.close()
     if as_json:
         terminal.data_json(**tokens.as_json(outcome))
     else:
-        for line in tokens.lines(outcome):
-            terminal.data(line)
+        terminal.data("\n".join(tokens.lines(outcome)))
     terminal.problems(outcome.problems)
     terminal.next_step(
         "the same command without --rehearse, at the site"
         if outcome.ok
         else "the same command again"
     )
-    if not outcome.ok:
-        raise click.exceptions.Exit(errors.NO)
+    common.exit_if(not outcome.ok)
 
 
 def _on_mpi(request: Any, how: Any) -> Any:

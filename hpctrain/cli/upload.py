@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 
@@ -75,14 +76,11 @@ def command(
     planned = upload.plan_upload(files, *target, words, force)
     terminal.info(upload.describe(planned))
     if dry_run:
-        for line in upload.command_lines(planned):
-            terminal.data(line)
+        terminal.data("\n".join(upload.command_lines(planned)))
         return
-    progress = terminal.Progress("upload", planned.num_bytes, "bytes")
-    try:
+    meter = terminal.Progress("upload", planned.num_bytes, "bytes")
+    with contextlib.closing(meter) as progress:
         upload.run_upload(planned, progress.update)
-    finally:
-        progress.close()
     terminal.info(f"{upload.count_files(planned.num_files)} there, compared by checksum")
     first = os.path.basename(os.path.normpath(files[0]))
     terminal.next_step(f"name it in run.yaml: {shlex.quote(os.path.join(planned.folder, first))}")

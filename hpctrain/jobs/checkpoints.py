@@ -176,7 +176,7 @@ def list_checkpoints(settings: Settings, verify: bool = True) -> Contents:
 
     Raises EnvironmentFault when the folder is not there or cannot be read.
     """
-    survey = _survey(settings)
+    survey = survey_of(settings)
     choice = choose(survey) if verify else None
     rows = tuple(
         Row(
@@ -318,7 +318,7 @@ def plan_use(settings: Settings, to: str | None = None, back: int | None = None)
 
     Raises UsageError when there is no such complete checkpoint.
     """
-    survey = _survey(settings)
+    survey = survey_of(settings)
     kept = sidecar.kept_aside(survey.folder, survey.place)
     if to is not None and to in kept and to not in [found.name for found in survey.candidates]:
         return _plan_return(survey, to, kept[to])
@@ -416,7 +416,9 @@ def _locked(place: str, settings: Settings, folder: str) -> Iterator[None]:
         lock.release()
 
 
-def _survey(settings: Settings) -> Survey:
+def survey_of(settings: Settings) -> Survey:
+    """What is in the checkpoint folder. Raises EnvironmentFault when it is not there or cannot be
+    read."""
     if not os.path.isdir(settings.checkpoint_dir or ""):
         raise EnvironmentFault(
             f"there is no folder `{settings.checkpoint_dir}`",

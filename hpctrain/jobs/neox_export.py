@@ -7,7 +7,6 @@ the converter leaves out.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -17,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Refused, UsageError
+from hpctrain.base.files import read_json
 from hpctrain.base.shell import quote_all
 from hpctrain.base.units import format_mem_gib, format_size
 from hpctrain.jobs import checkpoints as checkpoint
 from hpctrain.recipes.neox.export import CONFIG, memory_gib
-from hpctrain.runtime.survey import Survey, choose
+from hpctrain.runtime.survey import choose
 from hpctrain.slurm import commands as slurm
 from hpctrain.slurm.jobs import of_user
 
@@ -76,12 +76,7 @@ class NeoxExport:
 
 def is_neox_run(path: str) -> bool:
     """Whether `path` is a run directory of GPT-NeoX."""
-    try:
-        with open(os.path.join(path, "plan.json"), encoding="utf-8") as file:
-            plan = json.load(file)
-    except (OSError, ValueError):
-        return False
-    return isinstance(plan, dict) and plan.get("recipe") == RECIPE
+    return (read_json(os.path.join(path, "plan.json")) or {}).get("recipe") == RECIPE
 
 
 def plan_export(
@@ -181,12 +176,7 @@ def _refusal(run_dir: str) -> str:
 def _find_checkpoint(run_dir: str, name: str | None) -> tuple[str, list[str]]:
     """The checkpoint a link would resume from, or the one of that name or number."""
     settings = checkpoint.settings_of(run_dir)
-    if not os.path.isdir(settings.checkpoint_dir or ""):
-        raise EnvironmentFault(
-            f"there is no folder `{settings.checkpoint_dir}`",
-            hint="no link has run yet, or it is on another machine",
-        )
-    survey = Survey(settings)
+    survey = checkpoint.survey_of(settings)
     if name is None:
         choice = choose(survey)
         if choice.kind != "made" or choice.name is None:

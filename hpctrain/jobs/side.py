@@ -40,15 +40,17 @@ def submission(run_dir: str, run: str, link: int, script: str) -> SideJob:
     except OSError as error:
         raise EnvironmentFault(f"cannot write `{path}`: {error.strerror}") from error
     given = _options(text)
-    options = []
-    if not given & {"job-name", "J"}:
-        options.append(f"--job-name={run}-after-{link}")
-    if not given & {"output", "o"}:
-        options.append(f"--output={output_pattern(run_dir)}/logs/{run}-after-{link}-%j.out")
-    if not given & {"chdir", "D"}:
-        options.append(f"--chdir={run_dir}")
-    if not given & {"account", "A"} and _account(run_dir):
-        options.append(f"--account={_account(run_dir)}")
+    account = "" if given & {"account", "A"} else _account(run_dir)
+    name = f"{run}-after-{link}"
+    ours = (
+        ("job-name", "J", name),
+        ("output", "o", f"{output_pattern(run_dir)}/logs/{name}-%j.out"),
+        ("chdir", "D", run_dir),
+        ("account", "A", account),
+    )
+    options = (
+        f"--{long}={value}" for long, short, value in ours if value and not given & {long, short}
+    )
     return SideJob(path, tuple(options))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Union
@@ -57,3 +58,10 @@ class Judge:
                 self.error(
                     broken.what, broken.key, broken.why, broken.hint, broken.level, broken.where
                 )
+
+
+def show(value: Any) -> str:
+    """A value for a message: short, on one line."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -87,8 +87,7 @@ def show_spent(result: Spent) -> None:
     for bill in (result.used, result.still):
         rows.append((bill.what, "", "", "", format_duration(bill.time_s), *amounts(bill)))
     terminal.table(rows, ("of", "job", "restart", "state", "time", *AMOUNTS))
-    for what in result.unseen:
-        terminal.info(f"could not see: {what}")
+    terminal.unseen(result.unseen)
 
 
 def amounts(bill: Bill) -> tuple[str, str, str]:

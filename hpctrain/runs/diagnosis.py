@@ -97,10 +97,8 @@ def show(subject: Subject, diagnosis: Diagnosis) -> None:
             fate = "a later attempt went on" if incident.recovered else "no later attempt trained"
             title = FAILURES[event.failure].title
             terminal.info(f"earlier: {title} at {event.place} ({fate}): {event.text}")
-    for remark in diagnosis.remarks:
-        terminal.info(f"note: {remark}")
-    for what in subject.unseen:
-        terminal.info(f"could not see: {what}")
+    terminal.notes(diagnosis.remarks)
+    terminal.unseen(subject.unseen)
 
 
 def _figure(value: object) -> str:

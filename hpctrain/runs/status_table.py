@@ -98,8 +98,7 @@ def show_pipeline(pipeline: Mapping[str, Any], statuses: Sequence[RunStatus]) ->
         if status.state in (FAILED, GAVE_UP):
             why = status.links[-1].reason if status.links else ""
             terminal.info(f"{status.run.name}: {status.state}{': ' + why if why else ''}")
-    for what in dict.fromkeys(what for status in statuses for what in status.unseen):
-        terminal.info(f"could not see: {what}")
+    terminal.unseen(what for status in statuses for what in status.unseen)
 
 
 def show(statuses: Sequence[RunStatus], now_s: float) -> None:
@@ -120,8 +119,7 @@ def show(statuses: Sequence[RunStatus], now_s: float) -> None:
                     terminal.info(
                         f"{status.run.name}: job {link.job_id} waits for you: {link.release}"
                     )
-    for what in dict.fromkeys(what for status in statuses for what in status.unseen):
-        terminal.info(f"could not see: {what}")
+    terminal.unseen(what for status in statuses for what in status.unseen)
 
 
 def _one(status: RunStatus, now_s: float) -> None:
@@ -155,8 +153,7 @@ def _one(status: RunStatus, now_s: float) -> None:
                 "why / when",
             ),
         )
-    for note in status.notes:
-        terminal.info(f"note: {note}")
+    terminal.notes(status.notes)
     if status.state in (FAILED, GAVE_UP):
         terminal.next_step(f"hpctrain triage {shlex.quote(status.run.run_dir)}")
     elif status.state == RUNNING:

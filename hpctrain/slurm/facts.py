@@ -8,8 +8,9 @@ Pure: text in, facts out, whatever the text holds. Formats: man scontrol, man si
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hpctrain.base.units import expand_nodes, parse_mem_gib, parse_time_s
 
@@ -153,33 +154,28 @@ def _pairs(lines: list[str]) -> dict[str, str]:
 
 
 def _partition(name: str, pairs: Mapping[str, str]) -> PartitionFacts:
-    remarks = []
-    if pairs.get("State", "UP") != "UP":
-        remarks.append(f"its state was {pairs['State']}")
-    if pairs.get("RootOnly") == "YES":
-        remarks.append("only root may submit")
-    if pairs.get("ReqResv") == "YES":
-        remarks.append("jobs need a reservation")
-    for key in ("AllowAccounts", "AllowGroups"):
-        if pairs.get(key, "ALL") not in ("ALL", ""):
-            remarks.append(f"{key}={pairs[key]}")
     allowed = pairs.get("AllowQos", "ALL")
     required = "" if allowed in ("ALL", "") or "," in allowed else allowed
-    if "," in allowed:
-        remarks.append(f"AllowQos={allowed}: jobs must name one of them")
+    rules = [
+        (pairs.get("State", "UP") != "UP", f"its state was {pairs.get('State')}"),
+        (pairs.get("RootOnly") == "YES", "only root may submit"),
+        (pairs.get("ReqResv") == "YES", "jobs need a reservation"),
+    ]
+    for key in ("AllowAccounts", "AllowGroups"):
+        rules.append((pairs.get(key, "ALL") not in ("ALL", ""), f"{key}={pairs.get(key)}"))
+    rules.append(("," in allowed, f"AllowQos={allowed}: jobs must name one of them"))
     qos = pairs.get("QoS", "N/A")
-    average = _average(pairs)
     return PartitionFacts(
         name=name,
-        max_time_s=_time_s(pairs.get("MaxTime", "")),
+        max_time_s=_read(parse_time_s, pairs.get("MaxTime", "")),
         max_nodes=_count(pairs.get("MaxNodes", "")),
         min_nodes=_count(pairs.get("MinNodes", "")),
         whole_nodes=pairs.get("OverSubscribe", pairs.get("Shared", "")).upper() == "EXCLUSIVE",
         qos_of_partition="" if qos.upper() in _UNLIMITED else qos,
         required_qos=required,
-        remarks=tuple(remarks),
-        nodes=frozenset(_expand(pairs.get("Nodes", ""))),
-        average=average,
+        remarks=tuple(remark for holds, remark in rules if holds),
+        nodes=frozenset(_read(expand_nodes, pairs.get("Nodes", ""), [])),
+        average=_average(pairs),
     )
 
 
@@ -190,7 +186,7 @@ def _average(pairs: Mapping[str, str]) -> NodeShape | None:
         return None
     tres = dict(item.split("=", 1) for item in pairs.get("TRES", "").split(",") if "=" in item)
     cores = max(cpus // num_nodes, 1)
-    mem_gib = _mem_gib(tres.get("mem", "")) or 1.0
+    mem_gib = _read(parse_mem_gib, tres.get("mem", "")) or 1.0
     gpus = (_count(tres.get("gres/gpu", "")) or 0) // num_nodes
     return NodeShape(1, cores, 1, cores, max(int(mem_gib * 1024 / num_nodes), 1), min(gpus, 64), "")
 
@@ -241,8 +237,8 @@ def _read_sinfo(
             continue  # cut off
         row = dict(zip(header, words))
         name = row["PARTITION"].rstrip("*")
-        names = _expand(row.get("NODELIST", ""))
-        limit, seen = found.setdefault(name, (_time_s(row.get("TIMELIMIT", "")), set()))
+        names = _read(expand_nodes, row.get("NODELIST", ""), [])
+        limit, seen = found.setdefault(name, (_read(parse_time_s, row.get("TIMELIMIT", "")), set()))
         seen.update(names)
         sct = [_count(part) or 1 for part in row.get("S:C:T", "").split(":")]
         sockets, per_socket, threads = sct if len(sct) == 3 else (1, 0, 1)
@@ -269,26 +265,9 @@ def _count(text: str) -> int | None:
     return int(match[1]) or None if match else None
 
 
-def _time_s(text: str) -> int | None:
-    if text.upper() in _UNLIMITED:
-        return None
+def _read(parse: Callable[[str], Any], text: str, otherwise: Any = None) -> Any:
+    """What `parse` makes of a text; `otherwise` for no limit, and where it understands nothing."""
     try:
-        return parse_time_s(text)
+        return otherwise if text.upper() in _UNLIMITED else parse(text)
     except ValueError:
-        return None
-
-
-def _mem_gib(text: str) -> float | None:
-    try:
-        return parse_mem_gib(text)
-    except ValueError:
-        return None
-
-
-def _expand(text: str) -> list[str]:
-    if text.upper() in _UNLIMITED:
-        return []
-    try:
-        return expand_nodes(text)
-    except ValueError:
-        return []
+        return otherwise

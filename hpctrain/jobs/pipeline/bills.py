@@ -50,20 +50,17 @@ class Sum:
 
 def add(what: str, bills: Iterable[Bill]) -> Sum:
     """The sum of bills, each unit by itself."""
-    time_s = node_hours = gpu_hours = 0.0
+    added = list(bills)
     billed: dict[str, float] = {}
-    known = True
-    for bill in bills:
-        time_s, node_hours, gpu_hours = (
-            time_s + bill.time_s,
-            node_hours + bill.node_hours,
-            gpu_hours + bill.gpu_hours,
-        )
-        if bill.billed is None:
-            known = False
-        else:
-            billed[bill.unit] = billed.get(bill.unit, 0.0) + bill.billed
-    return Sum(what, time_s, node_hours, gpu_hours, billed if known else None)
+    for bill in added:
+        billed[bill.unit] = billed.get(bill.unit, 0.0) + (bill.billed or 0.0)
+    return Sum(
+        what,
+        sum((bill.time_s for bill in added), 0.0),
+        sum((bill.node_hours for bill in added), 0.0),
+        sum((bill.gpu_hours for bill in added), 0.0),
+        None if any(bill.billed is None for bill in added) else billed,
+    )
 
 
 def read(
@@ -210,10 +207,9 @@ def show(found: Sequence[StageCost], left: Sequence[Allocation]) -> None:
         row.append(stage.at_most.note)
     rows[-1].append("at most: links that find nothing to do end at once")
     terminal.table(rows, header)
-    for what in dict.fromkeys(
+    terminal.unseen(
         f"stage {s.stage}: {what}" for s in found for what in (s.spent.unseen if s.spent else ())
-    ):
-        terminal.info(f"could not see: {what}")
+    )
     for one in left:
         terminal.info(f"left of {one.account}: {one.left:,.0f} of {one.granted:,.0f} {one.unit}s")
         need = (at_most.billed or {}).get(one.unit, 0.0) - (used.billed or {}).get(one.unit, 0.0)

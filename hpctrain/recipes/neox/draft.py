@@ -16,10 +16,10 @@ from hpctrain.recipes.neox.keys import (
     Key,
     content_problems,
     describe_unknown,
-    show,
     table,
     value_problems,
 )
+from hpctrain.recipes.rules import show
 
 DEFAULT, BASE, RUN, RULE = "default", "base", "run", "rule"
 _LAYER_REASON = {DEFAULT: "the recipe's default", BASE: REPEATS, RUN: "as the run says"}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from hpctrain.base.shell import output_pattern
@@ -91,47 +92,43 @@ def decide_export(draft: Draft, context: Context) -> tuple[dict[str, Any], str]:
 
 def find_architecture(draft: Draft) -> tuple[str, str]:
     """(`neox`, `llama` or `mistral`, and why none of them is this model)."""
-    get = draft.get
-    if get("gpt_j_tied"):
-        return "", "NeoX's converter does not know `gpt_j_tied`"
-    if (draft.number("moe_num_experts") or 1) > 1:
-        return "", "NeoX's converter does not know experts"
-    other = _attention_types(draft) - _ATTENTION_OF_HF
-    if other:
-        return "", f"NeoX's converter does not know attention `{sorted(other)[0]}`"
-    if get("pos_emb") != "rotary":
-        return "", f"the Hugging Face models have rotary positions, not `pos_emb: {get('pos_emb')}`"
-    norm, activation = get("norm"), get("activation")
-    if norm == "rmsnorm" and activation == "swiglu":
-        return _llama(draft)
-    if norm == "layernorm" and activation == "gelu":
-        return _neox(draft)
-    return (
-        "",
-        (
-            f"no Hugging Face model of NeoX's converter has `norm: {norm}` with `activation:"
-            f" {activation}`"
-        ),
+    architecture = {("rmsnorm", "swiglu"): "llama", ("layernorm", "gelu"): "neox"}.get(
+        (draft.get("norm"), draft.get("activation")), ""
     )
+    refused = next((why for wrong, why in _against(draft, architecture) if wrong), "")
+    if architecture == "llama" and draft.given("sliding_window_width"):
+        architecture = "mistral"
+    return ("", refused) if refused else (architecture, "")
 
 
-def _llama(draft: Draft) -> tuple[str, str]:
-    if float(draft.get("rotary_pct")) != 1.0:
-        return "", "Llama turns all dimensions of a head: `rotary_pct` must be 1.0"
-    if draft.get("use_bias_in_attn_linear"):
-        return "", "NeoX's converter drops the biases of `use_bias_in_attn_linear: true` for Llama"
-    if draft.get("use_bias_in_mlp") and draft.flavor == "upstream":
-        return "", "NeoX's converter drops the biases of `use_bias_in_mlp: true` for Llama"
-    return ("mistral" if draft.given("sliding_window_width") else "llama"), ""
-
-
-def _neox(draft: Draft) -> tuple[str, str]:
-    kv_heads, heads = draft.number("num_kv_heads"), draft.number("num_attention_heads")
-    if kv_heads is not None and kv_heads != heads:
-        return "", "the Hugging Face GPT-NeoX model has no grouped-query attention"
-    if not (draft.get("use_bias_in_attn_linear") and draft.get("use_bias_in_mlp")):
-        return "", "the Hugging Face GPT-NeoX model has biases in attention and MLP"
-    return "neox", ""
+def _against(draft: Draft, architecture: str) -> Iterator[tuple[object, str]]:
+    """(whether it is so, what then speaks against a Hugging Face model of that class)."""
+    get, other = draft.get, sorted(_attention_types(draft) - _ATTENTION_OF_HF)
+    unknown = "NeoX's converter does not know"
+    yield get("gpt_j_tied"), f"{unknown} `gpt_j_tied`"
+    yield (draft.number("moe_num_experts") or 1) > 1, f"{unknown} experts"
+    yield other, f"{unknown} attention `{''.join(other[:1])}`"
+    positions = f"the Hugging Face models have rotary positions, not `pos_emb: {get('pos_emb')}`"
+    yield get("pos_emb") != "rotary", positions
+    attention, mlp = get("use_bias_in_attn_linear"), get("use_bias_in_mlp")
+    if architecture == "llama":
+        partial = float(get("rotary_pct")) != 1.0
+        yield partial, "Llama turns all dimensions of a head: `rotary_pct` must be 1.0"
+        drops = "NeoX's converter drops the biases of"
+        yield attention, f"{drops} `use_bias_in_attn_linear: true` for Llama"
+        in_upstream = mlp and draft.flavor == "upstream"
+        yield in_upstream, f"{drops} `use_bias_in_mlp: true` for Llama"
+    elif architecture == "neox":
+        kv_heads, heads = draft.number("num_kv_heads"), draft.number("num_attention_heads")
+        grouped = kv_heads is not None and kv_heads != heads
+        yield grouped, "the Hugging Face GPT-NeoX model has no grouped-query attention"
+        biased = attention and mlp
+        yield not biased, "the Hugging Face GPT-NeoX model has biases in attention and MLP"
+    yield (
+        not architecture,
+        f"no Hugging Face model of NeoX's converter has `norm: {get('norm')}` with `activation:"
+        f" {get('activation')}`",
+    )
 
 
 def export_values(draft: Draft, architecture: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from functools import cache
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.base.paths import shipped_dir
+from hpctrain.base.paths import shipped_text
 from hpctrain.base.text import text_problem
 from hpctrain.config.document import Document, walk
 from hpctrain.config.fields import nearest
+from hpctrain.recipes.rules import show
 
 FLAVORS = ("tilde", "upstream")
 FLAVOR_NAMES = {"tilde": "the Tilde fork", "upstream": "EleutherAI's GPT-NeoX"}
@@ -168,19 +168,9 @@ def with_dot(text: str) -> str:
     return f"{sign}{whole}{fraction}e{exponent_sign or '+'}{exponent}"
 
 
-def show(value: Any) -> str:
-    """A value for a message: short, on one line."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
 @cache
 def _all_keys(flavor: str) -> Mapping[str, Key]:
-    with open(
-        os.path.join(shipped_dir("templates"), "neox-sft", "keys.json"), encoding="utf-8"
-    ) as file:
-        raw = json.load(file)["keys"]
+    raw = json.loads(shipped_text("neox-sft", "keys.json"))["keys"]
     return {
         name: Key(
             name,

@@ -443,36 +443,29 @@ def _expand(config: list[Any], layers: int) -> Iterator[str]:
 
 
 def _check_experts(draft: Draft, shape: Shape) -> None:
-    zero = draft.values.get("zero_optimization") or {}
-    stage = zero.get("stage")
+    stage, fork = (
+        (draft.values.get("zero_optimization") or {}).get("stage"),
+        draft.flavor == "tilde",
+    )
     draft.check(
         Rule(
-            draft.flavor == "upstream" and stage in (2, 3),
+            stage == 3 or (stage == 2 and not fork),
             f"experts do not work with ZeRO stage {stage}",
             ("zero_optimization", "stage"),
             hint="stage 1",
-        )
+        ),
+        Rule(
+            fork and shape.pipeline >= 1,
+            "experts do not work with pipeline parallelism",
+            "pipe_parallel_size",
+            hint="pipe_parallel_size: 0",
+        ),
+        Rule(
+            fork and draft.get("sequence_parallel"),
+            "experts do not work with sequence parallelism",
+            "sequence_parallel",
+        ),
     )
-    if draft.flavor == "tilde":
-        draft.check(
-            Rule(
-                stage == 3,
-                "experts do not work with ZeRO stage 3",
-                ("zero_optimization", "stage"),
-                hint="stage 1",
-            ),
-            Rule(
-                shape.pipeline >= 1,
-                "experts do not work with pipeline parallelism",
-                "pipe_parallel_size",
-                hint="pipe_parallel_size: 0",
-            ),
-            Rule(
-                draft.get("sequence_parallel"),
-                "experts do not work with sequence parallelism",
-                "sequence_parallel",
-            ),
-        )
 
 
 def _divisor_hint(number: int, tensor: int) -> str:

@@ -9,27 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from hpctrain.base.errors import Problem
-from hpctrain.base.paths import shipped_dir
+from hpctrain.base.paths import shipped_text
 from hpctrain.base.text import text_problem
 from hpctrain.config.document import Document
 from hpctrain.config.fields import nearest
-
-_KIND_NAMES = {
-    "text": "text",
-    "bool": "true or false",
-    "int": "a whole number",
-    "number": "a number",
-    "list": "a list of words",
-    "json": "a mapping",
-    "int_or_text": "a whole number or text",
-}
+from hpctrain.recipes.rules import show
 
 
 @dataclass(frozen=True)
@@ -84,7 +74,7 @@ def value_problems(argument: Argument, value: Any, document: Document) -> Iterat
     ok, hint = _fits(argument, value)
     if not ok:
         yield Problem(
-            f"`{name}: {_short(value)}` must be {_KIND_NAMES[argument.kind]}", where, hint=hint
+            f"`{name}: {show(value)}` must be {_KINDS[argument.kind][0]}", where, hint=hint
         )
         return
     for index, word in enumerate(value if isinstance(value, list) else [value]):
@@ -97,7 +87,7 @@ def value_problems(argument: Argument, value: Any, document: Document) -> Iterat
             yield Problem(f"`{name}: {word}` is not a finite number", where)
     if argument.choices and value not in argument.choices:
         yield Problem(
-            f"`{name}: {_short(value)}` is not one of its values",
+            f"`{name}: {show(value)}` is not one of its values",
             where,
             hint=nearest(str(value), argument.choices),
         )
@@ -148,7 +138,7 @@ def flags(values: Mapping[str, Any], arguments: Mapping[str, Argument]) -> list[
             # argparse takes words up to the next flag; an empty list cannot be said, and means the
             # default.
             words += [[f"--{name}", *map(word_of, value)]] if value else []
-        elif isinstance(value, str) and value.startswith("-"):
+        elif _is_dashed(value):
             words.append([f"--{name}={value}"])
         else:
             words.append([f"--{name}", word_of(value)])
@@ -171,41 +161,47 @@ def as_number(value: Any) -> float | None:
         return None
 
 
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, (str, int, float)) for word in value)
+
+
+def _whole_or(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (int, *kinds)) and not isinstance(value, bool)
+
+
+def _is_json(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, str) and value.startswith("{"))
+
+
+# What a value of each kind is, and what is said to one that is not. Numbers are text too on a
+# command line: `checkpointing_steps: 500`.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+    "text": ("text", _whole_or(str, float), ""),
+    "bool": (
+        "true or false",
+        lambda value: isinstance(value, bool),
+        "write true or false, without quotes",
+    ),
+    "int": ("a whole number", _whole_or(), ""),
+    "number": ("a number", lambda value: as_number(value) is not None, ""),
+    "list": ("a list of words", _is_words, "write it as [a, b]"),
+    "json": ("a mapping", _is_json, "write it as {key: value}"),
+    "int_or_text": ("a whole number or text", _whole_or(str), ""),
+}
+
+
 def _fits(argument: Argument, value: Any) -> tuple[bool, str]:
-    kind = argument.kind
-    if kind == "bool":
-        return isinstance(value, bool), "write true or false, without quotes"
-    if kind == "int":
-        return isinstance(value, int) and not isinstance(value, bool), ""
-    if kind == "number":
-        return as_number(value) is not None, ""
-    if kind == "int_or_text":
-        return isinstance(value, (int, str)) and not isinstance(value, bool), ""
-    if kind == "list":
-        ok = isinstance(value, list) and all(isinstance(word, (str, int, float)) for word in value)
-        dashed = ok and any(isinstance(word, str) and word.startswith("-") for word in value)
-        return ok and not dashed, (
-            "its words cannot begin with a dash" if dashed else "write it as [a, b]"
-        )
-    if kind == "json":
-        return (
-            isinstance(value, dict) or (isinstance(value, str) and value.startswith("{")),
-            "write it as {key: value}",
-        )
-    # Numbers are text too on a command line: `checkpointing_steps: 500`.
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool), ""
+    _, fits, hint = _KINDS[argument.kind]
+    ok = fits(value)
+    dashed = ok and argument.kind == "list" and any(map(_is_dashed, value))
+    return ok and not dashed, "its words cannot begin with a dash" if dashed else hint
 
 
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-    return text if len(text) <= 60 else text[:57] + "…"
+def _is_dashed(word: object) -> bool:
+    return isinstance(word, str) and word.startswith("-")
 
 
 @cache
 def _data() -> dict[str, Any]:
-    with open(
-        os.path.join(shipped_dir("templates"), "open-instruct", "arguments.json"), encoding="utf-8"
-    ) as file:
-        found: dict[str, Any] = json.load(file)
+    found: dict[str, Any] = json.loads(shipped_text("open-instruct", "arguments.json"))
     return found

@@ -268,27 +268,15 @@ def module_name(entrypoint: str) -> str:
 
 def environment(draft: Draft, hf_home: str | None) -> tuple[EnvVar, ...]:
     """What the libraries must find in the job's environment."""
-    out = []
-    if hf_home:
-        out.append(
-            EnvVar(
-                "HF_HOME",
-                hf_home,
-                "models and data sets, laid out as the Hugging Face libraries do",
-            )
-        )
-    if draft.options["offline"]:
-        out += [
-            EnvVar(
-                "HF_HUB_OFFLINE",
-                "1",
-                "nobody is asked: what is missing from the cache is found before the GPUs wait",
-            ),
-            EnvVar("HF_DATASETS_OFFLINE", "1", "the same for data sets"),
-        ]
-        if draft.values.get("with_tracking"):
-            out.append(EnvVar("WANDB_MODE", "offline", "`wandb sync` sends it later"))
-    if draft.values.get("with_tracking"):
-        out.append(EnvVar("WANDB_DIR", draft.context.run_dir, "not into the working copy"))
-    out.append(EnvVar("TOKENIZERS_PARALLELISM", "false", "no threads that survive a fork"))
-    return tuple(out)
+    offline, tracked = draft.options["offline"], draft.values.get("with_tracking")
+    nobody = "nobody is asked: what is missing from the cache is found before the GPUs wait"
+    laid_out = "models and data sets, laid out as the Hugging Face libraries do"
+    wanted = (
+        (hf_home, EnvVar("HF_HOME", hf_home or "", laid_out)),
+        (offline, EnvVar("HF_HUB_OFFLINE", "1", nobody)),
+        (offline, EnvVar("HF_DATASETS_OFFLINE", "1", "the same for data sets")),
+        (offline and tracked, EnvVar("WANDB_MODE", "offline", "`wandb sync` sends it later")),
+        (tracked, EnvVar("WANDB_DIR", draft.context.run_dir, "not into the working copy")),
+        (True, EnvVar("TOKENIZERS_PARALLELISM", "false", "no threads that survive a fork")),
+    )
+    return tuple(variable for there, variable in wanted if there)

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 
 from hpctrain.base.errors import Problem
-from hpctrain.base.paths import shipped_dir
+from hpctrain.base.paths import shipped_text
 from hpctrain.config.fields import nearest
 
 
@@ -25,17 +24,14 @@ def load_keys() -> Keys:
     """The shipped list."""
     versions: tuple[str, ...] = ()
     known: dict[str, tuple[str, ...]] = {}
-    with open(
-        os.path.join(shipped_dir("templates"), "verl-gad", "keys.txt"), encoding="utf-8"
-    ) as file:
-        for line in file:
-            words = line.split()
-            if words[0] == "versions":
-                versions = tuple(words[1:])
-            elif words[0] != "#":
-                known[words[1]] = tuple(
-                    version for version, mark in zip(versions, words[0]) if mark == "x"
-                )
+    for line in shipped_text("verl-gad", "keys.txt").splitlines():
+        words = line.split()
+        if words[0] == "versions":
+            versions = tuple(words[1:])
+        elif words[0] != "#":
+            known[words[1]] = tuple(
+                version for version, mark in zip(versions, words[0]) if mark == "x"
+            )
     return Keys(versions, known)
 
 
