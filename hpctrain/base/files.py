@@ -33,14 +33,8 @@ def write_new(path: str, text: str, hint: str = "") -> None:
         raise Refused("is there already, and is left as it is", where=path, hint=hint)
     with temporaries(path) as (temp,):
         temp.file.write(text.encode("utf-8"))
-        temp.sync()
-        try:
-            _give_name(temp.temp_path, path)
-        except FileExistsError:
-            raise Refused(
-                "was made by someone else at this moment", where=path, hint=hint
-            ) from None
-        sync_folder(os.path.dirname(path) or ".")
+        if not temp.commit_new():
+            raise Refused("was made by someone else at this moment", where=path, hint=hint)
 
 
 def _give_name(temp: str, path: str) -> None:
@@ -119,16 +113,9 @@ class Temp:
         temporary file stays."""
         self.sync()
         try:
-            os.link(self.temp_path, self.path)
+            _give_name(self.temp_path, self.path)
         except FileExistsError:
             return False
-        except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
-                raise
-            # A file system without hard links; the caller holds a lock.
-            if os.path.lexists(self.path):
-                return False
-            os.replace(self.temp_path, self.path)
         sync_folder(os.path.dirname(self.path) or ".")
         return True
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from hpctrain.base import terminal
 from hpctrain.runs.diagnose import Subject
+from hpctrain.runs.logs import whose
 from hpctrain.triage.failures import FAILURES
 from hpctrain.triage.judge import Diagnosis
 from hpctrain.triage.rules import GREEN, RED
@@ -56,19 +57,14 @@ def show(subject: Subject, diagnosis: Diagnosis) -> None:
     terminal.data(f"{verdict}  {diagnosis.summary}")
     cause = diagnosis.cause
     if cause is not None:
-        event = cause.event
-        where = [f"line {event.place}"]
-        where += [f"rank {event.rank}"] if event.rank is not None else []
-        where += [f"node {event.node}"] if event.node else []
-        where += [f"link {cause.attempt.link}"] if cause.attempt.link is not None else []
-        where += [f"job {cause.attempt.job_id}"] if cause.attempt.job_id else []
-        terminal.data("cause: " + ", ".join(where))
+        where = ", ".join([f"line {cause.event.place}", *whose(cause)])
+        terminal.data(f"cause: {where}")
     terminal.data(f"next: {diagnosis.action}: {diagnosis.advice}")
     progress = diagnosis.progress
     if progress.get("step_lines"):
         total = f" of {progress['total_iterations']}" if progress.get("total_iterations") else ""
         losses = (
-            f", loss {_figure(progress['first_loss'])} to {_figure(progress['last_loss'])}"
+            f", loss {figure(progress['first_loss'])} to {figure(progress['last_loss'])}"
             if progress.get("first_loss") is not None
             else ""
         )
@@ -101,5 +97,6 @@ def show(subject: Subject, diagnosis: Diagnosis) -> None:
     terminal.unseen(subject.unseen)
 
 
-def _figure(value: object) -> str:
+def figure(value: object) -> str:
+    """A number of a log with as many digits as tell something."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

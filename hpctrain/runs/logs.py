@@ -52,24 +52,24 @@ def failing_lines(
                 if other is not None and other != event.rank:
                     continue
             (kept if number <= event.place.number else tail).append((number, clean(line)))
-    where = ", ".join(
-        filter(
-            None,
-            [
-                f"rank {event.rank}" if event.rank is not None else "",
-                f"node {event.node}" if event.node else "",
-                f"link {incident.attempt.link}" if incident.attempt.link is not None else "",
-                f"job {incident.attempt.job_id}" if incident.attempt.job_id else "",
-            ],
-        )
-    )
     lines = [
         f"{'>' if number == event.place.number else ' '} {number}: {text}"
         for number, text in [*kept, *tail]
     ]
-    return Section(
-        f"first failure ({event.failure}): {event.place}{', ' + where if where else ''}", lines
+    where = ", ".join([str(event.place), *whose(incident)])
+    return Section(f"first failure ({event.failure}): {where}", lines)
+
+
+def whose(incident: Incident) -> list[str]:
+    """The rank, node, link and job of a failure, as far as each is known."""
+    event, attempt = incident.event, incident.attempt
+    known = (
+        ("rank", event.rank),
+        ("node", event.node or None),
+        ("link", attempt.link),
+        ("job", attempt.job_id or None),
     )
+    return [f"{what} {value}" for what, value in known if value is not None]
 
 
 def _go_near(file: BinaryIO, event: Event) -> int:

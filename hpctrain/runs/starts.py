@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hpctrain.base.units import expand_nodes
 from hpctrain.runs.records import RunRecords
 from hpctrain.runtime.history import RUN_MODES
-from hpctrain.slurm.jobs import Answer, Job, parse_time
+from hpctrain.slurm.jobs import Answer, Job, node_names, parse_time
 from hpctrain.triage.records import job_of_log, utc
 
 NO_END = "began, no end recorded"
@@ -221,7 +220,7 @@ def _recorded(
     """The start as the guard recorded its begin, and its end where it came to one."""
     mode = begin.get("mode")
     reason = str((end or begin).get("reason") or "")
-    nodes = _node_names(begin.get("nodes"))
+    nodes = node_names(begin.get("nodes"))
     start = replace(
         start,
         mode=mode,
@@ -317,15 +316,6 @@ def _last_written(path: str) -> float | None:
         return os.stat(path).st_mtime
     except OSError:
         return None
-
-
-def _node_names(value: object) -> tuple[str, ...]:
-    if not isinstance(value, str) or not value:
-        return ()
-    try:
-        return tuple(expand_nodes(value))
-    except ValueError:
-        return (value,)
 
 
 def _numbers(job_id: str) -> tuple[int, ...]:

@@ -234,7 +234,7 @@ def parse_squeue(text: str) -> list[Job]:
                 submit_s=parse_time(submit),
                 start_s=parse_time(start),
                 end_s=parse_time(end),
-                nodes=_nodes(nodes),
+                nodes=node_names(nodes),
                 num_nodes=_number(num_nodes),
                 work_dir=work_dir,
                 name=name,
@@ -268,7 +268,7 @@ def parse_sacct(text: str) -> dict[str, list[Job]]:
                 start_s=parse_time(start),
                 end_s=parse_time(end),
                 elapsed_s=_number(elapsed),
-                nodes=_nodes(nodes),
+                nodes=node_names(nodes),
                 num_nodes=_number(num_nodes),
                 work_dir=work_dir,
                 name=name,
@@ -325,8 +325,10 @@ def _number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-def _nodes(text: str) -> tuple[str, ...]:
-    if text in ("", "None assigned", "(null)", "n/a"):
+def node_names(text: object) -> tuple[str, ...]:
+    """The nodes in Slurm's compressed form; none where it names none, the text itself where it is
+    no such form."""
+    if not isinstance(text, str) or text in ("", "None assigned", "(null)", "n/a"):
         return ()
     try:
         return tuple(expand_nodes(text))

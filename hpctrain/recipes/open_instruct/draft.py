@@ -3,7 +3,6 @@ and problems."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,6 @@ class Names:
     target: str
     cache_dir: str
     cache_mode: str
-    skip_cache: str
     epochs: str
     clip: str
 
@@ -41,7 +39,6 @@ NAMES = {
         "dataset_target_columns",
         "dataset_local_cache_dir",
         "dataset_cache_mode",
-        "dataset_skip_cache",
         "num_train_epochs",
         "clip_grad_norm",
     ),
@@ -52,7 +49,6 @@ NAMES = {
         "target_columns",
         "local_cache_dir",
         "cache_mode",
-        "skip_cache",
         "num_epochs",
         "max_grad_norm",
     ),
@@ -121,8 +117,3 @@ class Draft(Judge):
         return (
             absolute(text, self.spec.base_dir) if text.startswith(("/", "./", "../", "~")) else None
         )
-
-
-def hub_folder(hub: str, repo_type: str, repo_id: str) -> str:
-    """Where huggingface_hub keeps a repository (file_download.py `repo_folder_name`)."""
-    return os.path.join(hub, "--".join([f"{repo_type}s", *repo_id.split("/")]))

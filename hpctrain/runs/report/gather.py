@@ -16,7 +16,7 @@ from hpctrain.config import billing
 from hpctrain.runs import cost
 from hpctrain.runs.diagnose import Subject
 from hpctrain.runs.records import RunRecords, read_run
-from hpctrain.runs.starts import NO_END, Start, starts_of
+from hpctrain.runs.starts import NO_END, Fate, Start, starts_of
 from hpctrain.runs.status import RunStatus, status_of
 from hpctrain.slurm.jobs import Answer
 from hpctrain.triage.attempt import Attempt
@@ -49,29 +49,22 @@ class Points:
 
 
 @dataclass(frozen=True)
-class AttemptRow:
+class AttemptRow(Fate):
     """One start of a job with what it did. Iterations as logged; `lost` are those that the next
     start did again."""
 
-    link: int | None
-    job_id: str
-    restart: int
-    mode: str | None
-    state: str
-    start_s: float | None
-    end_s: float | None
-    elapsed_s: float | None
-    first_iteration: int | None
-    last_iteration: int | None
-    kept_iterations: int
-    lost_iterations: int
-    step_time_s: float | None
-    productive_s: float | None
-    lost_s: float | None
-    cause: str | None
-    where: str
-    node: str | None
-    bill: cost.Bill | None
+    restart: int = 0
+    first_iteration: int | None = None
+    last_iteration: int | None = None
+    kept_iterations: int = 0
+    lost_iterations: int = 0
+    step_time_s: float | None = None
+    productive_s: float | None = None
+    lost_s: float | None = None
+    cause: str | None = None
+    where: str = ""
+    node: str | None = None
+    bill: cost.Bill | None = None
 
 
 @dataclass(frozen=True)
@@ -178,23 +171,23 @@ def attempt_rows(
             AttemptRow(
                 (start.link if start else None) or (attempt.link if attempt else None),
                 key[0],
-                key[1],
-                (attempt.mode if attempt else None) or (start.mode if start else None),
                 start.state if start and start.state != NO_END else "",
+                (attempt.mode if attempt else None) or (start.mode if start else None),
                 start.start_s if start else None,
                 start.end_s if start else None,
                 elapsed,
-                first,
-                last,
-                kept,
-                min(lost, done),
-                step_s,
-                _at_most(kept * step_s, elapsed) if step_s else None,
-                min(lost, done) * step_s if step_s else None,
-                event.failure if event else None,
-                str(event.place) if event else "",
-                event.node if event else None,
-                cost.used_by(job, elapsed, "") if job and elapsed is not None else None,
+                restart=key[1],
+                first_iteration=first,
+                last_iteration=last,
+                kept_iterations=kept,
+                lost_iterations=min(lost, done),
+                step_time_s=step_s,
+                productive_s=_at_most(kept * step_s, elapsed) if step_s else None,
+                lost_s=min(lost, done) * step_s if step_s else None,
+                cause=event.failure if event else None,
+                where=str(event.place) if event else "",
+                node=event.node if event else None,
+                bill=cost.used_by(job, elapsed, "") if job and elapsed is not None else None,
             )
         )
     return out
@@ -207,9 +200,7 @@ def _at_most(value: float, limit: float | None) -> float:
 def _span(attempt: Attempt | None) -> tuple[int | None, int | None]:
     if attempt is None or attempt.first is None or attempt.last is None:
         return None, None
-    first, last = attempt.first.iteration, attempt.last.iteration
-    # A log line tells of the iterations since the one before it.
-    return first, last
+    return attempt.first.iteration, attempt.last.iteration
 
 
 def _lost(

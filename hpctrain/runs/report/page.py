@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from hpctrain import __version__
 from hpctrain.base.units import format_duration
+from hpctrain.runs.diagnosis import figure
 from hpctrain.runs.report import figures
 from hpctrain.runs.report.gather import AttemptRow, Report
 from hpctrain.triage.failures import FAILURES
@@ -142,10 +143,6 @@ def _amount(value: float) -> str:
     return f"{value:,.2f}" if value < 10 else f"{value:,.1f}"
 
 
-def _figure(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _tiles(report: Report) -> Iterator[tuple[str, str]]:
     """(figure, what it is)."""
     progress, spent = report.status.progress, report.spent
@@ -155,7 +152,7 @@ def _tiles(report: Report) -> Iterator[tuple[str, str]]:
     losses = report.diagnosis.progress
     if losses.get("first_loss") is not None:
         yield (
-            f"{_figure(losses['first_loss'])} → {_figure(losses.get('last_loss'))}",
+            f"{figure(losses['first_loss'])} → {figure(losses.get('last_loss'))}",
             "loss, first to last",
         )
     if spent is not None:
