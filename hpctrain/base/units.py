@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 
 _UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
@@ -30,15 +31,9 @@ def parse_time_s(value: str | int | float) -> int:
             raise ValueError(f"`{value}` is not a duration such as 20:00:00, 1-00:00:00 or 20h")
         days, *parts = match.groups()
         numbers = [int(part) for part in parts if part is not None]
-        if days is not None:
-            hours, minutes, secs = (numbers + [0, 0])[:3]
-            seconds = int(days) * 86400 + hours * 3600 + minutes * 60 + secs
-        elif len(numbers) == 1:
-            seconds = numbers[0] * 60
-        elif len(numbers) == 2:
-            seconds = numbers[0] * 60 + numbers[1]
-        else:
-            seconds = numbers[0] * 3600 + numbers[1] * 60 + numbers[2]
+        count = 3 if days is not None else len(numbers)  # after days the first number is hours
+        parts_s = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[count]
+        seconds = int(days or 0) * 86400 + sum(map(operator.mul, numbers, parts_s))
     if seconds <= 0:
         raise ValueError(f"`{value}` is no time at all")
     if seconds > 10 * 366 * 86400:

@@ -15,8 +15,9 @@ from hpctrain.recipes import trainer_config
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.facts import Fact, Model, Rows
 from hpctrain.recipes.memory import Change, Layout, judge
+from hpctrain.recipes.rules import Judge, Rule
 from hpctrain.recipes.sft import signal_name
-from hpctrain.recipes.trainer_config import extra_packages, shape_at, usual_changes
+from hpctrain.recipes.trainer_config import extra_packages, shape_at, trainer_rules, usual_changes
 
 CONFIG = "config_dpo.yaml"
 
@@ -25,55 +26,38 @@ def resolve(context: Context) -> Resolved:
     """The trainer's config with all that follows from the run; its problems name the line of
     run.yaml or base_config."""
     spec, options = context.spec, context.options
-    document, problems = trainer_config.layered(context, "pairs are", "dataset", "dataset_name")
+    noted = Judge()
+    document = trainer_config.layered(context, noted, "pairs are", "dataset", "dataset_name")
     config, found = parse_config(document, spec.base_dir)
-    problems += found
-    training = config.training
-    if not spec.checkpoint_dir:
-        problems.append(
-            Problem(
-                "the trainer needs a folder for its checkpoints",
-                where=spec.where("checkpoint"),
-                hint="set `checkpoint: {dir: …}`",
-            )
-        )
-    if training["max_steps"] is None and spec.num_links > 1:
-        problems.append(
-            Problem(
-                f"a chain of {spec.num_links} jobs must know when the run is done, and `epochs`"
-                " does not tell",
-                where=document.where("dpo_training", "epochs"),
-                hint="give `dpo_training.max_steps`: epochs x pairs / train_batch_size",
-            )
-        )
-    handed = spec.handed
-    if (
-        handed
-        and handed.model == config.policy_name
-        and config.ref_name not in (None, handed.model)
-    ):
-        problems.append(
-            Problem(
-                f"the reference model `{config.ref_name}` is not the one that stage"
-                f" `{handed.stage}` hands over",
-                document.where("ref_name"),
-                level="warning",
-                why=(
-                    "DPO holds the policy to its reference, which is the model that it starts from"
-                    " unless you mean another"
-                ),
-                hint="set: {config.ref_name: null} in pipeline.yaml takes the policy itself",
-            )
-        )
-    if training["fsdp"] and context.world_size == 1:
-        problems.append(
-            Problem(
-                "`fsdp: true` with one process shards nothing",
-                document.where("dpo_training", "fsdp"),
-                level="warning",
-                hint="give the run more GPUs, or set it to false",
-            )
-        )
+    noted.problems += found
+    training, handed = config.training, spec.handed
+    policy = handed.model if handed and handed.model == config.policy_name else None
+    noted.check(
+        *trainer_rules(
+            spec,
+            training["max_steps"],
+            "epochs",
+            document.where("dpo_training", "epochs"),
+            "give `dpo_training.max_steps`: epochs x pairs / train_batch_size",
+        ),
+        Rule(
+            policy and config.ref_name not in (None, policy),
+            f"the reference model `{config.ref_name}` is not the one that stage"
+            f" `{handed.stage if handed else ''}` hands over",
+            document.where("ref_name"),
+            level="warning",
+            why="DPO holds the policy to its reference, which is the model that it starts from"
+            " unless you mean another",
+            hint="set: {config.ref_name: null} in pipeline.yaml takes the policy itself",
+        ),
+        Rule(
+            training["fsdp"] and context.world_size == 1,
+            "`fsdp: true` with one process shards nothing",
+            document.where("dpo_training", "fsdp"),
+            level="warning",
+            hint="give the run more GPUs, or set it to false",
+        ),
+    )
     signal = signal_name(spec.sbatch.get("signal"))
     if signal and document.get("dpo_training", "stop_signal") is None:
         config = dataclasses.replace(config, training={**training, "stop_signal": signal})
@@ -84,8 +68,8 @@ def resolve(context: Context) -> Resolved:
             config, ref_name=absolute(spec.checkpoint_start, spec.base_dir)
         )
     memory, wrong = _memory(config, document, context)
-    problems += wrong
-    failed = any(problem.level == "error" for problem in problems)
+    noted.problems += wrong
+    failed = any(problem.level == "error" for problem in noted.problems)
     return Resolved(
         argv=(options["python"], "-u", "-m", "hpctrain.train.dpo"),
         workdir=context.run_dir,
@@ -102,7 +86,7 @@ def resolve(context: Context) -> Resolved:
         model=os.path.join(config.mount_dir or context.run_dir, "dpo_model"),
         facts=_facts(config, document, context),
         decisions=(*_decisions(config, document, context), *memory),
-        problems=tuple(problems),
+        problems=tuple(noted.problems),
     )
 
 

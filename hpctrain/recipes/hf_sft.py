@@ -22,8 +22,15 @@ from hpctrain.recipes import hf_estimate, trainer_config
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.facts import Fact, Model, Rows
 from hpctrain.recipes.memory import Change, Layout, judge
+from hpctrain.recipes.rules import Judge, Rule
 from hpctrain.recipes.sft import signal_name
-from hpctrain.recipes.trainer_config import extra_packages, read_model, shape_at, usual_changes
+from hpctrain.recipes.trainer_config import (
+    extra_packages,
+    read_model,
+    shape_at,
+    trainer_rules,
+    usual_changes,
+)
 
 CONFIG = "config_sft.yaml"
 _STAGE = "{tmp}/{user}-{job}-data"
@@ -33,37 +40,28 @@ def resolve(context: Context) -> Resolved:
     """The trainer's config with all that follows from the run; its problems name the line of
     run.yaml or base_config."""
     spec, options = context.spec, context.options
-    document, problems = trainer_config.layered(context, "data is", "dataset_path")
+    noted = Judge()
+    document = trainer_config.layered(context, noted, "data is", "dataset_path")
     config, found = parse_config(document, spec.base_dir)
-    problems += found
-    problems += _base_problems(config, document, context)
-    if not spec.checkpoint_dir:
-        problems.append(
-            Problem(
-                "the trainer needs a folder for its checkpoints",
-                where=spec.where("checkpoint"),
-                hint="set `checkpoint: {dir: …}`",
-            )
-        )
+    noted.problems += found
+    _check_base(noted, config, document, context)
     config = _with_steps(config, context)
-    if config.max_steps is None and spec.num_links > 1:
-        problems.append(
-            Problem(
-                f"a chain of {spec.num_links} jobs must know when the run is done, and"
-                " `num_train_epochs` does not tell",
-                where=document.where("num_train_epochs"),
-                hint="give `dataset_rows`, from which the steps follow, or `max_steps`",
-            )
-        )
-    if document.get("start") is not None:
-        problems.append(
-            Problem(
-                "`config.start` is set as `checkpoint.start`",
-                where=document.where_key("start"),
-                hint="move it there",
-            )
-        )
-    elif spec.checkpoint_start:
+    noted.check(
+        *trainer_rules(
+            spec,
+            config.max_steps,
+            "num_train_epochs",
+            document.where("num_train_epochs"),
+            "give `dataset_rows`, from which the steps follow, or `max_steps`",
+        ),
+        Rule(
+            document.get("start") is not None,
+            "`config.start` is set as `checkpoint.start`",
+            document.where_key("start"),
+            hint="move it there",
+        ),
+    )
+    if spec.checkpoint_start and document.get("start") is None:
         # Later links no longer start from it, but a whole model there stays what the update belongs
         # to.
         config = HfSftConfig(
@@ -75,8 +73,8 @@ def resolve(context: Context) -> Resolved:
     stage, decided, wrong = _stage(context)
     estimated, contradictions = hf_estimate.estimate(config, context, document)
     memory, too_much = _memory(config, document, context)
-    problems += [*wrong, *contradictions, *too_much]
-    failed = any(problem.level == "error" for problem in problems)
+    noted.problems += [*wrong, *contradictions, *too_much]
+    failed = any(problem.level == "error" for problem in noted.problems)
     return Resolved(
         argv=(options["python"], "-u", "-m", "hpctrain.train.trl"),
         workdir=context.run_dir,
@@ -98,7 +96,7 @@ def resolve(context: Context) -> Resolved:
         model=config.export_dir,
         facts=_facts(config, document, context),
         decisions=(*_decisions(config, document, context), decided, *estimated, *memory),
-        problems=tuple(problems),
+        problems=tuple(noted.problems),
     )
 
 
@@ -111,14 +109,13 @@ def config_text(config: HfSftConfig, name: str) -> str:
     return trainer_config.config_text("hpctrain.train.trl", name, FIELDS, config.values, left_out)
 
 
-def _base_problems(config: HfSftConfig, document: Document, context: Context) -> list[Problem]:
+def _check_base(noted: Judge, config: HfSftConfig, document: Document, context: Context) -> None:
     """A base, or a start, whose own files say that it is quantised; asked only where they can be
     seen from here.
 
     The trainer asks again before it loads anything, so a base that is not visible here is refused
     there.
     """
-    found = []
     spec = context.spec
     named = [("base", config.model_name, document.where("model_name"))]
     if spec.checkpoint_start:
@@ -131,23 +128,22 @@ def _base_problems(config: HfSftConfig, document: Document, context: Context) ->
         base = str(adapter.get("base_model_name_or_path") or "")
         if not why and quantised_name(base):
             why = f"its adapter_config.json is of the base `{base}`"
-        if why:
-            found.append(
-                Problem(
+        noted.check(
+            (
+                Rule(
+                    why,
                     f"the {what} `{path}` is quantised: {why}",
-                    where=where,
+                    where,
                     hint="name the full-precision model it was made from",
-                )
-            )
-        elif adapter and what == "base":
-            found.append(
-                Problem(
+                ),
+                Rule(
+                    adapter and what == "base",
                     f"the base `{path}` is an adapter of `{base}`, no model",
-                    where=where,
+                    where,
                     hint=f"`model_name: {base}`, and the adapter as `checkpoint.start`",
-                )
+                ),
             )
-    return found
+        )
 
 
 def _with_steps(config: HfSftConfig, context: Context) -> HfSftConfig:

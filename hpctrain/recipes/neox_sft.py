@@ -7,6 +7,7 @@ The rules are in `hpctrain/recipes/neox/`; here they are put in order.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from hpctrain.base.paths import shipped_text
@@ -102,7 +103,10 @@ def resolve(context: Context) -> Resolved:
         exporting, text = export.decide_export(draft, context)
         if text:
             configs[export.CONFIG] = text
+    every = int(saves.factor) if saves.factor and not saves.log else None
     target = None if train_iters is None else train_iters + offset
+    at = spec.where("recipe_options", "activate")
+    activate = absolute(options["activate"], spec.base_dir) if options["activate"] else None
     memory_decisions = memory.decide(draft, context, shape, zero_stage)
     return Resolved(
         argv=_argv(options["python"], starter, folder, train_script),
@@ -126,20 +130,18 @@ def resolve(context: Context) -> Resolved:
             counter="greatest_folder" if offset else "latest",
             retention=saving.retention(draft, saves, start) is not None,
         ),
-        cadence=Cadence(train_iters, _save_every(saves), saves_on_signal=False),
+        cadence=Cadence(train_iters, every),
         template={
             "launch": starter,
             "python": options["python"],
             "neox_dir": folder,
             "train_script": train_script,
-            "activate": (
-                absolute(options["activate"], spec.base_dir) if options["activate"] else None
-            ),
+            "activate": activate,
             "export": exporting,
         },
         facts=data.facts(draft, spec, folder, shape.data),
         paths=launch.needed_paths(draft, spec, folder, train_script, starter)
-        + _activation(context),
+        + ((("activation script", activate, at),) if activate else ()),
         decisions=(
             *_own_decisions(context, folder, start, offset, target),
             *draft.all_decisions(),
@@ -215,7 +217,7 @@ def _check_launch(draft: Draft, context: Context) -> None:
 
 def _own_decisions(
     context: Context, folder: str, start: saving.Start | None, offset: int, target: int | None
-) -> tuple[Decision, ...]:
+) -> Iterator[Decision]:
     spec, options = context.spec, context.options
     launch_reason = {
         launch.SRUN: (
@@ -223,68 +225,37 @@ def _own_decisions(
         ),
         launch.DEEPY: "NeoX's own launcher, with a hostfile made in each job",
     }[options["launch"]]
-    out = [
-        Decision(
-            "neox.dir",
-            folder,
-            "NeoX working copy; tasks run in it",
-            spec.where("recipe_options", "dir"),
-        ),
-        Decision(
-            "neox.flavor",
-            options["flavor"],
-            FLAVOR_NAMES[options["flavor"]],
-            spec.where("recipe_options", "flavor"),
-        ),
-        Decision(
-            "neox.launch", options["launch"], launch_reason, spec.where("recipe_options", "launch")
-        ),
-    ]
+    for name, value, reason in (
+        ("dir", folder, "NeoX working copy; tasks run in it"),
+        ("flavor", options["flavor"], FLAVOR_NAMES[options["flavor"]]),
+        ("launch", options["launch"], launch_reason),
+    ):
+        yield Decision(f"neox.{name}", value, reason, spec.where("recipe_options", name))
     if start:
-        out.append(
-            Decision(
-                "checkpoint.start_iteration",
-                start.iteration,
-                f"from the folder's name `{os.path.basename(start.path)}`",
-                spec.where("checkpoint", "start"),
-            )
-        )
+        reason = f"from the folder's name `{os.path.basename(start.path)}`"
+        where = spec.where("checkpoint", "start")
+        yield Decision("checkpoint.start_iteration", start.iteration, reason, where)
     if target is not None:
-        reason = (
-            f"iteration_offset {offset} + train_iters {target - offset}"
-            if offset
-            else "train_iters"
-        )
-        out.append(
-            Decision(
-                "checkpoint.last",
-                f"global_step{target}",
-                f"{reason}: the run is done when it is complete",
-            )
-        )
-    return tuple(out)
+        iterations = f"iteration_offset {offset} + train_iters {target - offset}"
+        reason = f"{iterations if offset else 'train_iters'}: the run is done when it is complete"
+        yield Decision("checkpoint.last", f"global_step{target}", reason)
 
 
 def _mode_decisions(modes: tuple[str, ...], override: bool) -> tuple[Decision, ...]:
-    out = [
-        Decision(
-            "config.finetune",
-            {mode: mode == "finetune" for mode in modes},
-            "only the first link from a start checkpoint leaves the optimizer behind",
-            "recipe neox-sft",
-        )
-    ]
-    if override:
-        out.append(
-            Decision(
-                "config.override_lr_scheduler",
-                {"resume": True},
-                "a resume takes the schedule from the config; else any change of it stops NeoX"
-                " (learning_rates.py:114-147)",
-                "recipe neox-sft",
-            )
-        )
-    return tuple(out)
+    finetune = Decision(
+        "config.finetune",
+        {mode: mode == "finetune" for mode in modes},
+        "only the first link from a start checkpoint leaves the optimizer behind",
+        "recipe neox-sft",
+    )
+    schedule = Decision(
+        "config.override_lr_scheduler",
+        {"resume": True},
+        "a resume takes the schedule from the config; else any change of it stops NeoX"
+        " (learning_rates.py:114-147)",
+        "recipe neox-sft",
+    )
+    return (finetune, schedule) if override else (finetune,)
 
 
 def _export_decision(exporting: dict[str, Any]) -> Decision:
@@ -300,20 +271,3 @@ def _files(starter: str, exporting: dict[str, Any]) -> dict[str, str]:
     names = ["neox_args.py"] if starter == launch.SRUN else []
     names += [] if exporting["refused"] else ["finish_export.py"]
     return {name: shipped_text("neox-sft", name) for name in names}
-
-
-def _activation(context: Context) -> tuple[tuple[str, str, str], ...]:
-    path = context.options["activate"]
-    if not path:
-        return ()
-    return (
-        (
-            "activation script",
-            absolute(path, context.spec.base_dir),
-            context.spec.where("recipe_options", "activate"),
-        ),
-    )
-
-
-def _save_every(saves: saving.Saves) -> int | None:
-    return int(saves.factor) if saves.factor and not saves.log else None

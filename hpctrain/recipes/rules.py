@@ -6,9 +6,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 from hpctrain.base.errors import Problem
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeGuard
 
 Key = Union[str, Sequence[Any]]
 
@@ -65,3 +68,8 @@ def show(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number, which YAML's true and false are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -9,17 +9,18 @@ import re
 from typing import Any
 
 from hpctrain.base.errors import Problem, UsageError
-from hpctrain.config import text
 from hpctrain.config.decision import Decision
 from hpctrain.config.document import Document
 from hpctrain.config.run import absolute
 from hpctrain.config.trainers.sft import FAMILIES, SftConfig, parse_config, resolve_batch
+from hpctrain.recipes import trainer_config
 from hpctrain.recipes.contract import Cadence, Context, Guard, Resolved
 from hpctrain.recipes.datafiles import indexed_problems
 from hpctrain.recipes.facts import Fact, Indexed, Masks, Model
 from hpctrain.recipes.memory import Change, Layout, judge
 from hpctrain.recipes.pace import pace
-from hpctrain.recipes.trainer_config import extra_packages, shape_at, usual_changes
+from hpctrain.recipes.rules import Judge, Rule
+from hpctrain.recipes.trainer_config import extra_packages, shape_at, trainer_rules, usual_changes
 
 CONFIG = "config.yml"
 # run.yaml says these elsewhere, so that `check` knows them as paths and as data.
@@ -34,44 +35,35 @@ def resolve(context: Context) -> Resolved:
     """The trainer's config with all that follows from the run; its problems name the line of
     run.yaml."""
     spec, options = context.spec, context.options
-    problems = [
-        Problem(
-            f"`config.{key}` is set as `{place}`",
-            where=context.config.where_key(key),
-            hint="move it there",
+    noted = Judge()
+    for key, place in _ELSEWHERE.items():
+        noted.check(
+            Rule(
+                context.config.get(key) is not None,
+                f"`config.{key}` is set as `{place}`",
+                context.config.where_key(key),
+                hint="move it there",
+            )
         )
-        for key, place in _ELSEWHERE.items()
-        if context.config.get(key) is not None
-    ]
     document = _with_paths(context)
     config, found = parse_config(document, spec.base_dir)
-    problems += [problem for problem in found if not problem.what.endswith("is missing")]
-    problems += indexed_problems(spec)
-    if not spec.data.get("train"):
-        problems.append(
-            Problem(
-                "no training data",
-                where=spec.where("data"),
-                hint="data: {train: [/path/to/sft_text_document]}, a prefix without .bin",
-            )
-        )
-    if not spec.checkpoint_dir:
-        problems.append(
-            Problem(
-                "the trainer needs a folder for its checkpoints",
-                where=spec.where("checkpoint"),
-                hint="set `checkpoint: {dir: …}`",
-            )
-        )
-    if config.train_iters is None and spec.num_links > 1:
-        problems.append(
-            Problem(
-                f"a chain of {spec.num_links} jobs must know when the run is done, and"
-                " `train_epochs` does not tell",
-                where=document.where("train_epochs"),
-                hint="give `train_iters`; `hpctrain data count` shows how many rows an epoch has",
-            )
-        )
+    noted.problems += [problem for problem in found if not problem.what.endswith("is missing")]
+    noted.problems += indexed_problems(spec)
+    noted.check(
+        Rule(
+            not spec.data.get("train"),
+            "no training data",
+            spec.where("data"),
+            hint="data: {train: [/path/to/sft_text_document]}, a prefix without .bin",
+        ),
+        *trainer_rules(
+            spec,
+            config.train_iters,
+            "train_epochs",
+            document.where("train_epochs"),
+            "give `train_iters`; `hpctrain data count` shows how many rows an epoch has",
+        ),
+    )
     signal = signal_name(spec.sbatch.get("signal"))
     if signal and "stop_signal" not in (document.data or {}):
         config = dataclasses.replace(config, stop_signal=signal)
@@ -83,10 +75,10 @@ def resolve(context: Context) -> Resolved:
             gradient_accumulation_steps=batch.accumulation,
         )
     except UsageError as error:
-        problems += error.problems
+        noted.problems += error.problems
     memory, found = _memory(config, context)
-    problems += found
-    failed = any(problem.level == "error" for problem in problems)
+    noted.problems += found
+    failed = any(problem.level == "error" for problem in noted.problems)
     paths = [("model", config.model, spec.where("recipe_options", "model"))]
     if config.tokenizer:
         paths.append(("tokenizer", config.tokenizer, spec.where("recipe_options", "tokenizer")))
@@ -121,7 +113,7 @@ def resolve(context: Context) -> Resolved:
         model=config.export_dir,
         facts=_facts(config, document, context),
         decisions=(*_decisions(config, context), *memory),
-        problems=tuple(problems),
+        problems=tuple(noted.problems),
     )
 
 
@@ -206,16 +198,14 @@ _FRESH = {
 def config_text(config: SftConfig, name: str) -> str:
     """The trainer's config as YAML, every key with its sentence, so that the file explains
     itself."""
-    lines = text.comment(
-        f"The training of run {name}, read by `python -m hpctrain.train.sft` on every rank."
+    fields = {item.name: item.metadata["field"] for item in dataclasses.fields(config)}
+    values = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in vars(config).items()
+    }
+    return trainer_config.config_text(
+        "hpctrain.train.sft", name, fields, values, lambda key, value: value == []
     )
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        value = list(value) if isinstance(value, tuple) else value
-        if value is None or value == []:
-            continue
-        lines += ["", *text.comment(item.metadata["field"].doc), *text.block(item.name, value)]
-    return "\n".join(lines) + "\n"
 
 
 def _with_paths(context: Context) -> Document:

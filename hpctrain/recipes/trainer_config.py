@@ -8,43 +8,64 @@ import os
 from collections.abc import Mapping
 from typing import Any, Callable
 
-from hpctrain.base.errors import Problem
 from hpctrain.config import text
 from hpctrain.config.document import Document, Path, merge
 from hpctrain.config.fields import Field
+from hpctrain.config.run import RunSpec
 from hpctrain.recipes.contract import Context
 from hpctrain.recipes.datafiles import row_problems
 from hpctrain.recipes.facts import Packages
 from hpctrain.recipes.known_models import shape_by_name
 from hpctrain.recipes.memory import Change, Layout, Shape, shape_of
+from hpctrain.recipes.rules import Judge, Rule
 
 
-def layered(context: Context, what: str, *key: str) -> tuple[Document, list[Problem]]:
-    """base_config under the run's config, with `data.train` at `key`, where `what` is named; and
+def trainer_rules(
+    spec: RunSpec, target: int | None, epochs: str, where: str, hint: str
+) -> tuple[Rule, ...]:
+    """What each trainer of hpctrain's own asks of a run: a folder for its checkpoints, and that a
+    chain knows when it is done, which `epochs`, set at `where`, does not tell."""
+    return (
+        Rule(
+            not spec.checkpoint_dir,
+            "the trainer needs a folder for its checkpoints",
+            spec.where("checkpoint"),
+            hint="set `checkpoint: {dir: …}`",
+        ),
+        Rule(
+            target is None and spec.num_links > 1,
+            f"a chain of {spec.num_links} jobs must know when the run is done, and"
+            f" `{epochs}` does not tell",
+            where,
+            hint=hint,
+        ),
+    )
+
+
+def layered(context: Context, noted: Judge, what: str, *key: str) -> Document:
+    """base_config under the run's config, with `data.train` at `key`, where `what` is named. Notes
     what contradicts."""
-    spec, problems = context.spec, []
+    spec = context.spec
     own = spec.document.section("config")
     layers = [context.recipe.document.section("config"), *context.read.get("base_config", ()), own]
     given: list[str] = list(spec.data.get("train") or [])
     if given:
-        if own.get(*key) is not None:
-            problems.append(
-                Problem(
-                    f"the {what} named twice",
-                    where=spec.where("data", "train"),
-                    why=f"`{'.'.join(key)}` at {own.where(*key)}",
-                    hint="delete one of them",
-                )
-            )
-        if len(given) > 1:
-            problems.append(
-                Problem(
-                    f"`data.train` has {len(given)} entries",
-                    where=spec.where("data", "train", 1),
-                    hint="name the folder that holds the files",
-                )
-            )
-        problems += row_problems(given[0], spec.where("data", "train", 0))
+        noted.check(
+            Rule(
+                own.get(*key) is not None,
+                f"the {what} named twice",
+                spec.where("data", "train"),
+                why=f"`{'.'.join(key)}` at {own.where(*key)}",
+                hint="delete one of them",
+            ),
+            Rule(
+                len(given) > 1,
+                f"`data.train` has {len(given)} entries",
+                spec.where("data", "train", 1),
+                hint="name the folder that holds the files",
+            ),
+        )
+        noted.problems += row_problems(given[0], spec.where("data", "train", 0))
         places: dict[Path, Path] = {key[:depth]: ("data", "train") for depth in range(1, len(key))}
         places[key] = ("data", "train", 0)
         origins = {
@@ -57,15 +78,8 @@ def layered(context: Context, what: str, *key: str) -> tuple[Document, list[Prob
             data = {part: data}
         layers.append(Document(data, origins, {}, spec.source))
     document = merge(layers)
-    return (
-        Document(
-            document.data,
-            document.origins,
-            document.key_origins,
-            context.config.name or spec.source,
-        ),
-        problems,
-    )
+    name = context.config.name or spec.source
+    return Document(document.data, document.origins, document.key_origins, name)
 
 
 def read_model(path: str) -> dict[str, Any]:

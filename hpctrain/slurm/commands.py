@@ -140,17 +140,12 @@ def show(*what: str) -> str:
 
 def cluster_name() -> str | None:
     """ClusterName of the Slurm that answers here, or None."""
-    if not have("scontrol"):
-        return None
     try:
         done = ask(["scontrol", "show", "config"], timeout_s=15)
     except EnvironmentFault:
         return None
-    for line in done.stdout.splitlines():
-        key, _, value = line.partition("=")
-        if key.strip() == "ClusterName":
-            return value.strip()
-    return None
+    found = re.search(r"^ClusterName\s*=\s*(.*\S)", done.stdout, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _not_here(program: str) -> EnvironmentFault:

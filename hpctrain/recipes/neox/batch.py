@@ -3,6 +3,7 @@ arithmetic shown."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hpctrain.config.decision import Decision
@@ -60,7 +61,7 @@ def decide_shape(draft: Draft, nodes: int, ranks_per_node: int, where_nodes: str
         nodes, ranks_per_node, tensor, pipeline, None if rest else world // (tensor * stages)
     )
     if rest:
-        at_least = _multiple_nodes(tensor * stages, ranks_per_node)
+        at_least = tensor * stages // math.gcd(tensor * stages, ranks_per_node)
         draft.error(
             f"{world} ranks cannot be split into tensor parallelism {tensor} x pipeline parallelism"
             f" {stages}",
@@ -211,8 +212,3 @@ def _what_fits(shape: Shape, train: int, micro: int | None, steps: int | None) -
 def _divisors(number: int) -> list[int]:
     """Divisors, the greatest first; small numbers only."""
     return [n for n in range(min(number, 64), 0, -1) if number % n == 0]
-
-
-def _multiple_nodes(ranks: int, ranks_per_node: int) -> int:
-    """The least number of nodes whose ranks are a multiple of `ranks`."""
-    return next(n for n in range(1, ranks + 1) if n * ranks_per_node % ranks == 0)

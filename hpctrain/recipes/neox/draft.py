@@ -191,8 +191,7 @@ def make_draft(
                 )
             )
             continue
-        layer, bad = _normalised(base)
-        problems += bad
+        layer = _normalised(base, problems)
         for name in layer.data:
             if name in first:
                 problems.append(
@@ -208,9 +207,7 @@ def make_draft(
                 )
             first.setdefault(name, layer.where_key(name))
         base_layers.append(layer)
-    run_layer, bad = _normalised(run)
-    default_layer, _ = _normalised(defaults)
-    problems += bad
+    run_layer, default_layer = _normalised(run, problems), _normalised(defaults, [])
     document = merge([default_layer, *base_layers, run_layer])
     values = dict(document.data or {})
     layers = {name: DEFAULT for name in values}
@@ -259,10 +256,10 @@ def slashed(path: str) -> str:
     return os.path.normpath(path)
 
 
-def _normalised(document: Document) -> tuple[Document, list[Problem]]:
-    """The document with `-` in its keys as `_`, as NeoX reads them (arguments.py:251)."""
+def _normalised(document: Document, problems: list[Problem]) -> Document:
+    """The document with `-` in its keys as `_`, as NeoX reads them (arguments.py:251). Adds to the
+    problems."""
     renamed: dict[Any, str] = {}
-    problems = []
     data: dict[str, Any] = {}
     for key, value in (document.data or {}).items():
         name = str(key).replace("-", "_")
@@ -288,7 +285,4 @@ def _normalised(document: Document) -> tuple[Document, list[Problem]]:
             if not path or path[0] in renamed
         }
 
-    return (
-        Document(data, moved(document.origins), moved(document.key_origins), document.name),
-        problems,
-    )
+    return Document(data, moved(document.origins), moved(document.key_origins), document.name)

@@ -9,7 +9,7 @@ from typing import Any
 from hpctrain.config.fields import nearest
 from hpctrain.recipes.neox.batch import Shape
 from hpctrain.recipes.neox.draft import RUN, Draft
-from hpctrain.recipes.rules import Rule
+from hpctrain.recipes.rules import Rule, is_number
 
 REQUIRED = (
     "num_layers",
@@ -289,7 +289,7 @@ def check_optimizer(draft: Draft) -> None:
             draft.check(
                 Rule(
                     not all(
-                        _is_number(item) for item in (value if isinstance(value, list) else [value])
+                        is_number(item) for item in (value if isinstance(value, list) else [value])
                     )
                     and name in ("lr", "eps", "betas", "weight_decay", "momentum"),
                     f"`optimizer.params.{name}: {value}` must be a number",
@@ -319,7 +319,7 @@ def check_optimizer(draft: Draft) -> None:
         )
     )
     lowest = draft.get("min_lr")
-    if _is_number(rate) and _is_number(lowest) and lowest > rate:
+    if is_number(rate) and is_number(lowest) and lowest > rate:
         draft.error(
             f"`min_lr: {lowest:g}` is more than the learning rate {rate:g}",
             "min_lr",
@@ -471,7 +471,3 @@ def _check_experts(draft: Draft, shape: Shape) -> None:
 def _divisor_hint(number: int, tensor: int) -> str:
     fits = [str(size) for size in (1, 2, 4, 8, 16, 32) if number % size == 0 and size != tensor]
     return f"`model_parallel_size` of {', '.join(fits)}" if fits else ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -4,13 +4,10 @@ later."""
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpctrain.recipes.neox.draft import Draft
-from hpctrain.recipes.rules import Rule
-
-if TYPE_CHECKING:
-    from typing_extensions import TypeGuard
+from hpctrain.recipes.rules import Rule, is_number
 
 _COUNTS = (
     "lr_decay_iters",
@@ -44,7 +41,7 @@ def check_ranges(draft: Draft) -> None:
             draft.error(f"`{name}: {value:g}` must be at least 1", name)
     for name, (lowest, highest) in _FRACTIONS.items():
         value = draft.get(name) if draft.given(name) and name not in draft.broken else None
-        if not _is_number(value) or lowest <= value <= highest:
+        if not is_number(value) or lowest <= value <= highest:
             continue
         limit = f"{lowest:g} to {highest:g}" if highest < math.inf else f"at least {lowest:g}"
         draft.error(f"`{name}: {value:g}` must be {limit}", name)
@@ -56,11 +53,11 @@ def check_ranges(draft: Draft) -> None:
 
 def _check_params(draft: Draft, params: dict[str, Any]) -> None:
     rate = params.get("lr")
-    if _is_number(rate) and rate < 0:
+    if is_number(rate) and rate < 0:
         draft.error(f"`optimizer.params.lr: {rate:g}` is negative", ("optimizer", "params", "lr"))
-    elif _is_number(rate) and rate == 0:
+    elif is_number(rate) and rate == 0:
         draft.warn("`optimizer.params.lr: 0` learns nothing", ("optimizer", "params", "lr"))
-    elif _is_number(rate) and rate > _HIGHEST_RATE:
+    elif is_number(rate) and rate > _HIGHEST_RATE:
         draft.warn(
             f"`optimizer.params.lr: {rate:g}` is far above what language models are trained with",
             ("optimizer", "params", "lr"),
@@ -71,18 +68,14 @@ def _check_params(draft: Draft, params: dict[str, Any]) -> None:
     draft.check(
         Rule(
             isinstance(betas, list)
-            and any(_is_number(beta) and not 0 <= beta < 1 for beta in betas),
+            and any(is_number(beta) and not 0 <= beta < 1 for beta in betas),
             f"`optimizer.params.betas: {betas}` must be at least 0 and less than 1",
             ("optimizer", "params", "betas"),
         )
     )
     decay = params.get("weight_decay")
-    if _is_number(decay) and decay < 0:
+    if is_number(decay) and decay < 0:
         draft.error(
             f"`optimizer.params.weight_decay: {decay:g}` is negative",
             ("optimizer", "params", "weight_decay"),
         )
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -8,7 +8,6 @@ reference, wherever it stands.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 # be quoted to stay text.
 _BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.\-]*", re.ASCII)
 _KEYWORDS = re.compile(r"(?i)null|true|false|nan|inf")
+_WORDS = {None: "null", True: "true", False: "false"}
 _KEY = re.compile(r"(?:\+\+|\+|~)?[A-Za-z_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)*", re.ASCII)
 
 
@@ -28,14 +28,10 @@ def override(key: str, value: Any) -> str:
 def value_text(value: Any) -> str:
     """`value` (None, bool, number, text, list, mapping) in hydra's grammar. Raises ValueError for
     anything else."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return "nan" if math.isnan(value) else repr(value)
+    if value is None or isinstance(value, bool):
+        return _WORDS[value]
+    if isinstance(value, (int, float)):
+        return repr(value)
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, (list, tuple)):
