@@ -105,7 +105,7 @@ def command(
             f" {', '.join(node.failures)}){advice}"
         )
     if not dry_run:
-        if found.new and chain.ask_needed(found) and not yes:
+        if found.new and chain.ask_needed(hours) and not yes:
             common.ask(f"Submit {len(found.new)} links for up to {hours:.0f} {unit}?")
         exclude = bad_nodes.merged("", found.bad_nodes) if exclude_bad and found.bad_nodes else ""
         changed = chain.exclude_bad(run_dir, found.bad_nodes) if exclude else []

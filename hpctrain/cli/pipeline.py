@@ -60,6 +60,7 @@ def command(
     hpctrain pipeline gad/pipeline.yaml --yes
     hpctrain pipeline --stage adversarial --set adversarial.config.lr=1.0e-6
     """
+    from hpctrain.jobs import chain
     from hpctrain.jobs.pipeline import queue
     from hpctrain.jobs.pipeline import stages as planning
 
@@ -71,7 +72,7 @@ def command(
     hours, unit = queue.hours(found)
     ids: dict[str, dict[int, str]] = {}
     if not dry_run:
-        if queue.ask_needed(found) and not yes:
+        if chain.ask_needed(hours) and not yes:
             common.ask(
                 f"Submit {sum(len(stage.new) for stage in found)} links for up to {hours:.0f}"
                 f" {unit}?"

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.base.errors import EnvironmentFault, Problem, Refused, UsageError
-from hpctrain.config import billing
 from hpctrain.jobs import bad_nodes as badnodes
 from hpctrain.jobs import checkpoints
 from hpctrain.jobs import side as sidejobs
@@ -31,7 +30,7 @@ from hpctrain.plan.run_dir import run_files, write_run_dir
 from hpctrain.runs.live import link_in_tag, live_jobs
 from hpctrain.runs.records import RunRecords, find_pipeline, find_runs, offset_of, read_run
 from hpctrain.runs.starts import links_of, measured_step_time_s, starts_of
-from hpctrain.runs.status import observe
+from hpctrain.runs.status import links_needed, observe
 from hpctrain.runtime import history
 from hpctrain.runtime.files import write_atomic
 from hpctrain.runtime.handover import expected
@@ -280,10 +279,10 @@ def readable(run_dir: str) -> Iterator[None]:
         ) from error
 
 
-def ask_needed(chain: ChainPlan) -> bool:
-    """Whether the whole cost is above what is submitted without a question; a sandbox costs
-    nothing."""
-    return chain.hours[0] > ASK_ABOVE_HOURS and not os.environ.get("HPCTRAIN_SANDBOX")
+def ask_needed(hours: float) -> bool:
+    """Whether so many GPU- or node-hours are above what is submitted without a question; a sandbox
+    costs nothing."""
+    return hours > ASK_ABOVE_HOURS and not os.environ.get("HPCTRAIN_SANDBOX")
 
 
 def submit_chain(
@@ -343,14 +342,7 @@ def _links_needed(plan: Mapping[str, Any], look: _Look, step_time_s: float | Non
             hint="set `estimate: {step_time_s: …}` in run.yaml, or give a number of jobs",
         )
     job = plan["job"]
-    needed = billing.links_needed(
-        remaining,
-        step_time_s,
-        job["save_every"],
-        job["time_s"],
-        job["signal"].get("lead_s", 0) if job["saves_on_signal"] else 0,
-        bool(job["saves_on_signal"]),
-    )
+    needed = links_needed(job, remaining, step_time_s)
     if needed is None:
         raise UsageError(
             f"no link of {job['time_s']} s would reach a checkpoint: saving every"

@@ -50,15 +50,17 @@ def show_bills(bills: Sequence[Bill], left: Allocation | None) -> None:
         ("of", "time", *AMOUNTS, "note"),
     )
     if left is not None:
+        show_left(left, max((bill.billed or 0.0 for bill in bills), default=0.0))
+
+
+def show_left(left: Allocation, need: float) -> None:
+    """What is left of the allocation, and a warning where `need` is more, to stderr."""
+    terminal.info(f"left of {left.account}: {left.left:,.0f} of {left.granted:,.0f} {left.unit}s")
+    if need > left.left:
         terminal.info(
-            f"left of {left.account}: {left.left:,.0f} of {left.granted:,.0f} {left.unit}s"
+            f"{terminal.paint('warning', 'yellow')}: this may need {need:,.0f} {left.unit}s,"
+            " more than is left"
         )
-        most = max((bill.billed or 0.0 for bill in bills), default=0.0)
-        if most > left.left:
-            terminal.info(
-                f"{terminal.paint('warning', 'yellow')}: this may need {most:,.0f} {left.unit}s,"
-                " more than is left"
-            )
 
 
 def spent_fields(result: Spent) -> dict[str, Any]:

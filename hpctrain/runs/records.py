@@ -248,21 +248,17 @@ def find_runs(target: str | None, base: str = ".") -> list[str]:
                 hint="name a run directory, a run or a job id; `hpctrain render` makes one",
             )
         return found
-    if os.path.isfile(target) and os.path.basename(target).endswith((".yaml", ".yml")):
-        folder = find_pipeline(target, base)
-        return stage_dirs(folder) if folder else _beside(target)
+    written = target.endswith((".yaml", ".yml"))
+    if folder := find_pipeline(target, base):
+        return stage_dirs(folder)
+    if os.path.isfile(target) and written:
+        return _beside(target)
     if os.path.isfile(target) and os.path.basename(target) in MARKS:
         return [os.path.abspath(os.path.dirname(target) or ".")]
-    if find_pipeline(target, base):
-        return stage_dirs(find_pipeline(target, base) or "")
     if os.path.isdir(target):
-        if is_run_dir(target):
-            return [os.path.abspath(target)]
         inside = _runs_under(target)
-        if inside:
-            return inside
-        if os.path.isdir(os.path.join(target, "logs")):
-            return [os.path.abspath(target)]
+        if inside or os.path.isdir(os.path.join(target, "logs")):
+            return inside or [os.path.abspath(target)]
         raise UsageError(
             f"`{target}` is no run directory and holds none",
             hint="a run directory has a plan.json or a ledger.jsonl",
@@ -277,7 +273,7 @@ def find_runs(target: str | None, base: str = ".") -> list[str]:
         return named[:1]
     if _JOB_ID.match(target):
         return [_run_of_job(target, everything)]
-    if target.endswith((".yaml", ".yml")):
+    if written:
         raise UsageError(
             f"there is no file `{target}`",
             hint="name a run.yaml, a run directory, a run or a job id",

@@ -47,7 +47,6 @@ _FAILED_STATES = (
     "BOOT_FAIL",
     "DEADLINE",
     "PREEMPTED",
-    NO_END,
 )
 
 
@@ -337,7 +336,7 @@ def overall_state(run: RunRecords, links: Sequence[LinkStatus], progress: Progre
         if run.stop and run.section("guard").get("layout") != "none":
             return STOPPED
         return DONE if progress.target is None else ENDED
-    if last.exit_code not in (0, None) or last.state in _FAILED_STATES[:-1]:
+    if last.exit_code not in (0, None) or last.state in _FAILED_STATES:
         return FAILED
     return UNKNOWN
 
@@ -377,17 +376,18 @@ def _progress(
     if target and base is not None and step_s:
         left = max(target - base, 0)
         eta_s = left * step_s
-        time_s = _whole(job.get("time_s"))
-        if left and time_s:
-            signal = job.get("signal") if isinstance(job.get("signal"), Mapping) else {}
-            lead = _whole(signal.get("lead_s")) or 0 if isinstance(signal, Mapping) else 0
-            saves = bool(job.get("saves_on_signal"))
-            needed = billing.links_needed(
-                left, step_s, _whole(job.get("save_every")), time_s, lead if saves else 0, saves
-            )
-        else:
-            needed = 0 if not left else None
+        needed = links_needed(job, left, step_s) if left else 0
     return Progress(iteration, target, step_s, eta_s, needed, checkpoint, number, run.offset)
+
+
+def links_needed(job: Mapping[str, Any], left: int, step_s: float) -> int | None:
+    """How many links so many iterations take, by the `job` of plan.json; None where no link would
+    reach a checkpoint, or the time of a job is not known."""
+    time_s, signal = _whole(job.get("time_s")), job.get("signal")
+    lead_s = _whole(signal.get("lead_s")) if isinstance(signal, Mapping) else None
+    saves, every = bool(job.get("saves_on_signal")), _whole(job.get("save_every"))
+    lead_s = (lead_s or 0) if saves else 0
+    return billing.links_needed(left, step_s, every, time_s, lead_s, saves) if time_s else None
 
 
 def _latest(links: Sequence[LinkStatus]) -> list[LinkStatus]:
@@ -432,49 +432,47 @@ def _newest_checkpoint(run: RunRecords, unseen: list[str]) -> tuple[str | None, 
 def _with_causes(run: RunRecords, links: Sequence[LinkStatus]) -> list[LinkStatus]:
     """Failed links with what the end of their logs says was the cause, in a few words; only the
     last so many are read."""
-    from hpctrain.triage.cause import causes_of
-    from hpctrain.triage.engine import Engine
-    from hpctrain.triage.rules import Circumstances
-
     logs = {job_id: path for path in run.logs if (job_id := job_of_log(path))}
     failed = {
         link.job_id
         for link in links
-        if link.exit_code not in (0, None) or link.state in _FAILED_STATES
+        if link.exit_code not in (0, None) or link.state in (*_FAILED_STATES, NO_END)
     }
     wanted = {link.job_id for link in links if link.job_id in failed or link.restarts} & set(logs)
-    wanted = set(
-        sorted(wanted, key=lambda job_id: tuple(map(int, job_id.split("_"))))[-_MOST_CAUSES:]
-    )
-    out = []
-    for link in links:
-        if link.job_id in wanted:
-            engine = Engine(tasks_per_node=run.tasks_per_node)
-            _read_tail(engine, logs[link.job_id], _CAUSE_TAIL)
-            attempts = engine.attempts
-            # Whether a job without an end on record still runs, only Slurm knows.
-            unknown = link.active or link.pending or link.state == _FAILED_STATES[-1]
-            around = Circumstances(running=None if unknown else False)
-            causes = causes_of(attempts, around, attempts[-1]) if attempts else {}
-            told = [
-                f"before restart {later.restart}: {words}"
-                for attempt, later in zip(attempts, attempts[1:])
-                if (words := _in_words(causes[id(attempt)]))
-            ]
-            if (
-                attempts
-                and link.job_id in failed
-                and not unknown
-                or link.state == _FAILED_STATES[-1]
-            ):
-                last = _in_words(causes[id(attempts[-1])]) if attempts else ""
-                told = [last, *told]
-            why = link.reason
-            if any(told) and why.startswith("by its log"):
-                why = why[len("by its log") :].lstrip("; ")
-            link = replace(link, reason="; ".join(filter(None, [*told, why])))
-        out.append(link)
-    return out
+    newest = sorted(wanted, key=lambda job_id: tuple(map(int, job_id.split("_"))))[-_MOST_CAUSES:]
+    return [
+        _with_cause(run, link, logs[link.job_id], link.job_id in failed)
+        if link.job_id in newest
+        else link
+        for link in links
+    ]
+
+
+def _with_cause(run: RunRecords, link: LinkStatus, log: str, failed: bool) -> LinkStatus:
+    """The link with what the end of its log says of its end, where it failed, and of its earlier
+    starts."""
+    from hpctrain.triage.cause import causes_of
+    from hpctrain.triage.engine import Engine
+    from hpctrain.triage.rules import Circumstances
+
+    engine = Engine(tasks_per_node=run.tasks_per_node)
+    _read_tail(engine, log, _CAUSE_TAIL)
+    attempts = engine.attempts
+    # Whether a job without an end on record still runs, only Slurm knows.
+    unknown = link.active or link.pending or link.state == NO_END
+    around = Circumstances(running=None if unknown else False)
+    causes = causes_of(attempts, around, attempts[-1]) if attempts else {}
+    told = [
+        f"before restart {later.restart}: {words}"
+        for attempt, later in zip(attempts, attempts[1:])
+        if (words := _in_words(causes[id(attempt)]))
+    ]
+    if attempts and (link.state == NO_END or (failed and not unknown)):
+        told = [_in_words(causes[id(attempts[-1])]), *told]
+    why = link.reason
+    if any(told) and why.startswith("by its log"):
+        why = why[len("by its log") :].lstrip("; ")
+    return replace(link, reason="; ".join(filter(None, [*told, why])))
 
 
 def _in_words(cause: Event | None) -> str:

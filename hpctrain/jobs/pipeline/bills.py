@@ -211,13 +211,8 @@ def show(found: Sequence[StageCost], left: Sequence[Allocation]) -> None:
         f"stage {s.stage}: {what}" for s in found for what in (s.spent.unseen if s.spent else ())
     )
     for one in left:
-        terminal.info(f"left of {one.account}: {one.left:,.0f} of {one.granted:,.0f} {one.unit}s")
         need = (at_most.billed or {}).get(one.unit, 0.0) - (used.billed or {}).get(one.unit, 0.0)
-        if need > one.left:
-            terminal.info(
-                f"{terminal.paint('warning', 'yellow')}: this may need {need:,.0f} {one.unit}s,"
-                " more than is left"
-            )
+        run_bills.show_left(one, need)
 
 
 def _hours(bill: Bill | Sum | None, unit: str) -> tuple[str, str]:

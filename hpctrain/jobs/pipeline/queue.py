@@ -132,11 +132,6 @@ def hours(queue: Sequence[StagePlan]) -> tuple[float, str]:
     return (gpu, "GPU-hours") if gpu else (sum(found.node_hours for found in chains), "node-hours")
 
 
-def ask_needed(queue: Sequence[StagePlan]) -> bool:
-    """Whether the whole cost is above what is submitted without a question."""
-    return hours(queue)[0] > chain.ASK_ABOVE_HOURS and not os.environ.get("HPCTRAIN_SANDBOX")
-
-
 def submit_queue(
     pipeline: Pipeline, queue: Sequence[StagePlan], waived: Sequence[Problem] = ()
 ) -> dict[str, dict[int, str]]:

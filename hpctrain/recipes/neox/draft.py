@@ -174,40 +174,9 @@ def make_draft(
     Values of a wrong type are left out, so that the rules after this see only what NeoX would take.
     """
     keys = table(flavor)
-    problems: list[Problem] = []
-    base_layers: list[Document] = []
-    first: dict[str, str] = {}
-    for base in bases:
-        if not isinstance(base.data, dict) or not base.data:
-            problems.append(
-                Problem(
-                    (
-                        "a base config is a mapping of NeoX keys to values, and this one is empty"
-                        if not base.data
-                        else "a base config is a mapping of NeoX keys to values"
-                    ),
-                    where=base.where(),
-                    why="NeoX stops at it too",
-                )
-            )
-            continue
-        layer = _normalised(base, problems)
-        for name in layer.data:
-            if name in first:
-                problems.append(
-                    Problem(
-                        f"`{name}` is in two base configs",
-                        where=layer.where_key(name),
-                        why=f"first given at {first[name]}",
-                        hint=(
-                            "delete one of them; base configs do not override each other, `config:`"
-                            " in run.yaml overrides both"
-                        ),
-                    )
-                )
-            first.setdefault(name, layer.where_key(name))
-        base_layers.append(layer)
-    run_layer, default_layer = _normalised(run, problems), _normalised(defaults, [])
+    noted = rules.Judge()
+    base_layers, first = _base_layers(bases, noted)
+    run_layer, default_layer = _normalised(run, noted), _normalised(defaults, rules.Judge())
     document = merge([default_layer, *base_layers, run_layer])
     values = dict(document.data or {})
     layers = {name: DEFAULT for name in values}
@@ -235,11 +204,11 @@ def make_draft(
         elif name in keys and not any(document.where(name) == problem.where for problem in bad):
             bad += value_problems(keys[name], values[name], document)
         if bad:
-            problems += bad
+            noted.problems += bad
             broken.add(name)
             del values[name]
     draft = Draft(flavor, keys, values, layers, document, broken)
-    draft.problems += problems
+    draft.problems += noted.problems
     for name, layer_name in layers.items():
         if layer_name == RUN and name in first and name in values:
             draft.decisions[name] = Decision(
@@ -251,28 +220,56 @@ def make_draft(
     return draft
 
 
+def _base_layers(
+    bases: Sequence[Document], noted: rules.Judge
+) -> tuple[list[Document], dict[str, str]]:
+    """The base configs that are ones, and where each key is given first. Notes what is none, and
+    what is given twice."""
+    layers: list[Document] = []
+    first: dict[str, str] = {}
+    for base in bases:
+        if not isinstance(base.data, dict) or not base.data:
+            empty = "" if base.data else ", and this one is empty"
+            what = f"a base config is a mapping of NeoX keys to values{empty}"
+            noted.error(what, base.where(), why="NeoX stops at it too")
+            continue
+        layers.append(_normalised(base, noted))
+        for name in layers[-1].data:
+            where = layers[-1].where_key(name)
+            noted.check(
+                rules.Rule(
+                    name in first,
+                    f"`{name}` is in two base configs",
+                    where,
+                    why=f"first given at {first.get(name)}",
+                    hint="delete one of them; base configs do not override each other, `config:`"
+                    " in run.yaml overrides both",
+                )
+            )
+            first.setdefault(name, where)
+    return layers, first
+
+
 def slashed(path: str) -> str:
     """A path without double or trailing slashes, to compare."""
     return os.path.normpath(path)
 
 
-def _normalised(document: Document, problems: list[Problem]) -> Document:
-    """The document with `-` in its keys as `_`, as NeoX reads them (arguments.py:251). Adds to the
-    problems."""
+def _normalised(document: Document, noted: rules.Judge) -> Document:
+    """The document with `-` in its keys as `_`, as NeoX reads them (arguments.py:251). Notes the
+    keys that are no text, or twice there."""
     renamed: dict[Any, str] = {}
     data: dict[str, Any] = {}
     for key, value in (document.data or {}).items():
         name = str(key).replace("-", "_")
         if not isinstance(key, str):
-            problems.append(Problem(f"the key `{key}` is not text", where=document.where_key(key)))
+            noted.error(f"the key `{key}` is not text", document.where_key(key))
         elif name in data:
-            problems.append(
-                Problem(
-                    f"key `{name}` is given twice, with `-` and with `_`",
-                    where=document.where_key(key),
-                    why="NeoX reads both as the same key and silently keeps the last",
-                    hint="delete one of them",
-                )
+            noted.error(
+                f"key `{name}` is given twice, with `-` and with `_`",
+                document.where_key(key),
+                why="NeoX reads both as the same key and silently keeps the last",
+                hint="delete one of them",
             )
         else:
             renamed[key] = name

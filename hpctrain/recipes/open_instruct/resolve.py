@@ -75,24 +75,22 @@ def resolve(context: Context) -> Resolved:
     words = launch.launch_words(draft, sharding, config_file)
     _decide_program(draft, folder)
     local = [mixer[index] for index in range(0, len(mixer), 2) if draft.local(mixer[index])]
-    paths = [
-        ("open-instruct working copy", folder, draft.option_where("dir")),
+    lies = _lies(draft, model)
+    where = draft.option_where
+    needed = (
+        (True, "open-instruct working copy", folder, where("dir")),
+        (True, "entrypoint", os.path.join(folder, options["entrypoint"]), where("entrypoint")),
+        *((True, "training data", path, spec.where("data", "train")) for path in local),
+        (options["offline"], "folder of models and data sets", hf_home, where("hf_home")),
+        (lies, "model", os.path.join(lies, "config.json"), model.where),
         (
-            "entrypoint",
-            os.path.join(folder, options["entrypoint"]),
-            draft.option_where("entrypoint"),
+            options["deepspeed_config"],
+            "DeepSpeed configuration",
+            config_file,
+            where("deepspeed_config"),
         ),
-        *(("training data", path, spec.where("data", "train")) for path in local),
-    ]
-    if options["offline"] and hf_home:
-        paths.append(("folder of models and data sets", hf_home, draft.option_where("hf_home")))
-    handed = spec.handed is not None and model.folder == spec.handed.model
-    if model.folder and not handed:  # what an earlier stage hands over is not there yet
-        paths.append(("model", os.path.join(model.folder, "config.json"), model.where))
-    if options["deepspeed_config"]:
-        paths.append(
-            ("DeepSpeed configuration", config_file or "", draft.option_where("deepspeed_config"))
-        )
+    )
+    paths = tuple((what, path, at) for there, what, path, at in needed if there and path)
     gpu_memory.decide(draft, model, sharding, hf_home)
     failed = any(problem.level == "error" for problem in draft.problems)
     files = {CACHES_FILE: _caches(draft, model, mixer, cache_dir, values)}
@@ -125,7 +123,7 @@ def resolve(context: Context) -> Resolved:
             "cache_flag": f"--{draft.names.cache_dir}",
             "hf_home": hf_home,
         },
-        paths=tuple(paths),
+        paths=paths,
         facts=_facts(draft, folder, model, mixer),
         hub=repos,
         model=spec.checkpoint_dir,
@@ -144,6 +142,13 @@ _SWITCHES = {
     "use_liger_kernel": "liger-kernel",
     "with_tracking": "wandb",
 }
+
+
+def _lies(draft: Draft, model: data.Model) -> str:
+    """The folder where the model lies already: none on the hub, nor before an earlier stage hands
+    it over."""
+    handed = draft.spec.handed is not None and model.folder == draft.spec.handed.model
+    return "" if handed else model.folder or ""
 
 
 def _facts(draft: Draft, folder: str, model: data.Model, mixer: list[str]) -> tuple[Fact, ...]:
@@ -165,13 +170,12 @@ def _facts(draft: Draft, folder: str, model: data.Model, mixer: list[str]) -> tu
     copy_at, commit_at = draft.option_where("dir"), draft.option_where("commit")
     why = "the arguments are checked against that commit, and each job compares it"
     found.append(Copy(folder, copy_at, commit=commit, where_wanted=commit_at, why=why))
-    handed = spec.handed is not None and model.folder == spec.handed.model
-    if model.folder and not handed:
+    if lies := _lies(draft, model):
         length, where_length = draft.count("max_seq_length"), draft.where("max_seq_length")
         found.append(
             Model(
                 "model",
-                model.folder,
+                lies,
                 model.where,
                 length=length,
                 where_length=where_length,

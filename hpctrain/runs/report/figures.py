@@ -108,7 +108,6 @@ def curves(report: Report) -> Any:
 def _panel(axis: Any, report: Report, pick: Callable[[Any], float | None]) -> bool:
     """One line a start of a job, so that work done twice is seen twice; values that are not finite
     as red crosses."""
-    drawn = False
     series: dict[int, tuple[list[float], list[float]]] = {}
     bad: list[float] = []
     for number, (attempt, step, _) in enumerate(report.points.rows):
@@ -130,7 +129,6 @@ def _panel(axis: Any, report: Report, pick: Callable[[Any], float | None]) -> bo
             linewidth=1.1,
             marker="." if len(xs) < 3 else None,
         )
-        drawn = True
     if bad:
         axis.plot(
             bad,
@@ -142,9 +140,8 @@ def _panel(axis: Any, report: Report, pick: Callable[[Any], float | None]) -> bo
             label="NaN or Inf",
         )
         axis.legend(loc="upper right", frameon=False)
-        drawn = True
     axis.margins(x=0.01)
-    return drawn
+    return bool(series or bad)
 
 
 def _boundaries(axes: Any, report: Report) -> None:
