@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from hpctrain.base.errors import Problem, Refused, UsageError
 from hpctrain.plan.check import find_problems, problems_between
 from hpctrain.plan.load import Loaded
+from hpctrain.plan.run_dir import rendered
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Checked:
 
 
 def require_sound(runs: Sequence[Loaded], no_check: bool = False) -> Checked:
-    """Check runs as `hpctrain check` does. Raises UsageError, with every problem, where run.yaml is
-    wrong, and Refused where the machine or Slurm would refuse a run, unless `no_check`.
+    """Check runs as `hpctrain check` does. Raises UsageError, with every problem, where run.yaml or
+    a template is wrong, and Refused where the machine or Slurm would refuse a run, unless `no_check`.
 
     Of the notes only the plan's own are told: the rest says what is as it should be.
     """
@@ -31,6 +32,11 @@ def require_sound(runs: Sequence[Loaded], no_check: bool = False) -> Checked:
     planned = {problem for run in runs for problem in run.plan.problems}
     if any(run.plan.errors for run in runs):
         raise UsageError(found)
+    try:
+        for run in runs:
+            rendered(run)
+    except UsageError as error:  # a template of the user's own: no job without it
+        raise UsageError(found) from error
     if errors and not no_check:
         last = errors[-1]
         hint = "; ".join(filter(None, (last.hint, "--no-check goes on in spite of errors")))
