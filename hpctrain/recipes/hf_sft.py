@@ -72,7 +72,8 @@ def resolve(context: Context) -> Resolved:
         config = HfSftConfig({**config.values, "stop_signal": signal})
     stage, decided, wrong = _stage(context)
     estimated, contradictions = hf_estimate.estimate(config, context, document)
-    memory, too_much = _memory(config, document, context)
+    broken = any(problem.level == "error" for problem in noted.problems)
+    memory, too_much = ((), []) if broken else _memory(config, document, context)
     noted.problems += [*wrong, *contradictions, *too_much]
     failed = any(problem.level == "error" for problem in noted.problems)
     return Resolved(

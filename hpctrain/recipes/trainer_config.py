@@ -120,9 +120,10 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
 def usual_changes(
     layout: Layout, batch_key: str, checkpointing: str, *more: Change
 ) -> list[Change]:
-    """The smallest changes that every trainer knows, by its own keys; and others of its own."""
+    """The smallest changes that every trainer knows, by its own keys ("" for what it does not); and
+    others of its own."""
     found = []
-    if not layout.checkpointing:
+    if checkpointing and not layout.checkpointing:
         found.append(Change(f"`{checkpointing}: true`", layout._replace(checkpointing=True)))
     if layout.tokens > layout.length:
         found.append(Change(f"`{batch_key}: 1`", layout._replace(tokens=layout.length)))

@@ -47,6 +47,8 @@ class PartitionFacts:
     max_nodes: int | None = None
     min_nodes: int | None = None
     whole_nodes: bool = False
+    qos_of_partition: str = ""
+    required_qos: str = ""
     remarks: tuple[str, ...] = ()
     nodes: frozenset[str] = frozenset()
     average: NodeShape | None = None
@@ -153,6 +155,7 @@ def _pairs(lines: list[str]) -> dict[str, str]:
 
 def _partition(name: str, pairs: Mapping[str, str]) -> PartitionFacts:
     allowed = pairs.get("AllowQos", "ALL")
+    required = "" if allowed in ("ALL", "") or "," in allowed else allowed
     rules = [
         (pairs.get("State", "UP") != "UP", f"its state was {pairs.get('State')}"),
         (pairs.get("RootOnly") == "YES", "only root may submit"),
@@ -161,12 +164,15 @@ def _partition(name: str, pairs: Mapping[str, str]) -> PartitionFacts:
     for key in ("AllowAccounts", "AllowGroups"):
         rules.append((pairs.get(key, "ALL") not in ("ALL", ""), f"{key}={pairs.get(key)}"))
     rules.append(("," in allowed, f"AllowQos={allowed}: jobs must name one of them"))
+    qos = pairs.get("QoS", "N/A")
     return PartitionFacts(
         name=name,
         max_time_s=_read(parse_time_s, pairs.get("MaxTime", "")),
         max_nodes=_count(pairs.get("MaxNodes", "")),
         min_nodes=_count(pairs.get("MinNodes", "")),
         whole_nodes=pairs.get("OverSubscribe", pairs.get("Shared", "")).upper() == "EXCLUSIVE",
+        qos_of_partition="" if qos.upper() in _UNLIMITED else qos,
+        required_qos=required,
         remarks=tuple(remark for holds, remark in rules if holds),
         nodes=frozenset(_read(expand_nodes, pairs.get("Nodes", ""), [])),
         average=_average(pairs),

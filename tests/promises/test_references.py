@@ -30,7 +30,9 @@ SOURCES = [
         path
         for folder in FOLDERS
         for path in sorted((ROOT / folder).rglob("*"))
-        if path.is_file() and path.suffix in (".py", ".j2", ".yaml", ".md", "")
+        if path.is_file()
+        and path.suffix in (".py", ".j2", ".yaml", ".md", "")
+        and path.name != "import-scripts.md"  # paths in others' repositories
     ),
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

@@ -156,7 +156,10 @@ def test_a_stale_profile_is_a_warning_and_never_an_error(tmp_path, cli):
             ("gpu_request: gres", "always: {account: x}"),
             "error: `sbatch.account` cannot be set here",
         ),
-        (("gpu_request: gres", "always: {nosuch: x}"), "error: sbatch has no option `--nosuch`"),
+        (
+            ("gpu_request: gres", "always: {nosuch: x}"),
+            "warning: `sbatch.nosuch` is passed on as it stands",
+        ),
         (
             ("slurm:", "storage: {s: {path: '/{accont}'}}\nslurm:"),
             "error: `/{accont}` holds {accont}",

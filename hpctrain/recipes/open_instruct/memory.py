@@ -29,10 +29,11 @@ def decide(draft: Draft, model: Model, sharding: str, hf_home: str | None) -> No
     frozen = quantised or draft.get("use_lora") is True
     update = 2 * rank * shape.layers * (2 * shape.hidden + shape.query + shape.key + 2 * shape.mlp)
     small = draft.get("use_8bit_optimizer") is True and quantised
+    row = length * (2 if draft.program == DPO else 1)  # both replies of a pair pass at once
     layout = Layout(
         sharding if sharding != "none" else "one",
-        micro * length * (2 if draft.program == DPO else 1),
-        length,
+        micro * row,
+        row,
         shards=draft.world_size if sharding != "none" else 1,
         gpus=draft.world_size,
         accumulates=(draft.count("gradient_accumulation_steps") or 1) > 1,
@@ -48,7 +49,8 @@ def decide(draft: Draft, model: Model, sharding: str, hf_home: str | None) -> No
     if not frozen and draft.has("use_lora"):
         other = layout._replace(adapters=update)
         more.append(Change("`use_lora: true`", other))
-    keys = ("per_device_train_batch_size", "gradient_checkpointing")
+    checkpointing = "gradient_checkpointing" if draft.has("gradient_checkpointing") else ""
+    keys = ("per_device_train_batch_size", checkpointing)
     decisions, problems = judge(
         draft.context, shape, layout, model.where, usual_changes(layout, *keys, *more)
     )

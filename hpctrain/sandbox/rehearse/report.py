@@ -17,6 +17,7 @@ from hpctrain.jobs.ladder import decided, kept_batch
 from hpctrain.jobs.pipeline.stages import Pipeline, load_pipeline
 from hpctrain.plan.load import Loaded, load_plan
 from hpctrain.plan.make import Plan
+from hpctrain.recipes.memory import runs_out
 from hpctrain.sandbox.rehearse import timeline
 from hpctrain.sandbox.rehearse.play import FAULTS, Outcome, Request
 from hpctrain.sandbox.rehearse.timeline import Bar
@@ -66,18 +67,22 @@ def prepare(
     if is_pipeline(run_yaml):
         return _prepare_pipeline(run_yaml, assignments, out_dir, wishes)
     loaded = load_plan(run_yaml, assignments, out_dir)
-    if wishes.nodes:
+    if wishes.nodes and not any(map(runs_out, loaded.plan.errors)):
         loaded = load_plan(run_yaml, [*assignments, *_on_nodes(loaded.plan, wishes)], out_dir)
     return Wanted(
         (loaded.plan,), {"": _request(loaded.plan, wishes, _faults(wishes.faults))}, loaded
     )
 
 
+# On other nodes than the run's own nobody asks whether it fits: the rehearsal's GPUs are made up.
+_FITS = "estimate.memory_gib=1"
+
+
 def _on_nodes(plan: Plan, wishes: Wishes) -> list[str]:
     """The assignments for so many nodes: with a global batch in run.yaml the accumulation too, as
     the ladder has it, which is said."""
     assert wishes.nodes is not None
-    words = [f"nodes={wishes.nodes}"]
+    words = [f"nodes={wishes.nodes}", _FITS]
     rules = plan.recipe.values["ladder"]
     batch = rules["global_batch"] and decided(plan, rules["global_batch"])
     if batch and wishes.nodes != plan.spec.num_nodes:
@@ -96,7 +101,8 @@ def _prepare_pipeline(
     pipeline = load_pipeline(run_yaml, assignments, out_dir)
     names = [planned.stage.name for planned in pipeline.stages]
     stage, chosen = _faults_of_stage(wishes.faults, names)
-    more = [f"{name}.nodes={wishes.nodes}" for name in names if wishes.nodes]
+    of_each = (f"nodes={wishes.nodes}", _FITS) if wishes.nodes else ()
+    more = [f"{name}.{words}" for name in names for words in of_each]
     for planned in pipeline.stages:
         name, given = planned.stage.name, planned.plan.spec.num_links
         jobs = wishes.jobs or (max(given, len(chosen) + 1) if name == stage else given)

@@ -131,6 +131,7 @@ def run(neox, tmp_path):
             "container": None,
             "checkpoint": json.dumps({"dir": str(folder)}),
             "time": "1h",
+            "estimate": "{memory_gib: 40}",
         },
         options={"dir": json.dumps(str(code)), "python": "python3", "flavor": "tilde"},
     )
