@@ -526,13 +526,13 @@ def test_a_half_committed_rendering_that_may_be_anothers_stops_the_job(
 
 def test_ten_thousand_torn_checkpoints_take_the_guard_ten_times_as_long_as_a_thousand(tmp_path):
     """Names alone are counted here: each was compared with all others, 1e8 times."""
-    from hpctrain.jobs.checkpoints import _survey, settings_of
+    from hpctrain.jobs.checkpoints import settings_of
     from hpctrain.runtime.survey import Survey
 
     for step in range(300):
         (tmp_path / f"global_step{step}").mkdir()
         (tmp_path / f"global_step{step}/mp_rank_00_model_states.pt").write_bytes(b"")
-    survey = _survey(settings_of(str(tmp_path), "deepspeed"))
+    survey = Survey(settings_of(str(tmp_path), "deepspeed"))
     calls = []
     order = type(survey.layout).order
     kind = type(

@@ -5,7 +5,7 @@ import hashlib
 import os
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
@@ -36,6 +36,8 @@ def read(path, segment, **limits):
     st.sampled_from([1, 7, 64, 1 << 20]),
 )
 def test_any_cuts_give_every_line_once(tmp_path_factory, lines, newline_at_end, cuts, block):
+    # Text never begins as another format does; hypothesis finds such bytes in the code.
+    assume(not lines or not lines[0].startswith(tuple(sources._MAGIC)))
     path = tmp_path_factory.mktemp("s") / "a.jsonl"
     path.write_bytes(b"\n".join(lines) + (b"\n" if newline_at_end and lines else b""))
     size = path.stat().st_size
