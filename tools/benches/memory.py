@@ -36,10 +36,19 @@ SHAPES = {
     "falcon-7b": Shape(32, 4544, 4544, 64, 18176, 65024, gated=False, tied=True),
 }
 LOSSES = {
-    "hf_fp32": "hf", "titan": "hf", "foak": "in place", "titan_compiled": "in place",
-    "litgpt": "in place", "mds": "mds", "mcore": "neox", "chunked": "chunked", "verl": "verl",
-    "liger": "fused", "fused": "fused", "cce": "fused",
-}  # fmt: skip
+    "hf_fp32": "hf",
+    "titan": "hf",
+    "foak": "in place",
+    "titan_compiled": "in place",
+    "litgpt": "in place",
+    "mds": "mds",
+    "mcore": "neox",
+    "chunked": "chunked",
+    "verl": "verl",
+    "liger": "fused",
+    "fused": "fused",
+    "cce": "fused",
+}
 SHARDING = {"single": "one", "ds_fp16_z1": "zero1", "ds_bf16opt": "bf16opt", "verl": "fsdp1"}
 
 
