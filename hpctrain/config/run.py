@@ -348,7 +348,9 @@ def looks_like_script(text: str) -> bool:
 
 
 def refuse_script(path: str) -> None:
-    """Raises UsageError where the file is a job script."""
+    """Raises UsageError where the file is a job script; what is no plain file is not opened."""
+    if not os.path.isfile(path):
+        return
     with open(path, encoding="utf-8", errors="replace") as file:
         if looks_like_script(file.read(1 << 16)):
             raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hpctrain.base.errors import EnvironmentFault, UsageError
+from hpctrain.runtime.files import read_limited
 
 MAX_BYTES = 1 << 20  # a job script of more is none
 
@@ -11,8 +12,7 @@ def read_script(path: str) -> str:
     """The text of a script. Raises EnvironmentFault where it cannot be read, UsageError where it is
     no text."""
     try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+        raw = read_limited(path, MAX_BYTES + 1)
     except OSError as error:
         raise EnvironmentFault(f"cannot read `{path}`: {error.strerror}") from error
     try:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import yaml
 from needed import needed
 
-from hpctrain.base.errors import UsageError
+from hpctrain.base.errors import EnvironmentFault, UsageError
 from hpctrain.plan.load import load_plan
 from hpctrain.plan.render import render
 
 needed("tree_sitter_bash")
 
+from hpctrain.imports.read import read_script  # noqa: E402
 from hpctrain.imports.script import import_script  # noqa: E402
 from hpctrain.imports.text import run_text  # noqa: E402
 
@@ -214,3 +217,15 @@ def test_other_verbs_point_a_script_to_import(tmp_path, cli, verb, body):
 
     assert new[0] == 2 and "hpctrain import" in new[2]
     assert code == 2 and f"hpctrain import '{script}'" in out + said
+
+
+def test_what_is_no_plain_file_is_refused_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.sh")
+    for path in (tmp_path / "pipe.sh", tmp_path, tmp_path / "nosuch.sh"):
+        with pytest.raises(EnvironmentFault, match="cannot read"):
+            read_script(str(path))
+    (tmp_path / "job.sh").write_text("#!/bin/bash\n")
+    (tmp_path / "link.sh").symlink_to("job.sh")
+    assert read_script(str(tmp_path / "link.sh")) == "#!/bin/bash\n"
+    with pytest.raises(UsageError, match="not a plain file"):
+        load_plan(str(tmp_path / "pipe.sh"))
