@@ -78,8 +78,8 @@ class ChainPlan:
 
     @property
     def total(self) -> int:
-        """The links of the run, those that ended included."""
-        return max((0, *self.new, *(expected.link for expected in self.links)))
+        """How many links follow each other from now on: those that wait or run, and the new."""
+        return len(self.live) + len(self.new)
 
     @property
     def hours(self) -> tuple[float, str]:

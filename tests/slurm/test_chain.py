@@ -297,6 +297,20 @@ def test_a_refused_submission_says_slurms_words_and_leaves_a_rerun_possible(make
     assert len(chain.queue()) == 1
 
 
+def test_a_run_of_one_link_that_failed_is_queued_again(make):
+    """The new link is the second, and still the only one: no rule of a chain is met."""
+    chain = make(checkpoint={})
+    spec = json.loads((chain.top / "run.yaml").read_text())
+    spec["recipe_options"] = {"argv": ["false"]}
+    (chain.top / "run.yaml").write_text(json.dumps(spec))
+    chain.ok("chain")
+    chain.wait()
+    assert "queued 1 links" in chain.ok("chain").stderr
+    chain.wait()
+    refused = chain.hpctrain("chain", "--extend", "2")
+    assert refused.returncode == 2 and "needs to know the checkpoints" in refused.stderr
+
+
 def test_nodes_that_are_down_now_are_no_refusal(make):
     chain = make(argv=["sleep", "600"])
     names = chain.sandbox.ok("sinfo", "-h", "-p", "small-g", "-o", "%N").strip()
