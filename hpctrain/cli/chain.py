@@ -52,8 +52,8 @@ def command(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Check, render, bootstrap and queue a whole chain of jobs; each link decides as it starts what there
-    is to do.
+    """Check, render, bootstrap and queue a whole chain of jobs; each link decides as it starts what
+    there is to do.
 
     Running it again submits only what is missing: also after a give-up, a cancel, or a stop whose
     STOP file was removed.

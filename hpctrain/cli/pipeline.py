@@ -50,8 +50,8 @@ def command(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Check and queue every stage of a pipeline at once; each stage starts from what the one before it hands
-    over.
+    """Check and queue every stage of a pipeline at once; each stage starts from what the one before
+    it hands over.
 
     Running it again submits only what is missing, at any stage. See docs/pipelines.md.
 

@@ -188,7 +188,8 @@ FIELDS: dict[str, Field] = {
     ),
     "setup": Field(
         "text",
-        "lines of bash that the job runs before its step, on its first node, in the working directory,"
+        "lines of bash that the job runs before its step, on its first node, in the working"
+        " directory,"
         " outside strict mode; where they `cd` to, the step starts",
         multiline=True,
     ),

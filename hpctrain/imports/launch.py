@@ -135,7 +135,8 @@ def _may_be_options(words: list[str]) -> bool:
 def _srun(
     words: list[str], values: dict[str, str], lists: dict[str, list[str]], step: Step
 ) -> list[str] | None:
-    """What srun runs, its options told to the step; None where an option is known only in the job."""
+    """What srun runs, its options told to the step; None where an option is known only in the
+    job."""
     while True:
         words = _unpacked(words, lists)
         if not words or not words[0].startswith("-"):

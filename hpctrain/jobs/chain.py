@@ -152,9 +152,9 @@ def plan_chain(
     `num_links` is the whole number of links: those that wait or run and those that made a
     checkpoint count, others are made up for; where nothing is live, and the run not done, it gets
     some in any case. `extend` is a number of links more, `auto` as many as the remaining iterations
-    need; `force` gives links to a run that is done. Raises UsageError, Refused while a STOP file would
-    end every link at once or the guard would refuse the checkpoints (but for `no_check`), EnvironmentFault when they cannot be read or
-    Slurm does not answer.
+    need; `force` gives links to a run that is done. Raises UsageError, Refused while a STOP file
+    would end every link at once or the guard would refuse the checkpoints (but for `no_check`),
+    EnvironmentFault when they cannot be read or Slurm does not answer.
     """
     look = _look(run_dir, plan)
     done = look.decided.reason if look.decided.decision == "done" and not force else ""
@@ -292,8 +292,8 @@ def submit_chain(
     by (link, kind).
 
     Where no link of the run waits or runs, the first new one waits for the job `after`, another
-    run's, or for the run's own that was submitted by hand. The ledger keeps the errors of `check` that
-    were `waived`.
+    run's, or for the run's own that was submitted by hand. The ledger keeps the errors of `check`
+    that were `waived`.
     """
     script = os.path.join(chain.run_dir, "job.sbatch")
     options = (f"--exclude={exclude}",) if exclude else ()

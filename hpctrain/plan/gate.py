@@ -22,7 +22,8 @@ class Checked:
 
 def require_sound(runs: Sequence[Loaded], no_check: bool = False) -> Checked:
     """Check runs as `hpctrain check` does. Raises UsageError, with every problem, where run.yaml or
-    a template is wrong, and Refused where the machine or Slurm would refuse a run, unless `no_check`.
+    a template is wrong, and Refused where the machine or Slurm would refuse a run, unless
+    `no_check`.
 
     Of the notes only the plan's own are told: the rest says what is as it should be.
     """

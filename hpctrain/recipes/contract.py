@@ -130,13 +130,14 @@ class Resolved:
     `argv`: the step, run by every task; where it is a launcher that starts the node's processes,
     `on_node` are its words that only a task on that node can fill in, and `arguments` what comes
     after those. `tasks_argv`: how the words of the tasks begin that `argv` starts with an srun of
-    its own. `configs`: text by file name, `config_for` the file of each mode. `files`: more files of the run directory, `runtime` more of its runtime/. `template`:
-    values for the recipe's own template. `paths`: (what, path, where) that the job needs at the
-    site; `hub`: what it needs of the Hugging Face hub there. `binds`: (what, path) that the job
-    makes itself and a container must see. `placeholders`: path -> what a rehearsal writes there,
-    where the job reads more than the file's name. `model`: the folder in which the finished run
-    leaves its model in Hugging Face format, which a later stage of a pipeline may take; None where
-    it leaves none. `facts`: what the job will open, for `check` to open before.
+    its own. `configs`: text by file name, `config_for` the file of each mode. `files`: more files
+    of the run directory, `runtime` more of its runtime/. `template`: values for the recipe's own
+    template. `paths`: (what, path, where) that the job needs at the site; `hub`: what it needs of
+    the Hugging Face hub there. `binds`: (what, path) that the job makes itself and a container must
+    see. `placeholders`: path -> what a rehearsal writes there, where the job reads more than the
+    file's name. `model`: the folder in which the finished run leaves its model in Hugging Face
+    format, which a later stage of a pipeline may take; None where it leaves none. `facts`: what the
+    job will open, for `check` to open before.
     """
 
     argv: tuple[str, ...] = ()

@@ -217,9 +217,9 @@ def _memory(
 ) -> tuple[tuple[Decision, ...], list[Problem]]:
     """A whole copy on each rank: all weights with fp32 masters, or a frozen base with an update.
 
-    The loss is reckoned as TRL computes it since 1.7, in chunks; older ones need more. Unsloth, which
-    `auto` takes on one GPU, keeps the inputs of layers in the host's memory. Nothing is said where
-    `trainer:` shards or offloads by itself, or of an optimizer that is no AdamW.
+    The loss is reckoned as TRL computes it since 1.7, in chunks; older ones need more. Unsloth,
+    which `auto` takes on one GPU, keeps the inputs of layers in the host's memory. Nothing is said
+    where `trainer:` shards or offloads by itself, or of an optimizer that is no AdamW.
     """
     shape, lora = shape_at(config.model_name or ""), config.lora
     optim, more_keys = str(config.values["optim"]), config.values["trainer"] or {}

@@ -17,8 +17,8 @@ from hpctrain.recipes.memory import Layout, Shape
 
 
 class Measured(NamedTuple):
-    """The share of a GPU's peak (bf16, dense) that runs of one kind reached: 10th to 90th percentile
-    of `source`."""
+    """The share of a GPU's peak (bf16, dense) that runs of one kind reached: 10th to 90th
+    percentile of `source`."""
 
     peak_tflops: float
     lowest: float
@@ -36,8 +36,8 @@ MEASURED = {
 def pace(
     context: Context, shape: Shape, layout: Layout, rows: int, iterations: int | None
 ) -> tuple[Decision, ...]:
-    """The range for a step of `rows` sequences, and for all iterations; empty where the run states a
-    time of its own, or nothing like it was measured."""
+    """The range for a step of `rows` sequences, and for all iterations; empty where the run states
+    a time of its own, or nothing like it was measured."""
     kind = "megatron" if layout.style in ("megatron", "mds") else layout.style
     gpu = str(context.node_type.gpu_type or "").lower()
     known = next(

@@ -18,8 +18,8 @@ Key = Union[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule: whether it is `broken` (what is false or empty is not), and what is said then. `key`
-    is what the run set, or the path to it, `where` its place where that is no key's."""
+    """One rule: whether it is `broken` (what is false or empty is not), and what is said then.
+    `key` is what the run set, or the path to it, `where` its place where that is no key's."""
 
     broken: object
     what: str

@@ -47,7 +47,8 @@ def owns(run: RunRecords, job: Job) -> bool:
 
 
 def link_in_tag(job: Job) -> tuple[int | None, str]:
-    """The link that a job of ours is or serves, and its kind, by its tag; (None, "") without one."""
+    """The link that a job of ours is or serves, and its kind, by its tag; (None, "") without
+    one."""
     parts = job.comment.split(":")
     if len(parts) != 5 or parts[0] != "hpctrain" or not parts[2].isdigit():
         return None, ""

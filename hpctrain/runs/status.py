@@ -1,7 +1,7 @@
 """What a run is doing: the run directory, squeue and sacct put together, each of them optional.
 
-Two squeue calls and one sacct call serve any number of runs and links. Whatever could not be asked is
-named in `unseen`.
+Two squeue calls and one sacct call serve any number of runs and links. Whatever could not be asked
+is named in `unseen`.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ def says_not_now(words: str) -> bool:
 def may_be_down(nodes: str, num_nodes: int) -> bool:
     """Whether a job of so many nodes may only lack nodes that are down, drained or reserved now.
 
-    `nodes` is what sinfo prints, a line a node: availability, state, and what the node has. Not so where each kind of node in it has
-    enough usable ones, or none that is not.
+    `nodes` is what sinfo prints, a line a node: availability, state, and what the node has. Not so
+    where each kind of node in it has enough usable ones, or none that is not.
     """
     kinds: dict[str, list[bool]] = {}
     for line in nodes.splitlines():
